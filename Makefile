@@ -1,0 +1,48 @@
+# make demo and make test each work alone on a bare machine with Python 3.11 or newer.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export FEDSLM_ASSETS ?= ../shared/assets
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test test-real test-all lint bench demo-model install clean
+
+demo: $(VENV)/.installed
+	rm -rf runs/demo
+	$(BIN)/fedslm demo --directory runs/demo
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow and not real"
+
+test-real: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m "real and not slow" --timeout 1200
+
+test-all: lint
+	$(BIN)/python -m pytest -q --timeout 3600
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/imports.py
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/memory.py
+
+demo-model: $(VENV)/.installed
+	$(BIN)/python simulations/build_demo_model.py
+
+install: $(VENV)/.installed
+
+# torch first, at its pinned version: asked for later, a resolver may take a build with CUDA instead.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

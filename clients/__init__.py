@@ -1,0 +1,1 @@
+"""Flower App component: the client."""

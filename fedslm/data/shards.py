@@ -1,0 +1,137 @@
+"""A simulation's data on disk: one Parquet file with one row group for each client.
+
+The data set is read and shared out once; a worker then reads just the client that it is. Columns keep
+their names. The public evaluation split lies beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedslm.config import DataConfig, TaskConfig
+from fedslm.data.partition import partition
+from fedslm.data.sources import load_evaluation, load_train
+from fedslm.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """What a simulation's data directory holds.
+
+    Attributes:
+        names: Name of each client.
+        sizes: Records of each client: for the researcher's eyes, never sent.
+        labels: Class names (from the config or from the public split); empty for language models.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    labels: tuple[str, ...]
+
+
+def write(
+    directory: Path, data: DataConfig, task: TaskConfig, *, num_clients: int, seed: int
+) -> Shards:
+    """Loads, checks, shares out and writes a simulation's data; does nothing if it is there.
+
+    Raises:
+        DataError: Anything about the data that would stop a client later.
+    """
+    index = directory / "shards.json"
+    if index.exists():
+        values = json.loads(index.read_text())
+        return Shards(**{key: tuple(value) for key, value in values.items()})
+    train, evaluation = load_train(data, seed), load_evaluation(data, seed)
+    labels = _labels(data, task, evaluation)
+    _check(train, data, labels, "training")
+    _check(evaluation, data, labels, "evaluation")
+    shards = partition(train, data, num_clients, seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_parquet(directory / "train.parquet", [shard for _, shard in shards])
+    _write_parquet(directory / "evaluation.parquet", [evaluation])
+    names, sizes = (tuple(column) for column in zip(*((n, len(s)) for n, s in shards), strict=True))
+    index.write_text(json.dumps({"names": names, "sizes": sizes, "labels": labels}))
+    return Shards(names, sizes, labels)
+
+
+def read_client(directory: Path, client: int) -> list[Row]:
+    """Reads the rows of one client.
+
+    Raises:
+        DataError: There is no such client.
+    """
+    return _read_row_group(directory / "train.parquet", client)
+
+
+def read_evaluation(directory: Path) -> list[Row]:
+    """Reads the public evaluation rows."""
+    return _read_row_group(directory / "evaluation.parquet", 0)
+
+
+def _labels(data: DataConfig, task: TaskConfig, evaluation: Dataset) -> tuple[str, ...]:
+    """Class names from the config, else from the public split; never from private data."""
+    if task.name != "classification":
+        return ()
+    labels = task.labels or tuple(sorted({str(x) for x in evaluation[str(data.label_column)]}))
+    if len(labels) < 2:
+        raise DataError(f"the public evaluation split names {len(labels)} class(es); set task.labels")
+    return labels
+
+
+def _check(dataset: Dataset, data: DataConfig, labels: tuple[str, ...], part: str) -> None:
+    """Refuses empty splits, empty texts and unknown labels, naming the rows."""
+    if len(dataset) == 0:
+        raise DataError(f"the {part} split is empty")
+    texts = dataset[data.text_column]
+    blank = [row for row, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
+    if blank:
+        shown = ", ".join(map(str, blank[:5]))
+        raise DataError(
+            f"{len(blank)} record(s) of the {part} split have no text in column "
+            f"{data.text_column!r} (rows {shown}{', …' if len(blank) > 5 else ''}); remove them"
+        )
+    if labels:
+        unknown = Counter(str(x) for x in dataset[str(data.label_column)]) - Counter(
+            {label: len(dataset) for label in labels}
+        )
+        if unknown:
+            shown = ", ".join(f"{label!r} ({count})" for label, count in unknown.most_common(5))
+            raise DataError(
+                f"the {part} split has labels that are not in task.labels or the public split: "
+                f"{shown}; known: {', '.join(labels[:20])}"
+            )
+
+
+def _write_parquet(path: Path, parts: list[Dataset]) -> None:
+    """Writes one row group for each part, then renames into place."""
+    import pyarrow.parquet as pq
+
+    temporary = path.with_suffix(".partial")
+    tables = [part.with_format("arrow")[:] for part in parts]
+    with pq.ParquetWriter(temporary, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=max(1, len(table)))
+    temporary.replace(path)
+
+
+def _read_row_group(path: Path, index: int) -> list[Row]:
+    """Reads one row group as a list of rows."""
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not 0 <= index < file.num_row_groups:
+        raise DataError(f"{path} holds {file.num_row_groups} clients; there is no client {index}")
+    rows: list[Row] = file.read_row_group(index).to_pylist()
+    return rows

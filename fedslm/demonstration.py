@@ -1,0 +1,109 @@
+"""``fedslm demo``: the main job on the embedded model and data, and a table to compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedslm import config as configuration
+from fedslm.config import Config
+from fedslm.errors import RunError
+from fedslm.progress import Bar
+from fedslm.simulate import simulate
+
+ARMS: dict[str, dict[str, Any]] = {
+    "no-privacy": {"unit": "none"},
+    "epsilon-8": {"unit": "record", "epsilon": 8.0},
+    "epsilon-2": {"unit": "record", "epsilon": 2.0},
+}
+_PUBLIC = {"delta": 1e-5, "clip_norm": 1.0, "sample_rate": 0.06}
+
+
+def config_of(arm: str, directory: Path) -> Config:
+    """The config of one arm; all but the privacy is the same.
+
+    Args:
+        arm: A key of ``ARMS``.
+        directory: Where the arm's run directory goes.
+    """
+    privacy = ARMS[arm]
+    if privacy["unit"] != "none":
+        privacy = {**privacy, **_PUBLIC}
+    return configuration.from_mapping(
+        {
+            "run": {"name": arm, "directory": str(directory / arm)},
+            "model": {"base": "demo"},
+            "data": {"source": "demo", "partition": "natural", "max_evaluation_records": 600},
+            "task": {"name": "classification", "pooling": "mean", "max_length": 96},
+            "lora": {"rank": 4, "alpha": 4.0, "target_modules": _LAST_LAYERS},
+            "training": {"local_steps": 8, "batch_size": 32, "learning_rate": 5e-3},
+            "privacy": privacy,
+            "aggregation": {"method": "ffa"},
+            "federation": {"num_clients": 5, "rounds": 10, "evaluate_every": 2},
+        }
+    )
+
+
+_LAST_LAYERS = ["3.attention.self.query", "3.attention.self.value", "3.output.dense"]
+
+
+def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
+    """Runs all arms and prints the table.
+
+    Args:
+        directory: Where the run directories go; must be empty or absent.
+        as_json: Print JSON lines instead of the table.
+
+    Raises:
+        RunError: The directory is not empty.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise RunError(f"{directory} is not empty; choose another with --directory")
+    reports = []
+    for arm in ARMS:
+        bar = Bar()
+        try:
+            reports.append(simulate(config_of(arm, directory), bar))
+        finally:
+            bar.close()
+    if as_json:
+        for report in reports:
+            print(json.dumps({key: report[key] for key in ("name", *_JSON_KEYS)}))
+    else:
+        _print(directory, reports)
+    return reports
+
+
+_JSON_KEYS = ("metrics_before", "metrics_after", "privacy", "epsilon", "delta", "seconds", "directory")
+
+
+def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
+    """The table, and where to look."""
+    console = Console()
+    table = Table(title="Five hospitals, one adapter: accuracy on the public evaluation split")
+    for column in ("run", "before", "after", "ε of each hospital", "δ", "time"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for report in reports:
+        spent = sorted({f"{value['epsilon']:.2f}" for value in report["privacy"].values()})
+        table.add_row(
+            report["name"],
+            f"{report['metrics_before']['accuracy']:.3f}",
+            f"{report['metrics_after']['accuracy']:.3f}",
+            " – ".join(spent) or "∞",
+            f"{report['delta']:g}" if report["delta"] is not None else "–",
+            f"{report['seconds']:.0f} s",
+        )
+    console.print(table)
+    console.print("Look at:")
+    for report in reports:
+        console.print(f"  {report['directory']}/report.md", highlight=False, soft_wrap=True)
+    console.print(
+        f"Next: fedslm simulate {directory / 'epsilon-8' / 'config.toml'} "
+        f"--set run.directory={directory / 'mine'} --set privacy.epsilon=4",
+        highlight=False,
+        soft_wrap=True,
+    )

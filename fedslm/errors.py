@@ -1,0 +1,83 @@
+"""Every error that fedslm raises on purpose.
+
+FedslmError
+├── ConfigError          the configuration cannot be used; lists every problem at once
+├── DataError            a source, a column, a label or a client's shard is not usable
+├── ModelError           a base model, an adapter or a LoRA target is not usable
+├── TrainingError        a self-check of local training failed; nothing was released
+├── PrivacyError         a privacy guarantee cannot be given; nothing was released
+│   ├── BudgetExceeded   the release would exceed the client's budget
+│   └── LedgerError      the ledger is unreadable, inconsistent or cannot be written
+├── FederationError      the run cannot go on (no clients, too many failed rounds)
+└── RunError             a run directory cannot be created, resumed or written
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class FedslmError(Exception):
+    """The base of all errors below; the command line prints it without a traceback."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration.
+
+    Attributes:
+        key: Dotted key, such as ``privacy.delta``.
+        message: What is wrong: value, bound and remedy.
+    """
+
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
+
+
+class ConfigError(FedslmError):
+    """The configuration cannot be used.
+
+    Args:
+        problems: Everything that is wrong, not only the first.
+    """
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        super().__init__(f"{count} in the configuration\n{lines}")
+
+
+class DataError(FedslmError):
+    """A source, a column, a label or a client's shard is not usable."""
+
+
+class ModelError(FedslmError):
+    """A base model, an adapter or a LoRA target is not usable."""
+
+
+class TrainingError(FedslmError):
+    """A self-check of local training failed; nothing was released."""
+
+
+class PrivacyError(FedslmError):
+    """A privacy guarantee cannot be given; nothing was released."""
+
+
+class BudgetExceeded(PrivacyError):
+    """The release would exceed the client's budget."""
+
+
+class LedgerError(PrivacyError):
+    """The ledger is unreadable, inconsistent or cannot be written."""
+
+
+class FederationError(FedslmError):
+    """The run cannot go on."""
+
+
+class RunError(FedslmError):
+    """A run directory cannot be created, resumed or written."""

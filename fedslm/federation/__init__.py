@@ -1,0 +1,1 @@
+"""The rounds on Flower: server loop, client functions, grids, checkpoints."""

@@ -1,0 +1,210 @@
+"""A run's directory: what was asked, what happened, and where to go on after a crash.
+
+config.toml config.json     the resolved config and its hash
+data/                       the simulation's shards and the public evaluation split
+frozen.safetensors          the tensors that no round changes, shared by hash
+rounds.jsonl                one line for each round
+ledger/                     one ledger for each client
+checkpoint/                 the state after the last round
+adapter/ report.json report.md     written at the end
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedslm import config as configuration
+from fedslm.config import Config
+from fedslm.errors import RunError
+from fedslm.records import AdapterState, Event, RoundRecord
+from fedslm.storage import load_adapter, save_adapter, write_text
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after a round; everything random is derived from seed and round.
+
+    Attributes:
+        round: Last finished round; 0 before the first.
+        trained: The trained tensors.
+        metrics_before: Public metrics of the initial adapter.
+        metrics: Public metrics of ``trained``.
+        failed_in_row: Rounds without enough replies, up to this one.
+        spent: Client index to everything that it ever charged.
+    """
+
+    round: int
+    trained: AdapterState
+    metrics_before: Mapping[str, float]
+    metrics: Mapping[str, float]
+    failed_in_row: int = 0
+    spent: Mapping[int, tuple[Event, ...]] = field(default_factory=dict)
+
+    def after(self, record: RoundRecord, **changes: Any) -> Checkpoint:
+        """The state after one more round."""
+        metrics = record.metrics or self.metrics
+        return replace(self, round=record.round, metrics=metrics, **changes)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's directory on disk.
+
+    Attributes:
+        path: Absolute path.
+        run_id: Random identifier of the run.
+    """
+
+    path: Path
+    run_id: str
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> RunDirectory:
+        """Makes a new run directory.
+
+        Raises:
+            RunError: It exists and is not empty, or cannot be written.
+        """
+        path = path.expanduser().absolute()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            occupied = any(path.iterdir())
+        except OSError as error:
+            raise RunError(f"the run directory {path} cannot be made: {error}") from error
+        if occupied:
+            raise RunError(
+                f"the run directory {path} exists; continue it with --resume {path}, or set another "
+                f"run.name or run.directory"
+            )
+        run_id = secrets.token_hex(8)
+        write_text(path / "config.toml", configuration.to_toml(config))
+        values = {
+            "run_id": run_id,
+            "config_sha256": config.sha256(),
+            "config": config.model_dump(mode="json"),
+        }
+        write_text(path / "config.json", json.dumps(values, indent=2))
+        return cls(path, run_id)
+
+    @classmethod
+    def open(cls, path: Path, expected: Config | None = None) -> tuple[RunDirectory, Config]:
+        """Opens a run directory to continue it.
+
+        Args:
+            path: The directory.
+            expected: Refuse the directory if it was made with another config.
+
+        Raises:
+            RunError: It is no run directory, was edited, or belongs to another config.
+        """
+        path = path.expanduser().absolute()
+        try:
+            values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            run_id, sha256 = str(values["run_id"]), values["config_sha256"]
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"{path} is not a run directory: {error}") from error
+        config = configuration.from_mapping(values["config"])
+        if config.sha256() != sha256:
+            raise RunError(f"{path}/config.json was edited after the run began; start a new run")
+        if expected is not None and expected.sha256() != sha256:
+            raise RunError(
+                f"{path} was made with another config (hash {sha256[:12]}, now "
+                f"{expected.sha256()[:12]}); leave the config out to continue it as it is"
+            )
+        return cls(path, run_id), config
+
+    @property
+    def data(self) -> Path:
+        """The simulation's data."""
+        return self.path / "data"
+
+    @property
+    def frozen(self) -> Path:
+        """The frozen tensors."""
+        return self.path / "frozen.safetensors"
+
+    def save(self, checkpoint: Checkpoint, record: RoundRecord | None = None) -> None:
+        """Writes a round's line, then the checkpoint that makes it count.
+
+        Raises:
+            RunError: The disk is full, for instance; the previous checkpoint stays valid.
+        """
+        if record is not None:
+            self._append(record)
+        name = f"adapter-{checkpoint.round:05d}.safetensors"
+        directory = self.path / "checkpoint"
+        save_adapter(directory / name, checkpoint.trained)
+        values = {
+            "round": checkpoint.round,
+            "adapter": name,
+            "adapter_sha256": checkpoint.trained.sha256(),
+            "metrics_before": dict(checkpoint.metrics_before),
+            "metrics": dict(checkpoint.metrics),
+            "failed_in_row": checkpoint.failed_in_row,
+            "spent": {k: [asdict(event) for event in v] for k, v in checkpoint.spent.items()},
+        }
+        write_text(directory / "state.json", json.dumps(values, indent=2))
+        for old in directory.glob("adapter-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+    def load(self) -> Checkpoint | None:
+        """Reads the last checkpoint and forgets lines of rounds that it does not cover.
+
+        Returns:
+            None if the run never reached its first checkpoint.
+
+        Raises:
+            RunError: The checkpoint is damaged.
+        """
+        directory = self.path / "checkpoint"
+        if not (directory / "state.json").exists():
+            return None
+        try:
+            values = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+            trained = load_adapter(directory / values["adapter"])
+            if trained.sha256() != values["adapter_sha256"]:
+                raise ValueError("the adapter does not match its hash")
+            spent = {
+                int(client): tuple(Event(**event) for event in events)
+                for client, events in values["spent"].items()
+            }
+            checkpoint = Checkpoint(
+                round=int(values["round"]),
+                trained=trained,
+                metrics_before=values["metrics_before"],
+                metrics=values["metrics"],
+                failed_in_row=int(values["failed_in_row"]),
+                spent=spent,
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"the checkpoint in {directory} is damaged: {error}") from error
+        records = [record for record in self.records() if record.round <= checkpoint.round]
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        write_text(self.path / "rounds.jsonl", lines)
+        return checkpoint
+
+    def records(self) -> list[RoundRecord]:
+        """Reads ``rounds.jsonl``; a torn last line is left out."""
+        path = self.path / "rounds.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        values = [json.loads(line) for line in lines]
+        return [RoundRecord(**{**item, "reasons": tuple(item["reasons"])}) for item in values]
+
+    def _append(self, record: RoundRecord) -> None:
+        """Appends one synced line."""
+        path = self.path / "rounds.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {error}") from error

@@ -1,0 +1,105 @@
+"""What the server does with the model itself, on public data only: describe, evaluate, export.
+
+Plain functions, so that they run in the server's process or in one of its workers (the server's own
+process then never imports torch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from fedslm.aggregation.methods import trained_keys
+from fedslm.data import shards
+from fedslm.errors import DataError
+from fedslm.federation.wire import Setup
+from fedslm.federation.workers import Pool
+from fedslm.models.adapter import initial_state
+from fedslm.models.loaded import load
+from fedslm.records import AdapterState
+from fedslm.tasks import build
+from fedslm.tasks.base import Example
+
+_EVALUATION_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the server must know about the model.
+
+    Attributes:
+        trained: Initial tensors that clients train and send.
+        frozen: Tensors that stay as they are, shared by hash.
+        base_sha256: Hash of the base model's files.
+        num_base_parameters: Size of the base model.
+    """
+
+    trained: AdapterState
+    frozen: AdapterState
+    base_sha256: str
+    num_base_parameters: int
+
+
+def describe(setup: Setup) -> Description:
+    """Loads the model and makes the initial adapter.
+
+    Raises:
+        ModelError: The model or its LoRA targets are not usable.
+    """
+    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    network, own = model.adapter.network, model.adapter.parameters
+    shapes = {key: tuple(parameter.shape) for key, parameter in own.items()}
+    state = initial_state(shapes, setup.seed)
+    trained = trained_keys(setup.method, state)
+    adapter_size = sum(parameter.numel() for parameter in own.values())
+    whole_size = sum(parameter.numel() for parameter in network.parameters())
+    return Description(
+        trained=state.select(trained),
+        frozen=state.select(set(state) - trained),
+        base_sha256=model.base_sha256,
+        num_base_parameters=whole_size - adapter_size,
+    )
+
+
+def evaluate(pool: Pool, setup: Setup, adapter: AdapterState) -> dict[str, float]:
+    """Metrics of a whole adapter on the public evaluation split, shared out among the workers.
+
+    Raises:
+        DataError: No record of the split gives tokens.
+    """
+    parts = max(1, pool.num_workers)
+    counted = pool.map(count, [(setup, adapter, part, parts) for part in range(parts)])
+    total: dict[str, float] = {}
+    for sums in counted:
+        total = {name: total.get(name, 0.0) + value for name, value in sums.items()} or total
+    if not total:
+        raise DataError("no record of the public evaluation split gives tokens")
+    return build(setup.task, setup.data, setup.labels).metrics(total)
+
+
+def count(setup: Setup, adapter: AdapterState, part: int, parts: int) -> dict[str, float]:
+    """Additive statistics of every ``parts``-th public example; empty if there is none."""
+    from fedslm.training.evaluation import count as count_examples
+
+    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    task = build(setup.task, setup.data, setup.labels)
+    examples = _examples(setup)[part::parts]
+    return count_examples(model, task, examples, adapter, _EVALUATION_BATCH_SIZE)
+
+
+def export(setup: Setup, adapter: AdapterState, directory: Path) -> None:
+    """Writes a whole adapter as PEFT does, and the tokenizer beside it."""
+    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    model.adapter.write(adapter)
+    model.adapter.save(directory)
+    model.tokenizer.save_pretrained(directory)
+
+
+@lru_cache(maxsize=1)
+def _examples(setup: Setup) -> tuple[Example, ...]:
+    """The public examples, tokenised once per process."""
+    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    task = build(setup.task, setup.data, setup.labels)
+    rows = shards.read_evaluation(Path(setup.directory) / "data")
+    return task.prepare(rows, model.tokenizer).examples

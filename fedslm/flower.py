@@ -1,0 +1,54 @@
+"""``flwr run .``: the same run on Flower's own simulation or deployment engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from fedslm import config as configuration
+from fedslm import contradictions
+from fedslm.errors import RunError
+from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.rounds import Federation, Outcome
+from fedslm.federation.workers import InlinePool
+from fedslm.privacy.plan import Plan
+from fedslm.progress import Bar
+from fedslm.simulate import federate, serve
+
+
+def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict[str, Any]:
+    """Runs a federation on a grid that Flower made.
+
+    Args:
+        grid: Flower's grid.
+        run_config: Flat run config, as in ``[tool.flwr.app.config]``.
+        run_id: Flower's run identifier; names the run directory unless ``run.directory`` does.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        FedslmError: As :func:`fedslm.simulate.simulate`; a relative ``run.directory`` is refused,
+            since Flower starts apps in directories of its own.
+    """
+    config = configuration.from_flat(run_config)
+    contradictions.check(config)
+    config = config.resolved()
+    named = config.run.directory
+    path = Path(named or f"~/.fedslm/runs/{config.run.name}-{run_id}").expanduser()
+    if not path.is_absolute():
+        raise RunError(f"run.directory={named!r} must be absolute under flwr run")
+    directory = RunDirectory.create(path, config)
+    pool = InlinePool(threads=config.engine.threads_per_worker)
+
+    def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
+        return federate(Federation(grid, pool, directory, Bar()), config, plan, labels)
+
+    report = serve(config, directory, make)
+    print(f"fedslm: report in {directory.path}", flush=True)
+    if report["stopped"]:
+        raise RunError(f"stopped early: {report['stopped']}")
+    return report

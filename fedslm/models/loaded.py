@@ -1,0 +1,45 @@
+"""A base model with its adapter, loaded once per process and reused for every client and round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fedslm.config import LoraConfig, ModelConfig, TaskConfig
+from fedslm.models.adapter import AttachedAdapter, attach
+from fedslm.models.base import base_sha256, device_of, load_base, load_tokenizer, resolve
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen base model, its adapter and its tokenizer.
+
+    Attributes:
+        adapter: The attached adapter; ``adapter.network`` gives ``.logits``.
+        tokenizer: Pads on the right.
+        device: Where the model lives.
+        base_sha256: Hash of the base model's files.
+    """
+
+    adapter: AttachedAdapter
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    base_sha256: str
+
+
+@lru_cache(maxsize=1)
+def load(model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int) -> LoadedModel:
+    """Loads a base model and attaches an adapter; one stays in memory per process.
+
+    Raises:
+        ModelError: The model, its tokenizer or its LoRA targets are not usable.
+    """
+    directory = resolve(model)
+    tokenizer = load_tokenizer(directory)
+    network = load_base(model, task, num_labels, tokenizer.pad_token_id)
+    return LoadedModel(attach(network, lora), tokenizer, device_of(model), base_sha256(directory))

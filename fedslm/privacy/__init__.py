@@ -1,0 +1,1 @@
+"""Plans, accounting and ledgers: torch-free, and held to a higher standard."""

@@ -1,0 +1,130 @@
+"""Progress on the terminal: a bar with round, clients, time, ε, metric, signal-to-noise and bytes."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedslm.config import Config
+from fedslm.records import RoundRecord
+
+if TYPE_CHECKING:
+    from fedslm.federation.checkpoint import Checkpoint
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+class Bar:
+    """An observer that draws on a terminal, or prints one line a round where there is none.
+
+    Args:
+        console: Where to draw; standard error by default, so that ``--json`` stays clean.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._progress: Progress | None = None
+        self._rounds = self._bytes_down = self._bytes_up = 0
+
+    def on_start(self, config: Config, done: Checkpoint) -> None:
+        """Shows what starts."""
+        self._rounds = config.federation.rounds
+        cohort = config.federation.clients_per_round or config.federation.num_clients
+        first = ", ".join(f"{key} {value:.4f}" for key, value in done.metrics.items())
+        self._console.print(
+            f"[bold]{config.run.name}[/bold]: {config.federation.num_clients} clients, "
+            f"round {done.round} of {self._rounds}; public split: {first}"
+        )
+        self._progress = Progress(
+            TextColumn("round {task.fields[round]}/{task.fields[rounds]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("clients"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(
+            "clients",
+            total=cohort * (self._rounds - done.round),
+            round=done.round + 1,
+            rounds=self._rounds,
+            note="",
+        )
+        if self._console.is_terminal:
+            self._progress.start()
+
+    def on_client(self, round: int, done: int, cohort: int) -> None:
+        """Moves the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, advance=1, round=round)
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Shows a round's figures."""
+        self._bytes_down += record.bytes_down
+        self._bytes_up += record.bytes_up
+        note = self._note(record)
+        if self._progress is not None:
+            self._progress.update(self._task, note=note)
+        if not self._console.is_terminal:
+            print(f"round {record.round}/{self._rounds}: {note}", file=sys.stderr, flush=True)
+        for reason in record.reasons:
+            self._console.print(f"round {record.round}: {reason}", style="yellow", highlight=False)
+        if record.round == self._rounds:
+            self.close()
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _note(self, record: RoundRecord) -> str:
+        """One line of figures."""
+        parts = [f"{record.completed}/{record.cohort} clients"]
+        if record.epsilon is not None:
+            parts.append(f"ε {record.epsilon:.2f}")
+        parts += [f"{key} {value:.4f}" for key, value in list(record.metrics.items())[:2]]
+        if record.signal_to_noise is not None:
+            parts.append(f"SNR {record.signal_to_noise:.2f}")
+        parts.append(f"↓{readable(self._bytes_down)} ↑{readable(self._bytes_up)}")
+        return "  ".join(parts)
+
+
+class Silent:
+    """An observer that says nothing."""
+
+    def on_start(self, config: Config, done: Checkpoint) -> None:
+        """Nothing."""
+
+    def on_client(self, round: int, done: int, cohort: int) -> None:
+        """Nothing."""
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Nothing."""
+
+
+def readable(num_bytes: float) -> str:
+    """Bytes with a unit.
+
+    >>> readable(1_500_000)
+    '1.5 MB'
+    """
+    for unit in _UNITS:
+        if num_bytes < 1000 or unit == _UNITS[-1]:
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

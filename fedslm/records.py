@@ -1,0 +1,168 @@
+"""The frozen data that flows between client, server and report; NumPy only, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedslm.errors import ModelError
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """The tensors of an adapter, float32, in sorted key order.
+
+    Attributes:
+        tensors: Key to array. Keys are PEFT state-dict keys.
+
+    Raises:
+        ModelError: A tensor is not float32.
+
+    >>> state = AdapterState({"b": np.zeros(2, np.float32), "a": np.ones((1, 2), np.float32)})
+    >>> list(state)
+    ['a', 'b']
+    >>> state.num_parameters, state.num_bytes
+    (4, 16)
+    """
+
+    tensors: Mapping[str, FloatArray]
+
+    def __post_init__(self) -> None:
+        for key, tensor in self.tensors.items():
+            if tensor.dtype != np.float32:
+                raise ModelError(f"adapter tensor {key} has dtype={tensor.dtype}; float32 expected")
+        object.__setattr__(self, "tensors", dict(sorted(self.tensors.items())))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, key: str) -> FloatArray:
+        return self.tensors[key]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of values in all tensors."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key to shape."""
+        return {key: tensor.shape for key, tensor in self.tensors.items()}
+
+    def sha256(self) -> str:
+        """Hash over keys, shapes and little-endian bytes; equal on every machine."""
+        digest = hashlib.sha256()
+        for key, tensor in self.tensors.items():
+            digest.update(f"{key}{tensor.shape}".encode())
+            digest.update(np.ascontiguousarray(tensor, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+    def merged(self, other: AdapterState) -> AdapterState:
+        """Returns this state with the tensors of ``other`` added or replaced."""
+        return AdapterState({**self.tensors, **other.tensors})
+
+    def select(self, keys: Set[str]) -> AdapterState:
+        """Returns the tensors whose keys are in ``keys``."""
+        return AdapterState({key: value for key, value in self.tensors.items() if key in keys})
+
+    def is_finite(self) -> bool:
+        """True if no tensor holds NaN or infinity."""
+        return all(bool(np.isfinite(tensor).all()) for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one release costs: ``steps`` Poisson-sampled Gaussian steps.
+
+    Attributes:
+        sample_rate: Probability in (0, 1] with which a record takes part in a step.
+        noise_multiplier: Noise standard deviation divided by the clip norm, > 0.
+        steps: Number of steps, >= 1.
+    """
+
+    sample_rate: float
+    noise_multiplier: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class PrivacySpent:
+    """What has been spent on one client's data.
+
+    Attributes:
+        epsilon: Upper bound; infinity without privacy.
+        delta: The delta at which epsilon holds.
+        steps: Number of noisy steps charged.
+    """
+
+    epsilon: float
+    delta: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """One client's checked reply.
+
+    Attributes:
+        client: Index of the client in the population.
+        adapter: The trained tensors after local training.
+        weight: Weight in the aggregate, > 0; 1 under privacy.
+        events: Everything that this client has ever charged to this run's data.
+    """
+
+    client: int
+    adapter: AdapterState
+    weight: float
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of ``rounds.jsonl``.
+
+    Attributes:
+        round: Counts from 1.
+        cohort: Number of clients asked.
+        completed: Number of updates in the aggregate.
+        failed: Clients that raised, died or sent something unusable.
+        late: Clients that missed the deadline.
+        refused: Clients that refused (budget exhausted, for instance).
+        kept: False if the adapter moved, True if too few replies kept it as it was.
+        epsilon: Largest epsilon over all clients so far; None without privacy.
+        metrics: Metrics on the public evaluation split; empty if this round was not evaluated.
+        signal_to_noise: See :func:`fedslm.aggregation.mean.signal_to_noise`; None if unknown.
+        bytes_down: Bytes of tensors sent to clients in this round.
+        bytes_up: Bytes of tensors received from clients in this round.
+        seconds: Wall time of the round.
+        reasons: One line for each client that is not in the aggregate.
+    """
+
+    round: int
+    cohort: int
+    completed: int
+    failed: int
+    late: int
+    refused: int
+    kept: bool
+    epsilon: float | None
+    metrics: dict[str, float]
+    signal_to_noise: float | None
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    reasons: tuple[str, ...] = field(default=())

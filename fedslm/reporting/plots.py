@@ -1,0 +1,40 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedslm.records import RoundRecord
+from fedslm.storage import replacing
+
+
+def plot_rounds(path: Path, records: list[RoundRecord], report: dict[str, Any]) -> None:
+    """Draws the public metric over the rounds and, under privacy, epsilon beside it.
+
+    Args:
+        path: The PNG to write.
+        records: The rounds.
+        report: The content of ``report.json``.
+    """
+    from matplotlib.figure import Figure
+
+    headline = report["headline"]
+    evaluated = [(r.round, r.metrics[headline]) for r in records if r.metrics]
+    points = [(0, report["metrics_before"][headline]), *evaluated]
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*points, strict=True), color="tab:blue", marker="o", markersize=3)
+    axes.set_xlabel("round")
+    axes.set_ylabel(f"{headline} (public split)", color="tab:blue")
+    axes.set_title(report["name"])
+    axes.grid(alpha=0.3)
+    if report["epsilon"] is not None:
+        spent = [0.0, *(record.epsilon or 0.0 for record in records)]
+        right = axes.twinx()
+        rounds = [0, *(record.round for record in records)]
+        right.plot(rounds, spent, color="tab:red", linestyle="--")
+        right.set_ylabel(f"ε spent (δ = {report['delta']:g})", color="tab:red")
+        right.set_ylim(bottom=0)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

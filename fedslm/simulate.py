@@ -1,0 +1,172 @@
+"""A whole run on one machine: prepare the data, start an engine, run the rounds, write the report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, assert_never
+
+from flwr.serverapp import Grid
+
+from fedslm import contradictions
+from fedslm.config import Config
+from fedslm.data import shards
+from fedslm.errors import DataError
+from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.local_grid import LocalGrid
+from fedslm.federation.public_model import export
+from fedslm.federation.rounds import Federation, Observer, Outcome
+from fedslm.federation.workers import InlinePool, Pool, WorkerPool
+from fedslm.privacy.plan import Plan, calibrated
+from fedslm.reporting import report
+from fedslm.tasks import build
+
+logger = logging.getLogger(__name__)
+_DRAIN_SECONDS = 120.0
+
+
+def simulate(config: Config, observer: Observer) -> dict[str, Any]:
+    """Runs a simulation in a new run directory.
+
+    Args:
+        config: The config.
+        observer: Is told how the run goes.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        FedslmError: The config, the data, the model or the run directory is not usable.
+    """
+    contradictions.check(config)
+    config = config.resolved()
+    path = Path(config.run.directory or Path("runs") / config.run.name)
+    return _run(config, RunDirectory.create(path, config), observer)
+
+
+def resume(path: Path, observer: Observer, expected: Config | None = None) -> dict[str, Any]:
+    """Continues a run from its last checkpoint.
+
+    Args:
+        path: The run directory.
+        observer: Is told how the run goes.
+        expected: Refuse the directory if it was made with another config.
+
+    Raises:
+        FedslmError: As :func:`simulate`, or the directory cannot be continued.
+    """
+    directory, config = RunDirectory.open(path, expected)
+    return _run(config, directory, observer)
+
+
+def serve(
+    config: Config, directory: RunDirectory, make: Callable[[Plan, tuple[str, ...]], Outcome]
+) -> dict[str, Any]:
+    """Prepares data and plan, lets ``make`` run the rounds, and writes the report.
+
+    Args:
+        config: The resolved config.
+        directory: The run's directory.
+        make: Runs the rounds with a plan and class names.
+    """
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as background:
+        privacy, training = config.privacy, config.training
+        planned = background.submit(calibrated, privacy, training, config.federation.rounds)
+        data = shards.write(
+            directory.data,
+            config.data,
+            config.task,
+            num_clients=config.federation.num_clients,
+            seed=config.run.seed,
+        )
+        plan = planned.result()
+    _check_sizes(config, data)
+    outcome = make(plan, data.labels)
+    task = build(config.task, config.data, data.labels)
+    seconds = time.monotonic() - began
+    inputs = report.Inputs(config, plan, outcome, data.names, task.headline, seconds)
+    return report.write(directory, inputs)
+
+
+def _run(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
+    """Runs on the engine that the config names."""
+    match config.engine.name:
+        case "local":
+            return _run_locally(config, directory, observer)
+        case "ray":
+            return _run_on_ray(config, directory, observer)
+        case _:
+            assert_never(config.engine.name)
+
+
+def _run_locally(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
+    """Clients in worker processes, or in this process."""
+    pool = _pool(config, directory)
+
+    def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
+        grid = LocalGrid(config.federation.num_clients, pool)
+        federation = Federation(grid, pool, directory, observer)
+        return federate(federation, config, plan, labels)
+
+    try:
+        return serve(config, directory, make)
+    finally:
+        pool.close(drain_seconds=_DRAIN_SECONDS)
+
+
+def _run_on_ray(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
+    """Clients in Flower's simulation."""
+    from fedslm.federation.ray_engine import run_on_ray
+
+    def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
+        def on_grid(grid: Grid) -> Outcome:
+            pool = InlinePool(threads=config.engine.threads_per_worker)
+            return federate(Federation(grid, pool, directory, observer), config, plan, labels)
+
+        return run_on_ray(on_grid, config.federation.num_clients, config.engine)
+
+    return serve(config, directory, make)
+
+
+def federate(federation: Federation, config: Config, plan: Plan, labels: tuple[str, ...]) -> Outcome:
+    """Runs the rounds and exports the adapter."""
+    outcome = federation.run(config, plan, labels)
+    target = federation.directory.path / "adapter"
+    federation.pool.call(export, outcome.setup, outcome.adapter, target)
+    return outcome
+
+
+def _pool(config: Config, directory: RunDirectory) -> Pool:
+    """Worker processes, or none; an accelerator is not shared among processes by default."""
+    threads, workers = config.engine.threads_per_worker, config.engine.workers
+    if workers == 0:
+        return InlinePool(threads=threads)
+    if workers < 0:
+        workers = min(os.cpu_count() or 1, config.federation.num_clients)
+    return WorkerPool(workers, threads=threads, log=directory.path / "clients.log")
+
+
+def _check_sizes(config: Config, data: shards.Shards) -> None:
+    """A client with less than one batch: an error without privacy, a warning with it.
+
+    Under privacy such a client takes part as any other, since its absence would tell its size.
+    """
+    limit = config.training.batch_size
+    small = [
+        f"{name} ({size})" for name, size in zip(data.names, data.sizes, strict=True) if size < limit
+    ]
+    if not small:
+        return
+    text = (
+        f"{len(small)} client(s) have fewer records than training.batch_size={limit}: "
+        f"{', '.join(small[:5])}; lower training.batch_size, use fewer clients, or a larger "
+        f"data.dirichlet_alpha"
+    )
+    if config.privacy.unit == "none":
+        raise DataError(text)
+    logger.warning(text)

@@ -1,0 +1,63 @@
+"""Files that survive a crash: written beside, synced, then renamed into place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedslm.errors import RunError
+from fedslm.records import AdapterState
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path; when the block ends well, it replaces ``path`` atomically.
+
+    Raises:
+        RunError: The file cannot be written (disk full, for instance); ``path`` is as it was.
+    """
+    temporary = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_adapter(path: Path, state: AdapterState) -> None:
+    """Replaces a safetensors file atomically."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    with replacing(path) as temporary:
+        try:
+            save_file(dict(state.tensors), temporary)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def load_adapter(path: Path) -> AdapterState:
+    """Reads a safetensors file.
+
+    Raises:
+        RunError: The file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return AdapterState(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error

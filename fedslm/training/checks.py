@@ -1,0 +1,52 @@
+"""Self-checks of local training: hard gates against training that silently does nothing.
+
+Each of them answers a failure that was seen in the field: an optimizer that holds stale parameters, an
+adapter that never moves, bytes that reload as something else.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedslm.errors import TrainingError
+from fedslm.models.adapter import AttachedAdapter
+from fedslm.records import AdapterState
+
+
+def check_parameters(adapter: AttachedAdapter, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer holds exactly the trained parameters of the module, all on one device.
+
+    Raises:
+        TrainingError: It does not.
+    """
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    trained = {id(p): p for p in adapter.network.parameters() if p.requires_grad}
+    named = {id(p) for p in adapter.parameters.values() if p.requires_grad}
+    if not trained or not held.keys() == trained.keys() == named:
+        raise TrainingError(
+            f"the optimizer holds {len(held)} tensors, the module trains {len(trained)} and the "
+            f"adapter names {len(named)}: these must be the same objects"
+        )
+    devices = {str(parameter.device) for parameter in trained.values()}
+    if len(devices) > 1:
+        raise TrainingError(f"trained tensors lie on several devices: {', '.join(sorted(devices))}")
+
+
+def check_moved(
+    before: AdapterState, after: AdapterState, unmoved: frozenset[str] = frozenset()
+) -> None:
+    """Every trained tensor has changed.
+
+    Args:
+        before: Trained tensors before.
+        after: The same tensors after.
+        unmoved: Tensors whose gradient was exactly zero, such as A while B is zero.
+
+    Raises:
+        TrainingError: A tensor has not moved.
+    """
+    stuck = [key for key in before if key not in unmoved and bool((before[key] == after[key]).all())]
+    if stuck:
+        raise TrainingError(
+            f"{len(stuck)} of {len(before)} trained tensors did not move: {', '.join(stuck[:3])}"
+        )

@@ -1,0 +1,125 @@
+"""One client's local work in one round: load the adapter, take the plan's steps, read it back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+import torch
+
+from fedslm.config import TrainingConfig
+from fedslm.errors import DataError, TrainingError
+from fedslm.models.loaded import LoadedModel
+from fedslm.privacy.plan import NoPrivacy, Plan
+from fedslm.records import AdapterState
+from fedslm.rng import seed_of, stream
+from fedslm.tasks.base import Example, Task
+from fedslm.training.checks import check_moved, check_parameters
+from fedslm.training.steps import stepping
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What a client was asked to do.
+
+    Attributes:
+        adapter: The whole adapter to start from.
+        trained: Keys to train; the others stay bit-identical.
+        seed: The run's seed.
+        round: Counts from 1.
+        client: Index of the client.
+    """
+
+    adapter: AdapterState
+    trained: frozenset[str]
+    seed: int
+    round: int
+    client: int
+
+
+def train(
+    model: LoadedModel,
+    task: Task,
+    examples: Sequence[Example],
+    plan: Plan,
+    training: TrainingConfig,
+    work: LocalWork,
+) -> AdapterState:
+    """Trains on one client's examples.
+
+    Args:
+        model: The loaded model; its adapter is overwritten.
+        task: What is learned.
+        examples: The client's examples; may be empty under privacy.
+        plan: Sampler, clip and noise.
+        training: Optimizer and micro-batch size.
+        work: Where to start and what to train.
+
+    Returns:
+        The trained tensors.
+
+    Raises:
+        DataError: There is nothing to train on (without privacy).
+        TrainingError: A self-check failed.
+    """
+    if not examples and isinstance(plan, NoPrivacy):
+        raise DataError("this client has no usable records")
+    keys = sorted(work.trained)
+    model.adapter.write(work.adapter)
+    model.adapter.train_only(set(work.trained))
+    _enter_training(model)
+    optimizer = _optimizer(model, training)
+    check_parameters(model.adapter, optimizer)
+    torch.manual_seed(seed_of(work.seed, "dropout", work.round, work.client))
+    seeded = stream(work.seed, "batches", work.round, work.client)
+    before = work.adapter.select(work.trained)
+    unmoved: frozenset[str] = frozenset()
+    try:
+        with stepping(model, task, plan, optimizer, training.micro_batch_size) as step:
+            for number, batch in enumerate(plan.batches(len(examples), seeded)):
+                step([examples[index] for index in batch])
+                if number == 0:
+                    unmoved = _zero_gradients(model)
+                    check_moved(before, model.adapter.read(keys), unmoved)
+    finally:
+        model.adapter.network.eval()
+    after = model.adapter.read(keys)
+    check_moved(before, after, unmoved if plan.steps_per_round == 1 else frozenset())
+    if not after.is_finite():
+        raise TrainingError("local training diverged: the adapter holds NaN or infinity")
+    return after
+
+
+def _enter_training(model: LoadedModel) -> None:
+    """Puts just the trained modules into training mode: the frozen base has no dropout."""
+    network = model.adapter.network.eval()
+    for name, module in network.named_modules():
+        trained = any(p.requires_grad for p in module.parameters(recurse=False))
+        if trained or ".lora_dropout." in name:
+            module.training = True
+
+
+def _optimizer(model: LoadedModel, training: TrainingConfig) -> torch.optim.Optimizer:
+    """The local optimizer over the trained parameters."""
+    parameters = [p for p in model.adapter.parameters.values() if p.requires_grad]
+    rate, decay = training.learning_rate, training.weight_decay
+    match training.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
+        case _:
+            assert_never(training.optimizer)
+
+
+def _zero_gradients(model: LoadedModel) -> frozenset[str]:
+    """Trained tensors whose gradient exists and is exactly zero: A, as long as B is zero."""
+    return frozenset(
+        key
+        for key, parameter in model.adapter.parameters.items()
+        if parameter.requires_grad
+        and parameter.grad is not None
+        and not bool(parameter.grad.any())
+        and ".lora_A." in key
+    )

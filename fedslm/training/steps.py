@@ -1,0 +1,169 @@
+"""One optimizer step on a logical batch: plain, or DP-SGD through Opacus.
+
+Which one runs is decided by the plan's type in :func:`stepping`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from opacus.grad_sample.grad_sample_module import GradSampleHooks
+from opacus.optimizers import DPOptimizer
+
+from fedslm.errors import TrainingError
+from fedslm.models.loaded import LoadedModel
+from fedslm.privacy.plan import ExamplePlan, Plan
+from fedslm.rng import operating_system_seed
+from fedslm.tasks.base import Example, Task
+from fedslm.training.batches import forward, micro_batches
+
+
+class Step(Protocol):
+    """Takes one optimizer step on a logical batch."""
+
+    def __call__(self, examples: Sequence[Example]) -> None:
+        """Moves the parameters."""
+
+
+class PlainStep:
+    """The mean gradient over the logical batch.
+
+    Args:
+        model: The model.
+        task: The loss.
+        optimizer: Over the trained parameters.
+        micro_batch_size: Most records in one forward pass.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        micro_batch_size: int,
+    ) -> None:
+        self._model, self._task = model, task
+        self._optimizer, self._micro_batch_size = optimizer, micro_batch_size
+
+    def __call__(self, examples: Sequence[Example]) -> None:
+        """Moves the parameters."""
+        self._optimizer.zero_grad(set_to_none=True)
+        for part in micro_batches(examples, self._micro_batch_size):
+            logits, batch = forward(self._model, self._task, part)
+            loss = self._task.per_example_loss(logits, batch).sum() / len(examples)
+            loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+
+
+class PrivateStep:
+    """Clipped per-record gradients, summed, noised and divided by a public constant.
+
+    Formal guarantees:
+        * The pre-noise sum moves by at most ``plan.clip_norm`` (L2, over all trained parameters
+          jointly) when one record is added or removed: one clip per record, losses not coupled.
+        * A record whose gradient is not finite contributes exactly zero.
+        * An empty batch adds the same noise as any other.
+        * Noise comes from operating-system entropy, on its own generator for each round.
+
+    Args:
+        model: The model, with Opacus hooks attached.
+        task: The per-example loss.
+        optimizer: Opacus' optimizer.
+        micro_batch_size: Most records in one forward pass.
+    """
+
+    def __init__(
+        self, model: LoadedModel, task: Task, optimizer: DPOptimizer, micro_batch_size: int
+    ) -> None:
+        self._model, self._task = model, task
+        self._optimizer, self._micro_batch_size = optimizer, micro_batch_size
+
+    def __call__(self, examples: Sequence[Example]) -> None:
+        """Moves the parameters."""
+        parts = list(micro_batches(examples, self._micro_batch_size))
+        self._optimizer.zero_grad(set_to_none=True)
+        if not parts:
+            self._no_gradients()
+            self._optimizer.step()
+        for position, part in enumerate(parts, start=1):
+            self._gradients(part)
+            self._optimizer.signal_skip_step(do_skip=position < len(parts))
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(self, part: Sequence[Example]) -> None:
+        """Fills ``grad_sample`` with one finite gradient per record."""
+        logits, batch = forward(self._model, self._task, part)
+        with warnings.catch_warnings():
+            # Below the first adapted layer nothing needs gradients; the hooks do not need them either.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            self._task.per_example_loss(logits, batch).sum().backward()  # type: ignore[no-untyped-call]
+        samples = [parameter.grad_sample for parameter in self._optimizer.params]
+        if any(sample is None or len(sample) != len(part) for sample in samples):
+            raise TrainingError(
+                f"per-record gradients do not match the batch of {len(part)} records; a layer mixes "
+                f"records or was not called"
+            )
+        zero_non_finite(samples)
+
+    def _no_gradients(self) -> None:
+        """Fills ``grad_sample`` for a batch of no records."""
+        for parameter in self._optimizer.params:
+            parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+
+
+def zero_non_finite(samples: Sequence[torch.Tensor]) -> int:
+    """Zeroes, in place, every record whose gradient has a NaN or an infinity anywhere.
+
+    Args:
+        samples: One tensor of shape (batch, ...) for each parameter.
+
+    Returns:
+        Number of records that were zeroed. It stays with the client.
+    """
+    finite = torch.stack([torch.isfinite(s).flatten(1).all(dim=1) for s in samples]).all(dim=0)
+    zeroed = int((~finite).sum())
+    if zeroed:
+        for sample in samples:
+            sample[~finite] = 0
+    return zeroed
+
+
+@contextmanager
+def stepping(
+    model: LoadedModel,
+    task: Task,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer,
+    micro_batch_size: int,
+) -> Iterator[Step]:
+    """Gives the step that a plan asks for, and detaches whatever it attached.
+
+    Args:
+        model: The model; its trained parameters are those that require gradients.
+        task: The per-example loss.
+        plan: The plan that will be charged.
+        optimizer: Over the trained parameters.
+        micro_batch_size: Most records in one forward pass.
+    """
+    if not isinstance(plan, ExamplePlan):
+        yield PlainStep(model, task, optimizer, micro_batch_size)
+        return
+    network = model.adapter.network
+    hooks = GradSampleHooks(network, batch_first=True, loss_reduction="sum")
+    private = DPOptimizer(
+        optimizer,
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=plan.clip_norm,
+        expected_batch_size=plan.normaliser,
+        loss_reduction="mean",
+        generator=torch.Generator(model.device).manual_seed(operating_system_seed(63)),
+    )
+    try:
+        yield PrivateStep(model, task, private, micro_batch_size)
+    finally:
+        hooks.cleanup()
