@@ -43,7 +43,7 @@ def config_of(arm: str, directory: Path) -> Config:
             "training": {"local_steps": 8, "batch_size": 32, "learning_rate": 5e-3},
             "privacy": privacy,
             "aggregation": {"method": "ffa"},
-            "federation": {"num_clients": 5, "rounds": 10, "evaluate_every": 2},
+            "federation": {"num_clients": 5, "rounds": 8, "evaluate_every": 2},
         }
     )
 
