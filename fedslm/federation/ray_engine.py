@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import TypeVar
@@ -38,6 +39,10 @@ def run_on_ray(serve: Callable[[Grid], T], num_clients: int, engine: EngineConfi
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     from flwr.simulation import run_simulation
 
+    flower = logging.getLogger("flwr")
+    flower.setLevel(logging.ERROR)
+    flower.propagate = False
+
     app, results, errors = ServerApp(), list[T](), list[BaseException]()
 
     @app.main()
@@ -49,13 +54,12 @@ def run_on_ray(serve: Callable[[Grid], T], num_clients: int, engine: EngineConfi
             raise
 
     workers = os.cpu_count() or 1 if engine.workers < 1 else engine.workers
-    threads = engine.threads_per_worker
-    variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["OMP_NUM_THREADS"] = str(engine.threads_per_worker)  # the actors inherit it
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     options = {
         "init_args": {
             "num_cpus": workers,
             "include_dashboard": False,
-            "runtime_env": {"env_vars": variables},
         },
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
     }
