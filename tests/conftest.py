@@ -1,0 +1,135 @@
+"""Small real things that many tests use: tiny models of each architecture, tiny data, tiny configs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedslm import config as configuration
+from fedslm.config import Config
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WORDS = {
+    "heart": "chest pain palpitations ecg cardiac murmur pressure left arm".split(),
+    "bone": "fracture wrist ankle fall cast swelling knee joint plaster".split(),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tests compute with one thread, as clients do."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Separable two-class rows with a natural client."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        label = ("heart", "bone")[index % 2]
+        words = generator.choice(WORDS[label], size=int(generator.integers(3, 9)))
+        rows.append({"text": " ".join(words), "label": label, "client": f"site-{index % 3}"})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with train.jsonl and test.jsonl."""
+    directory = tmp_path_factory.mktemp("notes")
+    write_rows(directory / "train.jsonl", make_rows(90, 0))
+    write_rows(directory / "test.jsonl", make_rows(40, 1))
+    return directory
+
+
+@pytest.fixture
+def make_config(notes: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Builds a tiny config on the embedded model; sections are updated by keyword."""
+
+    def make(**sections: dict[str, Any]) -> Config:
+        values: dict[str, dict[str, Any]] = {
+            "run": {"name": "tiny", "directory": str(tmp_path / "run")},
+            "model": {"base": "demo", "device": "cpu"},
+            "lora": {"rank": 2, "alpha": 2.0, "target_modules": ["3.output.dense"]},
+            "data": {"source": str(notes), "partition": "natural"},
+            "task": {"name": "classification", "pooling": "mean", "max_length": 24},
+            "training": {"local_steps": 2, "batch_size": 4, "learning_rate": 0.01},
+            "privacy": {"unit": "none"},
+            "federation": {"num_clients": 3, "rounds": 3},
+            "engine": {"workers": 0},
+        }
+        for section, changes in sections.items():
+            values[section] = {**values.get(section, {}), **changes}
+        return configuration.from_mapping(values)
+
+    return make
+
+
+PRIVATE = {
+    "unit": "record",
+    "epsilon": 8.0,
+    "delta": 1e-5,
+    "clip_norm": 1.0,
+    "sample_rate": 0.2,
+}
+
+
+def family_config(family: str) -> Any:
+    """A tiny transformers config of an architecture, for the embedded tokenizer."""
+    import transformers
+
+    common = {"vocab_size": 1744, "pad_token_id": 0}
+    match family:
+        case "bert":
+            return transformers.BertConfig(
+                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, **common
+            )
+        case "gpt2":
+            return transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **common)
+        case "llama":
+            return transformers.LlamaConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                max_position_embeddings=128,
+                **common,
+            )
+    raise ValueError(family)
+
+
+@pytest.fixture(scope="session")
+def family_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Writes a randomly initialised model of an architecture and task, once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str, task: str) -> Path:
+        import torch
+        import transformers
+
+        from fedslm.models.base import DEMO_DIRECTORY
+
+        if (family, task) not in made:
+            directory = tmp_path_factory.mktemp(f"{family}-{task}")
+            torch.manual_seed(0)
+            config = family_config(family)
+            auto = transformers.AutoModel if task == "classification" else transformers.AutoModelForCausalLM
+            auto.from_config(config).save_pretrained(directory)
+            transformers.AutoTokenizer.from_pretrained(DEMO_DIRECTORY).save_pretrained(directory)
+            made[family, task] = directory
+        return made[family, task]
+
+    return make

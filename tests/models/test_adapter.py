@@ -1,0 +1,123 @@
+"""Adapters: initial state, targets, and round trips through plain PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import LABELS, examples_of, load_family, random_state, task_of
+
+from fedslm.config import LoraConfig, ModelConfig, TaskConfig
+from fedslm.errors import ModelError
+from fedslm.models.adapter import initial_state
+from fedslm.models.base import base_sha256, resolve
+from fedslm.models.loaded import load
+from fedslm.records import AdapterState
+from fedslm.training.batches import forward
+
+FAMILIES = [
+    ("bert", "classification", "native"),
+    ("bert", "classification", "mean"),
+    ("gpt2", "causal-lm", "native"),
+    ("llama", "causal-lm", "native"),
+]
+
+
+def test_initial_factor_a_has_orthonormal_rows(family_directory: Callable[[str, str], Path]) -> None:
+    """A·Aᵀ = I, B = 0, and the same seed gives the same bits."""
+    model = load_family(family_directory("bert", "classification"), "classification")
+    shapes = model.adapter.read().shapes
+    state = initial_state(shapes, 5)
+    for key in state:
+        if "lora_A" in key:
+            np.testing.assert_allclose(state[key] @ state[key].T, np.eye(len(state[key])), atol=1e-6)
+        if "lora_B" in key:
+            assert not state[key].any()
+    assert state.sha256() == initial_state(shapes, 5).sha256() != initial_state(shapes, 6).sha256()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(family))
+def test_saved_adapter_loads_with_plain_peft(
+    family, family_directory: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """PeftModel.from_pretrained on a fresh base gives the same logits, merged or not."""
+    import transformers
+    from peft import PeftModel
+
+    from fedslm.models.pooling import MeanPoolingClassifier
+
+    architecture, task_name, pooling = family
+    directory = family_directory(architecture, task_name)
+    model, task = load_family(directory, task_name, pooling), task_of(task_name)
+    model.adapter.write(random_state(model))
+    model.adapter.save(tmp_path)
+    with torch.no_grad():
+        expected, batch = forward(model, task, examples_of(4))
+    if task_name == "causal-lm":
+        base = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    elif pooling == "native":
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            directory, num_labels=len(LABELS)
+        )
+    else:
+        base = MeanPoolingClassifier(transformers.AutoModel.from_pretrained(directory), len(LABELS))
+    plain = PeftModel.from_pretrained(base, tmp_path).eval()
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, expected, atol=1e-6, rtol=1e-5)
+        merged = plain.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_unknown_target_names_the_layers(family_directory: Callable[[str, str], Path]) -> None:
+    """A target that matches nothing is an error that lists what the model has."""
+    directory = family_directory("llama", "causal-lm")
+    with pytest.raises(ModelError, match=r"matches no layer.*q_proj"):
+        load(
+            ModelConfig(base=str(directory)),
+            LoraConfig(target_modules=("query",)),
+            TaskConfig(name="causal-lm"),
+            0,
+        )
+
+
+def test_foreign_tensors_are_refused(family_directory: Callable[[str, str], Path]) -> None:
+    """A key or a shape that does not fit is an error, not a silent no-op."""
+    model = load_family(family_directory("bert", "classification"), "classification")
+    key, shape = next(iter(model.adapter.read().shapes.items()))
+    with pytest.raises(ModelError, match="does not fit"):
+        model.adapter.write(AdapterState({f"_module.{key}": np.zeros(shape, np.float32)}))
+    with pytest.raises(ModelError, match="does not fit"):
+        model.adapter.write(AdapterState({key: np.zeros((1, 1), np.float32)}))
+
+
+@pytest.mark.parametrize("base", ["/no/such/model", "./none", "~/none"])
+def test_missing_model_is_a_clear_error(base: str) -> None:
+    """A path that does not exist is said to be so, without asking the hub."""
+    with pytest.raises(ModelError, match="no such directory"):
+        resolve(ModelConfig(base=base))
+
+
+def test_base_hash_sees_every_byte(family_directory: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """Changing one byte of the weights changes the hash of the base model."""
+    import shutil
+
+    source = family_directory("bert", "classification")
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    assert base_sha256(copy) == base_sha256(source)
+    changed = tmp_path / "changed"
+    shutil.copytree(source, changed)
+    weights = bytearray((changed / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (changed / "model.safetensors").write_bytes(weights)
+    assert base_sha256(changed) != base_sha256(source)
+
+
+def test_embedded_model_loads_offline() -> None:
+    """The demo model loads for classification and has at most 1.5 million parameters."""
+    model = load(ModelConfig(base="demo"), LoraConfig(rank=2), TaskConfig(name="classification"), 6)
+    assert sum(p.numel() for p in model.adapter.network.parameters()) < 1_600_000
