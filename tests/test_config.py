@@ -1,0 +1,474 @@
+"""Tests of the configuration and of its contradictions."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any
+
+import annotated_types
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from fedslm import contradictions
+from fedslm.config import Config, from_flat, from_mapping, from_toml, to_toml, with_overrides
+from fedslm.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+SIMULATIONS = sorted((ROOT / "simulations").glob("*.toml"))
+BASE: dict[str, dict[str, Any]] = {
+    "model": {"base": "demo"},
+    "data": {"source": "demo"},
+    "task": {"name": "classification"},
+    "privacy": {
+        "unit": "record",
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "clip_norm": 1.0,
+        "sample_rate": 0.05,
+    },
+}
+FIELDS: dict[str, FieldInfo] = {
+    f"{section}.{key}": field
+    for section, outer in Config.model_fields.items()
+    for key, field in typing.cast(Any, outer.annotation).model_fields.items()
+}
+
+
+def changed(*assignments: tuple[str, Any]) -> dict[str, dict[str, Any]]:
+    """The base values with some dotted keys replaced."""
+    values = {section: dict(content) for section, content in BASE.items()}
+    for dotted, value in assignments:
+        section, key = dotted.split(".")
+        values.setdefault(section, {})[key] = value
+    return values
+
+
+def problems(values: dict[str, Any]) -> dict[str, str]:
+    """Key to message of everything that is wrong."""
+    with pytest.raises(ConfigError) as caught:
+        contradictions.check(from_mapping(values))
+    return {problem.key: problem.message for problem in caught.value.problems}
+
+
+def _out_of_range() -> list[tuple[str, float, float]]:
+    """(key, value just outside, bound) for every bound of every number."""
+    cases: list[tuple[str, float, float]] = []
+    for key, field in FIELDS.items():
+        for bound in field.metadata:
+            match bound:
+                case annotated_types.Ge(ge=limit):
+                    cases.append((key, typing.cast(Any, limit) - 1, typing.cast(Any, limit)))
+                case annotated_types.Le(le=limit):
+                    cases.append((key, typing.cast(Any, limit) + 1, typing.cast(Any, limit)))
+                case annotated_types.Gt(gt=limit):
+                    cases.append((key, typing.cast(Any, limit), typing.cast(Any, limit)))
+                case annotated_types.Lt(lt=limit):
+                    cases.append((key, typing.cast(Any, limit), typing.cast(Any, limit)))
+    return cases
+
+
+def _choices(field: FieldInfo) -> tuple[str, ...]:
+    """The choices of a Literal field, else nothing."""
+    is_literal = typing.get_origin(field.annotation) is typing.Literal
+    return typing.get_args(field.annotation) if is_literal else ()
+
+
+@pytest.mark.parametrize(("key", "value", "bound"), _out_of_range())
+def test_a_number_out_of_range_names_key_value_and_bound(key: str, value: float, bound: float) -> None:
+    """Whatever number is out of its range, its error says which, what it was and what is allowed."""
+    message = problems(changed((key, value)))[key]
+    assert f"value {json.dumps(value)}:" in message
+    assert str(bound) in message.split(":", 1)[1]
+
+
+def test_most_numbers_have_a_bound() -> None:
+    """The test above looks at the whole configuration, not at nothing."""
+    assert len({key for key, _, _ in _out_of_range()}) >= 25
+
+
+@pytest.mark.parametrize("key", [key for key, field in FIELDS.items() if _choices(field)])
+def test_an_unknown_choice_names_all_choices(key: str) -> None:
+    """A word that is not a choice is refused, with the word and every choice."""
+    message = problems(changed((key, "nonsense")))[key]
+    assert '"nonsense"' in message
+    assert all(f"'{choice}'" in message for choice in _choices(FIELDS[key]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("privacy.delta", 2, "1/(10·records"),
+        ("privacy.epsilon", 0, "1 to 8"),
+        ("privacy.epsilon", -1.0, "1 to 8"),
+        ("privacy.sample_rate", 1.5, "batch_size /"),
+        ("privacy.unit", "patient", 'use "record"'),
+        ("training.local_steps", 0, "10 to 50"),
+        ("federation.num_clients", 0, "count the hospitals"),
+    ],
+)
+def test_an_error_says_what_to_do(key: str, value: object, remedy: str) -> None:
+    """Where a good value is known, the error names it."""
+    assert remedy in problems(changed((key, value)))[key]
+
+
+@pytest.mark.parametrize(
+    "key", ["privacy.epsilon", "privacy.clip_norm", "privacy.noise_multiplier", "lora.alpha"]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, "nan", "-inf"])
+def test_no_number_is_infinite_or_nan(key: str, value: object) -> None:
+    """NaN and infinity compare oddly, so they never get in."""
+    assert "finite" in problems(changed((key, value)))[key]
+
+
+@pytest.mark.parametrize("key", ["privacy.epsilon", "federation.rounds"])
+def test_a_truth_value_is_no_number(key: str) -> None:
+    """``epsilon = true`` is a slip and must not mean a budget of 1."""
+    assert key in problems(changed((key, True)))
+
+
+def test_several_problems_are_reported_at_once() -> None:
+    """One run of the check shows everything that is wrong."""
+    values = changed(("lora.rank", 0), ("privacy.delta", 2), ("task.nmae", "x"), ("engine.name", "gpu"))
+    del values["model"]
+    found = problems(values)
+    assert set(found) == {"lora.rank", "privacy.delta", "task.nmae", "engine.name", "model"}
+
+
+def test_the_text_of_the_error_counts_and_lists() -> None:
+    """The printed error has one line for each problem."""
+    with pytest.raises(ConfigError, match="^2 problems in the configuration\n") as caught:
+        from_mapping(changed(("lora.rank", 0), ("lora.alpha", 0)))
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == [
+        "  lora.rank",
+        "  lora.alpha",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("privacy.epsilonn", "epsilon"),
+        ("training.local_step", "local_steps"),
+        ("federation.client_per_round", "clients_per_round"),
+        ("trainin.local_steps", "training"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_nearest(key: str, meant: str) -> None:
+    """No key is ignored silently: a misspelling is an error that names what was meant."""
+    found = problems(changed((key, 3)))
+    assert any(f"did you mean {meant!r}?" in message for message in found.values())
+
+
+def test_a_key_like_no_other_lists_what_is_known() -> None:
+    """Where nothing is near, all keys of the section are listed."""
+    assert "known: rank, alpha" in problems(changed(("lora.zzzzzz", 3)))["lora.zzzzzz"]
+
+
+def test_a_section_that_is_no_section_is_refused() -> None:
+    """``model = "demo"`` instead of ``[model]`` is an error of ours."""
+    assert "model" in problems({**changed(), "model": "demo"})
+
+
+def test_a_config_cannot_be_changed() -> None:
+    """A run cannot change its own config."""
+    with pytest.raises(ValidationError):
+        from_mapping(BASE).run.seed = 3  # type: ignore[misc]
+
+
+_PRINTABLE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"), max_size=12)
+_NAMES = st.lists(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters=",\x7f"), min_size=1)
+    .map(str.strip)
+    .filter(bool),
+    max_size=3,
+)
+_POSITIVE = st.floats(min_value=1e-12, max_value=1e12, allow_nan=False)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    """Any valid config, with texts as odd as they come."""
+    return from_mapping(
+        changed(
+            ("run.seed", draw(st.integers(0, 2**62))),
+            ("run.directory", draw(_PRINTABLE)),
+            ("model.revision", draw(_PRINTABLE)),
+            ("lora.target_modules", draw(_NAMES)),
+            ("lora.alpha", draw(_POSITIVE)),
+            ("data.source", draw(_PRINTABLE.filter(bool))),
+            ("data.text_column", draw(_PRINTABLE)),
+            ("data.label_column", draw(_PRINTABLE)),
+            ("task.labels", draw(_NAMES)),
+            ("training.learning_rate", draw(_POSITIVE)),
+            ("privacy.epsilon", draw(st.none() | _POSITIVE)),
+            ("privacy.delta", draw(st.none() | st.floats(1e-300, 0.5))),
+            ("privacy.unit", draw(st.sampled_from(["record", "none"]))),
+            ("federation.clients_per_round", draw(st.none() | st.integers(1, 10**9))),
+            ("engine.workers", draw(st.integers(-1, 64))),
+        )
+    )
+
+
+@given(config=configs())
+@settings(max_examples=60, deadline=None)
+def test_toml_round_trip(config: Config) -> None:
+    """What is written as TOML reads back as the same config."""
+    assert from_mapping(tomllib.loads(to_toml(config))) == config
+
+
+def test_toml_round_trip_of_a_delete_character() -> None:
+    """U+007F is legal in JSON text and not in TOML: it needs an escape like other control characters."""
+    config = from_mapping(changed(("data.text_column", "note\x7f")))
+    assert from_mapping(tomllib.loads(to_toml(config))) == config
+
+
+@given(config=configs())
+@settings(max_examples=60, deadline=None)
+def test_flat_round_trip(config: Config) -> None:
+    """Flower's flat run config carries the whole config, in scalars only."""
+    flat = config.flat()
+    assert set(flat) == set(FIELDS)
+    assert all(isinstance(value, str | int | float | bool) for value in flat.values())
+    assert from_flat(flat) == config
+
+
+def test_a_class_name_with_a_comma_is_not_split_silently() -> None:
+    """The flat form separates names by commas: such a name survives or is refused, never becomes two."""
+    labels = ("chest pain, acute", "other")
+    try:
+        config = from_mapping(changed(("task.labels", list(labels))))
+        again = from_flat(config.flat())
+    except ConfigError:
+        return
+    assert again.task.labels == labels
+
+
+def test_flat_keys_without_a_section_are_refused() -> None:
+    """A flat key must be dotted."""
+    with pytest.raises(ConfigError, match="rounds: is not known"):
+        from_flat({**from_mapping(BASE).flat(), "rounds": 3})
+
+
+def test_the_flower_app_offers_every_key() -> None:
+    """``flwr run -c`` overrides only keys that exist: pyproject.toml has them all and works as it is."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    nested = project["tool"]["flwr"]["app"]["config"]
+    flat = {f"{section}.{key}": value for section in nested for key, value in nested[section].items()}
+    config = from_flat(flat)
+    assert list(flat) == list(config.flat())
+    contradictions.check(config)
+
+
+def test_overrides_are_toml_or_else_text() -> None:
+    """Numbers, lists and quoted text are read as TOML; anything else is text."""
+    overrides = [
+        "training.local_steps=20",
+        "privacy.epsilon = 2.5",
+        'task.labels=["a", "b"]',
+        'run.name="quoted"',
+        "data.text_column=a=b",
+        "lora.target_modules=query,value",
+    ]
+    config = from_mapping(with_overrides(BASE, overrides))
+    assert (config.training.local_steps, config.privacy.epsilon) == (20, 2.5)
+    assert (config.task.labels, config.run.name) == (("a", "b"), "quoted")
+    assert config.data.text_column == "a=b"
+    assert config.lora.target_modules == ("query", "value")
+
+
+def test_the_last_override_counts_and_the_values_stay() -> None:
+    """Overrides apply in order, to a copy."""
+    before = json.dumps(BASE)
+    merged = with_overrides(BASE, ["privacy.epsilon=1", "privacy.epsilon=2"])
+    assert merged["privacy"]["epsilon"] == 2
+    assert json.dumps(BASE) == before
+
+
+@pytest.mark.parametrize("override", ["rounds=3", "federation.rounds", "=3", "federation.=3", ""])
+def test_an_override_without_section_key_or_value_is_refused(override: str) -> None:
+    """An override that is not section.key=value is an error that shows one."""
+    with pytest.raises(ConfigError, match=r"training\.local_steps=20"):
+        with_overrides(BASE, [override])
+
+
+def test_an_override_of_an_unknown_key_is_refused() -> None:
+    """Overrides are as strict as the file."""
+    with pytest.raises(ConfigError, match="did you mean 'rounds'"):
+        from_mapping(with_overrides(BASE, ["federation.round=3"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"[run\n", "cannot be read as TOML"), (b"\xff\xfe", "cannot be read")],
+)
+def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    """A file that is missing, is no TOML or is no text gives an error with its path."""
+    path = tmp_path / "run.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        from_toml(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_directory_is_no_config(tmp_path: Path) -> None:
+    """A directory instead of a file gives an error of ours."""
+    with pytest.raises(ConfigError, match="cannot be read"):
+        from_toml(tmp_path)
+
+
+def _other(field: FieldInfo, value: Any) -> Any:
+    """A value that differs."""
+    if choices := _choices(field):
+        return next(choice for choice in reversed(choices) if choice != value)
+    match value:
+        case None:
+            return 0.5
+        case str():
+            return f"{value}x"
+        case tuple():
+            return (*value, "z")
+        case _:
+            return value + 1
+
+
+@pytest.mark.parametrize("key", list(FIELDS))
+def test_the_hash_covers_what_determines_the_result(key: str) -> None:
+    """Every field changes the hash, but for where the run computes and what it is called."""
+    config = from_mapping(BASE).resolved()
+    section, name = key.split(".")
+    part = getattr(config, section)
+    other = part.model_copy(update={name: _other(FIELDS[key], getattr(part, name))})
+    ignored = section == "engine" or key in ("run.name", "run.directory")
+    assert (config.model_copy(update={section: other}).sha256() == config.sha256()) is ignored
+
+
+@pytest.mark.parametrize(("unit", "method"), [("record", "ffa"), ("none", "fedit")])
+def test_resolving_replaces_auto(unit: str, method: str) -> None:
+    """ "auto" becomes ffa under privacy and fedit without, and the hash does not notice."""
+    config = from_mapping(changed(("privacy.unit", unit)))
+    resolved = config.resolved()
+    assert resolved.aggregation.method == method
+    assert resolved.resolved() == resolved
+    assert resolved.sha256() == config.sha256()
+
+
+@pytest.mark.parametrize("method", ["fedit", "ffa"])
+def test_resolving_keeps_a_choice(method: str) -> None:
+    """A method that was named stays."""
+    config = from_mapping(changed(("aggregation.method", method)))
+    assert config.resolved() == config
+
+
+@pytest.mark.parametrize("path", SIMULATIONS, ids=lambda path: path.name)
+def test_the_simulations_are_valid(path: Path) -> None:
+    """Every config that is shipped can be used and raises no warning."""
+    config = from_toml(path)
+    contradictions.check(config)
+    assert contradictions.warnings(config) == []
+
+
+def test_there_are_simulations() -> None:
+    """The test above looks at something."""
+    assert SIMULATIONS
+
+
+@pytest.mark.parametrize("key", ["epsilon", "delta", "clip_norm", "sample_rate"])
+@pytest.mark.parametrize("blank", [None, ""])
+def test_nothing_that_makes_a_guarantee_has_a_default(key: str, blank: object) -> None:
+    """Under privacy, epsilon, delta, clip norm and sample rate must be given."""
+    message = problems(changed((f"privacy.{key}", blank)))[f"privacy.{key}"]
+    assert "is required" in message
+    assert "such as" in message
+
+
+def test_all_that_is_required_is_asked_for_at_once() -> None:
+    """Contradictions are reported together too."""
+    found = problems({**changed(), "privacy": {"unit": "record"}})
+    assert set(found) == {f"privacy.{key}" for key in ("epsilon", "delta", "clip_norm", "sample_rate")}
+
+
+def test_without_privacy_nothing_is_required() -> None:
+    """unit="none" needs no privacy parameters, and allows record weights and dropout."""
+    values = changed(("aggregation.weights", "records"), ("lora.dropout", 0.1))
+    values["privacy"] = {"unit": "none"}
+    contradictions.check(from_mapping(values))
+
+
+@pytest.mark.parametrize(
+    ("assignments", "key", "part"),
+    [
+        ([("aggregation.weights", "records")], "aggregation.weights", "reveals how many records"),
+        ([("lora.dropout", 0.1)], "lora.dropout", "must be 0 under privacy"),
+        (
+            [("federation.clients_per_round", 6), ("federation.num_clients", 5)],
+            "federation.clients_per_round",
+            "federation.num_clients=5",
+        ),
+        (
+            [("federation.clients_per_round", 2), ("federation.min_replies", 3)],
+            "federation.min_replies",
+            "cohort of 2",
+        ),
+        ([("federation.min_replies", 6)], "federation.min_replies", "cohort of 5"),
+        ([("data.label_column", "")], "data.label_column", "classification"),
+        (
+            [
+                ("task.name", "causal-lm"),
+                ("data.label_column", ""),
+                ("data.partition", "dirichlet"),
+            ],
+            "data.label_column",
+            "dirichlet",
+        ),
+        ([("task.labels", ["only"])], "task.labels", "at least two"),
+        ([("task.labels", ["a", "b", "a"])], "task.labels", "twice"),
+        (
+            [("task.name", "causal-lm"), ("task.pooling", "mean")],
+            "task.pooling",
+            "has no pooling",
+        ),
+    ],
+)
+def test_contradictions_are_refused(assignments: list[tuple[str, Any]], key: str, part: str) -> None:
+    """Each contradiction is refused alone, named by its option."""
+    found = problems(changed(*assignments))
+    assert list(found) == [key]
+    assert part in found[key]
+
+
+def test_a_sound_config_has_no_contradiction() -> None:
+    """The base of these tests is fine, so that each refusal above has its one cause."""
+    config = from_mapping(BASE)
+    contradictions.check(config)
+    assert contradictions.warnings(config) == []
+
+
+@pytest.mark.parametrize(
+    ("delta", "warned"), [(1e-5, False), (0.0031, False), (1 / 320, True), (0.5, True)]
+)
+def test_a_delta_of_one_record_or_more_warns(delta: float, warned: bool) -> None:
+    """16 records at a rate of 0.05 are about 320: from 1/320 on, publishing a record would pass."""
+    config = from_mapping(changed(("privacy.delta", delta)))
+    found = contradictions.warnings(config)
+    assert bool(found) is warned
+    assert all("privacy.delta" in text and "1/320" in text and "3e-04" in text for text in found)
+
+
+@pytest.mark.parametrize(("epsilon", "warned"), [(20.0, False), (21.0, True)])
+def test_a_huge_epsilon_warns(epsilon: float, warned: bool) -> None:
+    """An epsilon that promises little is allowed, with a warning."""
+    found = contradictions.warnings(from_mapping(changed(("privacy.epsilon", epsilon))))
+    assert any("promises little" in text for text in found) is warned
+
+
+def test_without_privacy_nothing_warns() -> None:
+    """There is no guarantee to warn about."""
+    assert contradictions.warnings(from_mapping(changed(("privacy.unit", "none")))) == []
