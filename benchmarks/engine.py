@@ -9,6 +9,7 @@ The sides alternate; ratios are taken within a pair and below 1 where fedslm is 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -75,12 +76,11 @@ def time_simulation(path: Path) -> None:
     from fedslm.federation.workers import preload
 
     preload()
-    from fedslm import config, simulate
+    import fedslm
 
     watch = Stopwatch()
-    simulate.simulate(config.from_toml(path), watch)
-    ends = watch.rounds
-    seconds = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    fedslm.simulate(fedslm.load_config(path), watch)
+    seconds = [end - start for start, end in itertools.pairwise(watch.rounds)]
     print(json.dumps({"seconds": seconds}))
 
 
@@ -159,7 +159,7 @@ def write_inputs(path: Path, config_path: Path, run: Path, rounds: int) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from fedslm import config
+    from fedslm.config import from_toml
     from fedslm.data import shards
     from fedslm.models.adapter import initial_state
     from fedslm.models.loaded import load
@@ -167,7 +167,7 @@ def write_inputs(path: Path, config_path: Path, run: Path, rounds: int) -> None:
     from fedslm.rng import stream
     from fedslm.tasks import build
 
-    loaded = config.from_toml(config_path)
+    loaded = from_toml(config_path)
     model, task = load(loaded.model, loaded.lora, loaded.task, 0), build(loaded.task, loaded.data, ())
     plan = calibrated(loaded.privacy, loaded.training, rounds)
     tokens = np.empty((rounds, CLIENTS, STEPS, BATCH_SIZE, scenario.MAX_TOKENS), np.int32)

@@ -157,7 +157,7 @@ def memory_bytes(process: int | str, key: str) -> int:
     raise KeyError(key)
 
 
-def descendants(process: int) -> Iterator[int]:
+def descendants(process: int | str) -> Iterator[int]:
     """All processes below one, parents before children."""
     for thread in Path(f"/proc/{process}/task").iterdir():
         for child in map(int, (thread / "children").read_text().split()):

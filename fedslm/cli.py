@@ -113,7 +113,7 @@ def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
         from fedslm.federation.workers import preload
 
         preload()
-    from fedslm import simulate as simulation
+    from fedslm import simulation
     from fedslm.progress import Bar
 
     bar = Bar()

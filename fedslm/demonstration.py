@@ -13,7 +13,7 @@ from fedslm import config as configuration
 from fedslm.config import Config
 from fedslm.errors import RunError
 from fedslm.progress import Bar
-from fedslm.simulate import simulate
+from fedslm.simulation import simulate
 
 ARMS: dict[str, dict[str, Any]] = {
     "no-privacy": {"unit": "none"},

@@ -16,7 +16,7 @@ from fedslm.federation.rounds import Federation, Outcome
 from fedslm.federation.workers import InlinePool
 from fedslm.privacy.plan import Plan
 from fedslm.progress import Bar
-from fedslm.simulate import federate, serve
+from fedslm.simulation import federate, serve
 
 
 def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
         The content of ``report.json``.
 
     Raises:
-        FedslmError: As :func:`fedslm.simulate.simulate`; a relative ``run.directory`` is refused,
+        FedslmError: As :func:`fedslm.simulation.simulate`; a relative ``run.directory`` is refused,
             since Flower starts apps in directories of its own.
     """
     config = configuration.from_flat(run_config)

@@ -17,8 +17,8 @@ from fedslm.config import Config
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 WORDS = {
-    "heart": "chest pain palpitations ecg cardiac murmur pressure left arm".split(),
-    "bone": "fracture wrist ankle fall cast swelling knee joint plaster".split(),
+    "heart": ["chest", "pain", "palpitations", "ecg", "cardiac", "murmur", "pressure", "left", "arm"],
+    "bone": ["fracture", "wrist", "ankle", "fall", "cast", "swelling", "knee", "joint", "plaster"],
 }
 
 
@@ -95,7 +95,11 @@ def family_config(family: str) -> Any:
     match family:
         case "bert":
             return transformers.BertConfig(
-                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, **common
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                **common,
             )
         case "gpt2":
             return transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **common)
@@ -126,7 +130,11 @@ def family_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str,
             directory = tmp_path_factory.mktemp(f"{family}-{task}")
             torch.manual_seed(0)
             config = family_config(family)
-            auto = transformers.AutoModel if task == "classification" else transformers.AutoModelForCausalLM
+            auto = (
+                transformers.AutoModel
+                if task == "classification"
+                else transformers.AutoModelForCausalLM
+            )
             auto.from_config(config).save_pretrained(directory)
             transformers.AutoTokenizer.from_pretrained(DEMO_DIRECTORY).save_pretrained(directory)
             made[family, task] = directory

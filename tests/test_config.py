@@ -143,7 +143,7 @@ def test_several_problems_are_reported_at_once() -> None:
 
 def test_the_text_of_the_error_counts_and_lists() -> None:
     """The printed error has one line for each problem."""
-    with pytest.raises(ConfigError, match="^2 problems in the configuration\n") as caught:
+    with pytest.raises(ConfigError, match=r"^2 problems in the configuration\n") as caught:
         from_mapping(changed(("lora.rank", 0), ("lora.alpha", 0)))
     assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == [
         "  lora.rank",
@@ -204,7 +204,7 @@ def configs(draw: st.DrawFn) -> Config:
             ("lora.alpha", draw(_POSITIVE)),
             ("data.source", draw(_PRINTABLE.filter(bool))),
             ("data.text_column", draw(_PRINTABLE)),
-            ("data.label_column", draw(_PRINTABLE)),
+            ("data.label_column", draw(_PRINTABLE.filter(bool))),
             ("task.labels", draw(_NAMES)),
             ("training.learning_rate", draw(_POSITIVE)),
             ("privacy.epsilon", draw(st.none() | _POSITIVE)),
@@ -223,8 +223,21 @@ def test_toml_round_trip(config: Config) -> None:
     assert from_mapping(tomllib.loads(to_toml(config))) == config
 
 
+def test_toml_round_trip_of_an_absent_value() -> None:
+    """A value that is absent on purpose stays absent, also where the default is another."""
+    config = from_mapping(changed(("task.name", "causal-lm"), ("data.label_column", "")))
+    assert config.data.label_column is None
+    assert from_mapping(tomllib.loads(to_toml(config))) == config
+
+
+def test_flat_round_trip_of_an_absent_value() -> None:
+    """The same for Flower's flat form."""
+    config = from_mapping(changed(("task.name", "causal-lm"), ("data.label_column", "")))
+    assert from_flat(config.flat()) == config
+
+
 def test_toml_round_trip_of_a_delete_character() -> None:
-    """U+007F is legal in JSON text and not in TOML: it needs an escape like other control characters."""
+    """U+007F is legal in JSON text but not in TOML: it needs an escape."""
     config = from_mapping(changed(("data.text_column", "note\x7f")))
     assert from_mapping(tomllib.loads(to_toml(config))) == config
 
@@ -240,7 +253,7 @@ def test_flat_round_trip(config: Config) -> None:
 
 
 def test_a_class_name_with_a_comma_is_not_split_silently() -> None:
-    """The flat form separates names by commas: such a name survives or is refused, never becomes two."""
+    """The flat form separates names by commas: such a name survives or is refused."""
     labels = ("chest pain, acute", "other")
     try:
         config = from_mapping(changed(("task.labels", list(labels))))
@@ -257,7 +270,7 @@ def test_flat_keys_without_a_section_are_refused() -> None:
 
 
 def test_the_flower_app_offers_every_key() -> None:
-    """``flwr run -c`` overrides only keys that exist: pyproject.toml has them all and works as it is."""
+    """``flwr run -c`` overrides only keys that exist: pyproject.toml has them all, and is valid."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     nested = project["tool"]["flwr"]["app"]["config"]
     flat = {f"{section}.{key}": value for section in nested for key, value in nested[section].items()}
@@ -330,7 +343,7 @@ def _other(field: FieldInfo, value: Any) -> Any:
         return next(choice for choice in reversed(choices) if choice != value)
     match value:
         case None:
-            return 0.5
+            return "x" if "str" in str(field.annotation) else 3
         case str():
             return f"{value}x"
         case tuple():
@@ -352,7 +365,7 @@ def test_the_hash_covers_what_determines_the_result(key: str) -> None:
 
 @pytest.mark.parametrize(("unit", "method"), [("record", "ffa"), ("none", "fedit")])
 def test_resolving_replaces_auto(unit: str, method: str) -> None:
-    """ "auto" becomes ffa under privacy and fedit without, and the hash does not notice."""
+    """Method "auto" becomes ffa under privacy and fedit without, and the hash does not notice."""
     config = from_mapping(changed(("privacy.unit", unit)))
     resolved = config.resolved()
     assert resolved.aggregation.method == method

@@ -59,9 +59,14 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     """An error that is not the disk's passes through, and the old file stays."""
     path = tmp_path / "state.json"
     write_text(path, "old")
-    with pytest.raises(KeyError, match="mine"), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise KeyError("mine")
+
+    def write_half() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        write_half()
     assert path.read_text() == "old"
 
 
@@ -107,7 +112,7 @@ def test_adapters_keep_every_bit(tmp_path: Path) -> None:
         {
             "bits": _BITS,
             "empty": np.zeros((0, 3), np.float32),
-            "scalar": np.float32(2) * np.ones((), "f4"),
+            "scalar": np.full((), 2, np.float32),
         }
     )
     save_adapter(tmp_path / "a.safetensors", state)

@@ -67,8 +67,6 @@ def run_on_ray(serve: Callable[[Grid], T], num_clients: int, engine: EngineConfi
         run_simulation(app, client_app(), num_clients, backend_config=options)  # type: ignore[arg-type]
     except Exception as error:
         raise errors[0] if errors else FederationError(f"Ray: {error}") from error
-    if errors:
-        raise errors[0]
     if not results:
         raise FederationError("the simulation on Ray ended without a result")
     return results[0]

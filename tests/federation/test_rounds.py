@@ -12,7 +12,7 @@ import pytest
 from conftest import PRIVATE
 from flwr.app import Error, Message
 
-from fedslm import simulate as simulation
+from fedslm import simulation
 from fedslm.config import Config
 from fedslm.errors import RunError
 from fedslm.federation import rounds
@@ -78,7 +78,9 @@ def run_with(config: Config, answers: dict[int, Callable[[Message], Message]]) -
     )
 
 
-def changed(change: Callable[[AdapterState], AdapterState], **fields: Any) -> Callable[[Message], Message]:
+def changed(
+    change: Callable[[AdapterState], AdapterState], **fields: Any
+) -> Callable[[Message], Message]:
     """An answer whose adapter was changed; its hash is made to fit."""
 
     def answer(message: Message) -> Message:
@@ -118,10 +120,18 @@ def test_run_learns_and_writes_everything(make_config: MakeConfig) -> None:
     config = make_config(federation={"rounds": 6})
     report = simulation.simulate(config, Silent())
     assert report["metrics_after"]["accuracy"] > 0.9 > report["metrics_before"]["accuracy"]
-    for name in (
-        "config.toml config.json rounds.jsonl checkpoint/state.json frozen.safetensors report.json "
-        "report.md report.png adapter/adapter_model.safetensors adapter/README.md"
-    ).split():
+    for name in [
+        "config.toml",
+        "config.json",
+        "rounds.jsonl",
+        "checkpoint/state.json",
+        "frozen.safetensors",
+        "report.json",
+        "report.md",
+        "report.png",
+        "adapter/adapter_model.safetensors",
+        "adapter/README.md",
+    ]:
         assert (Path(report["directory"]) / name).stat().st_size > 0, name
     assert report["epsilon"] is None
     assert not (Path(report["directory"]) / "ledger").exists()
@@ -197,7 +207,7 @@ def test_tampered_update_is_left_out(make_config: MakeConfig) -> None:
 def test_rounds_without_replies_keep_the_adapter_and_stop(make_config: MakeConfig) -> None:
     """All clients fail: each round is recorded, the adapter kept, and the run stops with what it has."""
     config = make_config(federation={"rounds": 9, "max_failed_rounds": 2})
-    report = run_with(config, {client: failing for client in range(3)})
+    report = run_with(config, dict.fromkeys(range(3), failing))
     assert "2 rounds in a row" in report["stopped"]
     lines = records_of(config)
     assert [line["kept"] for line in lines] == [True, True]
@@ -222,7 +232,9 @@ def test_late_clients_are_counted(make_config: MakeConfig) -> None:
     directory = RunDirectory.create(Path(str(config.run.directory)), config)
     pool = InlinePool()
     federation = rounds.Federation(Slow(3, pool), pool, directory, Silent())
-    simulation.serve(config, directory, lambda p, names: simulation.federate(federation, config, p, names))
+    simulation.serve(
+        config, directory, lambda p, names: simulation.federate(federation, config, p, names)
+    )
     assert records_of(config)[0]["late"] == 3
 
 

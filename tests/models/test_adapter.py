@@ -101,7 +101,9 @@ def test_missing_model_is_a_clear_error(base: str) -> None:
         resolve(ModelConfig(base=base))
 
 
-def test_base_hash_sees_every_byte(family_directory: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_base_hash_sees_every_byte(
+    family_directory: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     """Changing one byte of the weights changes the hash of the base model."""
     import shutil
 

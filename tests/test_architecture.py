@@ -1,0 +1,241 @@
+"""The six laws of docs/architecture.md."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fedslm
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fedslm"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+# The arrow: a module imports only what stands in a lower storey, or beside it in its own room.
+STOREYS = {
+    "errors": 0,
+    "records": 1,
+    "rng": 1,
+    "storage": 2,
+    "config": 2,
+    "contradictions": 3,
+    "data": 3,
+    "tasks": 4,
+    "models": 5,
+    "privacy": 5,
+    "training": 6,
+    "aggregation": 6,
+    "federation": 7,
+    "reporting": 8,
+    "progress": 8,
+    "simulation": 9,
+    "flower": 10,
+    "demonstration": 10,
+    "cli": 11,
+    "__main__": 12,
+    "__init__": 12,
+}
+
+OWNERS = {
+    "pydantic": {"config"},
+    "tomllib": {"config"},
+    "datasets": {"data"},
+    "flwr_datasets": {"data"},
+    "pyarrow": {"data"},
+    "transformers": {"tasks", "models"},
+    "peft": {"models"},
+    "torch": {"tasks", "models", "training", "federation.workers"},
+    "opacus": {"training", "privacy.accounting"},
+    "dp_accounting": {"privacy.accounting"},
+    "filelock": {"privacy.ledger"},
+    "safetensors": {"storage"},
+    "flwr": {"federation", "flower", "simulation"},
+    "ray": {"federation.ray_engine"},
+    "jinja2": {"reporting"},
+    "matplotlib": {"reporting"},
+    "typer": {"cli"},
+    "rich": {"cli", "progress", "demonstration"},
+    "cryptography": {"secagg", "deployment", "privacy"},
+}
+
+# Only these see the whole config.
+SEE_CONFIG = {
+    "contradictions",
+    "federation.rounds",
+    "federation.checkpoint",
+    "reporting.report",
+    "progress",
+    "simulation",
+    "flower",
+    "demonstration",
+    "cli",
+    "__init__",  # the public names
+}
+
+
+def name_of(path: Path) -> str:
+    """Dotted name below fedslm."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts)
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(module, names) of each import in a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, ()) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or "", tuple(alias.name for alias in node.names)
+
+
+def own_imports(path: Path) -> Iterator[str]:
+    """Names below fedslm that a file imports."""
+    for module, names in imports(path):
+        if module == "fedslm":
+            yield from (name for name in names if (PACKAGE / name).exists() or name in STOREYS)
+        elif module.startswith("fedslm."):
+            yield module.removeprefix("fedslm.")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_one_way(path: Path) -> None:
+    """Law 1: no module imports from a storey above its own, and none imports an edge."""
+    own = name_of(path).split(".")[0]
+    for imported in own_imports(path):
+        room = imported.split(".")[0]
+        assert room == own or STOREYS[room] < STOREYS[own], f"{name_of(path)} imports {imported}"
+    edges = {"clients", "server", "simulations", "benchmarks", "tests"}
+    assert not edges & {module.split(".")[0] for module, _ in imports(path)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_heavy_libraries_have_one_owner(path: Path) -> None:
+    """Law 2: each heavy dependency is imported by its owner alone."""
+    name = name_of(path)
+    for module, _ in imports(path):
+        owners = OWNERS.get(module.split(".")[0])
+        if owners is not None and not _only_for_types(path, module):
+            assert any(name == o or name.startswith(f"{o}.") for o in owners), f"{name}: {module}"
+
+
+def _only_for_types(path: Path, module: str) -> bool:
+    """True if a module is imported under TYPE_CHECKING alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            guarded |= {id(child) for child in ast.walk(node)}
+    found = [
+        node
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.ImportFrom) and node.module == module)
+        or (isinstance(node, ast.Import) and any(alias.name == module for alias in node.names))
+    ]
+    return all(id(node) in guarded for node in found)
+
+
+def test_wheel_ships_the_package_alone() -> None:
+    """Law 2: the wheel holds fedslm and all its rooms; the Flower App bundle holds the edges."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(project["tool"]["setuptools"]["packages"]) == rooms
+    assert project["tool"]["flwr"]["app"]["fab-include"] == ["clients/*.py", "server/*.py"]
+    assert project["project"]["version"] == fedslm.__version__
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_edges_and_rounds_see_the_config(path: Path) -> None:
+    """Law 3: everything else takes the section or value that it needs."""
+    name = name_of(path)
+    if name in SEE_CONFIG or name == "config":
+        return
+    for module, names in imports(path):
+        assert not (module == "fedslm.config" and "Config" in names), name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_modules_hold_definitions_alone(path: Path) -> None:
+    """Law 4: at top level there are imports, definitions and constants; no calls for effect."""
+    allowed_calls = {"app", "config_app"}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            target = node.value.func
+            root = target.value if isinstance(target, ast.Attribute) else target
+            assert isinstance(root, ast.Name), ast.unparse(node)
+            assert root.id in allowed_calls, ast.unparse(node)
+        assert not isinstance(node, ast.For | ast.While | ast.With | ast.Try), ast.unparse(node)
+
+
+def test_importing_everything_has_no_effect(tmp_path: Path) -> None:
+    """Law 4: importing all modules changes no environment, no logging, no file, and no network."""
+    names = [f"fedslm.{name_of(p)}" for p in MODULES if p.name not in ("__init__.py", "__main__.py")]
+    code = f"""
+import json, logging, os, socket, sys
+import torch, transformers, peft, datasets, flwr, opacus, matplotlib, flwr.serverapp, flwr.clientapp
+import opacus.optimizers, opacus.grad_sample.grad_sample_module
+before = (dict(os.environ), list(logging.getLogger().handlers), torch.get_num_threads())
+def refuse(*_): raise AssertionError("network")
+socket.socket.connect = refuse
+for name in {names!r}:
+    __import__(name)
+after = (dict(os.environ), list(logging.getLogger().handlers), torch.get_num_threads())
+print(json.dumps(before[0] == after[0] and before[1] == after[1] and before[2] == after[2]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) is True
+    assert not list(tmp_path.iterdir())
+
+
+def test_engines_share_their_functions() -> None:
+    """Law 5: local grid, Ray and flwr run route to the same client functions (see test_engines)."""
+    from fedslm.federation.apps import client_app
+
+    functions = client_app()._registered_funcs
+    assert functions["train.default"].__code__ is not None
+    for path, word in [("clients/app.py", "client_app"), ("server/app.py", "serve_flower")]:
+        source = (ROOT / path).read_text()
+        assert word in source
+        assert len(source.splitlines()) <= 20
+
+
+def test_public_names() -> None:
+    """Law 6: the public list is exactly this, and every name in it is there."""
+    assert fedslm.__all__ == [
+        "Config",
+        "FedslmError",
+        "__version__",
+        "load_config",
+        "resume",
+        "simulate",
+    ]
+    for name in fedslm.__all__:
+        assert getattr(fedslm, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = fedslm.nonsense
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_sizes(path: Path) -> None:
+    """A file has at most 400 lines, a function 40 without its docstring, and 5 parameters."""
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            documented = ast.get_docstring(node) is not None
+            start = node.body[1] if documented and len(node.body) > 1 else node.body[0]
+            length = (node.body[-1].end_lineno or 0) - start.lineno + 1
+            assert length <= 40, f"{node.name}: {length} lines"
+        assert not isinstance(node, ast.Assert), f"assert in {path}"
