@@ -2,8 +2,8 @@
 
 The server (the process that runs the round loop) is measured with 10, 100 and 1,000 clients in a
 round. A worker with a base model of about 50 M parameters is measured after one client and after many;
-its anonymous memory, against that of a worker with a tiny base, tells how many copies of the base it
-holds. Linux only: the gauges are in /proc.
+what it holds at the end, against that of a worker with a tiny base, tells how often the base is in it.
+Linux only: the gauges are in /proc.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Gauge:
             {
                 "server_peak": scenario.memory_bytes("self", "VmHWM"),
                 "worker_peak": max(scenario.memory_bytes(process, "VmHWM") for process in below),
-                "worker_anonymous": max(scenario.memory_bytes(p, "RssAnon") for p in below),
+                "worker_now": max(scenario.memory_bytes(p, "VmRSS") for p in below),
             }
         )
 
@@ -141,7 +141,7 @@ def report(
             f"≤ {FLAT_GOAL}",
         ],
     ]
-    more = large["last"]["worker_anonymous"] - small["last"]["worker_anonymous"]
+    more = large["last"]["worker_now"] - small["last"]["worker_now"]
     copies = more / (_BYTES_PER_PARAMETER * (sizes[1] - sizes[0]))
     rows.append(
         [

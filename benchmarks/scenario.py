@@ -146,7 +146,7 @@ def quiet() -> dict[str, str]:
 
 
 def memory_bytes(process: int | str, key: str) -> int:
-    """Reads one gauge of a process: VmHWM (peak), VmRSS or RssAnon (now, without file pages).
+    """Reads one gauge of a process: VmHWM (peak) or VmRSS (now).
 
     Unlike ``getrusage``, these do not remember what the process was before it became a program.
     """

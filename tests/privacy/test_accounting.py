@@ -187,7 +187,7 @@ def test_calibration_meets_odd_targets(target: float, rate: float, steps: int) -
 def test_a_target_out_of_reach_is_refused() -> None:
     """A budget that no noise meets is an error that says what to change, not an endless search."""
     with pytest.raises(PrivacyError, match="out of reach"):
-        calibrate(1e-9, 1e-12, 1.0, 1_000_000)
+        calibrate(0.001, DELTA, 1.0, 2000)
 
 
 def test_a_target_that_is_no_number_is_refused() -> None:

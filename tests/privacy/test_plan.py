@@ -44,7 +44,7 @@ def inclusion(sample_rate: float, *, num_records: int, num_steps: int) -> np.nda
 
 
 def deviations(taken: np.ndarray, sample_rate: float) -> float:
-    """Standard deviations between the observed inclusion rate and ``sample_rate``."""
+    """Standard deviations between the observed rate and ``sample_rate``."""
     return float((taken.mean() - sample_rate) / math.sqrt(sample_rate * (1 - sample_rate) / taken.size))
 
 
@@ -58,7 +58,7 @@ def test_calibrated_takes_every_value_from_what_was_asked() -> None:
 
 
 def test_the_charge_is_what_runs() -> None:
-    """The event has the sampler's rate, the noise's multiplier and as many steps as there are batches."""
+    """The event has the sampler's rate, the noise's multiplier and a step for each batch."""
     assert PLAN.round_event == Event(0.05, 1.25, 10)
     assert len(list(PLAN.batches(100, seeded()))) == PLAN.round_event.steps
 
@@ -101,7 +101,7 @@ def test_without_privacy_nothing_is_promised() -> None:
 
 
 def test_records_join_at_the_sample_rate() -> None:
-    """400,000 draws accept the rate at five deviations, and reject four fifths and five fourths of it."""
+    """400,000 draws accept the rate at five deviations, and reject 0.8 and 1.25 times it."""
     taken = inclusion(0.05, num_records=2000, num_steps=200)
     assert abs(deviations(taken, 0.05)) < 5
     assert abs(deviations(taken, 0.05 * 0.8)) > 5
@@ -246,7 +246,7 @@ def test_a_text_that_is_no_plan_is_refused(text: str) -> None:
 
 
 def test_steps_use_the_plans_noise_clip_and_normaliser() -> None:
-    """A step on an empty batch moves 20,000 parameters by noise of σ·C/normaliser, and not by ⅔ or ³⁄₂."""
+    """An empty batch moves 20,000 parameters by noise of σ·C/normaliser, not by 2/3 or 3/2 of it."""
     import torch
 
     from fedslm.models.adapter import AttachedAdapter

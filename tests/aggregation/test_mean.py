@@ -1,0 +1,200 @@
+"""Tests of the weighted mean and of what the methods make of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from fedslm.aggregation.mean import WeightedMean, signal_to_noise
+from fedslm.aggregation.methods import trained_keys
+from fedslm.errors import FederationError
+from fedslm.records import AdapterState, ClientUpdate
+
+A, B = "layer.lora_A.weight", "layer.lora_B.weight"
+RANK, WIDTH, HEIGHT = 4, 12, 9
+
+
+def state(seed: int) -> AdapterState:
+    """A random adapter of one layer."""
+    generator = np.random.default_rng(seed)
+    return AdapterState(
+        {
+            A: generator.standard_normal((RANK, WIDTH)).astype(np.float32),
+            B: generator.standard_normal((HEIGHT, RANK)).astype(np.float32),
+        }
+    )
+
+
+def averaged(
+    updates: list[AdapterState], weights: list[float] | None = None, start: AdapterState | None = None
+) -> WeightedMean:
+    """The mean of some updates."""
+    mean = WeightedMean(start or updates[0])
+    for client, update in enumerate(updates):
+        mean.add(ClientUpdate(client, update, 1.0 if weights is None else weights[client]))
+    return mean
+
+
+def assert_close(one: AdapterState, other: AdapterState, tolerance: float = 1e-6) -> None:
+    """Both have the same keys and nearly the same values."""
+    assert list(one) == list(other)
+    for key in one:
+        np.testing.assert_allclose(one[key], other[key], rtol=tolerance, atol=tolerance)
+
+
+def test_one_client_is_its_own_mean() -> None:
+    """With one client the aggregate is its update, bit for bit."""
+    assert averaged([state(1)], start=state(0)).result().sha256() == state(1).sha256()
+
+
+@pytest.mark.parametrize("weight", [0.1, 3.0, 600.0])
+def test_one_weighted_client_is_its_own_mean(weight: float) -> None:
+    """Whatever one client weighs, the aggregate is its update."""
+    assert_close(averaged([state(1)], [weight]).result(), state(1))
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_equal_clients_are_their_mean(count: int) -> None:
+    """Any number of equal updates gives that update."""
+    assert_close(averaged([state(1)] * count).result(), state(1))
+
+
+def test_the_mean_is_the_mean() -> None:
+    """The streaming sum is the mean in double precision."""
+    updates = [state(seed) for seed in range(7)]
+    expected = {key: np.mean([u[key].astype(float) for u in updates], axis=0) for key in updates[0]}
+    result = averaged(updates).result()
+    for key in result:
+        np.testing.assert_allclose(result[key], expected[key], rtol=1e-5, atol=1e-6)
+        assert result[key].dtype == np.float32
+
+
+def test_order_does_not_matter() -> None:
+    """The clients are a set: every order gives the same up to rounding, one order the same bits."""
+    updates = [state(seed) for seed in range(4)]
+    expected = averaged(updates).result()
+    assert averaged(updates).result().sha256() == expected.sha256()
+    for order in itertools.permutations(updates):
+        assert_close(averaged(list(order)).result(), expected)
+
+
+def test_weights_weigh() -> None:
+    """A client of weight 3 counts as three clients of weight 1, and only ratios matter."""
+    one, other = state(1), state(2)
+    assert_close(averaged([one, other], [3.0, 1.0]).result(), averaged([one] * 3 + [other]).result())
+    assert_close(
+        averaged([one, other], [300.0, 100.0]).result(), averaged([one, other], [3.0, 1.0]).result()
+    )
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_a_weight_that_is_none_is_refused(weight: float) -> None:
+    """A client without a proper weight is an error, and leaves the sum as it was."""
+    mean = averaged([state(1)])
+    with pytest.raises(FederationError, match="client 5: weight="):
+        mean.add(ClientUpdate(5, state(2), weight))
+    assert mean.count == 1
+    assert mean.result().sha256() == state(1).sha256()
+
+
+def test_nothing_has_no_mean() -> None:
+    """Without updates there is an error, not an adapter of zeros."""
+    with pytest.raises(FederationError, match="no update"):
+        WeightedMean(state(0)).result()
+
+
+def test_updates_and_start_stay_as_they_were() -> None:
+    """Averaging changes nobody's tensors, and a result does not change with later updates."""
+    start, updates = state(0), [state(1), state(2)]
+    before = [start.sha256(), *(update.sha256() for update in updates)]
+    mean = averaged(updates, start=start)
+    result = mean.result()
+    kept = result.sha256()
+    mean.add(ClientUpdate(2, state(3), 1.0))
+    assert [start.sha256(), *(update.sha256() for update in updates)] == before
+    assert result.sha256() == kept
+
+
+def test_frozen_factors_are_not_touched() -> None:
+    """Under FFA only B is averaged: a client's A is not looked at, and the shared A stays."""
+    shared = state(0)
+    trained = trained_keys("ffa", shared)
+    assert trained == {B}
+    updates = [state(seed) for seed in (1, 2)]
+    mean = averaged(updates, start=shared.select(trained))
+    whole = shared.merged(mean.result())
+    assert whole.select({A}).sha256() == shared.select({A}).sha256()
+    np.testing.assert_allclose(whole[B], (updates[0][B] + updates[1][B]) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]])
+def test_ffa_is_exact(weights: list[float] | None) -> None:
+    """With one shared A the product of the aggregate is the mean of the clients' products."""
+    shared = state(0)
+    updates = [shared.merged(state(seed).select({B})) for seed in (1, 2, 3)]
+    shares = np.array(weights or [1.0] * 3) / sum(weights or [1.0] * 3)
+    whole = averaged(updates, weights, start=shared.select({B})).result()
+    products = sum(p * update[B] @ shared[A] for p, update in zip(shares, updates, strict=True))
+    np.testing.assert_allclose(whole[B] @ shared[A], products, rtol=1e-6, atol=2e-6)
+
+
+def test_fedit_misses_exactly_the_covariance_of_the_factors() -> None:
+    """FedIT's error is Σpₖ(Bₖ-B̄)(Aₖ-Ā): large for unequal clients, and none beside it."""
+    weights = np.array([1.0, 2.0, 5.0])
+    updates, shares = [state(seed) for seed in (1, 2, 3)], weights / weights.sum()
+    mean = averaged(updates, list(weights)).result()
+    pairs = list(zip(shares, updates, strict=True))
+    exact = sum(p * update[B] @ update[A] for p, update in pairs)
+    covariance = sum(p * (update[B] - mean[B]) @ (update[A] - mean[A]) for p, update in pairs)
+    np.testing.assert_allclose(exact - mean[B] @ mean[A], covariance, rtol=1e-5, atol=1e-5)
+    assert np.linalg.norm(covariance) > 0.1 * np.linalg.norm(exact)
+
+
+def test_fedit_trains_everything() -> None:
+    """FedIT sends both factors; a method that was not resolved is an error."""
+    assert trained_keys("fedit", state(0)) == {A, B}
+    with pytest.raises(ValueError, match="resolved"):
+        trained_keys("auto", state(0))
+
+
+def planted(ratio: float, *, num_clients: int, size: int, seed: int) -> WeightedMean:
+    """Updates of one common signal and unit noise, with ‖signal‖ / ‖noise of the mean‖ = ratio."""
+    generator = np.random.default_rng(seed)
+    signal = generator.standard_normal(size)
+    signal *= ratio * math.sqrt(size / num_clients) / np.linalg.norm(signal)
+    start = generator.standard_normal(size).astype(np.float32)
+    updates = [
+        AdapterState({"w": (start + signal + generator.standard_normal(size)).astype(np.float32)})
+        for _ in range(num_clients)
+    ]
+    return averaged(updates, start=AdapterState({"w": start}))
+
+
+@pytest.mark.parametrize("num_clients", [2, 5, 20])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 4.0])
+def test_signal_to_noise_recovers_a_planted_ratio(ratio: float, num_clients: int) -> None:
+    """The estimate from released updates alone is the ratio that was planted, whatever the start."""
+    found = planted(ratio, num_clients=num_clients, size=50_000, seed=0).signal_to_noise()
+    assert found == pytest.approx(ratio, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_alone_has_no_signal(seed: int) -> None:
+    """Updates of noise alone come out at 0, or at what 50,000 values can hide."""
+    found = planted(0.0, num_clients=5, size=50_000, seed=seed).signal_to_noise()
+    assert found is not None
+    assert 0 <= found < 0.2
+
+
+def test_signal_to_noise_needs_two_clients() -> None:
+    """One client says nothing about noise."""
+    assert averaged([state(1)], start=state(0)).signal_to_noise() is None
+
+
+def test_equal_updates_are_all_signal() -> None:
+    """Without differences the ratio is infinite; differences that cancel are no signal."""
+    assert signal_to_noise(3, 2.0, 2.0) == math.inf
+    assert signal_to_noise(2, 2.0, 0.0) == 0.0

@@ -1,0 +1,311 @@
+"""Tests of a run's directory."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedslm import config as configuration
+from fedslm.config import Config
+from fedslm.errors import FedslmError, RunError
+from fedslm.federation.checkpoint import Checkpoint, RunDirectory
+from fedslm.records import AdapterState, Event, RoundRecord
+
+CONFIG = configuration.from_mapping(
+    {
+        "model": {"base": "demo"},
+        "data": {"source": "demo"},
+        "task": {"name": "classification"},
+        "privacy": {"unit": "none"},
+    }
+).resolved()
+
+
+def adapter(value: float) -> AdapterState:
+    """An adapter that names its round."""
+    return AdapterState({"a": np.full((2, 3), value, np.float32)})
+
+
+def record(number: int) -> RoundRecord:
+    """A round's line."""
+    return RoundRecord(
+        round=number,
+        cohort=3,
+        completed=2,
+        failed=1,
+        late=0,
+        refused=0,
+        kept=False,
+        epsilon=0.5 * number,
+        metrics={"accuracy": 0.1 * number},
+        signal_to_noise=None,
+        bytes_down=30,
+        bytes_up=20,
+        seconds=1.5,
+        reasons=("client 1: TrainingError; see the client's log — ü",),
+    )
+
+
+def after(directory: RunDirectory, rounds: int) -> Checkpoint:
+    """Saves the state before the first round, and then after each."""
+    state = Checkpoint(0, adapter(0), {"accuracy": 0.0}, {"accuracy": 0.0})
+    directory.save(state)
+    for number in range(1, rounds + 1):
+        spent = {0: (Event(0.05, 1.25, 10),) * number, 11: (Event(0.1, 2.0, 1),)}
+        changes: dict[str, Any] = {"trained": adapter(number), "failed_in_row": 1, "spent": spent}
+        state = state.after(record(number), **changes)
+        directory.save(state, record(number))
+    return state
+
+
+def assert_same(one: Checkpoint | None, other: Checkpoint) -> None:
+    """Both hold the same, bit for bit."""
+    assert one is not None
+    assert one.trained.sha256() == other.trained.sha256()
+    for name in ("round", "metrics_before", "metrics", "failed_in_row", "spent"):
+        assert getattr(one, name) == getattr(other, name)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    """A new run directory."""
+    return RunDirectory.create(tmp_path / "run", CONFIG)
+
+
+def test_create_writes_the_config(directory: RunDirectory) -> None:
+    """What was asked lies in the directory, and reads back."""
+    assert configuration.from_toml(directory.path / "config.toml") == CONFIG
+    again, config = RunDirectory.open(directory.path)
+    assert (again, config) == (directory, CONFIG)
+
+
+def test_every_run_has_its_own_identifier(tmp_path: Path) -> None:
+    """Two runs of one config are two runs."""
+    runs = [RunDirectory.create(tmp_path / name, CONFIG).run_id for name in "ab"]
+    assert len(set(runs)) == 2
+
+
+def test_create_takes_an_empty_directory(tmp_path: Path) -> None:
+    """A directory that is there and empty will do."""
+    (tmp_path / "run").mkdir()
+    assert RunDirectory.create(tmp_path / "run", CONFIG).path == tmp_path / "run"
+
+
+def test_create_refuses_a_directory_with_anything_in_it(tmp_path: Path) -> None:
+    """No run is overwritten: the error says how to continue it, and nothing is touched."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"exists; continue it with --resume"):
+        RunDirectory.create(tmp_path / "run", CONFIG)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_create_refuses_a_file(tmp_path: Path) -> None:
+    """A file in the place of the directory is an error of ours."""
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunError, match="cannot be made"):
+        RunDirectory.create(tmp_path / "run", CONFIG)
+
+
+def changed(section: str, **values: Any) -> Config:
+    """The config with one section changed."""
+    part = getattr(CONFIG, section).model_copy(update=values)
+    return CONFIG.model_copy(update={section: part})
+
+
+def test_open_accepts_what_does_not_matter(directory: RunDirectory) -> None:
+    """A run may go on with other workers and under another name."""
+    for config in (CONFIG, changed("engine", workers=2), changed("run", name="other")):
+        assert RunDirectory.open(directory.path, config)[0] == directory
+
+
+@pytest.mark.parametrize(
+    "config",
+    [changed("training", learning_rate=0.5), changed("run", seed=1), changed("federation", rounds=11)],
+    ids=["training", "seed", "rounds"],
+)
+def test_open_refuses_another_config(directory: RunDirectory, config: Config) -> None:
+    """A run goes on as it began, or not at all."""
+    with pytest.raises(RunError, match="made with another config"):
+        RunDirectory.open(directory.path, config)
+
+
+def edited(directory: RunDirectory, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Edits config.json."""
+    path = directory.path / "config.json"
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda values: values["config"]["training"].update(learning_rate=0.5),
+        lambda values: values["config"]["privacy"].update(epsilon=99.0),
+        lambda values: values["config"].pop("lora") and values["config"].update(lora={"rank": 2}),
+        lambda values: values.update(config_sha256="0" * 64),
+        lambda values: values["config"].update(nonsense={}),
+        lambda values: values["config"]["privacy"].update(unit="patient"),
+        lambda values: values.pop("config"),
+        lambda values: values.pop("config_sha256"),
+        lambda values: values.pop("run_id"),
+        lambda values: values.update(config=5),
+    ],
+)
+def test_open_refuses_an_edited_config(
+    directory: RunDirectory, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    """A config that was edited after the run began is an error of ours, whatever was edited."""
+    edited(directory, edit)
+    with pytest.raises(FedslmError):
+        RunDirectory.open(directory.path)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "5", "[]", "null", '"x"', "\x00"])
+def test_open_refuses_what_is_no_run_directory(directory: RunDirectory, content: str | None) -> None:
+    """A directory without a readable config.json is no run directory."""
+    path = directory.path / "config.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RunError, match="is not a run directory"):
+        RunDirectory.open(directory.path)
+
+
+def test_a_run_without_a_checkpoint_starts_anew(directory: RunDirectory) -> None:
+    """Before the first checkpoint there is nothing to go on from."""
+    assert directory.load() is None
+    assert directory.records() == []
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_round_trip(directory: RunDirectory, rounds: int) -> None:
+    """The last state and every round's line read back as they were."""
+    state = after(directory, rounds)
+    assert_same(RunDirectory.open(directory.path)[0].load(), state)
+    assert directory.records() == [record(number) for number in range(1, rounds + 1)]
+
+
+def test_only_the_last_adapter_is_kept(directory: RunDirectory) -> None:
+    """Disk use does not grow with the rounds."""
+    after(directory, 4)
+    names = sorted(path.name for path in (directory.path / "checkpoint").iterdir())
+    assert names == ["adapter-00004.safetensors", "state.json"]
+
+
+def test_lines_beyond_the_checkpoint_are_forgotten(directory: RunDirectory) -> None:
+    """A round that was recorded and not checkpointed is run again, and has one line in the end."""
+    state = after(directory, 2)
+    directory._append(record(3))
+    directory._append(record(4))
+    assert_same(directory.load(), state)
+    assert [line.round for line in directory.records()] == [1, 2]
+    text = (directory.path / "rounds.jsonl").read_text()
+    assert text.endswith("\n")
+    assert len(text.splitlines()) == 2
+
+
+def test_a_torn_last_line_is_left_out_at_every_byte(directory: RunDirectory) -> None:
+    """A line that was cut off anywhere does not hide the lines before it."""
+    state = after(directory, 2)
+    path = directory.path / "rounds.jsonl"
+    whole = path.read_bytes()
+    directory._append(record(3))
+    content = path.read_bytes()
+    for length in range(len(whole), len(content)):
+        path.write_bytes(content[:length])
+        assert [line.round for line in directory.records()] == [1, 2]
+    assert_same(directory.load(), state)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", ["nonsense", "5", "{}", "[]"])
+def test_a_damaged_line_is_an_error_of_ours(directory: RunDirectory, line: str) -> None:
+    """A line that is whole and no record was damaged later: an error without a traceback."""
+    after(directory, 2)
+    path = directory.path / "rounds.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([first, f"{line}\n", *rest]))
+    with pytest.raises(RunError):
+        directory.load()
+
+
+def test_a_damaged_adapter_is_refused(directory: RunDirectory) -> None:
+    """Any flipped or missing byte of the weights is found."""
+    after(directory, 1)
+    path = directory.path / "checkpoint" / "adapter-00001.safetensors"
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[:-4] + b"\0\0\0\1", content[:20], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(RunError):
+            directory.load()
+    path.unlink()
+    with pytest.raises(RunError):
+        directory.load()
+
+
+def test_another_rounds_adapter_is_refused(directory: RunDirectory) -> None:
+    """A good file in the wrong place is found by its hash."""
+    after(directory, 1)
+    old = (directory.path / "checkpoint" / "adapter-00001.safetensors").read_bytes()
+    after(directory, 2)
+    (directory.path / "checkpoint" / "adapter-00002.safetensors").write_bytes(old)
+    with pytest.raises(RunError, match="does not match its hash"):
+        directory.load()
+
+
+def test_a_state_cut_anywhere_is_refused(directory: RunDirectory) -> None:
+    """However much of the state is missing, it is not read as another state."""
+    after(directory, 1)
+    path = directory.path / "checkpoint" / "state.json"
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(RunError, match="damaged"):
+            directory.load()
+
+
+@pytest.mark.parametrize("value", [None, "x", [], 5, {"a": 1}])
+@pytest.mark.parametrize("key", ["round", "adapter", "adapter_sha256", "failed_in_row", "spent"])
+def test_a_state_with_a_foreign_value_is_refused(
+    directory: RunDirectory, key: str, value: object
+) -> None:
+    """A value of another kind is an error of ours."""
+    if (key, value) in [("round", 5), ("failed_in_row", 5)]:
+        pytest.skip("a number is what belongs there")
+    after(directory, 1)
+    path = directory.path / "checkpoint" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(RunError):
+        directory.load()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(directory: RunDirectory) -> None:
+    """A round that does not fit is an error, and the run goes on from the round before."""
+    state = after(directory, 1)
+    large = AdapterState({"a": np.zeros(100_000, np.float32)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(RunError, match="cannot be written"):
+            directory.save(state.after(record(2), trained=large), record(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_same(RunDirectory.open(directory.path)[0].load(), state)
+    assert [line.round for line in directory.records()] == [1]
+
+
+def test_metrics_of_a_round_that_was_not_evaluated_are_the_last() -> None:
+    """A round without an evaluation keeps the metrics known before it."""
+    state = Checkpoint(0, adapter(0), {"accuracy": 0.2}, {"accuracy": 0.3})
+    line = RoundRecord(**{**vars(record(1)), "metrics": {}})
+    assert state.after(line).metrics == {"accuracy": 0.3}
+    assert state.after(record(1)).metrics == {"accuracy": 0.1}
+    assert state.after(record(1)).metrics_before == {"accuracy": 0.2}

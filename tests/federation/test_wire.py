@@ -1,0 +1,184 @@
+"""Tests of what a request and a reply hold."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig, TrainingConfig
+from fedslm.errors import FederationError, ModelError
+from fedslm.federation.wire import Reply, Request, Setup, from_arrays, to_arrays
+from fedslm.privacy.plan import NoPrivacy
+from fedslm.records import AdapterState, Event
+
+SETUP = Setup(
+    run_id="0123abcd",
+    seed=7,
+    directory="/somewhere/runs/ä",
+    version="0.1.0",
+    model=ModelConfig(base="demo", revision="main"),
+    lora=LoraConfig(rank=4, target_modules=("query", "value")),
+    data=DataConfig(source="demo", label_column=None, partition="natural"),
+    task=TaskConfig(name="classification", labels=("a", "b, c")),
+    training=TrainingConfig(learning_rate=3e-4),
+    method="ffa",
+    weights="uniform",
+    labels=("a", "b, c"),
+    plan=NoPrivacy(4, 2).to_json(),
+    base_sha256="base",
+    frozen_sha256="frozen",
+)
+ADAPTER = AdapterState(
+    {
+        "b": np.array([[0.0, -0.0, 1e-45], [np.inf, 1.5, -3.4e38]], np.float32),
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    }
+)
+REPLY = Reply(
+    "ok",
+    3,
+    adapter=ADAPTER,
+    adapter_sha256=ADAPTER.sha256(),
+    base_sha256="base",
+    weight=2.5,
+    events=(Event(0.05, 1.25, 10), Event(1 / 3, 0.1 + 0.2, 1)),
+)
+
+
+def without_adapter(reply: Reply) -> dict[str, Any]:
+    """All other values."""
+    return {key: value for key, value in vars(reply).items() if key != "adapter"}
+
+
+def test_setup_round_trip() -> None:
+    """A client is told exactly what the server was told."""
+    assert Setup.from_json(SETUP.to_json()) == SETUP
+
+
+def test_equal_setups_are_one() -> None:
+    """A client keeps what it prepared for a setup, so that equal setups must hash alike."""
+    assert hash(Setup.from_json(SETUP.to_json())) == hash(SETUP)
+
+
+def test_request_round_trip() -> None:
+    """Setup, round and every bit of the adapter arrive."""
+    again = Request.from_records(Request(SETUP, 3, ADAPTER).to_records())
+    assert (again.setup, again.round) == (SETUP, 3)
+    assert again.adapter.sha256() == ADAPTER.sha256()
+    assert again.adapter.shapes == ADAPTER.shapes
+
+
+def test_reply_round_trip() -> None:
+    """Every value, every event and every bit of the adapter arrive."""
+    again = Reply.from_records(REPLY.to_records())
+    assert without_adapter(again) == without_adapter(REPLY)
+    assert again.adapter is not None
+    assert again.adapter.sha256() == ADAPTER.sha256()
+    assert again.adapter.shapes == ADAPTER.shapes
+
+
+@pytest.mark.parametrize("status", ["refused", "failed"])
+def test_a_reply_without_an_adapter_round_trip(status: Any) -> None:
+    """A client that has nothing to send says why."""
+    reply = Reply(status, 2, reason="budget exhausted: ε = 8")
+    assert Reply.from_records(reply.to_records()) == reply
+
+
+def test_arrays_round_trip() -> None:
+    """Tensors arrive in sorted order with their bits; a view arrives as what it shows."""
+    again = from_arrays(to_arrays(ADAPTER))
+    assert list(again) == ["a", "b"]
+    np.testing.assert_array_equal(again["a"], ADAPTER["a"])
+
+
+def test_other_number_types_are_refused() -> None:
+    """What is not float32 is not converted."""
+    with pytest.raises(ModelError, match="float64"):
+        from_arrays(ArrayRecord({"a": Array(np.zeros(2))}))
+
+
+def test_an_empty_message_is_no_reply() -> None:
+    """A message without a reply is refused."""
+    with pytest.raises(FederationError, match="cannot be read"):
+        Reply.from_records(RecordDict({}))
+    with pytest.raises(FederationError, match="cannot be read"):
+        Reply.from_records(RecordDict({"reply": ConfigRecord({})}))
+
+
+@pytest.mark.parametrize("key", REPLY.to_records().config_records["reply"].keys())
+def test_a_reply_needs_every_value(key: str) -> None:
+    """No value has a silent default."""
+    records = REPLY.to_records()
+    del records.config_records["reply"][key]
+    with pytest.raises(FederationError, match="cannot be read"):
+        Reply.from_records(records)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("status", "fine"),
+        ("status", ""),
+        ("round", 1.5),
+        ("round", "x"),
+        ("weight", "heavy"),
+        ("weight", b"\0"),
+        ("events", ""),
+        ("events", "{"),
+        ("events", "5"),
+        ("events", "[5]"),
+        ("events", "[[0.1, 1.0]]"),
+        ("events", "[[0.1, 1.0, 1, 1]]"),
+        ("events", '[["a", 1.0, 1]]'),
+        ("events", "[[0.1, null, 1]]"),
+        ("events", "[[0.1, NaN, 1]]"),
+        ("events", "[[0.1, 0, 1]]"),
+        ("events", "[[2.0, 1.0, 1]]"),
+        ("events", "[[0.1, 1.0, 0]]"),
+        ("events", "[[0.1, 1.0, 2.5]]"),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused(key: str, value: Any) -> None:
+    """One bad value makes a reply unusable; events that cannot be accounted never reach the server's sum."""
+    records = REPLY.to_records()
+    records.config_records["reply"][key] = value
+    with pytest.raises(FederationError, match="cannot be read"):
+        Reply.from_records(records)
+
+
+def _saved(save: Any, *arguments: Any, **named: Any) -> bytes:
+    """What NumPy writes."""
+    file = io.BytesIO()
+    save(file, *arguments, **named)
+    return file.getvalue()
+
+
+_HUGE = {"descr": "<f4", "fortran_order": False, "shape": (10**14,)}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"nonsense",
+        b"\x93NUMPY",
+        b"PK\x03\x04 no archive",
+        _saved(np.save, np.ones(3, np.float32))[:-1],
+        _saved(np.save, np.ones(3)),
+        _saved(np.savez, a=np.ones(3, np.float32)),
+        _saved(np.save, np.array([{"a": 1}]), allow_pickle=True),
+        _saved(np.lib.format.write_array_header_1_0, _HUGE),
+    ],
+    ids=["empty", "nonsense", "magic", "zip", "cut", "float64", "npz", "pickle", "huge"],
+)
+def test_a_tensor_that_cannot_be_read_is_refused(data: bytes) -> None:
+    """Whatever a client sends for a tensor, the server says no and goes on."""
+    records = REPLY.to_records()
+    array = Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=data)
+    records["adapter"] = ArrayRecord({"a": array})
+    with pytest.raises(FederationError, match="cannot be read"):
+        Reply.from_records(records)
