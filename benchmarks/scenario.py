@@ -165,6 +165,24 @@ def descendants(process: int | str) -> Iterator[int]:
             yield from descendants(child)
 
 
+def busy_cores(seconds: float = 1.0) -> float:
+    """How many cores the machine keeps busy while this process sleeps; Linux only.
+
+    On a busy machine a ratio means little: threads that wait for one another in OpenMP, as the bare
+    loop's do, lose far more than single-threaded processes.
+    """
+
+    def idle_ticks() -> int:
+        """Ticks that all cores have idled or waited for the disk."""
+        return sum(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[4:6]))
+
+    began, before = time.monotonic(), idle_ticks()
+    time.sleep(seconds)
+    passed = time.monotonic() - began
+    idle = (idle_ticks() - before) / os.sysconf("SC_CLK_TCK") / passed
+    return max(0.0, (os.cpu_count() or 1) - idle)
+
+
 def spread(values: Sequence[float]) -> str:
     """The median and, where there are several, what it lies between."""
     middle = f"{statistics.median(values):.2f}"

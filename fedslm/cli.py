@@ -94,7 +94,7 @@ def simulate(
         report = _simulate(loaded, resume)
         _finish(report, as_json)
         if report["stopped"]:
-            _ERRORS.print(f"stopped early: {report['stopped']}", style="red")
+            _ERRORS.print(f"stopped early: {report['stopped']}", style="red", markup=False)
             raise typer.Exit(1)
 
 
@@ -103,7 +103,7 @@ def _load(path: Path, overrides: list[str]) -> Config:
     loaded = configuration.from_toml(path, overrides)
     contradictions.check(loaded)
     for warning in contradictions.warnings(loaded):
-        _ERRORS.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+        _ERRORS.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
     return loaded
 
 
@@ -128,7 +128,8 @@ def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
         directory = resume or Path(
             (config and config.run.directory) or Path("runs") / (config.run.name if config else "")
         )
-        _ERRORS.print(f"interrupted; continue with: fedslm simulate --resume {directory}")
+        hint = f"interrupted; continue with: fedslm simulate --resume {directory}"
+        _ERRORS.print(hint, highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None
     finally:
         bar.close()
@@ -157,7 +158,7 @@ def _finish(report: dict[str, Any], as_json: bool) -> None:
     for file in ("report.md", "adapter", "ledger"):
         path = Path(report["directory"]) / file
         if path.exists():
-            console.print(f"  {path}", highlight=False, soft_wrap=True)
+            console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

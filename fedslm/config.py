@@ -23,6 +23,10 @@ def _split(value: object) -> object:
     """Accepts ``"a, b"`` where a list is expected: Flower's run config has no lists."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, list | tuple):
+        if any(isinstance(part, str) and "," in part for part in value):
+            raise ValueError("a name may not hold a comma: Flower's run config separates names by it")
+        return tuple(value)
     return value
 
 
@@ -41,7 +45,7 @@ class Section(BaseModel):
     """A frozen section that refuses unknown keys."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
@@ -309,8 +313,8 @@ def to_toml(config: Config) -> str:
     for section, values in config.model_dump(mode="json").items():
         lines.append(f"[{section}]")
         for key, value in values.items():
-            if value is not None:
-                lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+            text = json.dumps("" if value is None else value, ensure_ascii=False)
+            lines.append(f"{key} = {text}".replace("\x7f", "\\u007f"))
         lines.append("")
     return "\n".join(lines)
 

@@ -82,7 +82,9 @@ class Bar:
         if not self._console.is_terminal:
             print(f"round {record.round}/{self._rounds}: {note}", file=sys.stderr, flush=True)
         for reason in record.reasons:
-            self._console.print(f"round {record.round}: {reason}", style="yellow", highlight=False)
+            self._console.print(
+                f"round {record.round}: {reason}", style="yellow", highlight=False, markup=False
+            )
         if record.round == self._rounds:
             self.close()
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedslm.errors import ModelError
+from fedslm.errors import ModelError, PrivacyError
 
 FloatArray = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterState:
-    """The tensors of an adapter, float32, in sorted key order.
+    """The tensors of an adapter, float32 and C-contiguous, in sorted key order.
+
+    Two states are compared by :meth:`sha256`.
 
     Attributes:
         tensors: Key to array. Keys are PEFT state-dict keys.
@@ -37,7 +40,11 @@ class AdapterState:
         for key, tensor in self.tensors.items():
             if tensor.dtype != np.float32:
                 raise ModelError(f"adapter tensor {key} has dtype={tensor.dtype}; float32 expected")
-        object.__setattr__(self, "tensors", dict(sorted(self.tensors.items())))
+        contiguous = {
+            key: tensor if tensor.flags.c_contiguous else tensor.copy(order="C")
+            for key, tensor in sorted(self.tensors.items())
+        }
+        object.__setattr__(self, "tensors", contiguous)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -92,11 +99,31 @@ class Event:
         sample_rate: Probability in (0, 1] with which a record takes part in a step.
         noise_multiplier: Noise standard deviation divided by the clip norm, > 0.
         steps: Number of steps, >= 1.
+
+    Raises:
+        PrivacyError: A value has another type or is out of its range: no accountant may see it.
     """
 
     sample_rate: float
     noise_multiplier: float
     steps: int
+
+    def __post_init__(self) -> None:
+        numbers = (self.sample_rate, self.noise_multiplier)
+        valid = (
+            all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+            and isinstance(self.steps, int)
+            and not isinstance(self.steps, bool)
+            and 0 < self.sample_rate <= 1
+            and 0 < self.noise_multiplier < math.inf
+            and self.steps >= 1
+        )
+        if not valid:
+            raise PrivacyError(
+                f"sample_rate={self.sample_rate!r} must be in (0, 1], "
+                f"noise_multiplier={self.noise_multiplier!r} in (0, inf) and steps={self.steps!r} a "
+                f"whole number >= 1"
+            )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from flwr.serverapp import Grid
 from fedslm import contradictions
 from fedslm.config import Config
 from fedslm.data import shards
-from fedslm.errors import DataError
+from fedslm.errors import DataError, FedslmError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.local_grid import LocalGrid
 from fedslm.federation.public_model import export
@@ -45,7 +46,13 @@ def simulate(config: Config, observer: Observer) -> dict[str, Any]:
     contradictions.check(config)
     config = config.resolved()
     path = Path(config.run.directory or Path("runs") / config.run.name)
-    return _run(config, RunDirectory.create(path, config), observer)
+    directory = RunDirectory.create(path, config)
+    try:
+        return _run(config, directory, observer)
+    except FedslmError:
+        if not directory.has_checkpoint:
+            shutil.rmtree(directory.path)  # nothing happened yet: the corrected call may use the name
+        raise
 
 
 def resume(path: Path, observer: Observer, expected: Config | None = None) -> dict[str, Any]:

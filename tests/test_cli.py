@@ -25,7 +25,6 @@ TINY = [
     "training.local_steps=1",
     "training.batch_size=2",
     "federation.rounds=1",
-    "data.max_evaluation_records=4",
 ]
 
 

@@ -121,7 +121,7 @@ def test_an_error_says_what_to_do(key: str, value: object, remedy: str) -> None:
 @pytest.mark.parametrize(
     "key", ["privacy.epsilon", "privacy.clip_norm", "privacy.noise_multiplier", "lora.alpha"]
 )
-@pytest.mark.parametrize("value", [math.nan, math.inf, "nan", "-inf"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_number_is_infinite_or_nan(key: str, value: object) -> None:
     """NaN and infinity compare oddly, so they never get in."""
     assert "finite" in problems(changed((key, value)))[key]

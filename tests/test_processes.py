@@ -51,7 +51,7 @@ def wait_for_round(directory: Path, round: int, process: subprocess.Popen[str]) 
 
 
 def test_json_run_in_worker_processes(make_config: MakeConfig, tmp_path: Path) -> None:
-    """simulate --json with worker processes ends with one JSON line that says everything."""
+    """Simulate --json with worker processes ends with one JSON line that says everything."""
     config = make_config(engine={"workers": 2}, privacy=PRIVATE)
     path = write(config, tmp_path / "c.toml")
     process = start("simulate", str(path), "--json", cwd=tmp_path)
@@ -98,7 +98,7 @@ def test_ctrl_c_ends_cleanly_and_resume_gives_the_same_bits(
 
 
 def test_kill_at_any_moment_never_forgets_a_spend(make_config: MakeConfig, tmp_path: Path) -> None:
-    """kill -9 three times: every release in a checkpoint was charged before, and the run ends well."""
+    """Kill -9 three times: every release in a checkpoint was charged before, and the run ends well."""
     directory = tmp_path / "run"
     config = make_config(
         privacy={**PRIVATE, "epsilon": 20.0, "noise_multiplier": 2.0},
@@ -107,10 +107,10 @@ def test_kill_at_any_moment_never_forgets_a_spend(make_config: MakeConfig, tmp_p
     )
     path = write(config, tmp_path / "c.toml")
     charged = 0
-    for kill, round in enumerate((1, 2, 4)):
+    for kill, number in enumerate((1, 2, 4)):
         arguments = ("simulate", str(path)) if kill == 0 else ("simulate", "--resume", str(directory))
         process = start(*arguments, cwd=tmp_path)
-        wait_for_round(directory, round, process)
+        wait_for_round(directory, number, process)
         time.sleep(0.05 * kill)
         process.kill()
         process.communicate(timeout=60)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.data.partition import partition
-from fedslm.data.sources import load_evaluation, load_train
+from fedslm.data.sources import cut, load_evaluation, load_train
 from fedslm.errors import DataError
+from fedslm.storage import write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,19 +48,20 @@ def write(
         DataError: Anything about the data that would stop a client later.
     """
     index = directory / "shards.json"
-    if index.exists():
-        values = json.loads(index.read_text())
-        return Shards(**{key: tuple(value) for key, value in values.items()})
+    if (written := _read_index(index)) is not None:
+        return written
     train, evaluation = load_train(data, seed), load_evaluation(data, seed)
+    _check(evaluation, data, task, (), "evaluation")
     labels = _labels(data, task, evaluation)
-    _check(train, data, labels, "training")
-    _check(evaluation, data, labels, "evaluation")
+    _check(evaluation, data, task, labels, "evaluation")
+    _check(train, data, task, labels, "training")
+    evaluation = cut(evaluation, data.max_evaluation_records, seed)
     shards = partition(train, data, num_clients, seed)
     directory.mkdir(parents=True, exist_ok=True)
     _write_parquet(directory / "train.parquet", [shard for _, shard in shards])
     _write_parquet(directory / "evaluation.parquet", [evaluation])
     names, sizes = (tuple(column) for column in zip(*((n, len(s)) for n, s in shards), strict=True))
-    index.write_text(json.dumps({"names": names, "sizes": sizes, "labels": labels}))
+    write_text(index, json.dumps({"names": names, "sizes": sizes, "labels": labels}))
     return Shards(names, sizes, labels)
 
 
@@ -77,6 +79,15 @@ def read_evaluation(directory: Path) -> list[Row]:
     return _read_row_group(directory / "evaluation.parquet", 0)
 
 
+def _read_index(index: Path) -> Shards | None:
+    """Reads what :func:`write` wrote last; None if it never came so far."""
+    try:
+        values = json.loads(index.read_text(encoding="utf-8"))
+        return Shards(**{key: tuple(value) for key, value in values.items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
 def _labels(data: DataConfig, task: TaskConfig, evaluation: Dataset) -> tuple[str, ...]:
     """Class names from the config, else from the public split; never from private data."""
     if task.name != "classification":
@@ -87,17 +98,22 @@ def _labels(data: DataConfig, task: TaskConfig, evaluation: Dataset) -> tuple[st
     return labels
 
 
-def _check(dataset: Dataset, data: DataConfig, labels: tuple[str, ...], part: str) -> None:
-    """Refuses empty splits, empty texts and unknown labels, naming the rows."""
+def _check(
+    dataset: Dataset, data: DataConfig, task: TaskConfig, labels: tuple[str, ...], part: str
+) -> None:
+    """Refuses empty splits, empty texts, missing and unknown labels, naming the rows."""
     if len(dataset) == 0:
         raise DataError(f"the {part} split is empty")
     texts = dataset[data.text_column]
-    blank = [row for row, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
-    if blank:
-        shown = ", ".join(map(str, blank[:5]))
-        raise DataError(
-            f"{len(blank)} record(s) of the {part} split have no text in column "
-            f"{data.text_column!r} (rows {shown}{', …' if len(blank) > 5 else ''}); remove them"
+    _refuse_rows(
+        [row for row, text in enumerate(texts) if not isinstance(text, str) or not text.strip()],
+        f"of the {part} split have no text in column {data.text_column!r}",
+    )
+    if task.name == "classification":
+        found = dataset[str(data.label_column)]
+        _refuse_rows(
+            [row for row, label in enumerate(found) if label is None],
+            f"of the {part} split have no label in column {data.label_column!r}",
         )
     if labels:
         unknown = Counter(str(x) for x in dataset[str(data.label_column)]) - Counter(
@@ -109,6 +125,13 @@ def _check(dataset: Dataset, data: DataConfig, labels: tuple[str, ...], part: st
                 f"the {part} split has labels that are not in task.labels or the public split: "
                 f"{shown}; known: {', '.join(labels[:20])}"
             )
+
+
+def _refuse_rows(rows: list[int], what: str) -> None:
+    """Raises if there are such rows, naming the first."""
+    if rows:
+        shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+        raise DataError(f"{len(rows)} record(s) {what} (rows {shown}); remove them")
 
 
 def _write_parquet(path: Path, parts: list[Dataset]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from fedslm.config import DataConfig
 from fedslm.data import demo
@@ -30,16 +31,20 @@ def load_train(config: DataConfig, seed: int) -> Dataset:
 
 
 def load_evaluation(config: DataConfig, seed: int) -> Dataset:
-    """Loads the public split that the server evaluates on, cut to ``max_evaluation_records``.
+    """Loads the public split that the server evaluates on.
 
     Raises:
         DataError: As :func:`load_train`.
     """
     source = config.evaluation_source or config.source
-    dataset = _with_columns(_load(source, config.evaluation_split, seed), config, source)
-    if len(dataset) > config.max_evaluation_records:
-        dataset = dataset.shuffle(seed=seed).select(range(config.max_evaluation_records))
-    return dataset
+    return _with_columns(_load(source, config.evaluation_split, seed), config, source)
+
+
+def cut(dataset: Dataset, max_records: int, seed: int) -> Dataset:
+    """A seeded sample of a data set that is longer than ``max_records``, else all of it in order."""
+    if len(dataset) <= max_records:
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(max_records))
 
 
 def _load(source: str, split: str, seed: int) -> Dataset:
@@ -91,12 +96,23 @@ def _load_file(path: Path) -> Dataset:
     builder = _format_of(path)
     if builder is None:
         raise DataError(f"{path}: unknown format; known: {', '.join(_FORMATS)}, also with .gz")
-    options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
+    if ".tsv" in path.suffixes:
+        options["sep"] = "\t"
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = error.__cause__ or error
+        # A cache of its own, gone at once: private rows leave no copy in the user's cache.
+        with TemporaryDirectory() as cache:
+            return datasets.load_dataset(
+                builder,
+                data_files=str(path),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+                **options,
+            )
+    except (DatasetGenerationError, ValueError, OSError, StopIteration) as error:
+        reason = error.__cause__ or error or "it is empty"
         raise DataError(f"{path} cannot be read as {builder}: {reason}") from error
 
 
@@ -129,6 +145,6 @@ def _with_columns(dataset: Dataset, config: DataConfig, source: str) -> Dataset:
     label = config.label_column
     if label is not None and isinstance(dataset.features[label], ClassLabel):
         names = dataset.features[label].names
-        texts = [names[index] for index in dataset[label]]
+        texts = [names[index] if index is not None and index >= 0 else None for index in dataset[label]]
         dataset = dataset.remove_columns(label).add_column(label, texts)
     return dataset

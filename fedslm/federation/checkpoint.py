@@ -21,7 +21,7 @@ from typing import Any
 
 from fedslm import config as configuration
 from fedslm.config import Config
-from fedslm.errors import RunError
+from fedslm.errors import ConfigError, FedslmError, RunError
 from fedslm.records import AdapterState, Event, RoundRecord
 from fedslm.storage import load_adapter, save_adapter, write_text
 
@@ -107,9 +107,9 @@ class RunDirectory:
         try:
             values = json.loads((path / "config.json").read_text(encoding="utf-8"))
             run_id, sha256 = str(values["run_id"]), values["config_sha256"]
-        except (OSError, ValueError, KeyError) as error:
+            config = configuration.from_mapping(values["config"])
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise RunError(f"{path} is not a run directory: {error}") from error
-        config = configuration.from_mapping(values["config"])
         if config.sha256() != sha256:
             raise RunError(f"{path}/config.json was edited after the run began; start a new run")
         if expected is not None and expected.sha256() != sha256:
@@ -118,6 +118,11 @@ class RunDirectory:
                 f"{expected.sha256()[:12]}); leave the config out to continue it as it is"
             )
         return cls(path, run_id), config
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """True once there is something to resume."""
+        return (self.path / "checkpoint" / "state.json").exists()
 
     @property
     def data(self) -> Path:
@@ -164,7 +169,7 @@ class RunDirectory:
             RunError: The checkpoint is damaged.
         """
         directory = self.path / "checkpoint"
-        if not (directory / "state.json").exists():
+        if not self.has_checkpoint:
             return None
         try:
             values = json.loads((directory / "state.json").read_text(encoding="utf-8"))
@@ -183,7 +188,7 @@ class RunDirectory:
                 failed_in_row=int(values["failed_in_row"]),
                 spent=spent,
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, FedslmError) as error:
             raise RunError(f"the checkpoint in {directory} is damaged: {error}") from error
         records = [record for record in self.records() if record.round <= checkpoint.round]
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
@@ -195,8 +200,11 @@ class RunDirectory:
         path = self.path / "rounds.jsonl"
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         lines = text[: text.rfind("\n") + 1].splitlines()
-        values = [json.loads(line) for line in lines]
-        return [RoundRecord(**{**item, "reasons": tuple(item["reasons"])}) for item in values]
+        try:
+            values = [json.loads(line) for line in lines]
+            return [RoundRecord(**{**item, "reasons": tuple(item["reasons"])}) for item in values]
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{path} is damaged: {error}") from error
 
     def _append(self, record: RoundRecord) -> None:
         """Appends one synced line."""

@@ -169,8 +169,9 @@ class Reply:
                 weight=float(str(values["weight"])),
                 events=tuple(Event(*event) for event in json.loads(str(values["events"]))),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FederationError(f"the reply cannot be read: {error}") from error
+        except Exception as error:  # bytes from outside: whatever they do, they are not a reply
+            reason = f"{type(error).__name__}: {error}"
+            raise FederationError(f"the reply cannot be read: {reason}") from error
 
 
 def to_arrays(state: AdapterState) -> ArrayRecord:

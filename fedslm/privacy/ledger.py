@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fedslm.errors import BudgetExceeded, LedgerError
+from fedslm.errors import BudgetExceeded, LedgerError, PrivacyError
 from fedslm.privacy import accounting
 from fedslm.records import Event, PrivacySpent
 
@@ -62,8 +62,9 @@ class Ledger:
         * ``reserve`` returns only after the charge is on disk (fsync), and only if all charges
           together stay within the budget: a filter, not an odometer.
         * Every reserved event counts, committed or not.
-        * A file that was cut, edited or reordered is refused, except for a torn last line, which no
-          release can have followed.
+        * A file with an edited, reordered or missing line in it is refused. A torn last line is left
+          out: no release can have followed it. Whole lines missing at the end cannot be seen from the
+          file alone.
 
     Args:
         path: The file; its directory is created.
@@ -124,7 +125,7 @@ class Ledger:
             entries = self.entries()
             charged = [entry.event for entry in entries if entry.event is not None]
             after = accounting.epsilon([*charged, event], delta)
-            if after > epsilon:
+            if not after <= epsilon:
                 raise BudgetExceeded(
                     f"budget exhausted: this round would bring epsilon to {after:.3f} at "
                     f"delta={delta:g}, over the budget of {epsilon:g}"
@@ -196,8 +197,9 @@ class Ledger:
                 lines = whole.splitlines()
                 previous = hashlib.sha256(lines[-1]).hexdigest() if lines else _GENESIS
                 values = {**asdict(entry), "previous": previous}
-                line = json.dumps({key: value for key, value in values.items() if value is not None})
-                file.write(line.encode() + b"\n")
+                content_of_line = {key: value for key, value in values.items() if value is not None}
+                sealed = {**content_of_line, "sha256": _seal(content_of_line)}
+                file.write(json.dumps(sealed).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
             directory = os.open(self.path.parent, os.O_RDONLY)
@@ -224,14 +226,22 @@ def _read(path: Path) -> Iterator[Entry]:
         yield entry
 
 
+def _seal(values: dict[str, Any]) -> str:
+    """Hash of a line's values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _parse(path: Path, index: int, line: bytes) -> Entry:
     """Reads one line, failing closed."""
     try:
         values: dict[str, Any] = json.loads(line)
+        seal = values.pop("sha256", None)
+        if seal != _seal(values):
+            raise ValueError("the line does not match its hash")
         event = values.pop("event", None)
         entry = Entry(**values, event=Event(**event) if event is not None else None)
-    except (ValueError, TypeError) as error:
-        raise LedgerError(f"the ledger {path} cannot be read at line {index + 1}") from error
+    except (ValueError, TypeError, AttributeError, PrivacyError) as error:
+        raise LedgerError(f"the ledger {path} cannot be read at line {index + 1}: {error}") from error
     if (entry.kind, entry.event is None) not in {("reserve", False), ("commit", True)}:
         raise LedgerError(f"the ledger {path} has an unknown entry at line {index + 1}")
     return entry

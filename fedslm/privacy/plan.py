@@ -126,6 +126,12 @@ class NoPrivacy:
     batch_size: int
     steps_per_round: int
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.steps_per_round < 1:
+            raise PrivacyError(
+                f"batch_size={self.batch_size} and steps_per_round={self.steps_per_round} must be >= 1"
+            )
+
     @property
     def round_event(self) -> None:
         """Nothing is charged, since nothing is promised."""

@@ -43,12 +43,15 @@ class CausalLM:
         self, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
     ) -> Prepared:
         """Tokenises texts; one with fewer than two tokens has nothing to predict."""
+        if not rows:
+            return Prepared((), 0)
+        shortest = max(2, tokenizer.num_special_tokens_to_add() + 1)
         encoded = tokenizer(
             [str(row[self.text_column]) for row in rows],
             truncation=True,
             max_length=self.max_length,
         )["input_ids"]
-        examples = [Example(tuple(tokens)) for tokens in encoded if len(tokens) >= 2]
+        examples = [Example(tuple(tokens)) for tokens in encoded if len(tokens) >= shortest]
         return Prepared(tuple(examples), len(rows) - len(examples))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:

@@ -43,6 +43,8 @@ class Classification:
         Raises:
             DataError: A label is not in ``labels``.
         """
+        if not rows:
+            return Prepared((), 0)
         index = {label: position for position, label in enumerate(self.labels)}
         examples = []
         special = tokenizer.num_special_tokens_to_add()

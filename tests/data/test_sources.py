@@ -13,7 +13,7 @@ import datasets
 import pytest
 
 from fedslm.config import DataConfig
-from fedslm.data.sources import load_evaluation, load_train
+from fedslm.data.sources import cut, load_evaluation, load_train
 from fedslm.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -108,14 +108,13 @@ def test_evaluation_is_cut_repeatably(tmp_path: Path) -> None:
     """A long public split is cut to a seeded sample, and a short one is left in order."""
     rows = [{"text": f"note {number}", "label": "x"} for number in range(100)]
     write_jsonl(tmp_path / "test.jsonl", rows)
-    data = config(tmp_path, max_evaluation_records=20)
-    one, same, other = (load_evaluation(data, seed)["text"] for seed in (0, 0, 1))
+    whole = load_evaluation(config(tmp_path), 0)
+    one, same, other = (cut(whole, 20, seed)["text"] for seed in (0, 0, 1))
     assert len(set(one)) == 20
     assert list(one) == list(same)
     assert list(one) != list(other)
     assert list(one) != [row["text"] for row in rows[:20]]
-    whole = config(tmp_path, max_evaluation_records=100)
-    assert load_evaluation(whole, 0).to_list() == rows
+    assert cut(whole, 100, 0).to_list() == rows
 
 
 @pytest.mark.parametrize("name", ["nothing.jsonl", "nothing.csv.gz", "nothing", "deep/er/nothing"])

@@ -272,14 +272,12 @@ def test_a_state_cut_anywhere_is_refused(directory: RunDirectory) -> None:
             directory.load()
 
 
-@pytest.mark.parametrize("value", [None, "x", [], 5, {"a": 1}])
+@pytest.mark.parametrize("value", [None, "x", [], {"a": 1}])
 @pytest.mark.parametrize("key", ["round", "adapter", "adapter_sha256", "failed_in_row", "spent"])
 def test_a_state_with_a_foreign_value_is_refused(
     directory: RunDirectory, key: str, value: object
 ) -> None:
     """A value of another kind is an error of ours."""
-    if (key, value) in [("round", 5), ("failed_in_row", 5)]:
-        pytest.skip("a number is what belongs there")
     after(directory, 1)
     path = directory.path / "checkpoint" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))

@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from functools import lru_cache
+from typing import Any
 
 import pytest
 
@@ -119,39 +120,31 @@ def test_nothing_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "event",
+    "values",
     [
-        Event(0.01, 0.0, 1),
-        Event(0.01, -1.0, 1),
-        Event(0.01, math.nan, 1),
-        Event(0.01, math.inf, 1),
-        Event(0.0, 1.0, 1),
-        Event(-0.01, 1.0, 1),
-        Event(1.01, 1.0, 1),
-        Event(math.nan, 1.0, 1),
-        Event(0.01, 1.0, 0),
-        Event(0.01, 1.0, -5),
-        Event(0.01, 1.0, 2.5),  # type: ignore[arg-type]
-        Event(0.01, 1.0, math.nan),  # type: ignore[arg-type]
+        (0.01, 0.0, 1),
+        (0.01, -1.0, 1),
+        (0.01, math.nan, 1),
+        (0.01, math.inf, 1),
+        (0.0, 1.0, 1),
+        (-0.01, 1.0, 1),
+        (1.01, 1.0, 1),
+        (math.nan, 1.0, 1),
+        (0.01, 1.0, 0),
+        (0.01, 1.0, -5),
+        (0.01, 1.0, 2.5),
+        (0.01, 1.0, math.nan),
+        ("0.1", 1.0, 1),
+        (0.1, None, 1),
+        (0.1, 1.0, "1"),
+        (True, 1.0, 1),
     ],
     ids=repr,
 )
-def test_an_event_that_means_nothing_is_refused(event: Event) -> None:
-    """No accountant sees an event out of its range, alone or hidden among good ones."""
-    for events in ([event], [MIX[0], event, MIX[1]]):
-        with pytest.raises(PrivacyError, match="cannot be accounted"):
-            epsilon(events, DELTA)
-
-
-@pytest.mark.parametrize(
-    "event",
-    [Event("0.1", 1.0, 1), Event(0.1, None, 1), Event(0.1, 1.0, "1")],  # type: ignore[arg-type]
-    ids=repr,
-)
-def test_an_event_of_the_wrong_type_is_refused(event: Event) -> None:
-    """An event that was read from a file or a message with texts in it is a privacy error too."""
-    with pytest.raises(PrivacyError):
-        epsilon([event], DELTA)
+def test_an_event_that_means_nothing_cannot_be_made(values: tuple[Any, Any, Any]) -> None:
+    """No accountant sees an event out of its range or of other types: it cannot be made."""
+    with pytest.raises(PrivacyError, match="sample_rate"):
+        Event(*values)
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, 1.5, math.nan])
@@ -177,7 +170,7 @@ def test_calibration_never_exceeds_its_target(target: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "rate", "steps"), [(0.1, 0.01, 10), (30.0, 0.2, 5), (2.0, 1.0, 3)], ids=str
+    ("target", "rate", "steps"), [(0.1, 0.01, 10), (4.0, 0.1, 5), (2.0, 1.0, 3)], ids=str
 )
 def test_calibration_meets_odd_targets(target: float, rate: float, steps: int) -> None:
     """Small and large budgets and full batches are met too."""

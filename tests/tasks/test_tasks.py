@@ -110,11 +110,17 @@ def test_no_rows_are_no_examples(task: Task, tokenizer: PreTrainedTokenizerBase)
 def test_a_single_token_predicts_nothing() -> None:
     """A language model's example needs a token to predict."""
 
-    def bare(texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+    class Bare:
+        """A tokenizer without special tokens: one token a letter."""
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+        def num_special_tokens_to_add(self) -> int:
+            return 0
 
     rows = [{"text": text} for text in ("", "a", "ab", "abc")]
-    prepared = LANGUAGE.prepare(rows, bare)  # type: ignore[arg-type]
+    prepared = LANGUAGE.prepare(rows, Bare())  # type: ignore[arg-type]
     assert [len(example.input_ids) for example in prepared.examples] == [2, 3]
     assert prepared.num_skipped == 2
 

@@ -41,7 +41,7 @@ def delta(
     model.adapter.train_only(keys)
     for module in model.adapter.network.modules():
         module.training = any(p.requires_grad for p in module.parameters(recurse=False))
-    optimizer = torch.optim.SGD([p for p in model.adapter.parameters.values()], lr=1.0)
+    optimizer = torch.optim.SGD(list(model.adapter.parameters.values()), lr=1.0)
     with stepping(model, task, plan, optimizer, size) as step:
         step(examples)
     after = model.adapter.read()
