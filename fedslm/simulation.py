@@ -113,17 +113,18 @@ def _run(config: Config, directory: RunDirectory, observer: Observer) -> dict[st
 
 def _run_locally(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
     """Clients in worker processes, or in this process."""
-    pool = _pool(config, directory)
+    with ThreadPoolExecutor(1) as background:
+        starting = background.submit(_pool, config, directory)  # beside the reading of the data
 
-    def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
-        grid = LocalGrid(config.federation.num_clients, pool)
-        federation = Federation(grid, pool, directory, observer)
-        return federate(federation, config, plan, labels)
+        def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
+            pool = starting.result()
+            grid = LocalGrid(config.federation.num_clients, pool)
+            return federate(Federation(grid, pool, directory, observer), config, plan, labels)
 
-    try:
-        return serve(config, directory, make)
-    finally:
-        pool.close(drain_seconds=_DRAIN_SECONDS)
+        try:
+            return serve(config, directory, make)
+        finally:
+            starting.result().close(drain_seconds=_DRAIN_SECONDS)
 
 
 def _run_on_ray(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:

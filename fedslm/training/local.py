@@ -106,7 +106,7 @@ def _optimizer(model: LoadedModel, training: TrainingConfig) -> torch.optim.Opti
     rate, decay = training.learning_rate, training.weight_decay
     match training.optimizer:
         case "adamw":
-            return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+            return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
         case "sgd":
             return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
         case _:

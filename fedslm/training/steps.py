@@ -8,11 +8,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from opacus.grad_sample.grad_sample_module import GradSampleHooks
-from opacus.optimizers import DPOptimizer
 
 from fedslm.errors import TrainingError
 from fedslm.models.loaded import LoadedModel
@@ -20,6 +18,9 @@ from fedslm.privacy.plan import ExamplePlan, Plan
 from fedslm.rng import operating_system_seed
 from fedslm.tasks.base import Example, Task
 from fedslm.training.batches import forward, micro_batches
+
+if TYPE_CHECKING:
+    from opacus.optimizers import DPOptimizer
 
 
 class Step(Protocol):
@@ -153,6 +154,9 @@ def stepping(
     if not isinstance(plan, ExamplePlan):
         yield PlainStep(model, task, optimizer, micro_batch_size)
         return
+    from opacus.grad_sample.grad_sample_module import GradSampleHooks
+    from opacus.optimizers import DPOptimizer
+
     network = model.adapter.network
     hooks = GradSampleHooks(network, batch_first=True, loss_reduction="sum")
     private = DPOptimizer(
