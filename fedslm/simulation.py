@@ -77,10 +77,21 @@ def serve(
 
     Args:
         config: The resolved config.
-        directory: The run's directory.
+        directory: The run's directory; locked against other processes meanwhile.
         make: Runs the rounds with a plan and class names.
     """
     began = time.monotonic()
+    with directory.locked():
+        data, plan = _prepare(config, directory)
+        outcome = make(plan, data.labels)
+        headline = build(config.task, config.data, data.labels).headline
+        seconds = time.monotonic() - began
+        inputs = report.Inputs(config, plan, outcome, data.names, headline, seconds)
+        return report.write(directory, inputs)
+
+
+def _prepare(config: Config, directory: RunDirectory) -> tuple[shards.Shards, Plan]:
+    """Shares the data out and calibrates the plan, beside each other."""
     with ThreadPoolExecutor(1) as background:
         privacy, training = config.privacy, config.training
         planned = background.submit(calibrated, privacy, training, config.federation.rounds)
@@ -93,11 +104,7 @@ def serve(
         )
         plan = planned.result()
     _check_sizes(config, data)
-    outcome = make(plan, data.labels)
-    task = build(config.task, config.data, data.labels)
-    seconds = time.monotonic() - began
-    inputs = report.Inputs(config, plan, outcome, data.names, task.headline, seconds)
-    return report.write(directory, inputs)
+    return data, plan
 
 
 def _run(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:

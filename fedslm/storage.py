@@ -18,7 +18,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: The file cannot be written (disk full, for instance); ``path`` is as it was.
     """
-    temporary = path.with_name(f"{path.name}.partial")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -54,7 +54,7 @@ OWNERS = {
     "torch": {"tasks", "models", "training", "federation.workers"},
     "opacus": {"training", "privacy.accounting"},
     "dp_accounting": {"privacy.accounting"},
-    "filelock": {"privacy.ledger"},
+    "filelock": {"privacy.ledger", "federation.checkpoint"},
     "safetensors": {"storage"},
     "flwr": {"federation", "flower", "simulation"},
     "ray": {"federation.ray_engine"},

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PRIVATE
+from tiny import PRIVATE
 
 from fedslm.config import Config, to_toml
 from fedslm.privacy.ledger import Ledger

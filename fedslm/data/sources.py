@@ -37,7 +37,21 @@ def load_evaluation(config: DataConfig, seed: int) -> Dataset:
         DataError: As :func:`load_train`.
     """
     source = config.evaluation_source or config.source
+    place = _place(source, config.evaluation_split)
+    if place == _place(config.source, config.train_split):
+        raise DataError(
+            f"the public evaluation split is the private training split ({place}); set "
+            f"data.evaluation_source or data.evaluation_split to public data"
+        )
     return _with_columns(_load(source, config.evaluation_split, seed), config, source)
+
+
+def _place(source: str, split: str) -> str:
+    """Where one split of a source lies: equal places hold equal data."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _file_of_split(path, split)
+    return str(path.resolve()) if path.is_file() else f"{source}:{split}"
 
 
 def cut(dataset: Dataset, max_records: int, seed: int) -> Dataset:

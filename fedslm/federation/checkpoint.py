@@ -14,10 +14,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fedslm import config as configuration
 from fedslm.config import Config
@@ -118,6 +121,23 @@ class RunDirectory:
                 f"{expected.sha256()[:12]}); leave the config out to continue it as it is"
             )
         return cls(path, run_id), config
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out while this one runs.
+
+        Raises:
+            RunError: Another process runs here.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"{self.path} is in use by another process") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def has_checkpoint(self) -> bool:

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 import fedslm
 from fedslm.aggregation.methods import trained_keys
 from fedslm.data import shards
-from fedslm.errors import BudgetExceeded, FederationError, FedslmError, TrainingError
+from fedslm.errors import BudgetExceeded, FederationError, RunError, TrainingError
 from fedslm.federation.wire import Reply, Request, Setup, from_arrays, to_arrays
 from fedslm.models.loaded import LoadedModel, load
 from fedslm.privacy.ledger import Ledger
@@ -39,8 +39,8 @@ def train(message: Message, context: Context) -> Message:
 
     Formal guarantees (under privacy):
         * Nothing leaves that is not charged first: the charge is on disk before training starts.
-        * A reply holds noised tensors, public hashes and public constants. Reasons are coarse: no
-          text that came from a record.
+        * A reply holds noised tensors, public hashes and public constants. A failure is one fixed
+          sentence.
         * The same request again gets the same bytes, free of charge.
     """
     round_number = 0
@@ -50,11 +50,9 @@ def train(message: Message, context: Context) -> Message:
         reply = _answer(request, int(context.node_config["partition-id"]))
     except (BudgetExceeded, FederationError) as error:  # their texts hold public values only
         reply = Reply("refused", round_number, reason=str(error))
-    except Exception as error:  # the edge of the client: a coarse status leaves, details stay here
+    except Exception:  # the edge of the client: a coarse status leaves, details stay here
         logger.exception("training failed")
-        known = isinstance(error, FedslmError | MemoryError | RuntimeError)
-        kind = type(error).__name__ if known else "unexpected error"
-        reply = Reply("failed", round_number, reason=f"{kind}; see the client's log")
+        reply = Reply("failed", round_number, reason="failed; see the client's log")
     return Message(reply.to_records(), reply_to=message)
 
 
@@ -76,15 +74,16 @@ def _answer(request: Request, client: int) -> Reply:
 
 def _answer_privately(request: Request, client: int, plan: ExamplePlan, model: LoadedModel) -> Reply:
     """Charges, trains, keeps the release for a repeated request, and answers."""
+    from fedslm.training.checks import check_private_model
+
     directory = Path(request.setup.directory) / "ledger"
     ledger = Ledger(directory / f"client-{client:05d}.jsonl")
     kept = directory / f"client-{client:05d}.release.safetensors"
     asked = _request_sha256(request)
-    released = ledger.released(asked)
-    if released is not None and kept.exists():
-        adapter = load_adapter(kept)
-        if adapter.sha256() == released:
-            return _reply(request, model, adapter, ledger=ledger)
+    again = _kept_release(kept, ledger.released(asked))
+    if again is not None:
+        return _reply(request, model, again, ledger=ledger)
+    check_private_model(model.adapter.network)
     reserved = ledger.reserve(
         plan.round_event,
         run=request.setup.run_id,
@@ -96,6 +95,17 @@ def _answer_privately(request: Request, client: int, plan: ExamplePlan, model: L
     save_adapter(kept, adapter)
     ledger.commit(reserved, adapter.sha256())
     return _reply(request, model, adapter, ledger=ledger)
+
+
+def _kept_release(path: Path, sha256: str | None) -> AdapterState | None:
+    """The release that was charged under this hash, if it is still there undamaged."""
+    if sha256 is None or not path.exists():
+        return None
+    try:
+        adapter = load_adapter(path)
+    except RunError:
+        return None
+    return adapter if adapter.sha256() == sha256 else None
 
 
 def _train(
@@ -153,7 +163,8 @@ def _examples(setup: Setup, client: int) -> Prepared:
     task = build(setup.task, setup.data, setup.labels)
     prepared = task.prepare(shards.read_client(Path(setup.directory) / "data", client), model.tokenizer)
     if prepared.num_skipped:
-        logger.warning("client %d: %d records have no tokens", client, prepared.num_skipped)
+        text = "client %d: %d records have no tokens or an unknown label"
+        logger.warning(text, client, prepared.num_skipped)
     return prepared
 
 

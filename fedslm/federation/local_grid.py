@@ -114,7 +114,7 @@ class LocalGrid(Grid):
         return replies
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Gives up on messages: queued ones never start, running ones run unheard."""
+        """Gives up on messages: queued ones never start, running ones are stopped."""
         known = [identifier for identifier in message_ids if identifier in self._jobs]
         self._pool.abandon([self._jobs.pop(identifier)[0] for identifier in known])
 

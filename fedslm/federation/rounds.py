@@ -22,13 +22,17 @@ from fedslm.federation.checkpoint import Checkpoint, RunDirectory
 from fedslm.federation.wire import HELLO, TRAIN, Reply, Request, Setup
 from fedslm.federation.workers import Pool
 from fedslm.privacy import accounting
-from fedslm.privacy.plan import Plan
+from fedslm.privacy.plan import ExamplePlan, Plan, from_json
 from fedslm.records import AdapterState, ClientUpdate, Event, RoundRecord
 from fedslm.rng import stream
 from fedslm.storage import load_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
+_LONGEST_REASON = 300
+_MOST_EVENTS = 100_000
+_LARGEST_VALUE = 1e4
+_LARGEST_WEIGHT = 2**31
 
 
 class Observer(Protocol):
@@ -150,7 +154,7 @@ class Federation:
                     events, weight = answer.events, answer.weight
                     mean.add(ClientUpdate(client, answer.adapter, weight, events))
             self.observer.on_client(number, tally.done, len(cohort))
-        enough = mean.count >= config.federation.min_replies
+        enough = mean.count >= config.federation.min_replies and mean.result().is_finite()
         trained = mean.result() if enough else state.trained
         due = number % config.federation.evaluate_every == 0 or number == config.federation.rounds
         metrics: dict[str, float] = {}
@@ -218,6 +222,7 @@ class Tally:
             self._counts["late" if answer == "late" else "failed"] += 1
             reason = answer
         if reason:
+            reason = reason[:_LONGEST_REASON]
             self._reasons.append(f"client {client}: {reason}")
             logger.warning("client %d: %s", client, reason)
 
@@ -262,6 +267,10 @@ def join(grid: Grid, num_clients: int, config: Config) -> dict[int, int]:
                 f"federation.join_deadline_seconds={config.federation.join_deadline_seconds:g}"
             )
         time.sleep(_POLL_SECONDS)
+    if len(found) > num_clients:
+        raise FederationError(
+            f"{len(found)} nodes are there, more than federation.num_clients={num_clients}"
+        )
     question = RecordDict({"hello": ConfigRecord({"version": fedslm.__version__})})
     seconds = config.federation.join_deadline_seconds
     messages = [Message(question, node, HELLO, ttl=seconds, group_id="hello") for node in found]
@@ -271,12 +280,16 @@ def join(grid: Grid, num_clients: int, config: Config) -> dict[int, int]:
         if reply is None or reply.has_error():
             reason = "no answer" if reply is None else reply.error.reason
             raise FederationError(f"node {node} cannot take part: {reason}")
-        values = reply.content.config_records["hello"]
-        if values["version"] != fedslm.__version__:
+        values = dict(reply.content.config_records.get("hello", {}))
+        version, client = values.get("version"), values.get("client")
+        if version != fedslm.__version__ or not isinstance(client, int):
             raise FederationError(
-                f"node {node} runs fedslm {values['version']!s}, the server {fedslm.__version__}"
+                f"node {node} runs fedslm {version!s} as client {client!s}, the server "
+                f"{fedslm.__version__}"
             )
-        nodes[int(str(values["client"]))] = node
+        if client in nodes:
+            raise FederationError(f"nodes {nodes[client]} and {node} both say that they are {client}")
+        nodes[client] = node
     if sorted(nodes) != list(range(num_clients)):
         raise FederationError(
             f"federation.num_clients={num_clients}, but the nodes are clients {sorted(nodes)}"
@@ -309,6 +322,8 @@ def checked(message: Message, request: Request) -> Reply | str:
         reply = Reply.from_records(message.content)
     except FedslmError as error:
         return str(error)
+    if not _plausible(from_json(request.setup.plan), reply.events):
+        return "the reply states charges that this plan does not make"
     if reply.status != "ok":
         return reply
     adapter = reply.adapter
@@ -316,15 +331,27 @@ def checked(message: Message, request: Request) -> Reply | str:
         return "the update has other tensors or shapes than the request"
     if not adapter.is_finite():
         return "the update holds NaN or infinity"
+    if any(float(abs(adapter[key]).max(initial=0.0)) > _LARGEST_VALUE for key in adapter):
+        return f"the update holds values beyond {_LARGEST_VALUE:g}"
     if reply.round != request.round:
         return f"the update is for round {reply.round}"
     if reply.base_sha256 != request.setup.base_sha256:
         return "the update was trained on another base model"
     if adapter.sha256() != reply.adapter_sha256:
         return "the update does not match its hash"
-    if not 0 < reply.weight < math.inf or (request.setup.weights == "uniform" and reply.weight != 1.0):
+    largest = 1 if request.setup.weights == "uniform" else _LARGEST_WEIGHT
+    if not (1 <= reply.weight <= largest and reply.weight == int(reply.weight)):
         return f"weight={reply.weight} is not allowed"
     return reply
+
+
+def _plausible(plan: Plan, events: tuple[Event, ...]) -> bool:
+    """True if a client that keeps to the plan can have been charged this."""
+    if not isinstance(plan, ExamplePlan):
+        return not events
+    if len(events) > _MOST_EVENTS or any(event != plan.round_event for event in events):
+        return False
+    return accounting.epsilon(events, plan.delta) <= plan.epsilon
 
 
 def _setup(config: Config, plan: Plan, labels: tuple[str, ...], directory: RunDirectory) -> Setup:

@@ -85,7 +85,6 @@ class WorkerPool:
         self._numbers = itertools.count()
         self._queue: deque[tuple[int, Callable[..., Any], tuple[Any, ...]]] = deque()
         self._results: dict[int, Any] = {}
-        self._abandoned: set[int] = set()
         self._window = 2 * num_workers
         self._workers = [self._start() for _ in range(num_workers)]
 
@@ -147,11 +146,16 @@ class WorkerPool:
         return [self._wait(job) for job in [self.submit(function, *each) for each in arguments]]
 
     def abandon(self, jobs: list[int]) -> None:
-        """Forgets jobs: queued ones never run, running ones run to their end unheard."""
+        """Forgets jobs: queued ones never run, and the worker of a running one is replaced.
+
+        A worker that hangs would otherwise never come back.
+        """
         gone = set(jobs)
         self._queue = deque(item for item in self._queue if item[0] not in gone)
-        running = {worker.job for worker in self._workers if worker.job is not None}
-        self._abandoned |= gone & running
+        for worker in self._workers:
+            if worker.job in gone:
+                worker.process.kill()
+                self._bury(worker)
         for job in gone:
             self._results.pop(job, None)
 
@@ -203,7 +207,7 @@ class WorkerPool:
         """Takes one result from a worker."""
         try:
             result = worker.pipe.recv()
-        except (EOFError, OSError):
+        except Exception:  # the end of the pipe, or bytes that cannot be read: the worker is lost
             self._bury(worker, replace=replace)
             return
         self._finish(worker, result)
@@ -219,11 +223,9 @@ class WorkerPool:
             worker.process, worker.pipe = fresh.process, fresh.pipe
 
     def _finish(self, worker: _Worker, result: Any) -> None:
-        """Keeps a result unless nobody wants it."""
+        """Keeps a result until it is asked for."""
         job, worker.job = worker.job, None
-        if job in self._abandoned:
-            self._abandoned.discard(job)
-        elif job is not None:
+        if job is not None:
             self._results[job] = result
 
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from fedslm.config import LoraConfig
 from fedslm.errors import ModelError
+from fedslm.models.base import HEAD_NAMES
 from fedslm.records import AdapterState, FloatArray
 from fedslm.rng import stream
 
 if TYPE_CHECKING:
     from torch import nn
 
-HEAD_NAMES = ("classifier", "score", "classification_head")
 _HEAD_STDDEV = 0.02
 _MOST_SHOWN = 12
 

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+HEAD_NAMES = ("classifier", "score", "classification_head")
 DEMO_DIRECTORY = Path(__file__).parent / "demo_base"
-_HASHED = ("config.json", "*.safetensors", "*.bin", "tokenizer.json", "vocab.txt", "*.model")
+_HASHED = ("config.json", "*.safetensors", "*.bin", "tokenizer*.json", "vocab.*", "*.model")
+_HASHED_TOO = ("merges.txt", "added_tokens.json", "special_tokens_map.json")
+_PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # they count from pad_token_id + 1
 _BLOCK_BYTES = 1 << 20
 
 
@@ -56,7 +59,7 @@ def _download(name: str, revision: str | None) -> Path:
 def base_sha256(directory: Path) -> str:
     """Hash over the names and bytes of config, weights and tokenizer."""
     digest = hashlib.sha256()
-    files = {file for pattern in _HASHED for file in directory.glob(pattern)}
+    files = {file for pattern in (*_HASHED, *_HASHED_TOO) for file in directory.glob(pattern)}
     for file in sorted(files):
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
@@ -112,8 +115,33 @@ def load_base(model: ModelConfig, task: TaskConfig, num_labels: int, pad_token_i
         network = _build(directory, task, num_labels, dtype, pad_token_id)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{directory} cannot be loaded for {task.name}: {error}") from error
+    _check_length(network, task)
     network.requires_grad_(False)
     return network.to(device_of(model)).eval()
+
+
+def _check_length(network: nn.Module, task: TaskConfig) -> None:
+    """Refuses sequences longer than the model's positions: here, not when a long record comes."""
+    config: Any = network.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if config.model_type in _PADDED_POSITIONS:
+        positions = positions - config.pad_token_id - 1
+    if isinstance(positions, int) and 0 < positions < task.max_length:
+        raise ModelError(
+            f"task.max_length={task.max_length} exceeds the model's {positions} positions; lower it"
+        )
+
+
+def _complete(loaded: tuple[nn.Module, dict[str, Any]], heads: tuple[str, ...]) -> nn.Module:
+    """Refuses a model with weights that its files lack, but for the head that the adapter brings."""
+    network, info = loaded
+    missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in heads)
+    if missing:
+        raise ValueError(
+            f"its files lack {', '.join(missing[:3])}, which would be random and differ on each "
+            f'client; for classification use task.pooling="mean"'
+        )
+    return network
 
 
 def _build(
@@ -129,15 +157,15 @@ def _build(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     if task.name == "causal-lm":
-        network: nn.Module = AutoModelForCausalLM.from_pretrained(directory, **options)
-        return network
+        return _complete(AutoModelForCausalLM.from_pretrained(directory, **options), ())
     if task.pooling == "native":
-        native: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+        loaded = AutoModelForSequenceClassification.from_pretrained(
             directory, num_labels=num_labels, pad_token_id=pad_token_id, **options
         )
-        return native
+        return _complete(loaded, HEAD_NAMES)
     from fedslm.models.pooling import MeanPoolingClassifier
 
-    return MeanPoolingClassifier(AutoModel.from_pretrained(directory, **options), num_labels)
+    encoder = _complete(AutoModel.from_pretrained(directory, **options), ("pooler",))
+    return MeanPoolingClassifier(encoder, num_labels)

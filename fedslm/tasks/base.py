@@ -37,7 +37,7 @@ class Prepared:
 
     Attributes:
         examples: What can be trained on.
-        num_skipped: Records that gave no tokens; each stands alone, so leaving them out is private.
+        num_skipped: Records without tokens or with an unknown label; leaving out is per record.
     """
 
     examples: tuple[Example, ...]

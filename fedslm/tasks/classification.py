@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedslm.errors import DataError
 from fedslm.tasks.base import Example, Prepared, Tensors, pad
 
 if TYPE_CHECKING:
@@ -38,10 +37,10 @@ class Classification:
     def prepare(
         self, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
     ) -> Prepared:
-        """Tokenises texts and looks labels up.
+        """Tokenises texts and looks labels up; a record with another label is skipped and counted.
 
-        Raises:
-            DataError: A label is not in ``labels``.
+        Skipping depends on the record alone: failing would tell everybody that there is such a record.
+        A simulation refuses unknown labels before it starts.
         """
         if not rows:
             return Prepared((), 0)
@@ -55,9 +54,7 @@ class Classification:
         )["input_ids"]
         for row, tokens in zip(rows, encoded, strict=True):
             label = str(row[self.label_column])
-            if label not in index:
-                raise DataError(f"unknown label {label!r}; known: {', '.join(self.labels)}")
-            if len(tokens) > special:
+            if label in index and len(tokens) > special:
                 examples.append(Example(tuple(tokens), index[label]))
         return Prepared(tuple(examples), len(rows) - len(examples))
 

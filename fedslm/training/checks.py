@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fedslm.errors import TrainingError
+from fedslm.errors import PrivacyError, TrainingError
 from fedslm.models.adapter import AttachedAdapter
 from fedslm.records import AdapterState
 
@@ -30,6 +30,24 @@ def check_parameters(adapter: AttachedAdapter, optimizer: torch.optim.Optimizer)
     devices = {str(parameter.device) for parameter in trained.values()}
     if len(devices) > 1:
         raise TrainingError(f"trained tensors lie on several devices: {', '.join(sorted(devices))}")
+
+
+def check_private_model(network: torch.nn.Module) -> None:
+    """The base treats each record alone, whatever else is in the batch.
+
+    Raises:
+        PrivacyError: Its position encoding or its experts look at the whole batch.
+    """
+    config = getattr(network, "config", None)
+    scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+    if kind in ("dynamic", "longrope"):
+        raise PrivacyError(
+            f"rope_type={kind!r} depends on the longest record of a batch and so couples records; "
+            f"use a base without it, or train without privacy"
+        )
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts")):
+        raise PrivacyError("a mixture of experts routes records of a batch together; use a dense base")
 
 
 def check_moved(

@@ -8,14 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fedslm.errors import TrainingError
 from fedslm.models.loaded import LoadedModel
+from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import ExamplePlan, Plan
-from fedslm.rng import operating_system_seed
 from fedslm.tasks.base import Example, Task
 from fedslm.training.batches import forward, micro_batches
 
@@ -66,7 +66,8 @@ class PrivateStep:
     Formal guarantees:
         * The pre-noise sum moves by at most ``plan.clip_norm`` (L2, over all trained parameters
           jointly) when one record is added or removed: one clip per record, losses not coupled.
-        * A record whose gradient is not finite contributes exactly zero.
+        * Clipping is done in float32, whatever the precision of the base.
+        * A record whose gradient is not finite or cannot be computed contributes exactly zero.
         * An empty batch adds the same noise as any other.
         * Noise comes from operating-system entropy, on its own generator for each round.
 
@@ -97,10 +98,24 @@ class PrivateStep:
             self._optimizer.zero_grad(set_to_none=True)
 
     def _gradients(self, part: Sequence[Example]) -> None:
-        """Fills ``grad_sample`` with one finite gradient per record."""
+        """Fills ``grad_sample`` with one finite gradient per record.
+
+        If the batch cannot be computed, each record is tried alone, and one that cannot be computed
+        counts as zero: what a record does to the computation moves the sum by no more than any record.
+        """
+        try:
+            samples = self._attempt(part)
+        except (RuntimeError, ValueError, IndexError, MemoryError):
+            samples = self._one_by_one(part)
+        zero_non_finite(samples)
+        for parameter, sample in zip(self._optimizer.params, samples, strict=True):
+            parameter.grad_sample = sample
+
+    def _attempt(self, part: Sequence[Example]) -> list[torch.Tensor]:
+        """Per-record gradients of one batch, float32, each of shape (records, ...)."""
         logits, batch = forward(self._model, self._task, part)
         with warnings.catch_warnings():
-            # Below the first adapted layer nothing needs gradients; the hooks do not need them either.
+            # Below the first adapted layer nothing needs gradients, nor do the hooks.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             self._task.per_example_loss(logits, batch).sum().backward()  # type: ignore[no-untyped-call]
         samples = [parameter.grad_sample for parameter in self._optimizer.params]
@@ -109,12 +124,65 @@ class PrivateStep:
                 f"per-record gradients do not match the batch of {len(part)} records; a layer mixes "
                 f"records or was not called"
             )
-        zero_non_finite(samples)
+        return [sample.float() for sample in samples]
+
+    def _one_by_one(self, part: Sequence[Example]) -> list[torch.Tensor]:
+        """Per-record gradients of a batch that failed as a whole."""
+        rows = []
+        for record in part:
+            forget_activations(self._model.adapter.network)
+            try:
+                rows.append(self._attempt([record]))
+            except (RuntimeError, ValueError, IndexError, MemoryError):
+                rows.append([p.new_zeros((1, *p.shape)) for p in self._optimizer.params])
+        forget_activations(self._model.adapter.network)
+        return [torch.cat(column) for column in zip(*rows, strict=True)]
 
     def _no_gradients(self) -> None:
         """Fills ``grad_sample`` for a batch of no records."""
         for parameter in self._optimizer.params:
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+
+
+def forget_activations(network: torch.nn.Module) -> None:
+    """Drops what a forward pass that never came back leaves behind in Opacus' hooks."""
+    for module in network.modules():
+        for name in ("activations", "max_batch_len"):
+            module.__dict__.pop(name, None)  # some wrappers answer hasattr for what they wrap
+    for parameter in network.parameters():
+        if hasattr(parameter, "_forward_counter"):
+            parameter._forward_counter = 0
+        if hasattr(parameter, "_current_grad_sample"):
+            del parameter._current_grad_sample
+        if hasattr(parameter, "grad_sample"):
+            parameter.grad_sample = None
+
+
+def with_noise(optimizer: type[DPOptimizer]) -> type[DPOptimizer]:
+    """Opacus' optimizer with noise from :class:`fedslm.privacy.gaussian.GaussianNoise`.
+
+    torch's own CPU generator keeps 32 bits of its seed: few enough to try them all.
+    """
+    from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
+
+    class NoisyOptimizer(optimizer):  # type: ignore[misc]
+        """Clips and sums as Opacus does; draws noise from the operating system's entropy."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self._noise = GaussianNoise()
+
+        def add_noise(self) -> None:
+            """Adds noise to each summed gradient, once."""
+            stddev = self.noise_multiplier * self.max_grad_norm
+            for parameter in self.params:
+                _check_processed_flag(parameter.summed_grad)
+                noise = torch.from_numpy(self._noise.draw(tuple(parameter.shape), stddev))
+                noisy = parameter.summed_grad + noise.to(parameter.summed_grad)
+                parameter.grad = noisy.view_as(parameter)
+                _mark_as_processed(parameter.summed_grad)
+
+    return NoisyOptimizer
 
 
 def zero_non_finite(samples: Sequence[torch.Tensor]) -> int:
@@ -159,15 +227,15 @@ def stepping(
 
     network = model.adapter.network
     hooks = GradSampleHooks(network, batch_first=True, loss_reduction="sum")
-    private = DPOptimizer(
+    private = with_noise(DPOptimizer)(
         optimizer,
         noise_multiplier=plan.noise_multiplier,
         max_grad_norm=plan.clip_norm,
         expected_batch_size=plan.normaliser,
         loss_reduction="mean",
-        generator=torch.Generator(model.device).manual_seed(operating_system_seed(63)),
     )
     try:
         yield PrivateStep(model, task, private, micro_batch_size)
     finally:
+        forget_activations(network)
         hooks.cleanup()

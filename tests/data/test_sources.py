@@ -108,6 +108,7 @@ def test_evaluation_is_cut_repeatably(tmp_path: Path) -> None:
     """A long public split is cut to a seeded sample, and a short one is left in order."""
     rows = [{"text": f"note {number}", "label": "x"} for number in range(100)]
     write_jsonl(tmp_path / "test.jsonl", rows)
+    write_jsonl(tmp_path / "train.jsonl", rows[:1])
     whole = load_evaluation(config(tmp_path), 0)
     one, same, other = (cut(whole, 20, seed)["text"] for seed in (0, 0, 1))
     assert len(set(one)) == 20
@@ -115,6 +116,21 @@ def test_evaluation_is_cut_repeatably(tmp_path: Path) -> None:
     assert list(one) != list(other)
     assert list(one) != [row["text"] for row in rows[:20]]
     assert cut(whole, 100, 0).to_list() == rows
+
+
+def test_the_private_split_is_never_the_public_one(tmp_path: Path) -> None:
+    """One file, or the same split twice, would publish metrics and labels of private records."""
+    rows = [{"text": "note", "label": "x"}]
+    write_jsonl(tmp_path / "notes.jsonl", rows)
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    for data in (
+        config(tmp_path / "notes.jsonl"),
+        config(tmp_path, evaluation_split="train"),
+        config(tmp_path, evaluation_source=str(tmp_path / "train.jsonl")),
+        config("demo", evaluation_split="train"),
+    ):
+        with pytest.raises(DataError, match="is the private training split"):
+            load_evaluation(data, 0)
 
 
 @pytest.mark.parametrize("name", ["nothing.jsonl", "nothing.csv.gz", "nothing", "deep/er/nothing"])

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PRIVATE
 from flwr.app import Error, Message
+from tiny import PRIVATE
 
 from fedslm import simulation
 from fedslm.config import Config
-from fedslm.errors import RunError
+from fedslm.errors import FederationError, RunError
 from fedslm.federation import rounds
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.local_grid import LocalGrid
@@ -23,7 +23,7 @@ from fedslm.federation.workers import InlinePool
 from fedslm.privacy import accounting
 from fedslm.privacy.ledger import Ledger
 from fedslm.progress import Silent
-from fedslm.records import AdapterState, RoundRecord
+from fedslm.records import AdapterState, Event, RoundRecord
 
 MakeConfig = Callable[..., Config]
 
@@ -170,11 +170,13 @@ def test_resume_with_another_config_is_refused(make_config: MakeConfig) -> None:
         (changed(lambda s: AdapterState({"other": s[next(iter(s))]})), "other tensors or shapes"),
         (changed(lambda s: s, base_sha256="0" * 64), "another base model"),
         (changed(lambda s: s, round=7), "for round 7"),
+        (changed(lambda s: AdapterState({k: s[k] + 1e30 for k in s})), "values beyond 10000"),
         (changed(lambda s: s, weight=1e9), "weight=1000000000.0 is not allowed"),
         (changed(lambda s: s, weight=float("nan")), "is not allowed"),
+        (changed(lambda s: s, events=(Event(0.5, 1e-6, 10**9),)), "charges that this plan does not"),
         (failing, "error 2: boom"),
     ],
-    ids=["nan", "shape", "keys", "base", "round", "weight", "nan-weight", "raised"],
+    ids=["nan", "shape", "keys", "base", "round", "large", "weight", "nan-weight", "charges", "raised"],
 )
 def test_bad_update_is_counted_and_left_out(
     make_config: MakeConfig, tmp_path: Path, answer: Callable[[Message], Message], reason: str
@@ -187,6 +189,39 @@ def test_bad_update_is_counted_and_left_out(
     assert reason in line["reasons"][0]
     dropped = make_config(run={"directory": str(tmp_path / "b")}, federation={"rounds": 1})
     assert run_with(dropped, {1: failing})["adapter_sha256"] == report["adapter_sha256"]
+
+
+def test_overflowing_sum_keeps_the_adapter(make_config: MakeConfig) -> None:
+    """Updates far beyond any training never reach the adapter: the round is recorded as kept."""
+
+    def huge(state: AdapterState) -> AdapterState:
+        return AdapterState({key: np.full_like(state[key], 3e38) for key in state})
+
+    config = make_config(federation={"rounds": 1})
+    report = run_with(config, dict.fromkeys(range(3), changed(huge)))
+    assert records_of(config)[0]["kept"]
+    assert report["metrics_after"] == report["metrics_before"]
+
+
+def test_two_nodes_with_one_name_stop_the_run(make_config: MakeConfig) -> None:
+    """A node that says it is another client, or one too many, ends the run before it starts."""
+    config = make_config()
+    grid = LocalGrid(3, InlinePool())
+    with pytest.raises(FederationError, match=r"more than federation\.num_clients=2"):
+        rounds.join(grid, 2, config)
+    first, second, _ = grid._contexts.values()
+    second.node_config["partition-id"] = first.node_config["partition-id"]
+    with pytest.raises(FederationError, match="both say"):
+        rounds.join(grid, 3, config)
+
+
+def test_run_directory_is_locked(make_config: MakeConfig) -> None:
+    """A second process, or a second resume, in the same run directory is refused."""
+    config = make_config(federation={"rounds": 1})
+    report = simulation.simulate(config, Silent())
+    directory, _ = RunDirectory.open(Path(report["directory"]))
+    with directory.locked(), pytest.raises(RunError, match="in use"):
+        simulation.resume(Path(report["directory"]), Silent())
 
 
 def test_tampered_update_is_left_out(make_config: MakeConfig) -> None:

@@ -13,7 +13,7 @@ from families import LABELS, examples_of, load_family, random_state, task_of
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError
 from fedslm.models.adapter import initial_state
-from fedslm.models.base import base_sha256, resolve
+from fedslm.models.base import DEMO_DIRECTORY, base_sha256, resolve
 from fedslm.models.loaded import load
 from fedslm.records import AdapterState
 from fedslm.training.batches import forward
@@ -82,6 +82,34 @@ def test_unknown_target_names_the_layers(family_directory: Callable[[str, str], 
             TaskConfig(name="causal-lm"),
             0,
         )
+
+
+def test_texts_longer_than_the_model_are_refused_at_once(
+    family_directory: Callable[[str, str], Path],
+) -> None:
+    """max_length beyond the positions is an error before training, not when a long record comes."""
+    directory = family_directory("llama", "causal-lm")
+    with pytest.raises(ModelError, match="128 positions"):
+        load(
+            ModelConfig(base=str(directory)),
+            LoraConfig(),
+            TaskConfig(name="causal-lm", max_length=129),
+            0,
+        )
+
+
+def test_base_with_missing_weights_is_refused(tmp_path: Path) -> None:
+    """A classifier whose pooler is not in the files would be random on each client: refused."""
+    import transformers
+    from tiny import family_config
+
+    transformers.BertModel(family_config("bert"), add_pooling_layer=False).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(DEMO_DIRECTORY).save_pretrained(tmp_path)
+    task = TaskConfig(name="classification", max_length=32)
+    with pytest.raises(ModelError, match=r"pooler.*pooling=.mean"):
+        load(ModelConfig(base=str(tmp_path)), LoraConfig(), task, 2)
+    mean = task.model_copy(update={"pooling": "mean"})
+    assert load(ModelConfig(base=str(tmp_path)), LoraConfig(), mean, 2).adapter.parameters
 
 
 def test_foreign_tensors_are_refused(family_directory: Callable[[str, str], Path]) -> None:

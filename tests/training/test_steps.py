@@ -11,11 +11,13 @@ import torch
 from families import examples_of, load_family, random_state, task_of
 from scipy import stats
 
-from fedslm.errors import TrainingError
+from fedslm.errors import PrivacyError, TrainingError
 from fedslm.models.loaded import LoadedModel
+from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import ExamplePlan
 from fedslm.tasks.base import Example, Task
 from fedslm.training.batches import forward
+from fedslm.training.checks import check_private_model
 from fedslm.training.steps import PrivateStep, stepping, zero_non_finite
 
 FAMILIES = [
@@ -186,6 +188,43 @@ def test_non_finite_records_are_zeroed_and_counted() -> None:
     assert zero_non_finite([first, second]) == 2
     assert first.sum() == 2
     assert second.sum() == 4
+
+
+def test_noise_has_more_than_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds that differ only above bit 32 give other noise (torch's CPU generator drops those bits)."""
+    drawn = []
+    for seed in (1, 1 + (1 << 32), 1 + (1 << 200)):
+        monkeypatch.setattr(
+            "fedslm.privacy.gaussian.operating_system_seed", lambda bits, seed=seed: seed
+        )
+        drawn.append(GaussianNoise().draw((4,), 1.0).tolist())
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
+def test_record_that_cannot_be_computed_counts_as_zero(family) -> None:
+    """A record that makes the forward pass raise changes nothing, and nothing of it stays behind."""
+    model, task = family
+    good = examples_of(3, seed=9)
+    bad = Example((5, 10**6, 7), 0)
+    with_bad = delta(model, task, plan_of(), [*good, bad])
+    np.testing.assert_allclose(with_bad, delta(model, task, plan_of(), good), atol=1e-5)
+    assert not delta(model, task, plan_of(), [bad]).round(5).any()
+    assert not any("activations" in module.__dict__ for module in model.adapter.network.modules())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_base_that_couples_records_is_refused(family_directory, kind: str) -> None:
+    """A position encoding that looks at the longest record of the batch gets no private training."""
+    model = load_family(family_directory("llama", "causal-lm"), "causal-lm")
+    config = model.adapter.network.config
+    kept = config.rope_parameters
+    config.rope_parameters = {"rope_type": kind}
+    try:
+        with pytest.raises(PrivacyError, match="couples records"):
+            check_private_model(model.adapter.network)
+    finally:
+        config.rope_parameters = kept
+    check_private_model(model.adapter.network)
 
 
 def test_coupled_records_are_refused(family_directory: Callable[[str, str], Path]) -> None:
