@@ -17,6 +17,7 @@ from fedslm.federation.wire import Setup
 from fedslm.federation.workers import Pool
 from fedslm.models.adapter import initial_state
 from fedslm.models.loaded import load
+from fedslm.privacy.plan import ExamplePlan, from_json
 from fedslm.records import AdapterState
 from fedslm.tasks import build
 from fedslm.tasks.base import Example
@@ -46,8 +47,13 @@ def describe(setup: Setup) -> Description:
 
     Raises:
         ModelError: The model or its LoRA targets are not usable.
+        PrivacyError: The base couples records, and the plan is private.
     """
     model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    if isinstance(from_json(setup.plan), ExamplePlan):
+        from fedslm.training.checks import check_private_model
+
+        check_private_model(model.adapter.network)
     network, own = model.adapter.network, model.adapter.parameters
     shapes = {key: tuple(parameter.shape) for key, parameter in own.items()}
     state = initial_state(shapes, setup.seed)
