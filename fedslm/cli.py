@@ -202,7 +202,7 @@ def show(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 @config_app.command("check")
 def check(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Say whether a configuration can be used.
+    """Say what is wrong with a configuration's keys and values; data and model are not looked at.
 
     Example: `fedslm config check simulations/demo.toml --set privacy.delta=1e-6`
     """

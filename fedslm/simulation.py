@@ -179,8 +179,8 @@ def _check_sizes(config: Config, data: shards.Shards) -> None:
         return
     text = (
         f"{len(small)} client(s) have fewer records than training.batch_size={limit}: "
-        f"{', '.join(small[:5])}; lower training.batch_size, use fewer clients, or a larger "
-        f"data.dirichlet_alpha"
+        f"{', '.join(small[:5])}; lower training.batch_size, use fewer clients, or another "
+        f"data.partition"
     )
     if config.privacy.unit == "none":
         raise DataError(text)

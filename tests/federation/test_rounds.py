@@ -215,6 +215,19 @@ def test_two_nodes_with_one_name_stop_the_run(make_config: MakeConfig) -> None:
         rounds.join(grid, 3, config)
 
 
+def test_model_card_runs_as_it_stands(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of adapter/README.md runs in the run directory and gives logits for a batch."""
+    report = simulation.simulate(make_config(federation={"rounds": 1}, privacy=PRIVATE), Silent())
+    directory = Path(report["directory"])
+    monkeypatch.chdir(directory)
+    card = (directory / "adapter" / "README.md").read_text()
+    assert f"ε = {report['epsilon']:.3f} at δ = 1e-05" in card
+    code = card.split("```python\n")[1].split("```")[0].replace('["…"]', '["chest pain", "a fall"]')
+    namespace: dict[str, Any] = {}
+    exec(compile(code, "model card", "exec"), namespace)  # noqa: S102
+    assert namespace["logits"].shape == (2, 2)
+
+
 def test_run_directory_is_locked(make_config: MakeConfig) -> None:
     """A second process, or a second resume, in the same run directory is refused."""
     config = make_config(federation={"rounds": 1})
