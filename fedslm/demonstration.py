@@ -20,6 +20,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "epsilon-8": {"unit": "record", "epsilon": 8.0},
     "epsilon-2": {"unit": "record", "epsilon": 2.0},
 }
+_LAST_LAYERS = ["3.attention.self.query", "3.attention.self.value", "3.output.dense"]
+_JSON_KEYS = ("metrics_before", "metrics_after", "privacy", "epsilon", "delta", "seconds", "directory")
 _PUBLIC = {"delta": 1e-5, "clip_norm": 1.0, "sample_rate": 0.06}
 
 
@@ -48,9 +50,6 @@ def config_of(arm: str, directory: Path) -> Config:
     )
 
 
-_LAST_LAYERS = ["3.attention.self.query", "3.attention.self.value", "3.output.dense"]
-
-
 def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
     """Runs all arms and prints the table.
 
@@ -76,9 +75,6 @@ def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
     else:
         _print(directory, reports)
     return reports
-
-
-_JSON_KEYS = ("metrics_before", "metrics_after", "privacy", "epsilon", "delta", "seconds", "directory")
 
 
 def _print(directory: Path, reports: list[dict[str, Any]]) -> None:

@@ -157,7 +157,7 @@ def federate(federation: Federation, config: Config, plan: Plan, labels: tuple[s
 
 
 def _pool(config: Config, directory: RunDirectory) -> Pool:
-    """Worker processes, or none; an accelerator is not shared among processes by default."""
+    """Worker processes, or none."""
     threads, workers = config.engine.threads_per_worker, config.engine.workers
     if workers == 0:
         return InlinePool(threads=threads)

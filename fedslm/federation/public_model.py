@@ -33,13 +33,11 @@ class Description:
         trained: Initial tensors that clients train and send.
         frozen: Tensors that stay as they are, shared by hash.
         base_sha256: Hash of the base model's files.
-        num_base_parameters: Size of the base model.
     """
 
     trained: AdapterState
     frozen: AdapterState
     base_sha256: str
-    num_base_parameters: int
 
 
 def describe(setup: Setup) -> Description:
@@ -54,17 +52,13 @@ def describe(setup: Setup) -> Description:
         from fedslm.training.checks import check_private_model
 
         check_private_model(model.adapter.network)
-    network, own = model.adapter.network, model.adapter.parameters
-    shapes = {key: tuple(parameter.shape) for key, parameter in own.items()}
+    shapes = {key: tuple(each.shape) for key, each in model.adapter.parameters.items()}
     state = initial_state(shapes, setup.seed)
     trained = trained_keys(setup.method, state)
-    adapter_size = sum(parameter.numel() for parameter in own.values())
-    whole_size = sum(parameter.numel() for parameter in network.parameters())
     return Description(
         trained=state.select(trained),
         frozen=state.select(set(state) - trained),
         base_sha256=model.base_sha256,
-        num_base_parameters=whole_size - adapter_size,
     )
 
 

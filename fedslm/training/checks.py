@@ -40,11 +40,12 @@ def check_private_model(network: torch.nn.Module) -> None:
     """
     config = getattr(network, "config", None)
     scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
-    if kind in ("dynamic", "longrope"):
+    each = [scaling, *scaling.values()] if isinstance(scaling, dict) else []  # one per layer type
+    kinds = {item.get("rope_type", item.get("type")) for item in each if isinstance(item, dict)}
+    if kinds & {"dynamic", "longrope"}:
         raise PrivacyError(
-            f"rope_type={kind!r} depends on the longest record of a batch and so couples records; "
-            f"use a base without it, or train without privacy"
+            f"rope_type in {sorted(filter(None, kinds))} depends on the longest record of a batch and "
+            f"so couples records; use a base without it, or train without privacy"
         )
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts")):
         raise PrivacyError("a mixture of experts routes records of a batch together; use a dense base")

@@ -5,6 +5,7 @@ Which one runs is decided by the plan's type in :func:`stepping`, and nowhere el
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from fedslm.training.batches import forward, micro_batches
 
 if TYPE_CHECKING:
     from opacus.optimizers import DPOptimizer
+
+
+logger = logging.getLogger(__name__)  # the client's own log
 
 
 class Step(Protocol):
@@ -107,7 +111,9 @@ class PrivateStep:
             samples = self._attempt(part)
         except (RuntimeError, ValueError, IndexError, MemoryError):
             samples = self._one_by_one(part)
-        zero_non_finite(samples)
+        zeroed = zero_non_finite(samples)
+        if zeroed:
+            logger.warning("%d record(s) of a batch had a gradient that is not finite", zeroed)
         for parameter, sample in zip(self._optimizer.params, samples, strict=True):
             parameter.grad_sample = sample
 
@@ -134,6 +140,7 @@ class PrivateStep:
             try:
                 rows.append(self._attempt([record]))
             except (RuntimeError, ValueError, IndexError, MemoryError):
+                logger.warning("a record cannot be computed and counts as zero", exc_info=True)
                 rows.append([p.new_zeros((1, *p.shape)) for p in self._optimizer.params])
         forget_activations(self._model.adapter.network)
         return [torch.cat(column) for column in zip(*rows, strict=True)]

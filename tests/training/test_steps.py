@@ -218,10 +218,11 @@ def test_base_that_couples_records_is_refused(family_directory, kind: str) -> No
     model = load_family(family_directory("llama", "causal-lm"), "causal-lm")
     config = model.adapter.network.config
     kept = config.rope_parameters
-    config.rope_parameters = {"rope_type": kind}
     try:
-        with pytest.raises(PrivacyError, match="couples records"):
-            check_private_model(model.adapter.network)
+        for found in ({"rope_type": kind}, {"full_attention": {"rope_type": kind}}):
+            config.rope_parameters = found
+            with pytest.raises(PrivacyError, match="couples records"):
+                check_private_model(model.adapter.network)
     finally:
         config.rope_parameters = kept
     check_private_model(model.adapter.network)
