@@ -39,6 +39,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 OptionalText = Annotated[str | None, BeforeValidator(_blank_is_none)]
 OptionalNumber = Annotated[float | None, BeforeValidator(_blank_is_none)]
 OptionalCount = Annotated[int | None, BeforeValidator(_blank_is_none)]
+Unit = Literal["none", "record", "patient", "client"]
 
 
 class Section(BaseModel):
@@ -130,7 +131,8 @@ class TrainingConfig(Section):
     local_steps: int = Field(10, ge=1, le=1_000_000)
     """Optimizer steps a client takes in a round."""
     batch_size: int = Field(16, ge=1)
-    """Records in a step; under privacy the public constant that the noisy sum is divided by."""
+    """Records (unit = "patient": patients) in a step; under privacy the public constant that the noisy
+    sum is divided by."""
     micro_batch_size: int = Field(32, ge=1)
     """Most records in one forward pass; larger batches are split."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -142,20 +144,31 @@ class TrainingConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """What is asked; :class:`fedslm.privacy.plan.ExamplePlan` is what will run."""
+    """What is asked; :class:`fedslm.privacy.plan.PrivatePlan` is what will run."""
 
-    unit: Literal["record", "none"]
-    """Whose participation is protected; "none" trains without privacy."""
+    unit: Unit
+    """Whose participation is protected: one record, or all records of one patient (user, author);
+    "none" trains without privacy; "client" waits for secure aggregation."""
+    unit_column: OptionalText = None
+    """Column that says whose a record is (unit = "patient")."""
+    max_records_per_unit: OptionalCount = Field(None, ge=1)
+    """Most records of one patient in a step, chosen at random; public, never looked up in the data."""
+    overlapping: bool = False
+    """True if a unit may lie in several clients: the network's epsilon then composes all clients."""
     epsilon: OptionalNumber = Field(None, gt=0)
     """Budget of each client over the whole run."""
     delta: OptionalNumber = Field(None, gt=0, lt=1)
-    """Failure probability; well under 1/records of the smallest client."""
+    """Failure probability; well under 1/units of the smallest client."""
     clip_norm: OptionalNumber = Field(None, gt=0)
-    """Largest L2 norm of one record's gradient."""
+    """Largest L2 norm of one unit's gradient."""
     sample_rate: OptionalNumber = Field(None, gt=0, le=1)
-    """Public probability with which a record joins a step."""
+    """Public probability with which a unit joins a step."""
     noise_multiplier: OptionalNumber = Field(None, gt=0)
     """Noise / clip norm, instead of calibrating to epsilon; epsilon is then the hard limit."""
+    spare_rounds: int = Field(0, ge=0)
+    """Rounds that crashes may cost: charged rounds that were lost are paid from them."""
+    metric_noise_multiplier: OptionalNumber = Field(None, gt=0)
+    """Noise of a metric on each client's own data, released every round; absent: none leaves."""
 
 
 class AggregationConfig(Section):
@@ -193,6 +206,8 @@ class EngineConfig(Section):
 
     name: Literal["local", "ray"] = "local"
     """local: worker processes (or this process); ray: Flower's simulation."""
+    policy: OptionalText = None
+    """Policy file that every simulated node enforces; `fedslm policy example` prints one."""
     workers: int = Field(-1, ge=-1)
     """Worker processes; -1 means one for each core, 0 means in this process."""
     threads_per_worker: int = Field(1, ge=1)
@@ -331,7 +346,7 @@ _REMEDIES = {
     "privacy.delta": "use about 1/(10·records of the smallest client)",
     "privacy.epsilon": "smaller is more private; 1 to 8 is common",
     "privacy.sample_rate": "use batch_size / a public estimate of a client's records",
-    "privacy.unit": 'use "record", or "none" to train without privacy',
+    "privacy.unit": 'use "record" or "patient", or "none" to train without privacy',
     "training.local_steps": "10 to 50 is common",
     "federation.num_clients": "count the hospitals, devices or shards",
 }

@@ -26,18 +26,44 @@ def _privacy(config: Config) -> Iterator[Problem]:
         return
     remedies = {
         "epsilon": "set the budget of each client over the whole run, such as 8.0",
-        "delta": "set about 1/(10·records of the smallest client), such as 1e-5",
-        "clip_norm": "set the largest norm of one record's gradient, such as 1.0",
-        "sample_rate": "set batch_size / a public estimate of a client's records, such as 0.05",
+        "delta": "set about 1/(10·units of the smallest client), such as 1e-5",
+        "clip_norm": "set the largest norm of one unit's gradient, such as 1.0",
+        "sample_rate": "set batch_size / a public estimate of a client's units, such as 0.05",
     }
     for key, remedy in remedies.items():
         if getattr(privacy, key) is None:
             yield Problem(f"privacy.{key}", f"is required with unit={privacy.unit!r}; {remedy}")
+    yield from _unit(config)
     if config.aggregation.weights == "records":
         message = 'value "records" reveals how many records a client has; use "uniform"'
         yield Problem("aggregation.weights", message)
     if config.lora.dropout > 0:
         yield Problem("lora.dropout", f"value {config.lora.dropout} must be 0 under privacy")
+
+
+def _unit(config: Config) -> Iterator[Problem]:
+    """What a unit needs to be one."""
+    privacy, micro_batch = config.privacy, config.training.micro_batch_size
+    cap = privacy.max_records_per_unit
+    if privacy.unit == "client":
+        message = 'value "client" needs secure aggregation, which is not there yet; use "patient"'
+        yield Problem("privacy.unit", message)
+    if privacy.unit != "patient":
+        for key in ("unit_column", "max_records_per_unit"):
+            if getattr(privacy, key) is not None:
+                yield Problem(f"privacy.{key}", 'is for privacy.unit="patient" alone; leave it out')
+        return
+    if privacy.unit_column is None:
+        message = 'is required with unit="patient"; name the column that says whose a record is'
+        yield Problem("privacy.unit_column", message)
+    if cap is None:
+        message = 'is required with unit="patient"; set a public constant, such as 4'
+        yield Problem("privacy.max_records_per_unit", message)
+    elif cap > micro_batch:
+        message = (
+            f"value {cap} exceeds training.micro_batch_size={micro_batch}: a patient is clipped whole"
+        )
+        yield Problem("privacy.max_records_per_unit", message)
 
 
 def _federation(config: Config) -> Iterator[Problem]:
@@ -77,8 +103,8 @@ def warnings(config: Config) -> list[str]:
     records = training.batch_size / privacy.sample_rate
     if privacy.delta >= 1 / records:
         found.append(
-            f"privacy.delta={privacy.delta:g} is not below 1/records (about 1/{records:.0f} by "
-            f"batch_size / sample_rate): a mechanism that publishes a record outright would pass; "
+            f"privacy.delta={privacy.delta:g} is not below 1/units (about 1/{records:.0f} by "
+            f"batch_size / sample_rate): a mechanism that publishes a unit outright would pass; "
             f"use {0.1 / records:.0e} or less"
         )
     if privacy.epsilon is not None and privacy.epsilon > 20:

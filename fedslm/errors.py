@@ -7,6 +7,7 @@ FedslmError
 ├── TrainingError        a self-check of local training failed; nothing was released
 ├── PrivacyError         a privacy guarantee cannot be given; nothing was released
 │   ├── BudgetExceeded   the release would exceed the client's budget
+│   ├── PolicyRefused    the node's own policy does not allow what the server asks
 │   └── LedgerError      the ledger is unreadable, inconsistent or cannot be written
 ├── FederationError      the run cannot go on (no clients, too many failed rounds)
 └── RunError             a run directory cannot be created, resumed or written
@@ -69,6 +70,10 @@ class PrivacyError(FedslmError):
 
 class BudgetExceeded(PrivacyError):
     """The release would exceed the client's budget."""
+
+
+class PolicyRefused(PrivacyError):
+    """The node's own policy does not allow what the server asks; the text holds public values alone."""
 
 
 class LedgerError(PrivacyError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from fedslm.errors import ModelError, PrivacyError
 
 FloatArray = NDArray[np.float32]
+_LARGEST, _MOST = 1e100, 10**12
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +91,24 @@ class AdapterState:
         return all(bool(np.isfinite(tensor).all()) for tensor in self.tensors.values())
 
 
+def is_number(value: object) -> bool:
+    """True for a finite number that every accountant can compute with; a boolean is none.
+
+    >>> is_number(0.5), is_number(True), is_number(math.nan), is_number(10**400)
+    (True, False, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def is_count(value: object) -> bool:
+    """True for a whole number from 1 up to 10^12; a boolean is none.
+
+    >>> is_count(1), is_count(0), is_count(1.0), is_count(True)
+    (True, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
+
+
 @dataclass(frozen=True)
 class Event:
     """What one release costs: ``steps`` Poisson-sampled Gaussian steps.
@@ -109,14 +127,12 @@ class Event:
     steps: int
 
     def __post_init__(self) -> None:
-        numbers = (self.sample_rate, self.noise_multiplier)
         valid = (
-            all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
-            and isinstance(self.steps, int)
-            and not isinstance(self.steps, bool)
+            is_number(self.sample_rate)
+            and is_number(self.noise_multiplier)
+            and is_count(self.steps)
             and 0 < self.sample_rate <= 1
-            and 0 < self.noise_multiplier < math.inf
-            and self.steps >= 1
+            and self.noise_multiplier > 0
         )
         if not valid:
             raise PrivacyError(
@@ -149,13 +165,11 @@ class ClientUpdate:
         client: Index of the client in the population.
         adapter: The trained tensors after local training.
         weight: Weight in the aggregate, > 0; 1 under privacy.
-        events: Everything that this client has ever charged to this run's data.
     """
 
     client: int
     adapter: AdapterState
     weight: float
-    events: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,13 +184,16 @@ class RoundRecord:
         late: Clients that missed the deadline.
         refused: Clients that refused (budget exhausted, for instance).
         kept: False if the adapter moved, True if too few replies kept it as it was.
-        epsilon: Largest epsilon over all clients so far; None without privacy.
+        epsilon: Epsilon of the network so far (the largest over clients, or all of them composed if
+            units overlap); None without privacy.
         metrics: Metrics on the public evaluation split; empty if this round was not evaluated.
         signal_to_noise: See :func:`fedslm.aggregation.mean.signal_to_noise`; None if unknown.
         bytes_down: Bytes of tensors sent to clients in this round.
         bytes_up: Bytes of tensors received from clients in this round.
         seconds: Wall time of the round.
         reasons: One line for each client that is not in the aggregate.
+        private_metric: Mean score of the round's start on the clients' own data, from noisy releases;
+            None if none was asked.
     """
 
     round: int
@@ -193,3 +210,4 @@ class RoundRecord:
     bytes_up: int
     seconds: float
     reasons: tuple[str, ...] = field(default=())
+    private_metric: float | None = None

@@ -2,14 +2,13 @@
 
 Everything that may be repeated (initial adapter, partitions, non-private batches) comes from
 :func:`stream`. Everything that protects somebody (noise, Poisson sampling under privacy) comes from
-:func:`operating_system_seed` and never from the run's seed: whoever knows the seed must not know the
-noise.
+:class:`fedslm.privacy.randomness.SecureStream` and never from the run's seed: whoever knows the seed
+must not know the noise.
 """
 
 from __future__ import annotations
 
 import hashlib
-import secrets
 
 import numpy as np
 
@@ -41,8 +40,3 @@ def stream(seed: int, purpose: str, *indices: int | str) -> np.random.Generator:
     True
     """
     return np.random.default_rng(seed_of(seed, purpose, *indices))
-
-
-def operating_system_seed(num_bits: int = 64) -> int:
-    """Returns fresh entropy from the operating system, for noise and private sampling."""
-    return secrets.randbits(num_bits)

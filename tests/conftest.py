@@ -37,13 +37,15 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
-    """Separable two-class rows with a natural client."""
+    """Separable two-class rows with a natural client, its own patients, and travellers between clients."""
     generator = np.random.default_rng(seed)
     rows = []
     for index in range(count):
         label = ("heart", "bone")[index % 2]
         words = generator.choice(WORDS[label], size=int(generator.integers(3, 9)))
-        rows.append({"text": " ".join(words), "label": label, "client": f"site-{index % 3}"})
+        site = f"site-{index % 3}"
+        owners = {"patient": f"{site} {index // 15}", "traveller": f"traveller {index // 6}"}
+        rows.append({"text": " ".join(words), "label": label, "client": site, **owners})
     return rows
 
 
@@ -56,13 +58,13 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def make_config(notes: Path, tmp_path: Path) -> Callable[..., Config]:
-    """Builds a tiny config on the embedded model; sections are updated by keyword."""
+@pytest.fixture(scope="session")
+def config_in(notes: Path) -> Callable[..., Config]:
+    """Builds a tiny config on the embedded model with a run directory; sections are updated by keyword."""
 
-    def make(**sections: dict[str, Any]) -> Config:
+    def make(directory: Path, **sections: dict[str, Any]) -> Config:
         values: dict[str, dict[str, Any]] = {
-            "run": {"name": "tiny", "directory": str(tmp_path / "run")},
+            "run": {"name": "tiny", "directory": str(directory)},
             "model": {"base": "demo", "device": "cpu"},
             "lora": {"rank": 2, "alpha": 2.0, "target_modules": ["3.output.dense"]},
             "data": {"source": str(notes), "partition": "natural"},
@@ -75,6 +77,16 @@ def make_config(notes: Path, tmp_path: Path) -> Callable[..., Config]:
         for section, changes in sections.items():
             values[section] = {**values.get(section, {}), **changes}
         return configuration.from_mapping(values)
+
+    return make
+
+
+@pytest.fixture
+def make_config(config_in: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]:
+    """Builds a tiny config; its run directory is the test's own."""
+
+    def make(**sections: dict[str, Any]) -> Config:
+        return config_in(tmp_path / "run", **sections)
 
     return make
 

@@ -1,4 +1,4 @@
-"""Tests of the configuration and of its contradictions."""
+"""Tests of the configuration; its contradictions are in test_contradictions.py."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from tiny import BASE, changed, problems
 
 from fedslm import contradictions
 from fedslm.config import Config, from_flat, from_mapping, from_toml, to_toml, with_overrides
@@ -22,39 +23,11 @@ from fedslm.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 SIMULATIONS = sorted((ROOT / "simulations").glob("*.toml"))
-BASE: dict[str, dict[str, Any]] = {
-    "model": {"base": "demo"},
-    "data": {"source": "demo"},
-    "task": {"name": "classification"},
-    "privacy": {
-        "unit": "record",
-        "epsilon": 8.0,
-        "delta": 1e-5,
-        "clip_norm": 1.0,
-        "sample_rate": 0.05,
-    },
-}
 FIELDS: dict[str, FieldInfo] = {
     f"{section}.{key}": field
     for section, outer in Config.model_fields.items()
     for key, field in typing.cast(Any, outer.annotation).model_fields.items()
 }
-
-
-def changed(*assignments: tuple[str, Any]) -> dict[str, dict[str, Any]]:
-    """The base values with some dotted keys replaced."""
-    values = {section: dict(content) for section, content in BASE.items()}
-    for dotted, value in assignments:
-        section, key = dotted.split(".")
-        values.setdefault(section, {})[key] = value
-    return values
-
-
-def problems(values: dict[str, Any]) -> dict[str, str]:
-    """Key to message of everything that is wrong."""
-    with pytest.raises(ConfigError) as caught:
-        contradictions.check(from_mapping(values))
-    return {problem.key: problem.message for problem in caught.value.problems}
 
 
 def _out_of_range() -> list[tuple[str, float, float]]:
@@ -108,7 +81,7 @@ def test_an_unknown_choice_names_all_choices(key: str) -> None:
         ("privacy.epsilon", 0, "1 to 8"),
         ("privacy.epsilon", -1.0, "1 to 8"),
         ("privacy.sample_rate", 1.5, "batch_size /"),
-        ("privacy.unit", "patient", 'use "record"'),
+        ("privacy.unit", "hospital", 'use "record" or "patient"'),
         ("training.local_steps", 0, "10 to 50"),
         ("federation.num_clients", 0, "count the hospitals"),
     ],
@@ -209,7 +182,12 @@ def configs(draw: st.DrawFn) -> Config:
             ("training.learning_rate", draw(_POSITIVE)),
             ("privacy.epsilon", draw(st.none() | _POSITIVE)),
             ("privacy.delta", draw(st.none() | st.floats(1e-300, 0.5))),
-            ("privacy.unit", draw(st.sampled_from(["record", "none"]))),
+            ("privacy.unit", draw(st.sampled_from(["record", "patient", "none"]))),
+            ("privacy.unit_column", draw(_PRINTABLE)),
+            ("privacy.max_records_per_unit", draw(st.none() | st.integers(1, 10**9))),
+            ("privacy.overlapping", draw(st.booleans())),
+            ("privacy.metric_noise_multiplier", draw(st.none() | _POSITIVE)),
+            ("engine.policy", draw(_PRINTABLE)),
             ("federation.clients_per_round", draw(st.none() | st.integers(1, 10**9))),
             ("engine.workers", draw(st.integers(-1, 64))),
         )
@@ -342,6 +320,8 @@ def _other(field: FieldInfo, value: Any) -> Any:
     if choices := _choices(field):
         return next(choice for choice in reversed(choices) if choice != value)
     match value:
+        case bool():
+            return not value
         case None:
             return "x" if "str" in str(field.annotation) else 3
         case str():
@@ -391,97 +371,3 @@ def test_the_simulations_are_valid(path: Path) -> None:
 def test_there_are_simulations() -> None:
     """The test above looks at something."""
     assert SIMULATIONS
-
-
-@pytest.mark.parametrize("key", ["epsilon", "delta", "clip_norm", "sample_rate"])
-@pytest.mark.parametrize("blank", [None, ""])
-def test_nothing_that_makes_a_guarantee_has_a_default(key: str, blank: object) -> None:
-    """Under privacy, epsilon, delta, clip norm and sample rate must be given."""
-    message = problems(changed((f"privacy.{key}", blank)))[f"privacy.{key}"]
-    assert "is required" in message
-    assert "such as" in message
-
-
-def test_all_that_is_required_is_asked_for_at_once() -> None:
-    """Contradictions are reported together too."""
-    found = problems({**changed(), "privacy": {"unit": "record"}})
-    assert set(found) == {f"privacy.{key}" for key in ("epsilon", "delta", "clip_norm", "sample_rate")}
-
-
-def test_without_privacy_nothing_is_required() -> None:
-    """unit="none" needs no privacy parameters, and allows record weights and dropout."""
-    values = changed(("aggregation.weights", "records"), ("lora.dropout", 0.1))
-    values["privacy"] = {"unit": "none"}
-    contradictions.check(from_mapping(values))
-
-
-@pytest.mark.parametrize(
-    ("assignments", "key", "part"),
-    [
-        ([("aggregation.weights", "records")], "aggregation.weights", "reveals how many records"),
-        ([("lora.dropout", 0.1)], "lora.dropout", "must be 0 under privacy"),
-        (
-            [("federation.clients_per_round", 6), ("federation.num_clients", 5)],
-            "federation.clients_per_round",
-            "federation.num_clients=5",
-        ),
-        (
-            [("federation.clients_per_round", 2), ("federation.min_replies", 3)],
-            "federation.min_replies",
-            "cohort of 2",
-        ),
-        ([("federation.min_replies", 6)], "federation.min_replies", "cohort of 5"),
-        ([("data.label_column", "")], "data.label_column", "classification"),
-        (
-            [
-                ("task.name", "causal-lm"),
-                ("data.label_column", ""),
-                ("data.partition", "dirichlet"),
-            ],
-            "data.label_column",
-            "dirichlet",
-        ),
-        ([("task.labels", ["only"])], "task.labels", "at least two"),
-        ([("task.labels", ["a", "b", "a"])], "task.labels", "twice"),
-        (
-            [("task.name", "causal-lm"), ("task.pooling", "mean")],
-            "task.pooling",
-            "has no pooling",
-        ),
-    ],
-)
-def test_contradictions_are_refused(assignments: list[tuple[str, Any]], key: str, part: str) -> None:
-    """Each contradiction is refused alone, named by its option."""
-    found = problems(changed(*assignments))
-    assert list(found) == [key]
-    assert part in found[key]
-
-
-def test_a_sound_config_has_no_contradiction() -> None:
-    """The base of these tests is fine, so that each refusal above has its one cause."""
-    config = from_mapping(BASE)
-    contradictions.check(config)
-    assert contradictions.warnings(config) == []
-
-
-@pytest.mark.parametrize(
-    ("delta", "warned"), [(1e-5, False), (0.0031, False), (1 / 320, True), (0.5, True)]
-)
-def test_a_delta_of_one_record_or_more_warns(delta: float, warned: bool) -> None:
-    """16 records at a rate of 0.05 are about 320: from 1/320 on, publishing a record would pass."""
-    config = from_mapping(changed(("privacy.delta", delta)))
-    found = contradictions.warnings(config)
-    assert bool(found) is warned
-    assert all("privacy.delta" in text and "1/320" in text and "3e-04" in text for text in found)
-
-
-@pytest.mark.parametrize(("epsilon", "warned"), [(20.0, False), (21.0, True)])
-def test_a_huge_epsilon_warns(epsilon: float, warned: bool) -> None:
-    """An epsilon that promises little is allowed, with a warning."""
-    found = contradictions.warnings(from_mapping(changed(("privacy.epsilon", epsilon))))
-    assert any("promises little" in text for text in found) is warned
-
-
-def test_without_privacy_nothing_warns() -> None:
-    """There is no guarantee to warn about."""
-    assert contradictions.warnings(from_mapping(changed(("privacy.unit", "none")))) == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedslm.errors import ModelError
+from fedslm.errors import ModelError, PrivacyError
 from fedslm.records import AdapterState, Event
 
 _ARRAYS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
@@ -113,3 +115,36 @@ def test_records_are_frozen() -> None:
     """Nobody changes what was charged."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         Event(0.1, 1.0, 1).steps = 0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (0.01, 0.0, 1),
+        (0.01, -1.0, 1),
+        (0.01, math.nan, 1),
+        (0.01, math.inf, 1),
+        (0.0, 1.0, 1),
+        (-0.01, 1.0, 1),
+        (1.01, 1.0, 1),
+        (math.nan, 1.0, 1),
+        (0.01, 1.0, 0),
+        (0.01, 1.0, -5),
+        (0.01, 1.0, 2.5),
+        (0.01, 1.0, math.nan),
+        ("0.1", 1.0, 1),
+        (0.1, None, 1),
+        (0.1, 1.0, "1"),
+        (True, 1.0, 1),
+        (0.1, True, 1),
+        (0.1, 1.0, True),
+        (0.1, 1.0, np.int64(1)),
+        (0.1, 10**400, 1),
+        (0.1, 1.0, 10**400),
+    ],
+    ids=repr,
+)
+def test_an_event_that_means_nothing_cannot_be_made(values: tuple[Any, Any, Any]) -> None:
+    """No accountant sees an event out of its range or of other types: it cannot be made."""
+    with pytest.raises(PrivacyError, match="sample_rate"):
+        Event(*values)

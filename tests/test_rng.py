@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import random
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedslm.rng import operating_system_seed, seed_of, stream
+from fedslm.rng import seed_of, stream
 
 _INDICES = st.lists(st.integers(0, 10**6), max_size=3).map(tuple)
 
@@ -52,21 +50,3 @@ def test_streams_do_not_touch_the_global_generator() -> None:
     np.random.seed(3)
     stream(0, "x").random(5)
     assert np.random.random() == expected
-
-
-@pytest.mark.parametrize("num_bits", [1, 63, 64, 128])
-def test_entropy_has_the_bits_that_were_asked_for(num_bits: int) -> None:
-    """All values are in range, and the highest bit is used."""
-    draws = [operating_system_seed(num_bits) for _ in range(64)]
-    assert all(0 <= value < 2**num_bits for value in draws)
-    assert any(value >> (num_bits - 1) for value in draws)
-
-
-def test_entropy_cannot_be_seeded() -> None:
-    """Whoever seeds the global generators, as training scripts do, does not get the noise again."""
-    draws = set()
-    for _ in range(3):
-        random.seed(0)
-        np.random.seed(0)
-        draws.add(operating_system_seed(128))
-    assert len(draws) == 3

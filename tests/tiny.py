@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from fedslm import contradictions
+from fedslm.config import from_mapping
+from fedslm.errors import ConfigError
+
 PRIVATE = {
     "unit": "record",
     "epsilon": 8.0,
@@ -11,6 +17,36 @@ PRIVATE = {
     "clip_norm": 1.0,
     "sample_rate": 0.2,
 }
+PATIENT = {**PRIVATE, "unit": "patient", "unit_column": "patient", "max_records_per_unit": 3}
+
+BASE: dict[str, dict[str, Any]] = {
+    "model": {"base": "demo"},
+    "data": {"source": "demo"},
+    "task": {"name": "classification"},
+    "privacy": {
+        "unit": "record",
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "clip_norm": 1.0,
+        "sample_rate": 0.05,
+    },
+}
+
+
+def changed(*assignments: tuple[str, Any]) -> dict[str, dict[str, Any]]:
+    """The base values with some dotted keys replaced."""
+    values = {section: dict(content) for section, content in BASE.items()}
+    for dotted, value in assignments:
+        section, key = dotted.split(".")
+        values.setdefault(section, {})[key] = value
+    return values
+
+
+def problems(values: dict[str, Any]) -> dict[str, str]:
+    """Key to message of everything that is wrong."""
+    with pytest.raises(ConfigError) as caught:
+        contradictions.check(from_mapping(values))
+    return {problem.key: problem.message for problem in caught.value.problems}
 
 
 def family_config(family: str) -> Any:

@@ -3,7 +3,8 @@
 Formal guarantees:
     * Add-or-remove-one adjacency of the unit; both directions, the larger counts.
     * Poisson sampling at the event's rate and Gaussian noise at its multiplier, adaptively composed
-      over all steps with fixed parameters. No amplification by client sampling.
+      over all steps with parameters that are fixed beforehand; :func:`adaptive_epsilon` is for
+      parameters that are not. No amplification by client sampling.
     * The discretised privacy loss is rounded pessimistically: the result is an upper bound.
 
 References:
@@ -14,14 +15,42 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from fedslm.errors import PrivacyError
 from fedslm.records import Event
 
 _DISCRETISATION = 1e-3
 _TOLERANCE = 1e-3
+_LEAST_MULTIPLIER, _LARGEST_MULTIPLIER = 0.05, 10_000
+_PRV_TOLERANCE = (0.02, 0.005)  # absolute, relative
+_MOST_STEPS = 1_000_000
+_NEARLY = 0.8
+_MANY_STEPS = 10**9  # so many that no conversion is cut off at zero
+_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
+
+_EPSILON_GRID = tuple(step / 20 for step in range(241))  # 0 to 12
+_ANY_DELTA = 0.5  # grouping alone; no delta enters
+
+Groups = tuple[tuple[float, float, int], ...]  # (sample_rate, noise_multiplier, steps), sorted
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """Epsilon of the same events by three accountants that share no code.
+
+    Attributes:
+        pld: dp-accounting's privacy loss distributions: the number of record.
+        prv: Opacus' privacy random variables; an estimate plus its error bound.
+        rdp: Opacus' Rényi accountant; an upper bound, 10 to 25 % larger.
+    """
+
+    pld: float
+    prv: float
+    rdp: float
 
 
 def epsilon(events: Iterable[Event], delta: float) -> float:
@@ -35,23 +64,142 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
         An upper bound on epsilon.
 
     Raises:
-        PrivacyError: Delta is out of its range (an event cannot be: it checks itself).
+        PrivacyError: Delta is out of its range, or the events are beyond what can be computed: more
+            than a million steps, or noise below 0.05 clip norms.
 
     >>> epsilon([], 1e-5)
     0.0
     >>> round(epsilon([Event(256 / 10_000, 1.0, 117)], 1e-5), 2)
     1.92
     """
-    if not 0 < delta < 1:
-        raise PrivacyError(f"delta={delta} must be in (0, 1)")
-    steps: Counter[tuple[float, float]] = Counter()
-    for event in events:
-        steps[event.sample_rate, event.noise_multiplier] += event.steps
-    grouped = sorted((rate, noise, count) for (rate, noise), count in steps.items())
-    return _epsilon(tuple(grouped), delta) if grouped else 0.0
+    return _pld(_grouped(events, delta), delta)
 
 
-def calibrate(epsilon_target: float, delta: float, sample_rate: float, steps: int) -> float:
+def cross_check(events: Iterable[Event], delta: float) -> Accounts:
+    """Epsilon by three accountants, which must agree.
+
+    Formal guarantees:
+        * Returns only if RDP >= PLD (an upper bound is above a tight one) and
+          |PRV - PLD| <= 0.02 + 0.5 %.
+
+    Args:
+        events: What was charged or is planned.
+        delta: In (0, 1).
+
+    Raises:
+        PrivacyError: The accountants disagree, or one of them fails.
+
+    References:
+        Gopi et al. 2021, PRV (arXiv 2106.02848); Mironov et al. 2019, RDP (arXiv 1908.10530).
+    """
+    grouped = _grouped(events, delta)
+    return _cross_checked(grouped, delta) if grouped else Accounts(0.0, 0.0, 0.0)
+
+
+def adaptive_epsilon(events: Sequence[Event], delta: float, budget: float) -> float:
+    """Epsilon of events whose parameters may have been chosen after seeing earlier releases.
+
+    A PLD is valid for parameters fixed beforehand. A Rényi filter is valid for any adaptive choice if
+    its order is fixed beforehand: here by the first event and the budget alone.
+
+    Args:
+        events: What was charged, in the order in which it was.
+        delta: In (0, 1).
+        budget: Epsilon that must not be exceeded, > 0.
+
+    Returns:
+        An upper bound on epsilon; the filter lets the events pass if it is at most ``budget``.
+
+    References:
+        Feldman and Zrnic 2021, individual privacy accounting via a Rényi filter (arXiv 2008.11193).
+    """
+    from dp_accounting.rdp import RdpAccountant
+
+    grouped = _grouped(events, delta)
+    if not grouped:
+        return 0.0
+    accountant = RdpAccountant([_order(events[0], delta, budget)])
+    for rate, noise, count in grouped:
+        accountant.compose(_step(rate, noise), count)
+    return float(accountant.get_epsilon(delta))
+
+
+def group_epsilon(events: Iterable[Event], delta: float, group_size: int) -> float:
+    """Epsilon for somebody with ``group_size`` records in a run whose unit is the record.
+
+    The number of the group's records in a Poisson sample is binomial, and each moves the sum by at most
+    one clip norm: a mixture of Gaussians. This is tight; ``group_size * epsilon`` is no bound at all.
+
+    Args:
+        events: What was charged at record level.
+        delta: In (0, 1).
+        group_size: Records that the person has at most, >= 1.
+
+    Raises:
+        PrivacyError: A value is out of range.
+
+    References:
+        Charles et al. 2024 (arXiv 2407.07737).
+    """
+    if group_size < 1:
+        raise PrivacyError(f"group_size={group_size} must be >= 1")
+    return _group(_grouped(events, delta), delta, group_size)
+
+
+def network_epsilon(clients: Sequence[Iterable[Event]], delta: float, *, overlapping: bool) -> float:
+    """Epsilon of somebody in a network of clients.
+
+    Args:
+        clients: What each client charged.
+        delta: In (0, 1).
+        overlapping: False if no unit lies in two clients: then each unit is touched by one client alone
+            and the largest epsilon counts. True composes all clients.
+
+    >>> network_epsilon([[Event(1.0, 5.0, 1)], []], 1e-5, overlapping=False) < 1
+    True
+    """
+    if overlapping:
+        return epsilon([event for events in clients for event in events], delta)
+    return max((epsilon(events, delta) for events in clients), default=0.0)
+
+
+def true_positive_bound(events: Iterable[Event], false_positive_rate: float) -> float:
+    """Largest share of members that any attacker can point out, at a rate of false alarms.
+
+    The smallest of e^ε·FPR + δ(ε) over the whole privacy curve, so tighter than one (ε, δ) gives.
+
+    Args:
+        events: What was charged.
+        false_positive_rate: In (0, 1).
+
+    >>> true_positive_bound([], 0.01)
+    0.01
+    >>> round(true_positive_bound([Event(0.032, 0.946, 150)], 0.01), 2)
+    0.04
+
+    References:
+        Kairouz et al. 2015 (arXiv 1311.0776), theorem 2.1.
+    """
+    if not 0 < false_positive_rate < 1:
+        raise PrivacyError(f"false_positive_rate={false_positive_rate} must be in (0, 1)")
+    grouped = _grouped(events, _ANY_DELTA)
+    if not grouped:
+        return false_positive_rate
+    accountant = _accountant(grouped)
+    bounds = [
+        math.exp(each) * false_positive_rate + float(accountant.get_delta(each))
+        for each in _EPSILON_GRID
+    ]
+    return min(1.0, *bounds)
+
+
+def calibrate(
+    epsilon_target: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    others: Sequence[Event] = (),
+) -> float:
     """Noise multiplier at most 0.002 above the smallest for which the steps cost at most the target.
 
     Args:
@@ -59,6 +207,7 @@ def calibrate(epsilon_target: float, delta: float, sample_rate: float, steps: in
         delta: In (0, 1).
         sample_rate: In (0, 1].
         steps: Most steps that a client can take, not the expected number.
+        others: What the budget must pay for besides.
 
     Raises:
         PrivacyError: The target is not a positive number, or no noise multiplier up to 10,000 meets it.
@@ -67,12 +216,12 @@ def calibrate(epsilon_target: float, delta: float, sample_rate: float, steps: in
         raise PrivacyError(f"epsilon={epsilon_target} must be in (0, inf)")
 
     def spent(noise_multiplier: float) -> float:
-        return epsilon([Event(sample_rate, noise_multiplier, steps)], delta)
+        return epsilon([Event(sample_rate, noise_multiplier, steps), *others], delta)
 
     high = 1.0
     while spent(high) > epsilon_target:
         high *= 2
-        if high > 10_000:
+        if high > _LARGEST_MULTIPLIER:
             raise PrivacyError(
                 f"privacy.epsilon={epsilon_target} at delta={delta} is out of reach for {steps} "
                 f"steps at sample_rate={sample_rate}; ask for fewer steps or a larger epsilon"
@@ -84,16 +233,144 @@ def calibrate(epsilon_target: float, delta: float, sample_rate: float, steps: in
     return round(math.ceil(high / _TOLERANCE) * _TOLERANCE, 6)
 
 
-@lru_cache(maxsize=4096)
-def _epsilon(grouped: tuple[tuple[float, float, int], ...], delta: float) -> float:
-    """PLD of grouped (sample_rate, noise_multiplier, steps)."""
-    import dp_accounting
-    from dp_accounting import pld
+def affordable_steps(epsilon_target: float, delta: float, event: Event) -> int:
+    """Most steps like ``event``'s that cost at most the target together; 0 if not even one.
 
-    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, _DISCRETISATION)
-    for sample_rate, noise_multiplier, count in grouped:
-        step = dp_accounting.PoissonSampledDpEvent(
-            sample_rate, dp_accounting.GaussianDpEvent(noise_multiplier)
+    >>> affordable_steps(3.0, 1e-5, Event(0.032, 0.946, 1))
+    149
+    """
+
+    def fits(steps: int) -> bool:
+        one = Event(event.sample_rate, event.noise_multiplier, steps)
+        return epsilon([one], delta) <= epsilon_target
+
+    return largest(fits, _MOST_STEPS)
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """Largest number up to ``limit`` that fits, if all smaller ones do; 0 if none."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, high * 2
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _grouped(events: Iterable[Event], delta: float) -> Groups:
+    """Steps with the same parameters together: the order does not matter."""
+    if not 0 < delta < 1:
+        raise PrivacyError(f"delta={delta} must be in (0, 1)")
+    steps: Counter[tuple[float, float]] = Counter()
+    for event in events:
+        steps[event.sample_rate, event.noise_multiplier] += event.steps
+    if steps.total() > _MOST_STEPS or any(noise < _LEAST_MULTIPLIER for _, noise in steps):
+        raise PrivacyError(
+            f"no accounting beyond {_MOST_STEPS:,} steps or below "
+            f"noise_multiplier={_LEAST_MULTIPLIER}, which promises nothing"
         )
-        accountant.compose(step, count)
+    return tuple(sorted((rate, noise, count) for (rate, noise), count in steps.items()))
+
+
+@lru_cache(maxsize=4096)
+def _pld(grouped: Groups, delta: float) -> float:
+    """Epsilon by privacy loss distributions."""
+    return float(_accountant(grouped).get_epsilon(delta)) if grouped else 0.0
+
+
+def _accountant(grouped: Groups) -> Any:
+    """dp-accounting's accountant after all events."""
+    from dp_accounting import NeighboringRelation, pld
+
+    accountant = pld.PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, _DISCRETISATION)
+    for rate, noise, count in grouped:
+        accountant.compose(_step(rate, noise), count)
+    return accountant
+
+
+@lru_cache(maxsize=64)
+def _group(grouped: Groups, delta: float, size: int) -> float:
+    """Epsilon of a group by privacy loss distributions of Gaussian mixtures."""
+    from dp_accounting import NeighboringRelation, pld
+    from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
+
+    if not grouped:
+        return 0.0
+    accountant = pld.PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, _DISCRETISATION)
+    sensitivities = list(range(size + 1))
+    for rate, noise, count in grouped:
+        chances = [math.comb(size, k) * rate**k * (1 - rate) ** (size - k) for k in sensitivities]
+        pairs = [(k, chance) for k, chance in zip(sensitivities, chances, strict=True) if chance > 0]
+        used, probabilities = (list(column) for column in zip(*pairs, strict=True))
+        accountant.compose(MixtureOfGaussiansDpEvent(noise, used, probabilities), count)
     return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=256)
+def _cross_checked(grouped: Groups, delta: float) -> Accounts:
+    """Runs the three accountants and compares them."""
+    import warnings
+
+    from opacus.accountants import PRVAccountant, RDPAccountant
+
+    found: list[float] = []
+    for accountant in (PRVAccountant(), RDPAccountant()):
+        accountant.history = [(noise, rate, count) for rate, noise, count in grouped]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the order at the edge, and of log(0)
+                found.append(float(accountant.get_epsilon(delta)))
+        except Exception as error:  # whatever stops an accountant, there is no cross-check
+            name = type(accountant).__name__
+            raise PrivacyError(
+                f"the {name} cannot check epsilon at delta={delta:g}: {error}"
+            ) from error
+    accounts = Accounts(_pld(grouped, delta), found[0], found[1])
+    check_agreement(accounts)
+    return accounts
+
+
+def check_agreement(accounts: Accounts) -> None:
+    """Refuses figures that cannot all be right.
+
+    Raises:
+        PrivacyError: RDP is below PLD, or PRV is further from PLD than 0.02 + 0.5 %.
+    """
+    absolute, relative = _PRV_TOLERANCE
+    allowed = absolute + relative * accounts.pld
+    agreed = accounts.rdp >= accounts.pld - _TOLERANCE and abs(accounts.prv - accounts.pld) <= allowed
+    if not agreed:
+        raise PrivacyError(
+            f"the accountants disagree: PLD {accounts.pld:.4f}, PRV {accounts.prv:.4f}, RDP "
+            f"{accounts.rdp:.4f}; RDP must be at least PLD, and PRV within {allowed:.3f} of it"
+        )
+
+
+def _step(rate: float, noise: float) -> object:
+    """One Poisson-sampled Gaussian step as dp-accounting names it."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+
+    return PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
+
+
+@lru_cache(maxsize=256)
+def _order(first: Event, delta: float, budget: float) -> float:
+    """Smallest Rényi order at which a budget pays for nearly the most steps like the first event's.
+
+    The best order would be a little better for such steps, and far worse for steps with less noise.
+    """
+    from dp_accounting.rdp import RdpAccountant
+
+    def affordable(order: float) -> float:
+        one, two = (RdpAccountant([order]) for _ in range(2))
+        one.compose(_step(first.sample_rate, first.noise_multiplier), _MANY_STEPS)
+        two.compose(_step(first.sample_rate, first.noise_multiplier), 2 * _MANY_STEPS)
+        total = float(two.get_epsilon(delta)) - float(one.get_epsilon(delta))  # epsilon is affine
+        constant = float(one.get_epsilon(delta)) - total
+        return (budget - constant) / total if math.isfinite(total) and total > 0 else -math.inf
+
+    steps = {order: affordable(order) for order in _ORDERS}
+    enough = _NEARLY * max(steps.values())
+    return float(min(order for order, count in steps.items() if count >= enough))

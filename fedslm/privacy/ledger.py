@@ -1,93 +1,130 @@
-"""What was spent on one client's data: an append-only file that never forgets.
+"""What was spent on one data set: an append-only, signed file that never forgets.
 
 A spend is *reserved* (written and synced) before the computation that it pays for, and *committed*
-when the release leaves. A crash in between leaves it charged: the ledger may over-count, never
+before the release leaves. A crash in between leaves it charged: the ledger may over-count, never
 under-count. Sending the same bytes again is free.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator
+import secrets
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from filelock import FileLock, Timeout
 
-from fedslm.errors import BudgetExceeded, LedgerError, PrivacyError
+from fedslm.errors import BudgetExceeded, LedgerError, PolicyRefused, RunError
 from fedslm.privacy import accounting
+from fedslm.privacy.chain import (
+    ADAPTER,
+    ADJACENCY,
+    GENESIS,
+    HEAD_SUFFIX,
+    Chain,
+    Charge,
+    Entry,
+    Opening,
+    check_head,
+    encode,
+    line_hash,
+    read_chain,
+    read_head,
+    whole_lines,
+)
+from fedslm.privacy.keys import public_hex
+from fedslm.privacy.statement import Statement, signed
 from fedslm.records import Event, PrivacySpent
+from fedslm.storage import write_text
 
-_GENESIS = "0" * 64
 _LOCK_SECONDS = 30.0
+_DAY_SECONDS = 86_400
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One line of the ledger.
+class Limits:
+    """What a ledger may hold.
 
     Attributes:
-        kind: "reserve" or "commit".
-        index: Position in the file, from 0.
-        run: Identifier of the run.
-        round: Round of the run, from 1.
-        previous: SHA-256 of the line before.
-        event: The charge (reserve only).
-        delta: The delta of the budget (reserve only).
-        reserve: Index of the reserved entry (commit only).
-        release_sha256: Hash of the released adapter (commit only).
-        request_sha256: Hash of what was asked for (reserve only): equal requests may be re-sent.
+        run: (epsilon, delta) over the charges of one run.
+        lifetime: (epsilon, delta) over all charges; None: no limit but the run's.
+        rounds_per_day: Most rounds charged within 24 hours; None: no limit.
     """
 
-    kind: str
-    index: int
-    run: str
-    round: int
-    previous: str
-    event: Event | None = None
-    delta: float | None = None
-    reserve: int | None = None
-    release_sha256: str | None = None
-    request_sha256: str | None = None
+    run: tuple[float, float]
+    lifetime: tuple[float, float] | None = None
+    rounds_per_day: int | None = None
 
 
 class Ledger:
-    """The ledger of one client's data.
+    """The ledger of one data set and one unit.
 
     Formal guarantees:
-        * ``reserve`` returns only after the charge is on disk (fsync), and only if all charges
-          together stay within the budget: a filter, not an odometer.
-        * Every reserved event counts, committed or not.
-        * A file with an edited, reordered or missing line in it is refused. A torn last line is left
-          out: no release can have followed it. Whole lines missing at the end cannot be seen from the
-          file alone.
+        * ``reserve`` returns only after the charges are on disk (fsync), and only if they stay within
+          all limits: a filter, not an odometer.
+        * Every reserved event counts, committed or not, over all runs and restarts.
+        * Charges in another unit than the ledger's are refused: two ledgers for the same people would
+          each see half of what was spent.
+        * Within one run the plan cannot change. Over several plans, which may have been chosen after
+          seeing earlier releases, the lifetime budget is held by a Rényi filter as well.
+        * A file with a changed, reordered or missing line is refused, and so is one that is shorter
+          than the head beside it. A torn last line is left out: no release can have followed it.
 
     Args:
         path: The file; its directory is created.
+        key: Signs every line.
+        unit: Whose participation the charges protect.
+        dataset: The node's name for its data.
 
     Raises:
-        LedgerError: The file cannot be read or is inconsistent.
+        LedgerError: The directory cannot be created.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, key: Ed25519PrivateKey, *, unit: str = "record", dataset: str = "data"
+    ) -> None:
+        self.path, self.unit, self.dataset = path, unit, dataset
+        self._key, self._public = key, key.public_key()
+        self._head = path.with_name(path.name + HEAD_SUFFIX)
         self._lock = FileLock(f"{path}.lock", timeout=_LOCK_SECONDS)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LedgerError(f"the ledger {path} cannot be created: {error}") from error
 
-    def entries(self) -> list[Entry]:
-        """Reads and checks the whole file."""
-        return list(_read(self.path))
+    def read(self) -> Chain:
+        """Reads and checks the whole file, and that nothing is missing at its end.
 
-    def events(self) -> tuple[Event, ...]:
-        """Everything that was ever charged."""
-        return tuple(entry.event for entry in self.entries() if entry.event is not None)
+        Raises:
+            LedgerError: The file is unreadable, changed or rolled back.
+            PolicyRefused: It counts in another unit.
+        """
+        head = read_head(self._head)  # first: another process may append in between
+        chain = read_chain(self.path, self._public)
+        if head is None and chain.entries:
+            head = read_head(self._head)  # made in between
+        if head is None and chain.entries:
+            raise LedgerError(
+                f"{self._head} is missing, and the ledger has {len(chain.entries)} entries"
+            )
+        if head is not None and head[0] >= 0:
+            check_head(self.path, chain, *head)
+        if chain.opening is not None and chain.opening.unit != self.unit:
+            raise PolicyRefused(
+                f"this node's ledger counts in units of one {chain.opening.unit}; a release that "
+                f"protects one {self.unit} would not be counted with the others"
+            )
+        return chain
+
+    def events(self, run: str | None = None) -> tuple[Event, ...]:
+        """Everything that was ever charged, or everything that one run charged."""
+        charges = self.read().charges
+        return tuple(charge.event for charge in charges if run is None or charge.run == run)
 
     def spent(self, delta: float) -> PrivacySpent:
         """Epsilon at ``delta`` over everything that was ever charged."""
@@ -95,53 +132,29 @@ class Ledger:
         steps = sum(event.steps for event in events)
         return PrivacySpent(accounting.epsilon(events, delta), delta, steps)
 
-    def reserve(
-        self,
-        event: Event,
-        *,
-        run: str,
-        round: int,
-        request_sha256: str,
-        budget: tuple[float, float],
-    ) -> int:
-        """Charges an event before it is computed.
+    def reserve(self, charges: Sequence[Charge], limits: Limits) -> list[int]:
+        """Charges what will be released together, before it is computed.
 
         Args:
-            event: What will be released.
-            run: Identifier of the run.
-            round: Round of the run.
-            request_sha256: Hash of what was asked for.
-            budget: (epsilon, delta) over everything in this ledger.
+            charges: All of one run and round.
+            limits: Must hold after the charges.
 
         Returns:
-            The index to commit.
+            The indices to commit.
 
         Raises:
-            BudgetExceeded: The event would exceed the budget; nothing was charged.
-            LedgerError: The charge could not be written; nothing may be released.
+            BudgetExceeded: A limit would be exceeded; nothing was charged.
+            PolicyRefused: The run was begun with another plan; nothing was charged.
+            LedgerError: The charges could not be written; nothing may be released.
         """
-        epsilon, delta = budget
         with self._locked():
-            entries = self.entries()
-            charged = [entry.event for entry in entries if entry.event is not None]
-            after = accounting.epsilon([*charged, event], delta)
-            if not after <= epsilon:
-                raise BudgetExceeded(
-                    f"budget exhausted: this round would bring epsilon to {after:.3f} at "
-                    f"delta={delta:g}, over the budget of {epsilon:g}"
-                )
-            reserved = Entry(
-                kind="reserve",
-                index=len(entries),
-                run=run,
-                round=round,
-                previous="",
-                event=event,
-                delta=delta,
-                request_sha256=request_sha256,
-            )
-            self._append(reserved)
-            return reserved.index
+            chain = self.read()
+            _check_limits(chain, charges, limits)
+            entries = [] if chain.entries else [Entry(0, "", 0, opening=self._opening())]
+            first = len(chain.entries) + len(entries)
+            entries += [Entry(first + n, "", 0, charge=each) for n, each in enumerate(charges)]
+            self._append(entries)
+            return [first + number for number in range(len(charges))]
 
     def commit(self, reserved: int, release_sha256: str) -> None:
         """Records which bytes a reserved charge paid for, before they leave.
@@ -150,56 +163,71 @@ class Ledger:
             LedgerError: The index is not an open reservation, or the file cannot be written.
         """
         with self._locked():
-            entries = self.entries()
+            entries = self.read().entries
             committed = {entry.reserve for entry in entries}
-            known = 0 <= reserved < len(entries) and entries[reserved].kind == "reserve"
+            known = 0 <= reserved < len(entries) and entries[reserved].charge is not None
             if not known or reserved in committed:
                 raise LedgerError(f"the ledger {self.path} has no open reservation {reserved}")
-            paid = entries[reserved]
-            self._append(
-                Entry(
-                    kind="commit",
-                    index=len(entries),
-                    run=paid.run,
-                    round=paid.round,
-                    previous="",
-                    reserve=reserved,
-                    release_sha256=release_sha256,
-                )
-            )
+            index = len(entries)
+            self._append([Entry(index, "", 0, reserve=reserved, release_sha256=release_sha256)])
 
-    def released(self, request_sha256: str) -> str | None:
-        """Hash of the release that an equal request was already charged for, or None."""
-        entries = self.entries()
-        paid = {entry.index for entry in entries if entry.request_sha256 == request_sha256}
-        for entry in reversed(entries):
-            if entry.reserve in paid:
-                return entry.release_sha256
-        return None
+    def released(self, request_sha256: str) -> dict[str, str]:
+        """Hashes of what an equal request was already charged for, by purpose; empty if nothing."""
+        entries = self.read().entries
+        paid = {
+            entry.index: entry.charge.purpose
+            for entry in entries
+            if entry.charge is not None and entry.charge.request_sha256 == request_sha256
+        }
+        return {
+            paid[entry.reserve]: str(entry.release_sha256)
+            for entry in entries
+            if entry.reserve is not None and entry.reserve in paid
+        }
+
+    def statement(self, run: str, round: int, release_sha256: str) -> Statement:
+        """States, signed, what a run has charged so far.
+
+        Raises:
+            LedgerError: Nothing was ever charged.
+        """
+        return signed(self._key, self.read(), run=run, round=round, release_sha256=release_sha256)
+
+    def _opening(self) -> Opening:
+        """The first line of a new ledger."""
+        public = public_hex(self._public)
+        return Opening(secrets.token_hex(16), self.dataset, self.unit, ADJACENCY, public)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Keeps other processes out between check and append."""
         try:
-            with self._lock:
-                yield
+            self._lock.acquire()
         except Timeout as error:
             raise LedgerError(f"the ledger {self.path} is locked by another process") from error
-
-    def _append(self, entry: Entry) -> None:
-        """Drops a torn last line, writes one line, and syncs file and directory."""
+        except OSError as error:
+            raise LedgerError(f"the ledger {self.path} cannot be locked: {error}") from error
         try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _append(self, entries: list[Entry]) -> None:
+        """Drops a torn last line, writes lines, syncs them, and moves the head."""
+        now = int(time.time())
+        try:
+            if not self._head.exists():
+                self._move_head(-1, GENESIS)  # before the first line: a ledger without one was cut
             with self.path.open("a+b") as file:
                 file.seek(0)
-                content = file.read()
-                whole = content[: content.rfind(b"\n") + 1]
-                file.truncate(len(whole))
-                lines = whole.splitlines()
-                previous = hashlib.sha256(lines[-1]).hexdigest() if lines else _GENESIS
-                values = {**asdict(entry), "previous": previous}
-                content_of_line = {key: value for key, value in values.items() if value is not None}
-                sealed = {**content_of_line, "sha256": _seal(content_of_line)}
-                file.write(json.dumps(sealed).encode() + b"\n")
+                lines = whole_lines(file.read())
+                file.truncate(sum(len(line) + 1 for line in lines))
+                previous = line_hash(lines[-1]) if lines else GENESIS
+                for entry in entries:
+                    values = {**vars(entry), "previous": previous, "time": now}
+                    line = encode(self._key, Entry(**values))
+                    previous = line_hash(line[:-1])
+                    file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
             directory = os.open(self.path.parent, os.O_RDONLY)
@@ -207,41 +235,54 @@ class Ledger:
                 os.fsync(directory)
             finally:
                 os.close(directory)
-        except OSError as error:
+            self._move_head(entries[-1].index, previous)
+        except (OSError, RunError) as error:
             raise LedgerError(f"the ledger {self.path} cannot be written: {error}") from error
 
-
-def _read(path: Path) -> Iterator[Entry]:
-    """Yields the entries of a file, checking the chain; a torn last line is left out."""
-    try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise LedgerError(f"the ledger {path} cannot be read: {error}") from error
-    previous = _GENESIS
-    for index, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines()):
-        entry = _parse(path, index, line)
-        if entry.index != index or entry.previous != previous:
-            raise LedgerError(f"the ledger {path} was changed at line {index + 1}")
-        previous = hashlib.sha256(line).hexdigest()
-        yield entry
+    def _move_head(self, index: int, sha256: str) -> None:
+        """Notes the last line that is on disk."""
+        write_text(self._head, json.dumps({"index": index, "sha256": sha256}) + "\n")
 
 
-def _seal(values: dict[str, Any]) -> str:
-    """Hash of a line's values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def _check_limits(chain: Chain, charges: Sequence[Charge], limits: Limits) -> None:
+    """Refuses charges that would go over a limit."""
+    if len({(charge.run, charge.round, charge.plan_sha256) for charge in charges}) != 1:
+        raise LedgerError("charges that are reserved together must be of one run, round and plan")
+    first = charges[0]
+    of_run = [charge for charge in chain.charges if charge.run == first.run]
+    if any(charge.plan_sha256 != first.plan_sha256 for charge in of_run):
+        raise PolicyRefused("this run was begun with another plan; a plan does not change within a run")
+    new = [charge.event for charge in charges]
+    _check_budget([*(charge.event for charge in of_run), *new], limits.run, "the run")
+    if limits.lifetime is not None:
+        after = [*chain.events, *new]
+        _check_budget(after, limits.lifetime, "the node's lifetime")
+        plans = {charge.plan_sha256 for charge in (*chain.charges, *charges)}
+        if len(plans) > 1:
+            epsilon, delta = limits.lifetime
+            filtered = accounting.adaptive_epsilon(after, delta, epsilon)
+            _refuse_above(filtered, limits.lifetime, "the node's lifetime (several plans)")
+    if limits.rounds_per_day is not None:
+        since = time.time() - _DAY_SECONDS
+        recent = {
+            entry.index
+            for entry in chain.entries
+            if entry.charge is not None and entry.charge.purpose == ADAPTER and entry.time > since
+        }
+        if len(recent) >= limits.rounds_per_day:
+            raise BudgetExceeded(f"{limits.rounds_per_day} rounds within 24 hours are the most here")
 
 
-def _parse(path: Path, index: int, line: bytes) -> Entry:
-    """Reads one line, failing closed."""
-    try:
-        values: dict[str, Any] = json.loads(line)
-        seal = values.pop("sha256", None)
-        if seal != _seal(values):
-            raise ValueError("the line does not match its hash")
-        event = values.pop("event", None)
-        entry = Entry(**values, event=Event(**event) if event is not None else None)
-    except (ValueError, TypeError, AttributeError, PrivacyError) as error:
-        raise LedgerError(f"the ledger {path} cannot be read at line {index + 1}: {error}") from error
-    if (entry.kind, entry.event is None) not in {("reserve", False), ("commit", True)}:
-        raise LedgerError(f"the ledger {path} has an unknown entry at line {index + 1}")
-    return entry
+def _check_budget(events: list[Event], budget: tuple[float, float], whose: str) -> None:
+    """Refuses events that cost more than a budget."""
+    _refuse_above(accounting.epsilon(events, budget[1]), budget, whose)
+
+
+def _refuse_above(after: float, budget: tuple[float, float], whose: str) -> None:
+    """Refuses a figure above a budget; NaN is above every budget."""
+    epsilon, delta = budget
+    if not after <= epsilon:
+        raise BudgetExceeded(
+            f"budget exhausted: this round would bring epsilon of {whose} to {after:.3f} at "
+            f"delta={delta:g}, over the budget of {epsilon:g}"
+        )

@@ -1,7 +1,9 @@
 """From what is asked to what will run: the sampler, the clip, the noise and the charge are one object.
 
-Two plans stand behind :class:`Plan`: :class:`ExamplePlan` (DP-SGD at the client, one record is the
-unit) and :class:`NoPrivacy`. A client's loop takes what the plan gives and never asks which it is.
+Behind :class:`Plan` stand :class:`ExamplePlan` and :class:`PatientPlan` (DP-SGD at the client; the
+unit is one record, or all records of one patient) and :class:`NoPrivacy`. A client's loop takes what
+the plan gives and never asks which it is. :class:`ClientPlan` (the unit is a whole client) can be
+calibrated, but not run: it needs secure aggregation.
 """
 
 from __future__ import annotations
@@ -9,20 +11,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, assert_never
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedslm.config import PrivacyConfig, TrainingConfig
+from fedslm.config import Unit
 from fedslm.errors import PrivacyError
 from fedslm.privacy import accounting
-from fedslm.records import Event
-from fedslm.rng import operating_system_seed
+from fedslm.privacy.accounting import Accounts
+from fedslm.privacy.randomness import SecureStream
+from fedslm.records import Event, is_count, is_number
 
-Batch = NDArray[np.int64]
+Records = NDArray[np.int64]
+Batch = list[Records]  # one array of record indices for each unit in the sample
+METRIC_SENSITIVITY = math.sqrt(2.0)  # a unit moves (sum of scores, number of units) by at most (1, 1)
+_SLACK = 1e-9
 
 
 class Plan(Protocol):
@@ -33,43 +40,47 @@ class Plan(Protocol):
         """Optimizer steps in a round."""
 
     @property
-    def round_event(self) -> Event | None:
-        """The charge of one round; None if nothing is promised."""
+    def round_events(self) -> tuple[Event, ...]:
+        """The charges of one round; none if nothing is promised."""
 
-    def batches(self, num_records: int, seeded: np.random.Generator) -> Iterator[Batch]:
-        """Yields the record indices of each step."""
+    def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
+        """Yields the units of each step, each as the indices of its records."""
 
     def to_json(self) -> str:
         """Serialises the plan for :func:`from_json`."""
 
 
 @dataclass(frozen=True)
-class ExamplePlan:
-    """DP-SGD with one record as the unit.
+class PrivatePlan(ABC):
+    """DP-SGD at the client.
 
     Formal guarantees:
-        * Zero-out (add-or-remove) adjacency of one record of one client. Each step releases the sum
-          of per-record gradients, each clipped to ``clip_norm``, plus Gaussian noise of standard
-          deviation ``noise_multiplier * clip_norm`` on every coordinate, over a Poisson sample drawn
-          at ``sample_rate`` from operating-system entropy, divided by ``normaliser``.
-        * ``sample_rate`` and ``normaliser`` are public constants: neither depends on the client's
-          number of records.
+        * Zero-out (add-or-remove) adjacency of one unit of one client. Each step releases the sum of
+          per-unit gradients, each clipped to ``clip_norm``, plus Gaussian noise of standard deviation
+          ``noise_multiplier * clip_norm`` on every coordinate, over a Poisson sample of units drawn at
+          ``sample_rate`` from secure randomness, divided by ``normaliser``.
+        * ``sample_rate`` and ``normaliser`` are public constants: neither depends on the data.
         * An empty sample still releases noise and is charged.
-        * ``rounds`` rounds cost at most ``epsilon`` at ``delta`` for every client, against the
-          server, the other clients and everybody downstream.
+        * A batch is never cut to a largest size: that would cost more than the accountant knows.
+        * ``rounds`` rounds cost at most ``epsilon`` at ``delta`` for every client, against the server,
+          the other clients and everybody downstream; :meth:`verify` checks it.
 
     Attributes:
         epsilon: Budget of each client over the whole run, > 0.
         delta: In (0, 1).
-        clip_norm: Largest L2 norm of one record's gradient, > 0.
+        clip_norm: Largest L2 norm of one unit's gradient, > 0.
         noise_multiplier: Noise standard deviation / clip norm, > 0.
-        sample_rate: In (0, 1].
-        normaliser: What the noisy sum is divided by (records), >= 1.
+        sample_rate: Probability in (0, 1] with which a unit joins a step.
+        normaliser: What the noisy sum is divided by (units), >= 1.
         steps_per_round: Noisy steps in a round, >= 1.
+        rounds: Rounds that the budget pays for, >= 1.
+        metric_noise_multiplier: Noise of the optional metric of each round; None: no metric leaves.
 
     References:
         Abadi et al. 2016 (arXiv 1607.00133).
     """
+
+    unit: ClassVar[Unit]
 
     epsilon: float
     delta: float
@@ -78,40 +89,168 @@ class ExamplePlan:
     sample_rate: float
     normaliser: int
     steps_per_round: int
+    rounds: int = 1
+    metric_noise_multiplier: float | None = None
 
     def __post_init__(self) -> None:
+        metric = self.metric_noise_multiplier
         bounds = {
-            "epsilon": 0 < self.epsilon < math.inf,
-            "delta": 0 < self.delta < 1,
-            "clip_norm": 0 < self.clip_norm < math.inf,
-            "noise_multiplier": 0 < self.noise_multiplier < math.inf,
-            "sample_rate": 0 < self.sample_rate <= 1,
-            "normaliser": self.normaliser >= 1,
-            "steps_per_round": self.steps_per_round >= 1,
+            "epsilon": is_number(self.epsilon) and self.epsilon > 0,
+            "delta": is_number(self.delta) and 0 < self.delta < 1,
+            "clip_norm": is_number(self.clip_norm) and self.clip_norm > 0,
+            "noise_multiplier": is_number(self.noise_multiplier) and self.noise_multiplier > 0,
+            "sample_rate": is_number(self.sample_rate) and 0 < self.sample_rate <= 1,
+            "normaliser": is_count(self.normaliser),
+            "steps_per_round": is_count(self.steps_per_round),
+            "rounds": is_count(self.rounds),
+            "metric_noise_multiplier": metric is None or (is_number(metric) and metric > 0),
         }
         for name, holds in bounds.items():
             if not holds:
                 raise PrivacyError(f"{name}={getattr(self, name)} is out of range for a private plan")
 
     @property
-    def round_event(self) -> Event:
-        """The charge of one round."""
+    def training_event(self) -> Event:
+        """The charge of one round's training."""
         return Event(self.sample_rate, self.noise_multiplier, self.steps_per_round)
 
-    def batches(self, num_records: int, seeded: np.random.Generator) -> Iterator[Batch]:
-        """Yields Poisson samples; ``seeded`` is ignored, since whoever knows it must not know them.
+    @property
+    def metric_event(self) -> Event | None:
+        """The charge of one round's metric: a Gaussian release over all units; None without it."""
+        metric = self.metric_noise_multiplier
+        return None if metric is None else Event(1.0, metric, 1)
 
-        Args:
-            num_records: The client's records, >= 0.
-            seeded: Not used.
+    @property
+    def round_events(self) -> tuple[Event, ...]:
+        """The charges of one round."""
+        metric = self.metric_event
+        return (self.training_event,) if metric is None else (self.training_event, metric)
+
+    @property
+    def run_events(self) -> tuple[Event, ...]:
+        """The charges of all rounds."""
+        return tuple(
+            Event(event.sample_rate, event.noise_multiplier, event.steps * self.rounds)
+            for event in self.round_events
+        )
+
+    def verify(self) -> Accounts:
+        """Checks with three accountants that all rounds cost at most ``epsilon``.
+
+        Raises:
+            PrivacyError: They cost more, or the accountants disagree.
         """
-        generator = np.random.default_rng(operating_system_seed(128))
-        for _ in range(self.steps_per_round):
-            yield np.flatnonzero(generator.random(num_records) < self.sample_rate)
+        spent = accounting.epsilon(self.run_events, self.delta)
+        if not spent <= self.epsilon + _SLACK:
+            raise PrivacyError(
+                f"noise_multiplier={self.noise_multiplier} costs epsilon={spent:.3f} over "
+                f"{self.rounds} rounds, more than epsilon={self.epsilon:g}"
+            )
+        return accounting.cross_check(self.run_events, self.delta)
 
     def to_json(self) -> str:
         """Serialises the plan."""
-        return json.dumps({"unit": "record", **dataclasses.asdict(self)})
+        return json.dumps({"unit": self.unit, **dataclasses.asdict(self)})
+
+    @abstractmethod
+    def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
+        """Yields Poisson samples; ``seeded`` is ignored, since whoever knows it must not know them.
+
+        Args:
+            owners: Whose each of the client's records is.
+            seeded: Not used.
+        """
+
+
+@dataclass(frozen=True)
+class ExamplePlan(PrivatePlan):
+    """DP-SGD with one record as the unit."""
+
+    unit: ClassVar[Unit] = "record"
+
+    def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
+        """Yields Poisson samples of records."""
+        stream = SecureStream()
+        for _ in range(self.steps_per_round):
+            sample = np.flatnonzero(stream.bernoulli(len(owners), self.sample_rate))
+            yield [sample[index : index + 1] for index in range(len(sample))]
+
+
+@dataclass(frozen=True)
+class PatientPlan(PrivatePlan):
+    """DP-SGD with all records of one patient (user, author) as the unit.
+
+    Formal guarantees:
+        * Units are sampled, not records. Of a sampled unit, ``max_records_per_unit`` records chosen at
+          random take part; their gradients are summed and clipped once. What a unit adds to the sum
+          depends on its own records alone.
+
+    Attributes:
+        unit_column: Column that says whose a record is.
+        max_records_per_unit: Most records of a unit in one step, >= 1; a public constant.
+
+    References:
+        Charles et al. 2024, user-level sampling (arXiv 2407.07737).
+    """
+
+    unit: ClassVar[Unit] = "patient"
+
+    unit_column: str = ""
+    max_records_per_unit: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = isinstance(self.unit_column, str) and bool(self.unit_column)
+        if not named or not is_count(self.max_records_per_unit):
+            raise PrivacyError(
+                f"unit_column={self.unit_column!r} must name a column and "
+                f"max_records_per_unit={self.max_records_per_unit} be >= 1"
+            )
+
+    def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
+        """Yields Poisson samples of units."""
+        records: dict[str, list[int]] = {}
+        for index, owner in enumerate(owners):
+            records.setdefault(owner, []).append(index)
+        units = [np.array(indices, dtype=np.int64) for indices in records.values()]
+        stream = SecureStream()
+        for _ in range(self.steps_per_round):
+            sample = np.flatnonzero(stream.bernoulli(len(units), self.sample_rate))
+            yield [units[u][stream.subset(len(units[u]), self.max_records_per_unit)] for u in sample]
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """DP-FedAvg with a whole client as the unit: each update is clipped, the sum is noised.
+
+    Nothing runs it yet: somebody has to sum the updates and add the noise without seeing them, which is
+    what secure aggregation is for. ``fedslm budget plan --unit client`` calibrates it.
+
+    Attributes:
+        epsilon: Budget of each client over the whole run, > 0.
+        delta: In (0, 1).
+        clip_norm: Largest L2 norm of one client's update, > 0.
+        noise_multiplier: Noise standard deviation of the sum / clip norm, > 0.
+        sample_rate: Probability in (0, 1] with which a client joins a round.
+        rounds: Number of rounds, >= 1.
+
+    References:
+        McMahan et al. 2018 (arXiv 1710.06963).
+    """
+
+    unit: ClassVar[Unit] = "client"
+
+    epsilon: float
+    delta: float
+    clip_norm: float
+    noise_multiplier: float
+    sample_rate: float
+    rounds: int
+
+    @property
+    def round_events(self) -> tuple[Event, ...]:
+        """The charge of one round."""
+        return (Event(self.sample_rate, self.noise_multiplier, 1),)
 
 
 @dataclass(frozen=True)
@@ -123,68 +262,43 @@ class NoPrivacy:
         steps_per_round: Steps in a round, >= 1.
     """
 
+    unit: ClassVar[Unit] = "none"
+
     batch_size: int
     steps_per_round: int
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.steps_per_round < 1:
+        if not (is_count(self.batch_size) and is_count(self.steps_per_round)):
             raise PrivacyError(
                 f"batch_size={self.batch_size} and steps_per_round={self.steps_per_round} must be >= 1"
             )
 
     @property
-    def round_event(self) -> None:
+    def round_events(self) -> tuple[Event, ...]:
         """Nothing is charged, since nothing is promised."""
-        return None
+        return ()
 
-    def batches(self, num_records: int, seeded: np.random.Generator) -> Iterator[Batch]:
+    def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
         """Yields shuffled batches, epoch after epoch; the last of an epoch is filled from the next.
 
         >>> plan = NoPrivacy(batch_size=2, steps_per_round=2)
-        >>> [len(batch) for batch in plan.batches(3, np.random.default_rng(0))]
+        >>> [len(batch) for batch in plan.batches(["", "", ""], np.random.default_rng(0))]
         [2, 2]
         """
-        size = min(self.batch_size, num_records)
+        size = min(self.batch_size, len(owners))
         pending = np.empty(0, dtype=np.int64)
         for _ in range(self.steps_per_round):
             if len(pending) < size:
-                pending = np.concatenate([pending, seeded.permutation(num_records)])
-            yield pending[:size]
+                pending = np.concatenate([pending, seeded.permutation(len(owners))])
+            yield [pending[index : index + 1] for index in range(size)]
             pending = pending[size:]
 
     def to_json(self) -> str:
         """Serialises the plan."""
-        return json.dumps({"unit": "none", **dataclasses.asdict(self)})
+        return json.dumps({"unit": self.unit, **dataclasses.asdict(self)})
 
 
-def calibrated(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) -> Plan:
-    """Turns what is asked into what will run, for the worst case: a client joins every round.
-
-    Args:
-        privacy: What is asked.
-        training: Steps and batch size.
-        rounds: Rounds of the run.
-
-    Returns:
-        The plan that every client follows.
-
-    Raises:
-        PrivacyError: A value is missing or out of reach, or a given noise multiplier would exceed
-            epsilon.
-
-    References:
-        The accountant is :mod:`fedslm.privacy.accounting`.
-    """
-    match privacy.unit:
-        case "none":
-            return NoPrivacy(training.batch_size, training.local_steps)
-        case "record":
-            return _example_plan(privacy, training, rounds)
-        case _:
-            assert_never(privacy.unit)
-
-
-def from_json(text: str) -> ExamplePlan | NoPrivacy:
+def from_json(text: str) -> ExamplePlan | PatientPlan | NoPrivacy:
     """Reads what :meth:`Plan.to_json` wrote.
 
     Raises:
@@ -193,40 +307,14 @@ def from_json(text: str) -> ExamplePlan | NoPrivacy:
     >>> from_json(NoPrivacy(4, 2).to_json())
     NoPrivacy(batch_size=4, steps_per_round=2)
     """
+    kinds = {kind.unit: kind for kind in (ExamplePlan, PatientPlan, NoPrivacy)}
     try:
         values = json.loads(text)
         unit = values.pop("unit")
-        if unit == "record":
-            return ExamplePlan(**values)
-        if unit == "none":
-            return NoPrivacy(**values)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        if unit in kinds:
+            return kinds[unit](**values)
+    except PrivacyError:
+        raise
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise PrivacyError(f"the plan cannot be read: {error}") from error
     raise PrivacyError(f"the plan names an unknown unit {unit!r}")
-
-
-def _example_plan(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) -> ExamplePlan:
-    """Calibrates DP-SGD to the budget over all steps that a client can take."""
-    epsilon, delta = privacy.epsilon, privacy.delta
-    clip_norm, sample_rate = privacy.clip_norm, privacy.sample_rate
-    if epsilon is None or delta is None or clip_norm is None or sample_rate is None:
-        raise PrivacyError("privacy needs epsilon, delta, clip_norm and sample_rate; none is assumed")
-    steps = rounds * training.local_steps
-    noise = privacy.noise_multiplier
-    if noise is None:
-        noise = accounting.calibrate(epsilon, delta, sample_rate, steps)
-    spent = accounting.epsilon([Event(sample_rate, noise, steps)], delta)
-    if spent > epsilon:
-        raise PrivacyError(
-            f"privacy.noise_multiplier={noise} costs epsilon={spent:.3f} over {steps} steps, more "
-            f"than privacy.epsilon={epsilon}; raise either, or leave noise_multiplier out"
-        )
-    return ExamplePlan(
-        epsilon=epsilon,
-        delta=delta,
-        clip_norm=clip_norm,
-        noise_multiplier=noise,
-        sample_rate=sample_rate,
-        normaliser=training.batch_size,
-        steps_per_round=training.local_steps,
-    )

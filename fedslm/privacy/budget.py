@@ -1,0 +1,194 @@
+"""Answers before a run: the noise for an epsilon, the epsilon for a noise, the rounds of a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedslm.config import Unit
+from fedslm.errors import PrivacyError
+from fedslm.privacy import accounting
+from fedslm.privacy.accounting import Accounts
+from fedslm.records import Event
+
+_CURVE_POINTS = 10
+_DROWNED = 2.0  # a signal that is bounded by twice the noise is lost in it: real gradients disagree
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is known; of steps, epsilon and noise_multiplier two are enough.
+
+    Attributes:
+        sample_rate: Probability in (0, 1] with which a unit joins a step.
+        delta: In (0, 1).
+        steps: Noisy steps of the whole run, >= 1.
+        epsilon: Budget, > 0.
+        noise_multiplier: Noise standard deviation / clip norm, > 0.
+        steps_per_round: >= 1.
+        unit: Whose participation is protected.
+        parameters: Trained parameters, for the signal; 0: unknown.
+        batch_size: What the noisy sum is divided by (units), for the signal; 0: unknown.
+        clients: Clients whose updates are averaged, >= 1.
+    """
+
+    sample_rate: float
+    delta: float
+    steps: int | None = None
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    steps_per_round: int = 1
+    unit: Unit = "record"
+    parameters: int = 0
+    batch_size: int = 0
+    clients: int = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """Epsilon after some rounds.
+
+    Attributes:
+        round: Rounds taken.
+        epsilons: Epsilon at each delta of the answer.
+    """
+
+    round: int
+    epsilons: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A calibrated run.
+
+    Attributes:
+        unit: Whose participation is protected.
+        epsilon: What the steps cost at ``delta``.
+        delta: The delta that was asked.
+        noise_multiplier: Noise standard deviation / clip norm.
+        sample_rate: As asked.
+        steps: Noisy steps.
+        rounds: Steps in whole rounds, the last one perhaps short.
+        affordable_steps: Most steps that the budget pays for; None without a budget.
+        accounts: Epsilon by three accountants.
+        deltas: The deltas of the curve.
+        curve: Epsilon over the rounds.
+        signal_to_noise: Best case over the run; None if parameters or batch size are unknown.
+        warnings: What will not go well, and the remedy.
+    """
+
+    unit: Unit
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    rounds: int
+    affordable_steps: int | None
+    accounts: Accounts
+    deltas: tuple[float, ...]
+    curve: tuple[Point, ...]
+    signal_to_noise: float | None
+    warnings: tuple[str, ...]
+
+
+def answer(question: Question) -> Answer:
+    """Finds what is not known, and cross-checks it.
+
+    Raises:
+        PrivacyError: Too little is known, a value is out of range or out of reach, or the accountants
+            disagree.
+
+    >>> answer(Question(0.032, 1e-5, steps=150, epsilon=3.0)).noise_multiplier
+    0.947
+    """
+    noise, steps = _noise_and_steps(question)
+    event = Event(question.sample_rate, noise, steps)
+    accounts = accounting.cross_check([event], question.delta)
+    rounds = math.ceil(steps / question.steps_per_round)
+    deltas = (question.delta, question.delta / 10, question.delta / 100)
+    affordable = None
+    if question.epsilon is not None:
+        affordable = accounting.affordable_steps(question.epsilon, question.delta, event)
+    signal = _signal_to_noise(question, noise, steps)
+    return Answer(
+        unit=question.unit,
+        epsilon=accounts.pld,
+        delta=question.delta,
+        noise_multiplier=noise,
+        sample_rate=question.sample_rate,
+        steps=steps,
+        rounds=rounds,
+        affordable_steps=affordable,
+        accounts=accounts,
+        deltas=deltas,
+        curve=_curve(question, event, rounds, deltas),
+        signal_to_noise=signal,
+        warnings=tuple(_warnings(question, signal, accounts.pld)),
+    )
+
+
+def _noise_and_steps(question: Question) -> tuple[float, int]:
+    """The two that are not given follow from those that are."""
+    epsilon, noise, steps = question.epsilon, question.noise_multiplier, question.steps
+    if question.steps_per_round < 1 or question.clients < 1:
+        raise PrivacyError("steps_per_round and clients must be >= 1")
+    if steps is None:
+        if epsilon is None or noise is None:
+            raise PrivacyError(
+                "give steps, or epsilon and noise_multiplier to find how many they allow"
+            )
+        steps = accounting.affordable_steps(
+            epsilon, question.delta, Event(question.sample_rate, noise, 1)
+        )
+        if steps < 1:
+            raise PrivacyError(
+                f"noise_multiplier={noise:g} does not allow one step at epsilon={epsilon:g}; raise it"
+            )
+    if noise is None:
+        if epsilon is None:
+            raise PrivacyError("give epsilon to find the noise, or noise_multiplier to find epsilon")
+        noise = accounting.calibrate(epsilon, question.delta, question.sample_rate, steps)
+    return noise, steps
+
+
+def _curve(question: Question, event: Event, rounds: int, deltas: Sequence[float]) -> tuple[Point, ...]:
+    """Epsilon after about ten numbers of rounds, the last included."""
+    marks = sorted({max(1, round(rounds * part / _CURVE_POINTS)) for part in range(1, 11)})
+    points = []
+    for mark in marks:
+        taken = min(event.steps, mark * question.steps_per_round)
+        part = Event(event.sample_rate, event.noise_multiplier, taken)
+        points.append(Point(mark, tuple(accounting.epsilon([part], delta) for delta in deltas)))
+    return tuple(points)
+
+
+def _signal_to_noise(question: Question, noise: float, steps: int) -> float | None:
+    """How far the sum of all steps stands out of its noise if every gradient agreed.
+
+    A step's mean gradient has norm <= C, its noise norm σ·C·√d / (L·√n); over T steps the signal grows
+    with T, the noise with √T.
+    """
+    if not (question.parameters and question.batch_size):
+        return None
+    evidence = question.batch_size * math.sqrt(question.clients * steps)
+    return evidence / (noise * math.sqrt(question.parameters))
+
+
+def _warnings(question: Question, signal: float | None, epsilon: float) -> list[str]:
+    """What will not go well, and the remedy."""
+    found = []
+    if signal is not None and signal < _DROWNED:
+        found.append(
+            f"the noise drowns the signal: if all gradients agreed, the signal-to-noise ratio over "
+            f"the run would be {signal:.2g} with {question.parameters:,} parameters and "
+            f"{question.clients} client(s); train fewer parameters (smaller rank, fewer layers), raise "
+            f"sample rate and batch size together, or bring in more clients"
+        )
+    if question.batch_size and question.delta >= question.sample_rate / question.batch_size:
+        units = question.batch_size / question.sample_rate
+        found.append(f"delta={question.delta:g} is not below 1/units (about 1/{units:.0f})")
+    if epsilon > 20:
+        found.append(f"epsilon={epsilon:.1f} promises little; 8 or less is common")
+    return found

@@ -1,0 +1,182 @@
+"""A node's own secrets: the Ed25519 key that signs its ledger, the key of its data commitments.
+
+Both are made on the node at first use, are readable by its owner alone, and never leave it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, hmac, serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from filelock import FileLock, Timeout
+
+from fedslm.errors import LedgerError
+
+PRIVATE_KEY = "ledger-key.pem"
+PUBLIC_KEY = "ledger-key.pub.pem"
+_COMMITMENT_KEY = "commitment.key"
+_COMMITMENT_BYTES = 32
+_LOCK_SECONDS = 30.0
+_OTHERS = 0o077
+
+
+def signing_key(directory: Path) -> Ed25519PrivateKey:
+    """The node's signing key; made at first use, with the public key beside it.
+
+    Raises:
+        LedgerError: The key cannot be made or read, is no Ed25519 key, or others can read it.
+    """
+    content = _secret(directory / PRIVATE_KEY, _new_private_key)
+    try:
+        key = serialization.load_pem_private_key(content, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise LedgerError(f"{directory / PRIVATE_KEY} is not a key: {error}") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise LedgerError(f"{directory / PRIVATE_KEY} is not an Ed25519 key")
+    _publish(directory / PUBLIC_KEY, public_pem(key.public_key()))
+    return key
+
+
+def read_public_key(source: Path | str) -> Ed25519PublicKey:
+    """Reads a public key from a PEM file, or from 64 hexadecimal digits.
+
+    Raises:
+        LedgerError: It is neither.
+    """
+    text = str(source)
+    try:
+        if len(text) == 64 and not Path(text).exists():
+            return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text))
+        key = serialization.load_pem_public_key(Path(source).read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise LedgerError(f"{source} is not a public key: {error}") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise LedgerError(f"{source} is not an Ed25519 public key")
+    return key
+
+
+def public_hex(key: Ed25519PublicKey) -> str:
+    """The 32 bytes of a public key as hexadecimal digits."""
+    return key.public_bytes_raw().hex()
+
+
+def public_pem(key: Ed25519PublicKey) -> bytes:
+    """A public key as PEM."""
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def signature_of(key: Ed25519PrivateKey, values: Mapping[str, Any]) -> str:
+    """Signs JSON values."""
+    return key.sign(_canonical(values)).hex()
+
+
+def is_signed(key: Ed25519PublicKey, values: Mapping[str, Any], signature: object) -> bool:
+    """True if the signature of these values was made with the private half of ``key``."""
+    try:
+        key.verify(bytes.fromhex(str(signature)), _canonical(values))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def sha256_of(values: Any) -> str:
+    """Hash of JSON values."""
+    return hashlib.sha256(_canonical(values)).hexdigest()
+
+
+def data_commitment(directory: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    """A keyed hash of a client's records that does not depend on their order.
+
+    Formal guarantees:
+        * Without the node's own 256-bit key it reveals nothing: HMAC-SHA256 over the sorted HMACs of
+          the records. With the key an auditor on the node can check which records a charge was for.
+
+    Raises:
+        LedgerError: The key cannot be made or read, others can read it, or a record holds values other
+            than those of JSON, bytes, dates, times and decimals.
+    """
+    key = _secret(directory / _COMMITMENT_KEY, lambda: os.urandom(_COMMITMENT_BYTES))
+    try:
+        each = sorted(
+            _mac(key, json.dumps(row, sort_keys=True, default=_typed).encode()) for row in rows
+        )
+    except TypeError as error:
+        raise LedgerError(f"a record cannot be committed to: {error}") from error
+    return _mac(key, b"".join(each)).hex()
+
+
+def _typed(value: object) -> list[str]:
+    """What JSON does not know, with its type."""
+    match value:
+        case bytes():
+            return ["bytes", value.hex()]
+        case date() | time() | timedelta() | Decimal():
+            return [type(value).__name__, repr(value)]
+        case _:
+            raise TypeError(f"a value of type {type(value).__name__} has no one form")
+
+
+def _publish(path: Path, content: bytes) -> None:
+    """Makes the public key's file say what the private key says."""
+    try:
+        if not path.exists() or path.read_bytes() != content:
+            _write(path, content, mode=0o644)
+    except OSError as error:
+        raise LedgerError(f"{path} cannot be written: {error}") from error
+
+
+def _mac(key: bytes, message: bytes) -> bytes:
+    """HMAC-SHA256."""
+    code = hmac.HMAC(key, hashes.SHA256())
+    code.update(message)
+    return code.finalize()
+
+
+def _canonical(values: Any) -> bytes:
+    """The one way to write JSON values for hashing and signing."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _new_private_key() -> bytes:
+    """A fresh signing key as PEM."""
+    return Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+
+
+def _secret(path: Path, make: Any) -> bytes:
+    """Reads a secret file, or makes it; refuses one that others can read."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
+                if not path.exists():
+                    _write(path, make(), mode=0o600)
+        if path.stat().st_mode & _OTHERS:
+            raise LedgerError(f"{path} can be read by others; run: chmod 600 {path}")
+        return path.read_bytes()
+    except (OSError, Timeout) as error:
+        raise LedgerError(f"{path} cannot be made or read: {error}") from error
+
+
+def _write(path: Path, content: bytes, *, mode: int) -> None:
+    """Writes a file with its mode, beside and then renamed, so that it is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,179 @@
+"""The node's own policy: what it lets a server ask for, whatever the server says.
+
+The file lies on the node, is read anew for every request, and no message can set or change it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from fedslm.config import Names, OptionalCount, OptionalNumber, OptionalText, Section
+from fedslm.errors import PolicyRefused
+from fedslm.privacy.ledger import Limits
+from fedslm.privacy.plan import NoPrivacy, PatientPlan, PrivatePlan
+
+POLICY_FILE = "policy.toml"
+ANY = "any"
+_STRENGTH = {"none": 0, "record": 1, "patient": 2, "client": 3}
+
+EXAMPLE = """\
+# What this node lets a server ask for. No message from the server can change it.
+unit = "patient"              # the weakest unit: "record", or "patient" (which refuses "record")
+unit_column = "patient"       # the column that says whose a record is
+epsilon = 8.0                 # lifetime budget of this data set, over all runs ...
+delta = 1e-6                  # ... at this delta; a larger one is refused
+min_noise_multiplier = 0.5
+max_clip_norm = 10.0
+max_sample_rate = 0.1
+max_records_per_unit = 16
+max_steps_per_round = 100
+max_rounds_per_day = 50
+base_models = ["any"]         # sha256 of allowed base models (fedslm prints it in report.md), or "any"
+tasks = ["classification"]    # allowed tasks: "classification", "causal-lm"
+metrics = "none"              # "noisy" lets a metric leave as a Gaussian release of its own
+min_metric_noise_multiplier = 5.0
+"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a server asks for, as far as a policy looks at it.
+
+    Attributes:
+        plan: The plan.
+        base_sha256: Hash of the base model on the node.
+        task: Name of the task.
+    """
+
+    plan: PrivatePlan | NoPrivacy
+    base_sha256: str
+    task: str
+
+
+class NodePolicy(Section):
+    """A node's policy. What protects somebody has no default."""
+
+    unit: Literal["record", "patient"]
+    """Weakest unit that is allowed."""
+    unit_column: OptionalText = None
+    """Column that says whose a record is; the server cannot name another."""
+    epsilon: float = Field(gt=0)
+    """Budget over the node's lifetime, over all runs on this data set."""
+    delta: float = Field(gt=0, lt=1)
+    """Delta of the budget; a plan with a larger one is refused."""
+    min_noise_multiplier: float = Field(gt=0)
+    """Least noise / clip norm."""
+    max_clip_norm: OptionalNumber = Field(None, gt=0)
+    """Largest clip norm."""
+    max_sample_rate: float = Field(1.0, gt=0, le=1)
+    """Largest sample rate."""
+    max_records_per_unit: OptionalCount = Field(None, ge=1)
+    """Most records of one patient in a step."""
+    max_steps_per_round: int = Field(ge=1)
+    """Most steps in a round."""
+    max_rounds_per_day: int = Field(ge=1)
+    """Most rounds within 24 hours."""
+    base_models: Names
+    """SHA-256 of the base models that may be trained on, or "any"."""
+    tasks: Names
+    """Names of the tasks that may be trained."""
+    metrics: Literal["none", "noisy"] = "none"
+    """Whether a metric may leave, as a Gaussian release of its own."""
+    min_metric_noise_multiplier: OptionalNumber = Field(None, gt=0)
+    """Least noise of a metric."""
+
+    def check(self, asked: Asked) -> None:
+        """Refuses what is weaker than this policy.
+
+        Formal guarantees:
+            * Returns only if every bound of the policy holds for what is asked.
+            * The reason holds values of plan and policy alone, nothing computed from records.
+
+        Raises:
+            PolicyRefused: With every reason.
+        """
+        reasons = list(self._reasons(asked))
+        if reasons:
+            raise PolicyRefused("refused by the node's policy: " + "; ".join(reasons))
+
+    def limits(self, plan: PrivatePlan) -> Limits:
+        """What the ledger holds a plan to."""
+        return Limits(
+            run=(plan.epsilon, plan.delta),
+            lifetime=(self.epsilon, self.delta),
+            rounds_per_day=self.max_rounds_per_day,
+        )
+
+    def _reasons(self, asked: Asked) -> Iterator[str]:
+        """Everything that is weaker than allowed."""
+        plan = asked.plan
+        if _STRENGTH[plan.unit] < _STRENGTH[self.unit]:
+            yield f"unit {plan.unit!r} is weaker than {self.unit!r}"
+        if asked.task not in self.tasks:
+            yield f"task {asked.task!r} is not among {list(self.tasks)}"
+        if ANY not in self.base_models and asked.base_sha256 not in self.base_models:
+            yield f"base model {asked.base_sha256[:12]} is not allowed"
+        if isinstance(plan, NoPrivacy):
+            return
+        for name, value, bound in (
+            ("delta", plan.delta, self.delta),
+            ("epsilon", plan.epsilon, self.epsilon),
+            ("clip_norm", plan.clip_norm, self.max_clip_norm),
+            ("sample_rate", plan.sample_rate, self.max_sample_rate),
+            ("steps_per_round", plan.steps_per_round, self.max_steps_per_round),
+        ):
+            if bound is not None and not value <= bound:
+                yield f"{name} {value:g} is above {bound:g}"
+        if not plan.noise_multiplier >= self.min_noise_multiplier:
+            yield f"noise_multiplier {plan.noise_multiplier:g} is below {self.min_noise_multiplier:g}"
+        if isinstance(plan, PatientPlan):
+            yield from self._unit_reasons(plan)
+        yield from self._metric_reasons(plan)
+
+    def _unit_reasons(self, plan: PatientPlan) -> Iterator[str]:
+        """The column and the cap of a patient are the node's to say."""
+        if self.unit_column is None:
+            yield "the policy names no unit_column, so the server cannot choose one"
+        elif plan.unit_column != self.unit_column:
+            yield f"unit_column {plan.unit_column!r} is not {self.unit_column!r}"
+        cap = self.max_records_per_unit
+        if cap is not None and plan.max_records_per_unit > cap:
+            yield f"max_records_per_unit {plan.max_records_per_unit} is above {cap}"
+
+    def _metric_reasons(self, plan: PrivatePlan) -> Iterator[str]:
+        """A metric leaves only with enough noise, if at all."""
+        noise = plan.metric_noise_multiplier
+        if noise is None:
+            return
+        if self.metrics == "none":
+            yield "no metric may leave"
+        elif self.min_metric_noise_multiplier is None or noise < self.min_metric_noise_multiplier:
+            bound = self.min_metric_noise_multiplier
+            yield f"metric_noise_multiplier {noise:g} is below {bound if bound is not None else 'any'}"
+
+
+def read_policy(path: Path) -> NodePolicy:
+    """Reads a policy file.
+
+    Raises:
+        PolicyRefused: It is missing, unreadable or invalid: then nothing is allowed. The message holds
+            no path beyond the file's name, since the server sees it.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return NodePolicy.model_validate(values)
+    except FileNotFoundError:
+        raise PolicyRefused(f"this node has no {path.name}, so it trains nothing") from None
+    except ValidationError as error:
+        keys = ", ".join(sorted({".".join(map(str, each["loc"])) for each in error.errors()}))
+        text = f"the node's {path.name} is invalid ({keys}), so it trains nothing"
+        raise PolicyRefused(text) from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        text = f"the node's {path.name} cannot be read, so it trains nothing"
+        raise PolicyRefused(text) from error

@@ -1,0 +1,233 @@
+"""Tests of the node's policy: each bound holds by itself, and no message can widen it."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedslm.errors import PolicyRefused
+from fedslm.privacy.ledger import Limits
+from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan
+from fedslm.privacy.policy import EXAMPLE, Asked, NodePolicy, read_policy
+
+POLICY = NodePolicy(
+    unit="patient",
+    unit_column="patient",
+    epsilon=8.0,
+    delta=1e-6,
+    min_noise_multiplier=0.5,
+    max_clip_norm=2.0,
+    max_sample_rate=0.1,
+    max_records_per_unit=16,
+    max_steps_per_round=100,
+    max_rounds_per_day=50,
+    base_models=("a" * 64, "b" * 64),
+    tasks=("classification",),
+    metrics="noisy",
+    min_metric_noise_multiplier=5.0,
+)
+# On every bound: anything more is refused.
+PLAN = PatientPlan(
+    epsilon=8.0,
+    delta=1e-6,
+    clip_norm=2.0,
+    noise_multiplier=0.5,
+    sample_rate=0.1,
+    normaliser=32,
+    steps_per_round=100,
+    rounds=10,
+    metric_noise_multiplier=5.0,
+    unit_column="patient",
+    max_records_per_unit=16,
+)
+ASKED = Asked(PLAN, base_sha256="a" * 64, task="classification")
+RECORDS = ExamplePlan(
+    **{field.name: getattr(PLAN, field.name) for field in dataclasses.fields(ExamplePlan)}
+)
+
+
+def asked(**changes: Any) -> Asked:
+    """What is asked, with changes of the plan."""
+    return dataclasses.replace(ASKED, plan=dataclasses.replace(PLAN, **changes))
+
+
+def policy(**changes: Any) -> NodePolicy:
+    """The policy with changes, checked like a file."""
+    return NodePolicy.model_validate({**POLICY.model_dump(), **changes})
+
+
+def reasons(node: NodePolicy, what: Asked) -> list[str]:
+    """Why something is refused."""
+    with pytest.raises(PolicyRefused) as refused:
+        node.check(what)
+    text = str(refused.value)
+    assert text.startswith("refused by the node's policy: ")
+    return text.removeprefix("refused by the node's policy: ").split("; ")
+
+
+def test_what_is_on_every_bound_is_allowed() -> None:
+    """A bound is the last value that is allowed."""
+    POLICY.check(ASKED)
+    POLICY.check(dataclasses.replace(ASKED, base_sha256="b" * 64))
+    POLICY.check(asked(metric_noise_multiplier=None))
+
+
+BEYOND = [
+    ({"epsilon": 8.001}, "epsilon 8.001 is above 8"),
+    ({"delta": 1.01e-6}, "delta 1.01e-06 is above 1e-06"),
+    ({"noise_multiplier": 0.499}, "noise_multiplier 0.499 is below 0.5"),
+    ({"clip_norm": 2.01}, "clip_norm 2.01 is above 2"),
+    ({"sample_rate": 0.11}, "sample_rate 0.11 is above 0.1"),
+    ({"steps_per_round": 101}, "steps_per_round 101 is above 100"),
+    ({"max_records_per_unit": 17}, "max_records_per_unit 17 is above 16"),
+    ({"unit_column": "visit"}, "unit_column 'visit' is not 'patient'"),
+    ({"metric_noise_multiplier": 4.9}, "metric_noise_multiplier 4.9 is below 5.0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), BEYOND, ids=[reason for _, reason in BEYOND])
+def test_each_bound_is_refused_alone(changes: dict[str, Any], reason: str) -> None:
+    """A plan beyond one bound is refused for that one, with both values in the reason."""
+    assert reasons(POLICY, asked(**changes)) == [reason]
+
+
+def test_a_weaker_unit_is_refused() -> None:
+    """Who asks for patients does not get records; the stronger unit is always allowed."""
+    found = reasons(POLICY, dataclasses.replace(ASKED, plan=RECORDS))
+    assert found == ["unit 'record' is weaker than 'patient'"]
+    policy(unit="record").check(dataclasses.replace(ASKED, plan=RECORDS))
+    policy(unit="record").check(ASKED)
+
+
+@pytest.mark.parametrize("unit", ["record", "patient"])
+def test_no_policy_allows_a_plan_without_privacy(unit: str) -> None:
+    """Plain training is weaker than any unit, whatever else the policy allows."""
+    plain = Asked(NoPrivacy(batch_size=1, steps_per_round=1), "a" * 64, "classification")
+    assert reasons(policy(unit=unit), plain) == [f"unit 'none' is weaker than '{unit}'"]
+
+
+def test_another_task_or_base_is_refused() -> None:
+    """Only what the policy names may be trained, or be trained on."""
+    other = dataclasses.replace(ASKED, task="causal-lm")
+    assert reasons(POLICY, other) == ["task 'causal-lm' is not among ['classification']"]
+    other = dataclasses.replace(ASKED, base_sha256="c" * 64)
+    assert reasons(POLICY, other) == [f"base model {'c' * 12} is not allowed"]
+    policy(base_models=["any"]).check(other)
+    assert len(reasons(policy(base_models=[]), ASKED)) == 1
+    assert len(reasons(policy(tasks=[]), ASKED)) == 1
+    assert len(reasons(policy(base_models=["a" * 12]), ASKED)) == 1
+
+
+def test_the_server_cannot_choose_the_column() -> None:
+    """Without a column in the policy no plan of patients is allowed: it could name a row number."""
+    found = reasons(policy(unit="record", unit_column=""), ASKED)
+    assert found == ["the policy names no unit_column, so the server cannot choose one"]
+
+
+def test_metrics_leave_only_if_the_policy_says_so() -> None:
+    """No metric by default, and none without a bound on its noise."""
+    values = POLICY.model_dump(exclude={"metrics"})
+    assert reasons(NodePolicy.model_validate(values), ASKED) == ["no metric may leave"]
+    unbounded = policy(min_metric_noise_multiplier="")
+    assert reasons(unbounded, ASKED) == ["metric_noise_multiplier 5 is below any"]
+    unbounded.check(asked(metric_noise_multiplier=None))
+
+
+def test_all_reasons_are_named_at_once() -> None:
+    """Whoever asks for too much in many ways learns of all of them."""
+    changes = {key: value for change, _ in BEYOND for key, value in change.items()}
+    what = dataclasses.replace(asked(**changes), task="other", base_sha256="c" * 64)
+    found = reasons(POLICY, what)
+    assert sorted(found[2:]) == sorted(reason for _, reason in BEYOND)
+    assert len(found) == len(BEYOND) + 2
+
+
+def test_the_ledger_is_held_to_plan_and_policy() -> None:
+    """The run's budget is the plan's, the lifetime's and the rounds of a day are the node's."""
+    plan = dataclasses.replace(PLAN, epsilon=3.0, delta=1e-7)
+    assert POLICY.limits(plan) == Limits(run=(3.0, 1e-7), lifetime=(8.0, 1e-6), rounds_per_day=50)
+
+
+def write(directory: Path, text: str | bytes) -> Path:
+    """A policy file."""
+    path = directory / "policy.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_the_example_can_be_used(tmp_path: Path) -> None:
+    """The printed example is a policy, names every key, and refuses records and metrics."""
+    found = read_policy(write(tmp_path, EXAMPLE))
+    assert set(tomllib.loads(EXAMPLE)) == set(NodePolicy.model_fields)
+    found.check(asked(metric_noise_multiplier=None))
+    assert reasons(found, ASKED) == ["no metric may leave"]
+    assert reasons(found, dataclasses.replace(ASKED, plan=RECORDS))[0].startswith("unit 'record'")
+
+
+REQUIRED = [
+    *("unit", "epsilon", "delta", "min_noise_multiplier"),
+    *("max_steps_per_round", "max_rounds_per_day", "base_models", "tasks"),
+]
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_what_protects_somebody_has_no_default(tmp_path: Path, key: str) -> None:
+    """A policy that leaves a bound out trains nothing, and says which."""
+    lines = [line for line in EXAMPLE.splitlines() if not line.startswith(f"{key} =")]
+    with pytest.raises(PolicyRefused, match=rf"policy.toml is invalid \({key}\), so it trains nothing"):
+        read_policy(write(tmp_path, "\n".join(lines)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("unit", '"none"'), ("unit", '"client"'), ("unit", "2"), ("unit_column", "5")),
+        *(("epsilon", "0.0"), ("epsilon", "inf"), ("epsilon", "nan"), ("epsilon", '"8"')),
+        *(("epsilon", "-1.0"), ("epsilon", "true"), ("delta", "0.0"), ("delta", "1.0")),
+        *(("delta", "nan"), ("min_noise_multiplier", "0.0"), ("min_noise_multiplier", "nan")),
+        *(("max_clip_norm", "inf"), ("max_clip_norm", "0.0"), ("max_sample_rate", "1.5")),
+        *(("max_sample_rate", "0.0"), ("max_records_per_unit", "0"), ("max_records_per_unit", "1.5")),
+        *(("max_steps_per_round", "0"), ("max_steps_per_round", "1.5")),
+        *(("max_rounds_per_day", "0"), ("max_rounds_per_day", '"50"')),
+        *(("base_models", "5"), ("tasks", "[5]"), ("metrics", '"exact"')),
+        *(("min_metric_noise_multiplier", "0.0"), ("max_rounds", "5")),
+    ],
+)
+def test_an_invalid_value_trains_nothing(tmp_path: Path, key: str, value: str) -> None:
+    """A bound that is none, or a key that is misspelt, closes the node; the message names the key."""
+    lines = [line for line in EXAMPLE.splitlines() if not line.startswith(f"{key} =")]
+    path = write(tmp_path, "\n".join([*lines, f"{key} = {value}"]))
+    with pytest.raises(PolicyRefused, match=rf"policy.toml is invalid \({key}") as refused:
+        read_policy(path)
+    assert str(tmp_path) not in str(refused.value)
+    assert value.strip('"') not in str(refused.value).replace(key, "")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"unit =", b"= 5", b"unit = 1\nunit = 2"], ids=repr)
+def test_a_file_that_cannot_be_read_trains_nothing(tmp_path: Path, content: bytes) -> None:
+    """What is no TOML closes the node, and the message shows neither its place nor its content."""
+    with pytest.raises(
+        PolicyRefused, match=r"policy.toml cannot be read, so it trains nothing"
+    ) as refused:
+        read_policy(write(tmp_path, content))
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_missing_file_trains_nothing(tmp_path: Path) -> None:
+    """No policy is not any policy; a directory in its place is none either."""
+    with pytest.raises(PolicyRefused, match=r"^this node has no policy.toml, so it trains nothing$"):
+        read_policy(tmp_path / "policy.toml")
+    (tmp_path / "policy.toml").mkdir()
+    with pytest.raises(PolicyRefused, match=r"^the node's policy.toml cannot be read, so"):
+        read_policy(tmp_path / "policy.toml")
+
+
+def test_an_empty_file_names_everything_that_is_missing(tmp_path: Path) -> None:
+    """An empty policy is refused with every key that it must have."""
+    with pytest.raises(PolicyRefused) as refused:
+        read_policy(write(tmp_path, ""))
+    assert all(key in str(refused.value) for key in REQUIRED)

@@ -1,0 +1,141 @@
+"""Tests of what no single section of the configuration can see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import BASE, changed, problems
+
+from fedslm import contradictions
+from fedslm.config import from_mapping
+
+PATIENT = [
+    ("privacy.unit", "patient"),
+    ("privacy.unit_column", "patient"),
+    ("privacy.max_records_per_unit", 4),
+]
+
+
+@pytest.mark.parametrize("key", ["epsilon", "delta", "clip_norm", "sample_rate"])
+@pytest.mark.parametrize("blank", [None, ""])
+def test_nothing_that_makes_a_guarantee_has_a_default(key: str, blank: object) -> None:
+    """Under privacy, epsilon, delta, clip norm and sample rate must be given."""
+    message = problems(changed((f"privacy.{key}", blank)))[f"privacy.{key}"]
+    assert "is required" in message
+    assert "such as" in message
+
+
+def test_all_that_is_required_is_asked_for_at_once() -> None:
+    """Contradictions are reported together too."""
+    found = problems({**changed(), "privacy": {"unit": "record"}})
+    assert set(found) == {f"privacy.{key}" for key in ("epsilon", "delta", "clip_norm", "sample_rate")}
+
+
+def test_without_privacy_nothing_is_required() -> None:
+    """unit="none" needs no privacy parameters, and allows record weights and dropout."""
+    values = changed(("aggregation.weights", "records"), ("lora.dropout", 0.1))
+    values["privacy"] = {"unit": "none"}
+    contradictions.check(from_mapping(values))
+
+
+@pytest.mark.parametrize(
+    ("assignments", "key", "part"),
+    [
+        ([("aggregation.weights", "records")], "aggregation.weights", "reveals how many records"),
+        (
+            [*PATIENT, ("aggregation.weights", "records")],
+            "aggregation.weights",
+            "reveals how many records",
+        ),
+        ([("privacy.unit", "client")], "privacy.unit", "secure aggregation"),
+        ([*PATIENT[:1], PATIENT[2]], "privacy.unit_column", "is required"),
+        ([*PATIENT, ("privacy.unit_column", "")], "privacy.unit_column", "name the column"),
+        (PATIENT[:2], "privacy.max_records_per_unit", "public constant"),
+        ([PATIENT[1]], "privacy.unit_column", 'privacy.unit="patient" alone'),
+        ([PATIENT[2]], "privacy.max_records_per_unit", 'privacy.unit="patient" alone'),
+        (
+            [*PATIENT, ("training.micro_batch_size", 3)],
+            "privacy.max_records_per_unit",
+            "value 4 exceeds training.micro_batch_size=3",
+        ),
+        ([("lora.dropout", 0.1)], "lora.dropout", "must be 0 under privacy"),
+        (
+            [("federation.clients_per_round", 6), ("federation.num_clients", 5)],
+            "federation.clients_per_round",
+            "federation.num_clients=5",
+        ),
+        (
+            [("federation.clients_per_round", 2), ("federation.min_replies", 3)],
+            "federation.min_replies",
+            "cohort of 2",
+        ),
+        ([("federation.min_replies", 6)], "federation.min_replies", "cohort of 5"),
+        ([("data.label_column", "")], "data.label_column", "classification"),
+        (
+            [
+                ("task.name", "causal-lm"),
+                ("data.label_column", ""),
+                ("data.partition", "dirichlet"),
+            ],
+            "data.label_column",
+            "dirichlet",
+        ),
+        ([("task.labels", ["only"])], "task.labels", "at least two"),
+        ([("task.labels", ["a", "b", "a"])], "task.labels", "twice"),
+        (
+            [("task.name", "causal-lm"), ("task.pooling", "mean")],
+            "task.pooling",
+            "has no pooling",
+        ),
+    ],
+)
+def test_contradictions_are_refused(assignments: list[tuple[str, Any]], key: str, part: str) -> None:
+    """Each contradiction is refused alone, named by its option."""
+    found = problems(changed(*assignments))
+    assert list(found) == [key]
+    assert part in found[key]
+
+
+def test_everything_that_a_patient_needs_is_asked_for_at_once() -> None:
+    """unit="patient" alone: each of its requirements is named, none is assumed."""
+    keys = ("epsilon", "delta", "clip_norm", "sample_rate", "unit_column", "max_records_per_unit")
+    found = problems({**changed(), "privacy": {"unit": "patient"}})
+    assert set(found) == {f"privacy.{key}" for key in keys}
+
+
+def test_a_patient_may_fill_a_micro_batch() -> None:
+    """A cap of exactly micro_batch_size fits, and a sound patient config has no contradiction."""
+    config = from_mapping(changed(*PATIENT, ("training.micro_batch_size", 4)))
+    contradictions.check(config)
+    assert contradictions.warnings(config) == []
+
+
+def test_a_sound_config_has_no_contradiction() -> None:
+    """The base of these tests is fine, so that each refusal above has its one cause."""
+    config = from_mapping(BASE)
+    contradictions.check(config)
+    assert contradictions.warnings(config) == []
+
+
+@pytest.mark.parametrize(
+    ("delta", "warned"), [(1e-5, False), (0.0031, False), (1 / 320, True), (0.5, True)]
+)
+def test_a_delta_of_one_record_or_more_warns(delta: float, warned: bool) -> None:
+    """16 records at a rate of 0.05 are about 320: from 1/320 on, publishing a record would pass."""
+    config = from_mapping(changed(("privacy.delta", delta)))
+    found = contradictions.warnings(config)
+    assert bool(found) is warned
+    assert all("privacy.delta" in text and "1/320" in text and "3e-04" in text for text in found)
+
+
+@pytest.mark.parametrize(("epsilon", "warned"), [(20.0, False), (21.0, True)])
+def test_a_huge_epsilon_warns(epsilon: float, warned: bool) -> None:
+    """An epsilon that promises little is allowed, with a warning."""
+    found = contradictions.warnings(from_mapping(changed(("privacy.epsilon", epsilon))))
+    assert any("promises little" in text for text in found) is warned
+
+
+def test_without_privacy_nothing_warns() -> None:
+    """There is no guarantee to warn about."""
+    assert contradictions.warnings(from_mapping(changed(("privacy.unit", "none")))) == []
