@@ -25,10 +25,12 @@ class Example:
     Attributes:
         input_ids: Token ids, at least one.
         target: Class index; -1 where the tokens are the target.
+        owner: Whose the record is, where that matters (privacy.unit = "patient").
     """
 
     input_ids: Tokens
     target: int = -1
+    owner: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,12 @@ class Prepared:
 
     Attributes:
         examples: What can be trained on.
-        num_skipped: Records without tokens or with an unknown label; leaving out is per record.
+        kept: Index of the row behind each example. Records without tokens or with an unknown label are
+            left out; whether one is depends on it alone.
     """
 
     examples: tuple[Example, ...]
-    num_skipped: int
+    kept: tuple[int, ...]
 
 
 class Task(Protocol):
@@ -61,6 +64,9 @@ class Task(Protocol):
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
         """Loss of each example, shape (batch,), independent of the other examples."""
+
+    def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        """How right each example is, in [0, 1], shape (batch,), independent of the other examples."""
 
     def sums(self, logits: torch.Tensor, batch: Tensors) -> dict[str, float]:
         """Additive statistics of a batch."""

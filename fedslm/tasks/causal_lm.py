@@ -44,15 +44,15 @@ class CausalLM:
     ) -> Prepared:
         """Tokenises texts; one with fewer than two tokens has nothing to predict."""
         if not rows:
-            return Prepared((), 0)
+            return Prepared((), ())
         shortest = max(2, tokenizer.num_special_tokens_to_add() + 1)
         encoded = tokenizer(
             [str(row[self.text_column]) for row in rows],
             truncation=True,
             max_length=self.max_length,
         )["input_ids"]
-        examples = [Example(tuple(tokens)) for tokens in encoded if len(tokens) >= shortest]
-        return Prepared(tuple(examples), len(rows) - len(examples))
+        kept = [number for number, tokens in enumerate(encoded) if len(tokens) >= shortest]
+        return Prepared(tuple(Example(tuple(encoded[number])) for number in kept), tuple(kept))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads texts; ``labels`` are the token ids, -100 on padding, shape (batch, longest)."""
@@ -65,13 +65,17 @@ class CausalLM:
         losses, counts = _token_losses(logits, batch)
         return losses.sum(dim=1) / counts.clamp(min=1)
 
+    def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        """Share of an example's own next tokens that are predicted."""
+        counts = (batch["labels"][:, 1:] != _IGNORED).sum(dim=1)
+        return _hits(logits, batch).sum(dim=1) / counts.clamp(min=1)
+
     def sums(self, logits: torch.Tensor, batch: Tensors) -> dict[str, float]:
         """Counts predicted tokens and hits, and adds token losses."""
         losses, counts = _token_losses(logits, batch)
-        hits = logits[:, :-1].argmax(dim=-1) == batch["labels"][:, 1:]
         return {
             "tokens": float(counts.sum()),
-            "correct": float(hits.sum()),
+            "correct": float(_hits(logits, batch).sum()),
             "loss": float(losses.double().sum()),
         }
 
@@ -83,6 +87,11 @@ class CausalLM:
             "perplexity": math.exp(min(loss, _LONGEST_EXPONENT)),
             "next_token_accuracy": sums["correct"] / sums["tokens"],
         }
+
+
+def _hits(logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+    """Where the next token is predicted; padding never is. Shape (batch, longest - 1)."""
+    return logits[:, :-1].argmax(dim=-1) == batch["labels"][:, 1:]
 
 
 def _token_losses(logits: torch.Tensor, batch: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,20 +43,21 @@ class Classification:
         A simulation refuses unknown labels before it starts.
         """
         if not rows:
-            return Prepared((), 0)
+            return Prepared((), ())
         index = {label: position for position, label in enumerate(self.labels)}
-        examples = []
+        examples, kept = [], []
         special = tokenizer.num_special_tokens_to_add()
         encoded = tokenizer(
             [str(row[self.text_column]) for row in rows],
             truncation=True,
             max_length=self.max_length,
         )["input_ids"]
-        for row, tokens in zip(rows, encoded, strict=True):
+        for number, (row, tokens) in enumerate(zip(rows, encoded, strict=True)):
             label = str(row[self.label_column])
             if label in index and len(tokens) > special:
                 examples.append(Example(tuple(tokens), index[label]))
-        return Prepared(tuple(examples), len(rows) - len(examples))
+                kept.append(number)
+        return Prepared(tuple(examples), tuple(kept))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads texts; ``labels`` are class indices of shape (batch,)."""
@@ -71,12 +72,15 @@ class Classification:
 
         return F.cross_entropy(logits.float(), batch["labels"], reduction="none")
 
+    def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        """1 where the class is right, else 0."""
+        return (logits.argmax(dim=-1) == batch["labels"]).float()
+
     def sums(self, logits: torch.Tensor, batch: Tensors) -> dict[str, float]:
         """Counts records and hits, and adds losses."""
-        hits = (logits.argmax(dim=-1) == batch["labels"]).sum()
         return {
             "records": float(len(logits)),
-            "correct": float(hits),
+            "correct": float(self.per_example_score(logits, batch).sum()),
             "loss": float(self.per_example_loss(logits, batch).double().sum()),
         }
 

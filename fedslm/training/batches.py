@@ -10,16 +10,33 @@ import torch
 from fedslm.models.loaded import LoadedModel
 from fedslm.tasks.base import Example, Task, Tensors
 
+Unit = Sequence[Example]  # what is clipped together: one record, or a patient's records
 
-def micro_batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Cuts a logical batch into pieces of similar length; a sum over it does not care.
 
-    >>> [len(part) for part in micro_batches([Example((1,)), Example((1, 2)), Example((3,))], 2)]
+def micro_batches(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
+    """Cuts a logical batch into pieces of similar length, never through a unit.
+
+    Args:
+        units: The logical batch.
+        size: Most records in a piece, unless one unit alone has more.
+
+    >>> short, long = Example((1,)), Example((1, 2))
+    >>> [len(part) for part in micro_batches([[short], [long], [short]], 2)]
     [2, 1]
+    >>> [len(part) for part in micro_batches([[short, long], [long]], 2)]
+    [1, 1]
     """
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    ordered = sorted(units, key=lambda unit: max(len(example.input_ids) for example in unit))
+    part: list[Unit] = []
+    records = 0
+    for unit in ordered:
+        if part and records + len(unit) > size:
+            yield part
+            part, records = [], 0
+        part.append(unit)
+        records += len(unit)
+    if part:
+        yield part
 
 
 def forward(

@@ -35,8 +35,8 @@ def count(
     model.adapter.network.eval()
     total: dict[str, float] = {}
     with torch.inference_mode():
-        for part in micro_batches(examples, batch_size):
-            logits, batch = forward(model, task, part)
+        for part in micro_batches([[example] for example in examples], batch_size):
+            logits, batch = forward(model, task, [example for unit in part for example in unit])
             for name, value in task.sums(logits, batch).items():
                 total[name] = total.get(name, 0.0) + value
     return total

@@ -68,7 +68,7 @@ def train(
     keys = sorted(work.trained)
     model.adapter.write(work.adapter)
     model.adapter.train_only(set(work.trained))
-    _enter_training(model)
+    enter_training(model)
     optimizer = _optimizer(model, training)
     check_parameters(model.adapter, optimizer)
     torch.manual_seed(seed_of(work.seed, "dropout", work.round, work.client))
@@ -77,8 +77,8 @@ def train(
     unmoved: frozenset[str] = frozenset()
     try:
         with stepping(model, task, plan, optimizer, training.micro_batch_size) as step:
-            for number, batch in enumerate(plan.batches(len(examples), seeded)):
-                step([examples[index] for index in batch])
+            for number, batch in enumerate(plan.batches([each.owner for each in examples], seeded)):
+                step([[examples[record] for record in unit] for unit in batch])
                 if number == 0:
                     unmoved = _zero_gradients(model)
                     check_moved(before, model.adapter.read(keys), unmoved)
@@ -91,7 +91,7 @@ def train(
     return after
 
 
-def _enter_training(model: LoadedModel) -> None:
+def enter_training(model: LoadedModel) -> None:
     """Puts just the trained modules into training mode: the frozen base has no dropout."""
     network = model.adapter.network.eval()
     for name, module in network.named_modules():

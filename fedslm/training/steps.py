@@ -16,9 +16,9 @@ import torch
 from fedslm.errors import TrainingError
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.gaussian import GaussianNoise
-from fedslm.privacy.plan import ExamplePlan, Plan
+from fedslm.privacy.plan import Plan, PrivatePlan
 from fedslm.tasks.base import Example, Task
-from fedslm.training.batches import forward, micro_batches
+from fedslm.training.batches import Unit, forward, micro_batches
 
 if TYPE_CHECKING:
     from opacus.optimizers import DPOptimizer
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)  # the client's own log
 class Step(Protocol):
     """Takes one optimizer step on a logical batch."""
 
-    def __call__(self, examples: Sequence[Example]) -> None:
+    def __call__(self, units: Sequence[Unit]) -> None:
         """Moves the parameters."""
 
 
@@ -54,26 +54,29 @@ class PlainStep:
         self._model, self._task = model, task
         self._optimizer, self._micro_batch_size = optimizer, micro_batch_size
 
-    def __call__(self, examples: Sequence[Example]) -> None:
+    def __call__(self, units: Sequence[Unit]) -> None:
         """Moves the parameters."""
         self._optimizer.zero_grad(set_to_none=True)
-        for part in micro_batches(examples, self._micro_batch_size):
-            logits, batch = forward(self._model, self._task, part)
-            loss = self._task.per_example_loss(logits, batch).sum() / len(examples)
+        count = sum(len(unit) for unit in units)
+        for part in micro_batches(units, self._micro_batch_size):
+            examples = [example for unit in part for example in unit]
+            logits, batch = forward(self._model, self._task, examples)
+            loss = self._task.per_example_loss(logits, batch).sum() / count
             loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
 
 
 class PrivateStep:
-    """Clipped per-record gradients, summed, noised and divided by a public constant.
+    """Clipped per-unit gradients, summed, noised and divided by a public constant.
 
     Formal guarantees:
         * The pre-noise sum moves by at most ``plan.clip_norm`` (L2, over all trained parameters
-          jointly) when one record is added or removed: one clip per record, losses not coupled.
+          jointly) when one unit is added or removed: the gradients of a unit's records are summed and
+          clipped once, losses are not coupled.
         * Clipping is done in float32, whatever the precision of the base.
         * A record whose gradient is not finite or cannot be computed contributes exactly zero.
         * An empty batch adds the same noise as any other.
-        * Noise comes from operating-system entropy, on its own generator for each round.
+        * Noise is secure randomness, a stream of its own for each round; it is added in float64.
 
     Args:
         model: The model, with Opacus hooks attached.
@@ -86,35 +89,39 @@ class PrivateStep:
         self, model: LoadedModel, task: Task, optimizer: DPOptimizer, micro_batch_size: int
     ) -> None:
         self._model, self._task = model, task
-        self._optimizer, self._micro_batch_size = optimizer, micro_batch_size
+        self.optimizer, self._micro_batch_size = optimizer, micro_batch_size
 
-    def __call__(self, examples: Sequence[Example]) -> None:
+    def __call__(self, units: Sequence[Unit]) -> None:
         """Moves the parameters."""
-        parts = list(micro_batches(examples, self._micro_batch_size))
-        self._optimizer.zero_grad(set_to_none=True)
+        parts = list(micro_batches(units, self._micro_batch_size))
+        self.optimizer.zero_grad(set_to_none=True)
         if not parts:
             self._no_gradients()
-            self._optimizer.step()
+            self.optimizer.step()
         for position, part in enumerate(parts, start=1):
             self._gradients(part)
-            self._optimizer.signal_skip_step(do_skip=position < len(parts))
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            self.optimizer.signal_skip_step(do_skip=position < len(parts))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
-    def _gradients(self, part: Sequence[Example]) -> None:
-        """Fills ``grad_sample`` with one finite gradient per record.
+    def _gradients(self, part: Sequence[Unit]) -> None:
+        """Fills ``grad_sample`` with one finite gradient per unit.
 
         If the batch cannot be computed, each record is tried alone, and one that cannot be computed
         counts as zero: what a record does to the computation moves the sum by no more than any record.
         """
+        records = [example for unit in part for example in unit]
         try:
-            samples = self._attempt(part)
+            samples = self._attempt(records)
         except (RuntimeError, ValueError, IndexError, MemoryError):
-            samples = self._one_by_one(part)
+            samples = self._one_by_one(records)
         zeroed = zero_non_finite(samples)
+        if len(records) > len(part):
+            samples = sum_by_unit(samples, [len(unit) for unit in part])
+            zeroed += zero_non_finite(samples)  # a sum of finite numbers may overflow
         if zeroed:
             logger.warning("%d record(s) of a batch had a gradient that is not finite", zeroed)
-        for parameter, sample in zip(self._optimizer.params, samples, strict=True):
+        for parameter, sample in zip(self.optimizer.params, samples, strict=True):
             parameter.grad_sample = sample
 
     def _attempt(self, part: Sequence[Example]) -> list[torch.Tensor]:
@@ -124,7 +131,7 @@ class PrivateStep:
             # Below the first adapted layer nothing needs gradients, nor do the hooks.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             self._task.per_example_loss(logits, batch).sum().backward()  # type: ignore[no-untyped-call]
-        samples = [parameter.grad_sample for parameter in self._optimizer.params]
+        samples = [parameter.grad_sample for parameter in self.optimizer.params]
         if any(sample is None or len(sample) != len(part) for sample in samples):
             raise TrainingError(
                 f"per-record gradients do not match the batch of {len(part)} records; a layer mixes "
@@ -141,13 +148,13 @@ class PrivateStep:
                 rows.append(self._attempt([record]))
             except (RuntimeError, ValueError, IndexError, MemoryError):
                 logger.warning("a record cannot be computed and counts as zero", exc_info=True)
-                rows.append([p.new_zeros((1, *p.shape)) for p in self._optimizer.params])
+                rows.append([p.new_zeros((1, *p.shape)) for p in self.optimizer.params])
         forget_activations(self._model.adapter.network)
         return [torch.cat(column) for column in zip(*rows, strict=True)]
 
     def _no_gradients(self) -> None:
         """Fills ``grad_sample`` for a batch of no records."""
-        for parameter in self._optimizer.params:
+        for parameter in self.optimizer.params:
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
 
 
@@ -165,6 +172,19 @@ def forget_activations(network: torch.nn.Module) -> None:
             parameter.grad_sample = None
 
 
+def private_optimizer(optimizer: torch.optim.Optimizer, plan: PrivatePlan) -> DPOptimizer:
+    """Opacus' optimizer with a plan's clip, noise and normaliser."""
+    from opacus.optimizers import DPOptimizer
+
+    return with_noise(DPOptimizer)(
+        optimizer,
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=plan.clip_norm,
+        expected_batch_size=plan.normaliser,
+        loss_reduction="mean",
+    )
+
+
 def with_noise(optimizer: type[DPOptimizer]) -> type[DPOptimizer]:
     """Opacus' optimizer with noise from :class:`fedslm.privacy.gaussian.GaussianNoise`.
 
@@ -173,7 +193,7 @@ def with_noise(optimizer: type[DPOptimizer]) -> type[DPOptimizer]:
     from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
     class NoisyOptimizer(optimizer):  # type: ignore[misc]
-        """Clips and sums as Opacus does; draws noise from the operating system's entropy."""
+        """Clips and sums as Opacus does; draws noise from secure randomness."""
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
@@ -185,11 +205,29 @@ def with_noise(optimizer: type[DPOptimizer]) -> type[DPOptimizer]:
             for parameter in self.params:
                 _check_processed_flag(parameter.summed_grad)
                 noise = torch.from_numpy(self._noise.draw(tuple(parameter.shape), stddev))
-                noisy = parameter.summed_grad + noise.to(parameter.summed_grad)
-                parameter.grad = noisy.view_as(parameter)
+                exact = parameter.summed_grad.detach().cpu().double() + noise
+                parameter.grad = exact.to(parameter.summed_grad).view_as(parameter)
                 _mark_as_processed(parameter.summed_grad)
 
     return NoisyOptimizer
+
+
+def sum_by_unit(samples: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Adds up per-record gradients of each unit.
+
+    Args:
+        samples: One tensor of shape (records, ...) for each parameter; a unit's records stand together.
+        sizes: Number of records of each unit.
+
+    Returns:
+        One tensor of shape (units, ...) for each parameter.
+    """
+    device = samples[0].device
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+    return [
+        sample.new_zeros((len(sizes), *sample.shape[1:])).index_add_(0, owners, sample)
+        for sample in samples
+    ]
 
 
 def zero_non_finite(samples: Sequence[torch.Tensor]) -> int:
@@ -226,23 +264,15 @@ def stepping(
         optimizer: Over the trained parameters.
         micro_batch_size: Most records in one forward pass.
     """
-    if not isinstance(plan, ExamplePlan):
+    if not isinstance(plan, PrivatePlan):
         yield PlainStep(model, task, optimizer, micro_batch_size)
         return
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
-    from opacus.optimizers import DPOptimizer
 
     network = model.adapter.network
     hooks = GradSampleHooks(network, batch_first=True, loss_reduction="sum")
-    private = with_noise(DPOptimizer)(
-        optimizer,
-        noise_multiplier=plan.noise_multiplier,
-        max_grad_norm=plan.clip_norm,
-        expected_batch_size=plan.normaliser,
-        loss_reduction="mean",
-    )
     try:
-        yield PrivateStep(model, task, private, micro_batch_size)
+        yield PrivateStep(model, task, private_optimizer(optimizer, plan), micro_batch_size)
     finally:
         forget_activations(network)
         hooks.cleanup()

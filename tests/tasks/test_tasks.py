@@ -69,7 +69,7 @@ def test_classification_prepares_tokens_and_classes(tokenizer: PreTrainedTokeniz
         {"text": "chest pain " * 50, "label": "cold"},
     ]
     prepared = CLASSES.prepare(rows, tokenizer)
-    assert prepared.num_skipped == 0
+    assert prepared.kept == (0, 1)
     assert [example.target for example in prepared.examples] == [1, 0]
     assert prepared.examples[0].input_ids == tuple(tokenizer("chest pain")["input_ids"])
     assert len(prepared.examples[1].input_ids) == 16
@@ -82,29 +82,43 @@ def test_labels_may_be_numbers(tokenizer: PreTrainedTokenizerBase) -> None:
     assert prepared.examples[0].target == 1
 
 
-def test_an_unknown_label_is_skipped_and_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_unknown_label_is_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
     """A label that is no class leaves out its record alone: failing would tell that it is there."""
-    rows = [{"text": "pain", "label": "pox"}, {"text": "pain", "label": "flu"}]
+    rows = [{"text": "pain", "label": label} for label in ("pox", "flu", "", "cold")]
     prepared = CLASSES.prepare(rows, tokenizer)
-    assert len(prepared.examples) == prepared.num_skipped == 1
+    assert prepared.kept == (1, 3)
+    assert [example.target for example in prepared.examples] == [1, 0]
 
 
 @TASKS
-def test_a_text_without_tokens_is_skipped_and_counted(
-    task: Task, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_a_text_without_tokens_is_left_out(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """Blank texts leave nothing to learn from, whatever a tokenizer puts around them."""
     texts = ["chest pain", "", "  ", "\u200b", "cough and fever"]
     prepared = task.prepare([{"text": text, "label": "flu"} for text in texts], tokenizer)
-    assert prepared.num_skipped == 3
-    assert len(prepared.examples) == 2
+    assert prepared.kept == (0, 4)
+    expected = [tuple(tokenizer(texts[row])["input_ids"]) for row in prepared.kept]
+    assert [example.input_ids for example in prepared.examples] == expected
+
+
+@TASKS
+def test_whether_a_record_is_left_out_depends_on_it_alone(
+    task: Task, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Each row prepared alone gives what it gives among the others."""
+    texts = ["chest pain", "", "cough and fever " * 20, "  ", "x"]
+    labels = ["flu", "flu", "pox", "cold", "other"]
+    rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+    together = task.prepare(rows, tokenizer)
+    singly = [task.prepare([row], tokenizer) for row in rows]
+    assert together.examples == tuple(each for one in singly for each in one.examples)
+    assert together.kept == tuple(number for number, one in enumerate(singly) if one.kept)
 
 
 @TASKS
 def test_no_rows_are_no_examples(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """A client without records, which is fine under privacy, prepares to nothing."""
     prepared = task.prepare([], tokenizer)
-    assert (prepared.examples, prepared.num_skipped) == ((), 0)
+    assert (prepared.examples, prepared.kept) == ((), ())
 
 
 def test_a_single_token_predicts_nothing() -> None:
@@ -122,7 +136,7 @@ def test_a_single_token_predicts_nothing() -> None:
     rows = [{"text": text} for text in ("", "a", "ab", "abc")]
     prepared = LANGUAGE.prepare(rows, Bare())  # type: ignore[arg-type]
     assert [len(example.input_ids) for example in prepared.examples] == [2, 3]
-    assert prepared.num_skipped == 2
+    assert prepared.kept == (2, 3)
 
 
 @TASKS
@@ -198,6 +212,53 @@ def test_language_model_loss_by_hand() -> None:
         losses = [by_hand(row[at], tokens[at + 1]) for at in range(len(tokens) - 1)]
         expected.append(sum(losses) / len(losses))
     assert LANGUAGE.per_example_loss(logits, batch).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_classification_score_by_hand() -> None:
+    """The score is 1 if no other class is likelier, else 0."""
+    examples = [Example((1, 2), target) for target in (0, 1, 2, 0)]
+    logits = torch.tensor([[2.0, 0, 1], [0, 3.0, 0], [5.0, 4.0, 3.0], [-3.0, -1.0, -2.0]])
+    batch = CLASSES.collate(examples, PAD)
+    assert CLASSES.per_example_score(logits, batch).tolist() == [1, 1, 0, 0]
+
+
+def test_language_model_score_by_hand() -> None:
+    """The score is the share of an example's own next tokens that are the likeliest; padding is none."""
+    batch = LANGUAGE.collate(EXAMPLES, PAD)
+    logits = logits_of(LANGUAGE, batch)
+    for row, example in enumerate(EXAMPLES):  # every fourth token is made right, padding included
+        tokens = [*example.input_ids, *[PAD] * 7][: logits.shape[1]]
+        for at in range(0, logits.shape[1] - 1, 4):
+            logits[row, at, tokens[at + 1]] = 100.0
+    expected = []
+    for row, example in zip(logits.tolist(), EXAMPLES, strict=True):
+        tokens = example.input_ids
+        hits = [row[at].index(max(row[at])) == tokens[at + 1] for at in range(len(tokens) - 1)]
+        expected.append(sum(hits) / len(hits))
+    assert LANGUAGE.per_example_score(logits, batch).tolist() == pytest.approx(expected)
+    assert len(set(expected)) > 2
+
+
+@TASKS
+def test_a_score_depends_on_its_own_example_alone(task: Task) -> None:
+    """Alone, in a batch, in another order, padded or not: an example's score is the same, in [0, 1]."""
+
+    def scores(examples: Sequence[Example]) -> list[float]:
+        batch = task.collate(examples, PAD)
+        return task.per_example_score(logits_of(task, batch), batch).tolist()
+
+    examples = [
+        Example((first, 4, last), target)
+        for first in (1, 2, 9)
+        for last in (3, 4)
+        for target in range(3)
+    ]
+    examples += [Example((first, second)) for first in range(1, 9) for second in range(1, 9)]
+    alone = [scores([example])[0] for example in examples]
+    assert all(0 <= score <= 1 for score in alone)
+    assert 0 < sum(alone) < len(alone)
+    assert scores(examples) == pytest.approx(alone)
+    assert scores([Example(tuple(range(1, 16)), 1), *examples[::-1]])[1:] == pytest.approx(alone[::-1])
 
 
 @TASKS

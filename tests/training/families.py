@@ -1,19 +1,35 @@
-"""A loaded tiny model, its task and a padded batch of examples, for each architecture."""
+"""A loaded tiny model, its task and a padded batch of examples, for each architecture; one step, seen."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from fedslm import tasks
 from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig
 from fedslm.models.adapter import initial_state
 from fedslm.models.loaded import LoadedModel, load
+from fedslm.privacy.plan import ExamplePlan, PatientPlan, PrivatePlan
 from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
+from fedslm.training.batches import Unit, forward
+from fedslm.training.local import enter_training
+from fedslm.training.steps import PrivateStep, stepping
 
 LABELS = ("bone", "heart", "skin")
+FAMILIES = [
+    ("bert", "classification", "native"),
+    ("bert", "classification", "mean"),
+    ("gpt2", "causal-lm", "native"),
+    ("llama", "causal-lm", "native"),
+]
+WILD_TOKEN, UNKNOWN_TOKEN = 8, 10**6  # see wild_token; a token of no vocabulary
 
 
 def load_family(directory: Path, name: str, pooling: str = "native", rank: int = 3) -> LoadedModel:
@@ -38,11 +54,16 @@ def examples_of(count: int, seed: int = 0) -> list[Example]:
     generator = np.random.default_rng(seed)
     return [
         Example(
-            tuple(int(token) for token in generator.integers(5, 1700, size=int(length))),
+            tuple(int(token) for token in generator.integers(9, 1700, size=int(length))),
             int(generator.integers(len(LABELS))),
         )
         for length in generator.integers(3, 20, size=count)
     ]
+
+
+def alone(examples: Sequence[Example]) -> list[Unit]:
+    """Each record as a unit of its own."""
+    return [[example] for example in examples]
 
 
 def random_state(model: LoadedModel, seed: int = 0) -> AdapterState:
@@ -55,3 +76,109 @@ def random_state(model: LoadedModel, seed: int = 0) -> AdapterState:
             for key in start
         }
     )
+
+
+def record_plan(
+    noise: float = 1.0, clip: float = 1.0, normaliser: int = 1, steps: int = 1, **options: Any
+) -> ExamplePlan:
+    """A plan with the record as its unit."""
+    return ExamplePlan(8.0, 1e-5, clip, noise, 0.5, normaliser, steps, **options)
+
+
+def patient_plan(
+    noise: float = 1.0, clip: float = 1.0, normaliser: int = 1, steps: int = 1, **options: Any
+) -> PatientPlan:
+    """A plan with the patient as its unit."""
+    return PatientPlan(
+        8.0,
+        1e-5,
+        clip,
+        noise,
+        0.5,
+        normaliser,
+        steps,
+        unit_column="patient",
+        max_records_per_unit=5,
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One private step from :func:`random_state` with SGD at rate 1, all tensors in one vector.
+
+    Attributes:
+        exact: The sum of clipped gradients before the noise.
+        noisy: The same with noise, divided by the normaliser.
+        moved: Minus the change of the parameters.
+    """
+
+    exact: np.ndarray
+    noisy: np.ndarray
+    moved: np.ndarray
+
+
+def one_step(
+    model: LoadedModel, task: Task, plan: PrivatePlan, units: Sequence[Unit], size: int = 4
+) -> Seen:
+    """Takes one step and looks at it through Opacus' own hook."""
+    start = ready(model)
+    optimizer = torch.optim.SGD(list(model.adapter.parameters.values()), lr=1.0)
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def look(private: Any) -> None:
+        assert [id(p) for p in private.params] == [id(p) for p in model.adapter.parameters.values()]
+        seen.append((flat(p.summed_grad for p in private.params), flat(p.grad for p in private.params)))
+
+    with stepping(model, task, plan, optimizer, size) as step:
+        assert isinstance(step, PrivateStep)
+        step.optimizer.attach_step_hook(look)
+        step(units)
+    after = model.adapter.read()
+    ((exact, noisy),) = seen
+    moved = np.concatenate([(start[key].astype(np.float64) - after[key]).ravel() for key in start])
+    return Seen(exact, noisy, moved)
+
+
+def ready(model: LoadedModel) -> AdapterState:
+    """Puts a model into training mode at a fixed adapter, which is returned."""
+    start = random_state(model)
+    model.adapter.write(start)
+    model.adapter.train_only(set(start))
+    enter_training(model)
+    return start
+
+
+def gradient(model: LoadedModel, task: Task, example: Example) -> np.ndarray:
+    """One record's gradient at the adapter of :func:`one_step`, by plain autograd on a batch of one."""
+    ready(model)
+    model.adapter.network.zero_grad()
+    logits, batch = forward(model, task, [example])
+    task.per_example_loss(logits, batch).sum().backward()
+    return flat(p.grad for p in model.adapter.parameters.values())
+
+
+def clipped(vector: np.ndarray, clip: float) -> np.ndarray:
+    """A vector of at most a length, as Opacus scales it."""
+    return vector * min(1.0, clip / (np.linalg.norm(vector) + 1e-6))
+
+
+def flat(tensors: Any) -> np.ndarray:
+    """All values in one float64 vector."""
+    return np.concatenate([tensor.detach().double().numpy().ravel() for tensor in tensors])
+
+
+@contextmanager
+def wild_token(model: LoadedModel) -> Iterator[None]:
+    """Makes everything infinite for a record with :data:`WILD_TOKEN`, where tokens enter the base."""
+    modules = dict(model.adapter.network.named_modules())
+    names = [name for name in modules if name.endswith(("word_embeddings", "wte", "embed_tokens"))]
+
+    def spoil(module: torch.nn.Module, tokens: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        return out.masked_fill((tokens[0] == WILD_TOKEN).unsqueeze(-1), torch.inf)
+
+    handle = modules[names[0]].register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()

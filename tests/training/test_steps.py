@@ -1,166 +1,143 @@
-"""DP-SGD steps against independent computations, on several architectures."""
+"""DP-SGD steps with one record as the unit, against independent computations, on several architectures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from families import examples_of, load_family, random_state, task_of
+from families import (
+    FAMILIES,
+    LABELS,
+    UNKNOWN_TOKEN,
+    WILD_TOKEN,
+    alone,
+    clipped,
+    examples_of,
+    gradient,
+    load_family,
+    one_step,
+    ready,
+    record_plan,
+    task_of,
+    wild_token,
+)
 from scipy import stats
 
 from fedslm.errors import PrivacyError, TrainingError
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.gaussian import GaussianNoise
-from fedslm.privacy.plan import ExamplePlan
+from fedslm.privacy.plan import NoPrivacy
 from fedslm.tasks.base import Example, Task
-from fedslm.training.batches import forward
 from fedslm.training.checks import check_private_model
-from fedslm.training.steps import PrivateStep, stepping, zero_non_finite
+from fedslm.training.steps import PlainStep, PrivateStep, stepping, zero_non_finite
 
-FAMILIES = [
-    ("bert", "classification", "native"),
-    ("bert", "classification", "mean"),
-    ("gpt2", "causal-lm", "native"),
-    ("llama", "causal-lm", "native"),
-]
+Family = tuple[LoadedModel, Task]
 
 
-def plan_of(noise: float = 1e-9, clip: float = 1.0, normaliser: int = 1) -> ExamplePlan:
-    """A plan whose noise may be too small to see; only tests may make one."""
-    return ExamplePlan(8.0, 1e-5, clip, noise, 0.5, normaliser, 1)
-
-
-def delta(
-    model: LoadedModel, task: Task, plan: ExamplePlan, examples: Sequence[Example], size: int = 4
-) -> np.ndarray:
-    """One step of SGD at rate 1 from a fixed adapter: minus the released (noisy) mean."""
-    start = random_state(model)
-    model.adapter.write(start)
-    keys = set(start)
-    model.adapter.train_only(keys)
-    for module in model.adapter.network.modules():
-        module.training = any(p.requires_grad for p in module.parameters(recurse=False))
-    optimizer = torch.optim.SGD(list(model.adapter.parameters.values()), lr=1.0)
-    with stepping(model, task, plan, optimizer, size) as step:
-        step(examples)
-    after = model.adapter.read()
-    return np.concatenate([(start[key].astype(np.float64) - after[key]).ravel() for key in start])
-
-
-def gradient(model: LoadedModel, task: Task, example: Example) -> np.ndarray:
-    """One record's gradient by plain autograd on a batch of one."""
-    model.adapter.network.zero_grad()
-    logits, batch = forward(model, task, [example])
-    task.per_example_loss(logits, batch).sum().backward()
-    return np.concatenate([p.grad.double().numpy().ravel() for p in model.adapter.parameters.values()])
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda family: "-".join(family))
-def family(request: pytest.FixtureRequest, family_directory: Callable[[str, str], Path]):
+@pytest.fixture(params=FAMILIES, ids=lambda family: "-".join(family), scope="module")
+def family(request: pytest.FixtureRequest, family_directory: Callable[[str, str], Path]) -> Family:
     """A loaded model and its task."""
     architecture, task, pooling = request.param
     return load_family(family_directory(architecture, task), task, pooling), task_of(task)
 
 
-def test_per_record_gradients_equal_autograd(family) -> None:
+@pytest.fixture
+def wild(family: Family) -> Iterator[Family]:
+    """The same, with a token that makes its record infinite."""
+    with wild_token(family[0]):
+        yield family
+
+
+def test_per_record_gradients_equal_autograd(family: Family) -> None:
     """Each record's gradient in a padded batch equals autograd on that record alone, to 1e-5."""
     model, task = family
     examples = examples_of(6)
-    start = random_state(model)
-    model.adapter.write(start)
-    model.adapter.train_only(set(start))
-    for module in model.adapter.network.modules():
-        module.training = any(p.requires_grad for p in module.parameters(recurse=False))
+    ready(model)
     optimizer = torch.optim.SGD(list(model.adapter.parameters.values()), lr=1.0)
-    with stepping(model, task, plan_of(), optimizer, 6) as step:
+    with stepping(model, task, record_plan(), optimizer, 6) as step:
         assert isinstance(step, PrivateStep)
-        step._gradients(examples)
+        step._gradients(alone(examples))
         samples = [p.grad_sample.flatten(1) for p in model.adapter.parameters.values()]
         together = torch.cat(samples, dim=1).double().numpy()
     for row, example in enumerate(examples):
         np.testing.assert_allclose(together[row], gradient(model, task, example), atol=1e-5)
 
 
-def test_sum_equals_clipped_autograd(family) -> None:
-    """The released sum is the sum of autograd gradients, each clipped once over all tensors."""
+def test_sum_equals_clipped_autograd(family: Family) -> None:
+    """The sum before the noise is the sum of autograd gradients, each clipped once over all tensors."""
     model, task = family
     examples = examples_of(5, seed=3)
-    released = delta(model, task, plan_of(clip=0.5), examples)
-    expected = np.zeros_like(released)
-    for example in examples:
-        single = gradient_at_start(model, task, example)
-        expected += single * min(1.0, 0.5 / (np.linalg.norm(single) + 1e-6))
-    np.testing.assert_allclose(released, expected, atol=2e-5)
+    gradients = [gradient(model, task, example) for example in examples]
+    norms = [float(np.linalg.norm(each)) for each in gradients]
+    clip = float(np.median(norms))  # some are clipped, some are not
+    assert min(norms) < clip < max(norms)
+    exact = one_step(model, task, record_plan(clip=clip), alone(examples)).exact
+    np.testing.assert_allclose(exact, sum(clipped(each, clip) for each in gradients), atol=2e-5)
 
 
-def gradient_at_start(model: LoadedModel, task: Task, example: Example) -> np.ndarray:
-    """The gradient at the adapter that :func:`delta` starts from."""
-    model.adapter.write(random_state(model))
-    return gradient(model, task, example)
+def test_parameters_move_by_the_noisy_sum_over_a_constant(family: Family) -> None:
+    """What is released is (sum + noise) / normaliser, whatever the number of records was."""
+    model, task = family
+    for count in (0, 3):
+        plan = record_plan(noise=0.5, normaliser=7)
+        seen = one_step(model, task, plan, alone(examples_of(count)))
+        np.testing.assert_allclose(seen.moved, seen.noisy, atol=1e-6)
+        noise = seen.noisy * 7 - seen.exact
+        assert float(noise.std()) == pytest.approx(0.5, rel=0.2)
+        assert abs(np.corrcoef(noise, seen.exact)[0, 1]) < 0.2 if count else not seen.exact.any()
 
 
-def test_micro_batches_do_not_change_the_sum(family) -> None:
+def test_micro_batches_do_not_change_the_sum(family: Family) -> None:
     """One micro-batch of 8, or 8 of 1: the same sum to rounding."""
     model, task = family
-    examples = examples_of(8, seed=5)
-    whole, split = (delta(model, task, plan_of(), examples, size) for size in (8, 1))
+    units = alone(examples_of(8, seed=5))
+    whole, split = (one_step(model, task, record_plan(), units, size).exact for size in (8, 1))
     np.testing.assert_allclose(whole, split, atol=1e-5)
 
 
-def adversarial_pairs(task_name: str) -> dict[str, tuple[list[Example], list[Example]]]:
-    """Neighbouring data sets that differ in one record."""
+def adversarial_pairs() -> dict[str, tuple[list[Example], Example]]:
+    """A data set, and one record that is added to it."""
     base = examples_of(4, seed=7)
-    long = Example(tuple(range(10, 40)), 1)
-    short = Example((5, 6), 0)
+    long, short = Example(tuple(range(10, 40)), 1), Example((5, 6), 0)
+    infinite, failing = Example((7, WILD_TOKEN, 9), 2), Example((5, UNKNOWN_TOKEN, 7), 0)
     return {
-        "long among short": ([short] * 4, [*[short] * 4, long]),
-        "short among long": ([long] * 3, [*[long] * 3, short]),
-        "duplicated": (base, [*base, base[0]]),
-        "first record": ([], [long]),
-        "not finite": (base, [*base, Example((7, 8, 9), 2)]),
-        "not finite alone": ([], [Example((7, 8, 9), 2)]),
+        "long among short": ([short] * 4, long),
+        "short among long": ([long] * 3, short),
+        "duplicated": (base, base[0]),
+        "first record": ([], long),
+        "not finite": (base, infinite),
+        "not finite alone": ([], infinite),
+        "not computable": (base, failing),
+        "not computable alone": ([], failing),
     }
 
 
-@pytest.mark.parametrize("pair", list(adversarial_pairs("")))
-def test_neighbours_differ_by_at_most_the_clip_norm(family, pair: str) -> None:
+@pytest.mark.parametrize("pair", list(adversarial_pairs()))
+def test_neighbours_differ_by_at_most_the_clip_norm(wild: Family, pair: str) -> None:
     """Adding or removing one record, also an infinite one, moves the pre-noise sum by at most C."""
-    model, task = family
-    without, with_one = adversarial_pairs("")[pair]
-    weight = _embedding(model) if pair.startswith("not") else None
-    clip = 0.3
-    if weight is not None:
-        kept = weight[8].clone()
-        weight[8] = torch.inf
-    try:
-        plan = plan_of(clip=clip)
-        moved = delta(model, task, plan, with_one) - delta(model, task, plan, without)
-    finally:
-        if weight is not None:
-            weight[8] = kept
+    model, task = wild
+    others, extra = adversarial_pairs()[pair]
+    plan = record_plan(clip=0.3)
+    with_one = one_step(model, task, plan, alone([*others, extra])).exact
+    moved = with_one - one_step(model, task, plan, alone(others)).exact
     assert np.isfinite(moved).all()
-    assert np.linalg.norm(moved) <= clip * (1 + 1e-4)
+    assert np.linalg.norm(moved) <= 0.3 * (1 + 1e-4)
     if pair.startswith("not"):
         assert np.linalg.norm(moved) < 1e-5
     else:
-        assert np.linalg.norm(moved) > 0.01 * clip
+        assert np.linalg.norm(moved) > 0.01 * 0.3
 
 
-def _embedding(model: LoadedModel) -> torch.Tensor:
-    """The token embedding of the frozen base."""
-    modules = dict(model.adapter.network.named_modules())
-    names = [name for name in modules if name.endswith(("word_embeddings", "wte", "embed_tokens"))]
-    return modules[names[0]].weight.data
-
-
-def test_noise_is_calibrated_with_power(family) -> None:
+def test_noise_is_calibrated_with_power(family: Family) -> None:
     """A noise-only step passes KS for sigma and fails for 2/3 and 3/2 of it; an empty batch is a step."""
     model, task = family
-    plan = plan_of(noise=1.5, clip=0.4, normaliser=8)
-    noise = delta(model, task, plan, []) * 8
+    noise = one_step(model, task, record_plan(noise=1.5, clip=0.4, normaliser=8), []).moved * 8
     assert len(noise) > 1000
     passed = {f: stats.kstest(noise / (1.5 * 0.4 * f), "norm").pvalue for f in (1, 2 / 3, 3 / 2)}
     assert passed[1] > 1e-4
@@ -168,16 +145,70 @@ def test_noise_is_calibrated_with_power(family) -> None:
     assert passed[3 / 2] < 1e-9
 
 
-def test_noise_ignores_every_seed(family) -> None:
-    """The same manual_seed before two steps gives different noise."""
+def test_noise_ignores_every_seed(family: Family) -> None:
+    """The same seeds of torch, NumPy and random before two steps give different noise."""
     model, task = family
     drawn = []
     for _ in range(2):
         torch.manual_seed(1)
         np.random.seed(1)
-        drawn.append(delta(model, task, plan_of(noise=1.0), []))
+        random.seed(1)
+        drawn.append(one_step(model, task, record_plan(), []).moved)
     assert np.abs(drawn[0] - drawn[1]).mean() > 0.1
     assert abs(np.corrcoef(*drawn)[0, 1]) < 0.2
+
+
+def test_noise_is_fresh_in_every_step_and_tensor(family: Family) -> None:
+    """Two steps of one round, and two tensors of one shape, never get the same noise."""
+    model, task = family
+    start = ready(model)
+    optimizer = torch.optim.SGD(list(model.adapter.parameters.values()), lr=1.0)
+    noises: list[np.ndarray] = []
+    with stepping(model, task, record_plan(), optimizer, 4) as step:
+        for _ in range(2):
+            step([])
+            noises += [p.grad.numpy().ravel().copy() for p in model.adapter.parameters.values()]
+    assert len(noises) == 2 * len(start)
+    values = np.concatenate(noises)
+    assert len(np.unique(values)) > 0.99 * len(values)
+
+
+@pytest.mark.parametrize("changed", [0, 31])
+def test_noise_has_256_bits(family: Family, monkeypatch: pytest.MonkeyPatch, changed: int) -> None:
+    """Noise is a function of 256 bits of the operating system and nothing else: any byte changes it."""
+    model, task = family
+
+    def noise(key: bytes) -> np.ndarray:
+        fake = SimpleNamespace(urandom=lambda size: key[:size], getpid=os.getpid)
+        monkeypatch.setattr("fedslm.privacy.randomness.os", fake)
+        return one_step(model, task, record_plan(), []).moved
+
+    key = bytes(range(32))
+    other = bytes(byte ^ (number == changed) for number, byte in enumerate(key))
+    np.testing.assert_array_equal(noise(key), noise(key))
+    assert abs(np.corrcoef(noise(key), noise(other))[0, 1]) < 0.2
+
+
+def test_noise_is_added_in_float64_and_rounded_once(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noisy sum is the float64 sum, rounded to float32: noise is never rounded by itself."""
+    model, task = family
+    drawn: list[np.ndarray] = []
+    draw = GaussianNoise.draw
+
+    def kept(self: GaussianNoise, shape: tuple[int, ...], stddev: float) -> np.ndarray:
+        drawn.append(draw(self, shape, stddev))
+        return drawn[-1]
+
+    monkeypatch.setattr(GaussianNoise, "draw", kept)
+    seen = one_step(model, task, record_plan(), alone(examples_of(2)))
+    noise = np.concatenate([each.ravel() for each in drawn])
+    assert noise.dtype == np.float64
+    expected = (seen.exact + noise).astype(np.float32)
+    np.testing.assert_array_equal(seen.noisy.astype(np.float32), expected)
+    twice = seen.exact.astype(np.float32) + noise.astype(np.float32)
+    assert (twice != expected).any()
 
 
 def test_non_finite_records_are_zeroed_and_counted() -> None:
@@ -190,30 +221,39 @@ def test_non_finite_records_are_zeroed_and_counted() -> None:
     assert second.sum() == 4
 
 
-def test_noise_has_more_than_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeds that differ only above bit 32 give other noise (torch's CPU generator drops those bits)."""
-    drawn = []
-    for seed in (1, 1 + (1 << 32), 1 + (1 << 200)):
-        monkeypatch.setattr(
-            "fedslm.privacy.gaussian.operating_system_seed", lambda bits, seed=seed: seed
-        )
-        drawn.append(GaussianNoise().draw((4,), 1.0).tolist())
-    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
-
-
-def test_record_that_cannot_be_computed_counts_as_zero(family) -> None:
+def test_record_that_cannot_be_computed_counts_as_zero(family: Family) -> None:
     """A record that makes the forward pass raise changes nothing, and nothing of it stays behind."""
     model, task = family
     good = examples_of(3, seed=9)
-    bad = Example((5, 10**6, 7), 0)
-    with_bad = delta(model, task, plan_of(), [*good, bad])
-    np.testing.assert_allclose(with_bad, delta(model, task, plan_of(), good), atol=1e-5)
-    assert not delta(model, task, plan_of(), [bad]).round(5).any()
+    bad = Example((5, UNKNOWN_TOKEN, 7), 0)
+    with_bad = one_step(model, task, record_plan(), alone([*good, bad])).exact
+    without = one_step(model, task, record_plan(), alone(good)).exact
+    assert np.linalg.norm(without) > 0.1
+    np.testing.assert_allclose(with_bad, without, atol=1e-5)
+    assert not one_step(model, task, record_plan(), alone([bad])).exact.any()
     assert not any("activations" in module.__dict__ for module in model.adapter.network.modules())
 
 
+def test_plain_step_is_the_mean_gradient(family: Family) -> None:
+    """Without privacy a step is the mean of autograd gradients, however it is cut, and no more."""
+    model, task = family
+    examples = examples_of(5, seed=4)
+    expected = sum(gradient(model, task, example) for example in examples) / 5
+    for size in (2, 5):
+        start = ready(model)
+        optimizer = torch.optim.SGD(list(model.adapter.parameters.values()), lr=1.0)
+        with stepping(model, task, NoPrivacy(5, 1), optimizer, size) as step:
+            assert isinstance(step, PlainStep)
+            step(alone(examples))
+        after = model.adapter.read()
+        moved = np.concatenate([(start[k].astype(np.float64) - after[k]).ravel() for k in start])
+        np.testing.assert_allclose(moved, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_base_that_couples_records_is_refused(family_directory, kind: str) -> None:
+def test_base_that_couples_records_is_refused(
+    family_directory: Callable[[str, str], Path], kind: str
+) -> None:
     """A position encoding that looks at the longest record of the batch gets no private training."""
     model = load_family(family_directory("llama", "causal-lm"), "causal-lm")
     config = model.adapter.network.config
@@ -236,6 +276,8 @@ def test_coupled_records_are_refused(family_directory: Callable[[str, str], Path
     class Merged:
         """A task that packs all records into one row."""
 
+        labels = LABELS
+
         def collate(self, examples: Sequence[Example], pad_token_id: int):
             tokens = tuple(token for example in examples for token in example.input_ids)
             return task.collate([Example(tokens, 0)], pad_token_id)
@@ -243,4 +285,4 @@ def test_coupled_records_are_refused(family_directory: Callable[[str, str], Path
         per_example_loss = staticmethod(task.per_example_loss)
 
     with pytest.raises(TrainingError, match="do not match the batch"):
-        delta(model, Merged(), plan_of(), examples_of(3))
+        one_step(model, Merged(), record_plan(), alone(examples_of(3)))  # type: ignore[arg-type]

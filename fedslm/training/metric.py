@@ -1,0 +1,74 @@
+"""The optional metric on a client's own data: one Gaussian release of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fedslm.errors import PrivacyError
+from fedslm.models.loaded import LoadedModel
+from fedslm.privacy.gaussian import GaussianNoise
+from fedslm.privacy.plan import METRIC_SENSITIVITY, PrivatePlan
+from fedslm.records import AdapterState
+from fedslm.tasks.base import Example, Task
+from fedslm.training.batches import forward
+
+
+def noisy_metric(
+    model: LoadedModel,
+    task: Task,
+    examples: Sequence[Example],
+    adapter: AdapterState,
+    plan: PrivatePlan,
+) -> tuple[float, float]:
+    """How right an adapter is on a client's own records, with noise.
+
+    Formal guarantees:
+        * Adding or removing one unit moves the two numbers by at most √2 (L2) before noise: a unit adds
+          the mean score of its records, in [0, 1], and 1. Noise has standard deviation
+          √2 · ``plan.metric_noise_multiplier``: this is the Gaussian mechanism that
+          ``plan.metric_event`` charges.
+        * A record that cannot be scored, or whose score is not finite, counts as 0.
+
+    Args:
+        model: The loaded model; its adapter is overwritten.
+        task: What is scored.
+        examples: The client's examples, each with its owner.
+        adapter: The whole adapter.
+        plan: Gives the unit and the noise.
+
+    Returns:
+        (sum of the units' scores, number of units), both noisy. Their ratio is the metric.
+
+    Raises:
+        PrivacyError: The plan lets no metric leave.
+    """
+    if plan.metric_noise_multiplier is None:
+        raise PrivacyError("the plan lets no metric leave")
+    model.adapter.write(adapter)
+    model.adapter.network.eval()
+    by_unit: dict[str, list[float]] = {}
+    for number, (example, score) in enumerate(
+        zip(examples, _scores(model, task, examples), strict=True)
+    ):
+        unit = example.owner if plan.unit == "patient" else str(number)
+        by_unit.setdefault(unit, []).append(score)
+    exact = (sum(sum(scores) / len(scores) for scores in by_unit.values()), float(len(by_unit)))
+    noise = GaussianNoise().draw((2,), plan.metric_noise_multiplier * METRIC_SENSITIVITY)
+    return exact[0] + float(noise[0]), exact[1] + float(noise[1])
+
+
+def _scores(model: LoadedModel, task: Task, examples: Sequence[Example]) -> list[float]:
+    """Score of each example, in [0, 1]; each is computed alone, so that none can spoil another's."""
+    scores = []
+    with torch.inference_mode():
+        for example in examples:
+            try:
+                logits, batch = forward(model, task, [example])
+                score = float(task.per_example_score(logits, batch)[0])
+            except (RuntimeError, ValueError, IndexError, MemoryError):
+                score = 0.0
+            scores.append(min(1.0, max(0.0, score)) if math.isfinite(score) else 0.0)
+    return scores

@@ -1,0 +1,62 @@
+"""Tests of the attack with canaries: it finds what is allowed, and shouts at what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedslm.privacy.gaussian import GaussianNoise
+from fedslm.privacy.plan import ExamplePlan, PatientPlan, PrivatePlan
+from fedslm.privacy.randomness import SecureStream
+from fedslm.training.canaries import empirical_bound
+
+RECORD = ExamplePlan(8.0, 1e-5, 0.3, 0.8, 0.06, 16, 64)
+PATIENT = PatientPlan(8.0, 1e-5, 0.3, 0.8, 0.06, 16, 64, unit_column="patient")
+
+
+@pytest.mark.parametrize("plan", [RECORD, PATIENT])
+def test_a_sound_mechanism_is_consistent_and_tight(plan: PrivatePlan) -> None:
+    """The attacker learns something significant, nearly all that is allowed, and no more."""
+    found = empirical_bound(plan)
+    assert found.consistent
+    assert 1.0 < found.lower <= found.upper
+    for attack in found.attacks:
+        assert attack.measured > 0.75 * attack.bound
+
+
+def test_full_batches() -> None:
+    """A sample rate of 1 has no hiding in the sample; fewer canaries keep it quick."""
+    found = empirical_bound(ExamplePlan(8.0, 1e-5, 1.0, 8.0, 1.0, 16, 30))
+    assert found.consistent
+    assert found.lower > 0.3
+    assert found.canaries < 20_000
+
+
+def test_too_little_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thirds of the noise leak more than was proven."""
+    real = GaussianNoise.draw
+    monkeypatch.setattr(GaussianNoise, "draw", lambda self, shape, std: real(self, shape, std * 2 / 3))
+    assert not empirical_bound(RECORD).consistent
+
+
+def test_a_missing_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients ten times too long are no secret."""
+    from opacus.optimizers import DPOptimizer
+
+    def unclipped(self: DPOptimizer) -> None:
+        for parameter in self.params:
+            parameter.summed_grad = parameter.grad_sample.sum(dim=0)
+
+    monkeypatch.setattr(DPOptimizer, "clip_and_accumulate", unclipped)
+    found = empirical_bound(RECORD)
+    assert not found.consistent
+
+
+def test_a_larger_sample_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units that join more often than was charged show."""
+    real = SecureStream.bernoulli
+    monkeypatch.setattr(
+        SecureStream,
+        "bernoulli",
+        lambda self, count, rate: real(self, count, 3 * rate if rate < 0.3 else rate),
+    )
+    assert not empirical_bound(RECORD).consistent

@@ -1,0 +1,219 @@
+"""DP-SGD steps with one patient as the unit: records are summed, then clipped once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import (
+    FAMILIES,
+    UNKNOWN_TOKEN,
+    WILD_TOKEN,
+    clipped,
+    examples_of,
+    gradient,
+    load_family,
+    one_step,
+    patient_plan,
+    record_plan,
+    task_of,
+    wild_token,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from fedslm.models.loaded import LoadedModel
+from fedslm.tasks.base import Example, Task, Tensors
+from fedslm.tasks.classification import Classification
+from fedslm.training.steps import sum_by_unit
+
+Family = tuple[LoadedModel, Task]
+SIZES = (2, 1, 3, 1)  # records of the patients of an ordinary batch
+
+OFTEN = settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: "-".join(family), scope="module")
+def family(request: pytest.FixtureRequest, family_directory: Callable[[str, str], Path]) -> Family:
+    """A loaded model and its task."""
+    architecture, task, pooling = request.param
+    return load_family(family_directory(architecture, task), task, pooling), task_of(task)
+
+
+@pytest.fixture
+def wild(family: Family) -> Iterator[Family]:
+    """The same, with a token that makes its record infinite."""
+    with wild_token(family[0]):
+        yield family
+
+
+def patients_of(sizes: tuple[int, ...], seed: int = 0) -> list[list[Example]]:
+    """Patients with different numbers of records."""
+    records = iter(examples_of(sum(sizes), seed))
+    return [[next(records) for _ in range(size)] for size in sizes]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=8),
+    st.lists(arrays.array_shapes(min_dims=1, max_dims=3, max_side=3), min_size=1, max_size=3),
+    st.integers(0, 2**32),
+)
+def test_sum_by_unit_is_a_plain_loop(
+    sizes: list[int], shapes: list[tuple[int, ...]], seed: int
+) -> None:
+    """Records that stand together are added up, in every tensor, and no other."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = [torch.randn((sum(sizes), *shape), generator=generator) for shape in shapes]
+    summed = sum_by_unit(samples, sizes)
+    for sample, found in zip(samples, summed, strict=True):
+        expected, start = torch.zeros((len(sizes), *sample.shape[1:])), 0
+        for unit, size in enumerate(sizes):
+            for record in range(start, start + size):
+                expected[unit] += sample[record]
+            start += size
+        torch.testing.assert_close(found, expected)
+
+
+def test_sum_equals_autograd_clipped_once_per_patient(family: Family) -> None:
+    """Autograd gradients of single records, added up per patient, clipped once and added up."""
+    model, task = family
+    patients = patients_of(SIZES)
+    sums = [np.sum([gradient(model, task, each) for each in patient], axis=0) for patient in patients]
+    norms = [float(np.linalg.norm(each)) for each in sums]
+    clip = float(np.median(norms))  # some are clipped, some are not
+    assert min(norms) < clip < max(norms)
+    exact = one_step(model, task, patient_plan(clip=clip), patients).exact
+    np.testing.assert_allclose(exact, sum(clipped(each, clip) for each in sums), atol=4e-5)
+
+
+def test_patients_of_one_record_are_records(family: Family) -> None:
+    """If every patient has one record, both plans take the same step before the noise."""
+    model, task = family
+    units = patients_of((1,) * 5, seed=3)
+    by_record, by_patient = (
+        one_step(model, task, plan, units).exact
+        for plan in (record_plan(clip=0.5), patient_plan(clip=0.5))
+    )
+    np.testing.assert_array_equal(by_record, by_patient)
+
+
+@pytest.mark.parametrize("clip", [0.3, 50.0])
+def test_micro_batches_do_not_change_the_sum_of_patients(family: Family, clip: float) -> None:
+    """Micro-batches of 1, 3 or 100 records: the same sum to rounding, since no patient is cut."""
+    model, task = family
+    patients, plan = patients_of((1, 4, 2, 3), seed=5), patient_plan(clip=clip)
+    one, three, whole = (one_step(model, task, plan, patients, size).exact for size in (1, 3, 100))
+    assert np.linalg.norm(whole) > 0.1
+    np.testing.assert_allclose(one, whole, atol=2e-5)
+    np.testing.assert_allclose(three, whole, atol=2e-5)
+
+
+ORDINARY = st.builds(lambda seed: examples_of(1, seed)[0], st.integers(0, 1000))
+RECORDS = st.one_of(
+    ORDINARY,
+    ORDINARY,
+    st.just(Example(tuple(range(10, 40)), 1)),  # longest
+    st.just(Example((5, 6), 0)),  # shortest
+    st.just(Example((7, WILD_TOKEN, 9), 2)),  # infinite
+    st.just(Example((5, UNKNOWN_TOKEN, 7), 0)),  # cannot be computed
+)
+PATIENTS = st.one_of(
+    st.lists(RECORDS, min_size=1, max_size=5),
+    st.builds(lambda record, count: [record] * count, RECORDS, st.integers(1, 5)),
+)
+
+
+@OFTEN
+@given(
+    others=st.lists(PATIENTS, max_size=3),
+    extra=PATIENTS,
+    place=st.integers(0, 3),
+    clip=st.sampled_from([0.3, 30.0]),
+    size=st.sampled_from([1, 4, 32]),
+)
+def test_a_patient_moves_the_sum_by_itself_alone(
+    wild: Family,
+    others: list[list[Example]],
+    extra: list[Example],
+    place: int,
+    clip: float,
+    size: int,
+) -> None:
+    """Adding or removing any patient moves the sum by at most C, and by what it adds when it is alone."""
+    model, task = wild
+    plan = patient_plan(clip=clip)
+    with_extra = [*others[:place], extra, *others[place:]]
+    after, before, alone = (
+        one_step(model, task, plan, units, size).exact for units in (with_extra, others, [extra])
+    )
+    moved = after - before
+    assert np.isfinite(after).all()
+    assert np.linalg.norm(moved) <= clip * (1 + 1e-4)
+    assert np.linalg.norm(moved - alone) <= 1e-4 * max(1.0, float(np.linalg.norm(after)))
+
+
+def test_bad_records_leave_the_rest_of_a_patient(wild: Family) -> None:
+    """An infinite record, and one that cannot be computed, add nothing; the patient's others stay."""
+    model, task = wild
+    good = examples_of(2, seed=9)
+    bad = [Example((7, WILD_TOKEN, 9), 2), Example((5, UNKNOWN_TOKEN, 7), 0)]
+    expected = one_step(model, task, patient_plan(clip=0.5), [good]).exact
+    assert np.linalg.norm(expected) > 0.1
+    found = one_step(model, task, patient_plan(clip=0.5), [[bad[0], *good, bad[1]]]).exact
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert not one_step(model, task, patient_plan(), [bad]).exact.any()
+
+
+class Steep(Classification):
+    """Classification whose losses are enormous, but whose gradients are finite."""
+
+    factor = 1.0
+
+    def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        """Losses times a factor for the last class, the others' as they are."""
+        factors = torch.where(batch["labels"] == 2, self.factor, 1.0)
+        return super().per_example_loss(logits, batch) * factors
+
+
+def test_a_sum_that_overflows_contributes_zero(
+    family_directory: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A patient's records with finite gradients, whose sum is beyond float32, add nothing to the others."""
+    model = load_family(family_directory("bert", "classification"), "classification", "mean")
+    task = Steep(("bone", "heart", "skin"), "text", "label", 32)
+    steep, others = Example((10, 11, 12, 13), 2), patients_of(SIZES, seed=1)
+    others = [[Example(each.input_ids, 0) for each in patient] for patient in others]
+    plain, plan = gradient(model, task, steep), patient_plan(clip=0.5)
+    before = one_step(model, task, plan, others).exact
+    assert np.linalg.norm(before) > 0.1
+
+    monkeypatch.setattr(Steep, "factor", 1e15)  # large, but of a norm that float32 can square
+    moved = one_step(model, task, plan, [*others, [steep] * 60]).exact - before
+    assert np.linalg.norm(moved) == pytest.approx(0.5, rel=1e-3)
+
+    monkeypatch.setattr(Steep, "factor", 1.5e38 / float(np.linalg.norm(plain)))
+    largest = float(np.abs(plain).max()) * Steep.factor
+    assert 60 * largest > 2 * float(np.finfo(np.float32).max)
+    separate = one_step(model, task, plan, [*others, *[[steep]] * 60]).exact
+    assert np.isfinite(separate).all()
+    assert "not finite" not in caplog.text  # each gradient is finite
+    after = one_step(model, task, plan, [*others, [steep] * 60]).exact
+    assert "not finite" in caplog.text  # their sum is not
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
+
+def test_an_empty_batch_is_noise_and_nothing_else(family: Family) -> None:
+    """A sample without patients has a sum of zero, and releases the same noise as any other."""
+    model, task = family
+    seen = one_step(model, task, patient_plan(noise=1.5, clip=0.4, normaliser=8), [])
+    assert not seen.exact.any()
+    assert float((seen.moved * 8).std()) == pytest.approx(1.5 * 0.4, rel=0.1)
