@@ -18,6 +18,12 @@ from fedslm.simulation import simulate
 ARMS: dict[str, dict[str, Any]] = {
     "no-privacy": {"unit": "none"},
     "epsilon-8": {"unit": "record", "epsilon": 8.0},
+    "epsilon-8-patient": {
+        "unit": "patient",
+        "unit_column": "patient",
+        "max_records_per_unit": 4,
+        "epsilon": 8.0,
+    },
     "epsilon-2": {"unit": "record", "epsilon": 2.0},
 }
 _LAST_LAYERS = ["3.attention.self.query", "3.attention.self.value", "3.output.dense"]
@@ -42,12 +48,17 @@ def config_of(arm: str, directory: Path) -> Config:
             "data": {"source": "demo", "partition": "natural", "max_evaluation_records": 600},
             "task": {"name": "classification", "pooling": "mean", "max_length": 96},
             "lora": {"rank": 4, "alpha": 4.0, "target_modules": _LAST_LAYERS},
-            "training": {"local_steps": 8, "batch_size": 32, "learning_rate": 5e-3},
+            "training": {"local_steps": 8, "batch_size": _batch_size(privacy), "learning_rate": 5e-3},
             "privacy": privacy,
             "aggregation": {"method": "ffa"},
             "federation": {"num_clients": 5, "rounds": 8, "evaluate_every": 2},
         }
     )
+
+
+def _batch_size(privacy: dict[str, Any]) -> int:
+    """Expected units in a step: there are about half as many patients as notes."""
+    return 16 if privacy["unit"] == "patient" else 32
 
 
 def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
@@ -81,7 +92,7 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
     """The table, and where to look."""
     console = Console()
     table = Table(title="Five hospitals, one adapter: accuracy on the public evaluation split")
-    for column in ("run", "before", "after", "ε of each hospital", "δ", "time"):
+    for column in ("run", "before", "after", "ε of each hospital", "for one", "δ", "time"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for report in reports:
         spent = sorted({f"{value['epsilon']:.2f}" for value in report["privacy"].values()})
@@ -90,6 +101,7 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
             f"{report['metrics_before']['accuracy']:.3f}",
             f"{report['metrics_after']['accuracy']:.3f}",
             " – ".join(spent) or "∞",
+            report["plan"]["unit"] if report["plan"] else "–",
             f"{report['delta']:g}" if report["delta"] is not None else "–",
             f"{report['seconds']:.0f} s",
         )
@@ -97,6 +109,9 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
     console.print("Look at:")
     for report in reports:
         console.print(f"  {report['directory']}/report.md", highlight=False, soft_wrap=True)
+    console.print(
+        f"Audit: fedslm audit run {directory / 'epsilon-8-patient'}", highlight=False, soft_wrap=True
+    )
     console.print(
         f"Next: fedslm simulate {directory / 'epsilon-8' / 'config.toml'} "
         f"--set run.directory={directory / 'mine'} --set privacy.epsilon=4",

@@ -22,8 +22,11 @@ from fedslm.federation.local_grid import LocalGrid
 from fedslm.federation.public_model import export
 from fedslm.federation.rounds import Federation, Observer, Outcome
 from fedslm.federation.workers import InlinePool, Pool, WorkerPool
-from fedslm.privacy.plan import Plan, calibrated
+from fedslm.privacy.calibration import calibrated
+from fedslm.privacy.plan import Plan
+from fedslm.privacy.policy import POLICY_FILE, read_policy
 from fedslm.reporting import report
+from fedslm.storage import write_text
 from fedslm.tasks import build
 
 logger = logging.getLogger(__name__)
@@ -82,6 +85,8 @@ def serve(
     """
     began = time.monotonic()
     with directory.locked():
+        if config.engine.policy is not None:
+            _install_policy(Path(config.engine.policy), directory)
         data, plan = _prepare(config, directory)
         outcome = make(plan, data.labels)
         headline = build(config.task, config.data, data.labels).headline
@@ -99,12 +104,19 @@ def _prepare(config: Config, directory: RunDirectory) -> tuple[shards.Shards, Pl
             directory.data,
             config.data,
             config.task,
+            privacy=config.privacy,
             num_clients=config.federation.num_clients,
             seed=config.run.seed,
         )
         plan = planned.result()
     _check_sizes(config, data)
     return data, plan
+
+
+def _install_policy(source: Path, directory: RunDirectory) -> None:
+    """Gives all simulated nodes a policy of their own."""
+    read_policy(source)
+    write_text(directory.nodes / POLICY_FILE, source.read_text(encoding="utf-8"))
 
 
 def _run(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import PRIVATE
 
 from fedslm.config import Config, to_toml
-from fedslm.privacy.ledger import Ledger
+from fedslm.federation.checkpoint import RunDirectory
+from fedslm.privacy.accounting import epsilon
+from fedslm.privacy.chain import Chain, check_head, read_chain, read_head
+from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 
 MakeConfig = Callable[..., Config]
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+def start(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
     """Starts the command line."""
     return subprocess.Popen(
         [sys.executable, "-m", "fedslm", *arguments],
@@ -29,6 +35,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        **options,
     )
 
 
@@ -97,36 +104,140 @@ def test_ctrl_c_ends_cleanly_and_resume_gives_the_same_bits(
     assert json.loads(out.splitlines()[-1])["adapter_sha256"] == expected
 
 
+def nodes_of(directory: Path) -> dict[int, Path]:
+    """The directories of the nodes that have a ledger, by client."""
+    return {int(p.parent.name[7:]): p.parent for p in directory.glob("nodes/client-*/ledger.jsonl")}
+
+
+def chain_of(node: Path) -> Chain:
+    """A node's ledger, as an auditor reads it: with the public key alone."""
+    return read_chain(node / "ledger.jsonl", read_public_key(node / PUBLIC_KEY))
+
+
+def releases(directory: Path) -> dict[int, set[str]]:
+    """Distinct releases that the server has statements for, by client."""
+    path = directory / "config.json"
+    if not path.exists():
+        return {}
+    found: dict[int, set[str]] = {}
+    for client, statement in RunDirectory.open(directory)[0].statements():
+        found.setdefault(client, set()).add(statement.release_sha256)
+    return found
+
+
+def audit(directory: Path) -> tuple[int, int, int]:
+    """Checks all ledgers of a run that was killed; gives charges, releases and torn last lines."""
+    charged = torn = 0
+    chains = {client: chain_of(node) for client, node in nodes_of(directory).items()}
+    released = releases(directory)
+    for client, hashes in released.items():
+        assert len(chains[client].charges) >= len(hashes)
+        committed = {entry.release_sha256 for entry in chains[client].entries}
+        assert hashes <= committed, "a release that no charge paid for"
+    for client, chain in chains.items():
+        charged, torn = charged + len(chain.charges), torn + chain.torn
+        path = nodes_of(directory)[client] / "ledger.jsonl"
+        head = read_head(path.with_name("ledger.jsonl.head"))
+        if head is not None and head[0] >= 0:
+            check_head(path, chain, *head)
+    if released:
+        for client, statement in RunDirectory.open(directory)[0].statements():
+            path = nodes_of(directory)[client] / "ledger.jsonl"
+            check_head(path, chains[client], statement.index, statement.head_sha256)
+    return charged, sum(map(len, released.values())), torn
+
+
+def size_of_ledgers(directory: Path) -> int:
+    """Bytes of all ledgers: grows with every charge and commit."""
+    return sum(path.stat().st_size for path in directory.glob("nodes/*/ledger.jsonl"))
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """Kill -9 of a command and all its workers, and waits until none is left."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and _alive(process.pid):
+        time.sleep(0.01)
+    assert not _alive(process.pid)
+
+
+def _alive(group: int) -> bool:
+    """True if a process of the group still runs (a zombie does not)."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state != "Z":
+                return True
+    return False
+
+
+def kill_at_random(
+    process: subprocess.Popen[str], directory: Path, generator: random.Random, *, early: bool
+) -> bool:
+    """Kills a run at a random moment: while it starts, or soon after it has charged something.
+
+    Returns:
+        False if the run was over before.
+    """
+    before, deadline = size_of_ledgers(directory), time.monotonic() + 120
+    if early:
+        deadline = time.monotonic() + generator.uniform(0.0, 8.0)
+    while time.monotonic() < deadline and size_of_ledgers(directory) == before:
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    if not early:
+        time.sleep(generator.uniform(0.0, 0.6))
+    if process.poll() is not None:
+        return False
+    kill_group(process)
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kill_at_any_moment_never_forgets_a_spend(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Kill -9 three times: every release in a checkpoint was charged before, and the run ends well."""
-    directory = tmp_path / "run"
+    """Kill -9 twenty times at random: every release that the server knows was charged, and the run ends."""
+    directory, generator = tmp_path / "run", random.Random(20)
     config = make_config(
-        privacy={**PRIVATE, "epsilon": 20.0, "noise_multiplier": 2.0},
-        federation={"rounds": 6},
+        privacy={**PRIVATE, "sample_rate": 0.05, "spare_rounds": 60},
+        federation={"rounds": 60},
+        training={"local_steps": 1},
         engine={"workers": 2},
     )
     path = write(config, tmp_path / "c.toml")
-    charged = 0
-    for kill, number in enumerate((1, 2, 4)):
-        arguments = ("simulate", str(path)) if kill == 0 else ("simulate", "--resume", str(directory))
-        process = start(*arguments, cwd=tmp_path)
-        wait_for_round(directory, number, process)
-        time.sleep(0.05 * kill)
-        process.kill()
-        process.communicate(timeout=60)
-        events = Ledger(directory / "ledger" / "client-00000.jsonl").events()
-        done = len((directory / "rounds.jsonl").read_text().splitlines())
-        assert len(events) >= max(done, charged)
-        charged = len(events)
+    kills = torn = charged = released = 0
+    began = time.monotonic()
+    while kills < 20:
+        resumed = (directory / "config.json").exists()
+        arguments = ("--resume", str(directory)) if resumed else (str(path),)
+        process = start("simulate", *arguments, cwd=tmp_path, start_new_session=True)
+        if not kill_at_random(process, directory, generator, early=kills % 7 == 3):
+            out, err = process.communicate(timeout=200)
+            assert process.returncode == 0, err
+            break
+        kills += 1
+        now = audit(directory)
+        assert now[0] >= charged
+        assert now[1] >= released
+        charged, released, torn = now[0], now[1], torn + now[2]
+        print(f"kill {kills}: {charged} charged, {released} released, {torn} torn")
+    assert kills >= 20
     process = start("simulate", "--resume", str(directory), "--json", cwd=tmp_path)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     report = json.loads(out.splitlines()[-1])
-    assert report["rounds"] == 6
-    assert report["epsilon"] <= 20.0
-    spent = report["privacy"]["site-0"]["steps"]
-    assert spent == sum(e.steps for e in Ledger(directory / "ledger" / "client-00000.jsonl").events())
-    assert spent >= 12
+    charged, released, _ = audit(directory)
+    assert (report["rounds"], report["stopped"]) == (60, "")
+    events = [chain_of(node).events for node in nodes_of(directory).values()]
+    assert report["epsilon"] == pytest.approx(max(epsilon(each, 1e-5) for each in events))
+    assert 0 < report["epsilon"] <= 8.0
+    assert sum(spent["steps"] for spent in report["privacy"].values()) == charged
+    print(
+        f"{kills} kills in {time.monotonic() - began:.0f} s: {charged} rounds charged, {released} "
+        f"released, {torn} torn last lines, epsilon {report['epsilon']:.3f}"
+    )
 
 
 def test_full_disk_at_a_checkpoint_loses_nothing(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedslm.config import DataConfig, TaskConfig
+from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.partition import partition
 from fedslm.data.sources import cut, load_evaluation, load_train
 from fedslm.errors import DataError
@@ -40,7 +40,13 @@ class Shards:
 
 
 def write(
-    directory: Path, data: DataConfig, task: TaskConfig, *, num_clients: int, seed: int
+    directory: Path,
+    data: DataConfig,
+    task: TaskConfig,
+    *,
+    privacy: PrivacyConfig,
+    num_clients: int,
+    seed: int,
 ) -> Shards:
     """Loads, checks, shares out and writes a simulation's data; does nothing if it is there.
 
@@ -57,6 +63,8 @@ def write(
     _check(train, data, task, labels, "training")
     evaluation = cut(evaluation, data.max_evaluation_records, seed)
     shards = partition(train, data, num_clients, seed)
+    if privacy.unit == "patient":
+        _check_units([shard for _, shard in shards], str(privacy.unit_column), privacy.overlapping)
     directory.mkdir(parents=True, exist_ok=True)
     _write_parquet(directory / "train.parquet", [shard for _, shard in shards])
     _write_parquet(directory / "evaluation.parquet", [evaluation])
@@ -125,6 +133,27 @@ def _check(
                 f"the {part} split has labels that are not in task.labels or the public split: "
                 f"{shown}; known: {', '.join(labels[:20])}"
             )
+
+
+def _check_units(parts: list[Dataset], column: str, overlapping: bool) -> None:
+    """Refuses records without a unit, and units in several clients unless they were announced."""
+    if column not in parts[0].column_names:
+        there = ", ".join(parts[0].column_names)
+        raise DataError(f"privacy.unit_column={column!r} is not a column; there are {there}")
+    owners = [["" if owner is None else str(owner).strip() for owner in part[column]] for part in parts]
+    missing = sum(not owner for part in owners for owner in part)
+    if missing:
+        raise DataError(
+            f"{missing} record(s) have no value in privacy.unit_column={column!r}; remove them"
+        )
+    clients = Counter(owner for part in owners for owner in set(part))
+    straddling = [owner for owner, count in clients.items() if count > 1]
+    if straddling and not overlapping:
+        raise DataError(
+            f"{len(straddling)} of {len(clients)} units lie in several clients, so the largest epsilon "
+            f"of a client is not theirs; set privacy.overlapping=true, or a data.partition that keeps "
+            f"them together"
+        )
 
 
 def _refuse_rows(rows: list[int], what: str) -> None:

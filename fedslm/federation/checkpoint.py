@@ -4,7 +4,8 @@ config.toml config.json     the resolved config and its hash
 data/                       the simulation's shards and the public evaluation split
 frozen.safetensors          the tensors that no round changes, shared by hash
 rounds.jsonl                one line for each round
-ledger/                     one ledger for each client
+nodes/                      each simulated client's own directory: ledger, keys, policy
+statements.jsonl            the signed spend statements that the server received
 checkpoint/                 the state after the last round
 adapter/ report.json report.md     written at the end
 """
@@ -24,8 +25,9 @@ from filelock import FileLock, Timeout
 
 from fedslm import config as configuration
 from fedslm.config import Config
-from fedslm.errors import ConfigError, FedslmError, RunError
-from fedslm.records import AdapterState, Event, RoundRecord
+from fedslm.errors import ConfigError, FedslmError, PrivacyError, RunError
+from fedslm.privacy.statement import Statement, read_statement
+from fedslm.records import AdapterState, RoundRecord
 from fedslm.storage import load_adapter, save_adapter, write_text
 
 
@@ -39,7 +41,7 @@ class Checkpoint:
         metrics_before: Public metrics of the initial adapter.
         metrics: Public metrics of ``trained``.
         failed_in_row: Rounds without enough replies, up to this one.
-        spent: Client index to everything that it ever charged.
+        statements: Client index to the last spend statement that it signed.
     """
 
     round: int
@@ -47,7 +49,7 @@ class Checkpoint:
     metrics_before: Mapping[str, float]
     metrics: Mapping[str, float]
     failed_in_row: int = 0
-    spent: Mapping[int, tuple[Event, ...]] = field(default_factory=dict)
+    statements: Mapping[int, Statement] = field(default_factory=dict)
 
     def after(self, record: RoundRecord, **changes: Any) -> Checkpoint:
         """The state after one more round."""
@@ -150,6 +152,11 @@ class RunDirectory:
         return self.path / "data"
 
     @property
+    def nodes(self) -> Path:
+        """The simulated nodes' own directories."""
+        return self.path / "nodes"
+
+    @property
     def frozen(self) -> Path:
         """The frozen tensors."""
         return self.path / "frozen.safetensors"
@@ -161,7 +168,8 @@ class RunDirectory:
             RunError: The disk is full, for instance; the previous checkpoint stays valid.
         """
         if record is not None:
-            self._append(record)
+            self._append("rounds.jsonl", [json.dumps(asdict(record))])
+            self._append("statements.jsonl", self._unseen(checkpoint))
         name = f"adapter-{checkpoint.round:05d}.safetensors"
         directory = self.path / "checkpoint"
         save_adapter(directory / name, checkpoint.trained)
@@ -172,7 +180,7 @@ class RunDirectory:
             "metrics_before": dict(checkpoint.metrics_before),
             "metrics": dict(checkpoint.metrics),
             "failed_in_row": checkpoint.failed_in_row,
-            "spent": {k: [asdict(event) for event in v] for k, v in checkpoint.spent.items()},
+            "statements": {k: v.to_json() for k, v in checkpoint.statements.items()},
         }
         write_text(directory / "state.json", json.dumps(values, indent=2))
         for old in directory.glob("adapter-*.safetensors"):
@@ -196,17 +204,14 @@ class RunDirectory:
             trained = load_adapter(directory / values["adapter"])
             if trained.sha256() != values["adapter_sha256"]:
                 raise ValueError("the adapter does not match its hash")
-            spent = {
-                int(client): tuple(Event(**event) for event in events)
-                for client, events in values["spent"].items()
-            }
+            statements = {int(k): read_statement(text) for k, text in values["statements"].items()}
             checkpoint = Checkpoint(
                 round=int(values["round"]),
                 trained=trained,
                 metrics_before=values["metrics_before"],
                 metrics=values["metrics"],
                 failed_in_row=int(values["failed_in_row"]),
-                spent=spent,
+                statements=statements,
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, FedslmError) as error:
             raise RunError(f"the checkpoint in {directory} is damaged: {error}") from error
@@ -226,12 +231,38 @@ class RunDirectory:
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(f"{path} is damaged: {error}") from error
 
-    def _append(self, record: RoundRecord) -> None:
-        """Appends one synced line."""
-        path = self.path / "rounds.jsonl"
+    def statements(self) -> list[tuple[int, Statement]]:
+        """Every statement that the server received, with its client, in order.
+
+        Raises:
+            RunError: The file is damaged.
+        """
+        path = self.path / "statements.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
+            values = [json.loads(line) for line in lines]
+            return [(int(item["client"]), read_statement(item["statement"])) for item in values]
+        except (ValueError, TypeError, KeyError, PrivacyError) as error:
+            raise RunError(f"{path} is damaged: {error}") from error
+
+    def _unseen(self, checkpoint: Checkpoint) -> list[str]:
+        """Lines for the statements of a checkpoint's last round."""
+        return [
+            json.dumps({"client": client, "statement": statement.to_json()})
+            for client, statement in checkpoint.statements.items()
+            if statement.round == checkpoint.round
+        ]
+
+    def _append(self, name: str, lines: list[str]) -> None:
+        """Appends synced lines to a file; a torn last line of an earlier crash is dropped."""
+        path = self.path / name
+        try:
+            with path.open("a+b") as file:
+                file.seek(0)
+                content = file.read()
+                file.truncate(content.rfind(b"\n") + 1)
+                file.write("".join(f"{line}\n" for line in lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import fedslm
 from fedslm.aggregation.methods import trained_keys
 from fedslm.data import shards
-from fedslm.errors import BudgetExceeded, FederationError, RunError, TrainingError
+from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError, TrainingError
+from fedslm.federation.attestation import attest
+from fedslm.federation.node import Node, Release
 from fedslm.federation.wire import Reply, Request, Setup, from_arrays, to_arrays
 from fedslm.models.loaded import LoadedModel, load
+from fedslm.privacy.chain import ADAPTER, METRIC, Charge
+from fedslm.privacy.keys import data_commitment
 from fedslm.privacy.ledger import Ledger
-from fedslm.privacy.plan import ExamplePlan, NoPrivacy, from_json
+from fedslm.privacy.plan import (
+    METRIC_SENSITIVITY,
+    ExamplePlan,
+    NoPrivacy,
+    PatientPlan,
+    PrivatePlan,
+    from_json,
+)
+from fedslm.privacy.policy import Asked
 from fedslm.records import AdapterState
-from fedslm.storage import load_adapter, save_adapter
+from fedslm.storage import load_adapter
 from fedslm.tasks import build
-from fedslm.tasks.base import Prepared
+from fedslm.tasks.base import Example
 
 logger = logging.getLogger(__name__)
 _CACHED_CLIENTS = 64
@@ -38,17 +53,19 @@ def train(message: Message, context: Context) -> Message:
     """Trains for one round.
 
     Formal guarantees (under privacy):
-        * Nothing leaves that is not charged first: the charge is on disk before training starts.
-        * A reply holds noised tensors, public hashes and public constants. A failure is one fixed
-          sentence.
+        * Nothing leaves that the node's policy does not allow and that is not charged first: the charge
+          is on disk before training starts.
+        * A reply holds noised tensors, a noised metric if one is allowed, a signed statement of what
+          was charged, public hashes and public constants. A refusal states values of plan and policy;
+          a failure is one fixed sentence.
         * The same request again gets the same bytes, free of charge.
     """
     round_number = 0
     try:
         request = Request.from_records(message.content)
         round_number = request.round
-        reply = _answer(request, int(context.node_config["partition-id"]))
-    except (BudgetExceeded, FederationError) as error:  # their texts hold public values only
+        reply = _answer(request, Node.of(context, request.setup.directory))
+    except (BudgetExceeded, PolicyRefused, FederationError) as error:  # these hold public values only
         reply = Reply("refused", round_number, reason=str(error))
     except Exception:  # the edge of the client: a coarse status leaves, details stay here
         logger.exception("training failed")
@@ -56,94 +73,145 @@ def train(message: Message, context: Context) -> Message:
     return Message(reply.to_records(), reply_to=message)
 
 
-def _answer(request: Request, client: int) -> Reply:
+def _answer(request: Request, node: Node) -> Reply:
     """Checks a request and trains, privately or not."""
     setup = request.setup
     if setup.version != fedslm.__version__:
         raise FederationError(f"server runs {setup.version}, this client {fedslm.__version__}")
-    plan = from_json(setup.plan)
+    try:
+        plan = from_json(setup.plan)
+    except PrivacyError as error:
+        raise PolicyRefused(f"the plan is refused: {error}") from error
+    node.admit(Asked(plan, setup.base_sha256, setup.task.name))
     model = load(setup.model, setup.lora, setup.task, len(setup.labels))
     if model.base_sha256 != setup.base_sha256:
         raise FederationError("the base model here differs from the server's")
-    if isinstance(plan, ExamplePlan):
-        return _answer_privately(request, client, plan, model)
-    adapter = _train(request, client, plan, model)
-    weight = float(len(_examples(setup, client).examples)) if setup.weights == "records" else 1.0
-    return _reply(request, model, adapter, weight=weight)
+    if isinstance(plan, PrivatePlan):
+        return _answer_privately(request, node, plan, model)
+    adapter = _train(request, node, plan, model)
+    weight = float(len(_shard(setup, node).examples)) if setup.weights == "records" else 1.0
+    return _reply(request, model, Release(adapter), weight=weight)
 
 
-def _answer_privately(request: Request, client: int, plan: ExamplePlan, model: LoadedModel) -> Reply:
+def _answer_privately(
+    request: Request, node: Node, plan: ExamplePlan | PatientPlan, model: LoadedModel
+) -> Reply:
     """Charges, trains, keeps the release for a repeated request, and answers."""
     from fedslm.training.checks import check_private_model
 
-    directory = Path(request.setup.directory) / "ledger"
-    ledger = Ledger(directory / f"client-{client:05d}.jsonl")
-    kept = directory / f"client-{client:05d}.release.safetensors"
-    asked = _request_sha256(request)
-    again = _kept_release(kept, ledger.released(asked))
+    _verify(plan)
+    ledger, charges = node.ledger(plan.unit), _charges(request, node, plan)
+    again = node.kept(ledger.released(charges[0].request_sha256))
     if again is not None:
         return _reply(request, model, again, ledger=ledger)
+    if request.setup.lora.dropout > 0:
+        raise PolicyRefused("LoRA dropout couples the records of a batch; it must be 0 under privacy")
     check_private_model(model.adapter.network)
-    reserved = ledger.reserve(
-        plan.round_event,
-        run=request.setup.run_id,
-        round=request.round,
-        request_sha256=asked,
-        budget=(plan.epsilon, plan.delta),
-    )
-    adapter = _train(request, client, plan, model)
-    save_adapter(kept, adapter)
-    ledger.commit(reserved, adapter.sha256())
-    return _reply(request, model, adapter, ledger=ledger)
+    attest(node.directory if node.deployed else node.directory.parent)
+    reserved = ledger.reserve(charges, node.limits(plan))
+    release = Release(_train(request, node, plan, model))
+    if plan.metric_event is not None:
+        release = Release(release.adapter, _metric(request, node, plan, model))
+    node.keep(release)
+    for index, charge in zip(reserved, charges, strict=True):
+        ledger.commit(index, release.hashes()[charge.purpose])
+    return _reply(request, model, release, ledger=ledger)
 
 
-def _kept_release(path: Path, sha256: str | None) -> AdapterState | None:
-    """The release that was charged under this hash, if it is still there undamaged."""
-    if sha256 is None or not path.exists():
-        return None
+@lru_cache(maxsize=8)
+def _verify(plan: ExamplePlan | PatientPlan) -> None:
+    """Holds the server's claim against this node's own accountants.
+
+    Raises:
+        PolicyRefused: The plan costs more than it says, or the accountants disagree.
+    """
     try:
-        adapter = load_adapter(path)
-    except RunError:
-        return None
-    return adapter if adapter.sha256() == sha256 else None
+        plan.verify()
+    except PrivacyError as error:
+        raise PolicyRefused(f"the plan is refused: {error}") from error
+
+
+def _charges(request: Request, node: Node, plan: ExamplePlan | PatientPlan) -> list[Charge]:
+    """What a round costs, and everything that it is bound to."""
+    setup = request.setup
+    training = Charge(
+        event=plan.training_event,
+        purpose=ADAPTER,
+        clip_norm=plan.clip_norm,
+        delta=plan.delta,
+        run=setup.run_id,
+        round=request.round,
+        plan_sha256=hashlib.sha256(setup.plan.encode()).hexdigest(),
+        request_sha256=_request_sha256(request),
+        base_sha256=setup.base_sha256,
+        config_sha256=setup.config_sha256,
+        code_version=fedslm.__version__,
+        dataset_commitment=_shard(setup, node).commitment,
+    )
+    metric = plan.metric_event
+    if metric is None:
+        return [training]
+    return [
+        training,
+        replace(training, event=metric, purpose=METRIC, clip_norm=METRIC_SENSITIVITY),
+    ]
 
 
 def _train(
-    request: Request, client: int, plan: ExamplePlan | NoPrivacy, model: LoadedModel
+    request: Request, node: Node, plan: ExamplePlan | PatientPlan | NoPrivacy, model: LoadedModel
 ) -> AdapterState:
     """Trains, and checks that the bytes that will be sent reload to what the model holds."""
     from fedslm.training.local import LocalWork
     from fedslm.training.local import train as train_locally
 
-    setup = request.setup
-    whole = _frozen(Path(setup.directory), setup.frozen_sha256).merged(request.adapter)
+    setup, whole = request.setup, _whole(request)
     trained = trained_keys(setup.method, whole)
-    work = LocalWork(whole, trained, setup.seed, request.round, client)
+    work = LocalWork(whole, trained, setup.seed, request.round, node.client)
     task = build(setup.task, setup.data, setup.labels)
-    examples = _examples(setup, client).examples
+    examples = _shard(setup, node).examples
     adapter = train_locally(model, task, examples, plan, setup.training, work)
     if from_arrays(to_arrays(adapter)).sha256() != model.adapter.read(sorted(trained)).sha256():
         raise TrainingError("the bytes to be sent do not reload to the trained adapter")
     return adapter
 
 
+def _metric(
+    request: Request, node: Node, plan: ExamplePlan | PatientPlan, model: LoadedModel
+) -> tuple[float, float]:
+    """How right the server's adapter is on the client's own records, with noise."""
+    from fedslm.training.metric import noisy_metric
+
+    setup = request.setup
+    task = build(setup.task, setup.data, setup.labels)
+    return noisy_metric(model, task, _shard(setup, node).examples, _whole(request), plan)
+
+
+def _whole(request: Request) -> AdapterState:
+    """The whole adapter to start from."""
+    setup = request.setup
+    return _frozen(Path(setup.directory), setup.frozen_sha256).merged(request.adapter)
+
+
 def _reply(
     request: Request,
     model: LoadedModel,
-    adapter: AdapterState,
+    release: Release,
     *,
     ledger: Ledger | None = None,
     weight: float = 1.0,
 ) -> Reply:
     """A reply with everything that the server checks."""
+    adapter_sha256 = release.adapter.sha256()
+    run, number = request.setup.run_id, request.round
     return Reply(
         "ok",
-        request.round,
-        adapter=adapter,
-        adapter_sha256=adapter.sha256(),
+        number,
+        adapter=release.adapter,
+        adapter_sha256=adapter_sha256,
         base_sha256=model.base_sha256,
         weight=weight,
-        events=() if ledger is None else ledger.events(),
+        statement="" if ledger is None else ledger.statement(run, number, adapter_sha256).to_json(),
+        metric=release.metric,
     )
 
 
@@ -156,16 +224,37 @@ def _frozen(directory: Path, sha256: str) -> AdapterState:
     return state
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """A client's examples, each with its owner, and the commitment to its records."""
+
+    examples: tuple[Example, ...]
+    commitment: str
+
+
 @lru_cache(maxsize=_CACHED_CLIENTS)
-def _examples(setup: Setup, client: int) -> Prepared:
-    """A client's examples, tokenised once per process."""
+def _shard(setup: Setup, node: Node) -> _Shard:
+    """A client's shard, read and tokenised once per process."""
     model = load(setup.model, setup.lora, setup.task, len(setup.labels))
-    task = build(setup.task, setup.data, setup.labels)
-    prepared = task.prepare(shards.read_client(Path(setup.directory) / "data", client), model.tokenizer)
-    if prepared.num_skipped:
-        text = "client %d: %d records have no tokens or an unknown label"
-        logger.warning(text, client, prepared.num_skipped)
-    return prepared
+    task, plan = build(setup.task, setup.data, setup.labels), from_json(setup.plan)
+    rows = shards.read_client(Path(setup.directory) / "data", node.client)
+    prepared = task.prepare(rows, model.tokenizer)
+    examples = prepared.examples
+    if isinstance(plan, PatientPlan):
+        owners = [_owner(rows[row], plan.unit_column) for row in prepared.kept]
+        pairs = zip(examples, owners, strict=True)
+        examples = tuple(replace(example, owner=owner) for example, owner in pairs if owner)
+    if len(examples) < len(rows):
+        text = "client %d: %d records have no tokens, an unknown label or no owner"
+        logger.warning(text, node.client, len(rows) - len(examples))
+    private = isinstance(plan, PrivatePlan)
+    return _Shard(examples, data_commitment(node.directory, rows) if private else "")
+
+
+def _owner(row: Mapping[str, Any], column: str) -> str:
+    """Whose a record is; empty if it does not say: such a record takes no part."""
+    value = row.get(column)
+    return "" if value is None else str(value).strip()
 
 
 def _request_sha256(request: Request) -> str:

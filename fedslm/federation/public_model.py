@@ -17,7 +17,7 @@ from fedslm.federation.wire import Setup
 from fedslm.federation.workers import Pool
 from fedslm.models.adapter import initial_state
 from fedslm.models.loaded import load
-from fedslm.privacy.plan import ExamplePlan, from_json
+from fedslm.privacy.plan import PrivatePlan, from_json
 from fedslm.records import AdapterState
 from fedslm.tasks import build
 from fedslm.tasks.base import Example
@@ -45,10 +45,11 @@ def describe(setup: Setup) -> Description:
 
     Raises:
         ModelError: The model or its LoRA targets are not usable.
-        PrivacyError: The base couples records, and the plan is private.
+        PrivacyError: The plan is private, and the base couples records or the accountants disagree.
     """
-    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
-    if isinstance(from_json(setup.plan), ExamplePlan):
+    model, plan = load(setup.model, setup.lora, setup.task, len(setup.labels)), from_json(setup.plan)
+    if isinstance(plan, PrivatePlan):
+        plan.verify()
         from fedslm.training.checks import check_private_model
 
         check_private_model(model.adapter.network)

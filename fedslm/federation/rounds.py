@@ -16,23 +16,22 @@ from flwr.serverapp import Grid
 import fedslm
 from fedslm.aggregation.mean import WeightedMean
 from fedslm.config import Config
-from fedslm.errors import FederationError, FedslmError
+from fedslm.errors import FederationError
 from fedslm.federation import public_model
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
+from fedslm.federation.replies import checked, continued
 from fedslm.federation.wire import HELLO, TRAIN, Reply, Request, Setup
 from fedslm.federation.workers import Pool
 from fedslm.privacy import accounting
-from fedslm.privacy.plan import ExamplePlan, Plan, from_json
-from fedslm.records import AdapterState, ClientUpdate, Event, RoundRecord
+from fedslm.privacy.plan import Plan
+from fedslm.privacy.statement import Statement
+from fedslm.records import AdapterState, ClientUpdate, RoundRecord
 from fedslm.rng import stream
 from fedslm.storage import load_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
 _LONGEST_REASON = 300
-_MOST_EVENTS = 100_000
-_LARGEST_VALUE = 1e4
-_LARGEST_WEIGHT = 2**31
 
 
 class Observer(Protocol):
@@ -144,15 +143,14 @@ class Federation:
         began = time.monotonic()
         cohort = choose_cohort(config, number)
         tally = Tally(cohort=len(cohort), bytes_down=len(cohort) * state.trained.num_bytes)
-        mean, spent = WeightedMean(state.trained), dict(state.spent)
+        mean, statements = WeightedMean(state.trained), dict(state.statements)
         request = Request(setup, number, state.trained)
         for client, answer in self._exchange(config, request, cohort, nodes):
+            if isinstance(answer, Reply) and answer.statement:
+                answer = continued(answer, statements, client)
             tally.count(client, answer)
-            if isinstance(answer, Reply):
-                spent[client] = _longest(spent.get(client, ()), answer.events)
-                if answer.status == "ok" and answer.adapter is not None:
-                    events, weight = answer.events, answer.weight
-                    mean.add(ClientUpdate(client, answer.adapter, weight, events))
+            if isinstance(answer, Reply) and answer.adapter is not None:
+                mean.add(ClientUpdate(client, answer.adapter, answer.weight))
             self.observer.on_client(number, tally.done, len(cohort))
         enough = mean.count >= config.federation.min_replies and mean.result().is_finite()
         trained = mean.result() if enough else state.trained
@@ -165,13 +163,13 @@ class Federation:
         record = tally.record(
             number,
             kept=not enough,
-            epsilon=_largest_epsilon(config, spent),
+            epsilon=_network_epsilon(config, statements),
             metrics=metrics,
             signal_to_noise=_finite(mean.signal_to_noise()),
             seconds=time.monotonic() - began,
         )
         failed = 0 if enough else state.failed_in_row + 1
-        state = state.after(record, trained=trained, failed_in_row=failed, spent=spent)
+        state = state.after(record, trained=trained, failed_in_row=failed, statements=statements)
         self.directory.save(state, record)
         self.observer.on_round(record)
         return state
@@ -206,6 +204,7 @@ class Tally:
     def __post_init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._reasons: list[str] = []
+        self._scores, self._units = 0.0, 0.0
 
     @property
     def done(self) -> int:
@@ -218,6 +217,11 @@ class Tally:
             self._counts[answer.status] += 1
             self.bytes_up += answer.adapter.num_bytes if answer.adapter is not None else 0
             reason = answer.reason
+            if answer.metric is not None:
+                self._scores, self._units = (
+                    self._scores + answer.metric[0],
+                    self._units + answer.metric[1],
+                )
         else:
             self._counts["late" if answer == "late" else "failed"] += 1
             reason = answer
@@ -238,6 +242,7 @@ class Tally:
             bytes_down=self.bytes_down,
             bytes_up=self.bytes_up,
             reasons=tuple(self._reasons),
+            private_metric=self._scores / self._units if self._units > 0 else None,
             **values,
         )
 
@@ -310,50 +315,6 @@ def pull(grid: Grid, identifier: str, deadline: float) -> Message | None:
         time.sleep(_POLL_SECONDS)
 
 
-def checked(message: Message, request: Request) -> Reply | str:
-    """Checks one reply; whatever is not exactly right counts as failed, never as zero.
-
-    Returns:
-        The reply, or why it cannot be used.
-    """
-    if message.has_error():
-        return f"error {message.error.code}: {message.error.reason}"
-    try:
-        reply = Reply.from_records(message.content)
-    except FedslmError as error:
-        return str(error)
-    if not _plausible(from_json(request.setup.plan), reply.events):
-        return "the reply states charges that this plan does not make"
-    if reply.status != "ok":
-        return reply
-    adapter = reply.adapter
-    if adapter is None or adapter.shapes != request.adapter.shapes:
-        return "the update has other tensors or shapes than the request"
-    if not adapter.is_finite():
-        return "the update holds NaN or infinity"
-    if any(float(abs(adapter[key]).max(initial=0.0)) > _LARGEST_VALUE for key in adapter):
-        return f"the update holds values beyond {_LARGEST_VALUE:g}"
-    if reply.round != request.round:
-        return f"the update is for round {reply.round}"
-    if reply.base_sha256 != request.setup.base_sha256:
-        return "the update was trained on another base model"
-    if adapter.sha256() != reply.adapter_sha256:
-        return "the update does not match its hash"
-    largest = 1 if request.setup.weights == "uniform" else _LARGEST_WEIGHT
-    if not (1 <= reply.weight <= largest and reply.weight == int(reply.weight)):
-        return f"weight={reply.weight} is not allowed"
-    return reply
-
-
-def _plausible(plan: Plan, events: tuple[Event, ...]) -> bool:
-    """True if a client that keeps to the plan can have been charged this."""
-    if not isinstance(plan, ExamplePlan):
-        return not events
-    if len(events) > _MOST_EVENTS or any(event != plan.round_event for event in events):
-        return False
-    return accounting.epsilon(events, plan.delta) <= plan.epsilon
-
-
 def _setup(config: Config, plan: Plan, labels: tuple[str, ...], directory: RunDirectory) -> Setup:
     """What clients are told in every round."""
     return Setup(
@@ -370,20 +331,17 @@ def _setup(config: Config, plan: Plan, labels: tuple[str, ...], directory: RunDi
         weights=config.aggregation.weights,
         labels=labels,
         plan=plan.to_json(),
+        config_sha256=config.sha256(),
     )
 
 
-def _longest(known: tuple[Event, ...], told: tuple[Event, ...]) -> tuple[Event, ...]:
-    """A ledger only grows: the larger of what was known and what is told."""
-    return told if len(told) >= len(known) else known
-
-
-def _largest_epsilon(config: Config, spent: dict[int, tuple[Event, ...]]) -> float | None:
-    """Largest epsilon over all clients so far."""
-    delta = config.privacy.delta
-    if config.privacy.unit == "none" or delta is None:
+def _network_epsilon(config: Config, statements: dict[int, Statement]) -> float | None:
+    """Epsilon of the network so far, by what the clients stated; None without privacy."""
+    privacy = config.privacy
+    if privacy.unit == "none" or privacy.delta is None:
         return None
-    return max((accounting.epsilon(events, delta) for events in spent.values()), default=0.0)
+    clients = [statement.events for statement in statements.values()]
+    return accounting.network_epsilon(clients, privacy.delta, overlapping=privacy.overlapping)
 
 
 def _finite(value: float | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fedslm.aggregation.methods import Method
 from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig, TrainingConfig
 from fedslm.errors import FederationError
-from fedslm.records import AdapterState, Event
+from fedslm.records import AdapterState
 
 HELLO = "query.hello"
 TRAIN = "train"
@@ -41,6 +42,7 @@ class Setup:
         weights: "uniform" or "records".
         labels: Class names: public.
         plan: The calibrated plan, as :meth:`fedslm.privacy.plan.Plan.to_json` gives it.
+        config_sha256: Hash of the run's config.
         base_sha256: Hash of the base model that the server uses.
         frozen_sha256: Hash of the frozen tensors that every client must use.
     """
@@ -58,6 +60,7 @@ class Setup:
     weights: Literal["uniform", "records"]
     labels: tuple[str, ...]
     plan: str
+    config_sha256: str = ""
     base_sha256: str = ""
     frozen_sha256: str = ""
 
@@ -116,7 +119,8 @@ class Reply:
         adapter_sha256: Their hash, computed from the model's memory.
         base_sha256: Hash of the base model that the client used.
         weight: Weight in the mean; 1 under privacy.
-        events: Everything ever charged for this client's data; public quantities.
+        statement: Signed spend statement (JSON); empty without privacy.
+        metric: Noisy (sum of scores, number of units) on the client's data; None if none was asked.
     """
 
     status: Status
@@ -126,7 +130,8 @@ class Reply:
     adapter_sha256: str = ""
     base_sha256: str = ""
     weight: float = 1.0
-    events: tuple[Event, ...] = ()
+    statement: str = ""
+    metric: tuple[float, float] | None = None
 
     def to_records(self) -> RecordDict:
         """Packs the reply."""
@@ -138,9 +143,11 @@ class Reply:
                 "adapter_sha256": self.adapter_sha256,
                 "base_sha256": self.base_sha256,
                 "weight": self.weight,
-                "events": json.dumps([dataclasses.astuple(event) for event in self.events]),
+                "statement": self.statement,
             }
         )
+        if self.metric is not None:
+            values["metric"] = list(self.metric)
         records = RecordDict({"reply": values})
         if self.adapter is not None:
             records["adapter"] = to_arrays(self.adapter)
@@ -156,7 +163,7 @@ class Reply:
         try:
             values = dict(records.config_records["reply"])
             arrays = records.array_records.get("adapter")
-            status = str(values["status"])
+            status, metric = str(values["status"]), values.get("metric")
             if status not in ("ok", "refused", "failed"):
                 raise ValueError(f"unknown status {status!r}")
             return cls(
@@ -167,11 +174,19 @@ class Reply:
                 adapter_sha256=str(values["adapter_sha256"]),
                 base_sha256=str(values["base_sha256"]),
                 weight=float(str(values["weight"])),
-                events=tuple(Event(*event) for event in json.loads(str(values["events"]))),
+                statement=str(values["statement"]),
+                metric=None if metric is None else _pair(metric),
             )
         except Exception as error:  # bytes from outside: whatever they do, they are not a reply
             reason = f"{type(error).__name__}: {error}"
             raise FederationError(f"the reply cannot be read: {reason}") from error
+
+
+def _pair(values: object) -> tuple[float, float]:
+    """Two finite numbers."""
+    if not isinstance(values, list) or len(values) != 2 or not all(map(math.isfinite, values)):
+        raise ValueError("a metric is two finite numbers")
+    return float(values[0]), float(values[1])
 
 
 def to_arrays(state: AdapterState) -> ArrayRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedslm.privacy.budget import Answer
 from fedslm.records import RoundRecord
 from fedslm.storage import replacing
 
@@ -36,5 +37,33 @@ def plot_rounds(path: Path, records: list[RoundRecord], report: dict[str, Any]) 
         right.plot(rounds, spent, color="tab:red", linestyle="--")
         right.set_ylabel(f"ε spent (δ = {report['delta']:g})", color="tab:red")
         right.set_ylim(bottom=0)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def plot_budget(path: Path, answer: Answer) -> None:
+    """Draws epsilon over the rounds at several deltas.
+
+    Args:
+        path: The PNG to write.
+        answer: A planned run.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    rounds = [0, *(point.round for point in answer.curve)]
+    for index, delta in enumerate(answer.deltas):
+        epsilons = [0.0, *(point.epsilons[index] for point in answer.curve)]
+        axes.plot(rounds, epsilons, marker="o", markersize=3, label=f"δ = {delta:g}")
+    axes.set_xlabel("round")
+    axes.set_ylabel(f"ε of one {answer.unit}")
+    axes.set_title(
+        f"noise multiplier {answer.noise_multiplier:g}, sample rate {answer.sample_rate:g}, "
+        f"{answer.steps} steps"
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

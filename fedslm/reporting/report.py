@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import fedslm
 from fedslm.config import Config
 from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.node import LEDGER
 from fedslm.federation.rounds import Outcome
-from fedslm.privacy.ledger import Ledger
-from fedslm.privacy.plan import ExamplePlan, Plan
-from fedslm.records import PrivacySpent, RoundRecord
+from fedslm.privacy import accounting
+from fedslm.privacy.chain import read_chain
+from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
+from fedslm.privacy.plan import Plan, PrivatePlan
+from fedslm.records import Event, PrivacySpent, RoundRecord
 from fedslm.reporting.plots import plot_rounds
+from fedslm.reporting.render import render
 from fedslm.storage import write_text
 
 
@@ -48,8 +51,8 @@ def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     records = directory.records()
     report = _report(directory, inputs, records)
     write_text(directory.path / "report.json", json.dumps(report, indent=2) + "\n")
-    write_text(directory.path / "report.md", _render("report.md.j2", report=report))
-    card = _render("model_card.md.j2", report=report, config=inputs.config)
+    write_text(directory.path / "report.md", render("report.md.j2", report=report))
+    card = render("model_card.md.j2", report=report, config=inputs.config)
     write_text(directory.path / "adapter" / "README.md", card)
     plot_rounds(directory.path / "report.png", records, report)
     return report
@@ -58,7 +61,6 @@ def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
 def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord]) -> dict[str, Any]:
     """The content of ``report.json``."""
     config, outcome, plan = inputs.config, inputs.outcome, inputs.plan
-    spent = {name: asdict(value) for name, value in _spent(directory, inputs).items()}
     return {
         "fedslm_version": fedslm.__version__,
         "run_id": directory.run_id,
@@ -80,10 +82,9 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "rounds_planned": config.federation.rounds,
         "stopped": outcome.stopped,
         "clients": list(inputs.clients),
-        "plan": asdict(plan) if isinstance(plan, ExamplePlan) else None,
-        "privacy": spent,
-        "epsilon": max((value["epsilon"] for value in spent.values()), default=None),
-        "delta": config.privacy.delta if spent else None,
+        "plan": {"unit": plan.unit, **asdict(plan)} if isinstance(plan, PrivatePlan) else None,
+        **_privacy(config, _charged(directory, inputs)),
+        "private_metrics": [r.private_metric for r in records if r.private_metric is not None],
         "bytes_down": sum(record.bytes_down for record in records),
         "bytes_up": sum(record.bytes_up for record in records),
         "seconds_in_rounds": sum(record.seconds for record in records),
@@ -92,28 +93,38 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
     }
 
 
-def _spent(directory: RunDirectory, inputs: Inputs) -> dict[str, PrivacySpent]:
-    """What each client's own ledger says; empty without privacy."""
-    plan = inputs.plan
-    if not isinstance(plan, ExamplePlan):
+def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, ...]]:
+    """What each client charged to this run: by its own ledger (simulation), else by its statement."""
+    if not isinstance(inputs.plan, PrivatePlan):
         return {}
-    ledgers = {
-        name: Ledger(directory.path / "ledger" / f"client-{client:05d}.jsonl")
-        for client, name in enumerate(inputs.clients)
+    charged = {}
+    for client, name in enumerate(inputs.clients):
+        node = directory.nodes / f"client-{client:05d}"
+        statement = inputs.outcome.checkpoint.statements.get(client)
+        if (node / LEDGER).exists():
+            charged[name] = read_chain(node / LEDGER, read_public_key(node / PUBLIC_KEY)).events
+        else:
+            charged[name] = () if statement is None else statement.events
+    return charged
+
+
+def _privacy(config: Config, charged: dict[str, tuple[Event, ...]]) -> dict[str, Any]:
+    """What was spent by each client, and in the whole network."""
+    delta, overlapping = config.privacy.delta, config.privacy.overlapping
+    spent, epsilon = {}, None
+    if charged and delta is not None:
+        spent = {name: asdict(_spent(events, delta)) for name, events in charged.items()}
+        clients = list(charged.values())
+        epsilon = accounting.network_epsilon(clients, delta, overlapping=overlapping)
+    return {
+        "privacy": spent,
+        "epsilon": epsilon,
+        "delta": delta if spent else None,
+        "overlapping": overlapping,
     }
-    return {name: ledger.spent(plan.delta) for name, ledger in ledgers.items()}
 
 
-def _render(template: str, **values: Any) -> str:
-    """Renders one of the templates beside this file."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701  (Markdown, not HTML)
-    )
-    return environment.get_template(template).render(**values)
+def _spent(events: tuple[Event, ...], delta: float) -> PrivacySpent:
+    """Epsilon and steps of what was charged."""
+    steps = sum(event.steps for event in events)
+    return PrivacySpent(accounting.epsilon(events, delta), delta, steps)

@@ -9,13 +9,14 @@ from typing import Any
 import datasets
 import pytest
 
-from fedslm.config import DataConfig, TaskConfig
+from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data import shards
 from fedslm.data.partition import partition
 from fedslm.data.sources import load_train
 from fedslm.errors import DataError
 
 Rows = list[dict[str, Any]]
+NO_PRIVACY = PrivacyConfig(unit="none")
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,7 @@ def write(
     *,
     num_clients: int = 3,
     labels: tuple[str, ...] = (),
+    privacy: PrivacyConfig = NO_PRIVACY,
     **data: Any,
 ) -> shards.Shards:
     """Writes a source, and then the shards of it."""
@@ -49,7 +51,9 @@ def write(
         (source / f"{split}.jsonl").write_text(text)
     config = DataConfig(source=str(source), **data)
     task = TaskConfig(name="classification", labels=labels)
-    return shards.write(tmp_path / "data", config, task, num_clients=num_clients, seed=0)
+    return shards.write(
+        tmp_path / "data", config, task, privacy=privacy, num_clients=num_clients, seed=0
+    )
 
 
 def test_a_client_reads_its_own_rows(tmp_path: Path) -> None:
@@ -190,7 +194,7 @@ def test_an_empty_split_of_a_known_shape_is_refused(tmp_path: Path) -> None:
     config = DataConfig(source=str(tmp_path / "source"))
     task = TaskConfig(name="classification")
     with pytest.raises(DataError):
-        shards.write(tmp_path / "data", config, task, num_clients=3, seed=0)
+        shards.write(tmp_path / "data", config, task, privacy=NO_PRIVACY, num_clients=3, seed=0)
 
 
 def test_an_empty_shard_is_refused(tmp_path: Path) -> None:
@@ -208,7 +212,12 @@ def test_a_language_model_has_no_labels(tmp_path: Path) -> None:
         (source / f"{split}.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     config = DataConfig(source=str(source), label_column=None)
     written = shards.write(
-        tmp_path / "data", config, TaskConfig(name="causal-lm"), num_clients=2, seed=0
+        tmp_path / "data",
+        config,
+        TaskConfig(name="causal-lm"),
+        privacy=NO_PRIVACY,
+        num_clients=2,
+        seed=0,
     )
     assert (written.labels, written.sizes) == ((), (1, 1))
 
@@ -217,7 +226,72 @@ def test_the_demo_has_five_hospitals(tmp_path: Path) -> None:
     """The embedded data is shared out by hospital, six specialties each."""
     config = DataConfig(source="demo", partition="natural")
     task = TaskConfig(name="classification")
-    written = shards.write(tmp_path / "data", config, task, num_clients=5, seed=0)
+    written = shards.write(tmp_path / "data", config, task, privacy=NO_PRIVACY, num_clients=5, seed=0)
     assert written.sizes == (600,) * 5
     assert len(written.labels) == 6
     assert {row["client"] for row in shards.read_client(tmp_path / "data", 2)} == {written.names[2]}
+
+
+def patient(column: str = "patient", *, overlapping: bool = False) -> PrivacyConfig:
+    """A patient is the unit."""
+    return PrivacyConfig(
+        unit="patient", unit_column=column, max_records_per_unit=2, overlapping=overlapping
+    )
+
+
+def patients(size: int, owners: list[Any]) -> Rows:
+    """Rows whose patients repeat in a cycle."""
+    return [{**row, "patient": owners[n % len(owners)]} for n, row in enumerate(rows(size))]
+
+
+def test_patients_within_one_client_each_are_taken(tmp_path: Path) -> None:
+    """Units that lie in one client each are accepted, and their column reaches the client."""
+    content = patients(18, ["p0", "p1", "p2", "p3", "p4", "p5"])  # a client has every third row
+    write(tmp_path, content, rows(4), partition="natural", privacy=patient())
+    owners = [{row["patient"] for row in shards.read_client(tmp_path / "data", c)} for c in range(3)]
+    assert owners == [{"p0", "p3"}, {"p1", "p4"}, {"p2", "p5"}]
+
+
+def test_patients_that_are_numbers_are_taken(tmp_path: Path) -> None:
+    """A number names a patient, zero too."""
+    written = write(
+        tmp_path, patients(18, list(range(6))), rows(4), partition="natural", privacy=patient()
+    )
+    assert written.sizes == (6, 6, 6)
+
+
+def test_a_unit_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """A missing column is named, with those that are there, before anything is written."""
+    message = r"privacy\.unit_column='pseudonym' is not a column; there are .*patient"
+    with pytest.raises(DataError, match=message):
+        write(tmp_path, patients(18, ["a"]), rows(4), privacy=patient("pseudonym"))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("blank", [None, "", "  \t"])
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_a_record_of_nobody_is_refused(tmp_path: Path, blank: str | None, overlapping: bool) -> None:
+    """Records that do not say whose they are are counted and refused, overlapping or not."""
+    content = patients(18, ["p0", "p1", "p2", "p3", "p4", "p5"])
+    content[3]["patient"] = content[7]["patient"] = blank
+    privacy = patient(overlapping=overlapping)
+    with pytest.raises(DataError, match=r"^2 record\(s\) have no value in privacy\.unit_column"):
+        write(tmp_path, content, rows(4), partition="natural", privacy=privacy)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_patient_of_two_clients_is_refused_unless_announced(tmp_path: Path) -> None:
+    """Units in several clients are counted and refused; with overlapping=true they are taken."""
+    content = patients(18, ["p0", "p1", "p2", "p3", "p4", "p5"])
+    content[1]["patient"] = " p0"  # the same name, in another client
+    with pytest.raises(DataError, match=r"^1 of 6 units lie in several clients.*overlapping=true"):
+        write(tmp_path, content, rows(4), partition="natural", privacy=patient())
+    assert not (tmp_path / "data").exists()
+    written = write(tmp_path, content, rows(4), partition="natural", privacy=patient(overlapping=True))
+    assert written.sizes == (6, 6, 6)
+
+
+def test_without_patients_nobody_asks_for_their_column(tmp_path: Path) -> None:
+    """With records as units the data needs no column of owners."""
+    written = write(tmp_path, rows(9), rows(4), privacy=PrivacyConfig(unit="record"))
+    assert sum(written.sizes) == 9

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedslm import config as configuration
 from fedslm.config import Config
 from fedslm.errors import FedslmError, RunError
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
+from fedslm.privacy.chain import ADAPTER, ADJACENCY, Chain, Charge, Entry, Opening
+from fedslm.privacy.keys import public_hex
+from fedslm.privacy.statement import Statement, signed
 from fedslm.records import AdapterState, Event, RoundRecord
 
 CONFIG = configuration.from_mapping(
@@ -25,6 +31,7 @@ CONFIG = configuration.from_mapping(
         "privacy": {"unit": "none"},
     }
 ).resolved()
+EVENT = Event(0.05, 1.25, 10)
 
 
 def adapter(value: float) -> AdapterState:
@@ -52,13 +59,32 @@ def record(number: int) -> RoundRecord:
     )
 
 
+@lru_cache
+def statement(number: int) -> Statement:
+    """What a node stated after a round."""
+    key = Ed25519PrivateKey.from_private_bytes(b"0" * 32)
+    ledger = Opening("1d", "data", "record", ADJACENCY, public_hex(key.public_key()))
+    charge = Charge(EVENT, ADAPTER, 1.0, 1e-5, "run", 1, "p", "q", "b", "c", "0.1.0", "d")
+    entries = (
+        Entry(0, "", 0, opening=ledger),
+        *(Entry(n + 1, "", 0, charge=charge) for n in range(number)),
+    )
+    return signed(
+        key, Chain(entries, f"{number:064}", torn=False), run="run", round=number, release_sha256="a"
+    )
+
+
 def after(directory: RunDirectory, rounds: int) -> Checkpoint:
     """Saves the state before the first round, and then after each."""
     state = Checkpoint(0, adapter(0), {"accuracy": 0.0}, {"accuracy": 0.0})
     directory.save(state)
     for number in range(1, rounds + 1):
-        spent = {0: (Event(0.05, 1.25, 10),) * number, 11: (Event(0.1, 2.0, 1),)}
-        changes: dict[str, Any] = {"trained": adapter(number), "failed_in_row": 1, "spent": spent}
+        statements = {0: statement(number), 11: statement(1)}
+        changes: dict[str, Any] = {
+            "trained": adapter(number),
+            "failed_in_row": 1,
+            "statements": statements,
+        }
         state = state.after(record(number), **changes)
         directory.save(state, record(number))
     return state
@@ -68,7 +94,7 @@ def assert_same(one: Checkpoint | None, other: Checkpoint) -> None:
     """Both hold the same, bit for bit."""
     assert one is not None
     assert one.trained.sha256() == other.trained.sha256()
-    for name in ("round", "metrics_before", "metrics", "failed_in_row", "spent"):
+    for name in ("round", "metrics_before", "metrics", "failed_in_row", "statements"):
         assert getattr(one, name) == getattr(other, name)
 
 
@@ -153,6 +179,7 @@ def edited(directory: RunDirectory, edit: Callable[[dict[str, Any]], object]) ->
         lambda values: values.update(config_sha256="0" * 64),
         lambda values: values["config"].update(nonsense={}),
         lambda values: values["config"]["privacy"].update(unit="patient"),
+        lambda values: values["config"]["privacy"].update(unit="nobody"),
         lambda values: values.pop("config"),
         lambda values: values.pop("config_sha256"),
         lambda values: values.pop("run_id"),
@@ -203,8 +230,8 @@ def test_only_the_last_adapter_is_kept(directory: RunDirectory) -> None:
 def test_lines_beyond_the_checkpoint_are_forgotten(directory: RunDirectory) -> None:
     """A round that was recorded and not checkpointed is run again, and has one line in the end."""
     state = after(directory, 2)
-    directory._append(record(3))
-    directory._append(record(4))
+    directory._append("rounds.jsonl", [json.dumps(asdict(record(3)))])
+    directory._append("rounds.jsonl", [json.dumps(asdict(record(4)))])
     assert_same(directory.load(), state)
     assert [line.round for line in directory.records()] == [1, 2]
     text = (directory.path / "rounds.jsonl").read_text()
@@ -217,7 +244,7 @@ def test_a_torn_last_line_is_left_out_at_every_byte(directory: RunDirectory) -> 
     state = after(directory, 2)
     path = directory.path / "rounds.jsonl"
     whole = path.read_bytes()
-    directory._append(record(3))
+    directory._append("rounds.jsonl", [json.dumps(asdict(record(3)))])
     content = path.read_bytes()
     for length in range(len(whole), len(content)):
         path.write_bytes(content[:length])
@@ -273,7 +300,7 @@ def test_a_state_cut_anywhere_is_refused(directory: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "x", [], {"a": 1}])
-@pytest.mark.parametrize("key", ["round", "adapter", "adapter_sha256", "failed_in_row", "spent"])
+@pytest.mark.parametrize("key", ["round", "adapter", "adapter_sha256", "failed_in_row", "statements"])
 def test_a_state_with_a_foreign_value_is_refused(
     directory: RunDirectory, key: str, value: object
 ) -> None:
@@ -307,3 +334,41 @@ def test_metrics_of_a_round_that_was_not_evaluated_are_the_last() -> None:
     assert state.after(line).metrics == {"accuracy": 0.3}
     assert state.after(record(1)).metrics == {"accuracy": 0.1}
     assert state.after(record(1)).metrics_before == {"accuracy": 0.2}
+
+
+def test_statements_are_kept_one_line_each(directory: RunDirectory) -> None:
+    """Every statement that the server received stays on disk, with its client, in order."""
+    after(directory, 3)
+    kept = directory.statements()
+    assert kept == [(0, statement(1)), (11, statement(1)), (0, statement(2)), (0, statement(3))]
+
+
+def test_statements_with_a_torn_last_line_read_up_to_it(directory: RunDirectory) -> None:
+    """A line that was cut off anywhere hides no statement before it, and the next write heals it."""
+    state = after(directory, 2)
+    path = directory.path / "statements.jsonl"
+    content = path.read_bytes()
+    start = content.rfind(b"\n", 0, -1) + 1
+    for length in (start, start + 1, (start + len(content)) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert directory.statements() == [(0, statement(1)), (11, statement(1))]
+    state = state.after(record(3), statements={0: statement(3)})
+    directory.save(state, record(3))
+    assert directory.statements()[2:] == [(0, statement(3))]
+
+
+@pytest.mark.parametrize("change", [b'"index": 7', b'"index": "x"'])
+def test_a_statement_that_was_edited_is_refused(directory: RunDirectory, change: bytes) -> None:
+    """A statement on disk is checked against its signature, in the checkpoint and in the list."""
+    after(directory, 1)
+    for path, read in (
+        (directory.path / "checkpoint" / "state.json", directory.load),
+        (directory.path / "statements.jsonl", directory.statements),
+    ):
+        quoted = change.replace(b'"', b'\\"')
+        content = path.read_bytes()
+        edited_content = content.replace(b'\\"index\\": 1', quoted)
+        assert edited_content != content
+        path.write_bytes(edited_content)
+        with pytest.raises(RunError, match="damaged"):
+            read()

@@ -1,15 +1,15 @@
-"""The round loop: resume, failures, hostile updates, budgets."""
+"""The round loop: resume, failures, hostile updates; test_private_rounds.py has the budgets."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Error, Message
+from flwr.app import Message
+from served import StopAfter, StopDuring, changed, failing, records_of, run_with
 from tiny import PRIVATE
 
 from fedslm import simulation
@@ -20,78 +20,10 @@ from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.local_grid import LocalGrid
 from fedslm.federation.wire import TRAIN, Reply
 from fedslm.federation.workers import InlinePool
-from fedslm.privacy import accounting
-from fedslm.privacy.ledger import Ledger
 from fedslm.progress import Silent
-from fedslm.records import AdapterState, Event, RoundRecord
+from fedslm.records import AdapterState
 
 MakeConfig = Callable[..., Config]
-
-
-class StopAfter(Silent):
-    """Interrupts a run after a round, as Ctrl-C does."""
-
-    def __init__(self, round: int) -> None:
-        self.round = round
-
-    def on_round(self, record: RoundRecord) -> None:
-        """Interrupts."""
-        if record.round == self.round:
-            raise KeyboardInterrupt
-
-
-class StopDuring(Silent):
-    """Interrupts a run when one client of a round has answered."""
-
-    def __init__(self, round: int) -> None:
-        self.round = round
-
-    def on_client(self, round: int, done: int, cohort: int) -> None:
-        """Interrupts."""
-        if round == self.round and done == 1:
-            raise KeyboardInterrupt
-
-
-class HostileGrid(LocalGrid):
-    """A grid on which some clients answer something else."""
-
-    answers: dict[int, Callable[[Message], Message]]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replaces the answers of hostile clients."""
-        for reply in super().pull_messages(message_ids):
-            node = reply.metadata.src_node_id - 2
-            is_training = reply.metadata.message_type == TRAIN
-            yield self.answers[node](reply) if is_training and node in self.answers else reply
-
-
-def run_with(config: Config, answers: dict[int, Callable[[Message], Message]]) -> dict[str, Any]:
-    """Runs a federation with hostile clients."""
-    config = config.resolved()
-    directory = RunDirectory.create(Path(str(config.run.directory)), config)
-    pool = InlinePool()
-    grid = HostileGrid(config.federation.num_clients, pool)
-    grid.answers = answers
-    federation = rounds.Federation(grid, pool, directory, Silent())
-    return simulation.serve(
-        config, directory, lambda plan, labels: simulation.federate(federation, config, plan, labels)
-    )
-
-
-def changed(
-    change: Callable[[AdapterState], AdapterState], **fields: Any
-) -> Callable[[Message], Message]:
-    """An answer whose adapter was changed; its hash is made to fit."""
-
-    def answer(message: Message) -> Message:
-        reply = Reply.from_records(message.content)
-        assert reply.adapter is not None
-        adapter = change(reply.adapter)
-        values = {**vars(reply), "adapter": adapter, "adapter_sha256": adapter.sha256(), **fields}
-        message.content = Reply(**values).to_records()
-        return message
-
-    return answer
 
 
 def with_nan(state: AdapterState) -> AdapterState:
@@ -100,19 +32,6 @@ def with_nan(state: AdapterState) -> AdapterState:
     tensor = state[key].copy()
     tensor.flat[0] = np.nan
     return AdapterState({**state.tensors, key: tensor})
-
-
-def failing(message: Message) -> Message:
-    """Flower's error for a client that raised; made as Flower makes it."""
-    message.__dict__["_content"] = None
-    message.__dict__["_error"] = Error(code=2, reason="boom")
-    return message
-
-
-def records_of(config: Config) -> list[dict[str, Any]]:
-    """The lines of rounds.jsonl."""
-    lines = (Path(str(config.run.directory)) / "rounds.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_run_learns_and_writes_everything(make_config: MakeConfig) -> None:
@@ -134,7 +53,7 @@ def test_run_learns_and_writes_everything(make_config: MakeConfig) -> None:
     ]:
         assert (Path(report["directory"]) / name).stat().st_size > 0, name
     assert report["epsilon"] is None
-    assert not (Path(report["directory"]) / "ledger").exists()
+    assert not (Path(report["directory"]) / "nodes").exists()
 
 
 @pytest.mark.parametrize("stop", [StopAfter(2), StopDuring(2)], ids=["between", "within"])
@@ -173,10 +92,23 @@ def test_resume_with_another_config_is_refused(make_config: MakeConfig) -> None:
         (changed(lambda s: AdapterState({k: s[k] + 1e30 for k in s})), "values beyond 10000"),
         (changed(lambda s: s, weight=1e9), "weight=1000000000.0 is not allowed"),
         (changed(lambda s: s, weight=float("nan")), "is not allowed"),
-        (changed(lambda s: s, events=(Event(0.5, 1e-6, 10**9),)), "charges that this plan does not"),
+        (changed(lambda s: s, statement="{}"), "states charges that this plan does not"),
+        (changed(lambda s: s, metric=(1.0, 2.0)), "another metric than the plan"),
         (failing, "error 2: boom"),
     ],
-    ids=["nan", "shape", "keys", "base", "round", "large", "weight", "nan-weight", "charges", "raised"],
+    ids=[
+        "nan",
+        "shape",
+        "keys",
+        "base",
+        "round",
+        "large",
+        "weight",
+        "nan-weight",
+        "charges",
+        "metric",
+        "raised",
+    ],
 )
 def test_bad_update_is_counted_and_left_out(
     make_config: MakeConfig, tmp_path: Path, answer: Callable[[Message], Message], reason: str
@@ -284,67 +216,6 @@ def test_late_clients_are_counted(make_config: MakeConfig) -> None:
         config, directory, lambda p, names: simulation.federate(federation, config, p, names)
     )
     assert records_of(config)[0]["late"] == 3
-
-
-def test_private_run_spends_exactly_its_plan(make_config: MakeConfig) -> None:
-    """Every client's ledger holds all rounds; epsilon recomputed from it is within the budget."""
-    config = make_config(privacy=PRIVATE)
-    report = simulation.simulate(config, Silent())
-    assert report["epsilon"] <= 8.0
-    for client in range(3):
-        ledger = Ledger(Path(report["directory"]) / "ledger" / f"client-{client:05d}.jsonl")
-        events = ledger.events()
-        assert sum(event.steps for event in events) == 6
-        assert accounting.epsilon(events, 1e-5) == pytest.approx(report["epsilon"])
-        assert [entry.kind for entry in ledger.entries()] == ["reserve", "commit"] * 3
-    assert "ε" in (Path(report["directory"]) / "adapter" / "README.md").read_text()
-    assert all(reply["epsilon"] <= report["epsilon"] + 1e-9 for reply in records_of(config))
-
-
-def test_interrupted_private_run_never_forgets_and_resends_for_free(make_config: MakeConfig) -> None:
-    """A client that had released in the interrupted round sends the same bytes and pays nothing."""
-    config = make_config(privacy=PRIVATE)
-    path = Path(str(config.run.directory))
-    with pytest.raises(KeyboardInterrupt):
-        simulation.simulate(config, StopDuring(2))
-    first = Ledger(path / "ledger" / "client-00000.jsonl")
-    before = first.entries()
-    assert [entry.round for entry in before if entry.event] == [1, 2]
-    report = simulation.resume(path, Silent())
-    assert report["stopped"] == ""
-    assert first.entries()[: len(before)] == before
-    assert [entry.round for entry in first.entries() if entry.event] == [1, 2, 3]
-    assert report["epsilon"] <= 8.0
-
-
-def test_client_stops_before_its_budget(make_config: MakeConfig) -> None:
-    """A client whose budget was spent by an interrupted reserve refuses; the run goes on without it."""
-    config = make_config(privacy=PRIVATE)
-    path = Path(str(config.run.directory))
-    with pytest.raises(KeyboardInterrupt):
-        simulation.simulate(config, StopAfter(1))
-    ledger = Ledger(path / "ledger" / "client-00001.jsonl")
-    event = ledger.events()[0]
-    ledger.reserve(event, run="crashed", round=2, request_sha256="x", budget=(8.0, 1e-5))
-    report = simulation.resume(path, Silent())
-    lines = records_of(config)
-    assert [line["refused"] for line in lines] == [0, 0, 1]
-    assert "budget exhausted" in lines[2]["reasons"][0]
-    assert report["privacy"]["site-1"]["epsilon"] <= 8.0
-
-
-def test_private_replies_depend_on_no_record_count(make_config: MakeConfig) -> None:
-    """Under privacy a reply holds the same fields, weight 1 and public events for every client."""
-    seen: dict[int, Reply] = {}
-
-    def look(message: Message) -> Message:
-        reply = Reply.from_records(message.content)
-        seen[message.metadata.src_node_id] = reply
-        return message
-
-    run_with(make_config(privacy=PRIVATE, federation={"rounds": 1}), dict.fromkeys(range(3), look))
-    kept = ("status", "round", "reason", "base_sha256", "weight", "events")
-    assert len({tuple(getattr(reply, name) for name in kept) for reply in seen.values()}) == 1
 
 
 def test_cohorts_are_a_function_of_seed_and_round(make_config: MakeConfig) -> None:

@@ -1,0 +1,126 @@
+"""A node's own directory: policy, ledger, keys and the last release. No message can name or change it.
+
+In a simulation it is ``nodes/client-NNNNN`` under the run directory, and a policy is optional. In a
+deployment the node's operator names it (``node-directory`` in the node's config), and without a policy
+nothing is trained. One node directory stands for one data set.
+
+policy.toml                  what the node allows
+ledger.jsonl  .head          what was spent, and the last line that was synced
+ledger-key.pem  .pub.pem     signs the ledger; the public half is for auditors
+commitment.key               makes data commitments that reveal nothing
+release.safetensors  .json   the last release, for a request that is sent again
+self-test.json               which code passed the self-test here
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context
+
+from fedslm.errors import RunError
+from fedslm.privacy import keys
+from fedslm.privacy.chain import ADAPTER, METRIC
+from fedslm.privacy.ledger import Ledger, Limits
+from fedslm.privacy.plan import PrivatePlan
+from fedslm.privacy.policy import POLICY_FILE, Asked, NodePolicy, read_policy
+from fedslm.records import AdapterState
+from fedslm.storage import load_adapter, save_adapter, write_text
+
+LEDGER = "ledger.jsonl"
+_NODE_DIRECTORY = "node-directory"
+
+
+@dataclass(frozen=True)
+class Release:
+    """What leaves in one round.
+
+    Attributes:
+        adapter: The trained tensors.
+        metric: Noisy (sum of scores, number of units); None if none was asked.
+    """
+
+    adapter: AdapterState
+    metric: tuple[float, float] | None = None
+
+    def hashes(self) -> dict[str, str]:
+        """Hash of each part, by the purpose that it was charged for."""
+        parts = {ADAPTER: self.adapter.sha256()}
+        if self.metric is not None:
+            parts[METRIC] = keys.sha256_of(self.metric)
+        return parts
+
+
+@dataclass(frozen=True)
+class Node:
+    """Where a client keeps what is its own.
+
+    Attributes:
+        directory: The node's directory.
+        client: Index in the population.
+        deployed: True if the operator named the directory: then a policy is required.
+    """
+
+    directory: Path
+    client: int
+    deployed: bool
+
+    @classmethod
+    def of(cls, context: Context, run_directory: str) -> Node:
+        """The node that a Flower context stands for."""
+        client = int(context.node_config["partition-id"])
+        own = context.node_config.get(_NODE_DIRECTORY)
+        if own:
+            return cls(Path(str(own)), client, deployed=True)
+        return cls(Path(run_directory) / "nodes" / f"client-{client:05d}", client, deployed=False)
+
+    def policy(self) -> NodePolicy | None:
+        """The policy, read anew; None in a simulation without one.
+
+        Raises:
+            PolicyRefused: It is invalid, or missing in a deployment.
+        """
+        own, shared = self.directory / POLICY_FILE, self.directory.parent / POLICY_FILE
+        if self.deployed or own.exists():
+            return read_policy(own)
+        return read_policy(shared) if shared.exists() else None
+
+    def admit(self, asked: Asked) -> None:
+        """Refuses what the policy does not allow.
+
+        Raises:
+            PolicyRefused: With every reason.
+        """
+        policy = self.policy()
+        if policy is not None:
+            policy.check(asked)
+
+    def limits(self, plan: PrivatePlan) -> Limits:
+        """What the ledger holds a plan to: the run's budget, and the node's own."""
+        policy = self.policy()
+        return Limits((plan.epsilon, plan.delta)) if policy is None else policy.limits(plan)
+
+    def ledger(self, unit: str) -> Ledger:
+        """The ledger, in a unit."""
+        key = keys.signing_key(self.directory)
+        return Ledger(self.directory / LEDGER, key, unit=unit, dataset=self.directory.name)
+
+    def keep(self, release: Release) -> None:
+        """Keeps a release for a request that is sent again."""
+        save_adapter(self.directory / "release.safetensors", release.adapter)
+        write_text(self.directory / "release.json", json.dumps({"metric": release.metric}))
+
+    def kept(self, hashes: dict[str, str]) -> Release | None:
+        """The release with these hashes, if it is still there undamaged."""
+        if not hashes:
+            return None
+        try:
+            adapter = load_adapter(self.directory / "release.safetensors")
+            text = (self.directory / "release.json").read_text(encoding="utf-8")
+            metric = json.loads(text)["metric"]
+            release = Release(adapter, None if metric is None else (metric[0], metric[1]))
+        except (RunError, OSError, ValueError, KeyError, TypeError, IndexError):
+            return None
+        return release if release.hashes() == hashes else None

@@ -1,0 +1,83 @@
+"""What the server believes of a reply: what is not exactly right counts as failed, never as zero."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flwr.app import Message
+
+from fedslm.errors import FedslmError
+from fedslm.federation.wire import Reply, Request
+from fedslm.privacy import accounting
+from fedslm.privacy.plan import Plan, PrivatePlan, from_json
+from fedslm.privacy.statement import Statement, read_statement
+
+_MOST_EVENTS = 100_000
+_LARGEST_VALUE = 1e4
+_LARGEST_WEIGHT = 2**31
+
+
+def checked(message: Message, request: Request) -> Reply | str:
+    """Checks one reply; what is not exactly right counts as failed, never as zero.
+
+    Returns:
+        The reply, or why it cannot be used.
+    """
+    if message.has_error():
+        return f"error {message.error.code}: {message.error.reason}"
+    try:
+        reply = Reply.from_records(message.content)
+    except FedslmError as error:
+        return str(error)
+    if reply.status != "ok":
+        return replace(reply, adapter=None, statement="", metric=None)
+    if (problem := _problem_of_statement(from_json(request.setup.plan), request, reply)) is not None:
+        return problem
+    adapter = reply.adapter
+    if adapter is None or adapter.shapes != request.adapter.shapes:
+        return "the update has other tensors or shapes than the request"
+    if not adapter.is_finite():
+        return "the update holds NaN or infinity"
+    if any(float(abs(adapter[key]).max(initial=0.0)) > _LARGEST_VALUE for key in adapter):
+        return f"the update holds values beyond {_LARGEST_VALUE:g}"
+    if reply.round != request.round:
+        return f"the update is for round {reply.round}"
+    if reply.base_sha256 != request.setup.base_sha256:
+        return "the update was trained on another base model"
+    if adapter.sha256() != reply.adapter_sha256:
+        return "the update does not match its hash"
+    largest = 1 if request.setup.weights == "uniform" else _LARGEST_WEIGHT
+    if not (1 <= reply.weight <= largest and reply.weight == int(reply.weight)):
+        return f"weight={reply.weight} is not allowed"
+    return reply
+
+
+def _problem_of_statement(plan: Plan, request: Request, reply: Reply) -> str | None:
+    """Why a reply's spend statement cannot be right; None if it can."""
+    metric = plan.metric_event if isinstance(plan, PrivatePlan) else None
+    if (reply.metric is None) != (metric is None):
+        return "the reply has another metric than the plan"
+    if not isinstance(plan, PrivatePlan):
+        return "the reply states charges that this plan does not make" if reply.statement else None
+    try:
+        statement = read_statement(reply.statement)
+    except FedslmError as error:
+        return str(error)
+    asked = (request.setup.run_id, request.round, plan.unit, reply.adapter_sha256)
+    if (statement.run, statement.round, statement.unit, statement.release_sha256) != asked:
+        return "the spend statement is for another release"
+    if len(statement.events) > _MOST_EVENTS or not set(plan.round_events) >= set(statement.events):
+        return "the spend statement has charges that this plan does not make"
+    counts = [statement.events.count(event) for event in plan.round_events]
+    if min(counts) < 1 or accounting.epsilon(statement.events, plan.delta) > plan.epsilon:
+        return "the spend statement has fewer or more charges than the plan allows"
+    return None
+
+
+def continued(reply: Reply, statements: dict[int, Statement], client: int) -> Reply | str:
+    """Notes a client's statement; one that does not continue its ledger is not used."""
+    statement, earlier = read_statement(reply.statement), statements.get(client)
+    if earlier is not None and not statement.follows(earlier):
+        return "the spend statement does not continue this client's ledger: it was rolled back"
+    statements[client] = statement
+    return reply

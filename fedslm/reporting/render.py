@@ -1,0 +1,58 @@
+"""Templates to Markdown, and Markdown to a page that can be printed."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 11pt/1.45 Georgia, serif; color: #111; }}
+body {{ max-width: 48rem; margin: 2rem auto; padding: 0 1rem; }}
+h1, h2 {{ font-family: Helvetica, Arial, sans-serif; line-height: 1.2; }}
+h2 {{ border-bottom: 1px solid #999; padding-bottom: .2rem; margin-top: 2rem; break-after: avoid; }}
+table {{ border-collapse: collapse; margin: 1rem 0; break-inside: avoid; font-size: 10pt; }}
+th, td {{ border: 1px solid #999; padding: .25rem .6rem; text-align: left; }}
+code {{ overflow-wrap: anywhere; font-size: 9.5pt; }}
+@page {{ size: A4; margin: 18mm; }}
+@media print {{ body {{ max-width: none; margin: 0; padding: 0; }} }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def render(template: str, **values: Any) -> str:
+    """Renders one of the templates beside this file."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701  (Markdown, not HTML)
+    )
+    return environment.get_template(template).render(**values)
+
+
+def page(markdown: str, title: str) -> str:
+    """A printable HTML page that needs nothing else; HTML in the Markdown is shown, not run.
+
+    >>> "<script>" in page("<script>", "a")
+    False
+    """
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    return _PAGE.format(title=html.escape(title), body=body)
