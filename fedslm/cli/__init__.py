@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +12,11 @@ from rich.console import Console
 
 import fedslm
 from fedslm import config as configuration
-from fedslm import contradictions
+from fedslm.cli.audit import audit_app
+from fedslm.cli.budget import budget_app
+from fedslm.cli.console import ERRORS, ConfigPath, Json, Overrides, clear_errors, load_config
+from fedslm.cli.policy import policy_app
 from fedslm.config import Config
-from fedslm.errors import FedslmError
 
 app = typer.Typer(
     help="Federated, privacy-preserving fine-tuning of small language models.",
@@ -26,27 +26,11 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at and check a configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(budget_app, name="budget")
+app.add_typer(policy_app, name="policy")
+app.add_typer(audit_app, name="audit")
 
-_ERRORS = Console(stderr=True)
 _INTERRUPTED = 130
-
-ConfigPath = Annotated[Path, typer.Argument(help="A TOML file.", metavar="CONFIG")]
-Overrides = Annotated[
-    list[str],
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated."),
-]
-Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Prints our own errors without a traceback; Ctrl-C ends cleanly."""
-    try:
-        yield
-    except FedslmError as error:
-        _ERRORS.print(f"[red bold]error:[/red bold] {type(error).__name__}", highlight=False)
-        _ERRORS.print(str(error), highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
 
 
 def _version(wanted: bool) -> None:
@@ -86,25 +70,16 @@ def simulate(
 
     Ctrl-C stops after the clients that are at work; continue with `--resume RUN`.
     """
-    with _clear_errors():
+    with clear_errors():
         if config is None and (resume is None or overrides):
             message = "give a CONFIG, or --resume RUN without --set"
             raise typer.BadParameter(message)
-        loaded = None if config is None else _load(config, overrides)
+        loaded = None if config is None else load_config(config, overrides)
         report = _simulate(loaded, resume)
         _finish(report, as_json)
         if report["stopped"]:
-            _ERRORS.print(f"stopped early: {report['stopped']}", style="red", markup=False)
+            ERRORS.print(f"stopped early: {report['stopped']}", style="red", markup=False)
             raise typer.Exit(1)
-
-
-def _load(path: Path, overrides: list[str]) -> Config:
-    """Reads a config, refuses contradictions, and shows warnings."""
-    loaded = configuration.from_toml(path, overrides)
-    contradictions.check(loaded)
-    for warning in contradictions.warnings(loaded):
-        _ERRORS.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
-    return loaded
 
 
 def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
@@ -129,7 +104,7 @@ def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
             (config and config.run.directory) or Path("runs") / (config.run.name if config else "")
         )
         hint = f"interrupted; continue with: fedslm simulate --resume {directory}"
-        _ERRORS.print(hint, highlight=False, markup=False, soft_wrap=True)
+        ERRORS.print(hint, highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None
     finally:
         bar.close()
@@ -152,10 +127,11 @@ def _finish(report: dict[str, Any], as_json: bool) -> None:
     console.print(f"{name}: {before:.4f} before, [bold]{after:.4f}[/bold] after", highlight=False)
     if report["epsilon"] is not None:
         spent = f"ε = {report['epsilon']:.3f} at δ = {report['delta']:g}"
-        console.print(f"privacy: {spent} (largest over clients)", highlight=False)
+        of = "all clients composed" if report["overlapping"] else "largest over clients"
+        console.print(f"privacy: {spent} for one {report['plan']['unit']} ({of})", highlight=False)
     sent = f"{readable(report['bytes_down'])} down, {readable(report['bytes_up'])} up"
     console.print(f"sent: {sent}; {report['seconds']:.1f} s", highlight=False)
-    for file in ("report.md", "adapter", "ledger"):
+    for file in ("report.md", "adapter", "nodes"):
         path = Path(report["directory"]) / file
         if path.exists():
             console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
@@ -168,11 +144,11 @@ def demo(
     ] = Path("runs/demo"),
     as_json: Json = False,
 ) -> None:
-    """Train the embedded model across five fictional hospitals, without privacy, at ε = 8 and ε = 2.
+    """Train the embedded model across five fictional hospitals, without privacy and with it.
 
     Example: `fedslm demo --directory /tmp/demo`
     """
-    with _clear_errors():
+    with clear_errors():
         from fedslm.federation.workers import preload
 
         preload()
@@ -196,8 +172,8 @@ def show(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
 
     Example: `fedslm config show simulations/demo.toml`
     """
-    with _clear_errors():
-        typer.echo(configuration.to_toml(_load(config, overrides).resolved()))
+    with clear_errors():
+        typer.echo(configuration.to_toml(load_config(config, overrides).resolved()))
 
 
 @config_app.command("check")
@@ -206,6 +182,6 @@ def check(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
 
     Example: `fedslm config check simulations/demo.toml --set privacy.delta=1e-6`
     """
-    with _clear_errors():
-        loaded = _load(config, overrides)
+    with clear_errors():
+        loaded = load_config(config, overrides)
         typer.echo(f"{config}: ok (sha256 {loaded.sha256()[:12]})")

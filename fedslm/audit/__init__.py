@@ -1,0 +1,1 @@
+"""For the privacy officer: ledgers and runs, checked by somebody who trusts neither server nor node."""

@@ -1,0 +1,242 @@
+"""The audit of a run: what was promised to whom, how, what was spent, what is not covered.
+
+Everything comes from the run directory: the config, the nodes' ledgers (in a simulation) and the signed
+statements that the server received. Nothing is taken from the report that the run wrote of itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fedslm
+from fedslm.audit.ledgers import Evidence, LedgerAudit, as_json, audit_ledger
+from fedslm.config import PrivacyConfig
+from fedslm.errors import LedgerError, PrivacyError, RunError
+from fedslm.federation.attestation import ATTESTATION, code_fingerprint
+from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.node import LEDGER
+from fedslm.privacy import accounting
+from fedslm.privacy.chain import read_chain
+from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
+from fedslm.privacy.plan import ExamplePlan, PatientPlan
+from fedslm.privacy.statement import Statement
+from fedslm.records import Event
+from fedslm.reporting.render import page, render
+from fedslm.storage import write_text
+
+_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+_FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
+_PRIORS = (0.01, 0.1, 0.5)
+_GROUP_SIZES = (2, 4)
+
+
+@dataclass(frozen=True)
+class _Client:
+    """What is known of one client.
+
+    Attributes:
+        name: "client 0", and so on.
+        events: Everything that it charged, over all runs that were given.
+        releases: Statements that the server received in this run.
+        audit: The audit of its ledger; None if the ledger is elsewhere.
+    """
+
+    name: str
+    events: tuple[Event, ...]
+    releases: int
+    audit: LedgerAudit | None
+
+
+def audit_run(
+    path: Path,
+    *,
+    others: tuple[Path, ...] = (),
+    group_sizes: tuple[int, ...] = _GROUP_SIZES,
+    empirical: bool = True,
+) -> dict[str, Any]:
+    """Audits a run and writes ``audit.md``, ``audit.json`` and a printable ``audit.html`` into it.
+
+    Args:
+        path: The run directory.
+        others: Further run directories on the same data (tuning, failed attempts): their charges count.
+        group_sizes: Records of one person at which a record-level run is reported.
+        empirical: Attack the mechanism with canaries as well, for a measured lower bound.
+
+    Returns:
+        The content of ``audit.json``; ``findings`` is empty if nothing is wrong.
+
+    Raises:
+        RunError: It is not a run directory, or its files are damaged.
+        PrivacyError: The run was without privacy: there is nothing to audit.
+    """
+    directory, config = RunDirectory.open(path)
+    privacy = config.privacy
+    if privacy.unit == "none" or privacy.delta is None:
+        raise PrivacyError(f"{path} was trained without privacy: epsilon is infinite")
+    statements = directory.statements()
+    clients = [
+        _client(directory, index, [s for c, s in statements if c == index], others)
+        for index in range(config.federation.num_clients)
+    ]
+    worst = _worst(clients, privacy.delta, overlapping=privacy.overlapping)
+    audit: dict[str, Any] = {
+        "fedslm_version": fedslm.__version__,
+        "python": platform.python_version(),
+        "run": {"id": directory.run_id, "path": str(directory.path), "name": config.run.name},
+        "rounds": _rounds(directory, config.federation.rounds),
+        "config_sha256": config.sha256(),
+        "base_model": config.model.base,
+        "privacy": privacy.model_dump(mode="json"),
+        "normaliser": config.training.batch_size,
+        "guarantee": _guarantee(worst, privacy.delta),
+        "mechanisms": _mechanisms(directory, len(clients)),
+        "clients": [_describe(client, privacy.delta) for client in clients],
+        "other_runs": [str(other) for other in others],
+        "groups": _groups(worst, privacy.delta, group_sizes) if privacy.unit == "record" else [],
+        "self_test": _attestation(directory),
+        "empirical": _empirical(clients, privacy) if empirical else None,
+        "findings": [
+            f"{client.name}: {finding}"
+            for client in clients
+            for finding in (client.audit.findings if client.audit else ())
+        ],
+    }
+    if audit["empirical"] is not None and not audit["empirical"]["consistent"]:
+        audit["findings"].append("the attack with canaries found more than was proven: stop training")
+    _write(directory.path, audit)
+    return audit
+
+
+def _client(
+    directory: RunDirectory, index: int, statements: list[Statement], others: tuple[Path, ...]
+) -> _Client:
+    """Reads what one client charged: from its ledger, or from its last statement."""
+    events = statements[-1].events if statements else ()
+    audit, node = None, directory.nodes / f"client-{index:05d}"
+    if (node / LEDGER).exists():
+        key = read_public_key(statements[-1].public_key if statements else node / PUBLIC_KEY)
+        audit = audit_ledger(node, key, Evidence(statements=tuple(statements)))
+        if audit.sound:
+            events = read_chain(node / LEDGER, key).events
+    for other in others:
+        charged = other / "nodes" / node.name
+        if not (charged / LEDGER).exists():
+            raise RunError(f"{other} holds no ledger of client {index}")
+        events += read_chain(charged / LEDGER, read_public_key(charged / PUBLIC_KEY)).events
+    return _Client(f"client {index}", events, len(statements), audit)
+
+
+def _worst(clients: list[_Client], delta: float, *, overlapping: bool) -> tuple[Event, ...]:
+    """What a unit of the network bears: the most of one client, or all clients together."""
+    if overlapping:
+        return tuple(event for client in clients for event in client.events)
+    return max((client.events for client in clients), key=lambda each: accounting.epsilon(each, delta))
+
+
+def _guarantee(events: tuple[Event, ...], delta: float) -> dict[str, Any]:
+    """Epsilon by three accountants, over several deltas, and what it means for an attacker."""
+    accounts = accounting.cross_check(events, delta)
+    odds = math.exp(accounts.pld)
+    return {
+        "delta": delta,
+        "epsilon": accounts.pld,
+        "accounts": asdict(accounts),
+        "curve": [[each, accounting.epsilon(events, each)] for each in sorted({*_DELTAS, delta})],
+        "attack": [
+            [rate, accounting.true_positive_bound(events, rate)] for rate in _FALSE_POSITIVE_RATES
+        ],
+        "posterior": [[prior, prior * odds / (1 - prior + prior * odds)] for prior in _PRIORS],
+    }
+
+
+def _empirical(clients: list[_Client], privacy: PrivacyConfig) -> dict[str, Any] | None:
+    """Attacks the training steps of the client that took the most, with canaries."""
+    from fedslm.training.canaries import empirical_bound
+
+    steps: Counter[tuple[float, float]] = Counter()
+    for event in max((client.events for client in clients), key=lambda es: sum(e.steps for e in es)):
+        steps[event.sample_rate, event.noise_multiplier] += event.steps
+    if not steps:
+        return None
+    ((rate, noise), count), *_ = steps.most_common(1)
+    shared = (1.0, float(privacy.delta or 0), float(privacy.clip_norm or 0), noise, rate, 1, count)
+    plan = PatientPlan(*shared, unit_column="-") if privacy.unit == "patient" else ExamplePlan(*shared)
+    found = empirical_bound(plan)
+    return {"consistent": found.consistent, **asdict(found)}
+
+
+def _describe(client: _Client, delta: float) -> dict[str, Any]:
+    """One client's charges."""
+    audit = client.audit
+    return {
+        "name": client.name,
+        "epsilon": accounting.epsilon(client.events, delta),
+        "charges": len(client.events),
+        "steps": sum(event.steps for event in client.events),
+        "statements": client.releases,
+        "ledger": None if audit is None else as_json(audit),
+    }
+
+
+def _groups(events: tuple[Event, ...], delta: float, sizes: tuple[int, ...]) -> list[tuple[int, float]]:
+    """Epsilon of a person with several records, by tight mixture accounting."""
+    return [(size, accounting.group_epsilon(events, delta, size)) for size in sizes]
+
+
+def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any]]:
+    """Every different mechanism that was charged, as the ledgers or statements name it."""
+    found: dict[str, dict[str, Any]] = {}
+    for index in range(num_clients):
+        node = directory.nodes / f"client-{index:05d}"
+        if not (node / LEDGER).exists():
+            continue
+        try:
+            chain = read_chain(node / LEDGER, read_public_key(node / PUBLIC_KEY))
+        except LedgerError:
+            continue  # it stands among the findings
+        for charge in chain.charges:
+            values = {
+                "purpose": charge.purpose,
+                **asdict(charge.event),
+                "clip_norm": charge.clip_norm,
+                "base_sha256": charge.base_sha256,
+                "code_version": charge.code_version,
+                "config_sha256": charge.config_sha256,
+            }
+            found.setdefault(json.dumps(values, sort_keys=True), values)
+    return list(found.values())
+
+
+def _rounds(directory: RunDirectory, planned: int) -> dict[str, int]:
+    """How the rounds went."""
+    records = directory.records()
+    return {
+        "planned": planned,
+        "done": len(records),
+        "failed": sum(record.failed for record in records),
+        "late": sum(record.late for record in records),
+        "refused": sum(record.refused for record in records),
+    }
+
+
+def _attestation(directory: RunDirectory) -> dict[str, Any] | None:
+    """What passed the self-test in this run; None if nothing is known."""
+    try:
+        values = json.loads((directory.nodes / ATTESTATION).read_text(encoding="utf-8"))
+        return {**values, "same_code_as_here": values["fingerprint"] == code_fingerprint()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, audit: dict[str, Any]) -> None:
+    """Writes the three forms."""
+    markdown = render("audit.md.j2", audit=audit)
+    write_text(path / "audit.json", json.dumps(audit, indent=2) + "\n")
+    write_text(path / "audit.md", markdown)
+    write_text(path / "audit.html", page(markdown, f"Privacy audit of {audit['run']['name']}"))

@@ -1,0 +1,170 @@
+"""``fedslm audit``: for the privacy officer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedslm.cli.console import ERRORS, Json, clear_errors
+
+if TYPE_CHECKING:
+    from fedslm.audit.ledgers import LedgerAudit
+
+audit_app = typer.Typer(help="Check what was spent, and the code itself.", no_args_is_help=True)
+
+
+@audit_app.command("ledger")
+def ledger(
+    path: Annotated[Path, typer.Argument(help="A ledger, or the node directory that holds it.")],
+    public_key: Annotated[
+        str, typer.Option(help="The node's public key: a PEM file, or 64 hexadecimal digits.")
+    ],
+    head: Annotated[
+        list[str], typer.Option(help="Hash of a line that was once the last; may be repeated.")
+    ] = [],  # noqa: B006  (typer copies it)
+    statements: Annotated[
+        Path | None, typer.Option(help="A server's statements.jsonl, to hold the ledger against.")
+    ] = None,
+    delta: Annotated[
+        list[float], typer.Option(help="Report epsilon at this delta too; may be repeated.")
+    ] = [],  # noqa: B006
+    policy: Annotated[
+        Path | None, typer.Option(help="The node's policy.toml: check its budget, show what is left.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a ledger offline: chain, signatures, gaps, rollback, epsilon by three accountants.
+
+    Ends with 0 on a sound ledger and 1 on any finding.
+
+    Example: `fedslm audit ledger node/ledger.jsonl --public-key node/ledger-key.pub.pem`
+    """
+    with clear_errors():
+        from fedslm.audit.ledgers import Evidence, audit_ledger, read_statements
+        from fedslm.audit.ledgers import as_json as values_of
+        from fedslm.privacy.keys import read_public_key
+        from fedslm.privacy.policy import read_policy
+
+        key = read_public_key(public_key)
+        allowed = None if policy is None else read_policy(policy)
+        evidence = Evidence(
+            heads=tuple(head),
+            statements=() if statements is None else read_statements(statements, key),
+            deltas=tuple(delta),
+            budget=None if allowed is None else (allowed.epsilon, allowed.delta),
+        )
+        found = audit_ledger(path, key, evidence)
+        if as_json:
+            typer.echo(json.dumps(values_of(found)))
+        else:
+            _print_ledger(found)
+        if not found.sound:
+            raise typer.Exit(1)
+
+
+@audit_app.command("run")
+def run(
+    path: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
+    others: Annotated[
+        list[Path],
+        typer.Option("--with", help="Another run on the same data, such as tuning; may be repeated."),
+    ] = [],  # noqa: B006
+    records_per_person: Annotated[
+        list[int], typer.Option(help="Report a record-level run for people with so many records.")
+    ] = [2, 4],  # noqa: B006
+    empirical: Annotated[
+        bool, typer.Option(help="Attack the mechanism with canaries, for a measured lower bound.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Write the audit of a run: audit.md, audit.json and a printable audit.html.
+
+    Ends with 0 if nothing is wrong and 1 on any finding.
+
+    Example: `fedslm audit run runs/mine --with runs/tuning`
+    """
+    with clear_errors():
+        from fedslm.audit.runs import audit_run
+
+        audit = audit_run(
+            path,
+            others=tuple(others),
+            group_sizes=tuple(records_per_person),
+            empirical=empirical,
+        )
+        if as_json:
+            typer.echo(json.dumps(audit))
+        else:
+            g, console = audit["guarantee"], Console()
+            text = f"ε = [bold]{g['epsilon']:.3f}[/bold] at δ = {g['delta']:g} for one "
+            console.print(text + audit["privacy"]["unit"], highlight=False)
+            for name in ("audit.md", "audit.html", "audit.json"):
+                console.print(f"  {path / name}", highlight=False, markup=False, soft_wrap=True)
+        for finding in audit["findings"]:
+            ERRORS.print(f"finding: {finding}", style="red", highlight=False, markup=False)
+        if audit["findings"]:
+            raise typer.Exit(1)
+
+
+@audit_app.command("self-test")
+def self_test(as_json: Json = False) -> None:
+    """Try the promises of the privacy code out on this machine; a node does so before it trains.
+
+    Ends with 0 if all hold and 1 if not.
+
+    Example: `fedslm audit self-test`
+    """
+    with clear_errors():
+        from fedslm.training.self_test import run_self_test
+
+        if not as_json:
+            ERRORS.print("testing; this takes about ten seconds …", highlight=False)
+        result = run_self_test()
+        if as_json:
+            checks = [vars(check) for check in result.checks]
+            values = {"passed": result.passed, "seconds": result.seconds, "checks": checks}
+            typer.echo(json.dumps(values))
+        else:
+            table = Table(title=f"Self-test: {result.seconds:.1f} s")
+            for column in ("", "promise", "figures"):
+                table.add_column(column)
+            for check in result.checks:
+                mark = "[green]held[/green]" if check.passed else "[red bold]BROKEN[/red bold]"
+                table.add_row(mark, check.name, check.detail)
+            Console().print(table)
+        if not result.passed:
+            raise typer.Exit(1)
+
+
+def _print_ledger(found: LedgerAudit) -> None:
+    """What was found, for people."""
+    console = Console()
+    verdict = "[green]sound[/green]" if found.sound else "[red bold]not sound[/red bold]"
+    console.print(f"{verdict}: ", found.path, highlight=False, soft_wrap=True)
+    if found.entries:
+        console.print(
+            f"{found.entries} lines, {found.charges} charges for one {found.unit} ({found.adjacency}), "
+            f"{found.open_reservations} of them released nothing; {len(found.runs)} run(s)",
+            highlight=False,
+        )
+        console.print(f"head {found.head}", highlight=False, soft_wrap=True)
+    if found.spent:
+        table = Table(title="ε spent, failed work included")
+        for column in ("δ", "PLD (of record)", "PRV", "RDP", "adaptive", "budget", "releases left"):
+            table.add_column(column, justify="right")
+        for spent in found.spent:
+            accounts = spent.accounts
+            figures = (accounts.pld, accounts.prv, accounts.rdp, spent.adaptive, spent.budget)
+            row = ["–" if figure is None else f"{figure:.3f}" for figure in figures]
+            left = "–" if spent.remaining_releases is None else str(spent.remaining_releases)
+            table.add_row(f"{spent.delta:g}", *row, left)
+        console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    for finding in found.findings:
+        ERRORS.print(f"finding: {finding}", style="red", highlight=False, markup=False)

@@ -1,0 +1,155 @@
+"""``fedslm budget``: what a privacy budget buys, before anything is spent."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedslm.cli.console import ERRORS, Json, clear_errors, load_config
+from fedslm.config import Config, Unit
+from fedslm.errors import PrivacyError
+
+if TYPE_CHECKING:
+    from fedslm.privacy.budget import Answer, Question
+
+budget_app = typer.Typer(help="What a privacy budget buys, before it is spent.", no_args_is_help=True)
+
+
+@budget_app.callback()
+def budget() -> None:
+    """What a privacy budget buys, before it is spent."""
+
+
+@budget_app.command("plan")
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(help="Take what is not given from this config.", metavar="[CONFIG]")
+    ] = None,
+    unit: Annotated[str | None, typer.Option(help="record, patient or client.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Budget: find the noise.")] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="Noise / clip norm: find epsilon, or with --epsilon the steps.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="Failure probability.")] = None,
+    sample_rate: Annotated[
+        float | None, typer.Option(help="Chance of a unit to join a step (client: a round).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Noisy steps of the whole run.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="In place of --steps.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Steps in a round.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Units in a step, for the signal.")] = None,
+    clients: Annotated[int | None, typer.Option(help="Clients, for the signal.")] = None,
+    parameters: Annotated[int | None, typer.Option(help="Trained parameters, for the signal.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write epsilon over the rounds as PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the noise for an epsilon, the epsilon for a noise, or the rounds that a budget allows.
+
+    Example: `fedslm budget plan --epsilon 3 --delta 1e-5 --sample-rate 0.032 --steps 150`
+
+    Example: `fedslm budget plan my.toml --parameters 40000 --plot budget.png`
+    """
+    given = {
+        name: value for name, value in locals().items() if name not in ("plot", "as_json", "config")
+    }
+    with clear_errors():
+        from fedslm.privacy.budget import answer
+
+        found = answer(_question(given, None if config is None else load_config(config, [])))
+        if plot is not None:
+            from fedslm.reporting.plots import plot_budget
+
+            plot_budget(plot, found)
+        if as_json:
+            typer.echo(json.dumps(asdict(found)))
+        else:
+            _print(found, plot)
+
+
+def _question(given: dict[str, Any], config: Config | None) -> Question:
+    """What is known: from the options, then from the config."""
+    from fedslm.privacy.budget import Question
+
+    known = {} if config is None else _from_config(config)
+    if given["epsilon"] is not None and given["noise_multiplier"] is None:
+        known.pop("noise_multiplier", None)  # another budget asks for another noise
+    if given["noise_multiplier"] is not None and given["epsilon"] is None:
+        known.pop("epsilon", None)
+    known |= {name: value for name, value in given.items() if value is not None}
+    unit = known.get("unit", "record")
+    if unit not in get_args(Unit) or unit == "none":
+        raise PrivacyError(f"unit={unit!r} must be record, patient or client")
+    missing = [f"--{key.replace('_', '-')}" for key in ("sample_rate", "delta") if key not in known]
+    if missing:
+        raise PrivacyError(f"{' and '.join(missing)} must be given, or a CONFIG that has them")
+    if not (0 < known["sample_rate"] <= 1 and 0 < known["delta"] < 1):
+        raise PrivacyError(
+            f"sample_rate={known['sample_rate']} must be in (0, 1] and delta={known['delta']} in (0, 1)"
+        )
+    local_steps, rounds = known.pop("local_steps", 1), known.pop("rounds", None)
+    if known.get("steps") is None and rounds is not None:
+        known["steps"] = rounds * local_steps
+    for key in ("steps", "epsilon", "noise_multiplier"):
+        if key in known and not 0 < known[key] < math.inf:
+            raise PrivacyError(f"{key}={known[key]} must be positive and finite")
+    return replace(Question(known["sample_rate"], known["delta"]), **known, steps_per_round=local_steps)
+
+
+def _from_config(config: Config) -> dict[str, Any]:
+    """What a config says of its plan."""
+    privacy, training, federation = config.privacy, config.training, config.federation
+    if privacy.unit == "none":
+        raise PrivacyError('privacy.unit="none" has no budget; give --unit and the rest')
+    values = {
+        "unit": privacy.unit,
+        "epsilon": privacy.epsilon,
+        "noise_multiplier": privacy.noise_multiplier,
+        "delta": privacy.delta,
+        "sample_rate": privacy.sample_rate,
+        "rounds": federation.rounds + privacy.spare_rounds,
+        "local_steps": training.local_steps,
+        "batch_size": training.batch_size,
+        "clients": federation.clients_per_round or federation.num_clients,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _print(found: Answer, plot: Path | None) -> None:
+    """The answer, a table of epsilon over the rounds, and warnings."""
+    console = Console()
+    console.print(
+        f"noise [bold]{found.noise_multiplier:g}[/bold], ε = [bold]{found.epsilon:.3f}[/bold] "
+        f"at δ = {found.delta:g} for one {found.unit}: {found.steps} steps in {found.rounds} rounds at "
+        f"sample rate {found.sample_rate:g}",
+        highlight=False,
+    )
+    accounts = found.accounts
+    console.print(
+        f"accountants: PLD {accounts.pld:.3f} (the number of record), PRV {accounts.prv:.3f}, RDP "
+        f"{accounts.rdp:.3f}",
+        highlight=False,
+    )
+    if found.affordable_steps is not None:
+        console.print(f"the budget pays for {found.affordable_steps} steps", highlight=False)
+    if found.signal_to_noise is not None:
+        console.print(
+            f"signal-to-noise ratio over the run, if all gradients agreed: {found.signal_to_noise:.2g}",
+            highlight=False,
+        )
+    table = Table(title="ε over the rounds")
+    for column in ("round", *(f"δ = {delta:g}" for delta in found.deltas)):
+        table.add_column(column, justify="right")
+    for point in found.curve:
+        table.add_row(str(point.round), *(f"{epsilon:.3f}" for epsilon in point.epsilons))
+    console.print(table)
+    if plot is not None:
+        console.print(f"  {plot}", highlight=False, markup=False, soft_wrap=True)
+    for warning in found.warnings:
+        ERRORS.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)

@@ -1,0 +1,45 @@
+"""What all commands share: options, clear errors, reading a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedslm import config as configuration
+from fedslm import contradictions
+from fedslm.config import Config
+from fedslm.errors import FedslmError
+
+ERRORS = Console(stderr=True)
+
+ConfigPath = Annotated[Path, typer.Argument(help="A TOML file.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Prints our own errors without a traceback."""
+    try:
+        yield
+    except FedslmError as error:
+        ERRORS.print(f"[red bold]error:[/red bold] {type(error).__name__}", highlight=False)
+        ERRORS.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def load_config(path: Path, overrides: list[str]) -> Config:
+    """Reads a config, refuses contradictions, and shows warnings."""
+    loaded = configuration.from_toml(path, overrides)
+    contradictions.check(loaded)
+    for warning in contradictions.warnings(loaded):
+        ERRORS.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+    return loaded

@@ -1,0 +1,41 @@
+"""``fedslm policy``: a node's own policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedslm.cli.console import clear_errors
+
+policy_app = typer.Typer(
+    help="A node's own policy: what it lets a server ask for.", no_args_is_help=True
+)
+
+
+@policy_app.command("example")
+def example() -> None:
+    """Print a policy to start from.
+
+    Example: `fedslm policy example > policy.toml`
+    """
+    from fedslm.privacy.policy import EXAMPLE
+
+    typer.echo(EXAMPLE, nl=False)
+
+
+@policy_app.command("check")
+def check(path: Annotated[Path, typer.Argument(help="A policy file.", metavar="POLICY")]) -> None:
+    """Say whether a node could use a policy, and what it allows.
+
+    Example: `fedslm policy check policy.toml`
+    """
+    with clear_errors():
+        from fedslm.privacy.policy import read_policy
+
+        policy = read_policy(path)
+        typer.echo(
+            f"{path}: ok; at most ε = {policy.epsilon:g} at δ = {policy.delta:g} for one {policy.unit} "
+            f"over the lifetime of the data set"
+        )

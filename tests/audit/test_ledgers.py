@@ -1,0 +1,184 @@
+"""Tests of the offline audit of one ledger: sound ones pass, and every way to cheat is a finding."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedslm.audit.ledgers import Evidence, LedgerAudit, audit_ledger, read_statements
+from fedslm.errors import LedgerError
+from fedslm.privacy import accounting, keys
+from fedslm.privacy.chain import ADAPTER, Charge
+from fedslm.privacy.ledger import Ledger, Limits
+from fedslm.records import Event
+
+EVENT = Event(0.05, 3.0, 10)
+DELTA = 1e-5
+CHARGE = Charge(EVENT, ADAPTER, 1.0, DELTA, "run", 1, "plan", "request", "base", "config", "1", "data")
+AMPLE = Limits((100.0, DELTA))
+
+
+def spend(ledger: Ledger, round: int, *, commit: bool = True, plan: str = "plan") -> None:
+    """Charges one round, and releases it unless told otherwise."""
+    charge = replace(CHARGE, round=round, run=f"run-{plan}", plan_sha256=plan)
+    (index,) = ledger.reserve([charge], AMPLE)
+    if commit:
+        ledger.commit(index, f"release-{round}")
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    """A node directory with three charges, one of them open."""
+    ledger = Ledger(tmp_path / "ledger.jsonl", keys.signing_key(tmp_path))
+    for number in (1, 2):
+        spend(ledger, number)
+    spend(ledger, 3, commit=False)
+    return tmp_path
+
+
+def audit(node: Path, evidence: Evidence = Evidence()) -> LedgerAudit:
+    """Audits with the public key that lies beside the ledger."""
+    return audit_ledger(node, keys.read_public_key(node / keys.PUBLIC_KEY), evidence)
+
+
+def test_a_sound_ledger(node: Path) -> None:
+    """Counts, identity and epsilon by three accountants; the private key is not needed."""
+    (node / keys.PRIVATE_KEY).unlink()
+    found = audit(node)
+    assert found.sound
+    assert (found.entries, found.charges, found.open_reservations) == (6, 3, 1)
+    assert (found.unit, found.adjacency) == ("record", "add-or-remove-one")
+    (spent,) = found.spent
+    assert spent.delta == DELTA
+    assert spent.accounts == accounting.cross_check([EVENT] * 3, DELTA)
+
+
+def test_more_deltas(node: Path) -> None:
+    """Every delta of the ledger, the policy and the auditor is reported."""
+    found = audit(node, Evidence(deltas=(1e-7,), budget=(5.0, 1e-6)))
+    assert [spent.delta for spent in found.spent] == [1e-7, 1e-6, 1e-5]
+
+
+def test_what_the_budget_leaves(node: Path) -> None:
+    """The releases that still fit do fit, and one more does not."""
+    budget = (accounting.epsilon([EVENT] * 7, DELTA), DELTA)
+    (spent,) = audit(node, Evidence(budget=budget)).spent
+    assert (spent.budget, spent.remaining_releases, spent.adaptive) == (budget[0], 4, None)
+
+
+def test_an_exceeded_budget_is_a_finding(node: Path) -> None:
+    """A node that charged more than its policy allows is found out."""
+    budget = (accounting.epsilon([EVENT] * 2, DELTA), DELTA)
+    assert "is exceeded" in audit(node, Evidence(budget=budget)).findings[0]
+
+
+def test_several_plans_are_held_by_the_filter(node: Path) -> None:
+    """What fits only if nobody looked at earlier releases is a finding."""
+    spend(Ledger(node / "ledger.jsonl", keys.signing_key(node)), 4, plan="another")
+    events = [EVENT] * 4
+    pld = accounting.epsilon(events, DELTA)
+    found = audit(node, Evidence(budget=(pld * 1.001, DELTA)))
+    (spent,) = found.spent
+    assert spent.adaptive is not None
+    assert spent.adaptive > pld
+    assert not found.sound
+
+
+def test_saved_heads(node: Path) -> None:
+    """A head that was saved before more was charged is still in the ledger; a foreign one is not."""
+    before = audit(node).head
+    spend(Ledger(node / "ledger.jsonl", keys.signing_key(node)), 4)
+    assert audit(node, Evidence(heads=(before,))).sound
+    assert "rolled back" in audit(node, Evidence(heads=("f" * 64,))).findings[0]
+
+
+def test_a_rollback_of_ledger_and_head_is_seen_by_a_saved_head(node: Path) -> None:
+    """Whoever restores an old copy of both files cannot hide it from an auditor with a head."""
+    old = {name: (node / name).read_bytes() for name in ("ledger.jsonl", "ledger.jsonl.head")}
+    spend(Ledger(node / "ledger.jsonl", keys.signing_key(node)), 4)
+    head = audit(node).head
+    for name, content in old.items():
+        (node / name).write_bytes(content)
+    assert audit(node).sound
+    assert not audit(node, Evidence(heads=(head,))).sound
+
+
+def test_statements(node: Path) -> None:
+    """What the server was told must be in the ledger; a rolled-back ledger does not hold it."""
+    ledger = Ledger(node / "ledger.jsonl", keys.signing_key(node))
+    statement = ledger.statement("run-plan", 2, "release-2")
+    path = node / "statements.jsonl"
+    path.write_text(json.dumps({"client": 0, "statement": statement.to_json()}) + "\n")
+    public = keys.read_public_key(node / keys.PUBLIC_KEY)
+    assert audit(node, Evidence(statements=read_statements(path, public))).sound
+    foreign = ledger.statement("run-plan", 9, "release-9")
+    assert "does not hold" in audit(node, Evidence(statements=(foreign,))).findings[0]
+    for name in ("ledger.jsonl", "ledger.jsonl.head"):
+        (node / name).unlink()
+    fresh = Ledger(node / "ledger.jsonl", keys.signing_key(node))
+    spend(fresh, 1)
+    assert "another ledger" in audit(node, Evidence(statements=(statement,))).findings[0]
+
+
+def test_statements_of_others_are_left_out(
+    node: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A server's file holds many nodes; a damaged file is an error, not an empty one."""
+    other = tmp_path_factory.mktemp("other")
+    ledger = Ledger(other / "ledger.jsonl", keys.signing_key(other))
+    spend(ledger, 1)
+    path = node / "statements.jsonl"
+    text = ledger.statement("run-plan", 1, "release-1").to_json()
+    path.write_text(json.dumps({"client": 1, "statement": text}) + "\n")
+    public = keys.read_public_key(node / keys.PUBLIC_KEY)
+    assert read_statements(path, public) == ()
+    path.write_text("{}\n")
+    with pytest.raises(LedgerError):
+        read_statements(path, public)
+
+
+def test_another_key_is_a_finding(node: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A ledger proves something only to the holder of the right key."""
+    other = keys.signing_key(tmp_path_factory.mktemp("other")).public_key()
+    assert not audit_ledger(node, other, Evidence()).sound
+
+
+def test_a_missing_ledger_is_a_finding(tmp_path: Path, node: Path) -> None:
+    """No ledger is not a sound one."""
+    key = keys.read_public_key(node / keys.PUBLIC_KEY)
+    assert not audit_ledger(tmp_path / "nowhere", key, Evidence()).sound
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_tampering_is_a_finding(data: st.DataObject) -> None:
+    """A flipped bit, or a dropped, swapped or duplicated line, anywhere: the auditor sees it."""
+    with tempfile.TemporaryDirectory() as directory:
+        node = Path(directory)
+        ledger = Ledger(node / "ledger.jsonl", keys.signing_key(node))
+        for number in (1, 2, 3):
+            spend(ledger, number)
+        content = ledger.path.read_bytes()
+        lines = content.splitlines(keepends=True)
+        line = data.draw(st.integers(0, len(lines) - 1))
+        match data.draw(st.sampled_from(["flip", "drop", "swap", "duplicate"])):
+            case "flip":
+                position = data.draw(st.integers(0, len(content) - 1))
+                flipped = content[position] ^ (1 << data.draw(st.integers(0, 7)))
+                changed = content[:position] + bytes([flipped]) + content[position + 1 :]
+            case "drop":
+                changed = b"".join(lines[:line] + lines[line + 1 :])
+            case "swap":
+                other = (line + data.draw(st.integers(1, len(lines) - 1))) % len(lines)
+                lines[line], lines[other] = lines[other], lines[line]
+                changed = b"".join(lines)
+            case _:
+                changed = b"".join([*lines[: line + 1], *lines[line:]])
+        ledger.path.write_bytes(changed)
+        assert not audit(node).sound

@@ -1,0 +1,151 @@
+"""Tests of the audit of a run: it is computed from ledgers and statements, not from the run's report."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import PRIVATE
+
+from fedslm import simulation
+from fedslm.audit import runs
+from fedslm.config import Config
+from fedslm.errors import PrivacyError, RunError
+from fedslm.privacy import accounting
+from fedslm.progress import Bar
+from fedslm.records import Event
+
+ROUNDS = {"federation": {"num_clients": 3, "rounds": 2, "min_replies": 1}}
+
+
+@pytest.fixture(scope="module")
+def finished(config_in: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A private run over two rounds."""
+    directory = tmp_path_factory.mktemp("audited") / "run"
+    simulation.simulate(config_in(directory, privacy=PRIVATE, **ROUNDS), Bar())
+    return directory
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be spoilt."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def audited(run: Path, **options: Any) -> dict[str, Any]:
+    """Audits without the figures for people with several records, which take their time."""
+    return runs.audit_run(run, group_sizes=(), empirical=False, **options)
+
+
+def events_of(run: Path, client: int) -> list[Event]:
+    """What a ledger's lines say was charged, read without any of the library's readers."""
+    lines = (run / "nodes" / f"client-{client:05d}" / "ledger.jsonl").read_text().splitlines()
+    charges = [json.loads(line)["charge"] for line in lines if "charge" in json.loads(line)]
+    return [Event(**charge["event"]) for charge in charges]
+
+
+def test_a_sound_run(run: Path) -> None:
+    """No findings; epsilon is that of the ledgers by three accountants; three files are written."""
+    audit = audited(run)
+    assert audit["findings"] == []
+    expected = accounting.cross_check(events_of(run, 0), 1e-5)
+    accounts = audit["guarantee"]["accounts"]
+    assert tuple(accounts.values()) == astuple(expected)
+    assert [client["charges"] for client in audit["clients"]] == [2, 2, 2]
+    assert json.loads((run / "audit.json").read_text())["guarantee"]["epsilon"] == expected.pld
+    markdown, page = (run / "audit.md").read_text(), (run / "audit.html").read_text()
+    assert f"**{expected.pld:.3f}**" in markdown
+    for part in ("What is not protected", "Every charge", "Self-test", "The mechanism", "Identity"):
+        assert f"## {part}" in markdown
+        assert f"<h2>{part}" in page
+    assert "@media print" in page
+
+
+def test_the_report_is_not_believed(run: Path) -> None:
+    """A run that states another epsilon of itself does not change the audit."""
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps({**report, "epsilon": 0.1, "privacy": {}}))
+    assert audited(run)["guarantee"]["epsilon"] > 1
+
+
+def test_a_changed_ledger_is_a_finding(run: Path) -> None:
+    """A charge made cheaper is found, and the page says so first."""
+    path = run / "nodes" / "client-00001" / "ledger.jsonl"
+    path.write_text(
+        re.sub(r'"noise_multiplier": [0-9.]+', '"noise_multiplier": 99.0', path.read_text())
+    )
+    (finding,) = audited(run)["findings"]
+    assert finding.startswith("client 1: ")
+    assert "not in order" in (run / "audit.md").read_text()
+
+
+def test_a_replaced_ledger_is_a_finding(run: Path) -> None:
+    """A whole node directory that is swapped for another does not hold what the server was told."""
+    shutil.rmtree(run / "nodes" / "client-00001")
+    shutil.copytree(run / "nodes" / "client-00000", run / "nodes" / "client-00001")
+    assert audited(run)["findings"]
+
+
+def test_without_ledgers_the_statements_count(run: Path) -> None:
+    """At a server the ledgers are elsewhere: the signed statements give the same epsilon."""
+    before = audited(run)["guarantee"]["epsilon"]
+    for node in (run / "nodes").glob("client-*"):
+        shutil.rmtree(node)
+    audit = audited(run)
+    assert audit["guarantee"]["epsilon"] == before
+    assert all(client["ledger"] is None for client in audit["clients"])
+
+
+def test_other_runs_count(run: Path, finished: Path) -> None:
+    """Tuning on the same data is composed."""
+    audit = audited(run, others=(finished,))
+    expected = accounting.epsilon(events_of(run, 0) * 2, 1e-5)
+    assert audit["guarantee"]["epsilon"] == expected
+    with pytest.raises(RunError):
+        audited(run, others=(run / "data",))
+
+
+def test_people_with_several_records(run: Path) -> None:
+    """A record-level run is reported for people, by mixture accounting and beyond k times epsilon."""
+    audit = runs.audit_run(run, group_sizes=(1, 2), empirical=False)
+    (one, alone), (two, pair) = audit["groups"]
+    assert (one, two) == (1, 2)
+    assert alone == pytest.approx(audit["guarantee"]["epsilon"], rel=1e-3)
+    assert pair == accounting.group_epsilon(events_of(run, 0), 1e-5, 2)
+
+
+def test_what_an_attacker_gains(run: Path) -> None:
+    """The plain figures are at most what epsilon and delta alone give, and above no knowledge."""
+    guarantee: dict[str, Any] = audited(run)["guarantee"]
+    for rate, bound in guarantee["attack"]:
+        assert rate < bound <= 1
+    for prior, posterior in guarantee["posterior"]:
+        assert prior < posterior < 1
+    curve = [epsilon for _, epsilon in guarantee["curve"]]
+    assert curve == sorted(curve, reverse=True)
+
+
+def test_a_run_without_privacy_has_nothing_to_audit(
+    config_in: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Infinite epsilon is an error, not a page that looks like a promise."""
+    simulation.simulate(config_in(tmp_path / "plain", **ROUNDS), Bar())
+    with pytest.raises(PrivacyError, match="without privacy"):
+        audited(tmp_path / "plain")
+
+
+def test_overlapping_clients_are_composed(config_in: Callable[..., Config], tmp_path: Path) -> None:
+    """If a unit may lie in several clients, all of them count."""
+    privacy = {**PRIVATE, "overlapping": True}
+    simulation.simulate(config_in(tmp_path / "run", privacy=privacy, **ROUNDS), Bar())
+    audit = audited(tmp_path / "run")
+    everything = [event for client in range(3) for event in events_of(tmp_path / "run", client)]
+    assert audit["guarantee"]["epsilon"] == accounting.epsilon(everything, 1e-5)
+    assert audit["guarantee"]["epsilon"] > max(client["epsilon"] for client in audit["clients"])
