@@ -94,7 +94,7 @@ class AdapterState:
 def is_number(value: object) -> bool:
     """True for a finite number that every accountant can compute with; a boolean is none.
 
-    >>> is_number(0.5), is_number(True), is_number(math.nan), is_number(10**400)
+    >>> is_number(0.5), is_number(True), is_number(float("nan")), is_number(10**400)
     (True, False, False, False)
     """
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -30,7 +30,7 @@ def noisy_metric(
           the mean score of its records, in [0, 1], and 1. Noise has standard deviation
           √2 · ``plan.metric_noise_multiplier``: this is the Gaussian mechanism that
           ``plan.metric_event`` charges.
-        * A record that cannot be scored, or whose score is not finite, counts as 0.
+        * A record that cannot be scored, or whose logits or score are not finite, counts as 0.
 
     Args:
         model: The loaded model; its adapter is overwritten.
@@ -67,7 +67,8 @@ def _scores(model: LoadedModel, task: Task, examples: Sequence[Example]) -> list
         for example in examples:
             try:
                 logits, batch = forward(model, task, [example])
-                score = float(task.per_example_score(logits, batch)[0])
+                computed = bool(torch.isfinite(logits).all())
+                score = float(task.per_example_score(logits, batch)[0]) if computed else 0.0
             except (RuntimeError, ValueError, IndexError, MemoryError):
                 score = 0.0
             scores.append(min(1.0, max(0.0, score)) if math.isfinite(score) else 0.0)

@@ -35,7 +35,7 @@ def test_too_little_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two thirds of the noise leak more than was proven."""
     real = GaussianNoise.draw
     monkeypatch.setattr(GaussianNoise, "draw", lambda self, shape, std: real(self, shape, std * 2 / 3))
-    assert not empirical_bound(RECORD).consistent
+    assert not empirical_bound(RECORD, canaries=8000).consistent
 
 
 def test_a_missing_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_a_missing_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             parameter.summed_grad = parameter.grad_sample.sum(dim=0)
 
     monkeypatch.setattr(DPOptimizer, "clip_and_accumulate", unclipped)
-    found = empirical_bound(RECORD)
+    found = empirical_bound(RECORD, canaries=8000)
     assert not found.consistent
 
 
@@ -59,4 +59,4 @@ def test_a_larger_sample_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         "bernoulli",
         lambda self, count, rate: real(self, count, 3 * rate if rate < 0.3 else rate),
     )
-    assert not empirical_bound(RECORD).consistent
+    assert not empirical_bound(RECORD, canaries=8000).consistent
