@@ -165,6 +165,9 @@ class PrivacyConfig(Section):
     """Public probability with which a unit joins a step."""
     noise_multiplier: OptionalNumber = Field(None, gt=0)
     """Noise / clip norm, instead of calibrating to epsilon; epsilon is then the hard limit."""
+    batched: bool = False
+    """Compute several units in one pass: two to three times faster on a CPU, more on a GPU, but
+    rounding lets units touch one another's gradients, and an adapter made for it can blow that up."""
     spare_rounds: int = Field(0, ge=0)
     """Rounds that crashes may cost: charged rounds that were lost are paid from them."""
     metric_noise_multiplier: OptionalNumber = Field(None, gt=0)

@@ -74,6 +74,7 @@ SEE_CONFIG = {
     "federation.rounds",
     "federation.checkpoint",
     "reporting.report",
+    "audit.runs",
     "progress",
     "simulation",
     "flower",

@@ -211,6 +211,13 @@ def _check_statement(
         check_head(path, chain, statement.index, statement.head_sha256)
     except LedgerError as error:
         found.wrong.append(f"{name}: {error}")
+    charged = tuple(
+        entry.charge.event
+        for entry in chain.entries[: statement.index + 1]
+        if entry.charge is not None and entry.charge.run == statement.run
+    )
+    if charged != statement.events or chain.opening.unit != statement.unit:
+        found.wrong.append(f"{name} says other charges than the ledger")
     if statement.release_sha256 not in released:
         found.wrong.append(f"{name} is for a release that the ledger does not hold")
 

@@ -7,16 +7,15 @@ statements that the server received. Nothing is taken from the report that the r
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import fedslm
 from fedslm.audit.ledgers import Evidence, LedgerAudit, as_json, audit_ledger
-from fedslm.config import PrivacyConfig
+from fedslm.config import Config, PrivacyConfig
 from fedslm.errors import LedgerError, PrivacyError, RunError
 from fedslm.federation.attestation import ATTESTATION, code_fingerprint
 from fedslm.federation.checkpoint import RunDirectory
@@ -32,7 +31,6 @@ from fedslm.storage import write_text
 
 _DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 _FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
-_PRIORS = (0.01, 0.1, 0.5)
 _GROUP_SIZES = (2, 4)
 
 
@@ -81,9 +79,16 @@ def audit_run(
         raise PrivacyError(f"{path} was trained without privacy: epsilon is infinite")
     statements = directory.statements()
     clients = [
-        _client(directory, index, [s for c, s in statements if c == index], others)
+        _client(directory, index, [s for c, s in statements if c == index])
         for index in range(config.federation.num_clients)
     ]
+    findings = [
+        f"{client.name}: {finding}"
+        for client in clients
+        for finding in (client.audit.findings if client.audit else ())
+    ]
+    findings += _missing(directory, len(statements))
+    clients = _with_others(clients, config, others, findings)
     worst = _worst(clients, privacy.delta, overlapping=privacy.overlapping)
     audit: dict[str, Any] = {
         "fedslm_version": fedslm.__version__,
@@ -101,11 +106,7 @@ def audit_run(
         "groups": _groups(worst, privacy.delta, group_sizes) if privacy.unit == "record" else [],
         "self_test": _attestation(directory),
         "empirical": _empirical(clients, privacy) if empirical else None,
-        "findings": [
-            f"{client.name}: {finding}"
-            for client in clients
-            for finding in (client.audit.findings if client.audit else ())
-        ],
+        "findings": findings,
     }
     if audit["empirical"] is not None and not audit["empirical"]["consistent"]:
         audit["findings"].append("the attack with canaries found more than was proven: stop training")
@@ -113,9 +114,7 @@ def audit_run(
     return audit
 
 
-def _client(
-    directory: RunDirectory, index: int, statements: list[Statement], others: tuple[Path, ...]
-) -> _Client:
+def _client(directory: RunDirectory, index: int, statements: list[Statement]) -> _Client:
     """Reads what one client charged: from its ledger, or from its last statement."""
     events = statements[-1].events if statements else ()
     audit, node = None, directory.nodes / f"client-{index:05d}"
@@ -124,12 +123,40 @@ def _client(
         audit = audit_ledger(node, key, Evidence(statements=tuple(statements)))
         if audit.sound:
             events = read_chain(node / LEDGER, key).events
-    for other in others:
-        charged = other / "nodes" / node.name
-        if not (charged / LEDGER).exists():
-            raise RunError(f"{other} holds no ledger of client {index}")
-        events += read_chain(charged / LEDGER, read_public_key(charged / PUBLIC_KEY)).events
     return _Client(f"client {index}", events, len(statements), audit)
+
+
+def _with_others(
+    clients: list[_Client], config: Config, others: tuple[Path, ...], findings: list[str]
+) -> list[_Client]:
+    """Adds the charges of further runs, whose ledgers are audited too.
+
+    If the other run shared the same data out in the same way, client by client; else a unit may have
+    been with any client there, and all of them are added to each.
+    """
+    for other in others:
+        directory, theirs = RunDirectory.open(other)
+        charged = []
+        for index in range(theirs.federation.num_clients):
+            node = directory.nodes / f"client-{index:05d}"
+            if not (node / LEDGER).exists():
+                raise RunError(f"{other} holds no ledger of client {index}")
+            key = read_public_key(node / PUBLIC_KEY)
+            audit = audit_ledger(node, key, Evidence())
+            findings += [f"{other}, client {index}: {finding}" for finding in audit.findings]
+            charged.append(read_chain(node / LEDGER, key).events if audit.sound else ())
+        same = (theirs.data, theirs.run.seed, theirs.federation.num_clients) == (
+            config.data,
+            config.run.seed,
+            config.federation.num_clients,
+        )
+        everything = tuple(event for events in charged for event in events)
+        added = charged if same else [everything] * len(clients)
+        clients = [
+            replace(client, events=client.events + more)
+            for client, more in zip(clients, added, strict=True)
+        ]
+    return clients
 
 
 def _worst(clients: list[_Client], delta: float, *, overlapping: bool) -> tuple[Event, ...]:
@@ -142,7 +169,6 @@ def _worst(clients: list[_Client], delta: float, *, overlapping: bool) -> tuple[
 def _guarantee(events: tuple[Event, ...], delta: float) -> dict[str, Any]:
     """Epsilon by three accountants, over several deltas, and what it means for an attacker."""
     accounts = accounting.cross_check(events, delta)
-    odds = math.exp(accounts.pld)
     return {
         "delta": delta,
         "epsilon": accounts.pld,
@@ -151,7 +177,6 @@ def _guarantee(events: tuple[Event, ...], delta: float) -> dict[str, Any]:
         "attack": [
             [rate, accounting.true_positive_bound(events, rate)] for rate in _FALSE_POSITIVE_RATES
         ],
-        "posterior": [[prior, prior * odds / (1 - prior + prior * odds)] for prior in _PRIORS],
     }
 
 
@@ -211,6 +236,14 @@ def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any
             }
             found.setdefault(json.dumps(values, sort_keys=True), values)
     return list(found.values())
+
+
+def _missing(directory: RunDirectory, num_statements: int) -> list[str]:
+    """Updates that were used, but that nobody signed for."""
+    completed = sum(record.completed for record in directory.records())
+    if num_statements >= completed:
+        return []
+    return [f"{completed} updates were used, but {num_statements} statements are here"]
 
 
 def _rounds(directory: RunDirectory, planned: int) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,13 +74,18 @@ def write(
     return Shards(names, sizes, labels)
 
 
-def read_client(directory: Path, client: int) -> list[Row]:
+def read_client(directory: Path, client: int, columns: Set[str] | None = None) -> list[Row]:
     """Reads the rows of one client.
+
+    Args:
+        directory: Holds ``train.parquet``.
+        client: Index of the client.
+        columns: Those to read, as far as they are there; None: all. What is not read cannot fail.
 
     Raises:
         DataError: There is no such client.
     """
-    return _read_row_group(directory / "train.parquet", client)
+    return _read_row_group(directory / "train.parquet", client, columns)
 
 
 def read_evaluation(directory: Path) -> list[Row]:
@@ -175,7 +181,7 @@ def _write_parquet(path: Path, parts: list[Dataset]) -> None:
     temporary.replace(path)
 
 
-def _read_row_group(path: Path, index: int) -> list[Row]:
+def _read_row_group(path: Path, index: int, columns: Set[str] | None = None) -> list[Row]:
     """Reads one row group as a list of rows."""
     import pyarrow.parquet as pq
 
@@ -185,5 +191,7 @@ def _read_row_group(path: Path, index: int) -> list[Row]:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not 0 <= index < file.num_row_groups:
         raise DataError(f"{path} holds {file.num_row_groups} clients; there is no client {index}")
-    rows: list[Row] = file.read_row_group(index).to_pylist()
+    known = file.schema_arrow.names
+    chosen = known if columns is None else [name for name in known if name in columns]
+    rows: list[Row] = file.read_row_group(index, columns=chosen).to_pylist()
     return rows

@@ -107,6 +107,8 @@ def _answer_privately(
     if request.setup.lora.dropout > 0:
         raise PolicyRefused("LoRA dropout couples the records of a batch; it must be 0 under privacy")
     check_private_model(model.adapter.network)
+    _check_adapter(_whole(request), model)
+    _rehearsed(request.setup)
     attest(node.directory if node.deployed else node.directory.parent)
     reserved = ledger.reserve(charges, node.limits(plan))
     release = Release(_train(request, node, plan, model))
@@ -116,6 +118,24 @@ def _answer_privately(
     for index, charge in zip(reserved, charges, strict=True):
         ledger.commit(index, release.hashes()[charge.purpose])
     return _reply(request, model, release, ledger=ledger)
+
+
+def _check_adapter(whole: AdapterState, model: LoadedModel) -> None:
+    """Refuses tensors that do not fit the model before anything is charged for them."""
+    fitting = {key: tuple(each.shape) for key, each in model.adapter.parameters.items()}
+    if whole.shapes != fitting or not whole.is_finite():
+        raise FederationError("the adapter does not fit the model here, or is not finite")
+
+
+@lru_cache(maxsize=8)
+def _rehearsed(setup: Setup) -> None:
+    """Rehearses with the model that is loaded for a setup, once per process."""
+    from fedslm.training.local import rehearse
+
+    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    plan, task = from_json(setup.plan), build(setup.task, setup.data, setup.labels)
+    if isinstance(plan, PrivatePlan):
+        rehearse(model, task, plan, trained_keys(setup.method, model.adapter.read()))
 
 
 @lru_cache(maxsize=8)
@@ -237,7 +257,9 @@ def _shard(setup: Setup, node: Node) -> _Shard:
     """A client's shard, read and tokenised once per process."""
     model = load(setup.model, setup.lora, setup.task, len(setup.labels))
     task, plan = build(setup.task, setup.data, setup.labels), from_json(setup.plan)
-    rows = shards.read_client(Path(setup.directory) / "data", node.client)
+    unit = plan.unit_column if isinstance(plan, PatientPlan) else None
+    wanted = (setup.data.text_column, setup.data.label_column, unit)
+    rows = shards.read_client(node.data, node.client, {name for name in wanted if name is not None})
     prepared = task.prepare(rows, model.tokenizer)
     examples = prepared.examples
     if isinstance(plan, PatientPlan):

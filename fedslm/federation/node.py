@@ -1,8 +1,8 @@
 """A node's own directory: policy, ledger, keys and the last release. No message can name or change it.
 
 In a simulation it is ``nodes/client-NNNNN`` under the run directory, and a policy is optional. In a
-deployment the node's operator names it (``node-directory`` in the node's config), and without a policy
-nothing is trained. One node directory stands for one data set.
+deployment the node's operator names it and the data (``node-directory`` and ``data-directory`` in the
+node's config), and without a policy nothing is trained. One node directory stands for one data set.
 
 policy.toml                  what the node allows
 ledger.jsonl  .head          what was spent, and the last line that was synced
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from fedslm.errors import RunError
+from fedslm.errors import FederationError, RunError
 from fedslm.privacy import keys
 from fedslm.privacy.chain import ADAPTER, METRIC
 from fedslm.privacy.ledger import Ledger, Limits
@@ -30,7 +30,9 @@ from fedslm.records import AdapterState
 from fedslm.storage import load_adapter, save_adapter, write_text
 
 LEDGER = "ledger.jsonl"
-_NODE_DIRECTORY = "node-directory"
+_NODE_DIRECTORY, _DATA_DIRECTORY = "node-directory", "data-directory"
+_SIMULATED = {"partition-id", "num-partitions"}
+_DEPLOYED = {"partition-id", _NODE_DIRECTORY, _DATA_DIRECTORY}
 
 
 @dataclass(frozen=True)
@@ -59,22 +61,39 @@ class Node:
 
     Attributes:
         directory: The node's directory.
+        data: Where its records are.
         client: Index in the population.
         deployed: True if the operator named the directory: then a policy is required.
     """
 
     directory: Path
+    data: Path
     client: int
     deployed: bool
 
     @classmethod
     def of(cls, context: Context, run_directory: str) -> Node:
-        """The node that a Flower context stands for."""
-        client = int(context.node_config["partition-id"])
-        own = context.node_config.get(_NODE_DIRECTORY)
-        if own:
-            return cls(Path(str(own)), client, deployed=True)
-        return cls(Path(run_directory) / "nodes" / f"client-{client:05d}", client, deployed=False)
+        """The node that a Flower context stands for.
+
+        Args:
+            context: Its node config is exactly a simulation's, or names both directories of the node: a
+                key that is misspelt must not turn a hospital into a simulated client.
+            run_directory: Where a simulated client's directories are; a deployed node does not use it.
+
+        Raises:
+            FederationError: The node config is neither.
+        """
+        config = context.node_config
+        if set(config) == _SIMULATED:
+            client, run = int(config["partition-id"]), Path(run_directory)
+            own = run / "nodes" / f"client-{client:05d}"
+            return cls(own, run / "data", client, deployed=False)
+        if set(config) == _DEPLOYED and config[_NODE_DIRECTORY] and config[_DATA_DIRECTORY]:
+            own, data = Path(str(config[_NODE_DIRECTORY])), Path(str(config[_DATA_DIRECTORY]))
+            return cls(own, data, int(config["partition-id"]), deployed=True)
+        raise FederationError(
+            f"a node's config must have exactly {', '.join(sorted(_DEPLOYED))}; this one has other keys"
+        )
 
     def policy(self) -> NodePolicy | None:
         """The policy, read anew; None in a simulation without one.

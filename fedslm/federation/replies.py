@@ -69,9 +69,11 @@ def _problem_of_statement(plan: Plan, request: Request, reply: Reply) -> str | N
     if len(statement.events) > _MOST_EVENTS or not set(plan.round_events) >= set(statement.events):
         return "the spend statement has charges that this plan does not make"
     counts = [statement.events.count(event) for event in plan.round_events]
-    if min(counts) < 1 or accounting.epsilon(statement.events, plan.delta) > plan.epsilon:
-        return "the spend statement has fewer or more charges than the plan allows"
-    return None
+    try:
+        allowed = min(counts) >= 1 and accounting.epsilon(statement.events, plan.delta) <= plan.epsilon
+    except FedslmError as error:
+        return str(error)
+    return None if allowed else "the spend statement has fewer or more charges than the plan allows"
 
 
 def continued(reply: Reply, statements: dict[int, Statement], client: int) -> Reply | str:

@@ -242,7 +242,7 @@ class Tally:
             bytes_down=self.bytes_down,
             bytes_up=self.bytes_up,
             reasons=tuple(self._reasons),
-            private_metric=self._scores / self._units if self._units > 0 else None,
+            private_metric=self._scores / self._units if self._units >= 1 else None,
             **values,
         )
 

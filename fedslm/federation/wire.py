@@ -16,6 +16,7 @@ from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig, Train
 from fedslm.errors import FederationError
 from fedslm.records import AdapterState
 
+_LARGEST_METRIC = 1e12
 HELLO = "query.hello"
 TRAIN = "train"
 Status = Literal["ok", "refused", "failed"]
@@ -182,10 +183,15 @@ class Reply:
             raise FederationError(f"the reply cannot be read: {reason}") from error
 
 
+def _is_moderate(value: object) -> bool:
+    """True for a number that sums of do not overflow."""
+    return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= _LARGEST_METRIC
+
+
 def _pair(values: object) -> tuple[float, float]:
     """Two finite numbers."""
-    if not isinstance(values, list) or len(values) != 2 or not all(map(math.isfinite, values)):
-        raise ValueError("a metric is two finite numbers")
+    if not isinstance(values, list) or len(values) != 2 or not all(map(_is_moderate, values)):
+        raise ValueError("a metric is two numbers up to 10^12")
     return float(values[0]), float(values[1])
 
 

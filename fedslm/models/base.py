@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 HEAD_NAMES = ("classifier", "score", "classification_head")
 DEMO_DIRECTORY = Path(__file__).parent / "demo_base"
-_HASHED = ("config.json", "*.safetensors", "*.bin", "tokenizer*.json", "vocab.*", "*.model")
+_HASHED = (
+    "config.json",
+    "*.safetensors",
+    "*.index.json",
+    "*.bin",
+    "tokenizer*.json",
+    "vocab.*",
+    "*.model",
+)
 _HASHED_TOO = ("merges.txt", "added_tokens.json", "special_tokens_map.json")
 _PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # they count from pad_token_id + 1
 _BLOCK_BYTES = 1 << 20
@@ -110,6 +118,8 @@ def load_base(model: ModelConfig, task: TaskConfig, num_labels: int, pad_token_i
     import torch
 
     directory = resolve(model)
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(f"{directory} holds an adapter, not a base; merge it first")
     dtype = getattr(torch, model.dtype)
     try:
         network = _build(directory, task, num_labels, dtype, pad_token_id)

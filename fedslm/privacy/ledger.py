@@ -70,8 +70,10 @@ class Ledger:
         * Every reserved event counts, committed or not, over all runs and restarts.
         * Charges in another unit than the ledger's are refused: two ledgers for the same people would
           each see half of what was spent.
-        * Within one run the plan cannot change. Over several plans, which may have been chosen after
-          seeing earlier releases, the lifetime budget is held by a Rényi filter as well.
+        * Within one run neither the plan nor the data can change. Over several plans, which may have
+          been chosen after seeing earlier releases, the lifetime budget is held by a Rényi filter as
+          well. A server that lets its second plan depend on the first one's releases can reach twice
+          the delta: one for stopping under the first plan, one for going on.
         * A file with a changed, reordered or missing line is refused, and so is one that is shorter
           than the head beside it. A torn last line is left out: no release can have followed it.
 
@@ -252,6 +254,8 @@ def _check_limits(chain: Chain, charges: Sequence[Charge], limits: Limits) -> No
     of_run = [charge for charge in chain.charges if charge.run == first.run]
     if any(charge.plan_sha256 != first.plan_sha256 for charge in of_run):
         raise PolicyRefused("this run was begun with another plan; a plan does not change within a run")
+    if any(charge.dataset_commitment != first.dataset_commitment for charge in of_run):
+        raise PolicyRefused("the data changed since this run began; a run is over one data set")
     new = [charge.event for charge in charges]
     _check_budget([*(charge.event for charge in of_run), *new], limits.run, "the run")
     if limits.lifetime is not None:

@@ -30,6 +30,7 @@ Records = NDArray[np.int64]
 Batch = list[Records]  # one array of record indices for each unit in the sample
 METRIC_SENSITIVITY = math.sqrt(2.0)  # a unit moves (sum of scores, number of units) by at most (1, 1)
 _SLACK = 1e-9
+_LEAST_CLIP_NORM = 1e-6  # far below, float32 cannot clip
 
 
 class Plan(Protocol):
@@ -68,13 +69,15 @@ class PrivatePlan(ABC):
     Attributes:
         epsilon: Budget of each client over the whole run, > 0.
         delta: In (0, 1).
-        clip_norm: Largest L2 norm of one unit's gradient, > 0.
+        clip_norm: Largest L2 norm of one unit's gradient, >= 1e-6.
         noise_multiplier: Noise standard deviation / clip norm, > 0.
         sample_rate: Probability in (0, 1] with which a unit joins a step.
         normaliser: What the noisy sum is divided by (units), >= 1.
         steps_per_round: Noisy steps in a round, >= 1.
         rounds: Rounds that the budget pays for, >= 1.
         metric_noise_multiplier: Noise of the optional metric of each round; None: no metric leaves.
+        batched: False computes every unit in a pass of its own, so that its gradient is a function of
+            its own records to the last bit; True is faster, and exact up to rounding alone.
 
     References:
         Abadi et al. 2016 (arXiv 1607.00133).
@@ -91,19 +94,21 @@ class PrivatePlan(ABC):
     steps_per_round: int
     rounds: int = 1
     metric_noise_multiplier: float | None = None
+    batched: bool = False
 
     def __post_init__(self) -> None:
         metric = self.metric_noise_multiplier
         bounds = {
             "epsilon": is_number(self.epsilon) and self.epsilon > 0,
             "delta": is_number(self.delta) and 0 < self.delta < 1,
-            "clip_norm": is_number(self.clip_norm) and self.clip_norm > 0,
+            "clip_norm": is_number(self.clip_norm) and self.clip_norm >= _LEAST_CLIP_NORM,
             "noise_multiplier": is_number(self.noise_multiplier) and self.noise_multiplier > 0,
             "sample_rate": is_number(self.sample_rate) and 0 < self.sample_rate <= 1,
             "normaliser": is_count(self.normaliser),
             "steps_per_round": is_count(self.steps_per_round),
             "rounds": is_count(self.rounds),
             "metric_noise_multiplier": metric is None or (is_number(metric) and metric > 0),
+            "batched": isinstance(self.batched, bool),
         }
         for name, holds in bounds.items():
             if not holds:

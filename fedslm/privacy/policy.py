@@ -36,6 +36,7 @@ max_steps_per_round = 100
 max_rounds_per_day = 50
 base_models = ["any"]         # sha256 of allowed base models (fedslm prints it in report.md), or "any"
 tasks = ["classification"]    # allowed tasks: "classification", "causal-lm"
+batched = false               # true lets several units share a pass: faster, exact up to rounding alone
 metrics = "none"              # "noisy" lets a metric leave as a Gaussian release of its own
 min_metric_noise_multiplier = 5.0
 """
@@ -83,6 +84,8 @@ class NodePolicy(Section):
     """SHA-256 of the base models that may be trained on, or "any"."""
     tasks: Names
     """Names of the tasks that may be trained."""
+    batched: bool = False
+    """Whether several units may be computed in one pass, where rounding couples them."""
     metrics: Literal["none", "noisy"] = "none"
     """Whether a metric may leave, as a Gaussian release of its own."""
     min_metric_noise_multiplier: OptionalNumber = Field(None, gt=0)
@@ -132,6 +135,8 @@ class NodePolicy(Section):
                 yield f"{name} {value:g} is above {bound:g}"
         if not plan.noise_multiplier >= self.min_noise_multiplier:
             yield f"noise_multiplier {plan.noise_multiplier:g} is below {self.min_noise_multiplier:g}"
+        if plan.batched and not self.batched:
+            yield "several units in one pass are not allowed"
         if isinstance(plan, PatientPlan):
             yield from self._unit_reasons(plan)
         yield from self._metric_reasons(plan)

@@ -11,12 +11,12 @@ import torch
 from fedslm.config import TrainingConfig
 from fedslm.errors import DataError, TrainingError
 from fedslm.models.loaded import LoadedModel
-from fedslm.privacy.plan import NoPrivacy, Plan
+from fedslm.privacy.plan import NoPrivacy, Plan, PrivatePlan
 from fedslm.records import AdapterState
 from fedslm.rng import seed_of, stream
 from fedslm.tasks.base import Example, Task
 from fedslm.training.checks import check_moved, check_parameters
-from fedslm.training.steps import stepping
+from fedslm.training.steps import PrivateStep, stepping
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,26 @@ def train(
     if not after.is_finite():
         raise TrainingError("local training diverged: the adapter holds NaN or infinity")
     return after
+
+
+def rehearse(model: LoadedModel, task: Task, plan: PrivatePlan, trained: frozenset[str]) -> None:
+    """Tries one made-up record out: a base without per-record gradients is found before any charge.
+
+    Raises:
+        TrainingError: This base gives no gradient for each record.
+    """
+    model.adapter.train_only(set(trained))
+    enter_training(model)
+    parameters = [p for p in model.adapter.parameters.values() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    try:
+        with stepping(model, task, plan, optimizer, 1) as step:
+            if isinstance(step, PrivateStep):
+                step.rehearse(Example((1, 2, 3, 2, 1), 0))
+    except Exception as error:
+        raise TrainingError(f"this base gives no gradient for each record: {error}") from error
+    finally:
+        model.adapter.network.eval()
 
 
 def enter_training(model: LoadedModel) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ _SAMPLES = 400
 _DISTINCT = 0.95  # float32 noise has few equal values
 _SIGMAS = 6.0
 _SMALLEST_P = 1e-8
-_PLAN = ExamplePlan(8.0, 1e-5, _CLIP_NORM, 1.5, 0.03, 16, _STEPS)
+_PLAN = ExamplePlan(8.0, 1e-5, _CLIP_NORM, 1.5, 0.03, 16, _STEPS, batched=True)  # the harder case
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,8 @@ def _patients(bench: Bench) -> tuple[bool, str]:
 
 def _patient_plan(clip_norm: float, cap: int) -> PatientPlan:
     """A plan with the patient as its unit."""
-    return PatientPlan(
-        8.0, 1e-5, clip_norm, 1.5, 0.03, 16, _STEPS, unit_column="p", max_records_per_unit=cap
-    )
+    values = {**asdict(_PLAN), "clip_norm": clip_norm}
+    return PatientPlan(**values, unit_column="p", max_records_per_unit=cap)
 
 
 def _neighbours(

@@ -72,7 +72,8 @@ class PrivateStep:
     Formal guarantees:
         * The pre-noise sum moves by at most ``plan.clip_norm`` (L2, over all trained parameters
           jointly) when one unit is added or removed: the gradients of a unit's records are summed and
-          clipped once, losses are not coupled.
+          clipped once, losses are not coupled. Each unit has a pass of its own, so that nothing else
+          shapes its gradient; with ``plan.batched`` this holds up to rounding.
         * Clipping is done in float32, whatever the precision of the base.
         * A record whose gradient is not finite or cannot be computed contributes exactly zero.
         * An empty batch adds the same noise as any other.
@@ -82,7 +83,7 @@ class PrivateStep:
         model: The model, with Opacus hooks attached.
         task: The per-example loss.
         optimizer: Opacus' optimizer.
-        micro_batch_size: Most records in one forward pass.
+        micro_batch_size: Most records in one forward pass; 1 gives every unit its own.
     """
 
     def __init__(
@@ -104,6 +105,16 @@ class PrivateStep:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
+    def rehearse(self, example: Example) -> None:
+        """Computes one made-up record, before anything is charged.
+
+        Raises:
+            TrainingError: This model gives no gradient for each record.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self._attempt([example])
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _gradients(self, part: Sequence[Unit]) -> None:
         """Fills ``grad_sample`` with one finite gradient per unit.
 
@@ -113,7 +124,9 @@ class PrivateStep:
         records = [example for unit in part for example in unit]
         try:
             samples = self._attempt(records)
-        except (RuntimeError, ValueError, IndexError, MemoryError):
+        except TrainingError:
+            raise  # of the model's making, not of a record's
+        except Exception:  # whatever a record does, it must not show
             samples = self._one_by_one(records)
         zeroed = zero_non_finite(samples)
         if len(records) > len(part):
@@ -146,7 +159,9 @@ class PrivateStep:
             forget_activations(self._model.adapter.network)
             try:
                 rows.append(self._attempt([record]))
-            except (RuntimeError, ValueError, IndexError, MemoryError):
+            except TrainingError:
+                raise
+            except Exception:  # the record alone decides, and counts as zero
                 logger.warning("a record cannot be computed and counts as zero", exc_info=True)
                 rows.append([p.new_zeros((1, *p.shape)) for p in self.optimizer.params])
         forget_activations(self._model.adapter.network)
@@ -271,8 +286,9 @@ def stepping(
 
     network = model.adapter.network
     hooks = GradSampleHooks(network, batch_first=True, loss_reduction="sum")
+    size = micro_batch_size if plan.batched else 1  # a pass never cuts a unit
     try:
-        yield PrivateStep(model, task, private_optimizer(optimizer, plan), micro_batch_size)
+        yield PrivateStep(model, task, private_optimizer(optimizer, plan), size)
     finally:
         forget_activations(network)
         hooks.cleanup()

@@ -149,13 +149,16 @@ def context_of(index: int, directory: Path | None = None) -> Context:
     """The Flower context of a simulated node, or of a deployed one whose operator names a directory."""
     values: dict[str, Any] = {"partition-id": index, "num-partitions": 3}
     if directory is not None:
-        values["node-directory"] = str(directory)
+        values = {"partition-id": index, "node-directory": str(directory)}
     return Context(run_id=0, node_id=2 + index, node_config=values, state=RecordDict(), run_config={})
 
 
 def message_to(request: Request, context: Context) -> Message:
     """Sends a request to a node and gives its answer."""
     LocalGrid(1, InlinePool())  # tells Flower who sends
+    if "node-directory" in context.node_config:  # its operator knows where the run's data is
+        data = str(Path(request.setup.directory) / "data")
+        context.node_config.setdefault("data-directory", data)
     message = Message(request.to_records(), context.node_id, TRAIN)
     message.metadata.__dict__["_message_id"] = "1"
     return client.train(message, context)

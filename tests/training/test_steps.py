@@ -269,7 +269,7 @@ def test_base_that_couples_records_is_refused(
 
 
 def test_coupled_records_are_refused(family_directory: Callable[[str, str], Path]) -> None:
-    """A loss that merges the batch into one row gives gradients for one record: refused."""
+    """Where units share a pass, a loss that merges them into one row is refused."""
     model = load_family(family_directory("bert", "classification"), "classification")
     task = task_of("classification")
 
@@ -285,4 +285,4 @@ def test_coupled_records_are_refused(family_directory: Callable[[str, str], Path
         per_example_loss = staticmethod(task.per_example_loss)
 
     with pytest.raises(TrainingError, match="do not match the batch"):
-        one_step(model, Merged(), record_plan(), alone(examples_of(3)))  # type: ignore[arg-type]
+        one_step(model, Merged(), record_plan(batched=True), alone(examples_of(3)))  # type: ignore[arg-type]
