@@ -112,6 +112,7 @@ def test_other_runs_count(run: Path, finished: Path) -> None:
         audited(run, others=(run / "data",))
 
 
+@pytest.mark.slow
 def test_people_with_several_records(run: Path) -> None:
     """A record-level run is reported for people, by mixture accounting and beyond k times epsilon."""
     audit = runs.audit_run(run, group_sizes=(2,), empirical=False)

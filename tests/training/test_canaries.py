@@ -23,6 +23,7 @@ def test_a_sound_mechanism_is_consistent_and_tight(plan: PrivatePlan) -> None:
         assert attack.measured > 0.75 * attack.bound
 
 
+@pytest.mark.slow
 def test_full_batches() -> None:
     """A sample rate of 1 has no hiding in the sample; fewer canaries keep it quick."""
     found = empirical_bound(ExamplePlan(8.0, 1e-5, 1.0, 8.0, 1.0, 16, 30))

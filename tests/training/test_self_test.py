@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import mutations as broken
 import pytest
@@ -67,6 +68,30 @@ ELSEWHERE: dict[str, tuple[Mutation, set[str], set[str]]] = {
 SLOW = {RECORDS: "_records", PATIENTS: "_patients", METRIC: "_metric"}
 
 
+# One or two for each check in every run of the tests; all of them in the slow ones.
+OFTEN = {
+    "nothing is clipped",
+    "each record is clipped",
+    "the loss is weighted",
+    "infinities stay",
+    "too little noise",
+    "torch's noise",
+    "noise repeated in each step",
+    "empty batches are skipped",
+    "samples of patients of a fixed size",
+    "at most 100 records",
+    "samples from a seed",
+    "an unchecked ledger",
+    "half of epsilon",
+    "a metric by record",
+}
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    """Parameters; those that are not for every run are marked."""
+    return [pytest.param(n, marks=[] if n in OFTEN else [pytest.mark.slow]) for n in names]
+
+
 def leave_out(patch: pytest.MonkeyPatch, names: Iterable[str]) -> None:
     """Lets slow checks pass unseen."""
     for name in names:
@@ -105,7 +130,7 @@ def test_sound_code_passes_within_twenty_seconds() -> None:
     assert result.seconds <= 20
 
 
-@pytest.mark.parametrize("name", IN_GRADIENTS)
+@pytest.mark.parametrize("name", cases(IN_GRADIENTS))
 def test_a_broken_step_fails_the_checks_of_its_promise(patch: pytest.MonkeyPatch, name: str) -> None:
     """What a step computes before the noise is broken: exactly these checks fail."""
     mutate, expected = IN_GRADIENTS[name]
@@ -114,7 +139,7 @@ def test_a_broken_step_fails_the_checks_of_its_promise(patch: pytest.MonkeyPatch
     assert failed(run_self_test()) == expected
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("name", cases(ELSEWHERE))
 def test_broken_code_fails_the_check_of_its_promise(patch: pytest.MonkeyPatch, name: str) -> None:
     """Noise, sampler, ledger or accountant is broken: these checks fail, and none that has nothing to do with it."""
     mutate, expected, possible = ELSEWHERE[name]
