@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import disk_full
 
 from fedslm.errors import RunError
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter, replacing, save_adapter, write_text
 
 _BITS = np.array([0.0, -0.0, np.nan, np.inf, 1e-45, 3.4e38], np.float32)
-
-
-@contextmanager
-def disk_full(limit: int) -> Iterator[None]:
-    """No file of this process can grow beyond ``limit`` bytes (Python ignores SIGXFSZ)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def adapter(num_values: int, value: float = 1.0) -> AdapterState:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -75,3 +78,14 @@ def family_config(family: str) -> Any:
                 **common,
             )
     raise ValueError(family)
+
+
+@contextmanager
+def disk_full(limit: int) -> Iterator[None]:
+    """No file of this process can grow beyond ``limit`` bytes (Python ignores SIGXFSZ)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -87,11 +87,7 @@ class SelfTest:
 
 
 def run_self_test() -> SelfTest:
-    """Tries every promise out; an exception counts as a failure.
-
-    >>> len(run_self_test.__doc__) > 0
-    True
-    """
+    """Tries every promise out; an exception counts as a failure."""
     began = time.monotonic()
     checks: list[tuple[str, Callable[[Bench], tuple[bool, str]]]] = [
         ("removing any one record moves the sum by at most the clip norm", _records),

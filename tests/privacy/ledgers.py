@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +93,3 @@ def head_for(path: Path, position: int) -> bytes:
 
     line = lines_of(path)[position].removesuffix(b"\n")
     return json.dumps({"index": position, "sha256": line_hash(line)}).encode()
-
-
-@contextmanager
-def disk_full(limit: int) -> Iterator[None]:
-    """No file of this process can grow beyond ``limit`` bytes (Python ignores SIGXFSZ)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

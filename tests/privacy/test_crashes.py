@@ -19,11 +19,11 @@ from ledgers import (
     OTHER,
     charge,
     copy_of,
-    disk_full,
     filled,
     head_of,
     reserve,
 )
+from tiny import disk_full
 
 from fedslm.errors import LedgerError
 from fedslm.privacy.chain import METRIC
