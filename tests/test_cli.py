@@ -40,9 +40,10 @@ def tiny(run_directory: Path, *more: str) -> list[str]:
 
 
 def assert_clear(result: Result, kind: str, *parts: str) -> None:
-    """An error of ours: exit status 1, its name and text on standard error, and no traceback."""
+    """An error of ours: its exit status, name and text on standard error, and no traceback."""
     assert isinstance(result.exception, SystemExit)
-    assert result.exit_code == 1
+    given = ("ConfigError", "DataError", "ModelError")
+    assert result.exit_code == (2 if kind in given else 1)
     assert result.stdout == ""
     assert f"error: {kind}" in result.stderr
     assert "Traceback" not in result.output

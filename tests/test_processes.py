@@ -284,10 +284,10 @@ def test_full_disk_at_a_checkpoint_loses_nothing(make_config: MakeConfig, tmp_pa
 def test_bad_input_is_a_clear_error(
     make_config: MakeConfig, tmp_path: Path, sections: dict[str, dict[str, object]], message: str
 ) -> None:
-    """Each kind of bad input ends the command with 1 and one clear message, without a traceback."""
+    """Each kind of bad input ends the command with 2 and one clear message, without a traceback."""
     path = write(make_config(**sections), tmp_path / "c.toml")
     process = start("simulate", str(path), cwd=tmp_path)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert message in err
     assert "Traceback" not in err

@@ -13,7 +13,7 @@ from rich.console import Console
 from fedslm import config as configuration
 from fedslm import contradictions
 from fedslm.config import Config
-from fedslm.errors import FedslmError
+from fedslm.errors import ConfigError, DataError, FedslmError, ModelError
 
 ERRORS = Console(stderr=True)
 
@@ -27,13 +27,14 @@ Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on st
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Prints our own errors without a traceback."""
+    """Prints our own errors without a traceback; ends with 2 if what was given is at fault, else 1."""
     try:
         yield
     except FedslmError as error:
         ERRORS.print(f"[red bold]error:[/red bold] {type(error).__name__}", highlight=False)
         ERRORS.print(str(error), highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        is_input = isinstance(error, ConfigError | DataError | ModelError)
+        raise typer.Exit(2 if is_input else 1) from None
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:

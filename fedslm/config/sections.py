@@ -1,22 +1,15 @@
-"""Strict, frozen configuration sections, from TOML or from Flower's flat run config.
+"""Strict, frozen configuration sections.
 
-Every error names its dotted key, the value, the bound and the remedy, and all of them are reported at
-once. Contradictions between sections live in :mod:`fedslm.contradictions`.
+Contradictions between sections live in :mod:`fedslm.contradictions`.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import tomllib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-
-from fedslm.errors import ConfigError, Problem
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _split(value: object) -> object:
@@ -40,6 +33,15 @@ OptionalText = Annotated[str | None, BeforeValidator(_blank_is_none)]
 OptionalNumber = Annotated[float | None, BeforeValidator(_blank_is_none)]
 OptionalCount = Annotated[int | None, BeforeValidator(_blank_is_none)]
 Unit = Literal["none", "record", "patient", "client"]
+TaskName = Literal[
+    "classification",
+    "multi-label",
+    "token-classification",
+    "causal-lm",
+    "instruction",
+    "seq2seq",
+    "preference",
+]
 
 
 class Section(BaseModel):
@@ -70,6 +72,10 @@ class ModelConfig(Section):
     """Hub revision (commit, tag or branch)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the frozen base; the adapter is always float32."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Store the frozen base's linear layers in 8 or 4 bits; the adapter stays float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where clients compute."""
 
@@ -91,23 +97,39 @@ class DataConfig(Section):
     """Where examples come from and, in simulation, whose they are."""
 
     source: str = Field(min_length=1)
-    """Hub name, a local file or directory, or "demo"."""
+    """Hub name, a local file or directory, a database URL (with the two queries), or "demo"."""
     train_split: str = "train"
     """Split (or file stem) that is shared out among the clients: private."""
     evaluation_split: str = "test"
     """Split (or file stem) that the server evaluates on: public."""
     evaluation_source: OptionalText = None
     """Source of the evaluation split if it is not `source`."""
+    train_query: OptionalText = None
+    """SQL that gives the training rows, if `source` is a database URL."""
+    evaluation_query: OptionalText = None
+    """SQL that gives the public evaluation rows, if they come from a database."""
     text_column: str = "text"
-    """Column with the text."""
+    """Column with the input: text, list of words (token-classification), prompt or document."""
     label_column: OptionalText = "label"
-    """Column with the label (classification, Dirichlet partition)."""
-    partition: Literal["iid", "dirichlet", "natural"] = "iid"
-    """How a simulation shares the training split out among clients."""
+    """Column with the target: class, classes, tags, completion, summary or preferred answer."""
+    rejected_column: OptionalText = None
+    """Column with the rejected answer (preference)."""
+    streaming: bool = False
+    """Read, share out and tokenise in pieces: for data larger than memory."""
+    partition: Literal["iid", "dirichlet", "shard", "size", "natural"] = "iid"
+    """How a simulation shares the training split out among clients: evenly, with label skew, few labels
+    each, uneven sizes, or by a column."""
     dirichlet_alpha: float = Field(0.5, gt=0)
-    """Concentration of the Dirichlet partition; small means skewed."""
+    """Concentration of the dirichlet (labels) and size (sizes) partitions; small means skewed."""
+    partition_column: OptionalText = None
+    """Column whose values dirichlet and shard partitions skew; absent means label_column."""
+    shards_per_client: int = Field(2, ge=1)
+    """Shards of one label that each client gets (shard partition)."""
     natural_column: str = "client"
     """Column that names the client (natural partition); the largest clients are taken."""
+    validation_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of each client's units (patients never straddle) that is not trained on; the charged metric
+    is measured there."""
     max_evaluation_records: int = Field(2000, ge=1)
     """The evaluation split is cut to this many records."""
 
@@ -115,14 +137,25 @@ class DataConfig(Section):
 class TaskConfig(Section):
     """What is learned."""
 
-    name: Literal["classification", "causal-lm"]
-    """Sequence classification or causal language modelling."""
+    name: TaskName
+    """One class for a text, several, one for each word, the next token, an answer, a text from a text,
+    or the better of two answers."""
     max_length: int = Field(64, ge=2)
-    """Longest sequence in tokens; longer texts are cut."""
+    """Longest sequence in tokens (prompt and completion together); longer texts are cut and counted."""
+    max_target_length: int = Field(64, ge=1)
+    """Longest completion, summary or answer in tokens."""
     labels: Names = ()
-    """Class names; absent means the labels of the public evaluation split."""
+    """Class names (token-classification: O, B-…, I-…); absent means those of the public split."""
+    labels_file: OptionalText = None
+    """A public file with one class name on each line, instead of `labels`."""
     pooling: Literal["native", "mean"] = "native"
     """Classifier input: the architecture's own (CLS/pooler, last token) or the masked mean."""
+    prompt: OptionalText = None
+    """Prompt with columns in braces, such as "Question: {text}"; absent means the text column alone."""
+    prompt_format: Literal["auto", "chat", "plain"] = "auto"
+    """chat: by the tokenizer's chat template; plain: without; auto: chat where there is a template."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull towards the base model (preference)."""
 
 
 class TrainingConfig(Section):
@@ -254,130 +287,3 @@ class Config(Section):
                 text = ", ".join(value) if isinstance(value, list) else value
                 flat[f"{section}.{key}"] = "" if text is None else text
         return flat
-
-
-def from_mapping(values: Mapping[str, Any]) -> Config:
-    """Builds a config from nested mappings.
-
-    Raises:
-        ConfigError: Everything that is wrong, with dotted keys.
-
-    >>> from_mapping({"model": {"base": "demo"}})  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ...
-    fedslm.errors.ConfigError: 3 problems in the configuration
-      data: is missing; add a [data] section
-      task: is missing; add a [task] section
-      privacy: is missing; add a [privacy] section
-    """
-    try:
-        return Config.model_validate(dict(values))
-    except ValidationError as error:
-        raise ConfigError([_problem(detail) for detail in error.errors()]) from None
-
-
-def from_toml(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file and applies ``section.key=value`` overrides.
-
-    Args:
-        path: A TOML file.
-        overrides: Values are read as TOML where possible, else as text.
-
-    Raises:
-        ConfigError: The file is missing, is not TOML, or does not validate.
-    """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError([Problem(str(path), "no such file")]) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError([Problem(str(path), f"cannot be read as TOML: {error}")]) from None
-    return from_mapping(with_overrides(values, overrides))
-
-
-def from_flat(values: Mapping[str, Any]) -> Config:
-    """Builds a config from Flower's flat run config (``{"privacy.epsilon": 8.0, …}``)."""
-    nested: dict[str, dict[str, Any]] = {}
-    for dotted, value in values.items():
-        section, _, key = dotted.partition(".")
-        nested.setdefault(section, {})[key or section] = value
-    return from_mapping(nested)
-
-
-def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Returns nested values with ``section.key=value`` overrides applied.
-
-    >>> with_overrides({"run": {"seed": 1}}, ["run.seed=2", "run.name=a"])
-    {'run': {'seed': 2, 'name': 'a'}}
-    """
-    merged: dict[str, Any] = {
-        section: dict(content) if isinstance(content, Mapping) else content
-        for section, content in values.items()
-    }
-    for override in overrides:
-        dotted, equals, text = override.partition("=")
-        section, dot, key = dotted.strip().partition(".")
-        content = merged.setdefault(section, {})
-        if not (equals and dot and key) or not isinstance(content, dict):
-            message = "is not section.key=value, such as training.local_steps=20"
-            raise ConfigError([Problem(f"--set {override}", message)])
-        content[key] = _toml_value(text.strip())
-    return merged
-
-
-def to_toml(config: Config) -> str:
-    """Writes a config as TOML that :func:`from_toml` reads back."""
-    lines: list[str] = []
-    for section, values in config.model_dump(mode="json").items():
-        lines.append(f"[{section}]")
-        for key, value in values.items():
-            text = json.dumps("" if value is None else value, ensure_ascii=False)
-            lines.append(f"{key} = {text}".replace("\x7f", "\\u007f"))
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _toml_value(text: str) -> object:
-    """Reads a value as TOML, or else as plain text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-_REMEDIES = {
-    "privacy.delta": "use about 1/(10·records of the smallest client)",
-    "privacy.epsilon": "smaller is more private; 1 to 8 is common",
-    "privacy.sample_rate": "use batch_size / a public estimate of a client's records",
-    "privacy.unit": 'use "record" or "patient", or "none" to train without privacy',
-    "training.local_steps": "10 to 50 is common",
-    "federation.num_clients": "count the hospitals, devices or shards",
-}
-
-
-def _problem(detail: Mapping[str, Any]) -> Problem:
-    """Turns one pydantic error into key, value, bound and remedy."""
-    location = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
-    key = ".".join(location[:2])
-    match detail["type"]:
-        case "missing" if len(location) == 1:
-            message = f"is missing; add a [{key}] section"
-        case "missing":
-            message = "is missing and has no default"
-        case "extra_forbidden":
-            message = f"is not known{_did_you_mean(location)}"
-        case _:
-            shown = json.dumps(detail["input"], default=str)
-            message = f"value {shown}: {detail['msg'].removeprefix('Input ')}"
-    remedy = _REMEDIES.get(key)
-    return Problem(key, f"{message}; {remedy}" if remedy else message)
-
-
-def _did_you_mean(location: list[str]) -> str:
-    """Names the nearest known key."""
-    fields = Config.model_fields
-    if len(location) > 1:
-        section = fields[location[0]].annotation
-        fields = section.model_fields  # type: ignore[union-attr]
-    nearest = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(fields)}"

@@ -1,0 +1,146 @@
+"""Configs from TOML or from Flower's flat run config, and back to TOML.
+
+Every error names its dotted key, the value, the bound and the remedy, and all of them are reported at
+once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedslm.config.sections import Config
+from fedslm.errors import ConfigError, Problem
+
+
+def from_mapping(values: Mapping[str, Any]) -> Config:
+    """Builds a config from nested mappings.
+
+    Raises:
+        ConfigError: Everything that is wrong, with dotted keys.
+
+    >>> from_mapping({"model": {"base": "demo"}})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    fedslm.errors.ConfigError: 3 problems in the configuration
+      data: is missing; add a [data] section
+      task: is missing; add a [task] section
+      privacy: is missing; add a [privacy] section
+    """
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError([_problem(detail) for detail in error.errors()]) from None
+
+
+def from_toml(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file and applies ``section.key=value`` overrides.
+
+    Args:
+        path: A TOML file.
+        overrides: Values are read as TOML where possible, else as text.
+
+    Raises:
+        ConfigError: The file is missing, is not TOML, or does not validate.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([Problem(str(path), "no such file")]) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError([Problem(str(path), f"cannot be read as TOML: {error}")]) from None
+    return from_mapping(with_overrides(values, overrides))
+
+
+def from_flat(values: Mapping[str, Any]) -> Config:
+    """Builds a config from Flower's flat run config (``{"privacy.epsilon": 8.0, …}``)."""
+    nested: dict[str, dict[str, Any]] = {}
+    for dotted, value in values.items():
+        section, _, key = dotted.partition(".")
+        nested.setdefault(section, {})[key or section] = value
+    return from_mapping(nested)
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns nested values with ``section.key=value`` overrides applied.
+
+    >>> with_overrides({"run": {"seed": 1}}, ["run.seed=2", "run.name=a"])
+    {'run': {'seed': 2, 'name': 'a'}}
+    """
+    merged: dict[str, Any] = {
+        section: dict(content) if isinstance(content, Mapping) else content
+        for section, content in values.items()
+    }
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        section, dot, key = dotted.strip().partition(".")
+        content = merged.setdefault(section, {})
+        if not (equals and dot and key) or not isinstance(content, dict):
+            message = "is not section.key=value, such as training.local_steps=20"
+            raise ConfigError([Problem(f"--set {override}", message)])
+        content[key] = _toml_value(text.strip())
+    return merged
+
+
+def to_toml(config: Config) -> str:
+    """Writes a config as TOML that :func:`from_toml` reads back."""
+    lines: list[str] = []
+    for section, values in config.model_dump(mode="json").items():
+        lines.append(f"[{section}]")
+        for key, value in values.items():
+            text = json.dumps("" if value is None else value, ensure_ascii=False)
+            lines.append(f"{key} = {text}".replace("\x7f", "\\u007f"))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(text: str) -> object:
+    """Reads a value as TOML, or else as plain text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+_REMEDIES = {
+    "privacy.delta": "use about 1/(10·records of the smallest client)",
+    "privacy.epsilon": "smaller is more private; 1 to 8 is common",
+    "privacy.sample_rate": "use batch_size / a public estimate of a client's records",
+    "privacy.unit": 'use "record" or "patient", or "none" to train without privacy',
+    "training.local_steps": "10 to 50 is common",
+    "federation.num_clients": "count the hospitals, devices or shards",
+}
+
+
+def _problem(detail: Mapping[str, Any]) -> Problem:
+    """Turns one pydantic error into key, value, bound and remedy."""
+    location = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
+    key = ".".join(location[:2])
+    match detail["type"]:
+        case "missing" if len(location) == 1:
+            message = f"is missing; add a [{key}] section"
+        case "missing":
+            message = "is missing and has no default"
+        case "extra_forbidden":
+            message = f"is not known{_did_you_mean(location)}"
+        case _:
+            shown = json.dumps(detail["input"], default=str)
+            message = f"value {shown}: {detail['msg'].removeprefix('Input ')}"
+    remedy = _REMEDIES.get(key)
+    return Problem(key, f"{message}; {remedy}" if remedy else message)
+
+
+def _did_you_mean(location: list[str]) -> str:
+    """Names the nearest known key."""
+    fields = Config.model_fields
+    if len(location) > 1:
+        section = fields[location[0]].annotation
+        fields = section.model_fields  # type: ignore[union-attr]
+    nearest = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(fields)}"

@@ -1,0 +1,55 @@
+"""Which columns a task reads."""
+
+from __future__ import annotations
+
+from string import Formatter
+
+from fedslm.config import DataConfig, TaskConfig
+from fedslm.errors import ConfigError, Problem
+
+
+def needed(data: DataConfig, task: TaskConfig) -> dict[str, str]:
+    """Columns that a task reads.
+
+    Args:
+        data: Names of the columns.
+        task: The task, and its prompt.
+
+    Returns:
+        What the column is for (a dotted key) to the column.
+
+    Raises:
+        ConfigError: The prompt is no template.
+
+    >>> data = DataConfig(source="demo", label_column="answer")
+    >>> needed(data, TaskConfig(name="instruction", prompt="{question}?"))
+    {'task.prompt {question}': 'question', 'data.label_column': 'answer'}
+    """
+    columns = {"data.text_column": data.text_column}
+    if task.prompt is not None:
+        columns = {f"task.prompt {{{name}}}": name for name in placeholders(task.prompt)}
+    if task.name != "causal-lm":
+        columns["data.label_column"] = str(data.label_column)
+    if task.name == "preference":
+        columns["data.rejected_column"] = str(data.rejected_column)
+    return columns
+
+
+def placeholders(prompt: str) -> list[str]:
+    """Columns that a prompt names in braces.
+
+    Raises:
+        ConfigError: The braces are not balanced, or hold something else than a name.
+    """
+    try:
+        parts = [(name, spec, how) for _, name, spec, how in Formatter().parse(prompt)]
+    except ValueError as error:
+        raise ConfigError([Problem("task.prompt", f"value {prompt!r}: {error}")]) from None
+    names = [name for name, _, _ in parts if name is not None]
+    plain = all(
+        name.isidentifier() and not spec and not how for name, spec, how in parts if name is not None
+    )
+    if not names or not plain:
+        message = f"value {prompt!r}: name at least one column in braces, such as {{text}}"
+        raise ConfigError([Problem("task.prompt", message)])
+    return names
