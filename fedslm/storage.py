@@ -32,6 +32,17 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def expand(path: str) -> str:
+    """Puts the home directory for ``~`` and the environment's values for ``$NAME``.
+
+    A variable that is not set stays as it is: whoever asks refuses a text that still holds a "$".
+
+    >>> expand("$FEDSLM_NOT_SET/notes")
+    '$FEDSLM_NOT_SET/notes'
+    """
+    return os.path.expandvars(os.path.expanduser(path))
+
+
 def _sync(path: Path) -> None:
     """Waits until a file or a directory is on disk."""
     descriptor = os.open(path, os.O_RDONLY)

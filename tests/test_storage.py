@@ -10,7 +10,7 @@ from tiny import disk_full
 
 from fedslm.errors import RunError
 from fedslm.records import AdapterState
-from fedslm.storage import load_adapter, replacing, save_adapter, write_text
+from fedslm.storage import expand, load_adapter, replacing, save_adapter, write_text
 
 _BITS = np.array([0.0, -0.0, np.nan, np.inf, 1e-45, 3.4e38], np.float32)
 
@@ -18,6 +18,26 @@ _BITS = np.array([0.0, -0.0, np.nan, np.inf, 1e-45, 3.4e38], np.float32)
 def adapter(num_values: int, value: float = 1.0) -> AdapterState:
     """An adapter of one tensor."""
     return AdapterState({"a": np.full(num_values, value, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("path", "expanded"),
+    [
+        ("$NOTES_ROOT/data", "/notes/data"),
+        ("${NOTES_ROOT}data", "/notesdata"),
+        ("~/data", "/home/ada/data"),
+        ("owner/name", "owner/name"),
+        ("$NOTES_UNSET/data", "$NOTES_UNSET/data"),
+    ],
+)
+def test_variables_and_home_are_put_in(
+    monkeypatch: pytest.MonkeyPatch, path: str, expanded: str
+) -> None:
+    """Known variables and the home directory are put in; what is unknown stays to be seen."""
+    monkeypatch.setenv("NOTES_ROOT", "/notes")
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.delenv("NOTES_UNSET", raising=False)
+    assert expand(path) == expanded
 
 
 def test_text_replaces_text(tmp_path: Path) -> None:
