@@ -56,6 +56,7 @@ OWNERS = {
     "opacus": {"training", "privacy.accounting"},
     "dp_accounting": {"privacy.accounting"},
     "filelock": {"privacy", "federation.checkpoint", "federation.attestation"},
+    "seqeval": {"tasks"},
     "scipy": {"training.self_test", "training.canaries"},
     "safetensors": {"storage"},
     "flwr": {"federation", "flower", "simulation"},

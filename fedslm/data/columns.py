@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from string import Formatter
 
 from fedslm.config import DataConfig, TaskConfig
@@ -53,3 +54,16 @@ def placeholders(prompt: str) -> list[str]:
         message = f"value {prompt!r}: name at least one column in braces, such as {{text}}"
         raise ConfigError([Problem("task.prompt", message)])
     return names
+
+
+def names_in(value: object) -> tuple[str, ...]:
+    """Class names of a multi-label record: a list, or a text that separates them by , ; or |.
+
+    >>> names_in("heart, bone"), names_in(["heart"]), names_in(None)
+    (('heart', 'bone'), ('heart',), ())
+    """
+    if value is None:
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple(str(name).strip() for name in value if name is not None)
+    return tuple(name.strip() for name in re.split(r"[,;|]", str(value)) if name.strip())

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedslm.aggregation.methods import trained_keys
 from fedslm.data import shards
 from fedslm.errors import DataError
@@ -71,7 +74,7 @@ def evaluate(pool: Pool, setup: Setup, adapter: AdapterState) -> dict[str, float
     """
     parts = max(1, pool.num_workers)
     counted = pool.map(count, [(setup, adapter, part, parts) for part in range(parts)])
-    total: dict[str, float] = {}
+    total: dict[str, NDArray[np.float64]] = {}
     for sums in counted:
         total = {name: total.get(name, 0.0) + value for name, value in sums.items()} or total
     if not total:
@@ -79,7 +82,7 @@ def evaluate(pool: Pool, setup: Setup, adapter: AdapterState) -> dict[str, float
     return build(setup.task, setup.data, setup.labels).metrics(total)
 
 
-def count(setup: Setup, adapter: AdapterState, part: int, parts: int) -> dict[str, float]:
+def count(setup: Setup, adapter: AdapterState, part: int, parts: int) -> dict[str, NDArray[np.float64]]:
     """Additive statistics of every ``parts``-th public example; empty if there is none."""
     from fedslm.training.evaluation import count as count_examples
 

@@ -1,14 +1,17 @@
 """The seam between what is learned and everything else.
 
 A task prepares rows into examples, collates examples into a padded batch, gives one loss per example
-(never a mean over a batch: examples must not be coupled), and turns sums into metrics.
+(never a mean over a batch: examples must not be coupled), and turns added-up statistics into metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
 Tokens = tuple[int, ...]
 Tensors = dict[str, "torch.Tensor"]
+Sums = Mapping[str, NDArray[np.float64]]
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,24 @@ class Example:
 
     Attributes:
         input_ids: Token ids, at least one.
-        target: Class index; -1 where the tokens are the target.
+        target: Class index; -1 where something else is the target.
         owner: Whose the record is, where that matters (privacy.unit = "patient").
+        targets: What each task says: a tag, a word or a label for each token, tokens to be written, or
+            0 and 1 for each class.
+        rejected: The same prompt with the worse answer (preference).
     """
 
     input_ids: Tokens
     target: int = -1
     owner: str = ""
+    targets: Tokens = ()
+    rejected: Example | None = None
+
+    @property
+    def length(self) -> int:
+        """Longest sequence that the example needs."""
+        own = max(len(self.input_ids), len(self.targets))
+        return own if self.rejected is None else max(own, self.rejected.length)
 
 
 @dataclass(frozen=True)
@@ -41,10 +57,22 @@ class Prepared:
         examples: What can be trained on.
         kept: Index of the row behind each example. Records without tokens or with an unknown label are
             left out; whether one is depends on it alone.
+        truncated: Number of examples that were cut to the longest length.
     """
 
     examples: tuple[Example, ...]
     kept: tuple[int, ...]
+    truncated: int = 0
+
+    @classmethod
+    def of(cls, made: Iterable[tuple[int, Example, bool]]) -> Prepared:
+        """Gathers (row, example, whether it was cut)."""
+        rows = list(made)
+        return cls(
+            tuple(example for _, example, _ in rows),
+            tuple(number for number, _, _ in rows),
+            sum(cut for _, _, cut in rows),
+        )
 
 
 class Task(Protocol):
@@ -54,10 +82,23 @@ class Task(Protocol):
     def labels(self) -> tuple[str, ...]:
         """Class names; empty if the task has no classes."""
 
-    def prepare(
-        self, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
-    ) -> Prepared:
+    @property
+    def rows_per_example(self) -> int:
+        """Rows of a batch that stand together for one example."""
+
+    @property
+    def uses_base(self) -> bool:
+        """True if a batch needs ``base_logits``: those of the base without its adapter."""
+
+    @property
+    def headline(self) -> str:
+        """Name of the metric that people look at first."""
+
+    def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """Tokenises rows."""
+
+    def made_up(self) -> Example:
+        """An example of no one's, to try a model out with."""
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads examples on the right into ``input_ids``, ``attention_mask`` and ``labels``."""
@@ -68,30 +109,68 @@ class Task(Protocol):
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
         """How right each example is, in [0, 1], shape (batch,), independent of the other examples."""
 
-    def sums(self, logits: torch.Tensor, batch: Tensors) -> dict[str, float]:
-        """Additive statistics of a batch."""
+    def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
+        """Additive statistics, each of shape (batch, …): what metrics are made of."""
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def metrics(self, sums: Sums) -> dict[str, float]:
         """Turns added-up statistics into metrics."""
 
-    @property
-    def headline(self) -> str:
-        """Name of the metric that people look at first."""
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text, tokenised.
+
+    Attributes:
+        input_ids: Token ids.
+        cut: True if it was longer.
+        offsets: First and last character of each token; (0, 0) for special ones. Empty if unknown.
+    """
+
+    input_ids: Tokens
+    cut: bool
+    offsets: tuple[tuple[int, int], ...] = ()
 
 
-def pad(examples: Sequence[Example], pad_token_id: int) -> Tensors:
-    """Right-pads token ids to the longest of the batch.
+def tokenise(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, **options: bool
+) -> list[Encoded]:
+    """Tokenises texts, each cut to ``max_length`` tokens.
+
+    Args:
+        texts: Any number, even none.
+        tokenizer: The base model's.
+        max_length: In tokens, special ones among them.
+        options: More for the tokenizer, such as ``add_special_tokens=False``.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, **options)
+    fast = getattr(encoded, "encodings", None)
+    if fast is None:  # a tokenizer in Python does not say what it cut
+        return [Encoded(tuple(ids), len(ids) >= max_length) for ids in encoded["input_ids"]]
+    return [
+        Encoded(tuple(one.ids), bool(one.overflowing), tuple(map(tuple, one.offsets))) for one in fast
+    ]
+
+
+def pad(sequences: Sequence[Tokens], value: int) -> torch.Tensor:
+    """Right-pads sequences to the longest.
 
     Returns:
-        ``input_ids`` and ``attention_mask``, both int64 of shape (batch, longest).
+        int64 of shape (sequences, longest).
     """
     import torch
 
-    longest = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(examples), longest), dtype=torch.long)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = torch.tensor(example.input_ids, dtype=torch.long)
-        attention_mask[row, :length] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    longest = max(map(len, sequences))
+    rows = [(*sequence, *([value] * (longest - len(sequence)))) for sequence in sequences]
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def pad_inputs(sequences: Sequence[Tokens], pad_token_id: int) -> Tensors:
+    """Right-pads token ids.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, both int64 of shape (sequences, longest).
+    """
+    mask = pad([(1,) * len(sequence) for sequence in sequences], 0)
+    return {"input_ids": pad(sequences, pad_token_id), "attention_mask": mask}

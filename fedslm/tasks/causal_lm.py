@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fedslm.tasks.base import Example, Prepared, Tensors, pad
+from fedslm.tasks import tokens
+from fedslm.tasks.base import (
+    Encoded,
+    Example,
+    Prepared,
+    Row,
+    Sums,
+    Tensors,
+    Tokens,
+    pad,
+    pad_inputs,
+    tokenise,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-_IGNORED = -100
-_LONGEST_EXPONENT = 50.0
-
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Causal language modelling.
+    """Causal language modelling; ``targets`` of an example number the words that its tokens belong to.
 
     Attributes:
         text_column: Column with the text.
@@ -29,77 +37,80 @@ class CausalLM:
     text_column: str
     max_length: int
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """No classes."""
-        return ()
+    labels = ()
+    rows_per_example = 1
+    uses_base = False
+    headline = "loss"
 
-    @property
-    def headline(self) -> str:
-        """Loss per token in nats."""
-        return "loss"
-
-    def prepare(
-        self, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
-    ) -> Prepared:
+    def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """Tokenises texts; one with fewer than two tokens has nothing to predict."""
-        if not rows:
-            return Prepared((), ())
         shortest = max(2, tokenizer.num_special_tokens_to_add() + 1)
-        encoded = tokenizer(
-            [str(row[self.text_column]) for row in rows],
-            truncation=True,
-            max_length=self.max_length,
-        )["input_ids"]
-        kept = [number for number, tokens in enumerate(encoded) if len(tokens) >= shortest]
-        return Prepared(tuple(Example(tuple(encoded[number])) for number in kept), tuple(kept))
+        texts = [str(row[self.text_column]) for row in rows]
+        encoded = tokenise(texts, tokenizer, self.max_length)
+        return Prepared.of(
+            (number, Example(each.input_ids, targets=_words(text, each)), each.cut)
+            for number, (text, each) in enumerate(zip(texts, encoded, strict=True))
+            if len(each.input_ids) >= shortest
+        )
+
+    def made_up(self) -> Example:
+        """Five tokens."""
+        return Example((1, 2, 3, 2, 1))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
-        """Pads texts; ``labels`` are the token ids, -100 on padding, shape (batch, longest)."""
-        batch = pad(examples, pad_token_id)
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, _IGNORED)
-        return {**batch, "labels": labels}
+        """Pads texts; ``labels`` are the token ids, ``words`` their words (0: none)."""
+        batch = pad_inputs([example.input_ids for example in examples], pad_token_id)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, tokens.IGNORED)
+        words = pad([each.targets or (0,) * len(each.input_ids) for each in examples], 0)
+        return {**batch, "labels": labels, "words": words}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Mean over an example's own tokens, so that no example's length touches another's loss."""
-        losses, counts = _token_losses(logits, batch)
-        return losses.sum(dim=1) / counts.clamp(min=1)
+        """Mean over an example's own tokens."""
+        pair = tokens.shifted(logits, batch["labels"])
+        return tokens.own_mean(tokens.losses(*pair), pair[1])
 
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
         """Share of an example's own next tokens that are predicted."""
-        counts = (batch["labels"][:, 1:] != _IGNORED).sum(dim=1)
-        return _hits(logits, batch).sum(dim=1) / counts.clamp(min=1)
+        pair = tokens.shifted(logits, batch["labels"])
+        return tokens.own_mean(tokens.hits(*pair), pair[1])
 
-    def sums(self, logits: torch.Tensor, batch: Tensors) -> dict[str, float]:
-        """Counts predicted tokens and hits, and adds token losses."""
-        losses, counts = _token_losses(logits, batch)
-        return {
-            "tokens": float(counts.sum()),
-            "correct": float(_hits(logits, batch).sum()),
-            "loss": float(losses.double().sum()),
-        }
+    def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
+        """Tokens and words, and how many of them are right."""
+        pair = tokens.shifted(logits, batch["labels"])
+        found = tokens.statistics(*pair)
+        for among in (1, 3):
+            misses = ~tokens.hits(*pair, among) & (pair[1] != tokens.IGNORED)
+            found[f"words_top{among}"], found["words"] = _right_words(misses, batch["words"])
+        return found
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Loss per token (nats), perplexity and next-token accuracy."""
-        loss = sums["loss"] / sums["tokens"]
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, _LONGEST_EXPONENT)),
-            "next_token_accuracy": sums["correct"] / sums["tokens"],
-        }
-
-
-def _hits(logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-    """Where the next token is predicted; padding never is. Shape (batch, longest - 1)."""
-    return logits[:, :-1].argmax(dim=-1) == batch["labels"][:, 1:]
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """Token metrics; a word is predicted if each of its tokens is (in the first three)."""
+        found = tokens.metrics(sums)
+        if words := float(sums["words"]):
+            found["next_word_top1"] = float(sums["words_top1"]) / words
+            found["next_word_top3"] = float(sums["words_top3"]) / words
+        return found
 
 
-def _token_losses(logits: torch.Tensor, batch: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (batch, longest - 1), zero on padding, and predicted tokens per example (batch,)."""
-    import torch.nn.functional as F
+def _words(text: str, encoded: Encoded) -> Tokens:
+    """Number of the word that each token belongs to, from 1; 0 for special tokens."""
+    numbers, word = [], 0
+    for first, last in encoded.offsets:
+        if last > first:
+            begins = word == 0 or text[first].isspace() or text[first - 1].isspace()
+            word += begins
+        numbers.append(word if last > first else 0)
+    return tuple(numbers)
 
-    targets = batch["labels"][:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, reduction="none", ignore_index=_IGNORED
-    )
-    return losses, (targets != _IGNORED).sum(dim=1)
+
+def _right_words(misses: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words without a miss, and words: of each row; one that begins with the row is not predicted."""
+    import torch
+
+    most = int(words.max()) + 1
+    shape = (len(words), most)
+    wrong = torch.zeros(shape, device=words.device).scatter_add_(1, words[:, 1:], misses.float())
+    there = torch.zeros(shape, device=words.device).scatter_(1, words[:, 1:], 1.0)
+    there.scatter_(1, words[:, :1], 0.0)
+    there[:, 0] = 0.0
+    return ((wrong == 0) & (there > 0)).sum(dim=1), there.sum(dim=1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fedslm.tasks.base import Example, Prepared, Tensors, pad
+from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad_inputs, tokenise
+from fedslm.tasks.scores import f1, mean_of_present
 
 if TYPE_CHECKING:
     import torch
@@ -29,42 +30,36 @@ class Classification:
     label_column: str
     max_length: int
 
-    @property
-    def headline(self) -> str:
-        """Accuracy."""
-        return "accuracy"
+    rows_per_example = 1
+    uses_base = False
+    headline = "accuracy"
 
-    def prepare(
-        self, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
-    ) -> Prepared:
+    def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """Tokenises texts and looks labels up; a record with another label is skipped and counted.
 
         Skipping depends on the record alone: failing would tell everybody that there is such a record.
         A simulation refuses unknown labels before it starts.
         """
-        if not rows:
-            return Prepared((), ())
         index = {label: position for position, label in enumerate(self.labels)}
-        examples, kept = [], []
         special = tokenizer.num_special_tokens_to_add()
-        encoded = tokenizer(
-            [str(row[self.text_column]) for row in rows],
-            truncation=True,
-            max_length=self.max_length,
-        )["input_ids"]
-        for number, (row, tokens) in enumerate(zip(rows, encoded, strict=True)):
-            label = str(row[self.label_column])
-            if label in index and len(tokens) > special:
-                examples.append(Example(tuple(tokens), index[label]))
-                kept.append(number)
-        return Prepared(tuple(examples), tuple(kept))
+        texts = [str(row[self.text_column]) for row in rows]
+        encoded = tokenise(texts, tokenizer, self.max_length)
+        return Prepared.of(
+            (number, Example(each.input_ids, index[label]), each.cut)
+            for number, (row, each) in enumerate(zip(rows, encoded, strict=True))
+            if (label := str(row[self.label_column])) in index and len(each.input_ids) > special
+        )
+
+    def made_up(self) -> Example:
+        """Five tokens of the first class."""
+        return Example((1, 2, 3, 2, 1), 0)
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads texts; ``labels`` are class indices of shape (batch,)."""
         import torch
 
         labels = torch.tensor([example.target for example in examples], dtype=torch.long)
-        return {**pad(examples, pad_token_id), "labels": labels}
+        return {**pad_inputs([each.input_ids for each in examples], pad_token_id), "labels": labels}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
         """Cross-entropy of logits (batch, classes) in float32."""
@@ -76,15 +71,27 @@ class Classification:
         """1 where the class is right, else 0."""
         return (logits.argmax(dim=-1) == batch["labels"]).float()
 
-    def sums(self, logits: torch.Tensor, batch: Tensors) -> dict[str, float]:
-        """Counts records and hits, and adds losses."""
+    def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
+        """Records, hits and losses; and for each class records, guesses and hits."""
+        import torch.nn.functional as F
+
+        right = self.per_example_score(logits, batch)
+        actual = F.one_hot(batch["labels"], len(self.labels))
         return {
-            "records": float(len(logits)),
-            "correct": float(self.per_example_score(logits, batch).sum()),
-            "loss": float(self.per_example_loss(logits, batch).double().sum()),
+            "records": right.new_ones(len(right)),
+            "correct": right,
+            "loss": self.per_example_loss(logits, batch),
+            "actual": actual,
+            "guessed": F.one_hot(logits.argmax(dim=-1), len(self.labels)),
+            "right": actual * right.unsqueeze(-1),
         }
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Accuracy and mean loss."""
-        records = sums["records"]
-        return {"accuracy": sums["correct"] / records, "loss": sums["loss"] / records}
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """Accuracy, macro F1 (over classes that occur) and mean loss."""
+        records = float(sums["records"])
+        by_class = f1(sums["right"], sums["guessed"], sums["actual"])
+        return {
+            "accuracy": float(sums["correct"]) / records,
+            "f1_macro": mean_of_present(by_class, sums["actual"]),
+            "loss": float(sums["loss"]) / records,
+        }

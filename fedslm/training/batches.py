@@ -10,6 +10,7 @@ import torch
 from fedslm.models.loaded import LoadedModel
 from fedslm.tasks.base import Example, Task, Tensors
 
+_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 Unit = Sequence[Example]  # what is clipped together: one record, or a patient's records
 
 
@@ -26,7 +27,7 @@ def micro_batches(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
     >>> [len(part) for part in micro_batches([[short, long], [long]], 2)]
     [1, 1]
     """
-    ordered = sorted(units, key=lambda unit: max(len(example.input_ids) for example in unit))
+    ordered = sorted(units, key=lambda unit: max(example.length for example in unit))
     part: list[Unit] = []
     records = 0
     for unit in ordered:
@@ -45,14 +46,17 @@ def forward(
     """Runs the model on one micro-batch.
 
     Returns:
-        Logits, and the batch on the model's device.
+        Logits, and the batch on the model's device; with the base's own logits where the task compares
+        with them.
     """
     collated = task.collate(examples, int(model.tokenizer.pad_token_id))
     batch = {key: tensor.to(model.device) for key, tensor in collated.items()}
+    inputs = {key: batch[key] for key in _INPUTS if key in batch}
     dtype = next(model.adapter.network.parameters()).dtype
     mixed = dtype != torch.float32
     with torch.autocast(model.device.type, dtype=dtype) if mixed else nullcontext():
-        output = model.adapter.network(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        )
+        if task.uses_base:
+            with torch.no_grad(), model.adapter.disabled():
+                batch["base_logits"] = model.adapter.network(**inputs).logits
+        output = model.adapter.network(**inputs)
     return output.logits, batch

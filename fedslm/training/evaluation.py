@@ -1,15 +1,52 @@
-"""Statistics of an adapter on the public evaluation split."""
+"""Statistics of an adapter on examples that are not trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedslm.models.loaded import LoadedModel
 from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
-from fedslm.training.batches import forward, micro_batches
+from fedslm.training.batches import forward
+
+Statistics = dict[str, NDArray[np.float64]]
+
+
+def statistics(
+    model: LoadedModel,
+    task: Task,
+    examples: Sequence[Example],
+    adapter: AdapterState,
+    batch_size: int,
+) -> Statistics:
+    """The task's statistics of each example.
+
+    Args:
+        model: The loaded model; its adapter is overwritten.
+        task: What is measured.
+        examples: Any number.
+        adapter: The whole adapter.
+        batch_size: Examples in one forward pass.
+
+    Returns:
+        Name to an array of shape (examples, …), in the order of the examples; empty without examples.
+    """
+    model.adapter.write(adapter)
+    model.adapter.network.eval()
+    order = sorted(range(len(examples)), key=lambda number: examples[number].length)
+    parts: dict[str, list[NDArray[np.float64]]] = {}
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            chosen = [examples[number] for number in order[start : start + batch_size]]
+            logits, batch = forward(model, task, chosen)
+            for name, values in task.statistics(logits, batch).items():
+                parts.setdefault(name, []).append(values.cpu().double().numpy())
+    back = np.argsort(order)
+    return {name: np.concatenate(values)[back] for name, values in parts.items()}
 
 
 def count(
@@ -18,25 +55,18 @@ def count(
     examples: Sequence[Example],
     adapter: AdapterState,
     batch_size: int,
-) -> dict[str, float]:
-    """Adds the task's statistics up over public examples.
+) -> Statistics:
+    """Adds the task's statistics up over examples.
 
     Args:
         model: The loaded model; its adapter is overwritten.
         task: What is measured.
-        examples: Public examples.
+        examples: Any number.
         adapter: The whole adapter.
-        batch_size: Records in one forward pass.
+        batch_size: Examples in one forward pass.
 
     Returns:
         Sums, for :meth:`fedslm.tasks.base.Task.metrics`; empty without examples.
     """
-    model.adapter.write(adapter)
-    model.adapter.network.eval()
-    total: dict[str, float] = {}
-    with torch.inference_mode():
-        for part in micro_batches([[example] for example in examples], batch_size):
-            logits, batch = forward(model, task, [example for unit in part for example in unit])
-            for name, value in task.sums(logits, batch).items():
-                total[name] = total.get(name, 0.0) + value
-    return total
+    found = statistics(model, task, examples, adapter, batch_size)
+    return {name: values.sum(axis=0) for name, values in found.items()}

@@ -145,12 +145,14 @@ class PrivateStep:
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             self._task.per_example_loss(logits, batch).sum().backward()  # type: ignore[no-untyped-call]
         samples = [parameter.grad_sample for parameter in self.optimizer.params]
-        if any(sample is None or len(sample) != len(part) for sample in samples):
+        rows = self._task.rows_per_example
+        if any(sample is None or len(sample) != rows * len(part) for sample in samples):
             raise TrainingError(
                 f"per-record gradients do not match the batch of {len(part)} records; a layer mixes "
                 f"records or was not called"
             )
-        return [sample.float() for sample in samples]
+        samples = [sample.float() for sample in samples]
+        return samples if rows == 1 else sum_by_unit(samples, [rows] * len(part))
 
     def _one_by_one(self, part: Sequence[Example]) -> list[torch.Tensor]:
         """Per-record gradients of a batch that failed as a whole."""

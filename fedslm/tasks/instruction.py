@@ -1,0 +1,72 @@
+"""Instruction tuning: a completion for each prompt; the loss is on the completion alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedslm.tasks import tokens
+from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
+from fedslm.tasks.prompts import Prompts
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """Instruction tuning of a causal model; ``targets`` of an example are the completion's tokens.
+
+    Attributes:
+        prompts: How a row becomes a prompt.
+        completion_column: Column with the completion.
+    """
+
+    prompts: Prompts
+    completion_column: str
+
+    labels = ()
+    rows_per_example = 1
+    uses_base = False
+    headline = "loss"
+
+    def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
+        """Tokenises prompts and completions; a record without a completion is skipped."""
+        asked = self.prompts.tokens([self.prompts.text(row) for row in rows], tokenizer)
+        texts = [str(row[self.completion_column] or "") for row in rows]
+        answers = self.prompts.completions(texts, tokenizer)
+        made = []
+        for number, (prompt, (answer, was_cut)) in enumerate(zip(asked, answers, strict=True)):
+            if prompt and texts[number].strip():
+                example, cut = self.prompts.join(prompt, answer)
+                made.append((number, example, cut or was_cut))
+        return Prepared.of(made)
+
+    def made_up(self) -> Example:
+        """Two tokens after three."""
+        return Example((1, 2, 3, 2, 1), targets=(*(tokens.IGNORED,) * 3, 2, 1))
+
+    def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
+        """Pads; ``labels`` are the completion's tokens, shape (batch, longest), else ignored."""
+        inputs = pad_inputs([example.input_ids for example in examples], pad_token_id)
+        return {**inputs, "labels": pad([each.targets for each in examples], tokens.IGNORED)}
+
+    def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        """Mean over a completion's own tokens."""
+        pair = tokens.shifted(logits, batch["labels"])
+        return tokens.own_mean(tokens.losses(*pair), pair[1])
+
+    def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        """Share of a completion's own tokens that are predicted."""
+        pair = tokens.shifted(logits, batch["labels"])
+        return tokens.own_mean(tokens.hits(*pair), pair[1])
+
+    def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
+        """Completion tokens, and how many of them are right."""
+        return tokens.statistics(*tokens.shifted(logits, batch["labels"]))
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """Token metrics over completions."""
+        return tokens.metrics(sums)

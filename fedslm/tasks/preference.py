@@ -1,0 +1,112 @@
+"""Preference: of two answers to a prompt, the better one should become likelier (DPO)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fedslm.tasks import tokens
+from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
+from fedslm.tasks.prompts import Prompts
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Direct preference optimisation against the base without its adapter.
+
+    Each example stands in two rows of a batch, the preferred answer and the rejected one; its loss
+    looks at these two alone.
+
+    Attributes:
+        prompts: How a row becomes a prompt.
+        chosen_column: Column with the preferred answer.
+        rejected_column: Column with the other answer.
+        beta: Strength of the pull towards the base, > 0.
+
+    References:
+        Rafailov et al. 2023, Direct Preference Optimization (arXiv 2305.18290).
+    """
+
+    prompts: Prompts
+    chosen_column: str
+    rejected_column: str
+    beta: float
+
+    labels = ()
+    rows_per_example = 2
+    uses_base = True
+    headline = "accuracy"
+
+    def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
+        """Tokenises both answers; a record without either, or with equal ones, is skipped."""
+        asked = self.prompts.tokens([self.prompts.text(row) for row in rows], tokenizer)
+        columns = (self.chosen_column, self.rejected_column)
+        texts = [[str(row[column] or "") for row in rows] for column in columns]
+        better, worse = (self.prompts.completions(each, tokenizer) for each in texts)
+        made = []
+        for number, prompt in enumerate(asked):
+            pair = (texts[0][number].strip(), texts[1][number].strip())
+            if prompt and all(pair) and better[number][0] != worse[number][0]:
+                chosen, cut = self.prompts.join(prompt, better[number][0])
+                rejected, cut_too = self.prompts.join(prompt, worse[number][0])
+                any_cut = cut or cut_too or better[number][1] or worse[number][1]
+                made.append((number, replace(chosen, rejected=rejected), any_cut))
+        return Prepared.of(made)
+
+    def made_up(self) -> Example:
+        """Two tokens after three, rather than two others."""
+        ignored = (tokens.IGNORED,) * 3
+        worse = Example((1, 2, 3, 1, 2), targets=(*ignored, 1, 2))
+        return Example((1, 2, 3, 2, 1), targets=(*ignored, 2, 1), rejected=worse)
+
+    def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
+        """Pads; rows are chosen, rejected, chosen, …: shape (2·batch, longest)."""
+        rows = [row for example in examples for row in (example, example.rejected or example)]
+        inputs = pad_inputs([row.input_ids for row in rows], pad_token_id)
+        return {**inputs, "labels": pad([row.targets for row in rows], tokens.IGNORED)}
+
+    def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        """−log σ(margin), shape (batch,)."""
+        import torch.nn.functional as F
+
+        return -F.logsigmoid(self._margins(logits, batch))
+
+    def _margins(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        """β·(gain of the chosen answer over the base − gain of the rejected one), shape (batch,)."""
+        gains = _log_likelihoods(logits, batch) - _log_likelihoods(batch["base_logits"], batch)
+        pairs = gains.view(-1, 2)
+        return self.beta * (pairs[:, 0] - pairs[:, 1])
+
+    def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+        """1 where the chosen answer gained more, 1/2 where both gained alike, else 0."""
+        margins = self._margins(logits, batch)
+        return (margins > 0).float() + 0.5 * (margins == 0).float()
+
+    def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
+        """Pairs, right pairs, margins and losses."""
+        margins = self._margins(logits, batch)
+        return {
+            "records": margins.new_ones(len(margins)),
+            "correct": self.per_example_score(logits, batch),
+            "margin": margins,
+            "loss": self.per_example_loss(logits, batch),
+        }
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """How often the chosen answer gained more, the mean margin and the mean loss."""
+        records = float(sums["records"])
+        return {
+            "accuracy": float(sums["correct"]) / records,
+            "margin": float(sums["margin"]) / records,
+            "loss": float(sums["loss"]) / records,
+        }
+
+
+def _log_likelihoods(logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+    """Log-likelihood of each row's completion in nats, shape (rows,)."""
+    return -tokens.losses(*tokens.shifted(logits, batch["labels"])).sum(dim=1)

@@ -1,0 +1,89 @@
+"""From a row to the tokens of a prompt, and of the completion behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from fedslm.config import DataConfig, TaskConfig
+from fedslm.tasks import tokens
+from fedslm.tasks.base import Encoded, Example, Row, Tokens, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNCUT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How a row is put to a model.
+
+    Attributes:
+        template: Text with columns in braces.
+        format: "chat", "plain" or "auto" (chat where the tokenizer has a template).
+        max_length: Longest prompt and completion together, in tokens.
+        max_target_length: Longest completion in tokens.
+    """
+
+    template: str
+    format: Literal["auto", "chat", "plain"]
+    max_length: int
+    max_target_length: int
+
+    @classmethod
+    def of(cls, task: TaskConfig, data: DataConfig) -> Prompts:
+        """The prompts that a config describes."""
+        template = task.prompt or f"{{{data.text_column}}}"
+        return cls(template, task.prompt_format, task.max_length, task.max_target_length)
+
+    def text(self, row: Row) -> str:
+        """The prompt of a row, before any chat template."""
+        return self.template.format_map({key: _text(value) for key, value in row.items()})
+
+    def tokens(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+        """Token ids of prompts, uncut, ready for a completion to follow."""
+        if self.format == "chat" or (self.format == "auto" and tokenizer.chat_template):
+            texts = [_chat(text, tokenizer) for text in texts]
+            return [each.input_ids for each in _bare(texts, tokenizer)]
+        ended = [each.input_ids for each in tokenise(texts, tokenizer, _UNCUT)]
+        end = tokenizer.eos_token_id
+        return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in ended]
+
+    def completions(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    ) -> list[tuple[Tokens, bool]]:
+        """Token ids of completions with an end token, and whether they were cut, which drops it."""
+        end = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+        whole = [(*each.input_ids, *end) for each in _bare(texts, tokenizer)]
+        return [(ids[: self.max_target_length], len(ids) > self.max_target_length) for ids in whole]
+
+    def join(self, prompt: Tokens, completion: Tokens) -> tuple[Example, bool]:
+        """Puts a completion behind a prompt, and says whether the prompt was cut.
+
+        A prompt that is too long keeps its first token and its end: there the question stands, and
+        what a chat template puts before the answer. ``targets`` are the completion's tokens alone.
+        """
+        room = max(1, self.max_length - len(completion))
+        kept = prompt if len(prompt) <= room else (*prompt[:1], *prompt[len(prompt) - room + 1 :])
+        completion = completion[: self.max_length - len(kept)]
+        targets = (*((tokens.IGNORED,) * len(kept)), *completion)
+        return Example((*kept, *completion), targets=targets), len(kept) < len(prompt)
+
+
+def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """Tokenises without special tokens."""
+    return tokenise(texts, tokenizer, _UNCUT, add_special_tokens=False)
+
+
+def _chat(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """One user's turn in the tokenizer's own chat format, up to where the answer begins."""
+    turn = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return str(rendered)
+
+
+def _text(value: object) -> str:
+    """A column's value as text; nothing for a missing one."""
+    return "" if value is None else str(value)
