@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +61,18 @@ class AttachedAdapter:
         """Makes exactly these tensors trainable."""
         for key, parameter in self.parameters.items():
             parameter.requires_grad_(key in keys)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Runs the base without the adapter inside the block; afterwards all is as it was."""
+        # PEFT makes every adapter tensor trainable when it turns them on again, frozen factors too.
+        wanted = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
+        try:
+            with self.network.disable_adapter():  # type: ignore[operator]
+                yield
+        finally:
+            for parameter, is_trained in wanted:
+                parameter.requires_grad_(is_trained)
 
     def save(self, directory: Path) -> None:
         """Writes the adapter as PEFT does, so that ``PeftModel.from_pretrained`` loads it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,33 @@ def test_base_hash_sees_every_byte(
     weights[-1] ^= 1
     (changed / "model.safetensors").write_bytes(weights)
     assert base_sha256(changed) != base_sha256(source)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_without_its_adapter_the_base_answers_alone(
+    fails: bool, family_directory: Callable[[str, str], Path]
+) -> None:
+    """Inside the block the logits are the plain base's; after it, also a failed one, A is still frozen."""
+    import transformers
+
+    directory = family_directory("llama", "causal-lm")
+    model, task = load_family(directory, "causal-lm"), task_of("causal-lm")
+    state = random_state(model)
+    model.adapter.write(state)
+    trained = {key for key in state if "lora_B" in key}
+    model.adapter.train_only(trained)
+    with torch.no_grad():
+        adapted, batch = forward(model, task, examples_of(3))
+    base = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    end = pytest.raises(ZeroDivisionError) if fails else nullcontext()
+    with end, torch.no_grad(), model.adapter.disabled():
+        torch.testing.assert_close(forward(model, task, examples_of(3))[0], base(**inputs).logits)
+        assert 1 / (not fails)
+    assert {key for key, each in model.adapter.parameters.items() if each.requires_grad} == trained
+    with torch.no_grad():
+        torch.testing.assert_close(forward(model, task, examples_of(3))[0], adapted, atol=0, rtol=0)
+    assert not torch.allclose(adapted, base(**inputs).logits)
 
 
 def test_embedded_model_loads_offline() -> None:
