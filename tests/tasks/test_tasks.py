@@ -1,13 +1,28 @@
-"""Tests of the tasks: what is learned, one loss for each example."""
+"""What holds for every task: one loss for each example, whatever else is in the batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from kinds import (
+    CLASSES,
+    KINDS,
+    LANGUAGE,
+    LONG,
+    PAD,
+    added,
+    by_hand,
+    example_of,
+    examples_of,
+    logits_of,
+    losses_of,
+    metrics_of,
+    sums_of,
+)
 from transformers import PreTrainedTokenizerBase
 
 from fedslm.config import DataConfig, TaskConfig
@@ -17,9 +32,7 @@ from fedslm.tasks.base import Example, Task
 from fedslm.tasks.causal_lm import CausalLM
 from fedslm.tasks.classification import Classification
 
-PAD, VOCABULARY = 0, 17
-CLASSES = Classification(("cold", "flu", "other"), "text", "label", 16)
-LANGUAGE = CausalLM("text", 16)
+EACH = pytest.mark.parametrize("name", KINDS)
 TASKS = pytest.mark.parametrize("task", [CLASSES, LANGUAGE], ids=["classification", "causal-lm"])
 EXAMPLES = (
     Example((3, 5, 7), 0),
@@ -33,24 +46,6 @@ EXAMPLES = (
 def tokenizer() -> PreTrainedTokenizerBase:
     """The embedded model's tokenizer."""
     return load_tokenizer(DEMO_DIRECTORY)
-
-
-def logits_of(task: Task, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A fake model in double precision: an example's logits depend on its own tokens alone."""
-    tokens, mask = batch["input_ids"], batch["attention_mask"]
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(VOCABULARY, VOCABULARY, generator=generator, dtype=torch.double)
-    by_token = table[tokens].cumsum(dim=1)
-    if not task.labels:
-        return by_token
-    last = mask.sum(dim=1) - 1
-    return by_token[torch.arange(len(tokens)), last][:, : len(task.labels)]
-
-
-def losses_of(task: Task, examples: Sequence[Example]) -> torch.Tensor:
-    """Per-example losses under the fake model."""
-    batch = task.collate(examples, PAD)
-    return task.per_example_loss(logits_of(task, batch), batch)
 
 
 def test_build_takes_columns_and_labels_from_the_config() -> None:
@@ -164,34 +159,37 @@ def test_a_token_like_the_padding_still_counts() -> None:
     )
 
 
-@TASKS
-def test_a_loss_depends_on_its_own_example_alone(task: Task) -> None:
+@EACH
+def test_a_loss_depends_on_its_own_example_alone(name: str) -> None:
     """Alone, in a batch, in another order, padded or not: an example's loss is the same."""
-    alone = [float(losses_of(task, [example])[0]) for example in EXAMPLES]
-    assert losses_of(task, EXAMPLES).tolist() == pytest.approx(alone, rel=1e-6)
-    assert losses_of(task, EXAMPLES[::-1]).tolist() == pytest.approx(alone[::-1], rel=1e-6)
-    long = Example(tuple(range(1, 16)), 1)
-    assert losses_of(task, [*EXAMPLES, long]).tolist()[:4] == pytest.approx(alone, rel=1e-6)
+    task, examples = KINDS[name], examples_of(name)
+    alone = [float(losses_of(task, [example])[0]) for example in examples]
+    assert len(set(alone)) == len(alone)
+    assert losses_of(task, examples).tolist() == pytest.approx(alone, rel=1e-6)
+    assert losses_of(task, examples[::-1]).tolist() == pytest.approx(alone[::-1], rel=1e-6)
+    long = example_of(name, LONG, 9)
+    assert losses_of(task, [*examples, long]).tolist()[:-1] == pytest.approx(alone, rel=1e-6)
 
 
-@TASKS
-def test_a_loss_has_no_gradient_elsewhere(task: Task) -> None:
+@EACH
+def test_a_loss_has_no_gradient_elsewhere(name: str) -> None:
     """The gradient of an example's loss is zero at other examples' logits and at padding."""
-    batch = task.collate(EXAMPLES, PAD)
+    task, examples = KINDS[name], examples_of(name)
+    batch = task.collate(examples, PAD)
     logits = logits_of(task, batch).requires_grad_()
     losses = task.per_example_loss(logits, batch)
-    assert losses.shape == (4,)
-    for row, example in enumerate(EXAMPLES):
-        (gradient,) = torch.autograd.grad(losses[row], logits, retain_graph=True)
-        assert gradient[row].any()
-        gradient[row, slice(None) if task.labels else slice(0, len(example.input_ids) - 1)] = 0
+    assert losses.shape == (len(examples),)
+    rows = task.rows_per_example
+    for number in range(len(examples)):
+        (gradient,) = torch.autograd.grad(losses[number], logits, retain_graph=True)
+        own = slice(rows * number, rows * (number + 1))
+        assert gradient[own].any()
+        if gradient.dim() == 3:
+            shift = int(name in ("causal-lm", "instruction", "preference"))
+            there = torch.roll(batch["labels"][own] != -100, -shift, dims=1)
+            assert not gradient[own][~there].any()
+        gradient[own] = 0
         assert not gradient.any()
-
-
-def by_hand(logits: torch.Tensor, target: int) -> float:
-    """Negative log-probability of a class, in plain Python."""
-    values = [float(value) for value in logits]
-    return math.log(sum(math.exp(value) for value in values)) - values[target]
 
 
 def test_classification_loss_by_hand() -> None:
@@ -239,63 +237,73 @@ def test_language_model_score_by_hand() -> None:
     assert len(set(expected)) > 2
 
 
-@TASKS
-def test_a_score_depends_on_its_own_example_alone(task: Task) -> None:
+@EACH
+def test_a_score_depends_on_its_own_example_alone(name: str) -> None:
     """Alone, in a batch, in another order, padded or not: an example's score is the same, in [0, 1]."""
+    task = KINDS[name]
 
     def scores(examples: Sequence[Example]) -> list[float]:
         batch = task.collate(examples, PAD)
         return task.per_example_score(logits_of(task, batch), batch).tolist()
 
-    examples = [
-        Example((first, 4, last), target)
-        for first in (1, 2, 9)
-        for last in (3, 4)
-        for target in range(3)
+    pairs = [
+        (first, second, last) for first in range(1, 9) for second in (3, 4) for last in range(1, 9)
     ]
-    examples += [Example((first, second)) for first in range(1, 9) for second in range(1, 9)]
+    examples = [example_of(name, pair, number) for number, pair in enumerate(pairs)]
     alone = [scores([example])[0] for example in examples]
     assert all(0 <= score <= 1 for score in alone)
     assert 0 < sum(alone) < len(alone)
     assert scores(examples) == pytest.approx(alone)
-    assert scores([Example(tuple(range(1, 16)), 1), *examples[::-1]])[1:] == pytest.approx(alone[::-1])
+    long = example_of(name, LONG, 9)
+    assert scores([long, *examples[::-1]])[1:] == pytest.approx(alone[::-1])
 
 
-@TASKS
-def test_losses_are_computed_in_float32(task: Task) -> None:
+@EACH
+def test_losses_are_computed_in_float32(name: str) -> None:
     """A base in half precision does not make the loss coarse."""
-    batch = task.collate(EXAMPLES, PAD)
+    task = KINDS[name]
+    batch = task.collate(examples_of(name), PAD)
     losses = task.per_example_loss(logits_of(task, batch).bfloat16(), batch)
     assert losses.dtype == torch.float32
 
 
-@TASKS
-@pytest.mark.parametrize("sizes", [(1, 3), (2, 2), (1, 1, 1, 1)])
-def test_metrics_of_added_sums_are_metrics_of_the_whole(task: Task, sizes: tuple[int, ...]) -> None:
+@EACH
+@pytest.mark.parametrize("sizes", [(1, 4), (2, 3), (1, 1, 1, 1, 1)])
+def test_metrics_of_added_sums_are_metrics_of_the_whole(name: str, sizes: tuple[int, ...]) -> None:
     """However a split is cut and padded, adding the parts' sums gives the whole's metrics."""
+    task, examples = KINDS[name], examples_of(name)
 
-    def sums(examples: Sequence[Example]) -> dict[str, float]:
-        batch = task.collate(examples, PAD)
-        return task.sums(logits_of(task, batch), batch)
+    def sums(part: Sequence[Example]) -> dict[str, Any]:
+        batch = task.collate(part, PAD)
+        return sums_of(task, logits_of(task, batch), batch)
 
-    total: dict[str, float] = {}
-    start = 0
-    for size in sizes:
-        for name, value in sums(EXAMPLES[start : start + size]).items():
-            total[name] = total.get(name, 0.0) + value
-        start += size
-    whole = task.metrics(sums(EXAMPLES))
-    assert task.metrics(total) == pytest.approx(whole, rel=1e-6)
+    ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
+    parts = [sums(examples[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+    whole = task.metrics(sums(examples))
+    assert task.metrics(added(parts)) == pytest.approx(whole, rel=1e-6)
     assert task.headline in whole
+
+
+@EACH
+def test_a_made_up_record_is_one_of_the_task(name: str) -> None:
+    """What a model is tried out with has a loss, in as many rows as an example has."""
+    task = KINDS[name]
+    batch = task.collate([task.made_up()], PAD)
+    assert len(batch["input_ids"]) == task.rows_per_example
+    assert math.isfinite(float(task.per_example_loss(logits_of(task, batch), batch)))
 
 
 def test_classification_metrics_by_hand() -> None:
     """Accuracy counts hits over records, and the loss is the mean loss."""
     logits = torch.tensor([[2.0, 0, 0], [0, 3.0, 0], [0, 0, 1.0], [1.0, 0, 0]])
     examples = [Example((1,), target) for target in (0, 1, 0, 0)]
-    metrics = CLASSES.metrics(CLASSES.sums(logits, CLASSES.collate(examples, PAD)))
+    metrics = metrics_of(CLASSES, logits, CLASSES.collate(examples, PAD))
     expected = [by_hand(row, e.target) for row, e in zip(logits, examples, strict=True)]
-    assert metrics == pytest.approx({"accuracy": 0.75, "loss": sum(expected) / 4})
+    macro = (
+        4 / 5 + 1
+    ) / 2  # of class 0: two of three found, nothing else taken for it; class 2 is not there
+    wanted = {"accuracy": 0.75, "f1_macro": macro, "loss": sum(expected) / 4}
+    assert metrics == pytest.approx(wanted)
 
 
 def test_language_model_metrics_by_hand() -> None:
@@ -307,7 +315,7 @@ def test_language_model_metrics_by_hand() -> None:
         for at, token in enumerate(example.input_ids[1:]):
             losses.append(by_hand(row[at], token))
             hits += int(row[at].argmax()) == token
-    metrics = LANGUAGE.metrics(LANGUAGE.sums(logits, batch))
+    metrics = metrics_of(LANGUAGE, logits, batch)
     loss = sum(losses) / len(losses)
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
