@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from fedslm.config import Config
+from fedslm.data.columns import placeholders
 from fedslm.errors import ConfigError, Problem
+
+WITH_LABELS = ("classification", "multi-label", "token-classification")
+WITH_PROMPT = ("instruction", "seq2seq", "preference")
 
 
 def check(config: Config) -> None:
@@ -79,19 +84,67 @@ def _federation(config: Config) -> Iterator[Problem]:
 
 
 def _task(config: Config) -> Iterator[Problem]:
-    """What the task needs from the data."""
-    if config.task.name == "classification" and config.data.label_column is None:
-        yield Problem("data.label_column", 'is required with task.name="classification"')
-    if config.data.partition == "dirichlet" and config.data.label_column is None:
+    """What the task needs from the data, and what only some tasks have."""
+    task, data, name = config.task, config.data, f"task.name={config.task.name!r}"
+    if task.name != "causal-lm" and data.label_column is None:
+        yield Problem("data.label_column", f"is required with {name}")
+    if data.partition == "dirichlet" and data.label_column is None:
         yield Problem("data.label_column", 'is required with data.partition="dirichlet"')
-    if len(config.task.labels) == 1:
-        message = f"value {list(config.task.labels)}: give at least two classes"
-        yield Problem("task.labels", message)
-    if len(set(config.task.labels)) != len(config.task.labels):
-        yield Problem("task.labels", f"value {list(config.task.labels)} names a class twice")
-    if config.task.name == "causal-lm" and config.task.pooling == "mean":
-        message = 'value "mean" is for classification; a language model has no pooling'
-        yield Problem("task.pooling", message)
+    if task.name == "preference" and data.rejected_column is None:
+        yield Problem("data.rejected_column", f"is required with {name}: the worse answer's column")
+    if task.name != "preference" and data.rejected_column is not None:
+        yield Problem("data.rejected_column", f'is for task.name="preference", not {name}')
+    if task.pooling == "mean" and task.name not in ("classification", "multi-label"):
+        yield Problem("task.pooling", f'value "mean" is for classification, not {name}')
+    yield from _labels(config)
+    yield from _prompt(config)
+
+
+def _labels(config: Config) -> Iterator[Problem]:
+    """Class names: two at least, each once, in one place, and well-formed where they are tags."""
+    task, labels = config.task, config.task.labels
+    if (labels or task.labels_file) and task.name not in WITH_LABELS:
+        key = "labels" if labels else "labels_file"
+        yield Problem(f"task.{key}", f"is for tasks with classes, not task.name={task.name!r}")
+    if labels and task.labels_file:
+        yield Problem("task.labels_file", "stands beside task.labels; name the classes in one place")
+    if len(labels) == 1:
+        yield Problem("task.labels", f"value {list(labels)}: give at least two classes")
+    if len(set(labels)) != len(labels):
+        yield Problem("task.labels", f"value {list(labels)} names a class twice")
+    if task.name == "token-classification" and labels and (wrong := malformed_tags(labels)):
+        yield Problem("task.labels", f"value {wrong}: tags are O, B-kind and I-kind")
+
+
+def malformed_tags(labels: tuple[str, ...]) -> list[str]:
+    """Labels that are no tags; ``["O"]`` if just the tag of no entity is missing.
+
+    >>> malformed_tags(("O", "B-Drug", "I-Drug")), malformed_tags(("O", "Drug"))
+    ([], ['Drug'])
+    """
+    wrong = [label for label in labels if label != "O" and not re.fullmatch(r"[BIESLU]-\S+", label)]
+    return wrong or ([] if "O" in labels else ["O"])
+
+
+def _prompt(config: Config) -> Iterator[Problem]:
+    """A prompt is for tasks that have one, names columns, and leaves room for an answer."""
+    task = config.task
+    if task.name not in WITH_PROMPT:
+        if task.prompt is not None:
+            yield Problem("task.prompt", f"is for {', '.join(WITH_PROMPT)}; leave it out")
+        if task.max_target_length is not None:
+            yield Problem("task.max_target_length", f"is for {', '.join(WITH_PROMPT)}; leave it out")
+    elif task.prompt is not None:
+        try:
+            placeholders(task.prompt)
+        except ConfigError as error:
+            yield from error.problems
+    if task.prompt_format == "chat" and task.name not in ("instruction", "preference"):
+        yield Problem("task.prompt_format", 'value "chat" is for instruction and preference')
+    most = task.max_target_length
+    if task.name in ("instruction", "preference") and most is not None and most >= task.max_length:
+        message = f"value {most} leaves no room for a prompt in task.max_length={task.max_length}"
+        yield Problem("task.max_target_length", message)
 
 
 def warnings(config: Config) -> list[str]:

@@ -86,8 +86,38 @@ def test_without_privacy_nothing_is_required() -> None:
         (
             [("task.name", "causal-lm"), ("task.pooling", "mean")],
             "task.pooling",
-            "has no pooling",
+            "is for classification",
         ),
+        ([("task.name", "preference")], "data.rejected_column", "is required"),
+        ([("data.rejected_column", "worse")], "data.rejected_column", "classification"),
+        ([("task.name", "instruction"), ("task.labels", ["a", "b"])], "task.labels", "instruction"),
+        ([("task.name", "seq2seq"), ("task.labels_file", "x")], "task.labels_file", "seq2seq"),
+        ([("task.labels", ["a", "b"]), ("task.labels_file", "x")], "task.labels_file", "one place"),
+        (
+            [("task.name", "token-classification"), ("task.labels", ["O", "Drug"])],
+            "task.labels",
+            "['Drug']",
+        ),
+        (
+            [("task.name", "token-classification"), ("task.labels", ["B-Drug", "I-Drug"])],
+            "task.labels",
+            "['O']",
+        ),
+        ([("task.prompt", "{text}")], "task.prompt", "is for instruction"),
+        ([("task.name", "instruction"), ("task.prompt", "text")], "task.prompt", "in braces"),
+        ([("task.name", "instruction"), ("task.prompt", "{text")], "task.prompt", "'{text'"),
+        ([("task.name", "instruction"), ("task.prompt", "{text.x}")], "task.prompt", "in braces"),
+        ([("task.max_target_length", 9)], "task.max_target_length", "is for instruction"),
+        (
+            [
+                ("task.name", "instruction"),
+                ("task.max_length", 9),
+                ("task.max_target_length", 9),
+            ],
+            "task.max_target_length",
+            "no room",
+        ),
+        ([("task.name", "seq2seq"), ("task.prompt_format", "chat")], "task.prompt_format", "chat"),
     ],
 )
 def test_contradictions_are_refused(assignments: list[tuple[str, Any]], key: str, part: str) -> None:

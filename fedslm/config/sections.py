@@ -142,8 +142,8 @@ class TaskConfig(Section):
     or the better of two answers."""
     max_length: int = Field(64, ge=2)
     """Longest sequence in tokens (prompt and completion together); longer texts are cut and counted."""
-    max_target_length: int = Field(64, ge=1)
-    """Longest completion, summary or answer in tokens."""
+    max_target_length: OptionalCount = Field(None, ge=1)
+    """Longest completion, summary or answer in tokens; absent means what max_length leaves room for."""
     labels: Names = ()
     """Class names (token-classification: O, B-…, I-…); absent means those of the public split."""
     labels_file: OptionalText = None

@@ -38,10 +38,9 @@ class Instruction:
         texts = [str(row[self.completion_column] or "") for row in rows]
         answers = self.prompts.completions(texts, tokenizer)
         made = []
-        for number, (prompt, (answer, was_cut)) in enumerate(zip(asked, answers, strict=True)):
+        for number, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
             if prompt and texts[number].strip():
-                example, cut = self.prompts.join(prompt, answer)
-                made.append((number, example, cut or was_cut))
+                made.append((number, *self.prompts.join(prompt, answer)))
         return Prepared.of(made)
 
     def made_up(self) -> Example:

@@ -51,11 +51,10 @@ class Preference:
         made = []
         for number, prompt in enumerate(asked):
             pair = (texts[0][number].strip(), texts[1][number].strip())
-            if prompt and all(pair) and better[number][0] != worse[number][0]:
-                chosen, cut = self.prompts.join(prompt, better[number][0])
-                rejected, cut_too = self.prompts.join(prompt, worse[number][0])
-                any_cut = cut or cut_too or better[number][1] or worse[number][1]
-                made.append((number, replace(chosen, rejected=rejected), any_cut))
+            chosen, cut = self.prompts.join(prompt, better[number])
+            rejected, cut_too = self.prompts.join(prompt, worse[number])
+            if prompt and all(pair) and chosen != rejected:
+                made.append((number, replace(chosen, rejected=rejected), cut or cut_too))
         return Prepared.of(made)
 
     def made_up(self) -> Example:

@@ -24,13 +24,13 @@ class Prompts:
         template: Text with columns in braces.
         format: "chat", "plain" or "auto" (chat where the tokenizer has a template).
         max_length: Longest prompt and completion together, in tokens.
-        max_target_length: Longest completion in tokens.
+        max_target_length: Longest completion in tokens; None: what there is room for.
     """
 
     template: str
     format: Literal["auto", "chat", "plain"]
     max_length: int
-    max_target_length: int
+    max_target_length: int | None
 
     @classmethod
     def of(cls, task: TaskConfig, data: DataConfig) -> Prompts:
@@ -51,25 +51,26 @@ class Prompts:
         end = tokenizer.eos_token_id
         return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in ended]
 
-    def completions(
-        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
-    ) -> list[tuple[Tokens, bool]]:
-        """Token ids of completions with an end token, and whether they were cut, which drops it."""
+    def completions(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+        """Token ids of completions, uncut, each with an end token."""
         end = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-        whole = [(*each.input_ids, *end) for each in _bare(texts, tokenizer)]
-        return [(ids[: self.max_target_length], len(ids) > self.max_target_length) for ids in whole]
+        return [(*each.input_ids, *end) for each in _bare(texts, tokenizer)]
 
     def join(self, prompt: Tokens, completion: Tokens) -> tuple[Example, bool]:
-        """Puts a completion behind a prompt, and says whether the prompt was cut.
+        """Puts a completion behind a prompt, and says whether either was cut.
 
-        A prompt that is too long keeps its first token and its end: there the question stands, and
-        what a chat template puts before the answer. ``targets`` are the completion's tokens alone.
+        A long completion loses its end: it may take ``max_target_length`` tokens, or else what the
+        prompt leaves, but at least half. A prompt that is then too long keeps its first token and its
+        end: there the question stands, and what a chat template puts before the answer. ``targets`` are
+        the completion's tokens alone.
         """
-        room = max(1, self.max_length - len(completion))
-        kept = prompt if len(prompt) <= room else (*prompt[:1], *prompt[len(prompt) - room + 1 :])
-        completion = completion[: self.max_length - len(kept)]
-        targets = (*((tokens.IGNORED,) * len(kept)), *completion)
-        return Example((*kept, *completion), targets=targets), len(kept) < len(prompt)
+        most = self.max_target_length or max(self.max_length // 2, self.max_length - len(prompt))
+        answer = completion[: min(most, self.max_length - 1)]
+        room = self.max_length - len(answer)
+        asked = prompt if len(prompt) <= room else (*prompt[:1], *prompt[len(prompt) - room + 1 :])
+        targets = (*((tokens.IGNORED,) * len(asked)), *answer)
+        cut = len(asked) + len(answer) < len(prompt) + len(completion)
+        return Example((*asked, *answer), targets=targets), cut
 
 
 def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

@@ -40,9 +40,14 @@ class Seq2Seq:
         sources = tokenise([self.prompts.text(row) for row in rows], tokenizer, self.prompts.max_length)
         texts = [str(row[self.target_column] or "") for row in rows]
         targets = self.prompts.completions(texts, tokenizer)
+        most = self.prompts.max_target_length or self.prompts.max_length
         return Prepared.of(
-            (number, Example(source.input_ids, targets=target), source.cut or cut)
-            for number, (source, (target, cut)) in enumerate(zip(sources, targets, strict=True))
+            (
+                number,
+                Example(source.input_ids, targets=target[:most]),
+                source.cut or len(target) > most,
+            )
+            for number, (source, target) in enumerate(zip(sources, targets, strict=True))
             if len(source.input_ids) > special and texts[number].strip()
         )
 

@@ -99,6 +99,9 @@ def test_what_is_too_long_is_cut_where_it_hurts_least(tokenizer: PreTrainedToken
     assert sum(target != IGNORED for target in long_answer.targets) == PROMPTS.max_target_length
     assert len(long_prompt.input_ids) == PROMPTS.max_length
     assert long_prompt.targets[-4:] == short.targets[-4:]
+    unlimited = Instruction(replace(PROMPTS, max_target_length=None), "answer")
+    _, longer, _ = unlimited.prepare(rows, tokenizer).examples
+    assert len(longer.input_ids) == PROMPTS.max_length  # a short prompt leaves its room
     asked = [id_ for id_, at in zip(*_pair(long_prompt), strict=True) if at == IGNORED]
     whole = tokenizer(rows[2]["text"])["input_ids"][:-1]
     assert asked == [whole[0], *whole[len(whole) - len(asked) + 1 :]]
