@@ -12,7 +12,7 @@ import numpy as np
 
 from fedslm.config import LoraConfig
 from fedslm.errors import ModelError
-from fedslm.models.base import HEAD_NAMES
+from fedslm.models.networks import HEAD_NAMES
 from fedslm.records import AdapterState, FloatArray
 from fedslm.rng import stream
 

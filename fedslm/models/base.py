@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedslm.config import ModelConfig, TaskConfig
 from fedslm.errors import ModelError
+from fedslm.models import networks
+from fedslm.storage import expand
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-HEAD_NAMES = ("classifier", "score", "classification_head")
 DEMO_DIRECTORY = Path(__file__).parent / "demo_base"
 _HASHED = (
     "config.json",
@@ -27,7 +28,6 @@ _HASHED = (
     "*.model",
 )
 _HASHED_TOO = ("merges.txt", "added_tokens.json", "special_tokens_map.json")
-_PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # they count from pad_token_id + 1
 _BLOCK_BYTES = 1 << 20
 
 
@@ -39,14 +39,30 @@ def resolve(model: ModelConfig) -> Path:
     """
     if model.base == "demo":
         return DEMO_DIRECTORY
-    path = Path(model.base).expanduser()
+    if (path := local(model)) is not None:
+        return path
+    return _download(model.base, model.revision)
+
+
+def local(model: ModelConfig) -> Path | None:
+    """The local directory of a base model; None if it can only be a hub name.
+
+    Raises:
+        ModelError: It is a path, and there is no such directory or it holds no model.
+    """
+    if model.base == "demo":
+        return DEMO_DIRECTORY
+    text = expand(model.base)
+    if "$" in text:
+        raise ModelError(f"model.base={model.base!r}: the environment does not set that variable")
+    path = Path(text)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ModelError(f"model.base={model.base!r} has no config.json")
         return path.resolve()
-    if path.is_absolute() or model.base.startswith((".", "~")) or model.base.count("/") > 1:
+    if path.is_absolute() or text.startswith(".") or text.count("/") > 1:
         raise ModelError(f"model.base={model.base!r}: no such directory")
-    return _download(model.base, model.revision)
+    return None
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -107,7 +123,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(model: ModelConfig, task: TaskConfig, num_labels: int, pad_token_id: int) -> nn.Module:
+def load_base(
+    model: ModelConfig, task: TaskConfig, num_labels: int, tokenizer: PreTrainedTokenizerBase
+) -> nn.Module:
     """Loads the frozen base for a task, in evaluation mode, on its device.
 
     The classifier head, if any, is new: the adapter that the server sends overwrites it.
@@ -121,61 +139,8 @@ def load_base(model: ModelConfig, task: TaskConfig, num_labels: int, pad_token_i
     if (directory / "adapter_config.json").exists():
         raise ModelError(f"{directory} holds an adapter, not a base; merge it first")
     dtype = getattr(torch, model.dtype)
-    try:
-        network = _build(directory, task, num_labels, dtype, pad_token_id)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{directory} cannot be loaded for {task.name}: {error}") from error
-    _check_length(network, task)
+    network = networks.from_files(directory, task, num_labels, int(tokenizer.pad_token_id), dtype)
+    networks.check_length(network, task)
+    networks.check_vocabulary(network, len(tokenizer))
     network.requires_grad_(False)
     return network.to(device_of(model)).eval()
-
-
-def _check_length(network: nn.Module, task: TaskConfig) -> None:
-    """Refuses sequences longer than the model's positions: here, not when a long record comes."""
-    config: Any = network.config
-    positions = getattr(config, "max_position_embeddings", None)
-    if config.model_type in _PADDED_POSITIONS:
-        positions = positions - config.pad_token_id - 1
-    if isinstance(positions, int) and 0 < positions < task.max_length:
-        raise ModelError(
-            f"task.max_length={task.max_length} exceeds the model's {positions} positions; lower it"
-        )
-
-
-def _complete(loaded: tuple[nn.Module, dict[str, Any]], heads: tuple[str, ...]) -> nn.Module:
-    """Refuses a model with weights that its files lack, but for the head that the adapter brings."""
-    network, info = loaded
-    missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in heads)
-    if missing:
-        raise ValueError(
-            f"its files lack {', '.join(missing[:3])}, which would be random and differ on each "
-            f'client; for classification use task.pooling="mean"'
-        )
-    return network
-
-
-def _build(
-    directory: Path, task: TaskConfig, num_labels: int, dtype: torch.dtype, pad_token_id: int
-) -> nn.Module:
-    """Picks the architecture's class."""
-    from transformers import (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        logging,
-    )
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-    if task.name == "causal-lm":
-        return _complete(AutoModelForCausalLM.from_pretrained(directory, **options), ())
-    if task.pooling == "native":
-        loaded = AutoModelForSequenceClassification.from_pretrained(
-            directory, num_labels=num_labels, pad_token_id=pad_token_id, **options
-        )
-        return _complete(loaded, HEAD_NAMES)
-    from fedslm.models.pooling import MeanPoolingClassifier
-
-    encoder = _complete(AutoModel.from_pretrained(directory, **options), ("pooler",))
-    return MeanPoolingClassifier(encoder, num_labels)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
+from fedslm.errors import ModelError
 from fedslm.models.adapter import AttachedAdapter, attach
 from fedslm.models.base import base_sha256, device_of, load_base, load_tokenizer, resolve
 
@@ -41,5 +42,10 @@ def load(model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int
     """
     directory = resolve(model)
     tokenizer = load_tokenizer(directory)
-    network = load_base(model, task, num_labels, tokenizer.pad_token_id)
+    if task.prompt_format == "chat" and not tokenizer.chat_template:
+        raise ModelError(
+            f'task.prompt_format="chat", but the tokenizer of {model.base!r} has no chat template; use '
+            f'"plain" or "auto"'
+        )
+    network = load_base(model, task, num_labels, tokenizer)
     return LoadedModel(attach(network, lora), tokenizer, device_of(model), base_sha256(directory))

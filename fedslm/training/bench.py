@@ -55,7 +55,7 @@ class Bench:
         config = TaskConfig(name="classification", pooling="mean", max_length=32)
         labels = ("a", "b", "wild", "broken")
         tokenizer = load_tokenizer(DEMO_DIRECTORY)
-        network = load_base(base, config, len(labels), int(tokenizer.pad_token_id))
+        network = load_base(base, config, len(labels), tokenizer)
         adapter = attach(network, LoraConfig(rank=4, alpha=4.0))
         model = LoadedModel(adapter, tokenizer, device_of(base), "")
         shapes = {key: tuple(each.shape) for key, each in adapter.parameters.items()}

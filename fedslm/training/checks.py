@@ -6,9 +6,12 @@ adapter that never moves, bytes that reload as something else.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fedslm.errors import PrivacyError, TrainingError
+from fedslm.models import families
 from fedslm.models.adapter import AttachedAdapter
 from fedslm.records import AdapterState
 
@@ -36,19 +39,13 @@ def check_private_model(network: torch.nn.Module) -> None:
     """The base treats each record alone, whatever else is in the batch.
 
     Raises:
-        PrivacyError: Its position encoding or its experts look at the whole batch.
+        PrivacyError: Its position encoding or its experts look at the whole batch, or its architecture
+            is not among the proved ones.
     """
-    config = getattr(network, "config", None)
-    scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
-    each = [scaling, *scaling.values()] if isinstance(scaling, dict) else []  # one per layer type
-    kinds = {item.get("rope_type", item.get("type")) for item in each if isinstance(item, dict)}
-    if kinds & {"dynamic", "longrope"}:
-        raise PrivacyError(
-            f"rope_type in {sorted(filter(None, kinds))} depends on the longest record of a batch and "
-            f"so couples records; use a base without it, or train without privacy"
-        )
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts")):
-        raise PrivacyError("a mixture of experts routes records of a batch together; use a dense base")
+    config: Any = network.config
+    reasons = list(families.couplings(config.to_dict()))
+    if reasons:
+        raise PrivacyError("; ".join(reasons))
 
 
 def check_moved(

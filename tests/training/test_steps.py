@@ -277,6 +277,8 @@ def test_coupled_records_are_refused(family_directory: Callable[[str, str], Path
         """A task that packs all records into one row."""
 
         labels = LABELS
+        rows_per_example = 1
+        uses_base = False
 
         def collate(self, examples: Sequence[Example], pad_token_id: int):
             tokens = tuple(token for example in examples for token in example.input_ids)

@@ -1,0 +1,205 @@
+"""The network that a task needs: which class of transformers, and with which head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, assert_never
+
+from fedslm.config import TaskConfig
+from fedslm.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+HEAD_NAMES = ("classifier", "pre_classifier", "score", "classification_head")
+_PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # they count from pad_token_id + 1
+
+
+def from_files(
+    directory: Path, task: TaskConfig, num_labels: int, pad_token_id: int, dtype: torch.dtype | str
+) -> nn.Module:
+    """Loads a base and puts the task's head on it.
+
+    Args:
+        directory: With ``config.json`` and weights.
+        task: What the network is for.
+        num_labels: Classes; 0 if the task has none.
+        pad_token_id: The tokenizer's.
+        dtype: Of the weights in memory; "auto" is as in the files, which are then mapped, not read.
+
+    Raises:
+        ModelError: The architecture has no network for this task, or the files lack weights.
+    """
+    config = _configuration(directory, num_labels, pad_token_id)
+    wanted = _class_for(task, config)
+    try:
+        loaded = wanted.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=_attention(wanted),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers and its file formats raise many unrelated types
+        raise ModelError(f"{directory} cannot be loaded for {task.name}: {first(error)}") from error
+    return _finished(_complete(directory, loaded, task), task, num_labels)
+
+
+def on_meta(directory: Path, task: TaskConfig, num_labels: int, pad_token_id: int = 0) -> nn.Module:
+    """The same network without weights and without memory, from ``config.json`` alone.
+
+    Raises:
+        ModelError: The architecture has no network for this task.
+    """
+    import torch
+
+    config = _configuration(directory, num_labels, pad_token_id)
+    wanted = _class_for(task, config)
+    with torch.device("meta"):
+        return _finished(wanted(config), task, num_labels)
+
+
+def inner(network: nn.Module) -> Any:
+    """The transformers model inside, which is the network itself unless it is pooled by us."""
+    from fedslm.models.pooling import MeanPoolingClassifier
+
+    return network.encoder if isinstance(network, MeanPoolingClassifier) else network
+
+
+def check_length(network: nn.Module, task: TaskConfig) -> None:
+    """Refuses sequences longer than the model's positions: here, not when a long record comes.
+
+    Raises:
+        ModelError: With the number of positions.
+    """
+    config: Any = network.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if config.model_type in _PADDED_POSITIONS:
+        positions = positions - config.pad_token_id - 1
+    if isinstance(positions, int) and 0 < positions < task.max_length:
+        raise ModelError(
+            f"task.max_length={task.max_length} exceeds the model's {positions} positions; lower it"
+        )
+
+
+def check_vocabulary(network: nn.Module, num_tokens: int) -> None:
+    """Refuses a tokenizer that knows tokens for which the base has no embedding.
+
+    Raises:
+        ModelError: With both numbers.
+    """
+    rows = int(inner(network).get_input_embeddings().weight.shape[0])
+    if num_tokens > rows:
+        raise ModelError(
+            f"the tokenizer has {num_tokens} tokens, the base's embedding only {rows} rows: they do "
+            f"not belong together; give the base its own tokenizer files"
+        )
+
+
+def _configuration(directory: Path, num_labels: int, pad_token_id: int) -> Any:
+    """The config of a base as transformers has it, for a number of classes."""
+    from transformers import AutoConfig, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    classes = {"num_labels": num_labels} if num_labels else {}
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, **classes)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{directory}/config.json is not usable: {first(error)}") from error
+    if pad_token_id < config.vocab_size:  # else the vocabulary is refused, once there is an embedding
+        config.pad_token_id = pad_token_id
+    return config
+
+
+def _class_for(task: TaskConfig, config: Any) -> Any:
+    """The class of transformers for a task and an architecture."""
+    import transformers
+
+    names, wanted = _names(task, bool(config.is_encoder_decoder))
+    name = names.get(config.model_type)
+    if isinstance(name, tuple):  # some architectures have several; the first is the plain one
+        name = name[0]
+    if name is None:
+        raise ModelError(
+            f"a {config.model_type} base cannot do task.name={task.name!r}: it is no {wanted}"
+        )
+    return getattr(transformers, name)
+
+
+def _names(task: TaskConfig, is_encoder_decoder: bool) -> tuple[Any, str]:
+    """Names of classes by architecture, and what those are in words."""
+    from transformers.models.auto import modeling_auto as auto
+
+    match task.name:
+        case "classification" | "multi-label" if task.pooling == "mean":
+            names = auto.MODEL_MAPPING_NAMES
+            if is_encoder_decoder:
+                names = auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+            return names, "text encoder"
+        case "classification" | "multi-label" if is_encoder_decoder:
+            return {}, 'classifier that reads each text alone; use task.pooling="mean"'
+        case "classification" | "multi-label":
+            return auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, (
+                'classifier of its own; use task.pooling="mean"'
+            )
+        case "token-classification":
+            return auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "tagger"
+        case "causal-lm" | "instruction" | "preference":
+            two_way = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+            names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            return {kind: names[kind] for kind in names if kind not in two_way}, (
+                "language model that reads forwards"
+            )
+        case "seq2seq":
+            return auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "encoder with a decoder"
+        case _:
+            assert_never(task.name)
+
+
+def _is_pooled(task: TaskConfig) -> bool:
+    """True if the head is ours."""
+    return task.pooling == "mean" and task.name in ("classification", "multi-label")
+
+
+def first(error: Exception) -> str:
+    """The first line of an error: transformers lists all it knows behind it."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _attention(wanted: Any) -> str:
+    """Padded attention, named: left to itself, a library may take a kernel that joins records."""
+    return "sdpa" if wanted._supports_sdpa else "eager"
+
+
+def _complete(directory: Path, loaded: tuple[nn.Module, dict[str, Any]], task: TaskConfig) -> nn.Module:
+    """Refuses a model with weights that its files lack, but for the head that the adapter brings."""
+    network, info = loaded
+    new = ("pooler",) if _is_pooled(task) else HEAD_NAMES
+    missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in new)
+    if missing:
+        raise ModelError(
+            f"{directory} cannot be loaded for {task.name}: its files lack {', '.join(missing[:3])}, "
+            f"which would be random and differ on each client; for classification use "
+            f'task.pooling="mean"'
+        )
+    return network
+
+
+def _finished(network: Any, task: TaskConfig, num_labels: int) -> nn.Module:
+    """Adds our own head where one is asked for, and checks what the task relies on."""
+    network.config.use_cache = False  # a cache of keys is of no use in training
+    if task.name == "seq2seq":
+        begins, pads = network.config.decoder_start_token_id, network.config.pad_token_id
+        if begins != pads:
+            raise ModelError(
+                f"decoder_start_token_id={begins} must be the padding token {pads}, as in the T5 "
+                f"family, for task.name={task.name!r}; use such a base"
+            )
+    if not _is_pooled(task):
+        return network  # type: ignore[no-any-return]
+    from fedslm.models.pooling import MeanPoolingClassifier
+
+    return MeanPoolingClassifier(network, num_labels)
