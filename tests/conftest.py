@@ -91,29 +91,34 @@ def make_config(config_in: Callable[..., Config], tmp_path: Path) -> Callable[..
     return make
 
 
+def write_base(directory: Path, family: str, task: str, **changes: Any) -> Path:
+    """Writes a randomly initialised model of an architecture, as pretraining would leave it."""
+    import torch
+    import transformers
+
+    from fedslm.models.base import DEMO_DIRECTORY
+
+    kind = "AutoModel"
+    if task in ("causal-lm", "instruction", "preference"):
+        kind = "AutoModelForCausalLM"
+    if task == "seq2seq":
+        kind = "AutoModelForSeq2SeqLM"
+    if family == "modernbert":
+        kind = "AutoModelForMaskedLM"  # its classifiers have a dense layer that comes from there
+    torch.manual_seed(0)
+    getattr(transformers, kind).from_config(family_config(family, **changes)).save_pretrained(directory)
+    transformers.AutoTokenizer.from_pretrained(DEMO_DIRECTORY).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def family_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """Writes a randomly initialised model of an architecture and task, once."""
     made: dict[tuple[str, str], Path] = {}
 
     def make(family: str, task: str) -> Path:
-        import torch
-        import transformers
-
-        from fedslm.models.base import DEMO_DIRECTORY
-
         if (family, task) not in made:
-            directory = tmp_path_factory.mktemp(f"{family}-{task}")
-            torch.manual_seed(0)
-            config = family_config(family)
-            auto = (
-                transformers.AutoModel
-                if task == "classification"
-                else transformers.AutoModelForCausalLM
-            )
-            auto.from_config(config).save_pretrained(directory)
-            transformers.AutoTokenizer.from_pretrained(DEMO_DIRECTORY).save_pretrained(directory)
-            made[family, task] = directory
+            made[family, task] = write_base(tmp_path_factory.mktemp(f"{family}-{task}"), family, task)
         return made[family, task]
 
     return make

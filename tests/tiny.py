@@ -52,32 +52,51 @@ def problems(values: dict[str, Any]) -> dict[str, str]:
     return {problem.key: problem.message for problem in caught.value.problems}
 
 
-def family_config(family: str) -> Any:
-    """A tiny transformers config of an architecture, for the embedded tokenizer."""
+_ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+}
+_DECODER = {**_ENCODER, "num_key_value_heads": 1, "attention_dropout": 0.1}
+_GEMMA = {**_DECODER, "head_dim": 16}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", _ENCODER),
+    "distilbert": ("DistilBertConfig", {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}),
+    "gemma": ("GemmaConfig", _GEMMA),
+    "gemma2": ("Gemma2Config", {**_GEMMA, "sliding_window": 8}),
+    "gemma3_text": ("Gemma3TextConfig", {**_GEMMA, "sliding_window": 8, "sliding_window_pattern": 2}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}),
+    "llama": ("LlamaConfig", _DECODER),
+    "mistral": ("MistralConfig", {**_DECODER, "sliding_window": 8}),
+    "modernbert": (
+        "ModernBertConfig",
+        {**_ENCODER, "local_attention": 8, "global_attn_every_n_layers": 2, "mlp_dropout": 0.1},
+    ),
+    "phi": ("PhiConfig", {**_DECODER, "resid_pdrop": 0.1, "embd_pdrop": 0.1}),
+    "phi3": ("Phi3Config", {**_DECODER, "resid_pdrop": 0.1}),
+    "qwen2": ("Qwen2Config", _DECODER),
+    "qwen3": ("Qwen3Config", {**_DECODER, "head_dim": 16}),
+    "roberta": ("RobertaConfig", _ENCODER),
+    "smollm3": ("SmolLM3Config", {**_DECODER, "no_rope_layer_interval": 2}),
+    "t5": (
+        "T5Config",
+        {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
+    ),
+    "xlm-roberta": ("XLMRobertaConfig", _ENCODER),
+}
+
+
+def family_config(family: str, **changes: Any) -> Any:
+    """A tiny transformers config of an architecture, with dropout, for the embedded tokenizer."""
     import transformers
 
-    common = {"vocab_size": 1744, "pad_token_id": 0}
-    match family:
-        case "bert":
-            return transformers.BertConfig(
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=64,
-                **common,
-            )
-        case "gpt2":
-            return transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **common)
-        case "llama":
-            return transformers.LlamaConfig(
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=64,
-                max_position_embeddings=128,
-                **common,
-            )
-    raise ValueError(family)
+    name, sizes = CONFIGS[family]
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    if family == "t5":
+        special["decoder_start_token_id"] = 0
+    return getattr(transformers, name)(**{"vocab_size": 1744, **special, **sizes, **changes})
 
 
 @contextmanager

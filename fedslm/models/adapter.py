@@ -12,6 +12,7 @@ import numpy as np
 
 from fedslm.config import LoraConfig
 from fedslm.errors import ModelError
+from fedslm.models import families
 from fedslm.models.networks import HEAD_NAMES
 from fedslm.records import AdapterState, FloatArray
 from fedslm.rng import stream
@@ -108,9 +109,8 @@ def attach(network: nn.Module, lora: LoraConfig) -> AttachedAdapter:
             fan_in_fan_out=is_conv1d,
         ),
     )
-    by_address = {parameter.data_ptr(): parameter for parameter in adapted.parameters()}
-    state = get_peft_model_state_dict(adapted)
-    parameters = {key: by_address[tensor.data_ptr()] for key, tensor in sorted(state.items())}
+    named = dict(adapted.named_parameters())
+    parameters = dict(sorted(get_peft_model_state_dict(adapted, state_dict=named).items()))
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
     return AttachedAdapter(adapted.eval(), parameters)
@@ -152,6 +152,7 @@ def _targets(network: nn.Module, wanted: tuple[str, ...], heads: list[str]) -> t
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    wanted = families.usual_targets(str(network.config.model_type), wanted)  # type: ignore[union-attr]
     output = getattr(network, "get_output_embeddings", lambda: None)()
     kinds = {
         name: type(module)

@@ -10,6 +10,7 @@ from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError
 from fedslm.models.adapter import AttachedAdapter, attach
 from fedslm.models.base import base_sha256, device_of, load_base, load_tokenizer, resolve
+from fedslm.models.networks import checkpoint_activations
 
 if TYPE_CHECKING:
     import torch
@@ -48,4 +49,7 @@ def load(model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int
             f'"plain" or "auto"'
         )
     network = load_base(model, task, num_labels, tokenizer)
-    return LoadedModel(attach(network, lora), tokenizer, device_of(model), base_sha256(directory))
+    adapter = attach(network, lora)
+    if model.gradient_checkpointing:
+        checkpoint_activations(network)
+    return LoadedModel(adapter, tokenizer, device_of(model), base_sha256(directory))

@@ -68,6 +68,29 @@ def inner(network: nn.Module) -> Any:
     return network.encoder if isinstance(network, MeanPoolingClassifier) else network
 
 
+def checkpoint_activations(network: nn.Module) -> None:
+    """Makes the network forget its activations and compute them again in the backward pass.
+
+    The reentrant way: the other one runs forward passes that the hooks of private training miss.
+
+    Raises:
+        ModelError: The architecture cannot.
+    """
+    try:
+        inner(network).activation_checkpointing_enable({"use_reentrant": True})
+    except ValueError as error:
+        raise ModelError(
+            f"model.gradient_checkpointing=true: {first(error)}; leave it out for this base"
+        ) from error
+
+
+def forgets_activations(module: nn.Module) -> bool:
+    """True for a layer that :func:`checkpoint_activations` has changed: it does so in training mode."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer) and bool(module.gradient_checkpointing)
+
+
 def check_length(network: nn.Module, task: TaskConfig) -> None:
     """Refuses sequences longer than the model's positions: here, not when a long record comes.
 

@@ -11,6 +11,7 @@ import torch
 from fedslm.config import TrainingConfig
 from fedslm.errors import DataError, TrainingError
 from fedslm.models.loaded import LoadedModel
+from fedslm.models.networks import forgets_activations
 from fedslm.privacy.plan import NoPrivacy, Plan, PrivatePlan
 from fedslm.records import AdapterState
 from fedslm.rng import seed_of, stream
@@ -112,11 +113,15 @@ def rehearse(model: LoadedModel, task: Task, plan: PrivatePlan, trained: frozens
 
 
 def enter_training(model: LoadedModel) -> None:
-    """Puts just the trained modules into training mode: the frozen base has no dropout."""
+    """Puts just the trained modules into training mode: the frozen base has no dropout.
+
+    So it does with layers that forget their activations, which they do in training mode alone; the
+    modules inside them stay as they are.
+    """
     network = model.adapter.network.eval()
     for name, module in network.named_modules():
         trained = any(p.requires_grad for p in module.parameters(recurse=False))
-        if trained or ".lora_dropout." in name:
+        if trained or forgets_activations(module) or ".lora_dropout." in name:
             module.training = True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +32,52 @@ FAMILIES = [
 WILD_TOKEN, UNKNOWN_TOKEN = 8, 10**6  # see wild_token; a token of no vocabulary
 
 
-def load_family(directory: Path, name: str, pooling: str = "native", rank: int = 3) -> LoadedModel:
-    """Loads a tiny model with LoRA on every linear layer."""
-    labels = len(LABELS) if name == "classification" else 0
+def load_family(
+    directory: Path,
+    name: str,
+    pooling: str = "native",
+    rank: int = 3,
+    targets: tuple[str, ...] = ("all-linear",),
+    **options: Any,
+) -> LoadedModel:
+    """Loads a tiny model with LoRA on every linear layer; ``options`` are of the base."""
     return load(
-        ModelConfig(base=str(directory), device="cpu"),
-        LoraConfig(rank=rank, alpha=2.0 * rank),
+        ModelConfig(base=str(directory), device="cpu", **options),
+        LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=targets),
         TaskConfig(name=name, pooling=pooling, max_length=32),  # type: ignore[arg-type]
-        labels,
+        len(labels_of(name)),
     )
+
+
+def labels_of(name: str) -> tuple[str, ...]:
+    """Class names, where a task has classes."""
+    return LABELS if name in ("classification", "multi-label", "token-classification") else ()
 
 
 def task_of(name: str) -> Task:
     """The task for a name."""
     config = TaskConfig(name=name, max_length=32)  # type: ignore[arg-type]
-    return tasks.build(config, DataConfig(source="none"), LABELS if name == "classification" else ())
+    return tasks.build(config, DataConfig(source="none"), labels_of(name))
 
 
-def examples_of(count: int, seed: int = 0) -> list[Example]:
+def examples_of(count: int, seed: int = 0, name: str = "classification") -> list[Example]:
     """Examples of very different lengths, so that batches are padded."""
     generator = np.random.default_rng(seed)
-    return [
-        Example(
-            tuple(int(token) for token in generator.integers(9, 1700, size=int(length))),
-            int(generator.integers(len(LABELS))),
-        )
-        for length in generator.integers(3, 20, size=count)
-    ]
+    return [example_of(name, generator, int(length)) for length in generator.integers(3, 20, count)]
+
+
+def example_of(name: str, generator: np.random.Generator, length: int) -> Example:
+    """A random example of a task."""
+    first = tuple(int(token) for token in generator.integers(9, 1700, size=length))
+    plain = Example(first, int(generator.integers(len(LABELS))))
+    match name:
+        case "token-classification":
+            return replace(plain, targets=tuple(token % len(LABELS) for token in first))
+        case "causal-lm":
+            return replace(plain, targets=tuple(range(1, length + 1)))
+        case "seq2seq":
+            return replace(plain, targets=first[::-1][:9])
+    return plain
 
 
 def alone(examples: Sequence[Example]) -> list[Unit]:
