@@ -50,6 +50,8 @@ OWNERS = {
     "datasets": {"data"},
     "flwr_datasets": {"data"},
     "pyarrow": {"data"},
+    "sqlalchemy": {"data"},
+    "huggingface_hub": {"data"},
     "transformers": {"tasks", "models"},
     "peft": {"models"},
     "torch": {"tasks", "models", "training", "federation.workers"},

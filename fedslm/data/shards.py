@@ -1,25 +1,32 @@
-"""A simulation's data on disk: one Parquet file with one row group for each client.
+"""A simulation's data on disk.
 
 The data set is read and shared out once; a worker then reads just the client that it is. Columns keep
-their names. The public evaluation split lies beside it.
+their names.
+
+train.parquet              one row group for each client
+train/00000.arrow …        instead, if data.streaming: one Arrow file for each client, read row by row
+evaluation.parquet         the public evaluation split
+shards.json                names, sizes, labels; written last
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Set
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, overload
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
-from fedslm.data.partition import partition
-from fedslm.data.sources import cut, load_evaluation, load_train
+from fedslm.data.sharing import Shared, share_out
+from fedslm.data.spool import BATCH_ROWS
 from fedslm.errors import DataError
 from fedslm.storage import write_text
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 Row = dict[str, Any]
@@ -33,11 +40,13 @@ class Shards:
         names: Name of each client.
         sizes: Records of each client: for the researcher's eyes, never sent.
         labels: Class names (from the config or from the public split); empty for language models.
+        duplicates: Training records that are in the public split too: for the researcher's eyes.
     """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     labels: tuple[str, ...]
+    duplicates: int = 0
 
 
 def write(
@@ -52,39 +61,53 @@ def write(
     """Loads, checks, shares out and writes a simulation's data; does nothing if it is there.
 
     Raises:
-        DataError: Anything about the data that would stop a client later.
+        DataError: Anything about the data that would stop a client later, or it cannot be written.
     """
     index = directory / "shards.json"
     if (written := _read_index(index)) is not None:
         return written
-    train, evaluation = load_train(data, seed), load_evaluation(data, seed)
-    _check(evaluation, data, task, (), "evaluation")
-    labels = _labels(data, task, evaluation)
-    _check(evaluation, data, task, labels, "evaluation")
-    _check(train, data, task, labels, "training")
-    evaluation = cut(evaluation, data.max_evaluation_records, seed)
-    shards = partition(train, data, num_clients, seed)
-    if privacy.unit == "patient":
-        _check_units([shard for _, shard in shards], str(privacy.unit_column), privacy.overlapping)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_parquet(directory / "train.parquet", [shard for _, shard in shards])
-    _write_parquet(directory / "evaluation.parquet", [evaluation])
-    names, sizes = (tuple(column) for column in zip(*((n, len(s)) for n, s in shards), strict=True))
-    write_text(index, json.dumps({"names": names, "sizes": sizes, "labels": labels}))
-    return Shards(names, sizes, labels)
+    scratch = directory.parent
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        shared = share_out(data, task, privacy, num_clients=num_clients, seed=seed, scratch=scratch)
+        directory.mkdir(parents=True, exist_ok=True)
+        parts = [shard for _, shard in shared.shards]
+        if data.streaming:
+            _write_arrow(directory / "train", parts)
+        else:
+            _write_parquet(directory / "train.parquet", parts)
+        _write_parquet(directory / "evaluation.parquet", [shared.evaluation])
+    except OSError as error:
+        raise DataError(f"{directory} cannot be written: {error}") from error
+    shards = _summary(shared)
+    write_text(index, json.dumps(asdict(shards)))
+    return shards
 
 
-def read_client(directory: Path, client: int, columns: Set[str] | None = None) -> list[Row]:
+def _summary(shared: Shared) -> Shards:
+    """What is worth keeping of shared data."""
+    names = tuple(name for name, _ in shared.shards)
+    sizes = tuple(len(shard) for _, shard in shared.shards)
+    return Shards(names, sizes, shared.labels, shared.duplicates)
+
+
+def read_client(directory: Path, client: int, columns: Set[str] | None = None) -> Sequence[Row]:
     """Reads the rows of one client.
 
     Args:
-        directory: Holds ``train.parquet``.
+        directory: Holds ``train.parquet`` or ``train/``.
         client: Index of the client.
         columns: Those to read, as far as they are there; None: all. What is not read cannot fail.
+
+    Returns:
+        Rows in memory, or (``train/``) rows that are read when they are asked for.
 
     Raises:
         DataError: There is no such client.
     """
+    folder = directory / "train"
+    if folder.is_dir():
+        return StoredRows(folder, client, columns)
     return _read_row_group(directory / "train.parquet", client, columns)
 
 
@@ -93,80 +116,88 @@ def read_evaluation(directory: Path) -> list[Row]:
     return _read_row_group(directory / "evaluation.parquet", 0)
 
 
+class StoredRows(Sequence[Row]):
+    """Rows of one client in a memory-mapped file; none is kept in memory.
+
+    Args:
+        folder: Holds one Arrow file for each client.
+        client: Index of the client.
+        columns: As :func:`read_client`.
+
+    Raises:
+        DataError: There is no such client, or its file is damaged.
+    """
+
+    def __init__(self, folder: Path, client: int, columns: Set[str] | None = None) -> None:
+        import pyarrow as pa
+
+        path = folder / _file_name(client)
+        if client < 0 or not path.exists():
+            count = len(list(folder.glob("*.arrow")))
+            raise DataError(f"{folder} holds {count} clients; there is no client {client}")
+        try:
+            self._file = pa.ipc.open_file(pa.memory_map(str(path)))
+            batches = map(self._file.get_batch, range(self._file.num_record_batches))
+            self._size = sum(int(batch.num_rows) for batch in batches)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        known = self._file.schema.names
+        self._columns = known if columns is None else [name for name in known if name in columns]
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(self._size))]
+        if not -self._size <= index < self._size:
+            raise IndexError(f"index={index} is beyond {self._size} rows")
+        batch, row = divmod(index % self._size, BATCH_ROWS)
+        found: list[Row] = self._batch(batch).slice(row, 1).to_pylist()
+        return found[0]
+
+    def __iter__(self) -> Iterator[Row]:
+        for batch in range(self._file.num_record_batches):
+            yield from self._batch(batch).to_pylist()
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        """The chosen columns of a thousand rows, still on disk."""
+        return self._file.get_batch(number).select(self._columns)
+
+
+def _file_name(client: int) -> str:
+    """Name of a client's file."""
+    return f"{client:05d}.arrow"
+
+
 def _read_index(index: Path) -> Shards | None:
     """Reads what :func:`write` wrote last; None if it never came so far."""
     try:
         values = json.loads(index.read_text(encoding="utf-8"))
-        return Shards(**{key: tuple(value) for key, value in values.items()})
-    except (OSError, ValueError, TypeError, AttributeError):
+        names, sizes, labels = (tuple(values[key]) for key in ("names", "sizes", "labels"))
+        return Shards(names, sizes, labels, int(values["duplicates"]))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
 
 
-def _labels(data: DataConfig, task: TaskConfig, evaluation: Dataset) -> tuple[str, ...]:
-    """Class names from the config, else from the public split; never from private data."""
-    if task.name != "classification":
-        return ()
-    labels = task.labels or tuple(sorted({str(x) for x in evaluation[str(data.label_column)]}))
-    if len(labels) < 2:
-        raise DataError(f"the public evaluation split names {len(labels)} class(es); set task.labels")
-    return labels
+def _write_arrow(folder: Path, parts: list[Dataset]) -> None:
+    """Writes one file for each part, a thousand rows at a time, then renames the folder into place."""
+    import pyarrow as pa
 
-
-def _check(
-    dataset: Dataset, data: DataConfig, task: TaskConfig, labels: tuple[str, ...], part: str
-) -> None:
-    """Refuses empty splits, empty texts, missing and unknown labels, naming the rows."""
-    if len(dataset) == 0:
-        raise DataError(f"the {part} split is empty")
-    texts = dataset[data.text_column]
-    _refuse_rows(
-        [row for row, text in enumerate(texts) if not isinstance(text, str) or not text.strip()],
-        f"of the {part} split have no text in column {data.text_column!r}",
-    )
-    if task.name == "classification":
-        found = dataset[str(data.label_column)]
-        _refuse_rows(
-            [row for row, label in enumerate(found) if label is None],
-            f"of the {part} split have no label in column {data.label_column!r}",
-        )
-    if labels:
-        unknown = Counter(str(x) for x in dataset[str(data.label_column)]) - Counter(
-            {label: len(dataset) for label in labels}
-        )
-        if unknown:
-            shown = ", ".join(f"{label!r} ({count})" for label, count in unknown.most_common(5))
-            raise DataError(
-                f"the {part} split has labels that are not in task.labels or the public split: "
-                f"{shown}; known: {', '.join(labels[:20])}"
-            )
-
-
-def _check_units(parts: list[Dataset], column: str, overlapping: bool) -> None:
-    """Refuses records without a unit, and units in several clients unless they were announced."""
-    if column not in parts[0].column_names:
-        there = ", ".join(parts[0].column_names)
-        raise DataError(f"privacy.unit_column={column!r} is not a column; there are {there}")
-    owners = [["" if owner is None else str(owner).strip() for owner in part[column]] for part in parts]
-    missing = sum(not owner for part in owners for owner in part)
-    if missing:
-        raise DataError(
-            f"{missing} record(s) have no value in privacy.unit_column={column!r}; remove them"
-        )
-    clients = Counter(owner for part in owners for owner in set(part))
-    straddling = [owner for owner, count in clients.items() if count > 1]
-    if straddling and not overlapping:
-        raise DataError(
-            f"{len(straddling)} of {len(clients)} units lie in several clients, so the largest epsilon "
-            f"of a client is not theirs; set privacy.overlapping=true, or a data.partition that keeps "
-            f"them together"
-        )
-
-
-def _refuse_rows(rows: list[int], what: str) -> None:
-    """Raises if there are such rows, naming the first."""
-    if rows:
-        shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
-        raise DataError(f"{len(rows)} record(s) {what} (rows {shown}); remove them")
+    with TemporaryDirectory(dir=folder.parent, prefix="train-") as temporary:
+        for client, part in enumerate(parts):
+            rows = part.with_format("arrow")
+            schema = rows[:1].schema
+            with pa.ipc.new_file(str(Path(temporary) / _file_name(client)), schema) as writer:
+                for table in rows.iter(BATCH_ROWS):
+                    writer.write_batch(table.combine_chunks().to_batches()[0])
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(temporary).rename(folder)
+        Path(temporary).mkdir()  # for its own cleaning up
 
 
 def _write_parquet(path: Path, parts: list[Dataset]) -> None:

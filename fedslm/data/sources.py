@@ -1,78 +1,130 @@
-"""Where examples come from: a hub name, a local file or directory, or the embedded demo."""
+"""Where examples come from: the hub, a local file or directory, a database, or the embedded demo."""
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fedslm.config import DataConfig
-from fedslm.data import demo
+from fedslm.config import DataConfig, TaskConfig
+from fedslm.data import database, demo, files, hub
+from fedslm.data.columns import needed
+from fedslm.data.spool import BATCH_ROWS, spool
 from fedslm.errors import DataError
 from fedslm.rng import stream
+from fedslm.storage import expand
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_LIKE_PATHS = (".", "~", "/", "$")
 
 
-def load_train(config: DataConfig, seed: int) -> Dataset:
+def load_train(config: DataConfig, task: TaskConfig, seed: int, scratch: Path | None = None) -> Dataset:
     """Loads the split that the clients share: private.
 
     Args:
         config: Where the data is.
+        task: Says which columns are needed.
         seed: Seed of the demo data; other sources do not use it.
+        scratch: Directory for memory-mapped copies; None: the system's temporary directory.
 
     Raises:
-        DataError: Source, split or a needed column is missing.
+        DataError: Source, split or a needed column is missing, or a record cannot be read.
     """
-    return _with_columns(_load(config.source, config.train_split, seed), config, config.source)
+    dataset = load(config.source, config.train_split, config.train_query, seed=seed, scratch=scratch)
+    return with_columns(dataset, config, task, scratch)
 
 
-def load_evaluation(config: DataConfig, seed: int) -> Dataset:
+def load_evaluation(
+    config: DataConfig, task: TaskConfig, seed: int, scratch: Path | None = None
+) -> Dataset:
     """Loads the public split that the server evaluates on.
 
     Raises:
-        DataError: As :func:`load_train`.
+        DataError: As :func:`load_train`, or it is the private split.
     """
-    source = config.evaluation_source or config.source
-    place = _place(source, config.evaluation_split)
-    if place == _place(config.source, config.train_split):
+    source, split, query = _public(config)
+    place = _place(source, split, query)
+    if place == _place(config.source, config.train_split, config.train_query):
         raise DataError(
             f"the public evaluation split is the private training split ({place}); set "
             f"data.evaluation_source or data.evaluation_split to public data"
         )
-    return _with_columns(_load(source, config.evaluation_split, seed), config, source)
+    dataset = load(source, split, query, key="data.evaluation_query", seed=seed, scratch=scratch)
+    return with_columns(dataset, config, task, scratch)
 
 
-def _place(source: str, split: str) -> str:
+def _public(config: DataConfig) -> tuple[str, str, str | None]:
+    """Source, split and query of the evaluation split."""
+    source = config.evaluation_source or config.source
+    return source, config.evaluation_split, config.evaluation_query
+
+
+def _place(source: str, split: str, query: str | None) -> str:
     """Where one split of a source lies: equal places hold equal data."""
-    path = Path(source).expanduser()
+    source = expand(source)
+    if database.is_url(source):
+        return f"{source}: {' '.join((query or '').split()).rstrip('; ').lower()}"
+    path = Path(source)
     if path.is_dir():
-        path = _file_of_split(path, split)
-    return str(path.resolve()) if path.is_file() else f"{source}:{split}"
+        path = files.files_of(path, split)[0]
+    return str(path.resolve()) if path.exists() else f"{source}:{split}"
 
 
 def cut(dataset: Dataset, max_records: int, seed: int) -> Dataset:
     """A seeded sample of a data set that is longer than ``max_records``, else all of it in order."""
     if len(dataset) <= max_records:
         return dataset
-    return dataset.shuffle(seed=seed).select(range(max_records))
+    return dataset.shuffle(seed=seed, keep_in_memory=True).select(range(max_records))
 
 
-def _load(source: str, split: str, seed: int) -> Dataset:
-    """Loads one split of a source as it is."""
+def load(
+    source: str,
+    split: str,
+    query: str | None = None,
+    *,
+    key: str = "data.train_query",
+    seed: int = 0,
+    scratch: Path | None = None,
+) -> Dataset:
+    """Loads one split of a source as it is.
+
+    Args:
+        source: Hub name, path (with variables), database URL or "demo".
+        split: Split or file stem; not used for files and databases.
+        query: SQL, for databases.
+        key: Dotted key of the query, for errors.
+        seed: Seed of the demo data.
+        scratch: As :func:`load_train`.
+
+    Raises:
+        DataError: As :func:`load_train`.
+    """
     if source == "demo":
         return _load_demo(split, seed)
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _load_file(path)
-    if path.is_dir():
-        return _load_file(_file_of_split(path, split))
-    if path.is_absolute() or source.startswith((".", "~")) or _format_of(path) is not None:
-        raise DataError(f"data.source={source!r}: no such file or directory")
-    return _load_hub(source, split)
+    if database.is_url(source):
+        if query is None:
+            raise DataError(f"{key} is missing: a database needs the query that gives the rows")
+        return spool(database.tables_from(source, query, key), scratch, f"the result of {key}")
+    expanded = expand(source)
+    path = Path(expanded)
+    if path.exists():
+        found = files.files_of(path, split) if path.is_dir() else [path]
+        return spool(chain.from_iterable(map(files.tables_in, found)), scratch, str(found[0]))
+    if "$" in expanded:
+        raise DataError(f"data.source={source!r}: a variable in it is not set in the environment")
+    if _is_path(expanded, path):
+        raise DataError(f"data.source={source!r}: no such file or directory ({path.absolute()})")
+    return hub.load(source, split)
+
+
+def _is_path(source: str, path: Path) -> bool:
+    """True for what cannot be a name on the hub."""
+    return (
+        source.startswith(_LIKE_PATHS) or files.format_of(path) is not None or not hub.is_name(source)
+    )
 
 
 def _load_demo(split: str, seed: int) -> Dataset:
@@ -86,79 +138,48 @@ def _load_demo(split: str, seed: int) -> Dataset:
     return Dataset.from_list(parts[split])
 
 
-def _format_of(path: Path) -> str | None:
-    """The ``datasets`` builder for a file name, also for .gz files."""
-    name = path.name.removesuffix(".gz")
-    return _FORMATS.get(Path(name).suffix.lower())
+def with_columns(
+    dataset: Dataset, config: DataConfig, task: TaskConfig, scratch: Path | None = None
+) -> Dataset:
+    """Checks that the needed columns are there and turns class indices into names.
+
+    Raises:
+        DataError: A column is not there; lists those that are.
+    """
+    there = ", ".join(dataset.column_names)
+    for key, column in needed(config, task).items():
+        if column not in dataset.column_names:
+            raise DataError(f"{key}={column!r} is not a column of the data; it has {there}")
+    label = config.label_column
+    if label is None or (names := _class_names(dataset, label)) is None:
+        return dataset
+    tables = dataset.with_format("arrow").iter(BATCH_ROWS)
+    return spool((_with_names(table, label, names) for table in tables), scratch, f"column {label!r}")
 
 
-def _file_of_split(directory: Path, split: str) -> Path:
-    """Finds SPLIT.jsonl.gz, SPLIT.csv, … in a directory."""
-    files = sorted(file for file in directory.iterdir() if _format_of(file) is not None)
-    for file in files:
-        if file.name.split(".")[0] == split:
-            return file
-    found = ", ".join(file.name for file in files) or "no data files"
-    raise DataError(f"data.source={str(directory)!r} has no split {split!r}; found {found}")
-
-
-def _load_file(path: Path) -> Dataset:
-    """Loads one local file."""
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    builder = _format_of(path)
-    if builder is None:
-        raise DataError(f"{path}: unknown format; known: {', '.join(_FORMATS)}, also with .gz")
-    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
-    if ".tsv" in path.suffixes:
-        options["sep"] = "\t"
-    datasets.disable_progress_bars()
-    try:
-        # A cache of its own, gone at once: private rows leave no copy in the user's cache.
-        with TemporaryDirectory() as cache:
-            return datasets.load_dataset(
-                builder,
-                data_files=str(path),
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-                **options,
-            )
-    except (DatasetGenerationError, ValueError, OSError, StopIteration) as error:
-        reason = error.__cause__ or error or "it is empty"
-        raise DataError(f"{path} cannot be read as {builder}: {reason}") from error
-
-
-def _load_hub(name: str, split: str) -> Dataset:
-    """Loads one split from the hub or its local cache."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub client raises dozens of unrelated types
-        raise DataError(
-            f"data.source={name!r} is neither a local path nor a data set that can be loaded from "
-            f"the hub (split {split!r}): {type(error).__name__}: {error}"
-        ) from error
-
-
-def _with_columns(dataset: Dataset, config: DataConfig, source: str) -> Dataset:
-    """Checks that the needed columns exist and turns class indices into names."""
+def _class_names(dataset: Dataset, column: str) -> list[str] | None:
+    """Names that the indices in a column (or in its lists) stand for; None if they stand for none."""
     from datasets import ClassLabel
 
-    needed = {"text_column": config.text_column}
-    if config.label_column is not None:
-        needed["label_column"] = config.label_column
-    for key, column in needed.items():
-        if column not in dataset.column_names:
-            raise DataError(
-                f"data.{key}={column!r} is not a column of {source!r}; "
-                f"it has {', '.join(dataset.column_names)}"
-            )
-    label = config.label_column
-    if label is not None and isinstance(dataset.features[label], ClassLabel):
-        names = dataset.features[label].names
-        texts = [names[index] if index is not None and index >= 0 else None for index in dataset[label]]
-        dataset = dataset.remove_columns(label).add_column(label, texts)
-    return dataset
+    if column not in dataset.column_names:
+        return None
+    feature = dataset.features[column]
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    return list(inner.names) if isinstance(inner, ClassLabel) else None
+
+
+def _with_names(table: pa.Table, column: str, names: list[str]) -> pa.Table:
+    """A table with names in place of class indices; -1 and null stand for no class."""
+    import pyarrow as pa
+
+    def name(index: Any) -> Any:
+        if isinstance(index, list):
+            return [name(each) for each in index]
+        return names[index] if index is not None and 0 <= index < len(names) else None
+
+    values = table[column].to_pylist()
+    is_list = pa.types.is_list(table.schema.field(column).type)
+    kind = pa.list_(pa.string()) if is_list else pa.string()
+    named = pa.array([name(value) for value in values], kind)
+    position = table.column_names.index(column)
+    return table.set_column(position, column, named).replace_schema_metadata(None)

@@ -72,7 +72,8 @@ def test_rows_on_disk_are_the_partitions(tmp_path: Path, kind: str) -> None:
     """What a client reads is what the partition gave it, in order."""
     write(tmp_path, rows(40), rows(4), partition=kind)
     config = DataConfig(source=str(tmp_path / "source"), partition=kind)  # type: ignore[arg-type]
-    for client, (_, shard) in enumerate(partition(load_train(config, 0), config, 3, 0)):
+    train = load_train(config, TaskConfig(name="classification"), 0)
+    for client, (_, shard) in enumerate(partition(train, config, 3, 0)):
         assert shards.read_client(tmp_path / "data", client) == shard.to_list()
 
 
@@ -120,7 +121,9 @@ def test_a_crash_while_writing_is_made_good(tmp_path: Path) -> None:
 def test_labels_come_from_the_public_split_only(tmp_path: Path) -> None:
     """Class names are the sorted public labels; what private data has beside them is refused."""
     assert write(tmp_path / "one", rows(9, "a"), rows(4, "ba")).labels == ("a", "b")
-    with pytest.raises(DataError, match=r"training split has labels .*'c' \(3\); known: a, b"):
+    with pytest.raises(
+        DataError, match=r"training split has labels .*'c' \(3\) in rows 2, 5, 8; known: a, b"
+    ):
         write(tmp_path / "two", rows(9, "abc"), rows(4, "ab"))
 
 

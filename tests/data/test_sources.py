@@ -12,8 +12,9 @@ from typing import Any
 import datasets
 import pytest
 
-from fedslm.config import DataConfig
-from fedslm.data.sources import cut, load_evaluation, load_train
+from fedslm.config import DataConfig, TaskConfig
+from fedslm.data import sources
+from fedslm.data.sources import cut
 from fedslm.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -61,6 +62,16 @@ WRITERS: dict[str, Callable[[Path, Rows], None]] = {
 }
 
 
+def load_train(data: DataConfig, task: str = "classification") -> datasets.Dataset:
+    """The private split, for a task."""
+    return sources.load_train(data, TaskConfig(name=task), 0)  # type: ignore[arg-type]
+
+
+def load_evaluation(data: DataConfig, task: str = "classification") -> datasets.Dataset:
+    """The public split, for a task."""
+    return sources.load_evaluation(data, TaskConfig(name=task), 0)  # type: ignore[arg-type]
+
+
 def config(source: Path, **values: Any) -> DataConfig:
     """A config for one source."""
     return DataConfig(source=str(source), **values)
@@ -71,7 +82,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path, ending: str) -> None:
     """Every format gives the rows with their columns, quotes, line breaks, accents and blanks."""
     path = tmp_path / f"notes{ending}"
     WRITERS[ending](path, ROWS)
-    assert load_train(config(path), 0).to_list() == ROWS
+    assert load_train(config(path)).to_list() == ROWS
 
 
 @pytest.mark.parametrize("ending", WRITERS)
@@ -81,18 +92,18 @@ def test_a_directory_gives_its_splits(tmp_path: Path, ending: str) -> None:
     WRITERS[ending](tmp_path / f"test{ending}", ROWS[:1])
     WRITERS[ending](tmp_path / f"training{ending}", ROWS[:2])
     (tmp_path / "README.md").write_text("hello")
-    assert load_train(config(tmp_path), 0).to_list() == ROWS
-    assert load_evaluation(config(tmp_path), 0).to_list() == ROWS[:1]
-    assert len(load_train(config(tmp_path, train_split="training"), 0)) == 2
+    assert load_train(config(tmp_path)).to_list() == ROWS
+    assert load_evaluation(config(tmp_path)).to_list() == ROWS[:1]
+    assert len(load_train(config(tmp_path, train_split="training"))) == 2
 
 
 def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     """No cache gives old rows for a file that has changed."""
     path = tmp_path / "notes.jsonl"
     write_jsonl(path, ROWS)
-    assert len(load_train(config(path), 0)) == 3
+    assert len(load_train(config(path))) == 3
     write_jsonl(path, ROWS[:2])
-    assert load_train(config(path), 0).to_list() == ROWS[:2]
+    assert load_train(config(path)).to_list() == ROWS[:2]
 
 
 def test_evaluation_may_come_from_elsewhere(tmp_path: Path) -> None:
@@ -100,8 +111,8 @@ def test_evaluation_may_come_from_elsewhere(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "private.jsonl", ROWS)
     write_jsonl(tmp_path / "public.jsonl", ROWS[:1])
     data = config(tmp_path / "private.jsonl", evaluation_source=str(tmp_path / "public.jsonl"))
-    assert len(load_train(data, 0)) == 3
-    assert load_evaluation(data, 0).to_list() == ROWS[:1]
+    assert len(load_train(data)) == 3
+    assert load_evaluation(data).to_list() == ROWS[:1]
 
 
 def test_evaluation_is_cut_repeatably(tmp_path: Path) -> None:
@@ -109,7 +120,7 @@ def test_evaluation_is_cut_repeatably(tmp_path: Path) -> None:
     rows = [{"text": f"note {number}", "label": "x"} for number in range(100)]
     write_jsonl(tmp_path / "test.jsonl", rows)
     write_jsonl(tmp_path / "train.jsonl", rows[:1])
-    whole = load_evaluation(config(tmp_path), 0)
+    whole = load_evaluation(config(tmp_path))
     one, same, other = (cut(whole, 20, seed)["text"] for seed in (0, 0, 1))
     assert len(set(one)) == 20
     assert list(one) == list(same)
@@ -130,14 +141,14 @@ def test_the_private_split_is_never_the_public_one(tmp_path: Path) -> None:
         config("demo", evaluation_split="train"),
     ):
         with pytest.raises(DataError, match="is the private training split"):
-            load_evaluation(data, 0)
+            load_evaluation(data)
 
 
 @pytest.mark.parametrize("name", ["nothing.jsonl", "nothing.csv.gz", "nothing", "deep/er/nothing"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     """A path that does not exist is an error with the path, and is not looked up anywhere else."""
     with pytest.raises(DataError, match="no such file or directory") as caught:
-        load_train(config(tmp_path / name), 0)
+        load_train(config(tmp_path / name))
     assert name in str(caught.value)
 
 
@@ -145,19 +156,19 @@ def test_a_missing_split_lists_what_is_there(tmp_path: Path) -> None:
     """A directory without the split says which files it has."""
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(DataError, match=r"has no split 'test'; found train\.jsonl"):
-        load_evaluation(config(tmp_path), 0)
+        load_evaluation(config(tmp_path))
 
 
 def test_an_empty_directory_has_no_split(tmp_path: Path) -> None:
     """A directory without data files says so."""
     with pytest.raises(DataError, match="no data files"):
-        load_train(config(tmp_path), 0)
+        load_train(config(tmp_path))
 
 
 def test_a_missing_split_of_the_demo_is_named() -> None:
     """The demo data has three splits, and a fourth is an error that lists them."""
     with pytest.raises(DataError, match="no split 'valid'; known: train, public, test"):
-        load_train(DataConfig(source="demo", train_split="valid"), 0)
+        load_train(DataConfig(source="demo", train_split="valid"))
 
 
 @pytest.mark.parametrize("key", ["text_column", "label_column"])
@@ -165,13 +176,13 @@ def test_a_missing_column_lists_what_is_there(tmp_path: Path, key: str) -> None:
     """A column that is not there is an error with its key and the columns there are."""
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(DataError, match=f"data.{key}='body' is not a column .* text, label, client"):
-        load_train(config(tmp_path, **{key: "body"}), 0)
+        load_train(config(tmp_path, **{key: "body"}))
 
 
 def test_no_label_is_needed_without_a_label_column(tmp_path: Path) -> None:
     """A language model's data needs no label."""
     write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
-    assert load_train(config(tmp_path, label_column=None), 0).column_names == ["text"]
+    assert load_train(config(tmp_path, label_column=None), "causal-lm").column_names == ["text"]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +205,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes) 
     """A file that is empty, damaged or of no known format is an error of ours with its path."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=name.replace(".", r"\.")):
-        load_train(config(tmp_path / name), 0)
+        load_train(config(tmp_path / name))
 
 
 def _with_indices(path: Path, indices: list[int | None]) -> DataConfig:
@@ -210,7 +221,7 @@ def _with_indices(path: Path, indices: list[int | None]) -> DataConfig:
 def test_class_indices_become_names(tmp_path: Path) -> None:
     """Labels that are stored as indices are read as the names they stand for."""
     data = _with_indices(tmp_path / "train.parquet", [1, 0, 1])
-    assert list(load_train(data, 0)["label"]) == ["flu", "cold", "flu"]
+    assert list(load_train(data)["label"]) == ["flu", "cold", "flu"]
 
 
 @pytest.mark.parametrize("missing", [-1, None])
@@ -218,7 +229,7 @@ def test_a_missing_class_index_is_no_class(tmp_path: Path, missing: int | None) 
     """The mark for "not labelled" (-1 on the hub) must not be read as the last class."""
     data = _with_indices(tmp_path / "train.parquet", [0, missing])
     try:
-        labels = list(load_train(data, 0)["label"])
+        labels = list(load_train(data)["label"])
     except DataError:
         return
     assert labels[0] == "cold"

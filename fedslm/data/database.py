@@ -1,0 +1,151 @@
+"""Rows of a database, by URL and query. User and password come from the environment alone.
+
+Reading only: a query cannot change anything on SQLite and PostgreSQL. Rows come through a cursor of the
+server, so that a result may exceed memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, quote, urlsplit
+
+from fedslm.data.spool import BATCH_ROWS, tables_of
+from fedslm.errors import DataError
+from fedslm.storage import expand
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from sqlalchemy import URL, Engine
+
+USER, PASSWORD = "FEDSLM_DATABASE_USER", "FEDSLM_DATABASE_PASSWORD"
+_CONNECT_SECONDS = 5
+_SECRET_KEYS = ("password", "passwd", "pwd", "passfile", "sslpassword", "token")
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "postgresql": {"connect_timeout": _CONNECT_SECONDS},
+    "mysql": {"connect_timeout": _CONNECT_SECONDS},
+    "mariadb": {"connect_timeout": _CONNECT_SECONDS},
+    "sqlite": {"timeout": _CONNECT_SECONDS},
+}
+
+
+def is_url(source: str) -> bool:
+    """True for a database's URL.
+
+    >>> is_url("postgresql+psycopg://host/notes"), is_url("owner/name")
+    (True, False)
+    """
+    return re.match(r"[A-Za-z][A-Za-z0-9+]*://", source) is not None
+
+
+def holds_password(source: str) -> bool:
+    """True for a URL with a password: it would be copied into config files and logs.
+
+    >>> holds_password("postgresql://ada:secret@host/notes"), holds_password("postgresql://ada@host/notes")
+    (True, False)
+    """
+    if not is_url(source):
+        return False
+    try:
+        parts = urlsplit(source)
+        keys = {key.lower() for key, _ in parse_qsl(parts.query, keep_blank_values=True)}
+        return parts.password is not None or bool(keys & set(_SECRET_KEYS))
+    except ValueError:
+        return "@" in source
+
+
+def tables_from(source: str, query: str, key: str) -> Iterator[pa.Table]:
+    """Runs a query and reads its rows in pieces.
+
+    Args:
+        source: URL without a password, such as ``postgresql+psycopg://host:5432/notes``.
+        query: One SQL statement that gives rows.
+        key: Dotted key of the query, for errors.
+
+    Raises:
+        DataError: The URL, its driver, the connection or the query is not usable, or gives no rows. No
+            text holds the password.
+    """
+    if holds_password(expand(source)):
+        raise DataError(
+            f"the database's URL holds a password; set {PASSWORD} in the environment instead"
+        )
+    return tables_of(_rows(source, query, key), f"the result of {key}")
+
+
+def _rows(source: str, query: str, key: str) -> Iterator[Mapping[str, Any]]:
+    """Rows of a query."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    engine = _engine(source)
+    options = {"stream_results": True, "yield_per": BATCH_ROWS, "no_parameters": True}
+    if engine.dialect.name == "postgresql":
+        engine = engine.execution_options(postgresql_readonly=True)
+    connected, number = False, 0
+    try:
+        with engine.connect() as connection:
+            connected = True
+            result = connection.exec_driver_sql(query, execution_options=options)
+            if not result.returns_rows:
+                raise DataError(f"{key} gives no rows: it must be a SELECT")
+            _refuse_twins(list(result.keys()), key)
+            for number, row in enumerate(result.mappings(), 1):  # noqa: B007
+                yield dict(row)
+    except SQLAlchemyError as error:
+        what = f"{key} fails" if connected else "the database cannot be reached"
+        raise DataError(f"{what}: {_without_password(error)}") from None
+    finally:
+        engine.dispose()
+    if number == 0:
+        raise DataError(f"{key} gives no rows; check its conditions")
+
+
+def _engine(source: str) -> Engine:
+    """An engine that has not connected yet."""
+    from sqlalchemy import NullPool, create_engine
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    try:
+        url = _url(source)
+        options = _OPTIONS.get(url.get_backend_name(), {})
+        return create_engine(url, poolclass=NullPool, connect_args=options)
+    except NoSuchModuleError as error:
+        kinds = "postgresql+psycopg://…, sqlite:////…"
+        raise DataError(f"data.source names no known kind of database: {error}; use {kinds}") from None
+    except ModuleNotFoundError as error:
+        remedy = 'pip install "fedslm[sql]" for PostgreSQL'
+        raise DataError(f"the database's driver is not installed: {error}; {remedy}") from None
+    except (ArgumentError, ValueError) as error:
+        raise DataError(f"data.source is no usable database URL: {_without_password(error)}") from None
+
+
+def _url(source: str) -> URL:
+    """The URL with the environment's user and password; a SQLite file is opened for reading."""
+    from sqlalchemy import make_url
+
+    url = make_url(expand(source))
+    if url.get_backend_name() == "sqlite":
+        if not url.database or not Path(url.database).is_file():
+            raise DataError(f"data.source={source!r}: no such file; a path begins with sqlite:////")
+        name = f"file:{quote(str(Path(url.database).absolute()))}"
+        return url.set(database=name, query={"mode": "ro", "uri": "true"})
+    return url.set(
+        username=os.environ.get(USER) or url.username, password=os.environ.get(PASSWORD) or None
+    )
+
+
+def _refuse_twins(names: list[str], key: str) -> None:
+    """A column that is named twice would hide another."""
+    twins = sorted({name for name in names if names.count(name) > 1})
+    if twins:
+        raise DataError(f"{key} names {', '.join(twins)} twice; rename one with AS")
+
+
+def _without_password(error: Exception) -> str:
+    """What a driver says, on one line, without the password."""
+    text = " ".join(str(getattr(error, "orig", None) or error).split())
+    password = os.environ.get(PASSWORD)
+    return text.replace(password, "***") if password else text

@@ -1,0 +1,242 @@
+"""Local files as tables, read in pieces: JSON (lines), CSV, TSV, Parquet, Arrow, folders of texts."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from fedslm.data.spool import BATCH_ROWS, tables_of
+from fedslm.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_COMPRESSED = (".jsonl", ".json", ".csv", ".tsv")
+
+
+def format_of(path: Path) -> str | None:
+    """The format that a name ends with, also before .gz; None if it is no data file.
+
+    >>> format_of(Path("train.jsonl.gz")), format_of(Path("train.parquet")), format_of(Path("a.txt"))
+    ('.jsonl', '.parquet', None)
+    """
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    known = _COMPRESSED if path.name.endswith(".gz") else FORMATS
+    return suffix if suffix in known else None
+
+
+def files_of(directory: Path, split: str) -> list[Path]:
+    """Where a split lies in a directory.
+
+    It may be a file SPLIT.jsonl.gz, SPLIT.csv, …, files SPLIT-00000-of-00002.parquet, …, a folder
+    SPLIT/ of text files, or the directory itself if it holds nothing but text files.
+
+    Raises:
+        DataError: There is no such split; lists what there is.
+    """
+    files = sorted(file for file in directory.iterdir() if format_of(file) is not None)
+    pieces = re.compile(rf"{re.escape(split)}-\d+-of-\d+")
+    named = [file for file in files if file.name.split(".")[0] == split]
+    if found := named[:1] or [file for file in files if pieces.fullmatch(file.name.split(".")[0])]:
+        return found
+    if is_text_folder(directory / split):
+        return [directory / split]
+    folders = sorted(each.name + "/" for each in directory.iterdir() if is_text_folder(each))
+    if not files and any(directory.glob("*.txt")):
+        return [directory]
+    there = ", ".join([*(file.name for file in files), *folders]) or "no data files"
+    raise DataError(f"data.source={str(directory)!r} has no split {split!r}; found {there}")
+
+
+def is_text_folder(path: Path) -> bool:
+    """True for a folder of text files, or of folders (one for each label) of text files."""
+    return path.is_dir() and (any(path.glob("*.txt")) or any(path.glob("*/*.txt")))
+
+
+def tables_in(path: Path) -> Iterator[pa.Table]:
+    """Reads a file, or a folder of text files, in pieces.
+
+    Raises:
+        DataError: It is damaged, not UTF-8, ragged or of no known format; names the file and the row.
+    """
+    import pyarrow as pa
+
+    kind = "text" if path.is_dir() else format_of(path)
+    if kind is None:
+        known = ", ".join(FORMATS)
+        raise DataError(f"{path}: unknown format; known: {known} (text also with .gz), folders of .txt")
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            raise DataError(f"{path} is empty")
+        yield from _READERS[kind](path)
+    except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as {kind.removeprefix('.')}: {error}") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a text file, with their ends."""
+    opened: IO[bytes] = gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # type: ignore[assignment]  # noqa: SIM115
+    with opened as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: byte 0x{line[error.start]:02x} at position "
+                    f"{error.start + 1} is not UTF-8; save the file as UTF-8"
+                ) from None
+            yield text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _json(path: Path) -> Iterator[pa.Table]:
+    """JSON lines, or one list of records."""
+    return tables_of(_json_rows(path), str(path))
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """One record for each line, or each item of the one list."""
+    for number, line in enumerate(lines := _lines(path), 1):
+        if not line.strip():
+            continue
+        if line.lstrip().startswith("["):
+            whole = line + "".join(lines)
+            yield from (
+                _record(each, path, "item", n) for n, each in enumerate(_parsed(whole, path), 1)
+            )
+            return
+        yield _record(_parsed(line, path, number), path, "line", number)
+
+
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """A JSON value."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        where = "" if line is None else f", line {line}"
+        raise DataError(f"{path}{where} cannot be read as json: {error}") from None
+
+
+def _record(value: Any, path: Path, what: str, number: int) -> dict[str, Any]:
+    """A JSON object."""
+    if not isinstance(value, dict):
+        raise DataError(f"{path}, {what} {number} cannot be read as json: it is no object")
+    return value
+
+
+def _table(path: Path) -> Iterator[pa.Table]:
+    """CSV or TSV; every value is a text, so that "007" stays what it is, and blank is null."""
+    import pyarrow as pa
+
+    separator = "\t" if format_of(path) == ".tsv" else ","
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        reader = csv.reader(_lines(path), delimiter=separator, strict=True)
+        header = _header(reader, path)
+        schema = pa.schema([(name, pa.string()) for name in header])
+        rows: list[list[str | None]] = []
+        for number, row in enumerate(_records(reader, header, path), 1):
+            rows.append([value or None for value in row])
+            if number % BATCH_ROWS == 0:
+                yield pa.table(list(zip(*rows, strict=True)), schema=schema)
+                rows = []
+        if rows:
+            yield pa.table([list(column) for column in zip(*rows, strict=True)], schema=schema)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _header(reader: Any, path: Path) -> list[str]:
+    """Names of the columns."""
+    header = [name.strip() for name in next(reader, [])]
+    if not all(header) or len(set(header)) < len(header) or not header:
+        raise DataError(f"{path}: the first line must name each column, once; it is {header}")
+    return header
+
+
+def _records(reader: Any, header: list[str], path: Path) -> Iterator[list[str]]:
+    """Rows as long as the header; blank lines are left out."""
+    number = 0
+    try:
+        for row in reader:
+            if not row:
+                continue
+            number += 1
+            if len(row) != len(header):
+                raise DataError(
+                    f"{path}, row {number} (line {reader.line_num}) has {len(row)} fields, the header "
+                    f"has {len(header)}: quote fields that hold the separator"
+                )
+            yield row
+    except csv.Error as error:
+        raise DataError(f"{path}, row {number + 1} (line {reader.line_num}): {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[pa.Table]:
+    """Parquet, with the metadata that names classes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        batches = file.iter_batches(BATCH_ROWS)
+        yield from _sound((pa.Table.from_batches([batch]) for batch in batches), path)
+
+
+def _arrow(path: Path) -> Iterator[pa.Table]:
+    """An Arrow IPC file or stream."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        try:
+            reader = pa.ipc.open_file(file)
+            batches: Iterable[Any] = map(reader.get_batch, range(reader.num_record_batches))
+        except pa.ArrowInvalid:
+            file.seek(0)
+            batches = pa.ipc.open_stream(file)
+        yield from _sound((pa.Table.from_batches([batch]) for batch in batches), path)
+
+
+def _sound(tables: Iterable[pa.Table], path: Path) -> Iterator[pa.Table]:
+    """Refuses tables with texts that are no UTF-8: they would fail much later."""
+    import pyarrow as pa
+
+    first = 0
+    for table in tables:
+        try:
+            table.validate(full=True)
+        except pa.ArrowException as error:
+            raise DataError(f"{path}, from row {first} on: {error}") from None
+        yield table
+        first += len(table)
+
+
+def _texts(folder: Path) -> Iterator[pa.Table]:
+    """Text files: text, file and, where they lie in folders, the folder's name as the label."""
+    labelled = any(folder.glob("*/*.txt"))
+    files = sorted({*folder.glob("*.txt"), *folder.glob("*/*.txt")})
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for file in files:
+            row = {"text": "".join(_lines(file)), "file": str(file.relative_to(folder))}
+            label = file.parent.name if file.parent != folder else None
+            yield {**row, "label": label} if labelled else row
+
+    return tables_of(rows(), str(folder))
+
+
+_READERS: dict[str, Callable[[Path], Iterator[pa.Table]]] = {
+    ".jsonl": _json,
+    ".json": _json,
+    ".csv": _table,
+    ".tsv": _table,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    "text": _texts,
+}

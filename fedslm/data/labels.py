@@ -1,0 +1,187 @@
+"""What a task demands of records, and the names that it learns: from the config or the public split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedslm.config import DataConfig, TaskConfig
+from fedslm.data.columns import names_in, needed
+from fedslm.data.spool import batches, named
+from fedslm.errors import DataError
+from fedslm.storage import expand
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_LEARN_NAMES = ("classification", "multi-label", "token-classification")
+_MOST_SHOWN = 20
+_NO_ENTITY = "O"
+
+
+def resolve(data: DataConfig, task: TaskConfig, evaluation: Dataset) -> tuple[str, ...]:
+    """Class names or tags: those of the config or its file, else of the public split.
+
+    Never from private data: that a name occurs there would be a release.
+
+    Raises:
+        DataError: The file cannot be read, or there are fewer than two names (multi-label: none).
+    """
+    if task.name not in _LEARN_NAMES:
+        return ()
+    if task.labels:
+        return task.labels
+    if task.labels_file is not None:
+        return read_file(task.labels_file)
+    found = set(counts(evaluation, data, task))
+    if task.name == "token-classification":
+        labels = tuple(sorted(found, key=lambda tag: (tag != _NO_ENTITY, tag)))
+    else:
+        labels = tuple(sorted(found))
+    least = 1 if task.name == "multi-label" else 2
+    if len(labels) < least:
+        raise DataError(
+            f"the public evaluation split names {len(labels)} class(es); set task.labels or "
+            f"task.labels_file"
+        )
+    return labels
+
+
+def read_file(name: str) -> tuple[str, ...]:
+    """Names from a public file, one on each line.
+
+    Raises:
+        DataError: The file cannot be read, names one twice, or fewer than two.
+    """
+    try:
+        text = Path(expand(name)).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"task.labels_file={name!r} cannot be read: {error}") from None
+    labels = tuple(line.strip() for line in text.splitlines() if line.strip())
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice or len(labels) < 2:
+        what = f"names {twice[0]!r} twice" if twice else f"names {len(labels)} class(es)"
+        raise DataError(f"task.labels_file={name!r} {what}; it needs two or more, one on each line")
+    return labels
+
+
+def counts(dataset: Dataset, data: DataConfig, task: TaskConfig) -> Counter[str]:
+    """How often each name occurs; empty for tasks that learn none."""
+    found: Counter[str] = Counter()
+    if task.name in _LEARN_NAMES:
+        column = str(data.label_column)
+        for _, values in batches(dataset, [column]):
+            for value in values[column]:
+                found.update(names_of(value, task))
+    return found
+
+
+def names_of(value: Any, task: TaskConfig) -> tuple[str, ...]:
+    """Names in one record's label column."""
+    if task.name == "classification":
+        return () if value is None else (str(value),)
+    return names_in(value)
+
+
+def check(dataset: Dataset, data: DataConfig, task: TaskConfig, part: str) -> None:
+    """Refuses empty splits, and records that lack what the task reads, naming the rows.
+
+    Raises:
+        DataError: With the column, how many records, and the first rows.
+    """
+    if len(dataset) == 0:
+        raise DataError(f"the {part} split is empty")
+    columns = list(dict.fromkeys(needed(data, task).values()))
+    wrong: dict[str, list[int]] = {}
+    for first, values in batches(dataset, columns):
+        for column in columns:
+            demand, unlike = _demand(column, data, task)
+            for row, value in enumerate(values[column], first):
+                if not demand(value):
+                    wrong.setdefault(f"{unlike} {column!r}", []).append(row)
+        if task.name == "token-classification":
+            words, tags = values[data.text_column], values[str(data.label_column)]
+            for row, pair in enumerate(zip(words, tags, strict=True), first):
+                if all(isinstance(each, list) for each in pair) and len(pair[0]) != len(pair[1]):
+                    what = f"have words and tags of different lengths in {data.text_column!r} and"
+                    wrong.setdefault(f"{what} {data.label_column!r}", []).append(row)
+    for what, rows in wrong.items():
+        raise DataError(
+            f"{len(rows)} record(s) of the {part} split {what} ({named(rows)}); remove them"
+        )
+
+
+def check_known(
+    dataset: Dataset, data: DataConfig, task: TaskConfig, labels: tuple[str, ...], part: str
+) -> None:
+    """Refuses records with a name outside the list, naming the rows.
+
+    Raises:
+        DataError: With the names, how often they occur, and the first rows.
+    """
+    if not labels:
+        return
+    known, column = set(labels), str(data.label_column)
+    unknown: Counter[str] = Counter()
+    rows: list[int] = []
+    for first, values in batches(dataset, [column]):
+        for row, value in enumerate(values[column], first):
+            strange = set(names_of(value, task)) - known
+            unknown.update(strange)
+            rows.extend([row] if strange else [])
+    if unknown:
+        shown = ", ".join(f"{label!r} ({count})" for label, count in unknown.most_common(5))
+        more = ", …" if len(labels) > _MOST_SHOWN else ""
+        raise DataError(
+            f"the {part} split has labels that are not in task.labels or the public split: {shown} "
+            f"in {named(rows)}; known: {', '.join(labels[:_MOST_SHOWN])}{more}"
+        )
+
+
+def _demand(column: str, data: DataConfig, task: TaskConfig) -> tuple[Callable[[Any], bool], str]:
+    """What a column's values must be, and how a record is called whose value is not."""
+    if task.name == "token-classification":
+        if column == data.text_column:
+            return _is_words, "have no list of words in column"
+        return _is_tags, "have no list of tags in column"
+    if column == data.label_column and task.name == "classification":
+        return _is_scalar, "have no label in column"
+    if column == data.label_column and task.name == "multi-label":
+        return _is_names, "have neither a list nor a text of labels in column"
+    if task.prompt is not None and column not in (data.label_column, data.rejected_column):
+        return _is_plain, "have a list where the prompt takes a value, in column"
+    return _is_text, "have no text in column"
+
+
+def _is_text(value: Any) -> bool:
+    """A text that is not blank."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_scalar(value: Any) -> bool:
+    """One value that is not blank."""
+    return value is not None and not isinstance(value, list | dict) and bool(str(value).strip())
+
+
+def _is_plain(value: Any) -> bool:
+    """One value or none."""
+    return not isinstance(value, list | dict)
+
+
+def _is_words(value: Any) -> bool:
+    """A list of one or more texts."""
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+
+
+def _is_tags(value: Any) -> bool:
+    """A list of values, each of them there."""
+    return isinstance(value, list) and all(map(_is_scalar, value))
+
+
+def _is_names(value: Any) -> bool:
+    """A list of names, a text, or nothing."""
+    if isinstance(value, list):
+        return all(map(_is_scalar, value))
+    return value is None or isinstance(value, str | int)

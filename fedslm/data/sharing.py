@@ -1,0 +1,128 @@
+"""A simulation's data, loaded, checked and shared out: what is written to disk, or only looked at."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
+from fedslm.data import labels as names
+from fedslm.data.columns import needed
+from fedslm.data.duplicates import count_duplicates
+from fedslm.data.partition import partition
+from fedslm.data.sources import cut, load_evaluation, load_train
+from fedslm.data.spool import batches
+from fedslm.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Loaded and checked data, memory-mapped.
+
+    Attributes:
+        train: The whole private split.
+        evaluation: The public split, cut to its largest size.
+        labels: Class names or tags; empty for tasks without.
+        shards: (name, records) of each client.
+        duplicates: Private records whose input is in the public split too.
+    """
+
+    train: Dataset
+    evaluation: Dataset
+    labels: tuple[str, ...]
+    shards: tuple[tuple[str, Dataset], ...]
+    duplicates: int
+
+
+def share_out(
+    data: DataConfig,
+    task: TaskConfig,
+    privacy: PrivacyConfig,
+    *,
+    num_clients: int,
+    seed: int,
+    scratch: Path | None = None,
+) -> Shared:
+    """Loads and checks a simulation's data and shares it out.
+
+    Args:
+        data: Sources, columns and kind of partition.
+        task: What is learned.
+        privacy: Says whether a column of units is needed.
+        num_clients: Number of shards.
+        seed: The run's seed.
+        scratch: Directory for memory-mapped copies; None: the system's temporary directory.
+
+    Raises:
+        DataError: Anything about the data that would stop a client later.
+    """
+    train = load_train(data, task, seed, scratch)
+    whole = load_evaluation(data, task, seed, scratch)
+    names.check(whole, data, task, "evaluation")
+    labels = names.resolve(data, task, whole)
+    names.check_known(whole, data, task, labels, "evaluation")
+    names.check(train, data, task, "training")
+    names.check_known(train, data, task, labels, "training")
+    duplicates = count_duplicates(train, whole, inputs(data, task))
+    if duplicates:
+        logger.warning(
+            "%d of %d training records (%.1f %%) are in the public evaluation split too: metrics there "
+            "flatter the model; remove them",
+            duplicates,
+            len(train),
+            100 * duplicates / len(train),
+        )
+    shards = partition(train, data, num_clients, seed)
+    if privacy.unit == "patient":
+        parts = [shard for _, shard in shards]
+        _check_units(parts, str(privacy.unit_column), privacy.overlapping)
+    evaluation = cut(whole, data.max_evaluation_records, seed)
+    return Shared(train, evaluation, labels, tuple(shards), duplicates)
+
+
+def inputs(data: DataConfig, task: TaskConfig) -> list[str]:
+    """Columns that a model is shown: all that a task reads but its targets."""
+    targets = (data.label_column, data.rejected_column)
+    return [column for column in dict.fromkeys(needed(data, task).values()) if column not in targets]
+
+
+def owners_in(dataset: Dataset, column: str) -> list[str]:
+    """Whose each record is; blank if it does not say.
+
+    Raises:
+        DataError: There is no such column.
+    """
+    if column not in dataset.column_names:
+        there = ", ".join(dataset.column_names)
+        raise DataError(f"privacy.unit_column={column!r} is not a column; there are {there}")
+    values = (value for _, batch in batches(dataset, [column]) for value in batch[column])
+    return ["" if value is None else str(value).strip() for value in values]
+
+
+def _check_units(parts: list[Dataset], column: str, overlapping: bool) -> None:
+    """Refuses records without a unit, and units in several clients unless they were announced."""
+    missing = 0
+    clients: Counter[str] = Counter()
+    for part in parts:
+        owners = owners_in(part, column)
+        missing += sum(not owner for owner in owners)
+        clients.update(set(owners))
+    if missing:
+        raise DataError(
+            f"{missing} record(s) have no value in privacy.unit_column={column!r}; remove them"
+        )
+    straddling = [owner for owner, count in clients.items() if count > 1]
+    if straddling and not overlapping:
+        raise DataError(
+            f"{len(straddling)} of {len(clients)} units lie in several clients, so the largest epsilon "
+            f"of a client is not theirs; set privacy.overlapping=true, or a data.partition that keeps "
+            f"them together"
+        )

@@ -1,0 +1,190 @@
+"""Rows from anywhere, written in pieces to a memory-mapped Arrow file: a data set may exceed memory.
+
+The file is unlinked as soon as it is mapped: private rows leave no copy behind, even after a crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from fedslm.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+BATCH_ROWS = 1000
+_SHOWN_ROWS = 5
+
+
+def spool(tables: Iterable[pa.Table], scratch: Path | None, source: str) -> Dataset:
+    """Writes tables to disk, one after another, and maps them as one data set.
+
+    Args:
+        tables: Any number, of similar columns: what one lacks is empty, and integers may become floats.
+        scratch: Directory for the file; None: the system's temporary directory.
+        source: What they come from, for errors.
+
+    Raises:
+        DataError: There are no rows, or two tables do not fit together.
+    """
+    from datasets import Dataset
+
+    try:
+        with TemporaryDirectory(dir=scratch, prefix="spool-") as directory:
+            path = _write(tables, Path(directory), source)
+            if path is None:
+                raise DataError(f"{source} is empty: it gives no records")
+            return Dataset.from_file(str(path))
+    except OSError as error:
+        raise DataError(f"{source} cannot be copied to disk: {error}") from error
+
+
+def batches(
+    dataset: Dataset, columns: Iterable[str] | None = None
+) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    """Gives (number of the first row, column to values), a thousand rows at a time.
+
+    Args:
+        dataset: Any.
+        columns: Those to read; None: all.
+    """
+    chosen = dataset if columns is None else dataset.select_columns(list(dict.fromkeys(columns)))
+    first = 0
+    for table in chosen.with_format("arrow").iter(BATCH_ROWS):
+        yield first, table.to_pydict()
+        first += len(table)
+
+
+def tables_of(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[pa.Table]:
+    """Gathers rows into tables.
+
+    Raises:
+        DataError: A column holds values of types that do not go together; names the rows.
+    """
+    iterator = iter(rows)
+    first = 0
+    while batch := list(islice(iterator, BATCH_ROWS)):
+        yield _table(batch, first, source)
+        first += len(batch)
+
+
+def _table(rows: list[Mapping[str, Any]], first: int, source: str) -> pa.Table:
+    """One table; absent values are null."""
+    import pyarrow as pa
+
+    columns = {}
+    for name in dict.fromkeys(key for row in rows for key in row):
+        values = [_plain(row.get(name)) for row in rows]
+        try:
+            columns[str(name)] = pa.array(values)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            reason = _mixture(values, first) or str(error)
+            raise DataError(
+                f"{source}: column {name!r} cannot be read: {reason}; give it one type"
+            ) from None
+    return pa.table(columns)
+
+
+def _plain(value: object) -> object:
+    """Identifiers that Arrow does not know, as text."""
+    return str(value) if isinstance(value, UUID) else value
+
+
+def _mixture(values: list[Any], first: int) -> str:
+    """Which types the rows hold; empty if it is one."""
+    rows: dict[str, list[int]] = {}
+    for number, value in enumerate(values, first):
+        if value is not None:
+            rows.setdefault(type(value).__name__, []).append(number)
+    if len(rows) < 2:
+        return ""
+    return " and ".join(f"{kind} ({named(numbers)})" for kind, numbers in rows.items())
+
+
+def named(rows: list[int]) -> str:
+    """Names the first of some rows.
+
+    >>> named([3]), named([1, 2, 3, 4, 5, 6])
+    ('rows 3', 'rows 1, 2, 3, 4, 5, …')
+    """
+    return (
+        "rows " + ", ".join(map(str, rows[:_SHOWN_ROWS])) + (", …" if len(rows) > _SHOWN_ROWS else "")
+    )
+
+
+def _write(tables: Iterable[pa.Table], directory: Path, source: str) -> Path | None:
+    """Writes parts, one for each schema that was met, and joins them; None without rows."""
+    import pyarrow as pa
+
+    schema: pa.Schema | None = None
+    writer: pa.RecordBatchStreamWriter | None = None
+    parts: list[Path] = []
+    rows = 0
+    try:
+        for table in tables:
+            wider = table.schema if schema is None else _unified(schema, table.schema, rows, source)
+            if writer is None or wider != schema:
+                if writer is not None:
+                    writer.close()
+                schema = wider
+                parts.append(directory / f"{len(parts)}.arrow")
+                writer = pa.ipc.new_stream(str(parts[-1]), schema)
+            writer.write_table(_fitted(table, schema, source), max_chunksize=BATCH_ROWS)
+            rows += len(table)
+    finally:
+        if writer is not None:
+            writer.close()
+    if not rows or schema is None:
+        return None
+    return parts[0] if len(parts) == 1 else _joined(parts, schema, directory, source)
+
+
+def _joined(parts: list[Path], schema: pa.Schema, directory: Path, source: str) -> Path:
+    """Writes parts of several schemas anew, as one."""
+    import pyarrow as pa
+
+    path = directory / "joined.arrow"
+    with pa.ipc.new_stream(str(path), schema) as writer:
+        for part in parts:
+            with pa.memory_map(str(part)) as file:
+                for batch in pa.ipc.open_stream(file):
+                    writer.write_table(_fitted(pa.Table.from_batches([batch]), schema, source))
+    return path
+
+
+def _unified(before: pa.Schema, after: pa.Schema, row: int, source: str) -> pa.Schema:
+    """The narrowest schema for both."""
+    import pyarrow as pa
+
+    if before.equals(after):
+        return before
+    try:
+        return pa.unify_schemas([before, after], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{source}: the records from row {row} on hold another type than those before: {error}; "
+            f"give each column one type"
+        ) from None
+
+
+def _fitted(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
+    """A table in a wider schema."""
+    import pyarrow as pa
+
+    if table.schema.equals(schema):
+        return table
+    there = set(table.column_names)
+    try:
+        columns = [
+            table[each.name].cast(each.type) if each.name in there else pa.nulls(len(table), each.type)
+            for each in schema
+        ]
+    except pa.ArrowException as error:
+        raise DataError(f"{source}: a column's types do not go together: {error}") from None
+    return pa.table(columns, schema=schema)
