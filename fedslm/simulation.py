@@ -22,6 +22,7 @@ from fedslm.federation.local_grid import LocalGrid
 from fedslm.federation.public_model import export
 from fedslm.federation.rounds import Federation, Observer, Outcome
 from fedslm.federation.workers import InlinePool, Pool, WorkerPool
+from fedslm.models.base import check_early
 from fedslm.privacy.calibration import calibrated
 from fedslm.privacy.plan import Plan
 from fedslm.privacy.policy import POLICY_FILE, read_policy
@@ -97,6 +98,7 @@ def serve(
 
 def _prepare(config: Config, directory: RunDirectory) -> tuple[shards.Shards, Plan]:
     """Shares the data out and calibrates the plan, beside each other."""
+    check_early(config.model, config.lora, private=config.privacy.unit != "none")
     with ThreadPoolExecutor(1) as background:
         privacy, training = config.privacy, config.training
         planned = background.submit(calibrated, privacy, training, config.federation.rounds)

@@ -15,8 +15,11 @@ from fedslm import config as configuration
 from fedslm.cli.audit import audit_app
 from fedslm.cli.budget import budget_app
 from fedslm.cli.console import ERRORS, ConfigPath, Json, Overrides, clear_errors, load_config
+from fedslm.cli.inference import inference_app
 from fedslm.cli.policy import policy_app
 from fedslm.config import Config
+from fedslm.models.base import check_early
+from fedslm.storage import expand
 
 app = typer.Typer(
     help="Federated, privacy-preserving fine-tuning of small language models.",
@@ -29,6 +32,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(budget_app, name="budget")
 app.add_typer(policy_app, name="policy")
 app.add_typer(audit_app, name="audit")
+app.add_typer(inference_app)  # without a name: its commands stand beside these
 
 _INTERRUPTED = 130
 
@@ -178,10 +182,14 @@ def show(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 @config_app.command("check")
 def check(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Say what is wrong with a configuration's keys and values; data and model are not looked at.
+    """Say what is wrong with a configuration's keys and values; data are not looked at.
+
+    If the base model lies here, its config.json is: some architectures cannot be trained privately.
 
     Example: `fedslm config check simulations/demo.toml --set privacy.delta=1e-6`
     """
     with clear_errors():
         loaded = load_config(config, overrides)
+        if loaded.model.base == "demo" or Path(expand(loaded.model.base)).is_dir():
+            check_early(loaded.model, loaded.lora, private=loaded.privacy.unit != "none")
         typer.echo(f"{config}: ok (sha256 {loaded.sha256()[:12]})")

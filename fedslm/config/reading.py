@@ -118,6 +118,15 @@ _REMEDIES = {
 }
 
 
+# Keys that people know from elsewhere, and why they are not here.
+_REFUSED = {
+    "lora.use_dora": "DoRA's magnitudes are no layers and give no gradient for each record",
+    "lora.dora": "DoRA's magnitudes are no layers and give no gradient for each record",
+    "lora.bias": "biases stay frozen: LoRA's factors and the task's head are what is trained",
+    "lora.modules_to_save": "a task's new head is always trained, embeddings and norms never",
+}
+
+
 def _problem(detail: Mapping[str, Any]) -> Problem:
     """Turns one pydantic error into key, value, bound and remedy."""
     location = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
@@ -127,6 +136,8 @@ def _problem(detail: Mapping[str, Any]) -> Problem:
             message = f"is missing; add a [{key}] section"
         case "missing":
             message = "is missing and has no default"
+        case "extra_forbidden" if key in _REFUSED:
+            message = f"is not supported: {_REFUSED[key]}; leave it out"
         case "extra_forbidden":
             message = f"is not known{_did_you_mean(location)}"
         case _:

@@ -152,6 +152,7 @@ def _targets(network: nn.Module, wanted: tuple[str, ...], heads: list[str]) -> t
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    families.check_targets(wanted)
     wanted = families.usual_targets(str(network.config.model_type), wanted)  # type: ignore[union-attr]
     output = getattr(network, "get_output_embeddings", lambda: None)()
     kinds = {

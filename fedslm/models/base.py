@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedslm.config import ModelConfig, TaskConfig
+from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError
-from fedslm.models import networks
+from fedslm.models import families, networks
 from fedslm.storage import expand
 
 if TYPE_CHECKING:
@@ -63,6 +63,23 @@ def local(model: ModelConfig) -> Path | None:
     if path.is_absolute() or text.startswith(".") or text.count("/") > 1:
         raise ModelError(f"model.base={model.base!r}: no such directory")
     return None
+
+
+def check_early(model: ModelConfig, lora: LoraConfig, *, private: bool) -> None:
+    """Refuses what cannot be trained, before data or weights are read; a hub name waits until loading.
+
+    Args:
+        model: The base.
+        lora: Its targets.
+        private: Whether training is private.
+
+    Raises:
+        ModelError: With the reason.
+    """
+    families.check_targets(lora.target_modules)
+    directory = local(model)
+    if directory is not None:
+        families.check(families.configuration(directory), lora.target_modules, private=private)
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -138,6 +155,7 @@ def load_base(
     directory = resolve(model)
     if (directory / "adapter_config.json").exists():
         raise ModelError(f"{directory} holds an adapter, not a base; merge it first")
+    families.check(families.configuration(directory), (), private=False)
     dtype = getattr(torch, model.dtype)
     network = networks.from_files(directory, task, num_labels, int(tokenizer.pad_token_id), dtype)
     networks.check_length(network, task)
