@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fedslm.config import DataConfig, TaskConfig
+from fedslm.data.columns import placeholders
 from fedslm.tasks import tokens
 from fedslm.tasks.base import Encoded, Example, Row, Tokens, tokenise
 
@@ -25,12 +26,18 @@ class Prompts:
         format: "chat", "plain" or "auto" (chat where the tokenizer has a template).
         max_length: Longest prompt and completion together, in tokens.
         max_target_length: Longest completion in tokens; None: what there is room for.
+
+    Raises:
+        ConfigError: The template is none.
     """
 
     template: str
     format: Literal["auto", "chat", "plain"]
     max_length: int
     max_target_length: int | None
+
+    def __post_init__(self) -> None:
+        placeholders(self.template)  # names of columns alone: a template may come from a server
 
     @classmethod
     def of(cls, task: TaskConfig, data: DataConfig) -> Prompts:

@@ -11,6 +11,7 @@ from kinds import KINDS, PAD, PROMPTS, VOCABULARY, by_hand, examples_of, logits_
 from transformers import PreTrainedTokenizerBase
 
 from fedslm.config import DataConfig, TaskConfig
+from fedslm.errors import ConfigError
 from fedslm.models.base import DEMO_DIRECTORY, load_tokenizer
 from fedslm.tasks import build
 from fedslm.tasks.instruction import Instruction
@@ -56,6 +57,13 @@ def test_a_template_takes_any_columns() -> None:
     prompts = replace(PROMPTS, template="{text} / {site}:")
     assert prompts.text(ROW) == "chest pain / left arm:"
     assert prompts.text({**ROW, "site": None}) == "chest pain / :"
+
+
+@pytest.mark.parametrize("template", ["{text.__class__}", "{text:>999999999}", "{}", "{0}", "{te"])
+def test_a_template_from_a_server_names_columns_alone(template: str) -> None:
+    """Attributes, widths and positions are refused before any record is looked at."""
+    with pytest.raises(ConfigError, match=r"task\.prompt"):
+        Prompts(template, "plain", 16, 6)
 
 
 def test_the_loss_is_on_the_completion_alone(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,147 @@
+"""Each task end to end under privacy: data, plan, ledger, rounds, report, and the adapter outside fedslm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import WORDS, write_rows
+from tiny import PATIENT, PRIVATE
+
+from fedslm import simulation
+from fedslm.config import Config
+from fedslm.models.loaded import load
+from fedslm.progress import Silent
+from fedslm.storage import load_adapter
+
+MakeConfig = Callable[..., Config]
+FamilyDirectory = Callable[[str, str], Path]
+PROMPT = "note: {text} plan:"
+# task: (family, None for the embedded model), task keys, data keys, metrics that are reported
+TASKS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any], set[str]]] = {
+    "multi-label": (
+        None,
+        {"pooling": "mean", "labels": ["heart", "bone", "long"]},
+        {"label_column": "labels"},
+        {"f1_micro", "f1_macro", "exact_match", "loss"},
+    ),
+    "token-classification": (
+        None,
+        {"pooling": "native", "labels": ["O", "B-heart", "B-bone"]},
+        {"text_column": "words", "label_column": "tags"},
+        {"f1", "precision", "recall", "tag_accuracy", "loss"},
+    ),
+    "causal-lm": (
+        "llama",
+        {"pooling": "native"},
+        {"label_column": ""},
+        {"loss", "perplexity", "next_token_accuracy", "next_token_top3"},
+    ),
+    "instruction": (
+        "llama",
+        {"pooling": "native", "prompt": PROMPT},
+        {"label_column": "answer"},
+        {"loss", "perplexity", "next_token_accuracy", "next_token_top3"},
+    ),
+    "seq2seq": (
+        "t5",
+        {"pooling": "native", "prompt": PROMPT},
+        {"label_column": "answer"},
+        {"loss", "perplexity", "next_token_accuracy", "next_token_top3"},
+    ),
+    "preference": (
+        "llama",
+        {"pooling": "native", "beta": 0.5},
+        {"label_column": "answer", "rejected_column": "worse"},
+        {"accuracy", "margin", "loss"},
+    ),
+}
+
+
+def rows_of(count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows with a column for every task."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        kind, other = ("heart", "bone") if index % 2 else ("bone", "heart")
+        words = [str(word) for word in generator.choice(WORDS[kind], int(generator.integers(3, 9)))]
+        rows.append(
+            {
+                "text": " ".join(words),
+                "labels": [kind, *(["long"] if len(words) > 5 else [])],
+                "words": words,
+                "tags": [f"B-{kind}" if len(word) > 5 else "O" for word in words],
+                "answer": f"{kind} {words[0]}",
+                "worse": f"{other} {words[0]}",
+                "client": f"site-{index % 3}",
+                "patient": f"site-{index % 3} {index // 9}",
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="session")
+def wide_notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with train.jsonl and test.jsonl that every task can use."""
+    directory = tmp_path_factory.mktemp("wide")
+    write_rows(directory / "train.jsonl", rows_of(60, 0))
+    write_rows(directory / "test.jsonl", rows_of(24, 1))
+    return directory
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_runs_privately_from_data_to_adapter(
+    name: str, make_config: MakeConfig, family_directory: FamilyDirectory, wide_notes: Path
+) -> None:
+    """Every client trains in every round, spends its plan, and the adapter reloads as what was reported."""
+    family, task, data, metrics = TASKS[name]
+    targets = ["3.output.dense"] if family is None else ["all-linear"]
+    base = "demo" if family is None else str(family_directory(family, name))
+    config = make_config(
+        model={"base": base},
+        lora={"target_modules": targets},
+        data={"source": str(wide_notes), **data},
+        task={"name": name, "max_length": 32, **task},
+        privacy=PATIENT if name in ("token-classification", "preference") else PRIVATE,
+        federation={"rounds": 2},
+    )
+    report = simulation.simulate(config, Silent())
+    assert report["failures"] == []
+    assert metrics <= set(report["metrics_after"])
+    assert set(report["metrics_before"]) == set(report["metrics_after"])
+    assert report["metrics_after"]["loss"] != report["metrics_before"]["loss"]
+    assert all(0 < spent["epsilon"] <= 8.0 for spent in report["privacy"].values())
+    assert {spent["steps"] for spent in report["privacy"].values()} == {4}
+    check_adapter(config, report)
+
+
+def check_adapter(config: Config, report: dict[str, Any]) -> None:
+    """What PEFT saved is the adapter that the report names, when it is put on a fresh base."""
+    from peft import PeftModel
+
+    from fedslm.models.base import load_base, load_tokenizer, resolve
+
+    directory = Path(report["directory"])
+    state = json.loads((directory / "checkpoint" / "state.json").read_text())
+    trained = load_adapter(directory / "checkpoint" / state["adapter"])
+    whole = load_adapter(directory / "frozen.safetensors").merged(trained)
+    assert whole.sha256() == report["adapter_sha256"]
+    labels = len(report["labels"])
+    tokenizer = load_tokenizer(resolve(config.model))
+    fresh = load_base(config.model, config.task, labels, tokenizer)
+    plain: Any = PeftModel.from_pretrained(fresh, directory / "adapter").eval()
+    own = load(config.model, config.lora, config.task, labels)
+    own.adapter.write(whole)
+    own.adapter.network.eval()
+    import torch
+
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4).long()}
+    if config.task.name == "seq2seq":
+        inputs["decoder_input_ids"] = torch.tensor([[0, 5, 6]])
+    with torch.inference_mode():
+        expected = own.adapter.network(**inputs).logits
+        assert torch.equal(plain(**inputs).logits, expected)
