@@ -22,7 +22,7 @@ from fedslm.config import Config, from_flat, from_mapping, from_toml, to_toml, w
 from fedslm.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-SIMULATIONS = sorted((ROOT / "simulations").glob("*.toml"))
+SIMULATIONS = sorted((ROOT / "simulations").rglob("*.toml"))
 FIELDS: dict[str, FieldInfo] = {
     f"{section}.{key}": field
     for section, outer in Config.model_fields.items()

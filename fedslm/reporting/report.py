@@ -18,7 +18,7 @@ from fedslm.privacy.plan import Plan, PrivatePlan
 from fedslm.records import Event, PrivacySpent, RoundRecord
 from fedslm.reporting.plots import plot_rounds
 from fedslm.reporting.render import render
-from fedslm.storage import write_text
+from fedslm.storage import expand, write_text
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "name": config.run.name,
         "directory": str(directory.path),
         "config_sha256": config.sha256(),
-        "base_model": config.model.base,
+        "base_model": expand(config.model.base),
         "base_sha256": outcome.setup.base_sha256,
         "adapter_sha256": outcome.adapter.sha256(),
         "num_trained_parameters": outcome.checkpoint.trained.num_parameters,

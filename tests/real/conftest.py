@@ -16,4 +16,5 @@ def assets() -> Path:
     directory = (ROOT / os.environ.get("FEDSLM_ASSETS", "../shared/assets")).resolve()
     if not (directory / "models").is_dir():
         pytest.skip(f"no real weights and data in FEDSLM_ASSETS={directory}")
+    os.environ["FEDSLM_ASSETS"] = str(directory)  # scenario files name it, in worker processes too
     return directory

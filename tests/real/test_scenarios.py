@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 def run(scenario: str, tmp_path: Path, *overrides: str) -> dict[str, Any]:
     """Runs a scenario file with overrides and prints what came out."""
     everywhere = (f"run.directory={tmp_path / 'run'}", *overrides)
-    config = configuration.from_toml(ROOT / "simulations" / scenario, everywhere)
+    config = configuration.from_toml(ROOT / "simulations" / "local" / scenario, everywhere)
     began = time.monotonic()
     report = simulation.simulate(config, Bar())
     print(
@@ -36,8 +36,6 @@ def test_spam_at_epsilon_3(assets: Path, tmp_path: Path) -> None:
     report = run(
         "sms_spam.toml",
         tmp_path,
-        f"data.source={assets / 'data/sms_spam'}",
-        f"model.base={assets / 'models/all-MiniLM-L6-v2'}",
     )
     assert report["metrics_after"]["accuracy"] >= 0.95
     assert len(report["privacy"]) == 10
@@ -91,8 +89,6 @@ def test_shakespeare_by_speaker(
     report = run(
         "shakespeare.toml",
         tmp_path,
-        f"data.source={assets / 'data/shakespeare_speakers'}",
-        f"model.base={assets / 'models/stories260K'}",
         *overrides,
     )
     assert 4.2 < report["metrics_before"]["loss"] < 4.6
@@ -133,8 +129,6 @@ def test_saved_hash_names_the_adapter(assets: Path, tmp_path: Path) -> None:
     report = run(
         "shakespeare.toml",
         tmp_path,
-        f"data.source={assets / 'data/shakespeare_speakers'}",
-        f"model.base={assets / 'models/stories260K'}",
         "federation.rounds=1",
         "federation.num_clients=2",
         "training.local_steps=2",
