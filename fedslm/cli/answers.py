@@ -1,0 +1,117 @@
+"""What commands that use a model share: a bar, files of answers, tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedslm.cli.console import ERRORS
+
+Rows = list[dict[str, Any]]
+_SHOWN_CHARACTERS = 60
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, where that is a terminal."""
+    columns = (TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=ERRORS, transient=True, disable=not ERRORS.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield show
+
+
+def counted(answers: Iterable[Any], total: int, show: Callable[[int, int], None]) -> Iterator[Any]:
+    """Moves the bar with each answer."""
+    for done, answer in enumerate(answers, 1):
+        show(done, total)
+        yield answer
+
+
+def write_answers(out: Path, answers: Iterable[dict[str, Any]]) -> None:
+    """Writes answers, one a line; the file appears when all are there."""
+    from fedslm.storage import replacing
+
+    with replacing(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        if out.suffix == ".jsonl":
+            for answer in answers:
+                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            return
+        rows = [{key: _cell(value) for key, value in answer.items()} for answer in answers]
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _cell(value: object) -> object:
+    """What fits into a cell: lists and dictionaries as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+def say_where(out: Path, count: int, as_json: bool) -> None:
+    """Where the answers are."""
+    typer.echo(json.dumps({"out": str(out), "rows": count}) if as_json else f"{out}: {count} rows")
+
+
+def print_answers(answers: Rows) -> None:
+    """Answers for people."""
+    rows = [
+        (_short(str(each.get("text", " ".join(each.get("words", []))))), _said(each))
+        for each in answers
+    ]
+    print_table("", ("text", "answer"), rows, [])
+    cut = sum("truncated" in answer for answer in answers)
+    if cut:
+        ERRORS.print(f"{cut} text(s) were too long: their end was not read", style="yellow")
+
+
+def _asked(answer: dict[str, Any]) -> str:
+    """The text, or the words of a row that had no text."""
+    return str(answer["text"]) if "text" in answer else " ".join(answer["words"])
+
+
+def _said(answer: dict[str, Any]) -> str:
+    """What is said of one text."""
+    if "note" in answer:
+        return str(answer["note"])
+    if "entities" in answer:
+        return (
+            "\n".join(f"{e['kind']}: {e['text']} ({e['score']:.2f})" for e in answer["entities"]) or "–"
+        )
+    if "next_words" in answer:
+        return ", ".join(f"{e['word']} ({e['probability']:.2f})" for e in answer["next_words"])
+    shares = ", ".join(f"{name} {value:.2f}" for name, value in answer["probabilities"].items())
+    said = ", ".join(answer["labels"]) if "labels" in answer else str(answer["label"])
+    return f"{said or '–'} ({shares})"
+
+
+def _short(text: str) -> str:
+    """The beginning of a text."""
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"
+
+
+def print_table(
+    title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], notes: list[str]
+) -> None:
+    """A table with notes below; texts are printed as they are."""
+    console, table = Console(), Table(title=Text(title) if title else None)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    for note in notes:
+        console.print(f"{note}.", highlight=False, markup=False)

@@ -1,0 +1,281 @@
+"""``fedslm predict``, ``generate``, ``evaluate`` and ``export``: use what was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fedslm.cli.answers import (
+    Rows,
+    counted,
+    print_answers,
+    print_table,
+    progress,
+    say_where,
+    write_answers,
+)
+from fedslm.cli.console import ERRORS, Json, clear_errors
+
+if TYPE_CHECKING:
+    from fedslm.inference.generation import Prompt
+    from fedslm.inference.trained import Trained
+
+inference_app = typer.Typer()
+
+Run = Annotated[Path, typer.Argument(help="A finished run's directory.", metavar="RUN")]
+Base = Annotated[
+    str | None, typer.Option(help="Where the base model lies now, if it was moved since training.")
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"] | None,
+    typer.Option(help="Where to compute; as in training if left out."),
+]
+
+
+@inference_app.command()
+def predict(
+    run: Run,
+    text: Annotated[list[str], typer.Option(help="A text; may be repeated.")] = [],  # noqa: B006
+    file: Annotated[
+        Path | None, typer.Option(help="Texts: .txt (one a line), .jsonl, .csv, .tsv, .parquet, ….")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the answers here: .jsonl or .csv.")] = None,
+    base: Base = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Classes, entities or next words of texts, by a trained model.
+
+    Answers come in the order of the texts, one for each.
+
+    Example: `fedslm predict runs/demo/epsilon-8 --text "chest pain since this morning"`
+
+    Example: `fedslm predict runs/ner --file notes.jsonl --out entities.jsonl`
+    """
+    with clear_errors():
+        from fedslm.inference.inputs import read_inputs
+        from fedslm.inference.prediction import check_task
+        from fedslm.inference.prediction import predict as answers_to
+        from fedslm.inference.trained import load_trained, open_run
+
+        _one_of(text, file, "--text")
+        _check_out(out)
+        opened = open_run(run, base=base, device=device)
+        check_task(opened)
+        column = opened.data.text_column
+        rows = [{column: each} for each in text] if file is None else read_inputs(file, [column])
+        answers = answers_to(load_trained(opened), rows)
+        with progress("texts") as show:
+            shown = counted(answers, len(rows), show)
+            if out is not None:
+                write_answers(out, shown)
+            elif as_json:
+                for answer in shown:
+                    typer.echo(json.dumps(answer, ensure_ascii=False))
+            else:
+                answered = list(shown)
+        if out is not None:
+            say_where(out, len(rows), as_json)
+        elif not as_json:
+            print_answers(answered)
+
+
+@inference_app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[list[str], typer.Option(help="A prompt; may be repeated.")] = [],  # noqa: B006
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts: .txt (one a line), .jsonl, .csv, …, with columns.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most new tokens; left out: as many as targets had, or 64.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; 1 draws as the model says.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same texts.")] = 0,
+    samples: Annotated[int, typer.Option(help="Texts for each prompt; needs a temperature.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write the texts here: .jsonl or .csv.")] = None,
+    base: Base = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Let a trained model write: go on with a text, answer an instruction, summarise.
+
+    Prompts are put to the model as in training: the same template and chat format.
+
+    Example: `fedslm generate runs/shakespeare --prompt "My lord," --temperature 0.8 --samples 3`
+    """
+    with clear_errors():
+        from fedslm.inference import generation
+        from fedslm.inference.trained import load_trained, open_run
+
+        _one_of(prompt, file, "--prompt")
+        _check_out(out)
+        opened = open_run(run, base=base, device=device)
+        generation.check_task(opened)
+        rows = _prompt_rows(generation.prompt_columns(opened), prompt, file)
+        trained = load_trained(opened)
+        most = generation.default_max_tokens(trained) if max_tokens is None else max_tokens
+        sampling = generation.Sampling(most, temperature, samples, seed)
+        prompts = generation.prompts_of(trained, rows, most)
+        if out is None and not as_json:
+            _write_aloud(trained, prompts, sampling)
+            return
+        with progress("prompts") as show:
+            written = counted(generation.write(trained, prompts, sampling), len(prompts), show)
+            answers = (_written(*pair) for pair in zip(prompts, written, strict=True))
+            if out is not None:
+                write_answers(out, answers)
+            else:
+                for answer in answers:
+                    typer.echo(json.dumps(answer, ensure_ascii=False))
+        if out is not None:
+            say_where(out, len(prompts), as_json)
+
+
+@inference_app.command()
+def evaluate(
+    run: Run,
+    data: Annotated[
+        str | None, typer.Option(help="Other data: a path, hub name; left out: the run's public split.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of --data; left out: the run's.")] = None,
+    texts: Annotated[
+        bool, typer.Option("--generate", help="Write texts too; score them by ROUGE and exact match.")
+    ] = False,
+    max_generated: Annotated[int, typer.Option(min=1, help="Records to write texts for.")] = 100,
+    max_records: Annotated[int | None, typer.Option(min=1, help="A sample of --data.")] = None,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples, at least 1000.")] = 2000,
+    out: Annotated[Path | None, typer.Option(help="Write the table here too, as Markdown.")] = None,
+    base: Base = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """All metrics of a trained model beside its base, with 95 % bootstrap intervals.
+
+    Figures on private data are covered by no ε: keep them where the data is.
+
+    Example: `fedslm evaluate runs/demo/epsilon-8`
+
+    Example: `fedslm evaluate runs/medquad --generate --max-generated 50 --out medquad.md`
+    """
+    with clear_errors():
+        from fedslm.inference import evaluation, tables
+        from fedslm.inference.trained import load_trained, open_run
+        from fedslm.storage import write_text
+
+        if data is None and (split is not None or max_records is not None):
+            raise typer.BadParameter("--split and --max-records are for --data")
+        opened = open_run(run, base=base, device=device)
+        if data is None:
+            rows = evaluation.own_rows(opened)
+        else:
+            rows = evaluation.other_rows(opened, data, split, max_records)
+        trained = load_trained(opened)
+        asked = evaluation.Asked(resamples, max_generated if texts else 0)
+        with progress("records, base and tuned") as show:
+            found = evaluation.evaluate(trained, rows, show, asked)
+        notes = tables.notes_of(trained, found, resamples)
+        title = f"{opened.report['name']} on {data or 'its public evaluation split'}"
+        if out is not None:
+            write_text(out, tables.markdown_of(title, found, notes))
+        if as_json:
+            values = {"run": str(opened.directory), "data": data, "split": split, "notes": notes}
+            typer.echo(json.dumps({**values, "resamples": resamples, **tables.json_of(found)}))
+        else:
+            print_table(title, tables.COLUMNS, tables.rows_of(found), notes)
+
+
+@inference_app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="A new directory.", metavar="DIR")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the adapter to the base's weights; else copy it.")
+    ] = False,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Precision of merged weights; left out: float32."),
+    ] = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Take a model out of a run: a plain transformers directory, or PEFT's adapter alone.
+
+    The model card goes along, with what it says about privacy.
+
+    Example: `fedslm export runs/mine --merge --out models/mine --dtype bfloat16`
+    """
+    with clear_errors():
+        from fedslm.inference.export import export_adapter, export_merged
+        from fedslm.inference.trained import open_run
+
+        if dtype is not None and not merge:
+            raise typer.BadParameter("--dtype is for --merge; an adapter is float32")
+        opened = open_run(run, base=base)
+        if merge:
+            export_merged(opened, out, dtype or "float32")
+        else:
+            export_adapter(opened, out)
+        if as_json:
+            typer.echo(json.dumps({"out": str(out), "merged": merge, "dtype": dtype or "float32"}))
+        else:
+            typer.echo(str(out))
+
+
+def _one_of(texts: list[str], file: Path | None, name: str) -> None:
+    """Exactly one place that texts come from."""
+    if bool(texts) == (file is not None):
+        raise typer.BadParameter(f"give {name} (may be repeated) or --file, one of them")
+
+
+def _check_out(out: Path | None) -> None:
+    """Refuses a format before the work begins."""
+    if out is not None and out.suffix not in (".jsonl", ".csv"):
+        raise typer.BadParameter(f"--out={str(out)!r} must end with .jsonl or .csv")
+
+
+def _prompt_rows(columns: list[str], prompts: list[str], file: Path | None) -> Rows:
+    """Rows that prompts are made of."""
+    from fedslm.inference.inputs import read_inputs
+
+    if file is not None:
+        return read_inputs(file, columns)
+    if len(columns) > 1:
+        raise typer.BadParameter(
+            f"this run's prompt is made of {', '.join(columns)}; give a --file with these columns"
+        )
+    return [{columns[0]: each} for each in prompts]
+
+
+def _written(prompt: Prompt, texts: list[str]) -> dict[str, Any]:
+    """What was written, as plain values."""
+    cut = {"truncated": True} if prompt.cut else {}
+    return {"prompt": prompt.text, "texts": texts, **cut}
+
+
+def _write_aloud(trained: Trained, prompts: list[Prompt], sampling: Any) -> None:
+    """Prints texts as they come (one sample), or when they are there."""
+    from fedslm.inference.generation import write
+
+    goes_on = trained.run.task.name == "causal-lm"
+    aloud = sampling.samples == 1
+    written = write(trained, prompts, sampling, _echo if aloud else None)
+    for number, prompt in enumerate(prompts, 1):
+        if prompt.cut:
+            ERRORS.print(f"prompt {number} is too long; its middle was left out", style="yellow")
+        begun = prompt.text if goes_on else ""
+        if aloud:
+            _echo(begun)
+            next(written)
+            typer.echo()
+        else:
+            for text in next(written):
+                typer.echo(f"{begun}{text}\n---")
+
+
+def _echo(text: str) -> None:
+    """Prints at once."""
+    typer.echo(text, nl=False)

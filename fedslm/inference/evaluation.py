@@ -1,0 +1,181 @@
+"""How good a trained model is, beside its base, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedslm.data import shards
+from fedslm.data.sources import cut, load_evaluation
+from fedslm.errors import ConfigError, DataError, Problem
+from fedslm.inference.bootstrap import Comparison, Draws, Statistics, compare
+from fedslm.inference.generation import default_max_tokens, prompts_of, write_greedily
+from fedslm.inference.inputs import Rows
+from fedslm.inference.text_scores import text_metrics, text_statistics
+from fedslm.inference.trained import FinishedRun, OnProgress, Trained
+from fedslm.records import AdapterState
+from fedslm.rng import stream
+from fedslm.tasks.base import Example
+from fedslm.training.evaluation import statistics
+
+Advance = Callable[[int], None]
+RESAMPLES = 2000
+_FEWEST_RESAMPLES = 1000
+_PIECE_EXAMPLES = 256
+_BATCH_SIZE = 32
+_WITH_REFERENCES = ("instruction", "seq2seq")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        metrics: Metric to base, tuned and difference, each with its interval.
+        records: Records that the task's metrics are made of.
+        skipped: Records that could not be used: without text, or with a label that is not known.
+        truncated: Records of which the end was not read.
+        written: Records for which texts were written and scored; 0 if none was asked.
+    """
+
+    metrics: dict[str, Comparison]
+    records: int
+    skipped: int
+    truncated: int
+    written: int
+
+
+def own_rows(run: FinishedRun) -> Rows:
+    """The public evaluation split that the run itself was evaluated on.
+
+    Raises:
+        DataError: It is no longer there.
+    """
+    return shards.read_evaluation(run.directory / "data")
+
+
+def other_rows(run: FinishedRun, source: str, split: str | None, max_records: int | None) -> Rows:
+    """Rows of other data with the run's columns.
+
+    Args:
+        run: Says which columns are needed.
+        source: As ``data.evaluation_source``.
+        split: As ``data.evaluation_split``; None: the run's.
+        max_records: A seeded sample of so many; None: all.
+
+    Raises:
+        DataError: They cannot be read, lack a column, or are the private training split itself.
+    """
+    values = {"evaluation_source": source, "evaluation_split": split or run.data.evaluation_split}
+    data = run.data.model_copy(update=values)
+    dataset = load_evaluation(data, run.task, run.seed)
+    rows: Rows = cut(dataset, max_records or len(dataset), run.seed).to_list()
+    return rows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted of an evaluation.
+
+    Attributes:
+        resamples: Bootstrap resamples, >= 1000.
+        max_written: Let both models write texts for so many of the records, and score them; 0: none.
+    """
+
+    resamples: int = RESAMPLES
+    max_written: int = 0
+
+
+def evaluate(trained: Trained, rows: Rows, on_progress: OnProgress, asked: Asked) -> Evaluation:
+    """Measures the trained model and its base on the same records.
+
+    Args:
+        trained: A run's model.
+        rows: What to measure on.
+        on_progress: Is told how many passes over a record are done, of how many.
+        asked: How sure to be, and whether texts are written too.
+
+    Raises:
+        ConfigError: Too few resamples, or the task has no references to score texts by.
+        DataError: No record can be used.
+    """
+    _check(trained, asked)
+    prepared = trained.task.prepare(rows, trained.model.tokenizer)
+    if not prepared.examples:
+        raise DataError(
+            f"none of {len(rows)} record(s) can be used: they have no text or unknown labels"
+        )
+    kept = [rows[number] for number in prepared.kept]
+    scored = _sample(kept, asked.max_written, trained.run.seed)
+    advance = _advancing(on_progress, 2 * (len(kept) + len(scored)))
+    measured, texts = [], []
+    try:
+        for adapter in (trained.initial, trained.run.adapter):
+            measured.append(_statistics(trained, prepared.examples, adapter, advance))
+            if scored:
+                texts.append(_text_statistics(trained, scored, adapter, advance))
+    finally:
+        trained.model.adapter.write(trained.run.adapter)
+    draws = Draws(asked.resamples, trained.run.seed)
+    found = compare((measured[0], measured[1]), trained.task.metrics, draws)
+    if scored:
+        found |= compare((texts[0], texts[1]), text_metrics, draws)
+    return Evaluation(found, len(kept), len(rows) - len(kept), prepared.truncated, len(scored))
+
+
+def _check(trained: Trained, asked: Asked) -> None:
+    """Refuses what would give no honest figures."""
+    if asked.resamples < _FEWEST_RESAMPLES:
+        message = (
+            f"value {asked.resamples} must be at least {_FEWEST_RESAMPLES}: the interval would be rough"
+        )
+        raise ConfigError([Problem("--resamples", message)])
+    name = trained.run.task.name
+    if asked.max_written and name not in _WITH_REFERENCES:
+        message = f"is for {' and '.join(_WITH_REFERENCES)}; this run's task.name is {name!r}"
+        raise ConfigError([Problem("--generate", message)])
+
+
+def _sample(rows: Rows, most: int, seed: int) -> Rows:
+    """A seeded choice of rows, in order."""
+    if len(rows) <= most:
+        return rows if most else []
+    chosen = stream(seed, "written").choice(len(rows), most, replace=False)
+    return [rows[number] for number in sorted(chosen)]
+
+
+def _advancing(on_progress: OnProgress, total: int) -> Advance:
+    """Adds up what is done."""
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        on_progress(done, total)
+
+    return advance
+
+
+def _statistics(
+    trained: Trained, examples: Sequence[Example], adapter: AdapterState, advance: Advance
+) -> Statistics:
+    """The task's statistics of each example."""
+    parts = []
+    for start in range(0, len(examples), _PIECE_EXAMPLES):
+        piece = examples[start : start + _PIECE_EXAMPLES]
+        parts.append(statistics(trained.model, trained.task, piece, adapter, _BATCH_SIZE))
+        advance(len(piece))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _text_statistics(
+    trained: Trained, rows: Rows, adapter: AdapterState, advance: Advance
+) -> Statistics:
+    """Scores of the text that is written for each row."""
+    trained.model.adapter.write(adapter)
+    most = default_max_tokens(trained)
+    written = write_greedily(trained, prompts_of(trained, rows, most), most, advance)
+    column = str(trained.run.data.label_column)
+    return text_statistics(written, [str(row[column]) for row in rows])

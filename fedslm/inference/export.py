@@ -1,0 +1,168 @@
+"""Take a trained model out of a run: as plain transformers files, or as PEFT's adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, assert_never
+
+from fedslm.config import TaskName
+from fedslm.errors import ModelError, RunError
+from fedslm.inference.trained import FinishedRun
+from fedslm.models.loaded import load
+from fedslm.models.pooling import MeanPoolingClassifier
+from fedslm.reporting.render import render
+from fedslm.storage import write_text
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Precision = Literal["float32", "float16", "bfloat16"]
+_PRIVACY = "## Privacy\n"
+_NOT_OURS = ("_name_or_path", "id2label", "label2id", "problem_type")  # the classifier's, or a path
+_OWN_CODE = "mean_pooling.py"
+
+
+def export_adapter(run: FinishedRun, target: Path) -> None:
+    """Copies the adapter as PEFT wrote it, with its tokenizer and model card.
+
+    Args:
+        run: A finished run.
+        target: A directory that is not there, or is empty.
+
+    Raises:
+        RunError: The directory holds something, or cannot be written; nothing is left behind.
+    """
+    with _new_directory(target) as directory:
+        shutil.copytree(run.adapter_directory, directory, dirs_exist_ok=True)
+
+
+def export_merged(run: FinishedRun, target: Path, dtype: Precision) -> None:
+    """Writes the base with the adapter added to its weights: plain transformers load it.
+
+    The adapter is added in float32 to the base's own weights, also where training saw them rounded
+    (``model.dtype``) or quantised (``model.quantization``); the sum is then rounded once.
+
+    Args:
+        run: A finished run.
+        target: A directory that is not there, or is empty.
+        dtype: Precision of the files.
+
+    Raises:
+        ModelError: The base is missing or another one, or the run has no privacy statement.
+        RunError: As :func:`export_adapter`.
+    """
+    import torch
+
+    with _new_directory(target) as directory:
+        run.check_base()
+        statement = privacy_statement(run)
+        network, tokenizer = _merged(run)
+        network.to(getattr(torch, dtype)).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        card = render(
+            "exported_card.md.j2",
+            run=run,
+            report=run.report,
+            dtype=dtype,
+            privacy=statement,
+            auto_class=_auto_class(run.task.name),
+            own_code=(directory / _OWN_CODE).exists(),
+        )
+        write_text(directory / "README.md", card)
+
+
+def privacy_statement(run: FinishedRun) -> str:
+    """What the run's own model card says about privacy, word for word.
+
+    Raises:
+        ModelError: The card is missing or says nothing.
+    """
+    path = run.adapter_directory / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    _, found, rest = text.partition(_PRIVACY)
+    statement = rest.split("\n## ")[0].strip()
+    if not found or not statement:
+        raise ModelError(f"{path} has no privacy statement, and no model may go on without; restore it")
+    return statement
+
+
+@contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
+    """Gives a temporary directory; when the block ends well, it becomes ``target``."""
+    from safetensors import SafetensorError
+
+    target = target.expanduser().absolute()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise RunError(f"{target} exists and is not empty; choose another --out")
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{target} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _merged(run: FinishedRun) -> tuple[Any, Any]:
+    """The base with the adapter in its weights, as a model of transformers; and the tokenizer."""
+    plain = {"quantization": "none", "dtype": "float32", "device": "cpu"}
+    # Not the model that others of this process share: merging takes it apart.
+    loaded = load.__wrapped__(run.model.model_copy(update=plain), run.lora, run.task, len(run.labels))
+    loaded.adapter.write(run.adapter)
+    adapted: Any = loaded.adapter.network
+    network: Any = adapted.merge_and_unload()
+    if isinstance(network, MeanPoolingClassifier):
+        network = _with_own_class(network, len(run.labels))
+    if run.labels:
+        network.config.id2label = dict(enumerate(run.labels))
+        network.config.label2id = {label: number for number, label in enumerate(run.labels)}
+    if run.task.name == "multi-label":
+        network.config.problem_type = "multi_label_classification"
+    if hasattr(network.config, "use_cache"):
+        network.config.use_cache = True  # training had turned it off
+    return network, loaded.tokenizer
+
+
+def _auto_class(task: TaskName) -> str:
+    """The class of transformers that loads an exported model."""
+    match task:
+        case "classification" | "multi-label":
+            return "AutoModelForSequenceClassification"
+        case "token-classification":
+            return "AutoModelForTokenClassification"
+        case "seq2seq":
+            return "AutoModelForSeq2SeqLM"
+        case "causal-lm" | "instruction" | "preference":
+            return "AutoModelForCausalLM"
+        case _:
+            assert_never(task)
+
+
+def _with_own_class(network: MeanPoolingClassifier, num_labels: int) -> nn.Module:
+    """The same layers in a class whose code travels with the files."""
+    import torch
+
+    from fedslm.inference.mean_pooling import (
+        MeanPoolingConfig,
+        MeanPoolingForSequenceClassification,
+    )
+
+    encoder: Any = network.encoder
+    encoder: Any = network.encoder
+    values = {k: value for k, value in encoder.config.to_dict().items() if k not in _NOT_OURS}
+    config = MeanPoolingConfig(
+        encoder=values,
+        encoder_class=type(encoder).__name__,
+        num_labels=num_labels,
+        pad_token_id=encoder.config.pad_token_id,
+    )
+    with torch.device("meta"):
+        exported = MeanPoolingForSequenceClassification(config)
+    exported.encoder, exported.classifier = encoder, network.classifier
+    return exported.eval()  # type: ignore[no-any-return]

@@ -1,0 +1,84 @@
+"""What a model is asked about: rows of a file, and the words of a text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedslm.data import files
+from fedslm.errors import DataError
+
+Rows = list[dict[str, Any]]
+_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+|[^\w\s]")
+
+
+def read_inputs(path: Path, columns: Sequence[str]) -> Rows:
+    """Reads rows: a text file gives one row for each line, blank ones too, other formats their records.
+
+    Args:
+        path: A file that ends with .txt, or of a format that training data may have.
+        columns: Those that are needed.
+
+    Raises:
+        DataError: The file is missing, damaged or empty, or lacks a column; lists those that it has.
+    """
+    if not path.exists():
+        raise DataError(f"--file={str(path)!r}: no such file")
+    if path.suffix == ".txt" and path.is_file():
+        rows = _lines(path, columns)
+    else:
+        rows = [row for table in files.tables_in(path) for row in table.to_pylist()]
+    if not rows:
+        raise DataError(f"{path} is empty: it gives no records")
+    for column in columns:
+        if column not in rows[0]:
+            raise DataError(
+                f"{path} has no column {column!r}; it has {', '.join(rows[0])}. Rename it, or use a "
+                f".txt file with one text on each line"
+            )
+    return rows
+
+
+def text_of(row: dict[str, Any], column: str, number: int) -> str:
+    """A row's text; nothing for a missing one.
+
+    Raises:
+        DataError: The column holds lists.
+    """
+    value = row[column]
+    if isinstance(value, list | tuple | dict):
+        raise DataError(
+            f"row {number}: column {column!r} holds a {type(value).__name__}; a text is needed"
+        )
+    return "" if value is None else str(value)
+
+
+def words_in(text: str) -> list[tuple[int, int]]:
+    """First character and end of each word: numbers, runs of letters and digits, single other signs.
+
+    >>> text = "2.5 mg/d of B-12."
+    >>> [text[first:end] for first, end in words_in(text)]
+    ['2.5', 'mg', '/', 'd', 'of', 'B', '-', '12', '.']
+    """
+    return [match.span() for match in _WORD.finditer(text)]
+
+
+def _lines(path: Path, columns: Sequence[str]) -> Rows:
+    """One row for each line."""
+    if len(columns) > 1:
+        raise DataError(
+            f"{path}: this run's prompt is made of {', '.join(columns)}; give a file with these columns"
+        )
+    rows = []
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append({columns[0]: line.decode("utf-8")})
+        except UnicodeDecodeError:
+            raise DataError(f"{path}, line {number} is not UTF-8; save the file as UTF-8") from None
+    return rows

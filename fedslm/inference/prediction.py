@@ -1,0 +1,99 @@
+"""What a model says of texts: classes, entities, next words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedslm.errors import ConfigError, Problem
+from fedslm.inference.inputs import Rows, text_of
+from fedslm.inference.next_words import continued
+from fedslm.inference.outputs import logits_of, softmax
+from fedslm.inference.tagging import tagged
+from fedslm.inference.trained import FinishedRun, Trained
+from fedslm.tasks.base import Example, tokenise
+
+Answer = dict[str, Any]
+PREDICTED = ("classification", "multi-label", "token-classification", "causal-lm")
+_PIECE_ROWS = 512
+_TOP = 3
+
+
+def check_task(run: FinishedRun) -> None:
+    """Refuses a run whose task writes texts.
+
+    Raises:
+        ConfigError: ``generate`` is for that.
+    """
+    if run.task.name not in PREDICTED:
+        remedy = f"fedslm generate {run.directory} --prompt …"
+        message = f"value {run.task.name!r} writes texts; use: {remedy}"
+        raise ConfigError([Problem("task.name", message)])
+
+
+def predict(trained: Trained, rows: Rows) -> Iterator[Answer]:
+    """Answers each row, in order; the answer of a row depends on it alone.
+
+    Args:
+        trained: A run's model.
+        rows: With the run's text column: a text, or a list of words where words are tagged.
+
+    Yields:
+        A dictionary that can be JSON: the text (or words), what is said of it, "truncated" if its end
+        was not read, and "note" if it holds nothing to read.
+
+    Raises:
+        ConfigError: The run's task writes texts; ``generate`` is for that.
+        DataError: A row's column holds something else.
+    """
+    check_task(trained.run)
+    name = trained.run.task.name
+    answer = {"token-classification": tagged, "causal-lm": continued}.get(name, _classified)
+    for first in range(0, len(rows), _PIECE_ROWS):
+        yield from answer(trained, rows[first : first + _PIECE_ROWS], first)
+
+
+def _classified(trained: Trained, rows: Rows, first: int) -> list[Answer]:
+    """Label (or labels) and the largest probabilities."""
+    column, tokenizer = trained.run.data.text_column, trained.model.tokenizer
+    texts = [text_of(row, column, first + at) for at, row in enumerate(rows, 1)]
+    encoded = tokenise(texts, tokenizer, trained.run.task.max_length)
+    special, labels = tokenizer.num_special_tokens_to_add(), trained.run.labels
+    absent = (0,) * len(labels)
+    there = [at for at, each in enumerate(encoded) if len(each.input_ids) > special]
+    examples = [Example(encoded[at].input_ids, 0, targets=absent) for at in there]
+    logits = dict(zip(there, logits_of(trained, examples), strict=True))
+    several = trained.run.task.name == "multi-label"
+    said = _labels_of if several else _label_of
+    nothing: Answer = {"labels": []} if several else {"label": None}
+    return [
+        {
+            "text": text,
+            **(said(logits[at], labels) if at in logits else {**nothing, "note": "no text"}),
+            **({"truncated": True} if encoded[at].cut else {}),
+        }
+        for at, text in enumerate(texts)
+    ]
+
+
+def _label_of(logits: NDArray[np.float32], labels: Sequence[str]) -> Answer:
+    """The likeliest class."""
+    shares = softmax(logits)
+    likeliest = _largest(shares, labels)
+    return {"label": next(iter(likeliest)), "probabilities": likeliest}
+
+
+def _labels_of(logits: NDArray[np.float32], labels: Sequence[str]) -> Answer:
+    """Every class that is likelier than not."""
+    chances = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    named = [label for label, chance in zip(labels, chances, strict=True) if chance > 0.5]
+    return {"labels": named, "probabilities": _largest(chances, labels)}
+
+
+def _largest(values: NDArray[np.float64], labels: Sequence[str]) -> dict[str, float]:
+    """The first few names by value."""
+    order = np.argsort(-values, kind="stable")[:_TOP]
+    return {labels[at]: float(values[at]) for at in order}

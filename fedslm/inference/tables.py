@@ -1,0 +1,65 @@
+"""An evaluation for people and programs: rows of a table, Markdown, JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fedslm.inference.bootstrap import CONFIDENCE, Estimate
+from fedslm.inference.evaluation import Evaluation
+from fedslm.inference.trained import Trained
+
+COLUMNS = ("metric", "base", "tuned", "difference")
+
+
+def rows_of(found: Evaluation) -> list[tuple[str, str, str, str]]:
+    """One row of ``COLUMNS`` for each metric."""
+    return [
+        (name, _shown(each.base), _shown(each.tuned), _shown(each.difference, "+"))
+        for name, each in found.metrics.items()
+    ]
+
+
+def notes_of(trained: Trained, found: Evaluation, resamples: int) -> list[str]:
+    """What one must know to read the table."""
+    notes = [
+        f"{found.records} records; in brackets {CONFIDENCE:.0%} intervals from {resamples} bootstrap "
+        f"resamples of them; differences are paired"
+    ]
+    if trained.has_new_head:
+        notes.append(
+            "the base has no classifier for this task: its figures are those of the run's starting "
+            "adapter, whose head is untrained"
+        )
+    else:
+        notes.append("base: the same model without the adapter")
+    if found.written:
+        notes.append(f"ROUGE (F, stemmed) and exact match: texts written for {found.written} records")
+    if found.skipped:
+        notes.append(f"{found.skipped} record(s) left out: no text, or a label unknown to the run")
+    if found.truncated:
+        notes.append(f"{found.truncated} record(s) cut to {trained.run.task.max_length} tokens")
+    return notes
+
+
+def markdown_of(title: str, found: Evaluation, notes: list[str]) -> str:
+    """The table as Markdown, with its notes."""
+    lines = [f"# {title}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows_of(found)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+
+
+def json_of(found: Evaluation) -> dict[str, Any]:
+    """The same as plain values; an interval that no resample defines is null."""
+    values = asdict(found)
+    for comparison in values["metrics"].values():
+        for estimate in comparison.values():
+            for key, value in estimate.items():
+                estimate[key] = value if value == value else None
+    return {"confidence": CONFIDENCE, **values}
+
+
+def _shown(estimate: Estimate, sign: str = "") -> str:
+    """A value with its interval."""
+    value, low, high = (format(x, f"{sign}.4g") for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"

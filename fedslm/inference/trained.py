@@ -1,0 +1,198 @@
+"""Open a finished run: its settings, its report, and its model with the adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fedslm
+from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig
+from fedslm.errors import ModelError, RunError
+from fedslm.federation.checkpoint import RunDirectory
+from fedslm.models.adapter import initial_state
+from fedslm.models.base import base_sha256, resolve
+from fedslm.models.loaded import LoadedModel, load
+from fedslm.records import AdapterState
+from fedslm.storage import load_adapter
+from fedslm.tasks import build
+from fedslm.tasks.base import Task
+
+OnProgress = Callable[[int, int], None]  # (done, of all)
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run as it lies on disk; nothing is loaded yet.
+
+    Attributes:
+        directory: Absolute path.
+        report: Content of ``report.json``.
+        model: The base model.
+        lora: The adapter's shape.
+        data: Names of the columns; where the run's data came from.
+        task: What was learned.
+        seed: The run's seed, from which the starting adapter came.
+        adapter: The trained adapter, whole.
+    """
+
+    directory: Path
+    report: dict[str, Any]
+    model: ModelConfig
+    lora: LoraConfig
+    data: DataConfig
+    task: TaskConfig
+    seed: int
+    adapter: AdapterState
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in the order of the logits; empty if the task has none."""
+        return tuple(self.report["labels"])
+
+    @property
+    def adapter_directory(self) -> Path:
+        """Where PEFT's files, the tokenizer and the model card lie."""
+        return self.directory / "adapter"
+
+    def check_base(self) -> None:
+        """Refuses a base model with other files than the one that was trained on.
+
+        Raises:
+            ModelError: The base is missing, or its hash differs.
+        """
+        found, expected = base_sha256(resolve(self.model)), self.report["base_sha256"]
+        if found != expected:
+            raise ModelError(
+                f"model.base={self.model.base!r} has sha256 {found[:12]}, but {self.directory} was "
+                f"trained on {expected[:12]}: the adapter fits that base alone; give it with --base"
+            )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's model, ready to be used.
+
+    Attributes:
+        run: Where it came from.
+        model: The base with the trained adapter in it.
+        task: What was learned.
+    """
+
+    run: FinishedRun
+    model: LoadedModel
+    task: Task
+
+    @cached_property
+    def initial(self) -> AdapterState:
+        """The adapter that the run started from: the plain base; a new head is untrained."""
+        return initial_state(self.run.adapter.shapes, self.run.seed)
+
+    @property
+    def has_new_head(self) -> bool:
+        """True if a classifier was trained beside the LoRA factors."""
+        return any(".lora_" not in key for key in self.run.adapter)
+
+
+def open_run(path: Path, *, base: str | None = None, device: str | None = None) -> FinishedRun:
+    """Reads a finished run.
+
+    Args:
+        path: The run directory, or the adapter directory inside it.
+        base: Where the base model lies now; None: where it lay in training.
+        device: Where to compute, as ``model.device``; None: as in training.
+
+    Raises:
+        ModelError: There is no finished run of this version of fedslm, or its files were changed.
+    """
+    path = path.expanduser().absolute()
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such run directory")
+    if (path / "adapter_config.json").exists() and (path.parent / "config.json").exists():
+        path = path.parent
+    report = _report(path)
+    try:
+        _, config = RunDirectory.open(path)
+    except RunError as error:
+        raise ModelError(str(error)) from error
+    moved = {"base": base, "device": device, "gradient_checkpointing": False}
+    changes = {key: value for key, value in moved.items() if value is not None}
+    return FinishedRun(
+        directory=path,
+        report=report,
+        model=config.model.model_copy(update=changes),
+        lora=config.lora,
+        data=config.data,
+        task=config.task,
+        seed=config.run.seed,
+        adapter=_adapter(path, report),
+    )
+
+
+def load_trained(run: FinishedRun) -> Trained:
+    """Loads the base of a run and puts the trained adapter into it.
+
+    Raises:
+        ModelError: The base is missing, is another one, or cannot be loaded.
+    """
+    run.check_base()
+    model = load(run.model, run.lora, run.task, len(run.labels))
+    model.adapter.write(run.adapter)
+    model.adapter.network.eval()
+    return Trained(run, model, build(run.task, run.data, run.labels))
+
+
+@contextmanager
+def computing(model: LoadedModel) -> Iterator[None]:
+    """No gradients, and the precision of training: a base in half precision computes in it."""
+    import torch
+
+    dtype = next(model.adapter.network.parameters()).dtype
+    mixed = dtype != torch.float32
+    with torch.inference_mode(), torch.autocast(model.device.type, dtype, enabled=mixed):
+        yield
+
+
+def _report(path: Path) -> dict[str, Any]:
+    """Reads ``report.json``, which the last step of a run writes."""
+    file = path / "report.json"
+    if not file.exists():
+        if (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+            raise ModelError(
+                f"{path} is not finished: it has no report.json; continue it with "
+                f"fedslm simulate --resume {path}"
+            )
+        raise ModelError(f"{path} is not a run directory: it has no report.json")
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = str(report["fedslm_version"])
+        for key in ("base_sha256", "adapter_sha256", "labels", "plan", "metrics_after"):
+            _ = report[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+    if version.split(".")[:2] != fedslm.__version__.split(".")[:2]:
+        raise ModelError(
+            f"{path} was written by fedslm {version}, and this is {fedslm.__version__}; "
+            f"install fedslm=={version}, or train anew"
+        )
+    return report
+
+
+def _adapter(path: Path, report: dict[str, Any]) -> AdapterState:
+    """Reads the trained adapter and holds it against the report's hash."""
+    file = path / "adapter" / _WEIGHTS
+    try:
+        adapter = load_adapter(file)
+    except RunError as error:
+        raise ModelError(str(error)) from error
+    if adapter.sha256() != report["adapter_sha256"]:
+        raise ModelError(
+            f"{file} is not what the run wrote: sha256 {adapter.sha256()[:12]}, in report.json "
+            f"{report['adapter_sha256'][:12]}; restore it"
+        )
+    return adapter
