@@ -122,3 +122,24 @@ def family_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str,
         return made[family, task]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    config_in: Callable[..., Config],
+    family_directory: Callable[[str, str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Path]:
+    """Trains a tiny model of a kind (finished.KINDS), once; tests leave its directory as it is."""
+    import finished
+
+    source = finished.write_sources(tmp_path_factory.mktemp("sources"))
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            directory = tmp_path_factory.mktemp(f"finished-{kind}")
+            made[kind] = finished.train(kind, directory, source, config_in, family_directory)
+        return made[kind]
+
+    return make

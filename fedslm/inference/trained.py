@@ -141,10 +141,20 @@ def load_trained(run: FinishedRun) -> Trained:
         ModelError: The base is missing, is another one, or cannot be loaded.
     """
     run.check_base()
+    _check_device(run.model.device)
     model = load(run.model, run.lora, run.task, len(run.labels))
     model.adapter.write(run.adapter)
     model.adapter.network.eval()
     return Trained(run, model, build(run.task, run.data, run.labels))
+
+
+def _check_device(device: str) -> None:
+    """Refuses a device that this machine does not have."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device, True):
+        raise ModelError(f"model.device={device!r}: this machine has none; use --device cpu")
 
 
 @contextmanager
