@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 from fedslm.config import Config
 from fedslm.data.columns import placeholders
+from fedslm.data.database import PASSWORD, USER, holds_password, is_url
 from fedslm.errors import ConfigError, Problem
+from fedslm.storage import expand
 
 WITH_LABELS = ("classification", "multi-label", "token-classification")
 WITH_PROMPT = ("instruction", "seq2seq", "preference")
@@ -19,7 +21,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: Every contradiction, with its remedy.
     """
-    problems = [*_privacy(config), *_federation(config), *_task(config)]
+    problems = [*_privacy(config), *_federation(config), *_data(config), *_task(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -83,13 +85,53 @@ def _federation(config: Config) -> Iterator[Problem]:
         yield Problem("federation.min_replies", message)
 
 
+def _data(config: Config) -> Iterator[Problem]:
+    """Sources that can be read, a partition that has something to go by, and something to measure."""
+    data, task = config.data, config.task
+    yield from _database(config)
+    skewed = data.partition in ("dirichlet", "shard")
+    one_label = task.name in ("classification", "causal-lm") and data.label_column is not None
+    if skewed and data.partition_column is None and not one_label:
+        message = (
+            f"is required with data.partition={data.partition!r} and task.name={task.name!r}: name a "
+            f"column with one value for each record, or use iid, size or natural"
+        )
+        yield Problem("data.partition_column", message)
+    if data.partition_column is not None and not skewed:
+        message = f'is for dirichlet and shard; data.partition is "{data.partition}"'
+        yield Problem("data.partition_column", message)
+    if data.validation_fraction > 0 and config.privacy.metric_noise_multiplier is None:
+        message = (
+            f"value {data.validation_fraction} holds records out that nothing measures: set "
+            f"privacy.metric_noise_multiplier, or leave it out"
+        )
+        yield Problem("data.validation_fraction", message)
+
+
+def _database(config: Config) -> Iterator[Problem]:
+    """A database needs its queries and no password; nothing else has a query."""
+    data = config.data
+    private, public = expand(data.source), expand(data.evaluation_source or data.source)
+    for key, source in (("source", private), ("evaluation_source", public)):
+        if holds_password(source) and (key == "source" or public != private):  # not shown
+            message = f"holds a password; leave it out and set {USER} and {PASSWORD} in the environment"
+            yield Problem(f"data.{key}", message)
+    for key, source, query in (
+        ("train_query", private, data.train_query),
+        ("evaluation_query", public, data.evaluation_query),
+    ):
+        if is_url(source) and query is None:
+            message = "is required with a database: SQL that gives the rows, such as SELECT … FROM …"
+            yield Problem(f"data.{key}", message)
+        if query is not None and not is_url(source):
+            yield Problem(f"data.{key}", "is for a database's URL alone; leave it out")
+
+
 def _task(config: Config) -> Iterator[Problem]:
     """What the task needs from the data, and what only some tasks have."""
     task, data, name = config.task, config.data, f"task.name={config.task.name!r}"
     if task.name != "causal-lm" and data.label_column is None:
         yield Problem("data.label_column", f"is required with {name}")
-    if data.partition == "dirichlet" and data.label_column is None:
-        yield Problem("data.label_column", 'is required with data.partition="dirichlet"')
     if task.name == "preference" and data.rejected_column is None:
         yield Problem("data.rejected_column", f"is required with {name}: the worse answer's column")
     if task.name != "preference" and data.rejected_column is not None:

@@ -78,8 +78,31 @@ def test_without_privacy_nothing_is_required() -> None:
                 ("data.label_column", ""),
                 ("data.partition", "dirichlet"),
             ],
-            "data.label_column",
+            "data.partition_column",
             "dirichlet",
+        ),
+        (
+            [("task.name", "token-classification"), ("data.partition", "shard")],
+            "data.partition_column",
+            "one value for each record",
+        ),
+        (
+            [("task.name", "multi-label"), ("data.partition", "dirichlet")],
+            "data.partition_column",
+            "one value for each record",
+        ),
+        ([("data.partition_column", "ward")], "data.partition_column", 'data.partition is "iid"'),
+        ([("data.validation_fraction", 0.2)], "data.validation_fraction", "metric_noise_multiplier"),
+        ([("data.train_query", "SELECT 1")], "data.train_query", "database's URL alone"),
+        (
+            [("data.source", "sqlite:////notes.db"), ("data.evaluation_query", "SELECT 1")],
+            "data.train_query",
+            "SQL that gives the rows",
+        ),
+        (
+            [("data.source", "sqlite:////notes.db"), ("data.train_query", "SELECT 1")],
+            "data.evaluation_query",
+            "SQL that gives the rows",
         ),
         ([("task.labels", ["only"])], "task.labels", "at least two"),
         ([("task.labels", ["a", "b", "a"])], "task.labels", "twice"),
@@ -125,6 +148,43 @@ def test_contradictions_are_refused(assignments: list[tuple[str, Any]], key: str
     found = problems(changed(*assignments))
     assert list(found) == [key]
     assert part in found[key]
+
+
+@pytest.mark.parametrize("key", ["source", "evaluation_source"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://ada:s3cret@host:5432/notes",
+        "postgresql://ada:s3/cret@host/notes",
+        "postgresql:/ada:s3cret@host/notes",
+        "postgresql://host/notes?password=s3cret",
+        "host=localhost Password = s3cret",
+        "$NOTES_URL",
+    ],
+)
+def test_a_password_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, key: str, url: str
+) -> None:
+    """A password in a URL, even a mistyped one or one from a variable, would end in files and logs."""
+    monkeypatch.setenv("NOTES_URL", "postgresql://ada:s3cret@host/notes")
+    queries = [("data.train_query", "SELECT 1"), ("data.evaluation_query", "SELECT 2")]
+    found = problems(changed((f"data.{key}", url), *queries))
+    assert "FEDSLM_DATABASE_PASSWORD in the environment" in found[f"data.{key}"]
+    assert "cret" not in "".join(found.values())
+
+
+def test_a_database_without_a_password_is_accepted() -> None:
+    """A URL may name a user and a port."""
+    url = "postgresql+psycopg://ada@host:5432/notes"
+    queries = [("data.train_query", "SELECT 1"), ("data.evaluation_query", "SELECT 2")]
+    contradictions.check(from_mapping(changed(("data.source", url), *queries)))
+
+
+def test_what_is_held_out_may_be_measured() -> None:
+    """With a charged metric a share may be held out, with and without privacy for comparison."""
+    held_out = [("data.validation_fraction", 0.2), ("privacy.metric_noise_multiplier", 5.0)]
+    contradictions.check(from_mapping(changed(*held_out)))
+    contradictions.check(from_mapping(changed(*held_out, ("privacy.unit", "none"))))
 
 
 def test_everything_that_a_patient_needs_is_asked_for_at_once() -> None:

@@ -11,11 +11,10 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import quote
 
 from fedslm.data.spool import BATCH_ROWS, tables_of
 from fedslm.errors import DataError
-from fedslm.storage import expand
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 USER, PASSWORD = "FEDSLM_DATABASE_USER", "FEDSLM_DATABASE_PASSWORD"
 _CONNECT_SECONDS = 5
-_SECRET_KEYS = ("password", "passwd", "pwd", "passfile", "sslpassword", "token")
+_SECRET_KEY = re.compile(r"(passwo?r?d?|pwd|token)\s*=", re.IGNORECASE)
 _OPTIONS: dict[str, dict[str, Any]] = {
     "postgresql": {"connect_timeout": _CONNECT_SECONDS},
     "mysql": {"connect_timeout": _CONNECT_SECONDS},
@@ -42,19 +41,13 @@ def is_url(source: str) -> bool:
 
 
 def holds_password(source: str) -> bool:
-    """True for a URL with a password: it would be copied into config files and logs.
+    """True for a URL (or what is meant to be one) with a password: config files and logs would show it.
 
     >>> holds_password("postgresql://ada:secret@host/notes"), holds_password("postgresql://ada@host/notes")
     (True, False)
     """
-    if not is_url(source):
-        return False
-    try:
-        parts = urlsplit(source)
-        keys = {key.lower() for key, _ in parse_qsl(parts.query, keep_blank_values=True)}
-        return parts.password is not None or bool(keys & set(_SECRET_KEYS))
-    except ValueError:
-        return "@" in source
+    rest = re.sub(r"^[A-Za-z0-9+]*:?//?", "", source)
+    return bool(re.search(r":[^\s@]*@", rest) or _SECRET_KEY.search(rest))
 
 
 def tables_from(source: str, query: str, key: str) -> Iterator[pa.Table]:
@@ -69,7 +62,7 @@ def tables_from(source: str, query: str, key: str) -> Iterator[pa.Table]:
         DataError: The URL, its driver, the connection or the query is not usable, or gives no rows. No
             text holds the password.
     """
-    if holds_password(expand(source)):
+    if holds_password(source):
         raise DataError(
             f"the database's URL holds a password; set {PASSWORD} in the environment instead"
         )
@@ -126,7 +119,7 @@ def _url(source: str) -> URL:
     """The URL with the environment's user and password; a SQLite file is opened for reading."""
     from sqlalchemy import make_url
 
-    url = make_url(expand(source))
+    url = make_url(source)
     if url.get_backend_name() == "sqlite":
         if not url.database or not Path(url.database).is_file():
             raise DataError(f"data.source={source!r}: no such file; a path begins with sqlite:////")

@@ -104,11 +104,11 @@ def load(
     """
     if source == "demo":
         return _load_demo(split, seed)
-    if database.is_url(source):
+    expanded = expand(source)
+    if database.is_url(expanded):
         if query is None:
             raise DataError(f"{key} is missing: a database needs the query that gives the rows")
-        return spool(database.tables_from(source, query, key), scratch, f"the result of {key}")
-    expanded = expand(source)
+        return spool(database.tables_from(expanded, query, key), scratch, f"the result of {key}")
     path = Path(expanded)
     if path.exists():
         found = files.files_of(path, split) if path.is_dir() else [path]

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import fedslm
 from fedslm.aggregation.methods import trained_keys
-from fedslm.data import shards
 from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError, TrainingError
 from fedslm.federation.attestation import attest
 from fedslm.federation.node import Node, Release
+from fedslm.federation.shard import shard_of
 from fedslm.federation.wire import Reply, Request, Setup, from_arrays, to_arrays
 from fedslm.models.loaded import LoadedModel, load
 from fedslm.privacy.chain import ADAPTER, METRIC, Charge
-from fedslm.privacy.keys import data_commitment
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.plan import (
     METRIC_SENSITIVITY,
@@ -35,10 +32,8 @@ from fedslm.privacy.policy import Asked
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter
 from fedslm.tasks import build
-from fedslm.tasks.base import Example
 
 logger = logging.getLogger(__name__)
-_CACHED_CLIENTS = 64
 
 
 def hello(message: Message, context: Context) -> Message:
@@ -89,7 +84,7 @@ def _answer(request: Request, node: Node) -> Reply:
     if isinstance(plan, PrivatePlan):
         return _answer_privately(request, node, plan, model)
     adapter = _train(request, node, plan, model)
-    weight = float(len(_shard(setup, node).examples)) if setup.weights == "records" else 1.0
+    weight = float(len(shard_of(setup, node).trained)) if setup.weights == "records" else 1.0
     return _reply(request, model, Release(adapter), weight=weight)
 
 
@@ -166,7 +161,7 @@ def _charges(request: Request, node: Node, plan: ExamplePlan | PatientPlan) -> l
         base_sha256=setup.base_sha256,
         config_sha256=setup.config_sha256,
         code_version=fedslm.__version__,
-        dataset_commitment=_shard(setup, node).commitment,
+        dataset_commitment=shard_of(setup, node).commitment,
     )
     metric = plan.metric_event
     if metric is None:
@@ -188,7 +183,7 @@ def _train(
     trained = trained_keys(setup.method, whole)
     work = LocalWork(whole, trained, setup.seed, request.round, node.client)
     task = build(setup.task, setup.data, setup.labels)
-    examples = _shard(setup, node).examples
+    examples = shard_of(setup, node).trained
     adapter = train_locally(model, task, examples, plan, setup.training, work)
     if from_arrays(to_arrays(adapter)).sha256() != model.adapter.read(sorted(trained)).sha256():
         raise TrainingError("the bytes to be sent do not reload to the trained adapter")
@@ -198,12 +193,12 @@ def _train(
 def _metric(
     request: Request, node: Node, plan: ExamplePlan | PatientPlan, model: LoadedModel
 ) -> tuple[float, float]:
-    """How right the server's adapter is on the client's own records, with noise."""
+    """How right the server's adapter is on the client's own (or held-out) records, with noise."""
     from fedslm.training.metric import noisy_metric
 
     setup = request.setup
     task = build(setup.task, setup.data, setup.labels)
-    return noisy_metric(model, task, _shard(setup, node).examples, _whole(request), plan)
+    return noisy_metric(model, task, shard_of(setup, node).measured, _whole(request), plan)
 
 
 def _whole(request: Request) -> AdapterState:
@@ -242,41 +237,6 @@ def _frozen(directory: Path, sha256: str) -> AdapterState:
     if state.sha256() != sha256:
         raise FederationError("the frozen tensors here differ from the server's")
     return state
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A client's examples, each with its owner, and the commitment to its records."""
-
-    examples: tuple[Example, ...]
-    commitment: str
-
-
-@lru_cache(maxsize=_CACHED_CLIENTS)
-def _shard(setup: Setup, node: Node) -> _Shard:
-    """A client's shard, read and tokenised once per process."""
-    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
-    task, plan = build(setup.task, setup.data, setup.labels), from_json(setup.plan)
-    unit = plan.unit_column if isinstance(plan, PatientPlan) else None
-    wanted = (setup.data.text_column, setup.data.label_column, unit)
-    rows = shards.read_client(node.data, node.client, {name for name in wanted if name is not None})
-    prepared = task.prepare(rows, model.tokenizer)
-    examples = prepared.examples
-    if isinstance(plan, PatientPlan):
-        owners = [_owner(rows[row], plan.unit_column) for row in prepared.kept]
-        pairs = zip(examples, owners, strict=True)
-        examples = tuple(replace(example, owner=owner) for example, owner in pairs if owner)
-    if len(examples) < len(rows):
-        text = "client %d: %d records have no tokens, an unknown label or no owner"
-        logger.warning(text, node.client, len(rows) - len(examples))
-    private = isinstance(plan, PrivatePlan)
-    return _Shard(examples, data_commitment(node.directory, rows) if private else "")
-
-
-def _owner(row: Mapping[str, Any], column: str) -> str:
-    """Whose a record is; empty if it does not say: such a record takes no part."""
-    value = row.get(column)
-    return "" if value is None else str(value).strip()
 
 
 def _request_sha256(request: Request) -> str:

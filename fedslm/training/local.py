@@ -16,6 +16,7 @@ from fedslm.privacy.plan import NoPrivacy, Plan, PrivatePlan
 from fedslm.records import AdapterState
 from fedslm.rng import seed_of, stream
 from fedslm.tasks.base import Example, Task
+from fedslm.tasks.lazy import owners_of
 from fedslm.training.checks import check_moved, check_parameters
 from fedslm.training.steps import PrivateStep, stepping
 
@@ -78,7 +79,7 @@ def train(
     unmoved: frozenset[str] = frozenset()
     try:
         with stepping(model, task, plan, optimizer, training.micro_batch_size) as step:
-            for number, batch in enumerate(plan.batches([each.owner for each in examples], seeded)):
+            for number, batch in enumerate(plan.batches(owners_of(examples), seeded)):
                 step([[examples[record] for record in unit] for unit in batch])
                 if number == 0:
                     unmoved = _zero_gradients(model)

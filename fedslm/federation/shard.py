@@ -1,0 +1,121 @@
+"""A client's own records: read, tokenised, each with its owner, some held out."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import islice
+from typing import Any
+
+from fedslm.data import shards
+from fedslm.data.columns import needed
+from fedslm.data.holdout import is_held_out, record_name
+from fedslm.federation.node import Node
+from fedslm.federation.wire import Setup
+from fedslm.models.loaded import load
+from fedslm.privacy.keys import data_commitment
+from fedslm.privacy.plan import PatientPlan, PrivatePlan, from_json
+from fedslm.tasks import build
+from fedslm.tasks.base import Example, Row
+from fedslm.tasks.lazy import LazyExamples
+
+logger = logging.getLogger(__name__)
+_CACHED_CLIENTS = 64
+_PIECE_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A client's examples, each with its owner.
+
+    Attributes:
+        trained: What is trained on.
+        measured: What the noisy metric is measured on: held out, if ``data.validation_fraction`` says
+            so, else what is trained on.
+        commitment: Keyed hash of all its records; empty without privacy.
+    """
+
+    trained: Sequence[Example]
+    measured: Sequence[Example]
+    commitment: str
+
+
+@lru_cache(maxsize=_CACHED_CLIENTS)
+def shard_of(setup: Setup, node: Node) -> Shard:
+    """A client's shard, read once per process.
+
+    Formal guarantees:
+        * Whether a record is left out (no tokens, an unknown label, no owner) depends on it alone;
+          whether a unit is held out depends on its name alone (:func:`is_held_out`).
+        * With ``data.streaming`` examples and their order are the same; rows and tokens stay on disk.
+    """
+    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    task, plan = build(setup.task, setup.data, setup.labels), from_json(setup.plan)
+    unit = plan.unit_column if isinstance(plan, PatientPlan) else None
+    columns = set(needed(setup.data, setup.task).values()) | ({unit} if unit is not None else set())
+    rows = shards.read_client(node.data, node.client, columns)
+    prepare = partial(task.prepare, tokenizer=model.tokenizer)
+    lazy, fraction = setup.data.streaming, setup.data.validation_fraction
+    sides = {False: _Side(), True: _Side()}
+    truncated = 0
+    for first, piece in _pieces(rows):
+        prepared = prepare(piece)
+        truncated += prepared.truncated
+        for number, example in zip(prepared.kept, prepared.examples, strict=True):
+            owner = "" if unit is None else _owner(piece[number], unit)
+            if unit is not None and not owner:
+                continue
+            held_out = fraction > 0 and is_held_out(
+                owner or record_name(piece[number]), fraction, setup.seed
+            )
+            sides[held_out].add(first + number, owner, None if lazy else example)
+    trained, validated = (
+        LazyExamples(rows, side.rows, side.owners, prepare) if lazy else side.examples
+        for side in sides.values()
+    )
+    _log(node.client, len(rows) - len(trained) - len(validated), truncated)
+    commitment = data_commitment(node.directory, rows) if isinstance(plan, PrivatePlan) else ""
+    return Shard(trained, validated if fraction > 0 else trained, commitment)
+
+
+@dataclass
+class _Side:
+    """What is trained on, or what is held out."""
+
+    rows: array[int] = field(default_factory=lambda: array("q"))
+    owners: list[str] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    _names: dict[str, str] = field(default_factory=dict)
+
+    def add(self, row: int, owner: str, example: Example | None) -> None:
+        """Adds one record; its example only if that is to be kept in memory."""
+        self.rows.append(row)
+        self.owners.append(self._names.setdefault(owner, owner))
+        if example is not None:
+            self.examples.append(replace(example, owner=owner) if owner else example)
+
+
+def _pieces(rows: Sequence[Row]) -> Iterator[tuple[int, list[Row]]]:
+    """(number of the first row, rows), a thousand at a time."""
+    iterator, first = iter(rows), 0
+    while piece := list(islice(iterator, _PIECE_ROWS)):
+        yield first, piece
+        first += len(piece)
+
+
+def _owner(row: Mapping[str, Any], column: str) -> str:
+    """Whose a record is; empty if it does not say: such a record takes no part."""
+    value = row.get(column)
+    return "" if value is None else str(value).strip()
+
+
+def _log(client: int, unusable: int, truncated: int) -> None:
+    """Says in the client's own log what is not used, or not whole."""
+    if unusable:
+        text = "client %d: %d records have no tokens, an unknown label or no owner"
+        logger.warning(text, client, unusable)
+    if truncated:
+        logger.info("client %d: %d texts are cut to the longest length", client, truncated)

@@ -1,0 +1,203 @@
+"""A client's own records: streamed or not, held out or trained on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_rows, write_rows
+from served import first_request
+from tiny import PATIENT, PRIVATE
+
+from fedslm.config import Config
+from fedslm.data.holdout import is_held_out, record_name
+from fedslm.data.shards import read_client
+from fedslm.federation import client
+from fedslm.federation.node import Node
+from fedslm.federation.shard import Shard, shard_of
+from fedslm.federation.wire import Request
+from fedslm.models.loaded import load
+from fedslm.privacy.gaussian import GaussianNoise
+from fedslm.privacy.plan import PrivatePlan, from_json
+from fedslm.tasks.lazy import LazyExamples, owners_of
+
+MakeConfig = Callable[..., Config]
+METRIC = {"metric_noise_multiplier": 5.0}
+ROWS = make_rows(90, 0)
+
+
+@pytest.fixture
+def ask_of(config_in: MakeConfig, tmp_path: Path) -> Callable[..., Request]:
+    """The first request of a run on some rows, whose shards are on disk."""
+
+    def make(name: str, rows: list[dict[str, Any]] = ROWS, **sections: dict[str, Any]) -> Request:
+        source = tmp_path / f"{name}-source"
+        source.mkdir()
+        write_rows(source / "train.jsonl", rows)
+        write_rows(source / "test.jsonl", make_rows(12, 1))
+        data = {"source": str(source), **sections.pop("data", {})}
+        return first_request(config_in(tmp_path / name, data=data, **sections))
+
+    return make
+
+
+def node_of(request: Request, index: int = 0, name: str = "one") -> Node:
+    """A simulated node; nodes of one name share their secret keys."""
+    run = Path(request.setup.directory)
+    return Node(run.parent / f"node-{name}", run / "data", index, deployed=False)
+
+
+def shard(request: Request, index: int = 0) -> Shard:
+    """What a node reads."""
+    return shard_of(request.setup, node_of(request, index))
+
+
+def texts(request: Request, index: int) -> dict[str, str]:
+    """Owner, and text, of each row of a client."""
+    rows = read_client(Path(request.setup.directory) / "data", index)
+    return {row["text"]: row["patient"] for row in rows}
+
+
+@pytest.mark.parametrize("privacy", [{"unit": "none"}, PRIVATE, PATIENT], ids=lambda p: p["unit"])
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_streamed_examples_are_the_same(
+    ask_of: Callable[..., Request], privacy: dict[str, Any], fraction: float
+) -> None:
+    """Streaming gives the same examples, owners and order, and the same commitment; just lazily."""
+    sections = {"privacy": {**privacy, **METRIC}}
+    data = {"validation_fraction": fraction}
+    plain = shard(ask_of("plain", data=data, **sections), 1)
+    streamed = shard(ask_of("streamed", data={**data, "streaming": True}, **sections), 1)
+    for lazy, kept in ((streamed.trained, plain.trained), (streamed.measured, plain.measured)):
+        assert isinstance(lazy, LazyExamples)
+        assert list(lazy) == list(kept)
+        assert lazy[2:0:-1] == list(kept)[2:0:-1]
+        assert list(owners_of(lazy)) == list(owners_of(kept)) == [each.owner for each in kept]
+    assert (plain.commitment, bool(plain.commitment)) == (
+        streamed.commitment,
+        privacy["unit"] != "none",
+    )
+
+
+def test_streamed_training_is_the_same(ask_of: Callable[..., Request]) -> None:
+    """Without noise a streamed round gives the same adapter, bit for bit."""
+    adapters = []
+    for name, streaming in (("plain", False), ("streamed", True)):
+        request = ask_of(name, data={"streaming": streaming})
+        adapters.append(trained(request))
+    assert adapters[0] == adapters[1]
+
+
+def trained(request: Request) -> str:
+    """Hash of the adapter that a client makes without noise."""
+    setup = request.setup
+    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    adapter = client._train(request, node_of(request), from_json(setup.plan), model)  # type: ignore[arg-type]
+    return adapter.sha256()
+
+
+@pytest.mark.parametrize("unit", ["record", "patient"])
+def test_a_unit_is_on_one_side(ask_of: Callable[..., Request], unit: str) -> None:
+    """What is measured on is not trained on, together they are everything, and patients stay whole."""
+    privacy = {**(PATIENT if unit == "patient" else PRIVATE), **METRIC}
+    found = shard(ask_of("half", data={"validation_fraction": 0.5}, privacy=privacy))
+    whole = shard(ask_of("whole", privacy=privacy))
+    assert whole.measured is whole.trained
+    both = [*found.trained, *found.measured]
+    assert min(len(found.trained), len(found.measured)) > 0
+    assert sorted(each.input_ids for each in both) == sorted(each.input_ids for each in whole.trained)
+    if unit == "patient":
+        assert not set(owners_of(found.trained)) & set(owners_of(found.measured))
+
+
+@pytest.mark.parametrize("unit", ["record", "patient"])
+def test_nobody_decides_for_another(ask_of: Callable[..., Request], unit: str) -> None:
+    """Without some units, and with the rows in another order, the others are where they were."""
+    sections: dict[str, Any] = {
+        "data": {"validation_fraction": 0.5},
+        "privacy": {**(PATIENT if unit == "patient" else PRIVATE), **METRIC},
+    }
+    fewer = [row for number, row in enumerate(ROWS) if number >= 45][::-1]
+    before, after = shard(ask_of("all", **sections)), shard(ask_of("fewer", fewer, **sections))
+    for name in ("trained", "measured"):
+        left = {each.input_ids for each in getattr(after, name)}
+        assert left
+        assert left <= {each.input_ids for each in getattr(before, name)}
+
+
+def test_what_is_held_out_is_never_trained_on(ask_of: Callable[..., Request]) -> None:
+    """Training with a share held out is training without those records, bit for bit."""
+    rows = [{**row, "client": "one"} for row in ROWS]
+    one = {"federation": {"num_clients": 1}}
+    data, privacy = {"validation_fraction": 0.4}, {"unit": "none", **METRIC}
+    request = ask_of("held-out", rows, data=data, privacy=privacy, **one)
+    names = [record_name({key: row[key] for key in ("text", "label")}) for row in rows]
+    kept = [row for row, name in zip(rows, names, strict=True) if not is_held_out(name, 0.4, 0)]
+    assert request.setup.seed == 0
+    assert 0 < len(kept) < len(rows)
+    assert trained(request) == trained(ask_of("removed", kept, **one))
+    assert trained(request) != trained(ask_of("whole", rows, **one))
+
+
+def test_the_metric_is_measured_on_what_is_held_out(
+    ask_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of units that the metric tells (here without noise) is that of the held-out ones."""
+    monkeypatch.setattr(GaussianNoise, "draw", lambda self, shape, stddev: np.zeros(shape))
+    for fraction in (0.0, 0.5):
+        data = {"validation_fraction": fraction}
+        request = ask_of(f"share-{fraction}", data=data, privacy={**PATIENT, **METRIC})
+        setup, plan = request.setup, from_json(request.setup.plan)
+        assert isinstance(plan, PrivatePlan)
+        model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+        _, count = client._metric(request, node_of(request), plan, model)  # type: ignore[arg-type]
+        patients = set(texts(request, 0).values())
+        expected = {each for each in patients if fraction == 0 or is_held_out(each, 0.5, setup.seed)}
+        assert 0 < len(expected) == count
+
+
+def test_another_seed_holds_others_out() -> None:
+    """The share follows the run's seed, and about as many are held out as asked."""
+    units = [str(number) for number in range(2000)]
+    sides = [[is_held_out(unit, 0.2, seed) for unit in units] for seed in (0, 1)]
+    assert sides[0] != sides[1]
+    assert all(320 < sum(side) < 480 for side in sides)  # 400, and 4.5 standard deviations of 18
+    assert not any(is_held_out(unit, 0.0, 0) for unit in units)
+
+
+def test_a_shard_of_nothing_usable_is_no_failure(ask_of: Callable[..., Request]) -> None:
+    """A deployed node whose records have no known label and no owner takes part with none."""
+    request = ask_of("run", privacy=PATIENT)
+    setup = replace(request.setup, labels=("other", "names"))
+    assert len(shard_of(setup, node_of(request)).trained) == 0
+
+
+def peaks(directory: Path, *sizes: int) -> dict[str, float]:
+    """Growth of memory in MB: a small and a large data set streamed, and the large one in memory."""
+    script = Path(__file__).parent / "peaks.py"
+    arguments = [sys.executable, str(script), str(directory), *map(str, sizes)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_streaming_takes_little_memory(tmp_path: Path) -> None:
+    """Five times the records, streamed, take hardly more memory; unstreamed they take three times as much."""
+    found = peaks(tmp_path, 1500, 7500, 12)
+    assert found["large"] < found["small"] + 8
+    assert found["in_memory"] > 3 * found["large"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
+    """200 000 records of 40 words: 150 000 more take under 25 MB (row numbers, hashes), not 400 MB."""
+    found = peaks(tmp_path, 50_000, 200_000, 40)
+    assert found["large"] < found["small"] + 25
+    assert found["in_memory"] > found["large"] + 300
