@@ -55,6 +55,7 @@ OWNERS = {
     "huggingface_hub": {"data"},
     "transformers": {"tasks", "models", "inference"},
     "peft": {"models"},
+    "bitsandbytes": {"models"},
     "torch": {"tasks", "models", "training", "inference", "federation.workers"},
     "opacus": {"training", "privacy.accounting"},
     "dp_accounting": {"privacy.accounting"},

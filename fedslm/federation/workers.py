@@ -29,7 +29,7 @@ _PRELOADED = (
     "fedslm.federation.public_model",
     "fedslm.training.local",
     "transformers.models.auto.modeling_auto",
-    "peft",
+    "fedslm.models.peft_library",
     "pyarrow.parquet",
 )
 _START_METHOD = "forkserver" if sys.platform != "win32" else "spawn"

@@ -93,14 +93,13 @@ def attach(network: nn.Module, lora: LoraConfig) -> AttachedAdapter:
     References:
         Hu et al. 2022, LoRA (arXiv 2106.09685).
     """
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model, get_peft_model_state_dict
+    from fedslm.models.peft_library import peft
 
     heads = [name for name, _ in network.named_children() if name in HEAD_NAMES]
     targets, is_conv1d = _targets(network, lora.target_modules, heads)
-    adapted: Any = get_peft_model(
+    adapted: Any = peft.get_peft_model(
         network,
-        PeftConfig(
+        peft.LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
@@ -110,7 +109,7 @@ def attach(network: nn.Module, lora: LoraConfig) -> AttachedAdapter:
         ),
     )
     named = dict(adapted.named_parameters())
-    parameters = dict(sorted(get_peft_model_state_dict(adapted, state_dict=named).items()))
+    parameters = dict(sorted(peft.get_peft_model_state_dict(adapted, state_dict=named).items()))
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
     return AttachedAdapter(adapted.eval(), parameters)

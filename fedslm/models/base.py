@@ -110,14 +110,19 @@ def base_sha256(directory: Path) -> str:
 
 
 def device_of(model: ModelConfig) -> torch.device:
-    """The device that clients compute on."""
+    """The device that clients compute on.
+
+    Raises:
+        ModelError: This machine has no such device.
+    """
     import torch
 
-    if model.device != "auto":
-        return torch.device(model.device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if model.device == "auto":
+        return torch.device(next(name for name, is_there in there.items() if is_there))
+    if not there[model.device]:
+        raise ModelError(f'model.device="{model.device}" is not on this machine; use "cpu" or "auto"')
+    return torch.device(model.device)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -156,9 +161,16 @@ def load_base(
     if (directory / "adapter_config.json").exists():
         raise ModelError(f"{directory} holds an adapter, not a base; merge it first")
     families.check(families.configuration(directory), (), private=False)
-    dtype = getattr(torch, model.dtype)
-    network = networks.from_files(directory, task, num_labels, int(tokenizer.pad_token_id), dtype)
+    device, dtype = device_of(model), getattr(torch, model.dtype)
+    # As in the files they are mapped, so that the whole base is never in memory at once.
+    stored = dtype if model.quantization == "none" else "auto"
+    network = networks.from_files(directory, task, num_labels, int(tokenizer.pad_token_id), stored)
     networks.check_length(network, task)
     networks.check_vocabulary(network, len(tokenizer))
     network.requires_grad_(False)
-    return network.to(device_of(model)).eval()
+    if model.quantization == "none":
+        return network.to(device).eval()
+    from fedslm.models.quantized import quantize
+
+    quantize(network, model.quantization, dtype, device)
+    return network.eval()

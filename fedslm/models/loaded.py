@@ -26,12 +26,14 @@ class LoadedModel:
         tokenizer: Pads on the right.
         device: Where the model lives.
         base_sha256: Hash of the base model's files.
+        dtype: What the base computes in; the adapter is float32.
     """
 
     adapter: AttachedAdapter
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     base_sha256: str
+    dtype: torch.dtype
 
 
 @lru_cache(maxsize=1)
@@ -41,6 +43,8 @@ def load(model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int
     Raises:
         ModelError: The model, its tokenizer or its LoRA targets are not usable.
     """
+    import torch
+
     directory = resolve(model)
     tokenizer = load_tokenizer(directory)
     if task.prompt_format == "chat" and not tokenizer.chat_template:
@@ -52,4 +56,6 @@ def load(model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int
     adapter = attach(network, lora)
     if model.gradient_checkpointing:
         checkpoint_activations(network)
-    return LoadedModel(adapter, tokenizer, device_of(model), base_sha256(directory))
+    return LoadedModel(
+        adapter, tokenizer, device_of(model), base_sha256(directory), getattr(torch, model.dtype)
+    )

@@ -52,9 +52,8 @@ def forward(
     collated = task.collate(examples, int(model.tokenizer.pad_token_id))
     batch = {key: tensor.to(model.device) for key, tensor in collated.items()}
     inputs = {key: batch[key] for key in _INPUTS if key in batch}
-    dtype = next(model.adapter.network.parameters()).dtype
-    mixed = dtype != torch.float32
-    with torch.autocast(model.device.type, dtype=dtype) if mixed else nullcontext():
+    mixed = model.dtype != torch.float32
+    with torch.autocast(model.device.type, dtype=model.dtype) if mixed else nullcontext():
         if task.uses_base:
             with torch.no_grad(), model.adapter.disabled():
                 batch["base_logits"] = model.adapter.network(**inputs).logits

@@ -57,7 +57,7 @@ class Bench:
         tokenizer = load_tokenizer(DEMO_DIRECTORY)
         network = load_base(base, config, len(labels), tokenizer)
         adapter = attach(network, LoraConfig(rank=4, alpha=4.0))
-        model = LoadedModel(adapter, tokenizer, device_of(base), "")
+        model = LoadedModel(adapter, tokenizer, device_of(base), "", torch.float32)
         shapes = {key: tuple(each.shape) for key, each in adapter.parameters.items()}
         initial, generator = initial_state(shapes, 0), stream(0, "self-test")
         noisy = {k: v + 0.1 * generator.standard_normal(v.shape) for k, v in initial.tensors.items()}

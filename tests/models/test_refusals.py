@@ -14,7 +14,7 @@ from tiny import PRIVATE, changed, problems
 from fedslm import simulation
 from fedslm.config import Config, LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError
-from fedslm.models.base import DEMO_DIRECTORY, check_early, load_tokenizer
+from fedslm.models.base import DEMO_DIRECTORY, check_early, device_of, load_tokenizer
 from fedslm.models.loaded import load
 from fedslm.progress import Silent
 
@@ -127,6 +127,17 @@ def test_variables_in_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     base = ModelConfig(base=f"$FEDSLM_TEST_BASE/{tmp_path.name}")
     with pytest.raises(ModelError, match="mixture of experts"):
         check_early(base, LoraConfig(), private=False)
+
+
+def test_a_device_that_is_not_there() -> None:
+    """Named, and what would do."""
+    import torch
+
+    missing = "mps" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(
+        ModelError, match=rf'model.device="{missing}" is not on this machine; use "cpu"'
+    ):
+        device_of(ModelConfig(base="demo", device=missing))  # type: ignore[arg-type]
 
 
 MISFITS = [

@@ -1,0 +1,35 @@
+"""PEFT and bitsandbytes, imported without a compiler that it has no use for here.
+
+PEFT imports bitsandbytes, whose plain-torch kernels ask for ``torch.compile`` while they are defined: a
+second and 40 MB for each process, for kernels that this library never compiles.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def _bitsandbytes() -> Any:
+    """The library that packs weights, with its kernels as they are written."""
+    kept = torch.compile
+    # It warns of kernels that are fetched from the network; none of them is used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    setattr(torch, "compile", _as_written)  # noqa: B010  (mypy knows its type)
+    try:
+        return importlib.import_module("bitsandbytes")
+    finally:
+        setattr(torch, "compile", kept)  # noqa: B010
+
+
+def _as_written(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """A decorator that changes nothing."""
+    return (lambda each: each) if function is None else function
+
+
+bitsandbytes = _bitsandbytes()
+peft: Any = importlib.import_module("peft")
