@@ -93,7 +93,7 @@ def train(
         "lora": {"target_modules": targets, "rank": 4, "alpha": 8.0},
         "data": {"source": str(source), **data},
         "task": task,
-        "training": {"local_steps": 6, "batch_size": 8, "learning_rate": 0.02},
+        "training": {"local_steps": 10, "batch_size": 8, "learning_rate": 0.02},
         "federation": {"rounds": 1},
     }
     for section, changes in sections.items():
