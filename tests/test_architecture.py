@@ -88,6 +88,7 @@ SEE_CONFIG = {
     "cli.__init__",
     "cli.budget",
     "cli.console",
+    "cli.data",
     "__init__",  # the public names
     "config.__init__",
 }

@@ -15,6 +15,7 @@ from fedslm import config as configuration
 from fedslm.cli.audit import audit_app
 from fedslm.cli.budget import budget_app
 from fedslm.cli.console import ERRORS, ConfigPath, Json, Overrides, clear_errors, load_config
+from fedslm.cli.data import data_app
 from fedslm.cli.inference import inference_app
 from fedslm.cli.policy import policy_app
 from fedslm.config import Config
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at and check a configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
 app.add_typer(budget_app, name="budget")
 app.add_typer(policy_app, name="policy")
 app.add_typer(audit_app, name="audit")
@@ -55,6 +57,7 @@ def main(
     Start with `fedslm demo`.
     """
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("fedslm").setLevel(logging.WARNING)
 
 
 @app.command()

@@ -50,6 +50,16 @@ def holds_password(source: str) -> bool:
     return bool(re.search(r":[^\s@]*@", rest) or _SECRET_KEY.search(rest))
 
 
+def refuse_password(source: str) -> None:
+    """Refuses a URL with a password.
+
+    Raises:
+        DataError: It has one; the text does not show it.
+    """
+    if holds_password(source):
+        raise DataError(f"the database's URL holds a password; set {PASSWORD} in the environment")
+
+
 def tables_from(source: str, query: str, key: str) -> Iterator[pa.Table]:
     """Runs a query and reads its rows in pieces.
 

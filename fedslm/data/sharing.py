@@ -94,15 +94,20 @@ def inputs(data: DataConfig, task: TaskConfig) -> list[str]:
     return [column for column in dict.fromkeys(needed(data, task).values()) if column not in targets]
 
 
-def owners_in(dataset: Dataset, column: str) -> list[str]:
+def owners_in(dataset: Dataset, column: str, key: str = "privacy.unit_column") -> list[str]:
     """Whose each record is; blank if it does not say.
+
+    Args:
+        dataset: Any.
+        column: Names the owner.
+        key: What named the column, for errors.
 
     Raises:
         DataError: There is no such column.
     """
     if column not in dataset.column_names:
         there = ", ".join(dataset.column_names)
-        raise DataError(f"privacy.unit_column={column!r} is not a column; there are {there}")
+        raise DataError(f"{key}={column!r} is not a column; there are {there}")
     values = (value for _, batch in batches(dataset, [column]) for value in batch[column])
     return ["" if value is None else str(value).strip() for value in values]
 

@@ -32,6 +32,7 @@ class Inputs:
         clients: Names of the clients.
         headline: Name of the task's first metric.
         seconds: Wall time of this session.
+        duplicates: Training records that are in the public split too (simulation).
     """
 
     config: Config
@@ -40,6 +41,7 @@ class Inputs:
     clients: tuple[str, ...]
     headline: str
     seconds: float
+    duplicates: int = 0
 
 
 def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "rounds_planned": config.federation.rounds,
         "stopped": outcome.stopped,
         "clients": list(inputs.clients),
+        "training_records_in_public_split": inputs.duplicates,
         "plan": {"unit": plan.unit, **asdict(plan)} if isinstance(plan, PrivatePlan) else None,
         **_privacy(config, _charged(directory, inputs)),
         "private_metrics": [r.private_metric for r in records if r.private_metric is not None],

@@ -1,0 +1,184 @@
+"""``fedslm data``: look at data before anything is trained, and split one file in two."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
+from fedslm.config import Config
+
+if TYPE_CHECKING:
+    from fedslm.data.preview import ClientView, Preview
+    from fedslm.data.sharing import Shared
+
+data_app = typer.Typer(help="Look at data before anything is trained.", no_args_is_help=True)
+
+_LOOKED_AT = 5000
+_MOST_CLIENTS = 30
+_MOST_LABELS = 4
+
+
+@data_app.command("preview")
+def preview(
+    config: ConfigPath,
+    overrides: Overrides = [],  # noqa: B006  (typer copies it)
+    plot: Annotated[Path | None, typer.Option(help="Draw clients and labels as PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show who gets which records, before anything is trained or spent.
+
+    The figures come from private records: they are for the researcher of a simulation alone.
+
+    Example: `fedslm data preview simulations/demo.toml --plot data.png`
+    """
+    with clear_errors():
+        from fedslm.data.preview import look
+        from fedslm.data.sharing import share_out
+
+        loaded = load_config(config, overrides)
+        shared = share_out(
+            loaded.data,
+            loaded.task,
+            loaded.privacy,
+            num_clients=loaded.federation.num_clients,
+            seed=loaded.run.seed,
+        )
+        found = _with_lengths(look(shared, loaded.data, loaded.task, loaded.privacy), shared, loaded)
+        if plot is not None:
+            from fedslm.reporting.preview import plot_preview
+
+            kind = loaded.data.partition
+            plot_preview(plot, found, f"{loaded.run.name}: {len(found.clients)} clients, {kind}")
+        if as_json:
+            typer.echo(json.dumps(found.to_json()))
+        else:
+            _print(found, loaded, plot)
+
+
+@data_app.command("split")
+def split(
+    source: Annotated[str, typer.Argument(help="A file, a directory, a hub name or a database URL.")],
+    out: Annotated[Path, typer.Option(help="Directory for train.parquet and test.parquet.")],
+    unit: Annotated[
+        str | None, typer.Option(help="Column that says whose a record is: nobody is in both files.")
+    ] = None,
+    fraction: Annotated[float, typer.Option(help="Share of the units for test.parquet.")] = 0.2,
+    name: Annotated[str, typer.Option("--split", help="Split of a directory or hub name.")] = "train",
+    query: Annotated[str | None, typer.Option(help="SQL, for a database.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Split one file into train.parquet and test.parquet such that nobody is in both.
+
+    The server evaluates on the test file: give it only what may be public.
+
+    Example: `fedslm data split notes.csv --unit patient --fraction 0.2 --out notes`
+    """
+    if not 0 < fraction < 1:
+        raise typer.BadParameter(f"--fraction {fraction} must be in (0, 1)")
+    with clear_errors():
+        from fedslm.data.database import refuse_password
+        from fedslm.data.sources import load
+        from fedslm.data.split import split_in_two
+
+        refuse_password(source)
+        dataset = load(source, name, query, key="--query", seed=seed)
+        sides = split_in_two(dataset, out, unit=unit, fraction=fraction, seed=seed)
+        if as_json:
+            typer.echo(json.dumps(asdict(sides)))
+            return
+        console = Console()
+        of = "records" if unit is None else f"values of {unit}"
+        for side, records, units in (
+            ("train", sides.train_records, sides.train_units),
+            ("test", sides.test_records, sides.test_units),
+        ):
+            text = f"{out / side}.parquet: {records} records, {units} {of}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _with_lengths(found: Preview, shared: Shared, config: Config) -> Preview:
+    """How many texts are cut or give no example, if the base model's tokenizer is at hand."""
+    from fedslm.models.base import load_tokenizer, local
+    from fedslm.tasks import build
+
+    directory = local(config.model)
+    if directory is None:
+        return found
+    tokenizer = load_tokenizer(directory)
+    task = build(config.task, config.data, shared.labels)
+    every = math.ceil(len(shared.train) / _LOOKED_AT)
+    rows = shared.train.select(range(0, len(shared.train), every)).to_list()
+    prepared = task.prepare(rows, tokenizer)
+    share = prepared.truncated / max(1, len(prepared.kept))
+    unusable = len(rows) - len(prepared.kept)
+    return replace(found, cut_share=share, unusable=unusable, looked_at=len(rows))
+
+
+def _print(found: Preview, config: Config, plot: Path | None) -> None:
+    """A table of clients, and what else is worth knowing."""
+    console = Console()
+    table = Table(title=f"{len(found.clients)} clients ({config.data.partition})")
+    longest = max(len(client.name) for client in found.clients[:_MOST_CLIENTS])
+    width = min(24, max(6, longest))
+    table.add_column("client", overflow="ellipsis", no_wrap=True, min_width=width, max_width=24)
+    with_units = any(client.units is not None for client in found.clients)
+    columns = ["records", "share", *(["patients"] if with_units else [])]
+    columns += ["labels"] if found.labels else []
+    for column in columns:
+        table.add_column(column, justify="right", min_width=len(column))
+    if found.labels:
+        room = console.width - width - sum(len(column) + 4 for column in columns) - 8
+        table.add_column("most frequent", overflow="ellipsis", no_wrap=True, max_width=max(20, room))
+    total = sum(client.records for client in found.clients)
+    for client in found.clients[:_MOST_CLIENTS]:
+        table.add_row(*_cells(client, total, with_labels=bool(found.labels)))
+    console.print(table)
+    if len(found.clients) > _MOST_CLIENTS:
+        console.print(f"… and {len(found.clients) - _MOST_CLIENTS} more clients", highlight=False)
+    for line in _remarks(found, config):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if plot is not None:
+        console.print(f"  {plot}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _cells(client: ClientView, total: int, *, with_labels: bool) -> list[str]:
+    """One row of the table; a wide label set is cut."""
+    cells = [client.name, str(client.records), f"{client.records / total:.1%}"]
+    if client.units is not None:
+        cells.append(str(client.units))
+    if with_labels:
+        shown = [f"{label} {count}" for label, count in list(client.labels.items())[:_MOST_LABELS]]
+        more = ["…"] if len(client.labels) > _MOST_LABELS else []
+        cells += [str(len(client.labels)), ", ".join(shown + more)]
+    return cells
+
+
+def _remarks(found: Preview, config: Config) -> list[str]:
+    """Sizes, what is left out, what is cut, what is in both splits."""
+    smallest = min(client.records for client in found.clients)
+    lines = [
+        f"training: {found.records} records; the smallest client has {smallest}",
+        f"public evaluation: {found.evaluation_records} records",
+    ]
+    if found.left_out:
+        lines.append(f"left out: {found.left_out} training records belong to no client")
+    if found.duplicates:
+        share = found.duplicates / found.records
+        lines.append(f"duplicates: {found.duplicates} ({share:.1%}) are in the public split too")
+    if found.cut_share is None:
+        lines.append(f"lengths: not measured; {config.model.base} is not a local directory")
+        return lines
+    limit = f"task.max_length={config.task.max_length}"
+    lines.append(f"longer than {limit}: {found.cut_share:.1%} of {found.looked_at} records looked at")
+    if found.unusable:
+        lines.append(f"unusable: {found.unusable} of them give no tokens")
+    return lines

@@ -1,0 +1,108 @@
+"""One file into two, train and test, such that no unit is in both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedslm.data.holdout import record_name
+from fedslm.data.sharing import owners_in
+from fedslm.data.spool import BATCH_ROWS, batches, named
+from fedslm.errors import DataError
+from fedslm.rng import stream
+from fedslm.storage import replacing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What a split gave.
+
+    Attributes:
+        train_records: Records in ``train.parquet``.
+        test_records: Records in ``test.parquet``.
+        train_units: Units there.
+        test_units: Units here.
+    """
+
+    train_records: int
+    test_records: int
+    train_units: int
+    test_units: int
+
+
+def split_in_two(
+    dataset: Dataset, directory: Path, *, unit: str | None, fraction: float, seed: int
+) -> Sides:
+    """Writes ``train.parquet`` and ``test.parquet``.
+
+    Args:
+        dataset: All records; read in pieces.
+        directory: Where the two files go.
+        unit: Column that says whose a record is; None: each record is a unit, equal ones together.
+        fraction: Share of the units that go to the test file, in (0, 1); at least one, but not all.
+        seed: Seed of the choice.
+
+    Raises:
+        DataError: A file is there already, a record has no unit, or there are fewer than two units.
+    """
+    paths = [directory / "train.parquet", directory / "test.parquet"]
+    for path in paths:
+        if path.exists():
+            raise DataError(f"{path} exists; choose another directory")
+    owners = _owners(dataset, unit)
+    units = sorted(set(owners))
+    if len(units) < 2:
+        raise DataError(f"there is only {len(units)} unit; two are needed, one for each file")
+    count = min(len(units) - 1, max(1, round(fraction * len(units))))
+    chosen = stream(seed, "split-in-two").permutation(len(units))[:count]
+    tested = {units[index] for index in chosen}
+    is_test = [owner in tested for owner in owners]
+    _write(dataset, is_test, paths)
+    records = sum(is_test)
+    return Sides(len(owners) - records, records, len(units) - count, count)
+
+
+def _owners(dataset: Dataset, unit: str | None) -> list[str]:
+    """Whose each record is, or a hash of its content."""
+    if unit is None:
+        return [
+            hashlib.blake2b(record_name(row).encode(), digest_size=16).hexdigest()
+            for row in _rows(dataset)
+        ]
+    owners = owners_in(dataset, unit, "--unit")
+    missing = [row for row, owner in enumerate(owners) if not owner]
+    if missing:
+        raise DataError(f"{len(missing)} record(s) have no value in {unit!r} ({named(missing)})")
+    return owners
+
+
+def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Rows, read in pieces."""
+    for _, values in batches(dataset):
+        for row in zip(*values.values(), strict=True):
+            yield dict(zip(values, row, strict=True))
+
+
+def _write(dataset: Dataset, is_test: list[bool], paths: list[Path]) -> None:
+    """Writes both files in pieces; both appear, or none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    first = 0
+    with ExitStack() as stack:
+        temporaries = [stack.enter_context(replacing(path)) for path in paths]
+        schema = dataset.with_format("arrow")[:1].schema
+        with ExitStack() as files:
+            train, test = (files.enter_context(pq.ParquetWriter(each, schema)) for each in temporaries)
+            for table in dataset.with_format("arrow").iter(BATCH_ROWS):
+                mask = pa.array(is_test[first : first + len(table)])
+                test.write_table(table.filter(mask))
+                train.write_table(table.filter(pa.compute.invert(mask)))
+                first += len(table)
