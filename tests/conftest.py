@@ -126,9 +126,7 @@ def family_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str,
 
 @pytest.fixture(scope="session")
 def finished_run(
-    config_in: Callable[..., Config],
-    family_directory: Callable[[str, str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    config_in: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """Trains a tiny model of a kind (finished.KINDS), once; tests leave its directory as it is."""
     import finished
@@ -139,7 +137,7 @@ def finished_run(
     def make(kind: str) -> Path:
         if kind not in made:
             directory = tmp_path_factory.mktemp(f"finished-{kind}")
-            made[kind] = finished.train(kind, directory, source, config_in, family_directory)
+            made[kind] = finished.train(kind, directory, source, config_in)
         return made[kind]
 
     return make

@@ -57,9 +57,7 @@ def test_a_text_file_gives_each_line(tmp_path: Path) -> None:
         ("a.pdf", b"x", ("unknown format",)),
     ],
 )
-def test_bad_files_are_named(
-    tmp_path: Path, name: str, content: bytes, parts: tuple[str, ...]
-) -> None:
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, parts: tuple[str, ...]) -> None:
     """What is wrong with a file, and where."""
     path = tmp_path / name
     path.write_bytes(content)

@@ -83,7 +83,7 @@ def test_several_labels_are_those_over_one_half(finished_run: Finished) -> None:
 
 
 def test_tags_have_the_f1_of_the_report(finished_run: Finished) -> None:
-    """seqeval on the predicted tags of listed words gives the entity F1 that the run reported."""
+    """By seqeval, the predicted tags of listed words give the entity F1 that the run reported."""
     trained = open_(finished_run, "token-classification")
     rows = own_rows(trained.run)
     answers = list(predict(trained, rows))

@@ -34,9 +34,7 @@ def test_scores_are_the_library_s() -> None:
         ("", "a", (0.0, 0.0, 0.0, 0.0)),
     ],
 )
-def test_scores_by_hand(
-    written: str, right: str, expected: tuple[float, float, float, float]
-) -> None:
+def test_scores_by_hand(written: str, right: str, expected: tuple[float, float, float, float]) -> None:
     """ROUGE-1, ROUGE-2, ROUGE-L and exact match of small texts."""
     found = text_statistics([written], [right])
     assert [found[name][0] for name in (*ROUGE, "exact_match")] == pytest.approx(expected)

@@ -140,9 +140,7 @@ def test_another_base_is_refused(copied: Path, finished_run: Finished) -> None:
     assert_refused(finished_run("classification"), "the adapter fits that base alone", base=other)
 
 
-def test_a_base_that_was_moved_can_be_named(
-    finished_run: Finished, tmp_path: Path
-) -> None:
+def test_a_base_that_was_moved_can_be_named(finished_run: Finished, tmp_path: Path) -> None:
     """The same files under another path are the same base; a path that is not there is named."""
     run = open_run(finished_run("native"))
     moved = shutil.copytree(resolve(run.model), tmp_path / "moved")
