@@ -1,0 +1,163 @@
+"""Tests of evaluations: the run's own figures, intervals around them, and the base beside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_rows
+from finished import KINDS, rows_of
+
+from fedslm.errors import ConfigError, DataError
+from fedslm.inference import tables
+from fedslm.inference.evaluation import Asked, Evaluation, evaluate, other_rows, own_rows
+from fedslm.inference.generation import prompts_of, write_greedily
+from fedslm.inference.text_scores import ROUGE
+from fedslm.inference.trained import Trained, load_trained, open_run
+
+Finished = Callable[[str], Path]
+FEW = Asked(resamples=1000)
+
+
+def open_(finished_run: Finished, kind: str) -> Trained:
+    """A run's model."""
+    return load_trained(open_run(finished_run(kind)))
+
+
+def measured(trained: Trained, rows: list[dict[str, Any]], asked: Asked = FEW) -> Evaluation:
+    """An evaluation without a bar."""
+    return evaluate(trained, rows, lambda done, total: None, asked)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_run_s_own_figures_come_out(kind: str, finished_run: Finished) -> None:
+    """On its public split: tuned is what the run measured last, base what it measured first."""
+    trained = open_(finished_run, kind)
+    steps: list[tuple[int, int]] = []
+    found = evaluate(trained, own_rows(trained.run), lambda *step: steps.append(step), FEW)
+    for key, estimates in (("metrics_after", "tuned"), ("metrics_before", "base")):
+        values = {name: getattr(each, estimates).value for name, each in found.metrics.items()}
+        assert values == pytest.approx(trained.run.report[key], rel=1e-5)
+    for each in found.metrics.values():
+        assert each.difference.value == pytest.approx(each.tuned.value - each.base.value)
+        for estimate in (each.base, each.tuned, each.difference):
+            assert estimate.low <= estimate.value <= estimate.high
+    assert trained.task.headline in found.metrics
+    assert found.metrics["loss"].tuned.low < found.metrics["loss"].tuned.high
+    assert (found.records, found.skipped, found.truncated, found.written) == (30, 0, 0, 0)
+    assert steps == [(30, 60), (60, 60)]
+    assert trained.model.adapter.read().sha256() == trained.run.report["adapter_sha256"]
+
+
+def test_an_interval_knows_what_training_did(finished_run: Finished) -> None:
+    """Training helped: the paired interval of the difference in loss is below zero."""
+    trained = open_(finished_run, "seq2seq")
+    found = measured(trained, own_rows(trained.run)).metrics["loss"]
+    assert found.difference.high < 0
+    assert found.tuned.high < found.base.low
+
+
+@pytest.mark.parametrize("kind", ["classification", "seq2seq"])
+def test_other_data_is_measured(kind: str, finished_run: Finished, tmp_path: Path) -> None:
+    """Rows of another file count; those that cannot be used are left out and counted."""
+    trained = open_(finished_run, kind)
+    rows = rows_of(12, 5)
+    rows[2] |= {"text": "wrist " * 60}
+    rows[5] |= {"label": "liver", "answer": ""}
+    write_rows(tmp_path / "new.jsonl", rows)
+    read = other_rows(trained.run, str(tmp_path / "new.jsonl"), None, None)
+    found = measured(trained, read)
+    assert (found.records, found.skipped, found.truncated) == (11, 1, 1)
+    alone = measured(trained, [row for at, row in enumerate(rows) if at != 5])
+    assert found.metrics == alone.metrics
+
+
+def test_a_sample_of_other_data_is_seeded(finished_run: Finished, tmp_path: Path) -> None:
+    """The same few records each time; all of them without a limit."""
+    run = open_run(finished_run("classification"))
+    write_rows(tmp_path / "new.jsonl", rows_of(40, 5))
+    source = str(tmp_path)
+    first, again = (other_rows(run, source, "new", 7) for _ in range(2))
+    assert len(first) == 7
+    assert first == again
+    assert len(other_rows(run, source, "new", None)) == 40
+
+
+def test_the_training_split_is_refused(finished_run: Finished) -> None:
+    """The private split itself is no data to be measured on."""
+    run = open_run(finished_run("classification"))
+    with pytest.raises(DataError, match="private training split"):
+        other_rows(run, run.data.source, "train", None)
+
+
+def test_a_missing_column_is_named(finished_run: Finished, tmp_path: Path) -> None:
+    """The columns that there are, are listed."""
+    write_rows(tmp_path / "new.jsonl", [{"text": "a", "diagnosis": "heart"}])
+    run = open_run(finished_run("classification"))
+    with pytest.raises(DataError, match="text, diagnosis"):
+        other_rows(run, str(tmp_path / "new.jsonl"), None, None)
+
+
+def test_records_that_cannot_be_used_give_no_figure(finished_run: Finished) -> None:
+    """Not one usable record is an error, not a zero."""
+    trained = open_(finished_run, "classification")
+    with pytest.raises(DataError, match="none of 2 record"):
+        measured(trained, [{"text": "a", "label": "liver"}, {"text": "", "label": "heart"}])
+
+
+@pytest.mark.parametrize("kind", ["instruction", "seq2seq"])
+def test_written_texts_are_scored(kind: str, finished_run: Finished) -> None:
+    """References that are what the tuned model writes: it scores 1, its base does not."""
+    trained = open_(finished_run, kind)
+    rows = own_rows(trained.run)[:12]
+    texts = write_greedily(trained, prompts_of(trained, rows, 64), 64, lambda more: None)
+    rows = [{**row, "answer": text} for row, text in zip(rows, texts, strict=True)]
+    assert all(texts)
+    steps: list[tuple[int, int]] = []
+    found = evaluate(trained, rows, lambda *step: steps.append(step), Asked(1000, 5))
+    assert found.written == 5
+    assert set(ROUGE) < set(found.metrics)
+    for name in ("rouge1", "rougeL", "exact_match"):  # a single word has no ROUGE-2
+        assert found.metrics[name].tuned.value == 1.0
+        assert found.metrics[name].base.value < 0.5
+    assert steps[-1] == (2 * (12 + 5), 2 * (12 + 5))
+    assert "loss" in found.metrics
+    assert trained.model.adapter.read().sha256() == trained.run.report["adapter_sha256"]
+    again = measured(trained, rows, Asked(1000, 5))
+    assert again.metrics == found.metrics
+
+
+def test_few_resamples_are_refused(finished_run: Finished) -> None:
+    """An interval from a few draws would not be one."""
+    with pytest.raises(ConfigError, match="--resamples: value 999 must be at least 1000"):
+        measured(open_(finished_run, "classification"), rows_of(3, 0), Asked(999))
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal-lm", "preference"])
+def test_tasks_without_references_have_no_rouge(kind: str, finished_run: Finished) -> None:
+    """Where nothing says what should be written, writing cannot be scored."""
+    with pytest.raises(ConfigError, match="--generate: is for instruction and seq2seq"):
+        measured(open_(finished_run, kind), rows_of(3, 0), Asked(1000, 5))
+
+
+def test_a_table_says_what_the_base_is(finished_run: Finished) -> None:
+    """A new head is untrained in the base; a language model's base is the plain one."""
+    for kind, expected in (("classification", "head is untrained"), ("seq2seq", "without the adapter")):
+        trained = open_(finished_run, kind)
+        found = measured(trained, rows_of(6, 3))
+        notes = tables.notes_of(trained, found, 1000)
+        assert any(expected in note for note in notes)
+        text = tables.markdown_of("title", found, notes)
+        lines = text.splitlines()
+        assert lines[2] == "| metric | base | tuned | difference |"
+        loss = found.metrics["loss"]
+        row = next(line for line in lines if line.startswith("| loss |"))
+        assert f"{loss.tuned.value:.4g} [{loss.tuned.low:.4g}, {loss.tuned.high:.4g}]" in row
+        assert f"{loss.difference.value:+.4g}" in row
+        assert all(f"- {note}" in lines for note in notes)
+        values = json.loads(json.dumps(tables.json_of(found), allow_nan=False))
+        assert values["metrics"]["loss"]["tuned"]["value"] == loss.tuned.value
+        assert values["confidence"] == 0.95
