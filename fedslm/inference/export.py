@@ -154,7 +154,6 @@ def _with_own_class(network: MeanPoolingClassifier, num_labels: int) -> nn.Modul
     )
 
     encoder: Any = network.encoder
-    encoder: Any = network.encoder
     values = {k: value for k, value in encoder.config.to_dict().items() if k not in _NOT_OURS}
     config = MeanPoolingConfig(
         encoder=values,

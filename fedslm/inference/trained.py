@@ -141,20 +141,10 @@ def load_trained(run: FinishedRun) -> Trained:
         ModelError: The base is missing, is another one, or cannot be loaded.
     """
     run.check_base()
-    _check_device(run.model.device)
     model = load(run.model, run.lora, run.task, len(run.labels))
     model.adapter.write(run.adapter)
     model.adapter.network.eval()
     return Trained(run, model, build(run.task, run.data, run.labels))
-
-
-def _check_device(device: str) -> None:
-    """Refuses a device that this machine does not have."""
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device, True):
-        raise ModelError(f"model.device={device!r}: this machine has none; use --device cpu")
 
 
 @contextmanager
@@ -162,9 +152,8 @@ def computing(model: LoadedModel) -> Iterator[None]:
     """No gradients, and the precision of training: a base in half precision computes in it."""
     import torch
 
-    dtype = next(model.adapter.network.parameters()).dtype
-    mixed = dtype != torch.float32
-    with torch.inference_mode(), torch.autocast(model.device.type, dtype, enabled=mixed):
+    mixed = model.dtype != torch.float32
+    with torch.inference_mode(), torch.autocast(model.device.type, model.dtype, enabled=mixed):
         yield
 
 

@@ -7,17 +7,23 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import finished
 import numpy as np
 import pytest
 import torch
 from finished import KINDS
 from tiny import disk_full
+from transformers import AutoModelForCausalLM
 
+from fedslm.config import Config
 from fedslm.errors import ModelError, RunError
+from fedslm.inference.evaluation import Asked, evaluate, own_rows
 from fedslm.inference.export import export_adapter, export_merged, privacy_statement
+from fedslm.inference.generation import Sampling, prompts_of, write
 from fedslm.inference.prediction import predict
 from fedslm.inference.trained import load_trained, open_run
 
@@ -193,6 +199,36 @@ def test_exported_files_name_no_directory_of_this_machine(
             text = file.read_text()
             assert str(Path(base).parent) + "/" not in text, file
             assert str(Path(__file__).parents[2]) not in text, file
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_base_is_merged_unquantised(
+    kind: str, config_in: Callable[..., Config], tmp_path: Path
+) -> None:
+    """The adapter goes into the base's own weights; the run itself is used with its small base."""
+    source = finished.write_sources(tmp_path)
+    model = {"quantization": kind}
+    run = open_run(finished.train("causal-lm", tmp_path, source, config_in, model=model))
+    trained = load_trained(run)
+    found = evaluate(trained, own_rows(run), lambda done, total: None, Asked(1000)).metrics
+    assert found["loss"].tuned.value == pytest.approx(run.report["metrics_after"]["loss"], rel=1e-5)
+    texts = [{"text": "chest pain"}, {"text": "a fall"}]
+    (first,), _ = write(trained, prompts_of(trained, texts, 5), Sampling(5))
+    assert first
+    with torch.inference_mode():
+        small = trained.model.adapter.network(**inputs_of("causal-lm")).logits
+    export_merged(run, tmp_path / "out", "float32")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"(float32, {kind})" in card
+    plain = open_run(run.directory).model.model_copy(update={"quantization": "none"})
+    whole = load_trained(replace(run, model=plain)).model.adapter.network
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = whole(**inputs_of("causal-lm")).logits
+        logits = merged(**inputs_of("causal-lm")).logits
+    assert float((logits - expected)[0].abs().max()) < 1e-4
+    near = float((logits - small)[0].abs().max()) / float(logits[0].abs().max())
+    assert 1e-3 < near < (0.1 if kind == "int8" else 0.8)
 
 
 def test_exporting_leaves_the_loaded_model_alone(finished_run: Finished, tmp_path: Path) -> None:

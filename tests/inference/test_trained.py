@@ -152,4 +152,4 @@ def test_a_base_that_was_moved_can_be_named(finished_run: Finished, tmp_path: Pa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_refused(finished_run: Finished) -> None:
     """A run from a machine with a GPU says so on one without."""
-    assert_refused(finished_run("classification"), "--device cpu", device="cuda")
+    assert_refused(finished_run("classification"), "not on this machine", device="cuda")
