@@ -103,15 +103,15 @@ def _json(path: Path) -> Iterator[pa.Table]:
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     """One record for each line, or each item of the one list."""
+    is_first = True
     for number, line in enumerate(lines := _lines(path), 1):
         if not line.strip():
             continue
-        if line.lstrip().startswith("["):
-            whole = line + "".join(lines)
-            yield from (
-                _record(each, path, "item", n) for n, each in enumerate(_parsed(whole, path), 1)
-            )
+        if is_first and line.lstrip().startswith("["):
+            items = _parsed(line + "".join(lines), path)
+            yield from (_record(each, path, "item", index) for index, each in enumerate(items, 1))
             return
+        is_first = False
         yield _record(_parsed(line, path, number), path, "line", number)
 
 
