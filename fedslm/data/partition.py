@@ -84,7 +84,9 @@ def _slim(keys: list[Any]) -> Dataset:
 
 def _named(load: Callable[[int], Dataset], num_clients: int) -> _Rows:
     """Loads the row numbers of all partitions under generated names."""
-    return [(f"client-{index}", list(load(index)[_ROW])) for index in range(num_clients)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of draws that left a client empty, and of old Arrow options
+        return [(f"client-{index}", list(load(index)[_ROW])) for index in range(num_clients)]
 
 
 def _iid(size: int, num_clients: int, seed: int) -> _Rows:
@@ -124,9 +126,7 @@ def _dirichlet(dataset: Dataset, config: DataConfig, num_clients: int, seed: int
     )
     partitioner.dataset = _slim(_keys(dataset, config))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one for each draw that left a client without records
-            return _named(partitioner.load_partition, num_clients)
+        return _named(partitioner.load_partition, num_clients)
     except ValueError as error:
         raise DataError(
             f"no Dirichlet partition into federation.num_clients={num_clients} at "

@@ -31,7 +31,7 @@ def shared_out(
     return {name: list(shard["text"]) for name, shard in partition(source, config, num_clients, seed)}
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "size"])
 @pytest.mark.parametrize("num_clients", [1, 4, 7])
 def test_every_record_has_exactly_one_owner(kind: str, num_clients: int) -> None:
     """Shards are disjoint, and together they are the whole split."""
@@ -41,13 +41,13 @@ def test_every_record_has_exactly_one_owner(kind: str, num_clients: int) -> None
     assert sorted(texts) == sorted(dataset()["text"])
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "natural"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "natural", "shard", "size"])
 def test_partitions_repeat(kind: str) -> None:
     """The same seed gives the same shards in the same order."""
     assert shared_out(kind, 3, 5) == shared_out(kind, 3, 5)
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "size"])
 def test_another_seed_gives_other_shards(kind: str) -> None:
     """Random partitions follow the seed."""
     assert shared_out(kind, 3, 0) != shared_out(kind, 3, 1)
@@ -127,3 +127,74 @@ def test_a_dirichlet_partition_that_does_not_come_about_is_refused() -> None:
     """Where the draw would leave a client without records, it is an error that names alpha."""
     with pytest.raises(DataError, match=r"dirichlet_alpha=1e-06|dirichlet_alpha"):
         shared_out("dirichlet", 12, data=dataset(13), dirichlet_alpha=1e-6)
+
+
+def test_shards_hold_few_labels() -> None:
+    """Sorted by label and cut: two shards of one label each mean at most two labels for a client."""
+    data = dataset(300)
+    shards = partition(data, DataConfig(source="x", partition="shard"), 6, 0)
+    assert all(len(shard) == 50 for _, shard in shards)
+    assert max(len(set(shard["label"])) for _, shard in shards) <= 3
+    assert sum(len(set(shard["label"])) for _, shard in shards) < 3 * 6
+    one = partition(data, DataConfig(source="x", partition="shard", shards_per_client=1), 6, 0)
+    assert [len(set(shard["label"])) for _, shard in one] == [1] * 6
+
+
+def test_equal_shards_leave_a_remainder_out() -> None:
+    """Shards are equal, so less records than there are shards are in none."""
+    shards = shared_out("shard", 4, data=dataset(303))
+    assert [len(shard) for shard in shards.values()] == [74] * 4
+    assert len({text for shard in shards.values() for text in shard}) == 296
+
+
+def _sizes(alpha: float, number: int = 8) -> list[int]:
+    """Sizes of the size-skewed shards."""
+    shards = shared_out("size", number, dirichlet_alpha=alpha)
+    texts = [text for shard in shards.values() for text in shard]
+    assert sorted(texts) == sorted(dataset()["text"])
+    return [len(shard) for shard in shards.values()]
+
+
+def test_a_small_alpha_skews_sizes() -> None:
+    """Every record has an owner and everybody a record; a small alpha makes few large clients."""
+    skewed, even = _sizes(0.2), _sizes(1000.0)
+    assert min(skewed) >= 1
+    assert max(skewed) > 100
+    assert max(even) < 50
+    assert _sizes(1e-6)[:-1].count(1) >= 6
+
+
+def test_another_column_may_be_skewed() -> None:
+    """The dirichlet and shard partitions go by data.partition_column, whatever the label is."""
+    rows = [{"text": f"{n}", "label": ["x"], "ward": n % 2, "client": "c"} for n in range(80)]
+    data = Dataset.from_list(rows)
+    for kind in ("shard", "dirichlet"):
+        config = DataConfig(
+            source="x",
+            partition=kind,  # type: ignore[arg-type]
+            partition_column="ward",
+            shards_per_client=1,
+            dirichlet_alpha=0.05,
+        )
+        shards = partition(data, config, 2, 0)
+        wards = [set(shard["ward"]) for _, shard in shards]
+        assert sorted(wards, key=str) == [{0}, {1}] or kind == "dirichlet"
+        assert sum(len(shard) for _, shard in shards) == 80
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"partition": "shard", "shards_per_client": 200}, "cannot be cut into 400 shards"),
+        ({"partition": "shard", "partition_column": "ward"}, "partition_column='ward' is not a column"),
+        ({"partition": "dirichlet", "partition_column": "client"}, "is empty in 42 record"),
+        ({"partition": "dirichlet", "label_column": "words"}, "holds lists"),
+        ({"partition": "natural", "natural_column": "words"}, "holds lists"),
+    ],
+)
+def test_a_partition_that_has_nothing_to_go_by_is_refused(values: dict[str, Any], part: str) -> None:
+    """Too many shards, a missing column, an empty one, or one of lists: refused with the key."""
+    data = dataset(300).add_column("words", [["a"]] * 300)
+    with pytest.raises(DataError, match=r"data\.") as caught:
+        partition(data, DataConfig(source="x", **values), 2, 0)
+    assert part in str(caught.value)

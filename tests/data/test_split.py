@@ -1,0 +1,100 @@
+"""Tests of splitting one file in two such that nobody is in both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedslm.data.split import Sides, split_in_two
+from fedslm.errors import DataError
+
+ROWS = [{"text": f"note {n}", "patient": f"p{n % 13}", "tags": ["x"] * (n % 3)} for n in range(2100)]
+
+
+def split(directory: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) -> Sides:
+    """Splits rows by patient."""
+    values = {"unit": "patient", "fraction": 0.25, "seed": 0, **options}
+    return split_in_two(Dataset.from_list(rows), directory, **values)
+
+
+def read(directory: Path, side: str) -> list[dict[str, Any]]:
+    """Rows of one side."""
+    rows: list[dict[str, Any]] = pq.read_table(directory / f"{side}.parquet").to_pylist()
+    return rows
+
+
+def test_nobody_is_in_both_files(tmp_path: Path) -> None:
+    """Every record is in one file, as it was and in order; no patient is in both; the share is as asked."""
+    sides = split(tmp_path)
+    train, test = read(tmp_path, "train"), read(tmp_path, "test")
+    assert (len(train), len(test)) == (sides.train_records, sides.test_records)
+    assert sorted([*train, *test], key=lambda row: int(row["text"][5:])) == ROWS
+    owners = [{row["patient"] for row in rows} for rows in (train, test)]
+    assert not owners[0] & owners[1]
+    assert (len(owners[0]), len(owners[1])) == (sides.train_units, sides.test_units) == (10, 3)
+    for rows in (train, test):
+        assert rows == sorted(rows, key=lambda row: int(row["text"][5:]))
+
+
+def test_the_choice_follows_the_seed(tmp_path: Path) -> None:
+    """The same seed gives the same files, another one others, whatever the order of the rows."""
+    for name, rows, seed in (("a", ROWS, 0), ("b", ROWS[::-1], 0), ("c", ROWS, 1)):
+        split(tmp_path / name, rows, seed=seed)
+    tests = [{row["patient"] for row in read(tmp_path / name, "test")} for name in "abc"]
+    assert tests[0] == tests[1] != tests[2]
+
+
+def test_without_a_unit_equal_records_stay_together(tmp_path: Path) -> None:
+    """Each record is a unit, but a copy goes where the original is."""
+    rows = [{"text": f"note {n % 50}", "label": "x"} for n in range(100)]
+    sides = split(tmp_path, rows, unit=None)
+    assert (sides.train_records, sides.test_records) == (76, 24)
+    texts = [{row["text"] for row in read(tmp_path, side)} for side in ("train", "test")]
+    assert not texts[0] & texts[1]
+
+
+@given(units=st.integers(2, 30), fraction=st.floats(0.001, 0.999))
+@settings(max_examples=25, deadline=None)
+def test_both_files_have_somebody(
+    tmp_path_factory: pytest.TempPathFactory, units: int, fraction: float
+) -> None:
+    """However small or large the share, each file has at least one unit."""
+    directory = tmp_path_factory.mktemp("split")
+    rows = [{"text": "note", "patient": n} for n in range(units)]
+    sides = split(directory, rows, fraction=fraction)
+    assert sides.train_units + sides.test_units == units
+    assert min(sides.train_units, sides.test_units) >= 1
+    assert abs(sides.test_units - fraction * units) <= 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "unit", "part"),
+    [
+        ([{"text": "a", "patient": "p"}] * 3, "patient", "only 1 unit"),
+        ([{"text": "a", "patient": "p"}, {"text": "a", "patient": " "}], "patient", "rows 1"),
+        ([{"text": "a"}, {"text": "b"}], "patient", "--unit='patient' is not a column; there are text"),
+    ],
+)
+def test_what_cannot_be_split_is_said(
+    tmp_path: Path, rows: list[dict[str, Any]], unit: str, part: str
+) -> None:
+    """One unit, a record of nobody, a missing column: refused, and nothing is written."""
+    with pytest.raises(DataError) as caught:
+        split(tmp_path / "out", rows, unit=unit)
+    assert part in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_no_file_is_overwritten(tmp_path: Path, side: str) -> None:
+    """A file that is there stays as it is, and the other is not made."""
+    (tmp_path / f"{side}.parquet").write_text("mine")
+    with pytest.raises(DataError, match="exists"):
+        split(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]

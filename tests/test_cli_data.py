@@ -1,0 +1,167 @@
+"""Tests of ``fedslm data``, and of what the command line says of bad data."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import DEMO, assert_clear, run, tiny
+
+
+@pytest.fixture(autouse=True)
+def own_level() -> Iterator[None]:
+    """The command line's level of logging does not outlive a test."""
+    logger = logging.getLogger("fedslm")
+    before = logger.level
+    yield
+    logger.setLevel(before)
+
+
+def preview(*arguments: str) -> dict[str, Any]:
+    """``fedslm data preview --json``."""
+    result = run("data", "preview", DEMO, *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    values: dict[str, Any] = json.loads(result.stdout)
+    return values
+
+
+def notes(directory: Path, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> str:
+    """Writes a source, and gives its override."""
+    for split, rows in (("train", train), ("test", test)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{split}.jsonl").write_text(lines)
+    return f"data.source={directory}"
+
+
+def test_preview_counts_the_demo() -> None:
+    """Five hospitals of 600 notes with six specialties each; no text is longer than the limit."""
+    found = preview()
+    assert [client["records"] for client in found["clients"]] == [600] * 5
+    assert all(sum(client["labels"].values()) == 600 for client in found["clients"])
+    assert len(found["labels"]) == 6
+    assert (found["records"], found["left_out"], found["duplicates"]) == (3000, 0, 0)
+    assert (found["cut_share"], found["unusable"], found["looked_at"]) == (0.0, 0, 3000)
+    assert {client["units"] for client in found["clients"]} == {None}
+
+
+def test_preview_counts_patients_and_long_texts() -> None:
+    """Units are counted where the unit is the patient, and texts beyond the limit are measured."""
+    patients = ["privacy.unit=patient", "privacy.unit_column=patient", "privacy.max_records_per_unit=4"]
+    options = [part for value in (*patients, "task.max_length=20") for part in ("--set", value)]
+    found = preview(*options)
+    assert all(100 < client["units"] < 600 for client in found["clients"])
+    assert found["cut_share"] > 0.5
+
+
+def test_preview_shows_a_table_and_a_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without --json there is a table with every client, the remarks, and a picture if one is asked for."""
+    rows = [
+        {"text": f"note {n}", "label": f"label-{n % 20:02d}", "site": f"s{n % 7}"} for n in range(200)
+    ]
+    source = notes(tmp_path, rows, [*rows[:20], {"text": "more", "label": "label-00", "site": "x"}])
+    values = (source, "data.natural_column=site", "federation.num_clients=6")
+    options = [part for value in values for part in ("--set", value)]
+    result = run("data", "preview", DEMO, *options, "--plot", str(tmp_path / "data.png"))
+    assert result.exit_code == 0, result.stderr
+    for part in ("s0", "s5", "label-00 2", "…", "left out: 28", "duplicates: 20 (10.0%)", "data.png"):
+        assert part in result.stdout
+    assert "s6" not in result.stdout
+    assert "20 of 200 training records" in caplog.text
+    assert (tmp_path / "data.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_preview_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    """A base on the hub is not fetched for a preview: lengths are left out, and that is said."""
+    result = run("data", "preview", DEMO, "--set", "model.base=some-owner/some-model")
+    assert result.exit_code == 0, result.stderr
+    assert "lengths: not measured; some-owner/some-model is not a local directory" in result.stdout
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shard", "size"])
+def test_preview_is_what_a_simulation_gets(tmp_path: Path, partition: str) -> None:
+    """The preview's clients are those that a run of the same config trains."""
+    from fedslm.config import from_toml
+    from fedslm.data import shards
+
+    changes = [f"data.partition={partition}", notes(tmp_path, GOOD * 10, GOOD)]
+    found = preview(*(part for change in changes for part in ("--set", change)))
+    config = from_toml(DEMO, changes)
+    written = shards.write(
+        tmp_path / "data",
+        config.data,
+        config.task,
+        privacy=config.privacy,
+        num_clients=config.federation.num_clients,
+        seed=config.run.seed,
+    )
+    assert [client["name"] for client in found["clients"]] == list(written.names)
+    assert [client["records"] for client in found["clients"]] == list(written.sizes)
+
+
+def test_split_says_what_it_wrote(tmp_path: Path) -> None:
+    """One file becomes two, and the two can be a source."""
+    rows = [{"text": f"note {n}", "label": "ab"[n % 2], "patient": n // 4} for n in range(80)]
+    (tmp_path / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("data", "split", str(tmp_path / "notes.jsonl"), "--unit", "patient", "--out")
+    result = run(*arguments, str(tmp_path / "out"))
+    assert result.exit_code == 0, result.stderr
+    assert "train.parquet: 64 records, 16 values of patient" in result.stdout
+    assert "test.parquet: 16 records, 4 values of patient" in result.stdout
+    options = [f"data.source={tmp_path / 'out'}", "data.partition=iid"]
+    found = preview(*(part for value in options for part in ("--set", value)))
+    assert (found["records"], found["evaluation_records"]) == (64, 16)
+    assert_clear(run(*arguments, str(tmp_path / "out")), "DataError", "exists")
+    as_json = json.loads(run(*arguments, str(tmp_path / "json"), "--json").stdout)
+    assert as_json["test_units"] == 4
+
+
+def test_split_refuses_a_password_and_a_share_of_all(tmp_path: Path) -> None:
+    """A URL with a password is refused without showing it; a share must be one."""
+    out = ("--out", str(tmp_path / "out"))
+    result = run("data", "split", "postgresql://ada:s3cret@host/notes", "--query", "SELECT 1", *out)
+    assert_clear(result, "DataError", "FEDSLM_DATABASE_PASSWORD")
+    assert "s3cret" not in result.output
+    assert run("data", "split", "notes.csv", "--fraction", "1", *out).exit_code == 2
+
+
+GOOD = [{"text": f"note {n}", "label": "ab"[n % 2]} for n in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("train", "changes", "parts"),
+    [
+        (GOOD, ["data.text_column=body"], ["data.text_column='body'", "it has text, label"]),
+        ([*GOOD, {"text": "x", "label": 3}], [], ["'label' cannot be read", "int (rows 20)"]),
+        ([*GOOD, {"text": "x", "label": "c"}], [], ["'c' (1) in rows 20", "known: a, b"]),
+        ([*GOOD, {"text": " ", "label": "a"}], [], ["no text in column 'text' (rows 20)"]),
+        ([], [], ["train.jsonl is empty"]),
+        (GOOD, ["data.source=$NOTES_UNSET/data"], ["a variable in it is not set"]),
+        (GOOD, ["data.source=notse"], ["no such file or directory"]),
+        (GOOD, ["federation.num_clients=30"], ["20 records cannot be shared out"]),
+        (GOOD, ["data.partition=shard", "data.shards_per_client=9"], ["cannot be cut into 45 shards"]),
+    ],
+)
+def test_bad_data_is_one_clear_message(
+    tmp_path: Path, train: list[dict[str, Any]], changes: list[str], parts: list[str]
+) -> None:
+    """Exit code 2, at most a screen, the row and the remedy, and no run directory left behind."""
+    (tmp_path / "notes").mkdir()
+    values = [notes(tmp_path / "notes", train, GOOD[:4]), "data.partition=iid", *changes]
+    result = run("simulate", DEMO, *tiny(tmp_path / "run", *values))
+    assert_clear(result, "DataError", *parts)
+    assert len(result.stderr) < 1000
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_password_in_a_config_reaches_nothing(tmp_path: Path) -> None:
+    """Neither the error nor a file holds it."""
+    url = "data.source=postgresql://ada:s3cret@host/notes"
+    for command in (("simulate",), ("config", "check"), ("config", "show"), ("data", "preview")):
+        result = run(*command, DEMO, *tiny(tmp_path / "run", url, "data.train_query=SELECT 1"))
+        assert_clear(result, "ConfigError", "data.source: holds a password", "FEDSLM_DATABASE_PASSWORD")
+        assert "s3cret" not in result.output
+    assert list(tmp_path.iterdir()) == []
