@@ -45,7 +45,7 @@ MEDIUM = Size("5M", width=256, hidden=688, layers=6)
 LARGE = Size("50M", width=640, hidden=1728, layers=10)
 
 
-def write_model(directory: Path, size: Size) -> int:
+def write_model(directory: Path, size: Size, vocabulary_size: int = VOCABULARY_SIZE) -> int:
     """Writes a random Llama and its word tokenizer as transformers does; returns its parameters."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -55,7 +55,7 @@ def write_model(directory: Path, size: Size) -> int:
     torch.manual_seed(0)
     network = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY_SIZE,
+            vocab_size=vocabulary_size,
             hidden_size=size.width,
             intermediate_size=size.hidden,
             num_hidden_layers=size.layers,

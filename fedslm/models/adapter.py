@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,17 +98,20 @@ def attach(network: nn.Module, lora: LoraConfig) -> AttachedAdapter:
 
     heads = [name for name, _ in network.named_children() if name in HEAD_NAMES]
     targets, is_conv1d = _targets(network, lora.target_modules, heads)
-    adapted: Any = peft.get_peft_model(
-        network,
-        peft.LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets,
-            modules_to_save=heads or None,
-            fan_in_fan_out=is_conv1d,
-        ),
-    )
+    with warnings.catch_warnings():
+        # PEFT asks by a name that transformers is about to give up: news for neither's users.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted: Any = peft.get_peft_model(
+            network,
+            peft.LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=targets,
+                modules_to_save=heads or None,
+                fan_in_fan_out=is_conv1d,
+            ),
+        )
     named = dict(adapted.named_parameters())
     parameters = dict(sorted(peft.get_peft_model_state_dict(adapted, state_dict=named).items()))
     for parameter in parameters.values():

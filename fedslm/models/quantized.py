@@ -1,13 +1,15 @@
 """Bases in 8 or 4 bits: the linear layers of a loaded base, quantised one at a time.
 
 What is not a linear layer stays as it is, but for embeddings, which keep half their bits. All is
-computed in the precision that the config names: weights are widened where they are used, and
-activations are never rounded to integers, so that no record's rounding depends on another's.
+computed in the precision that the config names: a few rows of a weight at a time are widened where they
+are used, and activations are never rounded to integers, so that no record's rounding depends on
+another's. bitsandbytes packs and unpacks.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +21,9 @@ from fedslm.models.networks import HEAD_NAMES, inner
 from fedslm.models.peft_library import bitsandbytes as bnb
 
 Kind = Literal["int8", "int4"]
-_WIDENED_ROWS = 4096  # of an output layer at a time
+Rows = Callable[[slice, torch.dtype], torch.Tensor]  # widened rows of a stored weight
+_PIECE = 1 << 18  # values widened at a time: more would leave holes in the heap that nothing fits into
+_BLOCK = 64  # values that share a scale in 4 bits
 
 
 def quantize(network: nn.Module, kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
@@ -38,11 +42,12 @@ def quantize(network: nn.Module, kind: Kind, dtype: torch.dtype, device: torch.d
         Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339); 2023, QLoRA (arXiv 2305.14314).
     """
     left = _left_alone(network)
+    smaller = _in_8_bits if kind == "int8" else _in_4_bits
     try:
         for name, layer in list(network.named_modules()):
             if isinstance(layer, nn.Linear | Conv1D) and not left(name, layer):
                 parent, _, child = name.rpartition(".")
-                setattr(network.get_submodule(parent), child, _smaller(layer, kind, dtype, device))
+                setattr(network.get_submodule(parent), child, smaller(layer, dtype, device))
     except Exception as error:  # kernels that a device lacks raise many unrelated types
         raise ModelError(
             f'model.quantization="{kind}" does not work on {device}: {error}; use "none", or another '
@@ -52,37 +57,149 @@ def quantize(network: nn.Module, kind: Kind, dtype: torch.dtype, device: torch.d
     setattr(network, f"is_loaded_in_{'8bit' if kind == 'int8' else '4bit'}", True)  # PEFT asks for it
 
 
-def _left_alone(network: nn.Module) -> Any:
+class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
+    """A layer in 8 bits; its activations are left alone, unlike the library's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns x·Wᵀ + b."""
+        return _product(x, self.rows, self.out_features, self.bias)
+
+    def rows(self, which: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of W."""
+        scales = self.weight.SCB[which].unsqueeze(1) / 127.0
+        widened: torch.Tensor = self.weight.data[which].to(dtype) * scales.to(dtype)
+        return widened
+
+
+class Int4Linear(bnb.nn.Linear4bit):  # type: ignore[misc]
+    """A layer in 4 bits; the same in training and in evaluation, unlike the library's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns x·Wᵀ + b."""
+        return _product(x, self.rows, self.out_features, self.bias)
+
+    def rows(self, which: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of W; they begin where a block of values does."""
+        state = self.weight.quant_state
+        scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        start, stop, _ = which.indices(self.out_features)
+        first, last = start * self.in_features, stop * self.in_features
+        packed = self.weight.data.view(-1)[first // 2 : -(-last // 2)].view(-1, 1)
+        shape = (stop - start, self.in_features)
+        unpacked: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+            packed, scales[first // _BLOCK : -(-last // _BLOCK)], _BLOCK, "nf4", shape, dtype
+        )
+        return unpacked
+
+
+class HalfStored(nn.Linear):
+    """An output layer whose weight is stored in fewer bits than it is computed in.
+
+    Args:
+        layer: Gives weight and bias; the weight may be an embedding's too.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Returns logits of shape (…, out_features)."""
+        return _product(input, self.rows, self.out_features, self.bias)
+
+    def rows(self, which: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of W."""
+        return self.weight[which].to(dtype)
+
+
+def _product(x: torch.Tensor, rows: Rows, count: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """x·Wᵀ + b of a stored weight, in the precision that is computed in."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    product: torch.Tensor = _Widened.apply(x, rows, count)  # type: ignore[no-untyped-call]
+    return product if bias is None else product + bias.to(product.dtype)
+
+
+class _Widened(torch.autograd.Function):
+    """x·Wᵀ in the precision of x, of a weight that is frozen and widened a few rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
+        """Fills the product piece by piece."""
+        ctx.rows, ctx.count, ctx.width = rows, count, x.shape[-1]
+        product = x.new_empty((*x.shape[:-1], count))
+        for piece in _pieces(x, count, ctx.width):
+            product[..., piece] = x @ rows(piece, x.dtype).t()
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Adds up what each piece gives."""
+        (gradient,) = gradients
+        total = gradient.new_zeros((*gradient.shape[:-1], ctx.width))
+        for piece in _pieces(gradient, ctx.count, ctx.width):
+            total += gradient[..., piece] @ ctx.rows(piece, gradient.dtype)
+        return total, None, None
+
+
+def _pieces(like: torch.Tensor, count: int, width: int) -> Iterator[slice]:
+    """Rows that are widened together; all of them where an allocator of its own keeps the heap tidy."""
+    size = max(_BLOCK, _PIECE // width // _BLOCK * _BLOCK) if like.device.type == "cpu" else count
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _left_alone(network: nn.Module) -> Callable[[str, nn.Module], bool]:
     """Says which linear layers are not quantised: heads, the output, what must stay precise."""
     output = inner(network).get_output_embeddings()
-    precise = tuple(inner(network)._keep_in_fp32_modules or ())
+    precise = set(inner(network)._keep_in_fp32_modules or ())
 
     def left(name: str, layer: nn.Module) -> bool:
         parts = name.split(".")
-        return layer is output or parts[0] in HEAD_NAMES or bool(set(parts) & set(precise))
+        return layer is output or parts[0] in HEAD_NAMES or bool(precise & set(parts))
 
     return left
 
 
-def _smaller(layer: Any, kind: Kind, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """One quantised layer; GPT-2 stores its weights the other way round."""
-    weight = layer.weight.data.to(dtype)
-    weight = (weight.t() if isinstance(layer, Conv1D) else weight).contiguous()
-    outputs, inputs = weight.shape
-    has_bias = layer.bias is not None
-    new: Any
+def _stored(layer: Any) -> torch.Tensor:
+    """A layer's weight of shape (outputs, inputs); GPT-2 stores it the other way round."""
+    weight: torch.Tensor = layer.weight.data
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def _in_8_bits(layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Packs a layer, a few rows at a time."""
+    weight = _stored(layer)
+    count, width = weight.shape
+    packed = torch.empty((count, width), dtype=torch.int8, device=device)
+    scales = torch.empty(count, dtype=torch.float32, device=device)
+    for piece in _pieces(packed, count, width):
+        rows = weight[piece].to(device, torch.float16)
+        packed[piece], scales[piece], _ = bnb.functional.int8_vectorwise_quant(rows)
     with torch.device("meta"):
-        if kind == "int8":
-            new = _int8_layer()(inputs, outputs, has_bias, has_fp16_weights=False)
-        else:
-            new = bnb.nn.Linear4bit(inputs, outputs, has_bias, dtype, quant_type="nf4")
-            new.support_avx512bf16_for_cpu = False  # it would answer differently in evaluation
-    if kind == "int8":
-        packed = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    else:
-        packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=new)
+        new: Any = Int8Linear(width, count, layer.bias is not None, has_fp16_weights=False)
+    new.weight = bnb.nn.Int8Params(packed, requires_grad=False, CB=packed, SCB=scales)
+    return _with_bias(new, layer, dtype, device)
+
+
+def _in_4_bits(layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Packs a layer."""
+    weight = _stored(layer).to(dtype).contiguous()
+    count, width = weight.shape
+    with torch.device("meta"):
+        new: Any = Int4Linear(width, count, layer.bias is not None, dtype, quant_type="nf4")
+    packed = bnb.nn.Params4bit(
+        weight, requires_grad=False, blocksize=_BLOCK, quant_type="nf4", module=new
+    )
     new.weight = packed.to(device)
-    if has_bias:
+    return _with_bias(new, layer, dtype, device)
+
+
+def _with_bias(new: Any, layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Gives a packed layer the bias of the one that it stands for."""
+    if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.data.to(device, dtype), requires_grad=False)
     return new  # type: ignore[no-any-return]
 
@@ -112,68 +229,3 @@ def _keep_the_rest(network: nn.Module, dtype: torch.dtype, device: torch.device)
 def _widened(dtype: torch.dtype, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
     """What an embedding gave, in the precision that is computed in."""
     return output.to(dtype)
-
-
-class HalfStored(nn.Linear):
-    """An output layer whose weight is stored in fewer bits than it is computed in.
-
-    Args:
-        layer: Gives weight and bias; the weight may be an embedding's too.
-    """
-
-    def __init__(self, layer: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, layer.bias
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Returns logits of shape (…, out_features) in the precision of ``input``."""
-        logits: torch.Tensor = _WidenedProduct.apply(input, self.weight)  # type: ignore[no-untyped-call]
-        return logits if self.bias is None else logits + self.bias.to(input.dtype)
-
-
-class _WidenedProduct(torch.autograd.Function):
-    """x·Wᵀ in the precision of x; of W, a few rows at a time are widened."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Fills the product piece by piece."""
-        ctx.save_for_backward(weight)
-        product = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        for rows in range(0, len(weight), _WIDENED_ROWS):
-            piece = slice(rows, rows + _WIDENED_ROWS)
-            product[..., piece] = x @ weight[piece].to(x.dtype).t()
-        return product
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Adds up what each piece gives."""
-        (weight,), (gradient,) = ctx.saved_tensors, gradients
-        pieces = [slice(rows, rows + _WIDENED_ROWS) for rows in range(0, len(weight), _WIDENED_ROWS)]
-        total = gradient.new_zeros((*gradient.shape[:-1], weight.shape[1]))
-        for piece in pieces:
-            total += gradient[..., piece] @ weight[piece].to(gradient.dtype)
-        return total, None
-
-
-@lru_cache(maxsize=1)
-def _int8_layer() -> Any:
-    """The library's layer, always by its way that widens weights and leaves activations alone.
-
-    Its other way rounds activations to 8 bits; it would be taken in evaluation, and on some devices.
-    """
-    from bitsandbytes.autograd._functions import MatMul8bitFp
-
-    class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
-        """Eight-bit weights; activations as they are."""
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """Returns x·Wᵀ + b."""
-            if self.weight.CB is not None:
-                self.init_8bit_state()
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            inputs = (x, self.weight, None, bias, self.state)
-            product: torch.Tensor = MatMul8bitFp.apply(*inputs)  # type: ignore[no-untyped-call]
-            return product
-
-    return Int8Linear
