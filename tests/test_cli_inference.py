@@ -241,7 +241,7 @@ def test_evaluate_prints_writes_and_gives_json(finished_run: Finished, tmp_path:
     result = run("evaluate", str(path), "--out", str(out), "--resamples", "1000")
     assert (result.exit_code, result.stderr) == (0, "")
     report = json.loads((path / "report.json").read_text())
-    shown = f"{report['metrics_after']['loss']:.4g} ["
+    shown = f"{report['metrics_after']['loss']:.4f} ["
     assert shown in result.stdout
     assert "head is untrained" in " ".join(result.stdout.split())
     assert shown in out.read_text()

@@ -108,8 +108,8 @@ def print_table(
 ) -> None:
     """A table with notes below; texts are printed as they are."""
     console, table = Console(), Table(title=Text(title) if title else None)
-    for column in columns:
-        table.add_column(column)
+    for at, column in enumerate(columns):
+        table.add_column(column, no_wrap=at == 0)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)

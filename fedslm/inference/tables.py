@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -61,5 +62,17 @@ def json_of(found: Evaluation) -> dict[str, Any]:
 
 def _shown(estimate: Estimate, sign: str = "") -> str:
     """A value with its interval."""
-    value, low, high = (format(x, f"{sign}.4g") for x in (estimate.value, estimate.low, estimate.high))
+    value, low, high = (_number(x, sign) for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
+
+
+def _number(value: float, sign: str = "") -> str:
+    """Four digits, or four decimals of what is below one.
+
+    >>> [_number(value) for value in (0.5, 13.437, 17720.3)], _number(0.5, "+")
+    (['0.5000', '13.44', '17720'], '+0.5000')
+    """
+    if not math.isfinite(value):
+        return "–"
+    whole = len(f"{abs(value):.0f}") if abs(value) >= 1 else 0
+    return format(value, f"{sign}.{max(0, 4 - whole)}f")
