@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import finished
 import pytest
 from test_cli import run
 
+from fedslm.config import Config
 from fedslm.inference.generation import Sampling, prompts_of, write
 from fedslm.inference.prediction import predict
 from fedslm.inference.trained import load_trained, open_run
@@ -168,6 +170,7 @@ def test_what_is_no_run_is_refused(command: str, tmp_path: Path, finished_run: F
         ("generate", "RUN", "--prompt", "a", "--out", "b.txt"),
         ("evaluate", "RUN", "--split", "test"),
         ("evaluate", "RUN", "--max-records", "5"),
+        ("evaluate", "RUN", "--query", "select 1"),
         ("export", "RUN"),
         ("export", "RUN", "--out", "x", "--dtype", "float16"),
         ("export", "RUN", "--out", "x", "--merge", "--dtype", "int3"),
@@ -211,6 +214,23 @@ def test_generate_writes_aloud_and_as_json(kind: str, finished_run: Finished, tm
     out = tmp_path / "out.jsonl"
     assert run("generate", str(path), *options, "--out", str(out)).exit_code == 0
     assert lines(out.read_text()) == found
+
+
+def test_a_prompt_of_several_columns_needs_a_file(
+    config_in: Callable[..., Config], tmp_path: Path
+) -> None:
+    """One --prompt cannot fill two columns; a file with both can."""
+    source, task = finished.write_sources(tmp_path), {"prompt": "{text} of a {label}:"}
+    path = str(finished.train("instruction", tmp_path, source, config_in, task=task))
+    result = run("generate", path, "--prompt", "a")
+    assert result.exit_code == 2
+    assert "text, label" in result.stderr
+    file = tmp_path / "in.csv"
+    file.write_text("text,label\nchest pain,heart\n")
+    (found,) = lines(run("generate", path, "--file", str(file), "--max-tokens", "3", "--json").stdout)
+    assert found["prompt"] == "chest pain of a heart:"
+    file.write_text("text\nchest pain\n")
+    assert_refused(run("generate", path, "--file", str(file)), "DataError", "no column 'label'")
 
 
 def test_generate_draws_by_a_seed(finished_run: Finished) -> None:

@@ -139,9 +139,11 @@ def generate(
 def evaluate(
     run: Run,
     data: Annotated[
-        str | None, typer.Option(help="Other data: a path, hub name; left out: the run's public split.")
+        str | None,
+        typer.Option(help="Path, hub name or database URL; left out: the run's own split."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of --data; left out: the run's.")] = None,
+    query: Annotated[str | None, typer.Option(help="SQL, if --data is a database's URL.")] = None,
     texts: Annotated[
         bool, typer.Option("--generate", help="Write texts too; score them by ROUGE and exact match.")
     ] = False,
@@ -166,13 +168,14 @@ def evaluate(
         from fedslm.inference.trained import load_trained, open_run
         from fedslm.storage import write_text
 
-        if data is None and (split is not None or max_records is not None):
-            raise typer.BadParameter("--split and --max-records are for --data")
+        if data is None and (split, query, max_records) != (None, None, None):
+            raise typer.BadParameter("--split, --query and --max-records are for --data")
         opened = open_run(run, base=base, device=device)
         if data is None:
             rows = evaluation.own_rows(opened)
         else:
-            rows = evaluation.other_rows(opened, data, split, max_records)
+            elsewhere = evaluation.Elsewhere(data, split, query, max_records)
+            rows = evaluation.other_rows(opened, elsewhere)
         trained = load_trained(opened)
         asked = evaluation.Asked(resamples, max_generated if texts else 0)
         with progress("records, base and tuned") as show:

@@ -53,25 +53,41 @@ def own_rows(run: FinishedRun) -> Rows:
     Raises:
         DataError: It is no longer there.
     """
+    if not (run.directory / "data" / "evaluation.parquet").exists():
+        raise DataError(f"{run.directory}/data holds no evaluation split any more; give other data")
     return shards.read_evaluation(run.directory / "data")
 
 
-def other_rows(run: FinishedRun, source: str, split: str | None, max_records: int | None) -> Rows:
-    """Rows of other data with the run's columns.
+@dataclass(frozen=True)
+class Elsewhere:
+    """Data that is not the run's own.
 
-    Args:
-        run: Says which columns are needed.
+    Attributes:
         source: As ``data.evaluation_source``.
         split: As ``data.evaluation_split``; None: the run's.
+        query: As ``data.evaluation_query``; None: the run's.
         max_records: A seeded sample of so many; None: all.
+    """
+
+    source: str
+    split: str | None = None
+    query: str | None = None
+    max_records: int | None = None
+
+
+def other_rows(run: FinishedRun, data: Elsewhere) -> Rows:
+    """Rows of other data with the run's columns.
 
     Raises:
         DataError: They cannot be read, lack a column, or are the private training split itself.
     """
-    values = {"evaluation_source": source, "evaluation_split": split or run.data.evaluation_split}
-    data = run.data.model_copy(update=values)
-    dataset = load_evaluation(data, run.task, run.seed)
-    rows: Rows = cut(dataset, max_records or len(dataset), run.seed).to_list()
+    values = {
+        "evaluation_source": data.source,
+        "evaluation_split": data.split or run.data.evaluation_split,
+        "evaluation_query": data.query or run.data.evaluation_query,
+    }
+    dataset = load_evaluation(run.data.model_copy(update=values), run.task, run.seed)
+    rows: Rows = cut(dataset, data.max_records or len(dataset), run.seed).to_list()
     return rows
 
 

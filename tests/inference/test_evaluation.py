@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from finished import KINDS, rows_of
 
 from fedslm.errors import ConfigError, DataError
 from fedslm.inference import tables
-from fedslm.inference.evaluation import Asked, Evaluation, evaluate, other_rows, own_rows
+from fedslm.inference.evaluation import Asked, Elsewhere, Evaluation, evaluate, other_rows, own_rows
 from fedslm.inference.generation import prompts_of, write_greedily
 from fedslm.inference.text_scores import ROUGE
 from fedslm.inference.trained import Trained, load_trained, open_run
@@ -69,7 +72,7 @@ def test_other_data_is_measured(kind: str, finished_run: Finished, tmp_path: Pat
     rows[2] |= {"text": "wrist " * 60}
     rows[5] |= {"label": "liver", "answer": ""}
     write_rows(tmp_path / "new.jsonl", rows)
-    read = other_rows(trained.run, str(tmp_path / "new.jsonl"), None, None)
+    read = other_rows(trained.run, Elsewhere(str(tmp_path / "new.jsonl")))
     found = measured(trained, read)
     assert (found.records, found.skipped, found.truncated) == (11, 1, 1)
     alone = measured(trained, [row for at, row in enumerate(rows) if at != 5])
@@ -81,17 +84,32 @@ def test_a_sample_of_other_data_is_seeded(finished_run: Finished, tmp_path: Path
     run = open_run(finished_run("classification"))
     write_rows(tmp_path / "new.jsonl", rows_of(40, 5))
     source = str(tmp_path)
-    first, again = (other_rows(run, source, "new", 7) for _ in range(2))
+    first, again = (other_rows(run, Elsewhere(source, "new", max_records=7)) for _ in range(2))
     assert len(first) == 7
     assert first == again
-    assert len(other_rows(run, source, "new", None)) == 40
+    assert len(other_rows(run, Elsewhere(source, "new"))) == 40
 
 
 def test_the_training_split_is_refused(finished_run: Finished) -> None:
     """The private split itself is no data to be measured on."""
     run = open_run(finished_run("classification"))
     with pytest.raises(DataError, match="private training split"):
-        other_rows(run, run.data.source, "train", None)
+        other_rows(run, Elsewhere(run.data.source, "train"))
+
+
+def test_a_database_is_measured(finished_run: Finished, tmp_path: Path) -> None:
+    """Rows may come from a query; an evaluation split that was deleted is said to be gone."""
+    rows = rows_of(9, 5)
+    with closing(sqlite3.connect(tmp_path / "notes.db")) as connection, connection:
+        connection.execute("create table notes (text, label)")
+        values = [(row["text"], row["label"]) for row in rows]
+        connection.executemany("insert into notes values (?, ?)", values)
+    run = open_run(finished_run("classification"))
+    query = "select text, label from notes order by rowid"
+    found = other_rows(run, Elsewhere(f"sqlite:///{tmp_path}/notes.db", query=query))
+    assert found == [{"text": row["text"], "label": row["label"]} for row in rows]
+    with pytest.raises(DataError, match="no evaluation split any more"):
+        own_rows(replace(run, directory=tmp_path))
 
 
 def test_a_missing_column_is_named(finished_run: Finished, tmp_path: Path) -> None:
@@ -99,7 +117,7 @@ def test_a_missing_column_is_named(finished_run: Finished, tmp_path: Path) -> No
     write_rows(tmp_path / "new.jsonl", [{"text": "a", "diagnosis": "heart"}])
     run = open_run(finished_run("classification"))
     with pytest.raises(DataError, match="text, diagnosis"):
-        other_rows(run, str(tmp_path / "new.jsonl"), None, None)
+        other_rows(run, Elsewhere(str(tmp_path / "new.jsonl")))
 
 
 def test_records_that_cannot_be_used_give_no_figure(finished_run: Finished) -> None:
