@@ -157,6 +157,17 @@ def test_bad_data_is_one_clear_message(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_reports_what_is_in_both_splits(tmp_path: Path) -> None:
+    """The report of a run says how many training records the public split holds too."""
+    (tmp_path / "notes").mkdir()
+    values = [notes(tmp_path / "notes", GOOD, GOOD[:4]), "data.partition=iid"]
+    result = run("simulate", DEMO, *tiny(tmp_path / "run", *values))
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["training_records_in_public_split"] == 4
+    assert "4 training record(s) are in the public split" in (tmp_path / "run/report.md").read_text()
+
+
 def test_a_password_in_a_config_reaches_nothing(tmp_path: Path) -> None:
     """Neither the error nor a file holds it."""
     url = "data.source=postgresql://ada:s3cret@host/notes"

@@ -36,7 +36,7 @@ def spool(tables: Iterable[pa.Table], scratch: Path | None, source: str) -> Data
     from datasets import Dataset
 
     try:
-        with TemporaryDirectory(dir=scratch, prefix="spool-") as directory:
+        with TemporaryDirectory(dir=scratch, prefix="spool-", ignore_cleanup_errors=True) as directory:
             path = _write(tables, Path(directory), source)
             if path is None:
                 raise DataError(f"{source} is empty: it gives no records")
