@@ -92,9 +92,7 @@ def serve(
         outcome = make(plan, data.labels)
         headline = build(config.task, config.data, data.labels).headline
         seconds = time.monotonic() - began
-        inputs = report.Inputs(
-            config, plan, outcome, data.names, headline, seconds, data.duplicates
-        )
+        inputs = report.Inputs(config, plan, outcome, data.names, headline, seconds, data.duplicates)
         return report.write(directory, inputs)
 
 
