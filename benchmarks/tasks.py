@@ -52,7 +52,6 @@ class Scenario:
 
 
 SCENARIOS: Mapping[str, Scenario] = {
-    "sms_spam": Scenario("spam or not", "all-MiniLM-L6-v2", "accuracy"),
     "banking77": Scenario("77 intents", "all-MiniLM-L6-v2", "accuracy"),
     "bc5cdr_kinds": Scenario("several labels", "minilm-l3-pruned", "f1_macro"),
     "bc5cdr": Scenario("named entities", "minilm-l3-pruned", "f1"),
