@@ -116,7 +116,10 @@ def load(
     if "$" in expanded:
         raise DataError(f"data.source={source!r}: a variable in it is not set in the environment")
     if _is_path(expanded, path):
-        raise DataError(f"data.source={source!r}: no such file or directory ({path.absolute()})")
+        raise DataError(
+            f"data.source={source!r}: no such file or directory ({path.absolute()}); a data set of the "
+            f"hub is OWNER/NAME"
+        )
     return hub.load(source, split)
 
 
