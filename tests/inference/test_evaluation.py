@@ -149,6 +149,18 @@ def test_written_texts_are_scored(kind: str, finished_run: Finished) -> None:
     assert again.metrics == found.metrics
 
 
+def test_an_interrupted_evaluation_leaves_the_trained_model(finished_run: Finished) -> None:
+    """Ctrl-C while the base is measured: the model is the trained one again."""
+    trained = open_(finished_run, "causal-lm")
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(trained, own_rows(trained.run), interrupt, FEW)
+    assert trained.model.adapter.read().sha256() == trained.run.report["adapter_sha256"]
+
+
 def test_few_resamples_are_refused(finished_run: Finished) -> None:
     """An interval from a few draws would not be one."""
     with pytest.raises(ConfigError, match="--resamples: value 999 must be at least 1000"):

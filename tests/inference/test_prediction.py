@@ -116,6 +116,26 @@ def test_entities_stand_in_the_text(finished_run: Finished) -> None:
         assert kinds == {entity["kind"]}
 
 
+def test_a_word_has_the_tag_of_its_first_piece(finished_run: Finished) -> None:
+    """As in training: "fracture" is three pieces, and what is said of the first counts."""
+    trained = open_(finished_run, "token-classification")
+    words = ["fracture", "palpitations", "fracture", "swelling", "fracture"]
+    batch = trained.model.tokenizer([words], is_split_into_words=True, return_tensors="pt")
+    owners = batch.word_ids(0)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        shares = trained.model.adapter.network(**inputs).logits[0].softmax(-1)
+    firsts = [owners.index(at) for at in range(len(words))]
+    assert len(owners) > len(words) + 2
+    (answer,) = predict(trained, [{"words": words}])
+    assert answer["tags"] == [trained.run.labels[int(shares[at].argmax())] for at in firsts]
+    assert answer["entities"]
+    for entity in answer["entities"]:
+        inside = firsts[entity["first_word"] : entity["last_word"] + 1]
+        expected = np.mean([float(shares[at].max()) for at in inside])
+        assert entity["score"] == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", [*CLASSIFIERS, "token-classification", "causal-lm"])
 def test_answers_stand_in_the_order_of_the_rows(kind: str, finished_run: Finished) -> None:
     """One answer for each row, in order, over several pieces and lengths; rows without text say so."""
