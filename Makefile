@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fedslm demo --directory runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not real"
+	$(BIN)/python -m pytest -q -m "not slow and not real" -n auto --maxprocesses 4 --dist loadfile
 
 test-real: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "real and not slow" --timeout 1200

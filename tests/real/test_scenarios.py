@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scenarios import run
 
-from fedslm import config as configuration
-from fedslm import simulation
-from fedslm.progress import Bar
 from fedslm.storage import load_adapter
 
 pytestmark = pytest.mark.real
-ROOT = Path(__file__).parent.parent.parent
-
-
-def run(scenario: str, tmp_path: Path, *overrides: str) -> dict[str, Any]:
-    """Runs a scenario file with overrides and prints what came out."""
-    everywhere = (f"run.directory={tmp_path / 'run'}", *overrides)
-    config = configuration.from_toml(ROOT / "simulations" / "local" / scenario, everywhere)
-    began = time.monotonic()
-    report = simulation.simulate(config, Bar())
-    print(
-        f"{scenario}: {report['metrics_before']} -> {report['metrics_after']}, "
-        f"epsilon {report['epsilon']}, {time.monotonic() - began:.0f} s"
-    )
-    return report
 
 
 def test_spam_at_epsilon_3(assets: Path, tmp_path: Path) -> None:
