@@ -1,14 +1,14 @@
 """What does a frozen base cost, whole, in half precision, in 8 bits and in 4?
 
-A random Llama with the widths, layers and vocabulary of SmolLM2-135M (147.8 M parameters, since its
-heads do not share keys; a fifth of them are the tied embedding) is loaded with rank-8 LoRA on all linear
-layers, of which FFA trains B, and takes private AdamW steps of 2 records of 16 tokens, each in a pass of
-its own. Each variant has its own process.
+A random Llama with the widths, depth and vocabulary of SmolLM2-135M (147.8 M parameters, since its
+heads do not share keys; a fifth are the tied embedding) is loaded with rank-8 LoRA on the usual layers,
+of which FFA trains B, and takes private AdamW steps of 2 records of 8 tokens, each in a pass of its
+own. Each variant has its own process.
 
-Memory is the peak of the process's anonymous memory (RssAnon, read every millisecond from outside), less
-that of a process that does the same with a base of 0.2 M parameters. Mapped files do not count: the
-kernel can drop their pages at any time. So a float32 base that is mapped from a float32 file counts for
-nothing itself, and what it shows is the adapter's and the step's share. Linux only.
+Memory is the peak of the process's anonymous memory (RssAnon, read every millisecond from outside),
+less that of a process that does the same with a base of 0.2 M parameters. Mapped files do not count:
+the kernel can drop their pages at any time. So a float32 base that is mapped from a float32 file counts
+for nothing itself, and what it shows is the adapter's and the step's share. Linux only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from scenario import SMALL, Size
 
 BASE = Size("135M", width=576, hidden=1536, layers=30)
 VOCABULARY_SIZE = 49152
-RECORDS, TOKENS, RANK = 2, 16, 8
+RECORDS, TOKENS, RANK = 2, 8, 8
 VARIANTS = (
     ("none", "float32"),
     ("none", "bfloat16"),
@@ -80,14 +80,13 @@ def work(base: Path, kind: str, dtype: str, steps: int) -> None:
 
     model = load(
         ModelConfig(base=str(base), device="cpu", quantization=kind, dtype=dtype),  # type: ignore[arg-type]
-        LoraConfig(rank=RANK, alpha=float(RANK)),
+        LoraConfig(rank=RANK, alpha=float(RANK), target_modules=("usual",)),
         TaskConfig(name="causal-lm", max_length=TOKENS),
         0,
     )
     print("loaded", flush=True)
     shapes = {key: tuple(value.shape) for key, value in model.adapter.parameters.items()}
-    start = initial_state(shapes, 0)
-    model.adapter.write(start)
+    model.adapter.write(initial_state(shapes, 0))
     model.adapter.train_only(set(trained_keys("ffa", shapes)))
     enter_training(model)
     optimizer = torch.optim.AdamW([p for p in model.adapter.parameters.values() if p.requires_grad])

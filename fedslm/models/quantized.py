@@ -8,7 +8,10 @@ another's. bitsandbytes packs and unpacks.
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -21,8 +24,9 @@ from fedslm.models.networks import HEAD_NAMES, inner
 from fedslm.models.peft_library import bitsandbytes as bnb
 
 Kind = Literal["int8", "int4"]
-Rows = Callable[[slice, torch.dtype], torch.Tensor]  # widened rows of a stored weight
-_PIECE = 1 << 18  # values widened at a time: more would leave holes in the heap that nothing fits into
+Rows = Callable[[slice, torch.Tensor], torch.Tensor]  # widened rows of a stored weight, like another
+_PIECE_BYTES = 1 << 20  # widened at a time
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _BLOCK = 64  # values that share a scale in 4 bits
 
 
@@ -43,11 +47,17 @@ def quantize(network: nn.Module, kind: Kind, dtype: torch.dtype, device: torch.d
     """
     left = _left_alone(network)
     smaller = _in_8_bits if kind == "int8" else _in_4_bits
+    if kind == "int4":
+        _heap(
+            "mallopt", _M_MMAP_THRESHOLD, _PIECE_BYTES // 2
+        )  # it is unpacked into new memory each time
+        _heap("mallopt", _M_TRIM_THRESHOLD, 64 << 20)
     try:
         for name, layer in list(network.named_modules()):
             if isinstance(layer, nn.Linear | Conv1D) and not left(name, layer):
                 parent, _, child = name.rpartition(".")
                 setattr(network.get_submodule(parent), child, smaller(layer, dtype, device))
+                _heap("malloc_trim", 0)
     except Exception as error:  # kernels that a device lacks raise many unrelated types
         raise ModelError(
             f'model.quantization="{kind}" does not work on {device}: {error}; use "none", or another '
@@ -64,11 +74,11 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         """Returns x·Wᵀ + b."""
         return _product(x, self.rows, self.out_features, self.bias)
 
-    def rows(self, which: slice, dtype: torch.dtype) -> torch.Tensor:
+    def rows(self, which: slice, like: torch.Tensor) -> torch.Tensor:
         """Some rows of W."""
-        scales = self.weight.SCB[which].unsqueeze(1) / 127.0
-        widened: torch.Tensor = self.weight.data[which].to(dtype) * scales.to(dtype)
-        return widened
+        packed = self.weight.data[which]
+        scales = (self.weight.SCB[which].unsqueeze(1) / 127.0).to(like.dtype)
+        return _room(packed, like).copy_(packed).mul_(scales)
 
 
 class Int4Linear(bnb.nn.Linear4bit):  # type: ignore[misc]
@@ -78,7 +88,7 @@ class Int4Linear(bnb.nn.Linear4bit):  # type: ignore[misc]
         """Returns x·Wᵀ + b."""
         return _product(x, self.rows, self.out_features, self.bias)
 
-    def rows(self, which: slice, dtype: torch.dtype) -> torch.Tensor:
+    def rows(self, which: slice, like: torch.Tensor) -> torch.Tensor:
         """Some rows of W; they begin where a block of values does."""
         state = self.weight.quant_state
         scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -87,7 +97,7 @@ class Int4Linear(bnb.nn.Linear4bit):  # type: ignore[misc]
         packed = self.weight.data.view(-1)[first // 2 : -(-last // 2)].view(-1, 1)
         shape = (stop - start, self.in_features)
         unpacked: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-            packed, scales[first // _BLOCK : -(-last // _BLOCK)], _BLOCK, "nf4", shape, dtype
+            packed, scales[first // _BLOCK : -(-last // _BLOCK)], _BLOCK, "nf4", shape, like.dtype
         )
         return unpacked
 
@@ -108,9 +118,10 @@ class HalfStored(nn.Linear):
         """Returns logits of shape (…, out_features)."""
         return _product(input, self.rows, self.out_features, self.bias)
 
-    def rows(self, which: slice, dtype: torch.dtype) -> torch.Tensor:
+    def rows(self, which: slice, like: torch.Tensor) -> torch.Tensor:
         """Some rows of W."""
-        return self.weight[which].to(dtype)
+        stored = self.weight.data[which]
+        return _room(stored, like).copy_(stored)
 
 
 def _product(x: torch.Tensor, rows: Rows, count: int, bias: torch.Tensor | None) -> torch.Tensor:
@@ -131,7 +142,7 @@ class _Widened(torch.autograd.Function):
         ctx.rows, ctx.count, ctx.width = rows, count, x.shape[-1]
         product = x.new_empty((*x.shape[:-1], count))
         for piece in _pieces(x, count, ctx.width):
-            product[..., piece] = x @ rows(piece, x.dtype).t()
+            product[..., piece] = x @ rows(piece, x).t()
         return product
 
     @staticmethod
@@ -140,15 +151,43 @@ class _Widened(torch.autograd.Function):
         (gradient,) = gradients
         total = gradient.new_zeros((*gradient.shape[:-1], ctx.width))
         for piece in _pieces(gradient, ctx.count, ctx.width):
-            total += gradient[..., piece] @ ctx.rows(piece, gradient.dtype)
+            total += gradient[..., piece] @ ctx.rows(piece, gradient)
         return total, None, None
 
 
 def _pieces(like: torch.Tensor, count: int, width: int) -> Iterator[slice]:
-    """Rows that are widened together; all of them where an allocator of its own keeps the heap tidy."""
-    size = max(_BLOCK, _PIECE // width // _BLOCK * _BLOCK) if like.device.type == "cpu" else count
+    """Rows that are widened together; all of them where the device has an allocator of its own."""
+    size = count
+    if like.device.type == "cpu":
+        size = max(_BLOCK, _PIECE_BYTES // like.element_size() // width // _BLOCK * _BLOCK)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+class _Rooms(threading.local):
+    """A thread's memory for widened rows; anew for each piece, it would tear holes into the heap."""
+
+    def __init__(self) -> None:
+        self.of: dict[torch.dtype, torch.Tensor] = {}
+
+
+_ROOMS = _Rooms()
+
+
+def _room(stored: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Memory for widened rows, good until the next call."""
+    if like.device.type != "cpu":
+        return like.new_empty(stored.shape)
+    room = _ROOMS.of.get(like.dtype)
+    if room is None or room.numel() < stored.numel():
+        room = _ROOMS.of[like.dtype] = torch.empty(stored.numel(), dtype=like.dtype)
+    return room[: stored.numel()].view(stored.shape)
+
+
+def _heap(function: str, *numbers: int) -> None:
+    """Asks glibc to give back what it holds free: else the holes take more than the base itself."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries do not need it
+        getattr(ctypes.CDLL(None), function)(*numbers)
 
 
 def _left_alone(network: nn.Module) -> Callable[[str, nn.Module], bool]:
@@ -175,7 +214,7 @@ def _in_8_bits(layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Modul
     count, width = weight.shape
     packed = torch.empty((count, width), dtype=torch.int8, device=device)
     scales = torch.empty(count, dtype=torch.float32, device=device)
-    for piece in _pieces(packed, count, width):
+    for piece in _pieces(scales, count, width):
         rows = weight[piece].to(device, torch.float16)
         packed[piece], scales[piece], _ = bnb.functional.int8_vectorwise_quant(rows)
     with torch.device("meta"):
