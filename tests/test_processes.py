@@ -35,8 +35,14 @@ def start(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        preexec_fn=_hear_interrupts,
         **options,
     )
+
+
+def _hear_interrupts() -> None:
+    """A test run that was started in the background hands "ignore Ctrl-C" down; a user's shell does not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write(config: Config, path: Path) -> Path:
