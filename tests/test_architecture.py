@@ -89,6 +89,7 @@ SEE_CONFIG = {
     "cli.budget",
     "cli.console",
     "cli.data",
+    "cli.model",
     "__init__",  # the public names
     "config.__init__",
 }

@@ -17,6 +17,7 @@ from fedslm.cli.budget import budget_app
 from fedslm.cli.console import ERRORS, ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.cli.data import data_app
 from fedslm.cli.inference import inference_app
+from fedslm.cli.model import model_app
 from fedslm.cli.policy import policy_app
 from fedslm.config import Config
 from fedslm.models.base import check_early
@@ -33,6 +34,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(budget_app, name="budget")
 app.add_typer(policy_app, name="policy")
+app.add_typer(model_app, name="model")
 app.add_typer(audit_app, name="audit")
 app.add_typer(inference_app)  # without a name: its commands stand beside these
 

@@ -88,7 +88,8 @@ class LoraConfig(Section):
     alpha: float = Field(8.0, gt=0)
     """Scaling numerator; the update is (alpha / rank)·B·A."""
     target_modules: Names = ("all-linear",)
-    """Names of layers to adapt (suffixes such as "query"), or "all-linear"."""
+    """Names of layers to adapt (suffixes such as "query"), "usual" for the architecture's own, or
+    "all-linear"."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """LoRA dropout; must be 0 under privacy."""
 

@@ -26,8 +26,10 @@ _HASHED = (
     "tokenizer*.json",
     "vocab.*",
     "*.model",
+    "*.jinja",
 )
 _HASHED_TOO = ("merges.txt", "added_tokens.json", "special_tokens_map.json")
+_FILES = ("config.json", "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _BLOCK_BYTES = 1 << 20
 
 
@@ -41,7 +43,16 @@ def resolve(model: ModelConfig) -> Path:
         return DEMO_DIRECTORY
     if (path := local(model)) is not None:
         return path
-    return _download(model.base, model.revision)
+    return _download(model.base, model.revision, _FILES)
+
+
+def resolve_config(model: ModelConfig) -> Path:
+    """Finds a directory with a base's ``config.json``, without its weights if it is a hub name.
+
+    Raises:
+        ModelError: As :func:`resolve`.
+    """
+    return local(model) or _download(model.base, model.revision, _FILES[:1])
 
 
 def local(model: ModelConfig) -> Path | None:
@@ -82,13 +93,12 @@ def check_early(model: ModelConfig, lora: LoraConfig, *, private: bool) -> None:
         families.check(families.configuration(directory), lora.target_modules, private=private)
 
 
-def _download(name: str, revision: str | None) -> Path:
-    """Fetches a hub snapshot, or takes it from the local cache."""
+def _download(name: str, revision: str | None, files: tuple[str, ...]) -> Path:
+    """Fetches some files of a hub snapshot, or takes them from the local cache."""
     from transformers.utils import hub
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises dozens of unrelated types
         raise ModelError(
             f"model.base={name!r} is neither a local directory nor a model that the hub gives: "
@@ -134,7 +144,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory} has no usable tokenizer: {error}") from error
     tokenizer.padding_side = "right"
@@ -166,7 +178,7 @@ def load_base(
     stored = dtype if model.quantization == "none" else "auto"
     network = networks.from_files(directory, task, num_labels, int(tokenizer.pad_token_id), stored)
     networks.check_length(network, task)
-    networks.check_vocabulary(network, len(tokenizer))
+    networks.check_vocabulary(network, max(tokenizer.get_vocab().values(), default=-1) + 1)
     network.requires_grad_(False)
     if model.quantization == "none":
         return network.to(device).eval()

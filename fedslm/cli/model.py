@@ -1,0 +1,238 @@
+"""``fedslm model``: what a base is, what it takes and what it sends, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
+from fedslm.config import Config
+
+if TYPE_CHECKING:
+    from fedslm.models.footprint import Footprint, Memory
+
+model_app = typer.Typer(help="Look at a base model.", no_args_is_help=True)
+
+_ASSUMED_CLASSES = 2
+_FULL = 0.9  # of the machine's memory
+_LONG = 2048  # tokens
+_HUGE = 1_000_000  # trained parameters, without a plan to say what they cost
+
+
+@model_app.callback()
+def model() -> None:
+    """Look at a base model."""
+
+
+@model_app.command("info")
+def info(config: ConfigPath, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
+    """Say what a base is, what training it takes and sends; no weights are read.
+
+    Example: `fedslm model info simulations/demo.toml --set model.quantization=int8`
+    """
+    with clear_errors():
+        loaded = load_config(config, overrides).resolved()
+        found = describe(loaded)
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            _print(found)
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """Everything that ``fedslm model info`` says, ready for JSON.
+
+    Raises:
+        ModelError: The base cannot be found or cannot do what is asked.
+    """
+    from fedslm.aggregation.methods import trained_keys
+    from fedslm.models import footprint as sizing
+    from fedslm.models.base import check_early, resolve_config
+
+    private = config.privacy.unit != "none"
+    check_early(config.model, config.lora, private=private)
+    classes, assumed = _classes(config)
+    directory = resolve_config(config.model)
+    sizes = sizing.footprint(directory, config.model, config.lora, config.task, classes)
+    records = _records(config)
+    trained = trained_keys(config.aggregation.method, sizes.shapes)
+    needs = sizing.memory(sizes, trained, config.training, records, private=private)
+    values = sizing.parameters(sizes.shapes, trained)
+    device, held = sizing.machine(config.model)
+    return {
+        "model_type": sizes.model_type,
+        "family": sizes.family,
+        "parameters": sizes.parameters,
+        "quantization": config.model.quantization,
+        "dtype": config.model.dtype,
+        "base_bytes": sizes.base_bytes,
+        "float32_bytes": sizes.whole_bytes,
+        "targets": sizes.targets,
+        "heads": list(sizes.heads),
+        "classes": classes,
+        "classes_assumed": assumed,
+        "method": config.aggregation.method,
+        "trained_parameters": values,
+        **_traffic(config, sizes, values),
+        "records_in_a_pass": records,
+        "memory_bytes": {**asdict(needs), "total": needs.total},
+        "device": device,
+        "device_bytes": held,
+        "processes": _processes(config),
+        "warnings": _warnings(config, sizes, needs, values, held),
+    }
+
+
+def _classes(config: Config) -> tuple[int, bool]:
+    """Number of classes, and whether it is a guess because only the data would tell."""
+    if config.task.name not in ("classification", "multi-label", "token-classification"):
+        return 0, False
+    if config.task.labels:
+        return len(config.task.labels), False
+    if config.task.labels_file is not None:
+        from fedslm.data.labels import read_file
+
+        return len(read_file(config.task.labels_file)), False
+    return _ASSUMED_CLASSES, True
+
+
+def _records(config: Config) -> int:
+    """Records that share a forward pass."""
+    training, privacy = config.training, config.privacy
+    shared = min(training.batch_size, training.micro_batch_size)
+    if privacy.unit == "none" or privacy.batched:
+        return shared
+    return privacy.max_records_per_unit or 1  # each unit has a pass of its own
+
+
+def _traffic(config: Config, sizes: Footprint, trained: int) -> dict[str, Any]:
+    """What travels in a round, for one client and for the cohort, and by method."""
+    from fedslm.aggregation.methods import trained_keys
+    from fedslm.models.footprint import parameters
+
+    cohort = config.federation.clients_per_round or config.federation.num_clients
+    each = 4 * trained  # float32, the same in both directions
+    methods = {
+        name: 4 * parameters(sizes.shapes, trained_keys(name, sizes.shapes))
+        for name in ("fedit", "ffa")
+    }
+    return {
+        "bytes_down_per_client": each,
+        "bytes_up_per_client": each,
+        "cohort": cohort,
+        "bytes_per_round": 2 * cohort * each,
+        "bytes_by_method": methods,
+    }
+
+
+def _processes(config: Config) -> int:
+    """Processes of a simulation that hold a base each."""
+    workers = config.engine.workers
+    if workers < 0:
+        workers = min(os.cpu_count() or 1, config.federation.num_clients)
+    return max(1, workers)
+
+
+def _warnings(
+    config: Config, sizes: Footprint, needs: Memory, trained: int, held: int | None
+) -> list[str]:
+    """What is allowed and will not go well."""
+    found = []
+    processes = _processes(config)
+    if held is not None and needs.total * processes > _FULL * held:
+        found.append(
+            f"{processes} worker(s) need about {needs.total * processes / 1e9:.1f} GB, this machine "
+            f'has {held / 1e9:.1f} GB; use fewer engine.workers, model.quantization="int4", '
+            f"gradient_checkpointing, a shorter max_length or a smaller micro_batch_size"
+        )
+    if sizes.family is None:
+        found.append(
+            f"model_type={sizes.model_type!r} is not proved; without privacy it may work, with privacy "
+            f"it is refused"
+        )
+    if config.task.max_length > _LONG:
+        found.append(
+            f"task.max_length={config.task.max_length} makes passes long; most records are shorter"
+        )
+    if sizes.heads and config.task.pooling == "native":
+        found.append(
+            f"{', '.join(sizes.heads)} start from nothing, so the first rounds learn the classes alone"
+        )
+    if config.privacy.unit != "none":
+        found += _drowned(config, trained)
+    elif trained > _HUGE and config.aggregation.method == "fedit":
+        found.append(f"{trained:,} values travel each way; a lower lora.rank sends fewer")
+    return found
+
+
+def _drowned(config: Config, trained: int) -> list[str]:
+    """What the budget's own arithmetic says of so many trained values."""
+    from fedslm.privacy.budget import Question, answer
+
+    privacy, federation = config.privacy, config.federation
+    known = privacy.noise_multiplier
+    asked = Question(
+        sample_rate=privacy.sample_rate or 1.0,
+        delta=privacy.delta or 1.0,
+        steps=federation.rounds * config.training.local_steps,
+        epsilon=None if known else privacy.epsilon,
+        noise_multiplier=known,
+        steps_per_round=config.training.local_steps,
+        unit=privacy.unit,
+        parameters=trained,
+        batch_size=config.training.batch_size,
+        clients=federation.clients_per_round or federation.num_clients,
+    )
+    return list(answer(asked).warnings)
+
+
+def _print(found: dict[str, Any]) -> None:
+    """The same for people."""
+    console = Console()
+    table = Table(show_header=False, box=None)
+    for name, text in _lines(found):
+        table.add_row(name, text)
+    console.print(table, highlight=False)
+    for warning in found["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+
+
+def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and text of each line."""
+    from fedslm.progress import readable
+
+    proved = f"{found['family']}, proved" if found["family"] else "not proved"
+    stored = found["dtype"]
+    if found["quantization"] != "none":
+        stored = f"{found['quantization']}, computed in {found['dtype']}"
+    needs = found["memory_bytes"]
+    parts = ", ".join(f"{name} {readable(needs[name])}" for name in needs if name != "total")
+    has = found["device_bytes"]
+    methods = ", ".join(f"{name} {readable(size)}" for name, size in found["bytes_by_method"].items())
+    guess = ", a guess: set task.labels" if found["classes_assumed"] else ""
+    lines = [
+        ("architecture", f"{found['model_type']} ({proved})"),
+        ("parameters", f"{found['parameters']:,}"),
+        ("frozen base", f"{readable(found['base_bytes'])} ({stored})"),
+        ("in float32", readable(found["float32_bytes"])),
+        ("adapted layers", ", ".join(f"{name} ×{count}" for name, count in found["targets"].items())),
+        ("new heads", ", ".join(found["heads"]) or "none"),
+        ("classes", f"{found['classes']}{guess}" if found["classes"] else "none"),
+        ("trained", f"{found['trained_parameters']:,} values (method {found['method']})"),
+        (
+            "a client's round",
+            f"{readable(found['bytes_down_per_client'])} down, "
+            f"{readable(found['bytes_up_per_client'])} up ({methods})",
+        ),
+        ("the cohort's", f"{readable(found['bytes_per_round'])} for {found['cohort']} clients"),
+        ("memory to train", f"about {readable(needs['total'])}: {parts}"),
+        ("in a simulation", f"{found['processes']} such worker(s), each with its libraries"),
+        ("this machine", f"{readable(has) if has else 'unknown'} ({found['device']})"),
+    ]
+    return lines

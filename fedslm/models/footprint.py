@@ -1,0 +1,226 @@
+"""How large a base, its adapter and a training step are, found without weights and without memory."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedslm.config import LoraConfig, ModelConfig, TaskConfig, TrainingConfig
+from fedslm.models import families, networks
+from fedslm.models.adapter import attach
+from fedslm.models.base import device_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_FLOAT = 4
+_SCALE_OF_4_BITS = 1 / 64 + 4 / (64 * 256)  # a byte for 64 values, a float for 256 of those
+_HIDDEN_STATES, _WIDE_STATES, _LOGITS = 14, 4, 5  # kept for each layer, for each layer, once
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes of a base with its adapter.
+
+    Attributes:
+        model_type: As in ``config.json``.
+        family: Name of the architecture, if it is proved.
+        parameters: Of the base.
+        base_bytes: The base in the precision that the config asks for.
+        whole_bytes: The base in float32.
+        shapes: Adapter tensors, heads among them: key to shape.
+        targets: Name of an adapted layer to how many there are.
+        heads: Names of new heads, which are trained from nothing.
+        activation_bytes: Kept for the backward pass of one record of the longest length; rough.
+    """
+
+    model_type: str
+    family: str | None
+    parameters: int
+    base_bytes: int
+    whole_bytes: int
+    shapes: dict[str, tuple[int, ...]]
+    targets: dict[str, int]
+    heads: tuple[str, ...]
+    activation_bytes: int
+
+
+def footprint(
+    directory: Path, model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int
+) -> Footprint:
+    """Builds a base without weights and adds up what it would take.
+
+    Args:
+        directory: With ``config.json``; nothing else is read.
+        model: Precision and checkpointing.
+        lora: The adapter.
+        task: What the network is for.
+        num_labels: Classes; 0 if the task has none.
+
+    Raises:
+        ModelError: The architecture cannot do the task, or cannot be trained.
+    """
+    values = families.configuration(directory)
+    families.check(values, lora.target_modules, private=False)
+    network = networks.on_meta(directory, task, num_labels)
+    networks.check_length(network, task)
+    network.requires_grad_(False)
+    heads = tuple(name for name, _ in network.named_children() if name in networks.HEAD_NAMES)
+    frozen = _frozen(network, heads)
+    adapter = attach(network, lora)
+    shapes = {key: tuple(each.shape) for key, each in adapter.parameters.items()}
+    adapted = [key.split(".lora_A")[0].rsplit(".", 1)[-1] for key in shapes if ".lora_A." in key]
+    known = families.PROVED.get(values["model_type"])
+    return Footprint(
+        model_type=values["model_type"],
+        family=known.name if known else None,
+        parameters=sum(count for count, _ in frozen),
+        base_bytes=round(sum(count * _bytes(model, kind) for count, kind in frozen)),
+        whole_bytes=_FLOAT * sum(count for count, _ in frozen),
+        shapes=shapes,
+        targets=dict(sorted(Counter(adapted).items())),
+        heads=heads,
+        activation_bytes=_activations(network, model, task),
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one process needs to train, in bytes; libraries come on top.
+
+    Attributes:
+        base: The frozen base.
+        adapter: The adapter in float32, frozen factors among it.
+        optimizer: Gradients, sums and the optimizer's state.
+        gradients: One gradient for each record of a pass (private training).
+        activations: Of one pass; rough.
+    """
+
+    base: int
+    adapter: int
+    optimizer: int
+    gradients: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.base + self.adapter + self.optimizer + self.gradients + self.activations
+
+
+def memory(
+    sizes: Footprint, trained: frozenset[str], training: TrainingConfig, records: int, *, private: bool
+) -> Memory:
+    """Estimates what training takes.
+
+    Args:
+        sizes: Of the base with its adapter.
+        trained: Keys that are trained.
+        training: The optimizer.
+        records: Records that share a forward pass.
+        private: Whether each record has a gradient of its own.
+    """
+    values = parameters(sizes.shapes, trained)
+    copies = {"adamw": 2, "sgd": 0}[training.optimizer] + (2 if private else 1)
+    return Memory(
+        base=sizes.base_bytes,
+        adapter=_FLOAT * parameters(sizes.shapes, frozenset(sizes.shapes)),
+        optimizer=_FLOAT * copies * values,
+        gradients=_FLOAT * values * records if private else 0,
+        activations=sizes.activation_bytes * records,
+    )
+
+
+def machine(model: ModelConfig) -> tuple[str, int | None]:
+    """Where clients compute here, and how many bytes of memory that has; None if it is not known.
+
+    Raises:
+        ModelError: This machine has no such device.
+    """
+    import torch
+
+    device = device_of(model)
+    if device.type == "cuda":
+        return "cuda", int(torch.cuda.mem_get_info(device)[1])
+    try:
+        return device.type, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        return device.type, None
+
+
+def parameters(shapes: dict[str, tuple[int, ...]], keys: frozenset[str]) -> int:
+    """Number of values in some tensors.
+
+    >>> parameters({"a": (2, 3), "b": (4,)}, frozenset({"a"}))
+    6
+    """
+    total = 0
+    for key in keys:
+        size = 1
+        for length in shapes[key]:
+            size *= length
+        total += size
+    return total
+
+
+def _frozen(network: nn.Module, heads: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Values of each frozen tensor and what it belongs to: a linear layer, a table or the rest."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    output = networks.inner(network).get_output_embeddings()
+    precise = set(networks.inner(network)._keep_in_fp32_modules or ())
+    seen: set[int] = set()
+    found = []
+    for name, module in network.named_modules():
+        if name.split(".")[0] in heads:
+            continue
+        for which, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            kind = "rest"
+            if isinstance(module, nn.Embedding) or module is output:
+                kind = "table"
+            elif isinstance(module, nn.Linear | Conv1D) and which == "weight":
+                kind = "rest" if precise & set(name.split(".")) else "linear"
+            found.append((parameter.numel(), kind))
+    return found
+
+
+def _bytes(model: ModelConfig, kind: str) -> float:
+    """Bytes of one value of a frozen tensor."""
+    plain = _BYTES[model.dtype]
+    match model.quantization, kind:
+        case ("none", _) | (_, "rest"):
+            return plain
+        case "int8", "linear":
+            return 1.0
+        case "int4", "linear":
+            return 0.5 + _SCALE_OF_4_BITS
+    return min(plain, 2.0)
+
+
+def _activations(network: Any, model: ModelConfig, task: TaskConfig) -> int:
+    """Bytes that one record of the longest length keeps for the backward pass, roughly."""
+    config: Any = network.config
+    length, hidden = task.max_length, int(config.hidden_size)
+    wide = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", None) or 4 * hidden
+    layers = int(config.num_hidden_layers)
+    each = _HIDDEN_STATES * hidden + _WIDE_STATES * int(wide)
+    values = layers * hidden + each if model.gradient_checkpointing else layers * each
+    size = _BYTES[model.dtype]
+    written = task.max_target_length or task.max_length
+    if task.name == "seq2seq":
+        length += written
+    rows = 2 if task.name == "preference" else 1
+    logits = 0
+    if task.name in ("causal-lm", "instruction", "preference"):
+        logits = length * int(config.vocab_size)
+    if task.name == "seq2seq":
+        logits = written * int(config.vocab_size)
+    return round(rows * (length * values * size + _LOGITS * logits * _FLOAT))

@@ -1,0 +1,110 @@
+"""Tests of ``fedslm model info`` and of what ``fedslm config check`` sees of a base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_cli import DEMO, assert_clear, run
+
+from fedslm.models import footprint
+
+DENSE = ["--set", "task.name=causal-lm", "--set", "task.pooling=native", "--set", "data.label_column="]
+
+
+def info(*overrides: str) -> dict:
+    """The JSON of ``model info`` on the demo scenario with some values replaced."""
+    parts = [part for override in overrides for part in ("--set", override)]
+    result = run("model", "info", DEMO, *parts, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_info_of_the_embedded_model() -> None:
+    """Family, parameters, bytes of a round and of the cohort, by method."""
+    found = info("task.labels=a,b,c")
+    assert (found["model_type"], found["family"], found["parameters"]) == ("bert", "BERT", 1_033_216)
+    assert (found["classes"], found["classes_assumed"]) == (3, False)
+    assert found["method"] == "ffa"
+    assert found["bytes_up_per_client"] == 4 * found["trained_parameters"]
+    assert found["bytes_per_round"] == 2 * 5 * found["bytes_up_per_client"]
+    assert found["bytes_by_method"]["ffa"] == found["bytes_up_per_client"]
+    assert found["bytes_by_method"]["fedit"] > found["bytes_by_method"]["ffa"]
+    assert found["memory_bytes"]["total"] > found["base_bytes"] == 4 * found["parameters"]
+
+
+def test_bytes_are_those_of_a_real_round(tmp_path: Path) -> None:
+    """What is announced for a round is what a run of one round counts, to a hundredth."""
+    sets = [
+        f"run.directory={tmp_path / 'run'}",
+        "privacy.unit=none",
+        "engine.workers=0",
+        "lora.rank=2",
+        "federation.rounds=1",
+        "federation.num_clients=2",
+        "training.local_steps=1",
+        "training.batch_size=2",
+    ]
+    found = info(*sets, "task.labels=a,b,c,d,e,f")  # as many classes as the demo's data have
+    parts = [part for each in sets for part in ("--set", each)]
+    result = run("simulate", DEMO, *parts, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    for key in ("bytes_down", "bytes_up"):
+        assert report[key] == pytest.approx(found["bytes_per_round"] / 2, rel=0.01)
+
+
+def test_info_for_people_names_a_guess() -> None:
+    """Without a list of classes only the data could tell how many there are, and they are not read."""
+    result = run("model", "info", DEMO, "--set", "model.quantization=int4")
+    assert result.exit_code == 0, result.output
+    for part in ("BERT, proved", "a guess: set task.labels", "int4, computed in float32", "×4"):
+        assert part in result.stdout
+
+
+def test_smaller_bases_are_smaller() -> None:
+    """Precision lowers the base, not what is trained."""
+    sizes = {kind: info(f"model.quantization={kind}") for kind in ("none", "int8", "int4")}
+    assert sizes["int4"]["base_bytes"] < sizes["int8"]["base_bytes"] < sizes["none"]["base_bytes"]
+    assert len({found["trained_parameters"] for found in sizes.values()}) == 1
+
+
+def test_noise_over_too_many_parameters_is_warned_of() -> None:
+    """The budget's own arithmetic, with the number of parameters that the base really has."""
+    assert info("privacy.epsilon=8")["warnings"] == info("lora.rank=1")["warnings"] == []
+    drowned = info("privacy.epsilon=0.3", "lora.rank=64", "federation.num_clients=1")
+    assert any("noise drowns the signal" in warning for warning in drowned["warnings"])
+
+
+def test_memory_beyond_the_machine_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base larger than what is there."""
+    monkeypatch.setattr(footprint, "_HIDDEN_STATES", 10**9)
+    assert any("this machine has" in warning for warning in info()["warnings"])
+
+
+def test_unproved_bases_are_warned_of_or_refused(tmp_path: Path) -> None:
+    """OPT runs without privacy, with a warning; under privacy it is refused, also by config check."""
+    import transformers
+
+    transformers.OPTConfig(
+        hidden_size=32, num_hidden_layers=1, ffn_dim=64, num_attention_heads=2, word_embed_proj_dim=32
+    ).save_pretrained(tmp_path)
+    base = ["--set", f"model.base={tmp_path}", *DENSE]
+    result = run("model", "info", DEMO, *base, "--set", "privacy.unit=none", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["family"] is None
+    assert any("not proved" in warning for warning in found["warnings"])
+    for command in (("model", "info"), ("config", "check")):
+        assert_clear(run(*command, DEMO, *base), "ModelError", "'opt' is not proved", "llama")
+
+
+def test_a_missing_base_is_a_clear_error(family_directory: Callable[[str, str], Path]) -> None:
+    """Not there; or there, and not for this task."""
+    result = run("model", "info", DEMO, "--set", "model.base=/no/such")
+    assert_clear(result, "ModelError", "no such directory")
+    base = f"model.base={family_directory('bert', 'classification')}"
+    result = run("model", "info", DEMO, "--set", base, *DENSE)
+    assert_clear(result, "ModelError", "reads forwards")
