@@ -128,6 +128,8 @@ def test_without_privacy_nothing_is_required() -> None:
         ),
         ([("task.prompt", "{text}")], "task.prompt", "is for instruction"),
         ([("task.name", "instruction"), ("task.prompt", "text")], "task.prompt", "in braces"),
+        ([("task.name", "instruction"), ("task.prompt", "{a} {a}")], "task.prompt", "once"),
+        ([("task.name", "instruction"), ("task.prompt", "{a}" + "x" * 10_000)], "task.prompt", "10000"),
         ([("task.name", "instruction"), ("task.prompt", "{text")], "task.prompt", "'{text'"),
         ([("task.name", "instruction"), ("task.prompt", "{text.x}")], "task.prompt", "in braces"),
         ([("task.max_target_length", 9)], "task.max_target_length", "is for instruction"),

@@ -8,6 +8,8 @@ from string import Formatter
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.errors import ConfigError, Problem
 
+_LONGEST_PROMPT = 10_000
+
 
 def needed(data: DataConfig, task: TaskConfig) -> dict[str, str]:
     """Columns that a task reads.
@@ -47,6 +49,9 @@ def placeholders(prompt: str) -> list[str]:
     except ValueError as error:
         raise ConfigError([Problem("task.prompt", f"value {prompt!r}: {error}")]) from None
     names = [name for name, _, _ in parts if name is not None]
+    if len(set(names)) < len(names) or len(prompt) > _LONGEST_PROMPT:
+        message = f"must name each column once, in at most {_LONGEST_PROMPT} characters"
+        raise ConfigError([Problem("task.prompt", message)])
     plain = all(
         name.isidentifier() and not spec and not how for name, spec, how in parts if name is not None
     )

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
+from fedslm.data.rows import Row, rows_of
 from fedslm.data.sharing import Shared, share_out
 from fedslm.data.spool import BATCH_ROWS
 from fedslm.errors import DataError
@@ -28,8 +29,6 @@ from fedslm.storage import write_text
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -157,12 +156,11 @@ class StoredRows(Sequence[Row]):
         if not -self._size <= index < self._size:
             raise IndexError(f"index={index} is beyond {self._size} rows")
         batch, row = divmod(index % self._size, BATCH_ROWS)
-        found: list[Row] = self._batch(batch).slice(row, 1).to_pylist()
-        return found[0]
+        return rows_of(self._batch(batch).slice(row, 1))[0]
 
     def __iter__(self) -> Iterator[Row]:
         for batch in range(self._file.num_record_batches):
-            yield from self._batch(batch).to_pylist()
+            yield from rows_of(self._batch(batch))
 
     def _batch(self, number: int) -> pa.RecordBatch:
         """The chosen columns of a thousand rows, still on disk."""
@@ -224,5 +222,4 @@ def _read_row_group(path: Path, index: int, columns: Set[str] | None = None) -> 
         raise DataError(f"{path} holds {file.num_row_groups} clients; there is no client {index}")
     known = file.schema_arrow.names
     chosen = known if columns is None else [name for name in known if name in columns]
-    rows: list[Row] = file.read_row_group(index, columns=chosen).to_pylist()
-    return rows
+    return rows_of(file.read_row_group(index, columns=chosen))

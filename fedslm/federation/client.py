@@ -17,6 +17,7 @@ from fedslm.federation.attestation import attest
 from fedslm.federation.node import Node, Release
 from fedslm.federation.shard import shard_of
 from fedslm.federation.wire import Reply, Request, Setup, from_arrays, to_arrays
+from fedslm.models.base import base_sha256, resolve
 from fedslm.models.loaded import LoadedModel, load
 from fedslm.privacy.chain import ADAPTER, METRIC, Charge
 from fedslm.privacy.ledger import Ledger
@@ -78,9 +79,9 @@ def _answer(request: Request, node: Node) -> Reply:
     except PrivacyError as error:
         raise PolicyRefused(f"the plan is refused: {error}") from error
     node.admit(Asked(plan, setup.base_sha256, setup.task.name))
-    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
-    if model.base_sha256 != setup.base_sha256:
+    if base_sha256(resolve(setup.model)) != setup.base_sha256:  # before any of its files is interpreted
         raise FederationError("the base model here differs from the server's")
+    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
     if isinstance(plan, PrivatePlan):
         return _answer_privately(request, node, plan, model)
     adapter = _train(request, node, plan, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -19,7 +19,7 @@ from fedslm.models.loaded import load
 from fedslm.privacy.keys import data_commitment
 from fedslm.privacy.plan import PatientPlan, PrivatePlan, from_json
 from fedslm.tasks import build
-from fedslm.tasks.base import Example, Row
+from fedslm.tasks.base import Example, Prepared, Row
 from fedslm.tasks.lazy import LazyExamples
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,9 @@ def shard_of(setup: Setup, node: Node) -> Shard:
     """A client's shard, read once per process.
 
     Formal guarantees:
-        * Whether a record is left out (no tokens, an unknown label, no owner) depends on it alone;
-          whether a unit is held out depends on its name alone (:func:`is_held_out`).
+        * Whether a record is left out (no tokens, an unknown label, no owner, or it cannot be
+          tokenised) depends on it alone, and none makes this fail.
+        * Whether a unit is held out depends on its name alone (:func:`is_held_out`).
         * With ``data.streaming`` examples and their order are the same; rows and tokens stay on disk.
     """
     model = load(setup.model, setup.lora, setup.task, len(setup.labels))
@@ -58,11 +59,12 @@ def shard_of(setup: Setup, node: Node) -> Shard:
     columns = set(needed(setup.data, setup.task).values()) | ({unit} if unit is not None else set())
     rows = shards.read_client(node.data, node.client, columns)
     prepare = partial(task.prepare, tokenizer=model.tokenizer)
+    prepare([])  # what is wrong with the tokenizer itself shows here, whatever the records
     lazy, fraction = setup.data.streaming, setup.data.validation_fraction
     sides = {False: _Side(), True: _Side()}
     truncated = 0
     for first, piece in _pieces(rows):
-        prepared = prepare(piece)
+        prepared = _prepared(prepare, piece)
         truncated += prepared.truncated
         for number, example in zip(prepared.kept, prepared.examples, strict=True):
             owner = "" if unit is None else _owner(piece[number], unit)
@@ -79,6 +81,22 @@ def shard_of(setup: Setup, node: Node) -> Shard:
     _log(node.client, len(rows) - len(trained) - len(validated), truncated)
     commitment = data_commitment(node.directory, rows) if isinstance(plan, PrivatePlan) else ""
     return Shard(trained, validated if fraction > 0 else trained, commitment)
+
+
+def _prepared(prepare: Callable[[Sequence[Row]], Prepared], piece: list[Row]) -> Prepared:
+    """Prepares rows together, or one by one if that raises; a row that raises alone is left out."""
+    try:
+        return prepare(piece)
+    except Exception:  # whatever a record does to a tokenizer or a template, it must not show
+        logger.warning("some records cannot be prepared", exc_info=True)
+    made = []
+    for number, row in enumerate(piece):
+        try:
+            one = prepare([row])
+        except Exception:  # noqa: S112  (said above; this record alone decides)
+            continue
+        made += [(number, example, one.truncated > 0) for example in one.examples]
+    return Prepared.of(made)
 
 
 @dataclass
@@ -118,4 +136,5 @@ def _log(client: int, unusable: int, truncated: int) -> None:
         text = "client %d: %d records have no tokens, an unknown label or no owner"
         logger.warning(text, client, unusable)
     if truncated:
-        logger.info("client %d: %d texts are cut to the longest length", client, truncated)
+        text = "client %d: %d records are longer than the task's lengths and are cut"
+        logger.warning(text, client, truncated)

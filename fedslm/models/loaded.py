@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError
+from fedslm.models import families
 from fedslm.models.adapter import AttachedAdapter, attach
 from fedslm.models.base import base_sha256, device_of, load_base, load_tokenizer, resolve
 from fedslm.models.networks import checkpoint_activations
@@ -46,6 +47,7 @@ def load(model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int
     import torch
 
     directory = resolve(model)
+    families.check(families.configuration(directory), lora.target_modules, private=False)
     tokenizer = load_tokenizer(directory)
     if task.prompt_format == "chat" and not tokenizer.chat_template:
         raise ModelError(

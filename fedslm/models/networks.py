@@ -129,7 +129,9 @@ def _configuration(directory: Path, num_labels: int, pad_token_id: int) -> Any:
     logging.disable_progress_bar()
     classes = {"num_labels": num_labels} if num_labels else {}
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, **classes)
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, **classes
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{directory}/config.json is not usable: {first(error)}") from error
     if pad_token_id < config.vocab_size:  # else the vocabulary is refused, once there is an embedding

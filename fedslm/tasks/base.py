@@ -21,6 +21,7 @@ Tokens = tuple[int, ...]
 Tensors = dict[str, "torch.Tensor"]
 Sums = Mapping[str, NDArray[np.float64]]
 Row = Mapping[str, Any]
+CHARACTERS = 32  # of a text, for each token that is wanted: a public bound on what one record costs
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def tokenise(
 ) -> list[Encoded]:
     """Tokenises texts, each cut to ``max_length`` tokens.
 
+    Of a very long text only the first :data:`CHARACTERS` × ``max_length`` characters are looked at.
+
     Args:
         texts: Any number, even none.
         tokenizer: The base model's.
@@ -144,12 +147,17 @@ def tokenise(
     """
     if not texts:
         return []
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, **options)
+    room = CHARACTERS * max_length
+    longer = [len(text) > room for text in texts]
+    encoded = tokenizer(
+        [text[:room] for text in texts], truncation=True, max_length=max_length, **options
+    )
     fast = getattr(encoded, "encodings", None)
     if fast is None:  # a tokenizer in Python does not say what it cut
         return [Encoded(tuple(ids), len(ids) >= max_length) for ids in encoded["input_ids"]]
     return [
-        Encoded(tuple(one.ids), bool(one.overflowing), tuple(map(tuple, one.offsets))) for one in fast
+        Encoded(tuple(one.ids), bool(one.overflowing) or cut, tuple(map(tuple, one.offsets)))
+        for one, cut in zip(fast, longer, strict=True)
     ]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.data.columns import placeholders
 from fedslm.tasks import tokens
-from fedslm.tasks.base import Encoded, Example, Row, Tokens, tokenise
+from fedslm.tasks.base import CHARACTERS, Encoded, Example, Row, Tokens, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,8 @@ class Prompts:
 
     def text(self, row: Row) -> str:
         """The prompt of a row, before any chat template."""
-        return self.template.format_map({key: _text(value) for key, value in row.items()})
+        room = CHARACTERS * self.max_length
+        return self.template.format_map({key: _text(value)[:room] for key, value in row.items()})
 
     def tokens(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
         """Token ids of prompts, uncut, ready for a completion to follow."""
@@ -61,7 +62,8 @@ class Prompts:
     def completions(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
         """Token ids of completions, uncut, each with an end token."""
         end = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-        return [(*each.input_ids, *end) for each in _bare(texts, tokenizer)]
+        room = CHARACTERS * self.max_length
+        return [(*each.input_ids, *end) for each in _bare([text[:room] for text in texts], tokenizer)]
 
     def join(self, prompt: Tokens, completion: Tokens) -> tuple[Example, bool]:
         """Puts a completion behind a prompt, and says whether either was cut.

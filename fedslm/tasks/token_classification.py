@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedslm.errors import ModelError
 from fedslm.tasks import tokens
-from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
+from fedslm.tasks.base import CHARACTERS, Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
 from fedslm.tasks.scores import f1, ratio
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ class TokenClassification:
         fitting = [(number, row) for number, row in enumerate(rows) if self._fits(row, index)]
         if not fitting:
             return Prepared((), ())
+        room = CHARACTERS * self.max_length
         encoded = tokenizer(
-            [list(row[self.text_column]) for _, row in fitting],
+            [[word[:room] for word in row[self.text_column][:room]] for _, row in fitting],
             is_split_into_words=True,
             truncation=True,
             max_length=self.max_length,

@@ -206,3 +206,17 @@ def test_top_three_by_hand() -> None:
     assert 0 < hits < tokens
     assert torch.all(found["top1"] <= found["top3"])
     assert VOCABULARY > 3
+
+
+def test_a_huge_value_costs_no_more_than_a_long_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of any value only a public number of characters is looked at, which is counted as a cut."""
+    room = 32 * PROMPTS.max_length
+    texts = ["chest pain " * (room // 11 + 1), "chest pain " * 200_000]
+    for name in WRITING:
+        rows = [{**ROW, column: text} for column in ("text", "answer") for text in texts]
+        prepared = KINDS[name].prepare(rows, tokenizer)
+        assert prepared.truncated == 4, name
+        assert prepared.examples[0] == prepared.examples[1], name
+        assert prepared.examples[2] == prepared.examples[3], name
+    prompts = replace(PROMPTS, template="{text}")
+    assert len(prompts.text({"text": "x" * 10**7})) == room
