@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from test_cli import DEMO, assert_clear, run, tiny
+from tiny import PRIVATE
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +166,24 @@ def test_a_run_reports_what_is_in_both_splits(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["training_records_in_public_split"] == 4
+
+
+def test_a_private_run_reports_no_exact_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under privacy the number of records in both splits stays with the researcher's data."""
+    (tmp_path / "notes").mkdir()
+    values = [
+        notes(tmp_path / "notes", GOOD, GOOD[:4]),
+        "data.partition=iid",
+        *(f"privacy.{key}={value}" for key, value in PRIVATE.items()),
+    ]
+    result = run("simulate", DEMO, *tiny(tmp_path / "run", *values))
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["plan"]["unit"] == "record"
+    assert report["training_records_in_public_split"] is None
+    assert "are in the public evaluation split too" in caplog.text
     assert "4 training record(s) are in the public split" in (tmp_path / "run/report.md").read_text()
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from fedslm.data.spool import BATCH_ROWS, tables_of
 from fedslm.errors import DataError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 USER, PASSWORD = "FEDSLM_DATABASE_USER", "FEDSLM_DATABASE_PASSWORD"
 _CONNECT_SECONDS = 5
-_SECRET_KEY = re.compile(r"(passwo?r?d?|pwd|token)\s*=", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"(pass|pwd|token|secret|credential)\w*\s*=", re.IGNORECASE)
 _OPTIONS: dict[str, dict[str, Any]] = {
     "postgresql": {"connect_timeout": _CONNECT_SECONDS},
     "mysql": {"connect_timeout": _CONNECT_SECONDS},
@@ -46,8 +46,8 @@ def holds_password(source: str) -> bool:
     >>> holds_password("postgresql://ada:secret@host/notes"), holds_password("postgresql://ada@host/notes")
     (True, False)
     """
-    rest = re.sub(r"^[A-Za-z0-9+]*:?//?", "", source)
-    return bool(re.search(r":[^\s@]*@", rest) or _SECRET_KEY.search(rest))
+    rest = unquote(re.sub(r"^[A-Za-z0-9+]*:?//?", "", source))
+    return bool(re.search(r":[^@]*@", rest) or _SECRET_KEY.search(rest))
 
 
 def refuse_password(source: str) -> None:
@@ -91,6 +91,8 @@ def _rows(source: str, query: str, key: str) -> Iterator[Mapping[str, Any]]:
     try:
         with engine.connect() as connection:
             connected = True
+            if engine.dialect.name == "sqlite":
+                connection.connection.driver_connection.set_authorizer(_reads)  # type: ignore[union-attr]
             result = connection.exec_driver_sql(query, execution_options=options)
             if not result.returns_rows:
                 raise DataError(f"{key} gives no rows: it must be a SELECT")
@@ -104,6 +106,20 @@ def _rows(source: str, query: str, key: str) -> Iterator[Mapping[str, Any]]:
         engine.dispose()
     if number == 0:
         raise DataError(f"{key} gives no rows; check its conditions")
+
+
+def _reads(action: int, *_: str | None) -> int:
+    """SQLite asks before each action: reading is fine, and nothing else, such as attaching a file."""
+    import sqlite3
+
+    allowed = (
+        sqlite3.SQLITE_SELECT,
+        sqlite3.SQLITE_READ,
+        sqlite3.SQLITE_FUNCTION,
+        sqlite3.SQLITE_RECURSIVE,
+        sqlite3.SQLITE_TRANSACTION,
+    )
+    return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
 
 
 def _engine(source: str) -> Engine:

@@ -172,7 +172,7 @@ def _records(reader: Any, header: list[str], path: Path) -> Iterator[list[str]]:
             if len(row) != len(header):
                 raise DataError(
                     f"{path}, row {number} (line {reader.line_num}) has {len(row)} fields, the header "
-                    f"has {len(header)}: quote fields that hold the separator"
+                    f"has {len(header)}: quote fields that hold the separator, leave none out"
                 )
             yield row
     except csv.Error as error:

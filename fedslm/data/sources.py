@@ -46,10 +46,10 @@ def load_evaluation(
         DataError: As :func:`load_train`, or it is the private split.
     """
     source, split, query = _public(config)
-    place = _place(source, split, query)
-    if place == _place(config.source, config.train_split, config.train_query):
+    private = _places(config.source, config.train_split, config.train_query)
+    if shared := sorted(private.keys() & _places(source, split, query).keys()):
         raise DataError(
-            f"the public evaluation split is the private training split ({place}); set "
+            f"the public evaluation split is the private training split ({private[shared[0]]}); set "
             f"data.evaluation_source or data.evaluation_split to public data"
         )
     dataset = load(source, split, query, key="data.evaluation_query", seed=seed, scratch=scratch)
@@ -62,15 +62,18 @@ def _public(config: DataConfig) -> tuple[str, str, str | None]:
     return source, config.evaluation_split, config.evaluation_query
 
 
-def _place(source: str, split: str, query: str | None) -> str:
-    """Where one split of a source lies: equal places hold equal data."""
+def _places(source: str, split: str, query: str | None) -> dict[str, str]:
+    """Where one split of a source lies: identity of each file (or query) to its name."""
     source = expand(source)
     if database.is_url(source):
-        return f"{source}: {' '.join((query or '').split()).rstrip('; ').lower()}"
+        place = f"{source}: {' '.join((query or '').split()).rstrip('; ').lower()}"
+        return {place: place}
     path = Path(source)
-    if path.is_dir():
-        path = files.files_of(path, split)[0]
-    return str(path.resolve()) if path.exists() else f"{source}:{split}"
+    if not path.exists():
+        return {f"{source}:{split}": f"{source}:{split}"}
+    found = files.files_of(path, split) if path.is_dir() else [path]
+    each = [file for one in found for file in ([one] if one.is_file() else one.rglob("*.txt"))]
+    return {f"{file.stat().st_dev}:{file.stat().st_ino}": str(file.resolve()) for file in each}
 
 
 def cut(dataset: Dataset, max_records: int, seed: int) -> Dataset:

@@ -63,6 +63,7 @@ def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
 def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord]) -> dict[str, Any]:
     """The content of ``report.json``."""
     config, outcome, plan = inputs.config, inputs.outcome, inputs.plan
+    private = isinstance(plan, PrivatePlan)  # then no exact count of records goes along
     return {
         "fedslm_version": fedslm.__version__,
         "run_id": directory.run_id,
@@ -84,7 +85,7 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "rounds_planned": config.federation.rounds,
         "stopped": outcome.stopped,
         "clients": list(inputs.clients),
-        "training_records_in_public_split": inputs.duplicates,
+        "training_records_in_public_split": None if private else inputs.duplicates,
         "plan": {"unit": plan.unit, **asdict(plan)} if isinstance(plan, PrivatePlan) else None,
         **_privacy(config, _charged(directory, inputs)),
         "private_metrics": [r.private_metric for r in records if r.private_metric is not None],

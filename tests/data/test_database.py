@@ -74,7 +74,7 @@ def test_the_public_query_is_not_the_private_one(notes: Path) -> None:
             "data.label_column='label' is not a column of the data; it has text",
         ),
         ("SELECT text, label AS text FROM notes", "names text twice"),
-        ("DELETE FROM notes", "data.train_query fails: attempt to write a readonly database"),
+        ("DELETE FROM notes", "data.train_query fails: not authorized"),
         ("", "data.train_query"),
         (TRAIN.replace("train", "mixed"), "'label' cannot be read: int (rows 0) and str (rows 1)"),
     ],
@@ -157,3 +157,29 @@ def test_a_query_is_needed(notes: Path) -> None:
     """A database without a query says which key is missing."""
     with pytest.raises(DataError, match=r"data\.train_query is missing"):
         load_train(DataConfig(source=f"sqlite:///{notes}"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://ada:correct horse@db/notes",
+        "postgresql+psycopg://ada:tab\there@db/notes",
+        "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BUID%3Dsa%3BPWD%3Dhunter2",
+        "postgresql://db/notes?pass%77ord=x",
+        "snowflake://db/notes?passcode=1",
+        "athena://db?aws_secret_access_key=x",
+        "bigquery://db?credentials_base64=x",
+    ],
+)
+def test_passwords_are_seen_in_any_form(url: str) -> None:
+    """Blanks, escapes and drivers' own names of secrets do not hide a password."""
+    assert database.holds_password(url)
+
+
+def test_a_query_leaves_no_file_behind(notes: Path, tmp_path: Path) -> None:
+    """SQLite can attach and copy databases in a query; here it may read alone."""
+    before = sorted(tmp_path.iterdir())
+    for query in (f"ATTACH '{tmp_path}/other.db' AS other", f"VACUUM INTO '{tmp_path}/copy.db'"):
+        with pytest.raises(DataError, match="authori"):
+            load_train(config(notes, query))
+    assert sorted(tmp_path.iterdir()) == before

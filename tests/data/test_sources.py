@@ -234,3 +234,15 @@ def test_a_missing_class_index_is_no_class(tmp_path: Path, missing: int | None) 
         return
     assert labels[0] == "cold"
     assert labels[1] not in ("cold", "flu")
+
+
+def test_no_file_of_the_private_split_is_public(tmp_path: Path) -> None:
+    """A split may lie in several files: none of them, nor another name of one, serves as public data."""
+    for number in range(2):
+        path = tmp_path / f"train-0000{number}-of-00002.jsonl"
+        path.write_text(json.dumps({"text": f"note {number}", "label": "a"}) + "\n")
+    (tmp_path / "other.jsonl").hardlink_to(tmp_path / "train-00001-of-00002.jsonl")
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "other.jsonl"):
+        config = DataConfig(source=str(tmp_path), evaluation_source=str(tmp_path / name))
+        with pytest.raises(DataError, match="is the private training split"):
+            load_evaluation(config)
