@@ -128,6 +128,6 @@ def _check_units(parts: list[Dataset], column: str, overlapping: bool) -> None:
     if straddling and not overlapping:
         raise DataError(
             f"{len(straddling)} of {len(clients)} units lie in several clients, so the largest epsilon "
-            f"of a client is not theirs; set privacy.overlapping=true, or a data.partition that keeps "
-            f"them together"
+            f"of a client is not theirs; use data.partition=natural with a data.natural_column "
+            f"that keeps them together, or set privacy.overlapping=true, which composes the clients"
         )

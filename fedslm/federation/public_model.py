@@ -23,7 +23,7 @@ from fedslm.models.loaded import load
 from fedslm.privacy.plan import PrivatePlan, from_json
 from fedslm.records import AdapterState
 from fedslm.tasks import build
-from fedslm.tasks.base import Example
+from fedslm.tasks.base import Prepared
 
 _EVALUATION_BATCH_SIZE = 32
 
@@ -88,7 +88,7 @@ def count(setup: Setup, adapter: AdapterState, part: int, parts: int) -> dict[st
 
     model = load(setup.model, setup.lora, setup.task, len(setup.labels))
     task = build(setup.task, setup.data, setup.labels)
-    examples = _examples(setup)[part::parts]
+    examples = _public(setup).examples[part::parts]
     return count_examples(model, task, examples, adapter, _EVALUATION_BATCH_SIZE)
 
 
@@ -100,10 +100,16 @@ def export(setup: Setup, adapter: AdapterState, directory: Path) -> None:
     model.tokenizer.save_pretrained(directory)
 
 
+def truncated(setup: Setup) -> tuple[int, int]:
+    """How many public records are longer than the task's lengths and are cut, and of how many."""
+    public = _public(setup)
+    return public.truncated, len(public.examples)
+
+
 @lru_cache(maxsize=1)
-def _examples(setup: Setup) -> tuple[Example, ...]:
+def _public(setup: Setup) -> Prepared:
     """The public examples, tokenised once per process."""
     model = load(setup.model, setup.lora, setup.task, len(setup.labels))
     task = build(setup.task, setup.data, setup.labels)
     rows = shards.read_evaluation(Path(setup.directory) / "data")
-    return task.prepare(rows, model.tokenizer).examples
+    return task.prepare(rows, model.tokenizer)

@@ -125,9 +125,19 @@ class Federation:
         if state is None:
             whole = frozen.merged(description.trained)
             metrics = public_model.evaluate(self.pool, setup, whole)
+            self._say_what_is_cut(setup)
             state = Checkpoint(0, description.trained, metrics, metrics)
             self.directory.save(state)
         return setup, frozen, state
+
+    def _say_what_is_cut(self, setup: Setup) -> None:
+        """Warns of long public records: the private ones are likely to be as long."""
+        cut, records = self.pool.call(public_model.truncated, setup)
+        if cut:
+            text = (
+                "%d of %d public records are longer than task.max_length=%d (or the target) and are cut"
+            )
+            logger.warning(text, cut, records, setup.task.max_length)
 
     def _round(
         self,
