@@ -180,7 +180,8 @@ def _room(stored: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(stored.shape)
     room = _ROOMS.of.get(like.dtype)
     if room is None or room.numel() < stored.numel():
-        room = _ROOMS.of[like.dtype] = torch.empty(stored.numel(), dtype=like.dtype)
+        with torch.inference_mode(False):  # made in evaluation, it is still to serve in training
+            room = _ROOMS.of[like.dtype] = torch.empty(stored.numel(), dtype=like.dtype)
     return room[: stored.numel()].view(stored.shape)
 
 

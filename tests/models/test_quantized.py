@@ -22,6 +22,7 @@ from families import (
 )
 
 from fedslm.errors import ModelError
+from fedslm.models import quantized
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.quantized import HalfStored, quantize
 from fedslm.tasks.base import Task
@@ -173,6 +174,24 @@ def test_weights_are_really_small(family_directory: Callable[[str, str], Path]) 
     layers = found["none"] - tables
     for kind, share in (("int8", 1 / 4), ("int4", 1 / 8)):
         assert found[kind] == pytest.approx(tables / 2 + layers * share, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_training_after_evaluation(
+    family_directory: Callable[[str, str], Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What evaluation leaves behind in a process is of use in training, and the answers stay the same."""
+    monkeypatch.setattr(quantized, "_ROOMS", quantized._Rooms())  # as in a new process
+    directory, task = family_directory("llama", "causal-lm"), task_of("causal-lm")
+    model = load_family(directory, "causal-lm", quantization=kind)
+    examples = examples_of(3, name="causal-lm")
+    model.adapter.write(random_state(model))
+    with torch.inference_mode():
+        before, _ = forward(model, task, examples)
+    assert one_step(model, task, record_plan(), alone(examples)).exact.any()
+    model.adapter.write(random_state(model))
+    with torch.inference_mode():
+        torch.testing.assert_close(forward(model, task, examples)[0], before, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
