@@ -168,9 +168,7 @@ def test_a_run_reports_what_is_in_both_splits(tmp_path: Path) -> None:
     assert report["training_records_in_public_split"] == 4
 
 
-def test_a_private_run_reports_no_exact_count(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_private_run_reports_no_exact_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Under privacy the number of records in both splits stays with the researcher's data."""
     (tmp_path / "notes").mkdir()
     values = [
