@@ -101,8 +101,8 @@ def _download(name: str, revision: str | None, files: tuple[str, ...]) -> Path:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises dozens of unrelated types
         raise ModelError(
-            f"model.base={name!r} is neither a local directory nor a model that the hub gives (or there "
-            f"is no network and no copy in its cache); give the path of a directory: "
+            f"model.base={name!r} is neither a local directory nor a model that the hub gives (or "
+            f"there is no network and no copy in its cache); give the path of a directory: "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
 
