@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from tiny import family_config
+from tiny import make_rows, write_base, write_rows
 
 from fedslm import config as configuration
 from fedslm.config import Config
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-WORDS = {
-    "heart": ["chest", "pain", "palpitations", "ecg", "cardiac", "murmur", "pressure", "left", "arm"],
-    "bone": ["fracture", "wrist", "ankle", "fall", "cast", "swelling", "knee", "joint", "plaster"],
-}
 
 
 @pytest.fixture(autouse=True)
@@ -29,24 +22,6 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
-    """Separable two-class rows with a natural client, its own patients, and travellers between clients."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for index in range(count):
-        label = ("heart", "bone")[index % 2]
-        words = generator.choice(WORDS[label], size=int(generator.integers(3, 9)))
-        site = f"site-{index % 3}"
-        owners = {"patient": f"{site} {index // 15}", "traveller": f"traveller {index // 6}"}
-        rows.append({"text": " ".join(words), "label": label, "client": site, **owners})
-    return rows
 
 
 @pytest.fixture(scope="session")
@@ -89,26 +64,6 @@ def make_config(config_in: Callable[..., Config], tmp_path: Path) -> Callable[..
         return config_in(tmp_path / "run", **sections)
 
     return make
-
-
-def write_base(directory: Path, family: str, task: str, **changes: Any) -> Path:
-    """Writes a randomly initialised model of an architecture, as pretraining would leave it."""
-    import torch
-    import transformers
-
-    from fedslm.models.base import DEMO_DIRECTORY
-
-    kind = "AutoModel"
-    if task in ("causal-lm", "instruction", "preference"):
-        kind = "AutoModelForCausalLM"
-    if task == "seq2seq":
-        kind = "AutoModelForSeq2SeqLM"
-    if family == "modernbert":
-        kind = "AutoModelForMaskedLM"  # its classifiers have a dense layer that comes from there
-    torch.manual_seed(0)
-    getattr(transformers, kind).from_config(family_config(family, **changes)).save_pretrained(directory)
-    transformers.AutoTokenizer.from_pretrained(DEMO_DIRECTORY).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import WORDS, write_base, write_rows
+from tiny import WORDS, write_base, write_rows
 
 from fedslm import simulation
 from fedslm.config import Config

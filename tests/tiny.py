@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedslm import contradictions
 from fedslm.config import from_mapping
 from fedslm.errors import ConfigError
+
+WORDS = {
+    "heart": ["chest", "pain", "palpitations", "ecg", "cardiac", "murmur", "pressure", "left", "arm"],
+    "bone": ["fracture", "wrist", "ankle", "fall", "cast", "swelling", "knee", "joint", "plaster"],
+}
 
 PRIVATE = {
     "unit": "record",
@@ -108,3 +116,41 @@ def disk_full(limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Separable two-class rows with a natural client, its own patients, and travellers between clients."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        label = ("heart", "bone")[index % 2]
+        words = generator.choice(WORDS[label], size=int(generator.integers(3, 9)))
+        site = f"site-{index % 3}"
+        owners = {"patient": f"{site} {index // 15}", "traveller": f"traveller {index // 6}"}
+        rows.append({"text": " ".join(words), "label": label, "client": site, **owners})
+    return rows
+
+
+def write_base(directory: Path, family: str, task: str, **changes: Any) -> Path:
+    """Writes a randomly initialised model of an architecture, as pretraining would leave it."""
+    import torch
+    import transformers
+
+    from fedslm.models.base import DEMO_DIRECTORY
+
+    kind = "AutoModel"
+    if task in ("causal-lm", "instruction", "preference"):
+        kind = "AutoModelForCausalLM"
+    if task == "seq2seq":
+        kind = "AutoModelForSeq2SeqLM"
+    if family == "modernbert":
+        kind = "AutoModelForMaskedLM"  # its classifiers have a dense layer that comes from there
+    torch.manual_seed(0)
+    getattr(transformers, kind).from_config(family_config(family, **changes)).save_pretrained(directory)
+    transformers.AutoTokenizer.from_pretrained(DEMO_DIRECTORY).save_pretrained(directory)
+    return directory

@@ -48,7 +48,7 @@ class Prompts:
     def text(self, row: Row) -> str:
         """The prompt of a row, before any chat template."""
         room = CHARACTERS * self.max_length
-        return self.template.format_map({key: _text(value)[:room] for key, value in row.items()})
+        return self.template.format_map({key: _bounded(_text(row[key]), room) for key in row})
 
     def tokens(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
         """Token ids of prompts, uncut, ready for a completion to follow."""
@@ -92,6 +92,11 @@ def _chat(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     turn = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     return str(rendered)
+
+
+def _bounded(text: str, room: int) -> str:
+    """A text, or the beginning and the end of a very long one."""
+    return text if len(text) <= room else text[: room // 2] + text[-(room - room // 2) :]
 
 
 def _text(value: object) -> str:

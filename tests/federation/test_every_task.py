@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import WORDS, write_rows
-from tiny import PATIENT, PRIVATE
+from tiny import PATIENT, PRIVATE, WORDS, write_rows
 
 from fedslm import simulation
 from fedslm.config import Config

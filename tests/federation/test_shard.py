@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_rows, write_rows
 from served import first_request
-from tiny import PATIENT, PRIVATE
+from tiny import PATIENT, PRIVATE, make_rows, write_rows
 
 from fedslm.config import Config
 from fedslm.data.holdout import is_held_out, record_name

@@ -74,7 +74,7 @@ def test_sizes_are_those_of_the_loaded_model(
 
 def test_activations_are_right_within_a_factor_of_two(tmp_path: Path) -> None:
     """The rough estimate against what autograd really keeps for one record."""
-    from conftest import write_base
+    from tiny import write_base
 
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
     for architecture, name in (("bert", "token-classification"), ("llama", "causal-lm")):

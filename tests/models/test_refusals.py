@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_base
-from tiny import PRIVATE, changed, problems
+from tiny import PRIVATE, changed, problems, write_base
 
 from fedslm import simulation
 from fedslm.config import Config, LoraConfig, ModelConfig, TaskConfig
