@@ -123,6 +123,7 @@ def outcome_of(name: str, arm: str) -> Outcome | None:
     if not (directory / "evaluation.json").exists():
         return None
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    report["directory"] = str(directory)  # wherever it was made
     return Outcome(report, evaluation(name, directory))
 
 
