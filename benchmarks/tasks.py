@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ def outcome_of(name: str, arm: str) -> Outcome | None:
 def trivial(report: dict[str, Any]) -> str:
     """The metric of the best answer that needs no learning, on the same records."""
     rows = pq.read_table(Path(report["directory"]) / "data" / "evaluation.parquet").to_pylist()
-    config = json.loads((Path(report["directory"]) / "config.json").read_text(encoding="utf-8"))
+    config = tomllib.loads((Path(report["directory"]) / "config.toml").read_text(encoding="utf-8"))
     column = config["data"]["label_column"]
     match report["task"]:
         case "classification":
