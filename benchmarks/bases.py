@@ -70,7 +70,7 @@ def work(base: Path, kind: str, dtype: str, steps: int) -> None:
     torch.set_num_threads(1)
     from fedslm.aggregation.methods import trained_keys
     from fedslm.config import LoraConfig, ModelConfig, TaskConfig
-    from fedslm.models.adapter import initial_state
+    from fedslm.models.initial import initial_state
     from fedslm.models.loaded import load
     from fedslm.privacy.plan import ExamplePlan
     from fedslm.tasks.base import Example

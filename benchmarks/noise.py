@@ -87,7 +87,7 @@ def load(directory: Path) -> LoadedModel:
     """The model with a new adapter, ready to train what FFA trains."""
     from fedslm.aggregation.methods import trained_keys
     from fedslm.config import LoraConfig, ModelConfig, TaskConfig
-    from fedslm.models.adapter import initial_state
+    from fedslm.models.initial import initial_state
     from fedslm.models.loaded import load as load_model
     from fedslm.training.local import enter_training
 

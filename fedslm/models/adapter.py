@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fedslm.config import LoraConfig
 from fedslm.errors import ModelError
+from fedslm.factors import part_of
 from fedslm.models import families
 from fedslm.models.networks import HEAD_NAMES
-from fedslm.records import AdapterState, FloatArray
-from fedslm.rng import stream
+from fedslm.records import AdapterState
 
 if TYPE_CHECKING:
     from torch import nn
 
-_HEAD_STDDEV = 0.02
+    from fedslm.models.delta import Deltas
+
 _MOST_SHOWN = 12
 
 
@@ -32,10 +31,12 @@ class AttachedAdapter:
     Attributes:
         network: The PEFT model.
         parameters: PEFT state-dict key to the parameter object behind it, sorted by key.
+        deltas: What aggregation put aside beside the factors; not trained, and not read.
     """
 
     network: nn.Module
     parameters: dict[str, nn.Parameter]
+    deltas: Deltas
 
     def read(self, keys: list[str] | None = None) -> AdapterState:
         """Copies tensors out of the model as float32."""
@@ -47,17 +48,26 @@ class AttachedAdapter:
     def write(self, state: AdapterState) -> None:
         """Copies tensors into the model; the parameter objects stay the same.
 
+        Args:
+            state: Any of the parameters and deltas. One with every parameter is a whole adapter: the
+                model then has its deltas and no others.
+
         Raises:
-            ModelError: A key is unknown or a shape differs.
+            ModelError: A key is unknown or a shape differs; nothing was written.
         """
         import torch
 
+        aside = state.select({key for key in state if part_of(key) in ("delta_A", "delta_B")})
+        own = state.select(set(state) - set(aside))
+        for key, shape in own.shapes.items():
+            parameter = self.parameters.get(key)
+            if parameter is None or tuple(parameter.shape) != shape:
+                raise ModelError(f"adapter tensor {key} of shape {shape} does not fit")
+        self.deltas.check(aside)
         with torch.no_grad():
-            for key, tensor in state.tensors.items():
-                parameter = self.parameters.get(key)
-                if parameter is None or tuple(parameter.shape) != tensor.shape:
-                    raise ModelError(f"adapter tensor {key} of shape {tensor.shape} does not fit")
-                parameter.copy_(torch.from_numpy(tensor))
+            for key, tensor in own.tensors.items():
+                self.parameters[key].copy_(torch.from_numpy(tensor))
+        self.deltas.write(aside, others_stay=len(own) < len(self.parameters))
 
     def train_only(self, keys: set[str]) -> None:
         """Makes exactly these tensors trainable."""
@@ -77,16 +87,25 @@ class AttachedAdapter:
                 parameter.requires_grad_(is_trained)
 
     def save(self, directory: Path) -> None:
-        """Writes the adapter as PEFT does, so that ``PeftModel.from_pretrained`` loads it."""
+        """Writes the adapter as PEFT does, so that ``PeftModel.from_pretrained`` loads it.
+
+        Raises:
+            ModelError: PEFT has no place for what the adapter holds.
+        """
+        if len(self.deltas) or any(part_of(key) == "lora_R" for key in self.parameters):
+            raise ModelError(
+                "PEFT knows neither deltas nor cores; write this adapter with models.plain.save_plain"
+            )
         self.network.save_pretrained(directory)  # type: ignore[operator]
 
 
-def attach(network: nn.Module, lora: LoraConfig) -> AttachedAdapter:
+def attach(network: nn.Module, lora: LoraConfig, *, core: bool = False) -> AttachedAdapter:
     """Adds LoRA layers to a frozen base that is already on its device.
 
     Args:
         network: The frozen base.
         lora: Rank, scaling and targets.
+        core: Whether each layer has a core R between its factors, which the caller freezes (Fed-SB).
 
     Raises:
         ModelError: No layer matches ``lora.target_modules``.
@@ -94,6 +113,7 @@ def attach(network: nn.Module, lora: LoraConfig) -> AttachedAdapter:
     References:
         Hu et al. 2022, LoRA (arXiv 2106.09685).
     """
+    from fedslm.models.delta import Deltas
     from fedslm.models.peft_library import peft
 
     heads = [name for name, _ in network.named_children() if name in HEAD_NAMES]
@@ -106,48 +126,27 @@ def attach(network: nn.Module, lora: LoraConfig) -> AttachedAdapter:
             peft.LoraConfig(
                 r=lora.rank,
                 lora_alpha=lora.alpha,
+                use_rslora=lora.rslora,
                 lora_dropout=lora.dropout,
                 target_modules=targets,
                 modules_to_save=heads or None,
                 fan_in_fan_out=is_conv1d,
             ),
         )
+    layers = {
+        name: module
+        for name, module in adapted.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    if core:
+        from fedslm.models.core import insert_cores
+
+        insert_cores(layers.values())
     named = dict(adapted.named_parameters())
     parameters = dict(sorted(peft.get_peft_model_state_dict(adapted, state_dict=named).items()))
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
-    return AttachedAdapter(adapted.eval(), parameters)
-
-
-def initial_state(shapes: dict[str, tuple[int, ...]], seed: int) -> AdapterState:
-    """The adapter before training: A has seeded orthonormal rows, B is zero, the head is small.
-
-    With orthonormal rows A·Aᵀ = I, so the noise that private training adds to B is passed on to the
-    weights undistorted.
-
-    Args:
-        shapes: Key to shape, as in an attached adapter.
-        seed: The run's seed.
-    """
-    return AdapterState({key: _initial(key, shape, seed) for key, shape in shapes.items()})
-
-
-def is_frozen_factor(key: str) -> bool:
-    """True for the factor A, which FFA-LoRA freezes."""
-    return ".lora_A." in key
-
-
-def _initial(key: str, shape: tuple[int, ...], seed: int) -> FloatArray:
-    """One tensor of the initial adapter."""
-    generator = stream(seed, "adapter", key)
-    if is_frozen_factor(key):
-        columns, _ = np.linalg.qr(generator.standard_normal((shape[1], shape[0])))
-        rows = np.zeros(shape)
-        rows[: columns.shape[1]] = columns.T
-        return rows.astype(np.float32)
-    if ".lora_B." in key or len(shape) == 1:
-        return np.zeros(shape, dtype=np.float32)
-    return (_HEAD_STDDEV * generator.standard_normal(shape)).astype(np.float32)
+    return AttachedAdapter(adapted.eval(), parameters, Deltas(layers))
 
 
 def _targets(network: nn.Module, wanted: tuple[str, ...], heads: list[str]) -> tuple[list[str], bool]:

@@ -38,8 +38,17 @@ class LoadedModel:
 
 
 @lru_cache(maxsize=1)
-def load(model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int) -> LoadedModel:
+def load(
+    model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int, core: bool = False
+) -> LoadedModel:
     """Loads a base model and attaches an adapter; one stays in memory per process.
+
+    Args:
+        model: The base.
+        lora: The adapter.
+        task: What the network is for.
+        num_labels: Classes; 0 if the task has none.
+        core: See :func:`fedslm.models.adapter.attach`.
 
     Raises:
         ModelError: The model, its tokenizer or its LoRA targets are not usable.
@@ -55,7 +64,7 @@ def load(model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int
             f'"plain" or "auto"'
         )
     network = load_base(model, task, num_labels, tokenizer)
-    adapter = attach(network, lora)
+    adapter = attach(network, lora, core=core)
     if model.gradient_checkpointing:
         checkpoint_activations(network)
     return LoadedModel(

@@ -21,6 +21,7 @@ Tokens = tuple[int, ...]
 Tensors = dict[str, "torch.Tensor"]
 Sums = Mapping[str, NDArray[np.float64]]
 Row = Mapping[str, Any]
+INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")  # what of a batch a network takes
 CHARACTERS = 32  # of a text, for each token that is wanted: a public bound on what one record costs
 
 

@@ -8,9 +8,8 @@ from contextlib import nullcontext
 import torch
 
 from fedslm.models.loaded import LoadedModel
-from fedslm.tasks.base import Example, Task, Tensors
+from fedslm.tasks.base import INPUTS, Example, Task, Tensors
 
-_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 Unit = Sequence[Example]  # what is clipped together: one record, or a patient's records
 
 
@@ -51,7 +50,7 @@ def forward(
     """
     collated = task.collate(examples, int(model.tokenizer.pad_token_id))
     batch = {key: tensor.to(model.device) for key, tensor in collated.items()}
-    inputs = {key: batch[key] for key in _INPUTS if key in batch}
+    inputs = {key: batch[key] for key in INPUTS if key in batch}
     mixed = model.dtype != torch.float32
     with torch.autocast(model.device.type, dtype=model.dtype) if mixed else nullcontext():
         if task.uses_base:

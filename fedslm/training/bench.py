@@ -12,8 +12,9 @@ import torch
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import PrivacyError
-from fedslm.models.adapter import attach, initial_state
+from fedslm.models.adapter import attach
 from fedslm.models.base import DEMO_DIRECTORY, device_of, load_base, load_tokenizer
+from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.records import AdapterState

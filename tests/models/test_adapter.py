@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from extras import load_with
 from families import LABELS, examples_of, load_family, random_state, task_of
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError
-from fedslm.models.adapter import initial_state
 from fedslm.models.base import DEMO_DIRECTORY, base_sha256, resolve
 from fedslm.models.loaded import load
 from fedslm.records import AdapterState
@@ -25,19 +25,6 @@ FAMILIES = [
     ("gpt2", "causal-lm", "native"),
     ("llama", "causal-lm", "native"),
 ]
-
-
-def test_initial_factor_a_has_orthonormal_rows(family_directory: Callable[[str, str], Path]) -> None:
-    """A·Aᵀ = I, B = 0, and the same seed gives the same bits."""
-    model = load_family(family_directory("bert", "classification"), "classification")
-    shapes = model.adapter.read().shapes
-    state = initial_state(shapes, 5)
-    for key in state:
-        if "lora_A" in key:
-            np.testing.assert_allclose(state[key] @ state[key].T, np.eye(len(state[key])), atol=1e-6)
-        if "lora_B" in key:
-            assert not state[key].any()
-    assert state.sha256() == initial_state(shapes, 5).sha256() != initial_state(shapes, 6).sha256()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(family))
@@ -71,6 +58,17 @@ def test_saved_adapter_loads_with_plain_peft(
         torch.testing.assert_close(plain(**inputs).logits, expected, atol=1e-6, rtol=1e-5)
         merged = plain.merge_and_unload()
         torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rslora", "scaling"), [(False, 3.0), (True, 6.0)])
+def test_scaling_is_what_the_config_says(
+    rslora: bool, scaling: float, family_directory: Callable[[str, str], Path]
+) -> None:
+    """PEFT scales every layer by alpha / rank, or alpha / √rank with rsLoRA, as ``LoraConfig.scaling``."""
+    lora = LoraConfig(rank=4, alpha=12.0, rslora=rslora)
+    model = load_with(family_directory("gpt2", "causal-lm"), "causal-lm", lora)
+    scalings = [m.scaling["default"] for m in model.adapter.network.modules() if hasattr(m, "lora_A")]
+    assert scalings == [scaling] * len(scalings) == [lora.scaling] * 8
 
 
 def test_unknown_target_names_the_layers(family_directory: Callable[[str, str], Path]) -> None:
@@ -121,6 +119,18 @@ def test_foreign_tensors_are_refused(family_directory: Callable[[str, str], Path
         model.adapter.write(AdapterState({f"_module.{key}": np.zeros(shape, np.float32)}))
     with pytest.raises(ModelError, match="does not fit"):
         model.adapter.write(AdapterState({key: np.zeros((1, 1), np.float32)}))
+
+
+def test_a_refused_write_leaves_the_adapter(family_directory: Callable[[str, str], Path]) -> None:
+    """If one tensor does not fit, none is written."""
+    model = load_family(family_directory("bert", "classification"), "classification")
+    state = random_state(model)
+    model.adapter.write(state)
+    *_, last = state
+    ones = {key: np.ones_like(value) for key, value in state.tensors.items()}
+    with pytest.raises(ModelError, match="does not fit"):
+        model.adapter.write(AdapterState({**ones, last: np.ones((1, 1), np.float32)}))
+    assert model.adapter.read().sha256() == state.sha256()
 
 
 @pytest.mark.parametrize("base", ["/no/such/model", "./none", "~/none"])

@@ -16,7 +16,7 @@ import torch
 from fedslm import config as configuration
 from fedslm import simulation
 from fedslm.config import Config
-from fedslm.models.adapter import initial_state
+from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel, load
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key

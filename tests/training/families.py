@@ -13,7 +13,7 @@ import torch
 
 from fedslm import tasks
 from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig
-from fedslm.models.adapter import initial_state
+from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel, load
 from fedslm.privacy.plan import ExamplePlan, PatientPlan, PrivatePlan
 from fedslm.records import AdapterState

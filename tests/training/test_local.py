@@ -15,7 +15,7 @@ from scipy import stats
 
 from fedslm.config import TrainingConfig
 from fedslm.errors import DataError, TrainingError
-from fedslm.models.adapter import initial_state
+from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.plan import NoPrivacy, PrivatePlan
 from fedslm.records import AdapterState
