@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
@@ -86,6 +87,20 @@ class AdapterState:
         """Returns the tensors whose keys are in ``keys``."""
         return AdapterState({key: value for key, value in self.tensors.items() if key in keys})
 
+    def minus(self, start: AdapterState) -> AdapterState:
+        """Returns how far these tensors moved from those of the same keys in ``start``."""
+        return AdapterState({key: value - start[key] for key, value in self.tensors.items()})
+
+    def plus(self, delta: AdapterState) -> AdapterState:
+        """Returns this state moved by ``delta``; tensors that it does not name stay as they are."""
+        moved = {key: self[key] + value for key, value in delta.tensors.items()}
+        return AdapterState({**self.tensors, **moved})
+
+    def norm(self) -> float:
+        """L2 norm over all tensors together."""
+        flat = (tensor.ravel() for tensor in self.tensors.values())
+        return math.sqrt(sum(float(np.dot(each, each)) for each in flat))
+
     def is_finite(self) -> bool:
         """True if no tensor holds NaN or infinity."""
         return all(bool(np.isfinite(tensor).all()) for tensor in self.tensors.values())
@@ -163,12 +178,12 @@ class ClientUpdate:
 
     Attributes:
         client: Index of the client in the population.
-        adapter: The trained tensors after local training.
+        delta: The tensors that were sent, minus those that the client started from.
         weight: Weight in the aggregate, > 0; 1 under privacy.
     """
 
     client: int
-    adapter: AdapterState
+    delta: AdapterState
     weight: float
 
 

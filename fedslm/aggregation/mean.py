@@ -1,71 +1,102 @@
-"""The linear primitive: one streaming weighted mean of the tensors trained this round.
+"""The linear primitive: one streaming weighted mean of what clients sent this round.
 
-Memory is constant in the number of clients. FedIT and FFA-LoRA are this mean over different tensors.
+Memory is one adapter, whatever the number of clients. All linear methods are this mean over different
+tensors; secure aggregation and client-level privacy need nothing else.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from fedslm.aggregation.ranks import RANK_AXES, rank_of
 from fedslm.errors import FederationError
+from fedslm.factors import part_of
 from fedslm.records import AdapterState, ClientUpdate, FloatArray
 
 
 class WeightedMean:
-    """Adds updates one at a time, in a fixed order for a reproducible result.
+    """The mean of differences, added one at a time, in a fixed order for a reproducible result.
+
+    A client of a lower rank holds the leading rows and columns; every row and column is averaged over
+    the clients that hold it, so that clients without it do not dilute it.
 
     Args:
-        start: The trained tensors that the clients started from.
+        shapes: The trained tensors at the server's rank.
+        cohort_ranks: The rank of every client that was asked, if the denominator is to be the cohort
+            whoever answers (privacy: who is missing may tell something); absent: those who answered.
 
     References:
-        McMahan et al. 2017, FedAvg (arXiv 1602.05629).
+        McMahan et al. 2017, FedAvg (arXiv 1602.05629). Dilution: arXiv 2602.13486.
     """
 
-    def __init__(self, start: AdapterState) -> None:
-        self._start = start
-        self._sums: dict[str, FloatArray] = {key: np.zeros_like(start[key]) for key in start}
-        self._total_weight = 0.0
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], cohort_ranks: Iterable[int] | None = None
+    ) -> None:
+        self._sums = {key: np.zeros(shape, np.float32) for key, shape in sorted(shapes.items())}
+        self._is_fixed = cohort_ranks is not None
+        self._weights: Counter[int] = Counter(cohort_ranks or ())
         self._square_norms = 0.0
         self.count = 0
 
-    def add(self, update: ClientUpdate) -> None:
+    def add(self, update: ClientUpdate, norm: float, factor: float = 1.0) -> None:
         """Adds one checked update.
 
+        Args:
+            update: Its tensors may be those of a lower rank.
+            norm: Its L2 norm.
+            factor: What it is scaled by, in (0, 1]: the norm bound.
+
         Raises:
-            FederationError: The weight is not positive and finite.
+            FederationError: The weight is not positive and finite, or is not 1 where the cohort is the
+                denominator.
         """
-        if not 0 < update.weight < math.inf:
-            raise FederationError(f"client {update.client}: weight={update.weight} must be > 0")
+        weight = update.weight
+        if not 0 < weight < math.inf or (self._is_fixed and weight != 1):
+            raise FederationError(f"client {update.client}: weight={weight} is not allowed")
         for key, total in self._sums.items():
-            tensor = update.adapter[key]
-            if update.weight == 1.0:
-                total += tensor
+            tensor = update.delta[key]
+            held = total[tuple(slice(length) for length in tensor.shape)]
+            if weight * factor == 1:
+                held += tensor
             else:
-                total += np.float32(update.weight) * tensor
-            self._square_norms += _square(tensor - self._start[key])
-        self._total_weight += update.weight
+                held += np.float32(weight * factor) * tensor
+        if not self._is_fixed:
+            self._weights[rank_of(update.delta)] += weight  # type: ignore[assignment]
+        self._square_norms += norm**2
         self.count += 1
 
     def result(self) -> AdapterState:
-        """The weighted mean.
+        """The mean difference.
 
         Raises:
             FederationError: Nothing was added.
         """
         if self.count == 0:
             raise FederationError("there is no update to average")
-        divisor = np.float32(self._total_weight)
-        return AdapterState({key: total / divisor for key, total in self._sums.items()})
+        return AdapterState({key: self._mean(key, total) for key, total in self._sums.items()})
 
     def signal_to_noise(self) -> float | None:
         """See :func:`signal_to_noise`; None with fewer than two clients."""
         if self.count < 2:
             return None
-        mean = self.result()
-        square_of_mean = sum(_square(mean[key] - self._start[key]) for key in mean)
-        return signal_to_noise(self.count, self._square_norms / self.count, square_of_mean)
+        return signal_to_noise(self.count, self._square_norms / self.count, self.result().norm() ** 2)
+
+    def _mean(self, key: str, total: FloatArray) -> FloatArray:
+        """One tensor's mean: each entry over the weight of the clients that hold it."""
+        axes = RANK_AXES.get(part_of(key), ())
+        if len(self._weights) == 1 or not axes:
+            return total / np.float32(sum(self._weights.values()))
+        position = np.indices([total.shape[axis] for axis in axes]).max(axis=0)
+        weight = np.zeros(position.shape)
+        for rank, of_rank in self._weights.items():
+            weight += of_rank * (position < rank)
+        shape = [total.shape[axis] if axis in axes else 1 for axis in range(total.ndim)]
+        divisor = np.where(weight > 0, weight, 1).reshape(shape)  # nobody holds it: nobody moved it
+        return (total / divisor).astype(np.float32)
 
 
 def signal_to_noise(num_clients: int, mean_square: float, square_of_mean: float) -> float:
@@ -93,9 +124,3 @@ def signal_to_noise(num_clients: int, mean_square: float, square_of_mean: float)
     if noise <= 0:
         return math.inf
     return math.sqrt(signal / (noise / num_clients))
-
-
-def _square(tensor: FloatArray) -> float:
-    """Squared L2 norm."""
-    flat = tensor.ravel()
-    return float(np.dot(flat, flat))

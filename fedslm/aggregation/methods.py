@@ -1,37 +1,160 @@
-"""Which tensors each method trains, and so sends."""
+"""What each method trains, sends and keeps: one row for each, read by everything else.
+
+A *turn* is a round that moved the adapter, counted from 1: methods that alternate go by it, so that a
+round with too few replies does not skip a factor.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, assert_never
+from dataclasses import dataclass
+from typing import Literal
 
-from fedslm.models.adapter import is_frozen_factor
+from fedslm.config import AggregationConfig, LoraConfig, MethodName
+from fedslm.factors import Part, part_of
 
-Method = Literal["auto", "fedit", "ffa"]
+Family = Literal["linear", "factors"]
+
+_A: frozenset[Part] = frozenset({"lora_A", "head"})
+_B: frozenset[Part] = frozenset({"lora_B", "head"})
+_R: frozenset[Part] = frozenset({"lora_R", "head"})
+_AB: frozenset[Part] = _A | _B
 
 
-def trained_keys(method: Method, keys: Iterable[str]) -> frozenset[str]:
-    """Keys that clients train and send under a method; the others are frozen and shared.
+@dataclass(frozen=True)
+class Method:
+    """One row.
 
-    Args:
-        method: A resolved method.
-        keys: All keys of the adapter.
+    Attributes:
+        title: The name in the literature.
+        source: Where it is defined.
+        family: linear: one weighted sum of what was sent; factors: needs every client's own A and B.
+        exact: Whether the aggregate is the weighted mean of the clients' weight changes.
+        odd: Parts that clients train on odd turns.
+        even: Parts that clients train on even turns.
+        local: Trained parts that stay with the client.
+        note: What to know before choosing it.
+    """
+
+    title: str
+    source: str
+    family: Family
+    exact: bool
+    odd: frozenset[Part]
+    even: frozenset[Part]
+    note: str
+    local: frozenset[Part] = frozenset()
+
+
+METHODS: dict[MethodName, Method] = {
+    "fedit": Method(
+        "FedIT", "arXiv 2305.05644", "linear", False, _AB, _AB,
+        "A and B averaged apart: off by the factors' covariance, more with more clients and noise",
+    ),
+    "ffa": Method(
+        "FFA-LoRA", "arXiv 2403.12313", "linear", True, _B, _B,
+        "A is shared and frozen: half the bytes, linear in the noise; A from public data helps most",
+    ),
+    "rolora": Method(
+        "RoLoRA", "arXiv 2502.01755", "linear", True, _B, _A,
+        "B and A in turn, B first: half the upload, both factors learn",
+    ),
+    "fedrot": Method(
+        "FedRot-LoRA", "arXiv 2602.23638", "linear", False, _AB, _AB,
+        "FedIT after each client has turned its factors towards the last round's",
+    ),
+    "fedsa": Method(
+        "FedSA-LoRA", "arXiv 2410.01463", "linear", True, _AB, _AB,
+        "A is shared; B and the head stay with the client: no global model, only personal ones",
+        local=_B,
+    ),
+    "fed-sb": Method(
+        "Fed-SB", "arXiv 2502.15436", "linear", True, _R, _R,
+        "only the rank x rank core R is trained: the fewest bytes",
+    ),
+    "stack": Method(
+        "exact stack", "arXiv 2409.05976, 2402.11505", "factors", True, _AB, _AB,
+        "best rank-r part in the adapter, the exact remainder beside it: the download grows",
+    ),
+    "flexlora": Method(
+        "FlexLoRA", "arXiv 2402.11505", "factors", False, _AB, _AB,
+        "exact product cut to rank r: exact only while the clients' ranks together fit into r",
+    ),
+    "fedex": Method(
+        "FedEx-LoRA", "arXiv 2410.09432", "factors", True, _AB, _AB,
+        "FedIT's factors and their exact residual beside them: the download grows",
+    ),
+    "flora": Method(
+        "FLoRA", "arXiv 2409.05976", "factors", True, _AB, _AB,
+        "everything moves into the remainder and the factors start anew: hurts with few local steps",
+    ),
+    "hetlora": Method(
+        "HetLoRA", "arXiv 2401.06432", "factors", False, _AB, _AB,
+        "factors of several ranks, padded with zeros and weighted by their norm",
+    ),
+}  # fmt: skip
+
+
+def method_of(aggregation: AggregationConfig) -> MethodName:
+    """The method of a resolved section.
 
     Raises:
-        ValueError: The method was not resolved.
-
-    References:
-        FedIT: Zhang et al. 2024 (arXiv 2305.05644). FFA-LoRA: Sun et al. 2024 (arXiv 2403.12313).
-
-    >>> sorted(trained_keys("ffa", ["q.lora_A.weight", "q.lora_B.weight"]))
-    ['q.lora_B.weight']
+        ValueError: It is still "auto".
     """
-    match method:
-        case "fedit":
-            return frozenset(keys)
-        case "ffa":
-            return frozenset(key for key in keys if not is_frozen_factor(key))
-        case "auto":
-            raise ValueError("the aggregation method must be resolved first")
-        case _:
-            assert_never(method)
+    if aggregation.method == "auto":
+        raise ValueError("the aggregation method must be resolved first")
+    return aggregation.method
+
+
+def trained_keys(name: MethodName, keys: Iterable[str], turn: int = 1) -> frozenset[str]:
+    """Keys that clients train on a turn; all others stay bit-identical.
+
+    >>> keys = ["q.lora_A.weight", "q.lora_B.weight"]
+    >>> sorted(trained_keys("rolora", keys, 1)), sorted(trained_keys("rolora", keys, 2))
+    (['q.lora_B.weight'], ['q.lora_A.weight'])
+    """
+    method = METHODS[name]
+    parts = method.odd if turn % 2 else method.even
+    return frozenset(key for key in keys if part_of(key) in parts)
+
+
+def sent_keys(name: MethodName, keys: Iterable[str], turn: int = 1) -> frozenset[str]:
+    """Keys that clients send on a turn: what they trained, but for what stays with them.
+
+    >>> sorted(sent_keys("fedsa", ["q.lora_A.weight", "q.lora_B.weight", "score.weight"]))
+    ['q.lora_A.weight']
+    """
+    trained, local = trained_keys(name, keys, turn), METHODS[name].local
+    return frozenset(key for key in trained if part_of(key) not in local)
+
+
+def moving_keys(name: MethodName, keys: Iterable[str]) -> frozenset[str]:
+    """Keys of the server's adapter that some turn changes; the others are shared once, by hash.
+
+    >>> sorted(moving_keys("ffa", ["q.lora_A.weight", "q.lora_B.weight", "score.weight"]))
+    ['q.lora_B.weight', 'score.weight']
+    """
+    keys = list(keys)
+    return sent_keys(name, keys, 1) | sent_keys(name, keys, 2)
+
+
+def kind_of(name: MethodName, turn: int) -> str:
+    """What updates of this turn can be compared with: those of the same parts.
+
+    >>> kind_of("rolora", 3), kind_of("rolora", 4), kind_of("fedit", 4)
+    ('odd', 'even', 'all')
+    """
+    method = METHODS[name]
+    if method.odd == method.even:
+        return "all"
+    return "odd" if turn % 2 else "even"
+
+
+def rank_of_client(lora: LoraConfig, client: int) -> int:
+    """The rank that a client holds: ``lora.client_ranks`` are dealt out in turn.
+
+    >>> [rank_of_client(LoraConfig(rank=8, client_ranks=(4, 8)), client) for client in range(3)]
+    [4, 8, 4]
+    """
+    ranks = lora.client_ranks
+    return ranks[client % len(ranks)] if ranks else lora.rank

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fedslm.aggregation.mean import WeightedMean, signal_to_noise
-from fedslm.aggregation.methods import trained_keys
+from fedslm.aggregation.methods import sent_keys
+from fedslm.aggregation.ranks import crop
 from fedslm.errors import FederationError
 from fedslm.records import AdapterState, ClientUpdate
 
@@ -28,13 +29,12 @@ def state(seed: int) -> AdapterState:
     )
 
 
-def averaged(
-    updates: list[AdapterState], weights: list[float] | None = None, start: AdapterState | None = None
-) -> WeightedMean:
+def averaged(updates: list[AdapterState], weights: list[float] | None = None) -> WeightedMean:
     """The mean of some updates."""
-    mean = WeightedMean(start or updates[0])
+    mean = WeightedMean(updates[0].shapes)
     for client, update in enumerate(updates):
-        mean.add(ClientUpdate(client, update, 1.0 if weights is None else weights[client]))
+        weight = 1.0 if weights is None else weights[client]
+        mean.add(ClientUpdate(client, update, weight), update.norm())
     return mean
 
 
@@ -47,7 +47,7 @@ def assert_close(one: AdapterState, other: AdapterState, tolerance: float = 1e-6
 
 def test_one_client_is_its_own_mean() -> None:
     """With one client the aggregate is its update, bit for bit."""
-    assert averaged([state(1)], start=state(0)).result().sha256() == state(1).sha256()
+    assert averaged([state(1)]).result().sha256() == state(1).sha256()
 
 
 @pytest.mark.parametrize("weight", [0.1, 3.0, 600.0])
@@ -95,7 +95,7 @@ def test_a_weight_that_is_none_is_refused(weight: float) -> None:
     """A client without a proper weight is an error, and leaves the sum as it was."""
     mean = averaged([state(1)])
     with pytest.raises(FederationError, match="client 5: weight="):
-        mean.add(ClientUpdate(5, state(2), weight))
+        mean.add(ClientUpdate(5, state(2), weight), 1.0)
     assert mean.count == 1
     assert mean.result().sha256() == state(1).sha256()
 
@@ -103,31 +103,34 @@ def test_a_weight_that_is_none_is_refused(weight: float) -> None:
 def test_nothing_has_no_mean() -> None:
     """Without updates there is an error, not an adapter of zeros."""
     with pytest.raises(FederationError, match="no update"):
-        WeightedMean(state(0)).result()
+        WeightedMean(state(0).shapes).result()
 
 
-def test_updates_and_start_stay_as_they_were() -> None:
+def test_updates_stay_as_they_were() -> None:
     """Averaging changes nobody's tensors, and a result does not change with later updates."""
-    start, updates = state(0), [state(1), state(2)]
-    before = [start.sha256(), *(update.sha256() for update in updates)]
-    mean = averaged(updates, start=start)
+    updates = [state(1), state(2)]
+    before = [update.sha256() for update in updates]
+    mean = averaged(updates)
     result = mean.result()
     kept = result.sha256()
-    mean.add(ClientUpdate(2, state(3), 1.0))
-    assert [start.sha256(), *(update.sha256() for update in updates)] == before
+    mean.add(ClientUpdate(2, state(3), 1.0), state(3).norm())
+    assert [update.sha256() for update in updates] == before
     assert result.sha256() == kept
 
 
 def test_frozen_factors_are_not_touched() -> None:
     """Under FFA only B is averaged: a client's A is not looked at, and the shared A stays."""
     shared = state(0)
-    trained = trained_keys("ffa", shared)
-    assert trained == {B}
-    updates = [state(seed) for seed in (1, 2)]
-    mean = averaged(updates, start=shared.select(trained))
-    whole = shared.merged(mean.result())
+    sent = sent_keys("ffa", shared)
+    assert sent == {B}
+    mean = WeightedMean(shared.select(sent).shapes)
+    for seed in (1, 2):
+        mean.add(ClientUpdate(seed, state(seed), 1.0), state(seed).norm())
+    whole = shared.plus(mean.result())
     assert whole.select({A}).sha256() == shared.select({A}).sha256()
-    np.testing.assert_allclose(whole[B], (updates[0][B] + updates[1][B]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        whole[B], shared[B] + (state(1)[B] + state(2)[B]) / 2, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]])
@@ -136,7 +139,7 @@ def test_ffa_is_exact(weights: list[float] | None) -> None:
     shared = state(0)
     updates = [shared.merged(state(seed).select({B})) for seed in (1, 2, 3)]
     shares = np.array(weights or [1.0] * 3) / sum(weights or [1.0] * 3)
-    whole = averaged(updates, weights, start=shared.select({B})).result()
+    whole = averaged(updates, weights).result()
     products = sum(p * update[B] @ shared[A] for p, update in zip(shares, updates, strict=True))
     np.testing.assert_allclose(whole[B] @ shared[A], products, rtol=1e-6, atol=2e-6)
 
@@ -153,11 +156,50 @@ def test_fedit_misses_exactly_the_covariance_of_the_factors() -> None:
     assert np.linalg.norm(covariance) > 0.1 * np.linalg.norm(exact)
 
 
-def test_fedit_trains_everything() -> None:
-    """FedIT sends both factors; a method that was not resolved is an error."""
-    assert trained_keys("fedit", state(0)) == {A, B}
-    with pytest.raises(ValueError, match="resolved"):
-        trained_keys("auto", state(0))
+def test_a_missing_client_does_not_change_the_denominator() -> None:
+    """With the cohort as the denominator a client that drops out counts as one that did not move."""
+    updates = [state(seed) for seed in (1, 2)]
+    mean = WeightedMean(updates[0].shapes, cohort_ranks=[RANK] * 4)
+    for client, update in enumerate(updates):
+        mean.add(ClientUpdate(client, update, 1.0), update.norm())
+    expected = {key: (updates[0][key] + updates[1][key]) / 4 for key in updates[0]}
+    assert_close(mean.result(), AdapterState(expected))
+    with pytest.raises(FederationError, match="weight=2"):
+        mean.add(ClientUpdate(2, state(3), 2.0), 1.0)
+
+
+def test_lower_ranks_do_not_dilute() -> None:
+    """Every row of A and column of B is averaged over the clients that hold it; nobody's stays."""
+    high, low = state(1), crop(state(2), 2)
+    mean = averaged([high])
+    mean.add(ClientUpdate(1, low, 3.0), low.norm())
+    result = mean.result()
+    np.testing.assert_allclose(result[B][:, 2:], high[B][:, 2:], rtol=1e-6)
+    np.testing.assert_allclose(result[B][:, :2], (high[B][:, :2] + 3 * low[B]) / 4, rtol=1e-5)
+    np.testing.assert_allclose(result[A][2:], high[A][2:], rtol=1e-6)
+    np.testing.assert_allclose(result[A][:2], (high[A][:2] + 3 * low[A]) / 4, rtol=1e-5, atol=1e-6)
+    alone = WeightedMean(high.shapes, cohort_ranks=[2, 2])
+    alone.add(ClientUpdate(0, low, 1.0), low.norm())
+    assert not alone.result()[B][:, 2:].any()
+    np.testing.assert_allclose(alone.result()[B][:, :2], low[B] / 2, rtol=1e-6)
+
+
+def test_a_core_is_averaged_block_by_block() -> None:
+    """Entry (i, j) of Fed-SB's core is averaged over the clients whose rank is above both."""
+    key = "layer.lora_R.weight"
+    whole, part = np.ones((3, 3), np.float32), np.full((2, 2), 5, np.float32)
+    mean = averaged([AdapterState({key: whole})])
+    low = AdapterState({key: part})
+    mean.add(ClientUpdate(1, low, 1.0), low.norm())
+    np.testing.assert_allclose(mean.result()[key], [[3, 3, 1], [3, 3, 1], [1, 1, 1]])
+
+
+def test_a_bounded_update_counts_for_less() -> None:
+    """The norm bound's factor scales an update, not its weight in the denominator."""
+    mean = averaged([state(1)])
+    mean.add(ClientUpdate(1, state(2), 1.0), state(2).norm(), 0.25)
+    expected = {key: (state(1)[key] + 0.25 * state(2)[key]) / 2 for key in state(1)}
+    assert_close(mean.result(), AdapterState(expected), 1e-5)
 
 
 def planted(ratio: float, *, num_clients: int, size: int, seed: int) -> WeightedMean:
@@ -165,18 +207,17 @@ def planted(ratio: float, *, num_clients: int, size: int, seed: int) -> Weighted
     generator = np.random.default_rng(seed)
     signal = generator.standard_normal(size)
     signal *= ratio * math.sqrt(size / num_clients) / np.linalg.norm(signal)
-    start = generator.standard_normal(size).astype(np.float32)
     updates = [
-        AdapterState({"w": (start + signal + generator.standard_normal(size)).astype(np.float32)})
+        AdapterState({"w": (signal + generator.standard_normal(size)).astype(np.float32)})
         for _ in range(num_clients)
     ]
-    return averaged(updates, start=AdapterState({"w": start}))
+    return averaged(updates)
 
 
 @pytest.mark.parametrize("num_clients", [2, 5, 20])
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 4.0])
 def test_signal_to_noise_recovers_a_planted_ratio(ratio: float, num_clients: int) -> None:
-    """The estimate from released updates alone is the ratio that was planted, whatever the start."""
+    """The estimate from released updates alone is the ratio that was planted, whatever the number of clients."""
     found = planted(ratio, num_clients=num_clients, size=50_000, seed=0).signal_to_noise()
     assert found == pytest.approx(ratio, rel=0.1)
 
@@ -191,7 +232,7 @@ def test_noise_alone_has_no_signal(seed: int) -> None:
 
 def test_signal_to_noise_needs_two_clients() -> None:
     """One client says nothing about noise."""
-    assert averaged([state(1)], start=state(0)).signal_to_noise() is None
+    assert averaged([state(1)]).signal_to_noise() is None
 
 
 def test_equal_updates_are_all_signal() -> None:

@@ -1,0 +1,206 @@
+"""What an update looks like on the wire: fewer bits for a value, and fewer values.
+
+:func:`compress` gives an update that holds only what the wire can carry; :meth:`Packing.pack` and
+:meth:`Packing.unpack` then carry exactly that, so a release's hash is that of what the server uses.
+
+When each is sound:
+    * Rounding and leaving out come after clip and noise: post-processing, whatever the unit.
+    * Both are unbiased: E[compress(u)] = u, over the rounding and the choice of values.
+    * With error feedback values are not scaled up, and what was lost comes to the next update. Under
+      record- and patient-level privacy what was lost is a function of noised values alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedslm.config import UploadName
+from fedslm.errors import FederationError
+from fedslm.records import AdapterState, FloatArray
+from fedslm.rng import stream
+
+Packed = dict[str, NDArray[Any]]
+_SCALE = "scale/"
+_LARGEST_INT8 = 127
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**100
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How updates of one round are packed; server and client derive it from the request.
+
+    Attributes:
+        upload: Numbers on the wire.
+        keep_fraction: Share of each tensor's values that is sent, in (0, 1]; at least one value.
+        mask_seed: (run's seed, round): all clients of a round send the same places.
+    """
+
+    upload: UploadName = "float32"
+    keep_fraction: float = 1.0
+    mask_seed: tuple[int, int] = (0, 0)
+
+    def places(self, key: str, size: int) -> NDArray[np.int64]:
+        """Which values of a flattened tensor are sent, ascending."""
+        if self.keep_fraction == 1:
+            return np.arange(size)
+        seed, round_number = self.mask_seed
+        kept = max(1, round(self.keep_fraction * size))
+        chosen = stream(seed, "mask", round_number, key).choice(size, kept, replace=False)
+        return np.sort(chosen).astype(np.int64)
+
+    def pack(self, state: AdapterState) -> Packed:
+        """Packs what :func:`compress` gave.
+
+        Raises:
+            FederationError: The update holds what this packing cannot carry.
+        """
+        packed: Packed = {}
+        for key in state:
+            flat = state[key].ravel()
+            values = flat[self.places(key, flat.size)]
+            if self.upload == "float32" and self.keep_fraction == 1:
+                packed[key] = state[key]
+                continue
+            packed |= _encode(key, values, self.upload)
+        if self.upload == "float32" and self.keep_fraction == 1:
+            return packed
+        if self.unpack(packed, state.shapes).sha256() != state.sha256():
+            raise FederationError("the update was not compressed for this packing")
+        return packed
+
+    def unpack(
+        self, packed: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> AdapterState:
+        """Unpacks what came from outside.
+
+        Args:
+            packed: Arrays of a message.
+            shapes: The tensors that are expected; needed unless all is sent in float32.
+
+        Raises:
+            FederationError: Anything is missing, too much, or not what this packing makes.
+        """
+        if self.upload == "float32" and self.keep_fraction == 1:
+            return AdapterState(dict(packed))
+        if shapes is None:
+            raise FederationError("a packed update needs the shapes that are expected")
+        scales = {f"{_SCALE}{key}" for key in shapes} if self.upload == "int8" else set()
+        if set(packed) != set(shapes) | scales:
+            raise FederationError("the packed update has other tensors than were asked for")
+        tensors: dict[str, FloatArray] = {}
+        for key, shape in shapes.items():
+            places = self.places(key, math.prod(shape))
+            flat = np.zeros(math.prod(shape), np.float32)
+            flat[places] = _decode(key, packed, self.upload, len(places))
+            tensors[key] = flat.reshape(shape)
+        return AdapterState(tensors)
+
+
+WHOLE = Packing()
+
+
+def compress(
+    difference: AdapterState, packing: Packing, rounding: np.random.Generator, *, unbiased: bool
+) -> AdapterState:
+    """An update that the wire can carry.
+
+    Args:
+        difference: A client's difference, after all noise.
+        packing: Of this round.
+        rounding: Draws which way values are rounded.
+        unbiased: Scales the kept values up by 1 / keep_fraction; without it error feedback makes up for
+            what is left out.
+    """
+    tensors: dict[str, FloatArray] = {}
+    for key in difference:
+        flat = difference[key].ravel()
+        places = packing.places(key, flat.size)
+        values = flat[places]
+        if unbiased and len(places) < flat.size:
+            values = values * np.float32(flat.size / len(places))
+        sent = np.zeros_like(flat)
+        sent[places] = _rounded(values, packing.upload, rounding)
+        tensors[key] = sent.reshape(difference[key].shape)
+    return AdapterState(tensors)
+
+
+def with_feedback(difference: AdapterState, error: AdapterState) -> AdapterState:
+    """An update and what compression lost of earlier ones (of the same tensors).
+
+    References:
+        Karimireddy et al. 2019 (arXiv 1901.09847).
+    """
+    same = {key for key in error if key in difference.tensors}
+    return difference.plus(error.select(same))
+
+
+def _rounded(values: FloatArray, upload: UploadName, rounding: np.random.Generator) -> FloatArray:
+    """Values that the wire has numbers for, chosen at random between the two nearest, without bias."""
+    match upload:
+        case "float32":
+            return values
+        case "bfloat16":
+            bits = values.view(np.uint32)
+            added = rounding.integers(0, 1 << 16, values.shape, dtype=np.uint32)
+            added[bits & np.uint32(0xFFFF) == 0] = 0  # it is there already
+            return ((bits + added) & np.uint32(0xFFFF0000)).view(np.float32)
+        case "int8":
+            scale = _scale_of(values)
+            exact = values.astype(np.float64) / scale
+            below = np.floor(exact)
+            up = rounding.random(values.shape) < exact - below
+            return ((below + up) * scale).astype(np.float32)
+        case _:
+            assert_never(upload)
+
+
+def _scale_of(values: FloatArray) -> float:
+    """A power of two, so that its multiples are exact: rounding twice is rounding once."""
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest == 0:
+        return 1.0
+    mantissa, exponent = math.frexp(largest / _LARGEST_INT8)
+    return max(_SMALLEST, 2.0 ** (exponent if mantissa > 0.5 else exponent - 1))
+
+
+def _encode(key: str, values: FloatArray, upload: UploadName) -> Packed:
+    """Bytes of values that were rounded."""
+    match upload:
+        case "float32":
+            return {key: values}
+        case "bfloat16":
+            return {key: (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)}
+        case "int8":
+            scale = _scale_of(values)
+            numbers = np.clip(np.rint(values / scale), -_LARGEST_INT8, _LARGEST_INT8).astype(np.int8)
+            return {key: numbers, f"{_SCALE}{key}": np.array([scale], np.float32)}
+        case _:
+            assert_never(upload)
+
+
+def _decode(key: str, packed: Mapping[str, NDArray[Any]], upload: UploadName, count: int) -> FloatArray:
+    """Values from bytes that came from outside."""
+    wanted = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}[upload]
+    array = packed[key]
+    if array.dtype != wanted or array.shape != (count,):
+        raise FederationError(f"packed {key} has dtype={array.dtype} and shape {array.shape}")
+    match upload:
+        case "float32":
+            return array
+        case "bfloat16":
+            return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        case "int8":
+            scale = packed[f"{_SCALE}{key}"]
+            good = scale.dtype == np.float32 and scale.shape == (1,)
+            if not (good and _SMALLEST <= float(scale[0]) <= _LARGEST):
+                raise FederationError(f"the scale of packed {key} is no scale")
+            values: FloatArray = array.astype(np.float32) * scale[0]
+            return values
+        case _:
+            assert_never(upload)

@@ -1,0 +1,44 @@
+"""The norm bound: no update is longer than a few median ones. It is always on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class NormBound:
+    """Scales down what is longer than ``slack`` times a reference length.
+
+    What it guarantees: one update moves a mean by at most slack · reference · weight / total weight.
+    With fewer than half of the clients hostile the reference, a median, lies within the honest norms.
+    What it does not: many small hostile updates in one direction add up; that takes a robust rule.
+
+    Attributes:
+        slack: How many references an update may be long, >= 1.
+        reference: The median norm of comparable updates; None bounds nothing yet.
+    """
+
+    slack: float
+    reference: float | None
+
+    def factor(self, norm: float) -> float:
+        """What an update of this norm is scaled by, in (0, 1].
+
+        >>> NormBound(3.0, 2.0).factor(12.0), NormBound(3.0, 2.0).factor(5.0)
+        (0.5, 1.0)
+        """
+        if self.reference is None or norm <= self.slack * self.reference:
+            return 1.0
+        return self.slack * self.reference / norm
+
+
+def median_norm(norms: Sequence[float]) -> float:
+    """The lower median: with an even number, hostile giants cannot pull it up between two.
+
+    >>> median_norm([1.0, 900.0, 2.0, 1000.0])
+    2.0
+    """
+    return float(np.sort(np.asarray(norms))[(len(norms) - 1) // 2])

@@ -1,0 +1,61 @@
+"""Products of thin factors, left · right, without ever forming them: (out, n) · (n, in)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedslm.records import FloatArray
+
+Matrix = NDArray[np.float64]
+_ROUNDING = 2e-7  # two factors' rounding to float32, relative: a direction below it is none
+
+
+def svd_of_product(left: Matrix, right: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    """The singular value decomposition of a product by its QR core.
+
+    Args:
+        left: (out, n).
+        right: (n, in).
+
+    Returns:
+        U (out, k), singular values (k,) and Vᵀ (k, in), k = min(out, in, n).
+    """
+    left_basis, left_core = np.linalg.qr(left)
+    right_basis, right_core = np.linalg.qr(right.T)
+    core_left, values, core_right = np.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    return left_basis @ core_left, values, core_right @ right_basis.T
+
+
+def balanced(
+    left: Matrix, values: Matrix, right: Matrix, scaling: float = 1.0
+) -> tuple[FloatArray, FloatArray]:
+    """(B, A) with scaling · B·A = left · diag(values) · right, the values shared out evenly."""
+    root = np.sqrt(values / scaling)
+    return (left * root).astype(np.float32), (root[:, None] * right).astype(np.float32)
+
+
+def compressed(left: Matrix, right: Matrix, beside: float = 0.0) -> tuple[FloatArray, FloatArray]:
+    """The same product with as few columns and rows as its numerical rank.
+
+    Args:
+        left: (out, n).
+        right: (n, in).
+        beside: Size of what it stands beside in float32: less than that one's rounding is nothing.
+    """
+    u, values, v = svd_of_product(left, right)
+    kept = int((values > _ROUNDING * values.max(initial=beside)).sum())
+    return balanced(u[:, :kept], values[:kept], v[:kept])
+
+
+def norm_of_product(left: Matrix, right: Matrix) -> float:
+    """Frobenius norm: the same for every pair of factors with this product.
+
+    >>> norm_of_product(np.array([[3.0], [4.0]]), np.array([[2.0]]))
+    10.0
+    """
+    _, left_core = np.linalg.qr(left)
+    _, right_core = np.linalg.qr(right.T)
+    return math.sqrt(float(np.square(left_core @ right_core.T).sum()))

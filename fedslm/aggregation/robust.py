@@ -1,0 +1,173 @@
+"""Rules that withstand hostile clients: every client's own update counts alike, whatever it weighs.
+
+They compare updates coordinate by coordinate or by distance, so the coordinates must mean the same to
+all: the methods that freeze one factor (ffa, rolora, fed-sb).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedslm.aggregation.spool import Spool
+from fedslm.config import RuleName
+from fedslm.errors import FederationError
+from fedslm.records import AdapterState
+
+Matrix = NDArray[np.float64]
+_STEPS, _TINY = 2000, 1e-12
+
+
+def required_clients(rule: RuleName, hostile: int) -> int:
+    """Clients that a rule needs in a round to withstand so many hostile ones.
+
+    >>> [required_clients(rule, 2) for rule in ("median", "krum", "bulyan")]
+    [5, 7, 11]
+    """
+    match rule:
+        case "mean":
+            return 1
+        case "median" | "trimmed-mean" | "geometric-median":
+            return 2 * hostile + 1
+        case "krum" | "multi-krum":
+            return 2 * hostile + 3
+        case "bulyan":
+            return 4 * hostile + 3
+        case _:
+            assert_never(rule)
+
+
+def combine(rule: RuleName, spool: Spool, hostile: int, shrink: Sequence[float]) -> AdapterState:
+    """Puts updates together.
+
+    Args:
+        rule: Any but the mean.
+        spool: The updates, of one rank.
+        hostile: f, the most that may be hostile.
+        shrink: Each update's factor in (0, 1] (the norm bound), which comes first.
+
+    Returns:
+        The combined difference.
+
+    Raises:
+        FederationError: There are too few updates for the rule.
+
+    References:
+        Median, trimmed mean: Yin et al. 2018 (arXiv 1803.01498). Krum, Multi-Krum: Blanchard et al.
+        2017 (arXiv 1703.02757). Bulyan: El Mhamdi et al. 2018 (arXiv 1802.07927). Geometric median:
+        Pillutla et al. 2022 (arXiv 1912.13445).
+    """
+    needed = required_clients(rule, hostile)
+    if spool.count < needed:
+        raise FederationError(
+            f"{spool.count} updates came; aggregation.rule={rule!r} needs {needed} with "
+            f"aggregation.hostile={hostile}"
+        )
+    scale = np.asarray(shrink, np.float64)[:, None]
+    match rule:
+        case "mean":
+            raise FederationError("the mean is no robust rule")
+        case "median":
+            return _by_column(spool, scale, lambda values: np.median(values, axis=0))
+        case "trimmed-mean":
+            return _by_column(spool, scale, lambda values: _trimmed(values, hostile))
+        case "krum":
+            chosen = krum_order(_distances(spool, scale), hostile)[:1]
+        case "multi-krum":
+            chosen = krum_order(_distances(spool, scale), hostile)[: spool.count - hostile]
+        case "bulyan":
+            selected = bulyan_selection(_distances(spool, scale), hostile)
+            return _by_column(spool, scale, lambda values: _around_median(values[selected], hostile))
+        case "geometric-median":
+            weights = _weiszfeld(_gram(spool, scale))
+            return _by_column(spool, scale, lambda values: weights @ values)
+        case _:
+            assert_never(rule)
+    return _by_column(spool, scale, lambda values: values[chosen].mean(axis=0))
+
+
+def krum_order(square_distances: Matrix, hostile: int) -> NDArray[np.intp]:
+    """Clients from the lowest Krum score: the sum over the n - f - 2 nearest others.
+
+    Ties (of two that are each other's nearest, for instance) go to the client whose next neighbours are
+    nearer, so that the order of clients does not decide; among equal ones to the lower index.
+    """
+    count = len(square_distances)
+    others = np.sort(square_distances + np.diag([np.inf] * count), axis=1)
+    nearest = max(1, count - hostile - 2)
+    return np.lexsort((*others.T[::-1], others[:, :nearest].sum(axis=1)))
+
+
+def bulyan_selection(square_distances: Matrix, hostile: int) -> list[int]:
+    """The n - 2f clients that Krum picks one after the other, each time from those that are left.
+
+    Krum's number of neighbours shrinks with the set, and is never below one.
+    """
+    left = list(range(len(square_distances)))
+    chosen: list[int] = []
+    while len(chosen) < len(square_distances) - 2 * hostile:
+        inner = square_distances[np.ix_(left, left)]
+        best = int(krum_order(inner, hostile)[0]) if len(left) > 1 else 0
+        chosen.append(left.pop(best))
+    return sorted(chosen)
+
+
+def _by_column(spool: Spool, scale: Matrix, rule: Callable[[Matrix], Matrix]) -> AdapterState:
+    """Applies a rule to some coordinates of all updates at a time."""
+    parts = [rule(values * scale) for _, values in spool.columns()]
+    return spool.unflatten(np.concatenate(parts))
+
+
+def _trimmed(values: Matrix, hostile: int) -> Matrix:
+    """The mean without the f lowest and the f highest values of each coordinate."""
+    kept: Matrix = np.sort(values, axis=0)[hostile : len(values) - hostile]
+    mean: Matrix = kept.mean(axis=0)
+    return mean
+
+
+def _around_median(values: Matrix, hostile: int) -> Matrix:
+    """The mean of the θ - 2f values of each coordinate that are nearest to its median."""
+    kept = max(1, len(values) - 2 * hostile)
+    values = np.sort(values, axis=0)  # ties go to the lower value, whoever sent it
+    order = np.argsort(np.abs(values - np.median(values, axis=0)), axis=0, kind="stable")[:kept]
+    mean: Matrix = np.take_along_axis(values, order, axis=0).mean(axis=0)
+    return mean
+
+
+def _weiszfeld(gram: Matrix) -> Matrix:
+    """Weights of the geometric median, which is a mean of the updates: inner products suffice."""
+    count = len(gram)
+    weights = np.full(count, 1 / count)
+    longest = float(np.diag(gram).max())
+    if longest == 0:
+        return weights
+    for _ in range(_STEPS):
+        square = np.diag(gram) - 2 * gram @ weights + weights @ gram @ weights
+        inverse = 1 / np.sqrt(np.maximum(square, _TINY * longest))
+        moved = inverse / inverse.sum()
+        if float(np.abs(moved - weights).max()) < _TINY:
+            break
+        weights = moved
+    return weights
+
+
+def _distances(spool: Spool, scale: Matrix) -> Matrix:
+    """‖cᵢuᵢ - cⱼuⱼ‖², from differences: exact also where updates nearly coincide."""
+    total = np.zeros((spool.count, spool.count))
+    for _, values in spool.columns():
+        scaled = values * scale
+        for index, row in enumerate(scaled):
+            total[index] += np.square(scaled - row).sum(axis=1)
+    return total
+
+
+def _gram(spool: Spool, scale: Matrix) -> Matrix:
+    """Inner products of the scaled updates."""
+    total: Matrix = np.zeros((spool.count, spool.count))
+    for _, values in spool.columns():
+        scaled = values * scale
+        total += scaled @ scaled.T
+    return total

@@ -1,0 +1,63 @@
+"""FedRot: a client turns its factors towards the last round's before it sends them.
+
+The product B·A stays what it was; only which of its many pairs of factors is sent changes, so that
+clients' factors are nearer to one another and averaging them errs less.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedslm.aggregation.product import Matrix
+from fedslm.factors import key_of, layers_of
+from fedslm.records import AdapterState, FloatArray
+
+
+def rotated(adapter: AdapterState, reference: AdapterState, turn: int, strength: float) -> AdapterState:
+    """Turns the factors of each layer.
+
+    Under record- or patient-level privacy this is post-processing: it reads the client's own noised
+    factors and the reference, which the server sent.
+
+    Args:
+        adapter: A client's factors after training; heads stay as they are.
+        reference: The factors that the round started from.
+        turn: Odd turns go by A, even turns by B; on the first, B was zero and nothing is turned.
+        strength: λ in (0, 1]: 1 turns all the way, less keeps nearer to what it was.
+
+    References:
+        FedRot-LoRA (arXiv 2602.23638).
+    """
+    if turn == 1:
+        return adapter
+    turned: dict[str, FloatArray] = {}
+    for layer in layers_of(adapter):
+        a_key, b_key = key_of(layer, "lora_A"), key_of(layer, "lora_B")
+        a, b = (adapter[key].astype(np.float64) for key in (a_key, b_key))
+        similarity = a @ reference[a_key].T if turn % 2 else b.T @ reference[b_key]
+        rotation = softened(similarity, strength)
+        turned[a_key] = (rotation.T @ a).astype(np.float32)
+        turned[b_key] = (b @ rotation).astype(np.float32)
+    return adapter.merged(AdapterState(turned))
+
+
+def softened(similarity: Matrix, strength: float) -> Matrix:
+    """The rotation nearest to (1 - λ)·I + λ·R, where R aligns best (orthogonal Procrustes, det R = 1).
+
+    Args:
+        similarity: M = A·A_refᵀ or Bᵀ·B_ref, (r, r); zero where there is nothing to align.
+        strength: λ.
+    """
+    identity = np.eye(len(similarity))
+    if not similarity.any():
+        return identity
+    return _proper((1 - strength) * identity + strength * _proper(similarity.astype(np.float64)))
+
+
+def _proper(matrix: Matrix) -> Matrix:
+    """The rotation nearest to a matrix: U·Vᵀ, the weakest direction flipped if it would reflect."""
+    u, _, v = np.linalg.svd(matrix)
+    if np.linalg.det(u @ v) < 0:
+        v[-1] *= -1
+    nearest: Matrix = u @ v
+    return nearest

@@ -1,0 +1,206 @@
+"""One round at the server: bound each update, put them together by the method, move the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fedslm.aggregation.factor_methods import aggregate_factors, drift_norms
+from fedslm.aggregation.mean import WeightedMean
+from fedslm.aggregation.methods import METHODS, kind_of, method_of, rank_of_client, sent_keys
+from fedslm.aggregation.norm_bound import NormBound, median_norm
+from fedslm.aggregation.robust import combine
+from fedslm.aggregation.server_optimizer import ServerOptimizer
+from fedslm.aggregation.spool import Spool
+from fedslm.config import AggregationConfig, LoraConfig
+from fedslm.errors import FederationError
+from fedslm.records import AdapterState, ClientUpdate
+
+_NOTHING = AdapterState({})
+_ADAPTIVE_RATE = 0.01
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What aggregation carries from round to round.
+
+    Attributes:
+        moving: The tensors that rounds change.
+        turn: The turn that comes next, from 1: rounds that moved the adapter, and one.
+        memory: The server optimizer's moments.
+        control: SCAFFOLD's server control variate; empty without it.
+        norms: Kind of turn to the median norm of its last updates.
+    """
+
+    moving: AdapterState
+    turn: int = 1
+    memory: AdapterState = _NOTHING
+    control: AdapterState = _NOTHING
+    norms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How rounds are put together.
+
+    Attributes:
+        config: The resolved section.
+        lora: The adapter at the server's rank.
+        num_clients: The population.
+        fixed_denominator: True if the mean is over the cohort, whoever answers (privacy).
+        fresh: The initial tensors, which FLoRA starts anew from.
+    """
+
+    config: AggregationConfig
+    lora: LoraConfig
+    num_clients: int
+    fixed_denominator: bool
+    fresh: AdapterState
+
+    @property
+    def optimizer(self) -> ServerOptimizer:
+        """The server's optimizer."""
+        config = self.config
+        usual = 1.0 if config.server_optimizer in ("fedavg", "fedavgm") else _ADAPTIVE_RATE
+        return ServerOptimizer(
+            config.server_optimizer,
+            learning_rate=config.server_learning_rate or usual,
+            momentum=config.server_momentum,
+            second_momentum=config.server_second_momentum,
+            adaptivity=config.server_adaptivity,
+        )
+
+
+class Round:
+    """Takes a round's updates one at a time and gives the next state.
+
+    The linear methods stream: one adapter in memory, whatever the cohort. The norm bound needs a
+    median, which is that of the last round of the same kind; a first round has none, so its updates
+    wait on disk. So do those of robust rules and of methods that need every client's factors.
+
+    Args:
+        aggregation: How rounds are put together.
+        state: The state before the round.
+        cohort: The clients that were asked.
+        directory: Where updates may wait on disk.
+    """
+
+    def __init__(
+        self, aggregation: Aggregation, state: ServerState, cohort: list[int], directory: Path
+    ) -> None:
+        self._how, self._state, self._cohort = aggregation, state, cohort
+        config = aggregation.config
+        self._method = method_of(config)
+        self._kind = kind_of(self._method, state.turn)
+        sent = sent_keys(self._method, state.moving, state.turn)
+        self._shapes = state.moving.select(sent).shapes
+        self._norms: list[float] = []
+        self._control: WeightedMean | None = None
+        if state.control:
+            self._control = WeightedMean(state.control.shapes)
+        self._bound = NormBound(config.norm_bound, state.norms.get(self._kind))
+        linear = METHODS[self._method].family == "linear"
+        self._mean = self._new_mean() if linear and config.rule == "mean" else None
+        waits = self._mean is None or self._bound.reference is None
+        self._spool = Spool(directory, self._shapes) if waits else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._spool is not None:
+            self._spool.close()
+
+    @property
+    def count(self) -> int:
+        """Updates so far."""
+        return len(self._norms)
+
+    def add(self, update: ClientUpdate, control: AdapterState) -> None:
+        """Takes one checked update.
+
+        Args:
+            update: The difference that a client sent.
+            control: SCAFFOLD's difference of its control variate; empty without it.
+        """
+        norm = update.delta.norm()
+        self._norms.append(norm)
+        if self._control is not None:
+            self._control.add(replace(update, delta=control), control.norm())
+        if self._spool is not None:
+            self._spool.add(update)
+        elif self._mean is not None:
+            self._mean.add(update, norm, self._bound.factor(norm))
+
+    def finish(self) -> ServerState:
+        """The state after the round.
+
+        Raises:
+            FederationError: There are too few updates for the rule, or the result is not finite.
+        """
+        if METHODS[self._method].family == "factors":
+            moving, memory = self._factors(), self._state.memory
+        else:
+            moving, memory = self._how.optimizer.step(
+                self._state.moving, self._difference(), self._state.memory
+            )
+        if not moving.is_finite():
+            raise FederationError("the aggregate holds NaN or infinity")
+        norms = {**self._state.norms, self._kind: median_norm(self._norms)}
+        return ServerState(moving, self._state.turn + 1, memory, self._next_control(), norms)
+
+    def signal_to_noise(self) -> float | None:
+        """How far the mean update stands out of its noise; None if it is not a plain mean."""
+        return None if self._mean is None else self._mean.signal_to_noise()
+
+    def _new_mean(self) -> WeightedMean:
+        """An empty mean over the cohort, or over those who answer."""
+        ranks = None
+        if self._how.fixed_denominator:
+            ranks = [rank_of_client(self._how.lora, client) for client in self._cohort]
+        return WeightedMean(self._shapes, ranks)
+
+    def _difference(self) -> AdapterState:
+        """What linear methods move the adapter by."""
+        spool, mean = self._spool, self._mean
+        if spool is None and mean is not None:
+            return mean.result()
+        if spool is None:
+            raise FederationError("a robust rule needs its updates on disk")
+        bound = replace(self._bound, reference=median_norm(self._norms))
+        shrink = [bound.factor(norm) for norm in self._norms]
+        if mean is None:
+            return combine(self._how.config.rule, spool, self._how.config.hostile, shrink)
+        for index, (norm, factor) in enumerate(zip(self._norms, shrink, strict=True)):
+            mean.add(spool.update(index), norm, factor)
+        return mean.result()
+
+    def _factors(self) -> AdapterState:
+        """What methods make that need every client's factors."""
+        if self._spool is None:
+            raise FederationError("this method needs its updates on disk")
+        start, scaling = self._state.moving, self._how.lora.scaling
+        norms = drift_norms(start, self._spool, scaling)
+        bound = replace(self._bound, reference=median_norm(norms))
+        shrink = [bound.factor(norm) for norm in norms]
+        return aggregate_factors(
+            self._method, start, self._spool, scaling, fresh=self._how.fresh, shrink=shrink
+        )
+
+    def _next_control(self) -> AdapterState:
+        """SCAFFOLD: the mean difference, over the whole population."""
+        if self._control is None:
+            return self._state.control
+        share = self._control.count / self._how.num_clients
+        mean = self._control.result()
+        return self._state.control.plus(
+            AdapterState({key: mean[key] * mean[key].dtype.type(share) for key in mean})
+        )

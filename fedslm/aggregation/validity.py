@@ -1,0 +1,225 @@
+"""What goes with what: every combination that is refused, as data, with the reason and what is nearest.
+
+A combination is refused if a guarantee would not hold, if the result would mean nothing, or if a
+setting would silently do nothing. Whatever stands in no row is valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fedslm.aggregation.methods import METHODS
+from fedslm.config import (
+    AggregationConfig,
+    CompressionConfig,
+    LoraConfig,
+    PrivacyConfig,
+    TrainingConfig,
+)
+
+Axis = Literal[
+    "method",
+    "unit",
+    "rule",
+    "weights",
+    "ranks",
+    "server optimizer",
+    "drift",
+    "local optimizer",
+    "upload",
+    "share sent",
+    "error feedback",
+    "secure sum",
+]
+
+KEYS: dict[Axis, str] = {
+    "method": "aggregation.method",
+    "unit": "privacy.unit",
+    "rule": "aggregation.rule",
+    "weights": "aggregation.weights",
+    "ranks": "lora.client_ranks",
+    "server optimizer": "aggregation.server_optimizer",
+    "drift": "training.drift",
+    "local optimizer": "training.optimizer",
+    "upload": "compression.upload",
+    "share sent": "compression.keep_fraction",
+    "error feedback": "compression.error_feedback",
+}
+
+
+def _names(text: str) -> frozenset[str]:
+    """Words as a set."""
+    return frozenset(text.split())
+
+
+_LINEAR = frozenset(name for name, row in METHODS.items() if row.family == "linear")
+_FACTORS = frozenset(METHODS) - _LINEAR
+_SHARED_A = _names("ffa rolora fed-sb")
+_ROBUST = _names("median trimmed-mean krum multi-krum bulyan geometric-median")
+_ADAPTIVE = _names("fedavgm fedadam fedyogi fedadagrad")
+_SAMPLED = _names("record patient")
+_PRIVATE = _SAMPLED | {"client"}
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """One refused combination.
+
+    Attributes:
+        where: The values of each axis that together are refused.
+        axis: The axis to change.
+        reason: Why.
+        nearest: The nearest valid choice.
+    """
+
+    where: Mapping[Axis, frozenset[str]]
+    axis: Axis
+    reason: str
+    nearest: str
+
+
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
+        {"method": _FACTORS, "unit": frozenset({"client"})}, "method",
+        "needs every client's own factors, and a client-level guarantee holds for a noised sum alone",
+        "ffa",
+    ),
+    Conflict(
+        {"method": _FACTORS, "secure sum": frozenset({"yes"})}, "method",
+        "needs every client's own factors, which secure aggregation hides",
+        "ffa under privacy, else rolora",
+    ),
+    Conflict(
+        {"rule": _ROBUST, "unit": frozenset({"client"})}, "rule",
+        "needs every client's own update, and a client-level guarantee holds for a noised sum alone",
+        "mean",
+    ),
+    Conflict(
+        {"rule": _ROBUST, "secure sum": frozenset({"yes"})}, "rule",
+        "needs every client's own update, which secure aggregation hides",
+        "mean",
+    ),
+    Conflict(
+        {"rule": _ROBUST, "method": frozenset(METHODS) - _SHARED_A}, "rule",
+        "compares updates by coordinates, which mean nothing where A and B both move: a client may "
+        "turn one against the other without changing their product",
+        "mean, or aggregation.method = ffa or rolora",
+    ),
+    Conflict(
+        {"rule": _ROBUST, "ranks": frozenset({"several"})}, "rule",
+        "compares updates that have the same coordinates; clients of several ranks have not",
+        "mean, or one rank",
+    ),
+    Conflict(
+        {"rule": _ROBUST, "weights": frozenset({"records"})}, "weights",
+        "a rule that withstands hostile clients cannot take their word for how much they count",
+        "uniform",
+    ),
+    Conflict(
+        {"weights": frozenset({"records"}), "unit": _PRIVATE}, "weights",
+        "reveals how many records a client has",
+        "uniform",
+    ),
+    Conflict(
+        {"ranks": frozenset({"several"}), "method": _names("fedit fedrot fedsa fedex")}, "ranks",
+        "the method averages factors that must have one rank",
+        "one rank, or aggregation.method = stack, flexlora, hetlora, or ffa under privacy",
+    ),
+    Conflict(
+        {"ranks": frozenset({"several"}), "method": _FACTORS, "unit": _PRIVATE}, "ranks",
+        "noise would train rows and columns that a client of a lower rank does not hold",
+        "one rank, or aggregation.method = ffa",
+    ),
+    Conflict(
+        {"server optimizer": _ADAPTIVE, "method": _FACTORS}, "server optimizer",
+        "the method gives new factors, not a step in the old ones' coordinates",
+        "fedavg",
+    ),
+    Conflict(
+        {"drift": frozenset({"scaffold"}), "unit": _PRIVATE}, "drift",
+        "control variates are made of differences that noise drowns",
+        "fedprox",
+    ),
+    Conflict(
+        {"drift": frozenset({"scaffold"}), "local optimizer": frozenset({"adamw"})}, "drift",
+        "control variates are gradients, and AdamW's steps are not in their units",
+        'fedprox, or training.optimizer = "sgd"',
+    ),
+    Conflict(
+        {"drift": frozenset({"scaffold"}), "method": frozenset(METHODS) - _names("fedit ffa fed-sb")},
+        "drift",
+        "control variates need the same trained coordinates in every round",
+        "fedprox, or aggregation.method = fedit, ffa or fed-sb",
+    ),
+    Conflict(
+        {"drift": frozenset({"scaffold"}), "ranks": frozenset({"several"})}, "drift",
+        "control variates need the same trained coordinates at every client",
+        "fedprox, or one rank",
+    ),
+    Conflict(
+        {"upload": _names("bfloat16 int8"), "secure sum": frozenset({"yes"})}, "upload",
+        "masks cancel in one fixed-point scale that all clients share",
+        "float32, with compression.keep_fraction",
+    ),
+    Conflict(
+        {"error feedback": frozenset({"yes"}), "upload": frozenset({"float32"}),
+         "share sent": frozenset({"all"})}, "error feedback",
+        "nothing is lost on the wire that could be made up for",
+        "false",
+    ),
+    Conflict(
+        {"error feedback": frozenset({"yes"}), "unit": frozenset({"client"})}, "error feedback",
+        "an update must be clipped after what earlier rounds lost is added",
+        "false",
+    ),
+    Conflict(
+        {"error feedback": frozenset({"yes"}), "method": _FACTORS | {"fedrot"}}, "error feedback",
+        "what was lost is in coordinates that the next round no longer has",
+        "false, or aggregation.method = fedit, ffa or rolora",
+    ),
+)  # fmt: skip
+
+
+def choices(
+    lora: LoraConfig,
+    training: TrainingConfig,
+    privacy: PrivacyConfig,
+    aggregation: AggregationConfig,
+    compression: CompressionConfig,
+) -> dict[Axis, str]:
+    """Where a config stands on each axis."""
+    ranks = {lora.rank, *lora.client_ranks} if lora.client_ranks else {lora.rank}
+    return {
+        "method": aggregation.method,
+        "unit": privacy.unit,
+        "rule": aggregation.rule,
+        "weights": aggregation.weights,
+        "ranks": "several" if len(ranks) > 1 else "one",
+        "server optimizer": aggregation.server_optimizer,
+        "drift": training.drift,
+        "local optimizer": training.optimizer,
+        "upload": compression.upload,
+        "share sent": "all" if compression.keep_fraction == 1 else "some",
+        "error feedback": "yes" if compression.error_feedback else "no",
+        "secure sum": "no",
+    }
+
+
+def conflicts(chosen: Mapping[Axis, str]) -> Iterator[Conflict]:
+    """The refused combinations that choices fall into; axes that are left out fall into none."""
+    for conflict in CONFLICTS:
+        if all(chosen.get(axis) in values for axis, values in conflict.where.items()):
+            yield conflict
+
+
+def refusal(conflict: Conflict, chosen: Mapping[Axis, str]) -> str:
+    """What is told to whoever made the choice."""
+    others = ", ".join(
+        f"{KEYS.get(axis, axis)}={chosen[axis]!r}" for axis in conflict.where if axis != conflict.axis
+    )
+    return (
+        f"value {chosen[conflict.axis]!r} does not go with {others}: {conflict.reason}; nearest: "
+        f"{conflict.nearest}"
+    )
