@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from fedslm.aggregation import validity
+from fedslm.aggregation.robust import required_clients
 from fedslm.config import Config
 from fedslm.data.columns import placeholders
 from fedslm.data.database import PASSWORD, USER, holds_password, is_url
@@ -21,7 +23,13 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: Every contradiction, with its remedy.
     """
-    problems = [*_privacy(config), *_federation(config), *_data(config), *_task(config)]
+    problems = [
+        *_privacy(config),
+        *_federation(config),
+        *_aggregation(config),
+        *_data(config),
+        *_task(config),
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -41,9 +49,6 @@ def _privacy(config: Config) -> Iterator[Problem]:
         if getattr(privacy, key) is None:
             yield Problem(f"privacy.{key}", f"is required with unit={privacy.unit!r}; {remedy}")
     yield from _unit(config)
-    if config.aggregation.weights == "records":
-        message = 'value "records" reveals how many records a client has; use "uniform"'
-        yield Problem("aggregation.weights", message)
     if config.lora.dropout > 0:
         yield Problem("lora.dropout", f"value {config.lora.dropout} must be 0 under privacy")
 
@@ -85,6 +90,67 @@ def _federation(config: Config) -> Iterator[Problem]:
         yield Problem("federation.min_replies", message)
 
 
+def _aggregation(config: Config) -> Iterator[Problem]:
+    """What goes with what, and numbers of clients that a rule needs."""
+    resolved = config.resolved()
+    lora, aggregation = config.lora, resolved.aggregation
+    chosen = validity.choices(lora, config.training, config.privacy, aggregation, config.compression)
+    for conflict in validity.conflicts(chosen):
+        yield Problem(validity.KEYS[conflict.axis], validity.refusal(conflict, chosen))
+    for rank in lora.client_ranks:
+        if rank > lora.rank:
+            message = f"value {rank} exceeds lora.rank={lora.rank}, which the server holds"
+            yield Problem("lora.client_ranks", message)
+    if aggregation.rule == "mean" and aggregation.hostile > 0:
+        message = f"value {aggregation.hostile} needs a rule that withstands them; the mean does not"
+        yield Problem("aggregation.hostile", message)
+    if lora.initial == "eva" and config.data.public_source is config.data.public_split is None:
+        message = 'value "eva" looks at public records: set data.public_split (or data.public_source)'
+        yield Problem("lora.initial", message)
+    cohort = config.federation.clients_per_round or config.federation.num_clients
+    needed = required_clients(aggregation.rule, aggregation.hostile)
+    if cohort < needed:
+        message = (
+            f"value {aggregation.hostile} needs {needed} clients in a round with "
+            f"aggregation.rule={aggregation.rule!r}; there are {cohort}"
+        )
+        yield Problem("aggregation.hostile", message)
+    yield from _personalization(config)
+    yield from _attack(config)
+
+
+def _attack(config: Config) -> Iterator[Problem]:
+    """Hostile clients are some of those there are, and poison what has a class."""
+    attack, population = config.attack, config.federation.num_clients
+    if attack.clients > population:
+        message = f"value {attack.clients} exceeds federation.num_clients={population}"
+        yield Problem("attack.clients", message)
+    if (attack.kind == "none") != (attack.clients == 0):
+        message = f'value {attack.clients} and attack.kind="{attack.kind}" do not go together'
+        yield Problem("attack.clients", message)
+    if attack.kind in ("sign-flip", "scale", "nan") and config.privacy.unit != "none":
+        message = (
+            f'value "{attack.kind}" changes updates that a private client has signed for; without '
+            f"privacy it shows the same"
+        )
+        yield Problem("attack.kind", message)
+    poisons = attack.kind in ("label-flip", "backdoor")
+    if poisons and config.task.name != "classification":
+        yield Problem("attack.kind", f'value "{attack.kind}" is for task.name="classification"')
+    if attack.target is not None and config.task.labels and attack.target not in config.task.labels:
+        yield Problem("attack.target", f"value {attack.target!r} is not among task.labels")
+
+
+def _personalization(config: Config) -> Iterator[Problem]:
+    """A personal adapter is measured on records that were not trained on."""
+    if config.personalization.method != "none" and config.data.validation_fraction == 0:
+        message = (
+            "is needed to tell what personalization is worth: set the share of each client's units "
+            "that is held out, such as 0.2"
+        )
+        yield Problem("data.validation_fraction", message)
+
+
 def _data(config: Config) -> Iterator[Problem]:
     """Sources that can be read, a partition that has something to go by, and something to measure."""
     data, task = config.data, config.task
@@ -100,7 +166,8 @@ def _data(config: Config) -> Iterator[Problem]:
     if data.partition_column is not None and not skewed:
         message = f'is for dirichlet and shard; data.partition is "{data.partition}"'
         yield Problem("data.partition_column", message)
-    if data.validation_fraction > 0 and config.privacy.metric_noise_multiplier is None:
+    measured = config.privacy.metric_noise_multiplier is not None or config.privacy.unit == "none"
+    if data.validation_fraction > 0 and not measured and config.personalization.method == "none":
         message = (
             f"value {data.validation_fraction} holds records out that nothing measures: set "
             f"privacy.metric_noise_multiplier, or leave it out"

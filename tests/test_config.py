@@ -357,7 +357,42 @@ def test_resolving_replaces_auto(unit: str, method: str) -> None:
 def test_resolving_keeps_a_choice(method: str) -> None:
     """A method that was named stays."""
     config = from_mapping(changed(("aggregation.method", method)))
-    assert config.resolved() == config
+    assert config.resolved().aggregation == config.aggregation
+
+
+@pytest.mark.parametrize(
+    ("changes", "initial"),
+    [
+        ([], "orthonormal"),
+        ([("data.public_split", "public"), ("aggregation.method", "fedit")], "orthonormal"),
+        ([("data.public_split", "public"), ("aggregation.method", "ffa")], "eva"),
+        ([("data.public_source", "demo"), ("aggregation.method", "ffa")], "eva"),
+        ([("lora.initial", "eva")], "eva"),
+        (
+            [
+                ("data.public_split", "public"),
+                ("aggregation.method", "ffa"),
+                ("lora.initial", "orthonormal"),
+            ],
+            "orthonormal",
+        ),
+    ],
+)
+def test_where_a_starts(changes: list[tuple[str, str]], initial: str) -> None:
+    """A frozen A starts from public records where there are any; a choice that was made stays."""
+    assert from_mapping(changed(*changes)).resolved().lora.initial == initial
+
+
+def test_ranks_are_written_in_three_ways() -> None:
+    """A list, Flower's text, or one number; what is no whole number is refused by its key."""
+    for value in ([4, 8], "4, 8"):
+        config = from_mapping(changed(("lora.client_ranks", value)))
+        assert config.lora.client_ranks == (4, 8)
+        assert from_flat(config.flat()).lora.client_ranks == (4, 8)
+    assert from_mapping(changed(("lora.client_ranks", 4))).lora.client_ranks == (4,)
+    for value in ("4, x", [4, 0], [4.5]):
+        with pytest.raises(ConfigError, match=r"lora\.client_ranks"):
+            from_mapping(changed(("lora.client_ranks", value)))
 
 
 @pytest.mark.parametrize("path", SIMULATIONS, ids=lambda path: path.name)

@@ -7,49 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+import math
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
-
-def _split(value: object) -> object:
-    """Accepts ``"a, b"`` where a list is expected: Flower's run config has no lists."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    if isinstance(value, list | tuple):
-        if any(isinstance(part, str) and "," in part for part in value):
-            raise ValueError("a name may not hold a comma: Flower's run config separates names by it")
-        return tuple(value)
-    return value
-
-
-def _blank_is_none(value: object) -> object:
-    """Reads ``""`` as absent: neither TOML nor Flower's run config can say None."""
-    return None if value == "" else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-OptionalText = Annotated[str | None, BeforeValidator(_blank_is_none)]
-OptionalNumber = Annotated[float | None, BeforeValidator(_blank_is_none)]
-OptionalCount = Annotated[int | None, BeforeValidator(_blank_is_none)]
-Unit = Literal["none", "record", "patient", "client"]
-TaskName = Literal[
-    "classification",
-    "multi-label",
-    "token-classification",
-    "causal-lm",
-    "instruction",
-    "seq2seq",
-    "preference",
-]
-
-
-class Section(BaseModel):
-    """A frozen section that refuses unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from fedslm.config.aggregation import (
+    AggregationConfig,
+    AttackConfig,
+    CompressionConfig,
+    PersonalizationConfig,
+)
+from fedslm.config.base import (
+    Names,
+    OptionalCount,
+    OptionalNumber,
+    OptionalText,
+    Ranks,
+    Section,
+    TaskName,
+    Unit,
+)
 
 
 class RunConfig(Section):
@@ -87,11 +65,30 @@ class LoraConfig(Section):
     """Rank r of B·A."""
     alpha: float = Field(8.0, gt=0)
     """Scaling numerator; the update is (alpha / rank)·B·A."""
+    rslora: bool = False
+    """Scale by alpha / √rank instead: a high rank then learns as fast as a low one."""
     target_modules: Names = ("all-linear",)
     """Names of layers to adapt (suffixes such as "query"), "usual" for the architecture's own, or
     "all-linear"."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """LoRA dropout; must be 0 under privacy."""
+    initial: Literal["auto", "orthonormal", "eva"] = "auto"
+    """Where A starts: seeded orthonormal rows, or (eva) the main directions of each layer's inputs on
+    public examples; auto is eva where A is frozen and there are public examples."""
+    client_ranks: Ranks = ()
+    """Ranks of the clients, dealt out in turn; absent means all have lora.rank."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of s·B·A.
+
+        References:
+            Kalajdzievski 2023, rsLoRA (arXiv 2312.03732).
+
+        >>> LoraConfig(rank=4, alpha=8.0).scaling, LoraConfig(rank=4, alpha=8.0, rslora=True).scaling
+        (2.0, 4.0)
+        """
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class DataConfig(Section):
@@ -105,6 +102,10 @@ class DataConfig(Section):
     """Split (or file stem) that the server evaluates on: public."""
     evaluation_source: OptionalText = None
     """Source of the evaluation split if it is not `source`."""
+    public_source: OptionalText = None
+    """Source of public records that training may look at (they start A, see lora.initial)."""
+    public_split: OptionalText = None
+    """Split (or file stem) with them; absent with public_source absent means there are none."""
     train_query: OptionalText = None
     """SQL that gives the training rows, if `source` is a database URL."""
     evaluation_query: OptionalText = None
@@ -175,6 +176,11 @@ class TrainingConfig(Section):
     """Local learning rate."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
+    drift: Literal["none", "fedprox", "scaffold"] = "none"
+    """What holds a client near the others: fedprox a pull towards the round's start, scaffold control
+    variates (SGD, not private)."""
+    proximal_strength: float = Field(0.01, gt=0)
+    """Strength mu of fedprox's pull."""
 
 
 class PrivacyConfig(Section):
@@ -206,15 +212,6 @@ class PrivacyConfig(Section):
     """Rounds that crashes may cost: charged rounds that were lost are paid from them."""
     metric_noise_multiplier: OptionalNumber = Field(None, gt=0)
     """Noise of a metric on each client's own data, released every round; absent: none leaves."""
-
-
-class AggregationConfig(Section):
-    """How adapters become one."""
-
-    method: Literal["auto", "fedit", "ffa"] = "auto"
-    """fedit averages A and B; ffa freezes a shared A; auto is ffa under privacy, else fedit."""
-    weights: Literal["uniform", "records"] = "uniform"
-    """Weights of the mean; "records" reveals record counts and is refused under privacy."""
 
 
 class FederationConfig(Section):
@@ -262,16 +259,23 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     privacy: PrivacyConfig
     aggregation: AggregationConfig = AggregationConfig()
+    compression: CompressionConfig = CompressionConfig()
+    personalization: PersonalizationConfig = PersonalizationConfig()
+    attack: AttackConfig = AttackConfig()
     federation: FederationConfig = FederationConfig()
     engine: EngineConfig = EngineConfig()
 
     def resolved(self) -> Config:
         """Returns the config with every "auto" that needs no machine replaced by its choice."""
-        if self.aggregation.method != "auto":
-            return self
-        method = "fedit" if self.privacy.unit == "none" else "ffa"
+        method, initial = self.aggregation.method, self.lora.initial
+        if method == "auto":
+            method = "fedit" if self.privacy.unit == "none" else "ffa"
+        if initial == "auto":
+            is_public = self.data.public_source is not None or self.data.public_split is not None
+            initial = "eva" if is_public and method == "ffa" else "orthonormal"
         aggregation = self.aggregation.model_copy(update={"method": method})
-        return self.model_copy(update={"aggregation": aggregation})
+        lora = self.lora.model_copy(update={"initial": initial})
+        return self.model_copy(update={"aggregation": aggregation, "lora": lora})
 
     def sha256(self) -> str:
         """Hash of what determines the result: all but where it runs and what it is called."""
@@ -285,6 +289,6 @@ class Config(Section):
         flat: dict[str, str | int | float | bool] = {}
         for section, values in self.model_dump(mode="json").items():
             for key, value in values.items():
-                text = ", ".join(value) if isinstance(value, list) else value
+                text = ", ".join(map(str, value)) if isinstance(value, list) else value
                 flat[f"{section}.{key}"] = "" if text is None else text
         return flat

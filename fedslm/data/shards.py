@@ -6,6 +6,7 @@ their names.
 train.parquet              one row group for each client
 train/00000.arrow …        instead, if data.streaming: one Arrow file for each client, read row by row
 evaluation.parquet         the public evaluation split
+public.parquet             public records that training may look at, if there are any
 shards.json                names, sizes, labels; written last
 """
 
@@ -19,9 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, overload
 
-from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
+from fedslm.config import AttackConfig, DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.rows import Row, rows_of
-from fedslm.data.sharing import Shared, share_out
+from fedslm.data.sharing import NO_ATTACK, Shared, share_out
 from fedslm.data.spool import BATCH_ROWS
 from fedslm.errors import DataError
 from fedslm.storage import write_text
@@ -56,6 +57,7 @@ def write(
     privacy: PrivacyConfig,
     num_clients: int,
     seed: int,
+    attack: AttackConfig = NO_ATTACK,
 ) -> Shards:
     """Loads, checks, shares out and writes a simulation's data; does nothing if it is there.
 
@@ -68,7 +70,15 @@ def write(
     scratch = directory.parent
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        shared = share_out(data, task, privacy, num_clients=num_clients, seed=seed, scratch=scratch)
+        shared = share_out(
+            data,
+            task,
+            privacy,
+            num_clients=num_clients,
+            seed=seed,
+            scratch=scratch,
+            attack=attack,
+        )
         directory.mkdir(parents=True, exist_ok=True)
         parts = [shard for _, shard in shared.shards]
         if data.streaming:
@@ -76,6 +86,8 @@ def write(
         else:
             _write_parquet(directory / "train.parquet", parts)
         _write_parquet(directory / "evaluation.parquet", [shared.evaluation])
+        if shared.public is not None:
+            _write_parquet(directory / "public.parquet", [shared.public])
     except OSError as error:
         raise DataError(f"{directory} cannot be written: {error}") from error
     shards = _summary(shared)
@@ -113,6 +125,12 @@ def read_client(directory: Path, client: int, columns: Set[str] | None = None) -
 def read_evaluation(directory: Path) -> list[Row]:
     """Reads the public evaluation rows."""
     return _read_row_group(directory / "evaluation.parquet", 0)
+
+
+def read_public(directory: Path) -> list[Row]:
+    """Reads the public rows that training may look at; empty if there are none."""
+    path = directory / "public.parquet"
+    return _read_row_group(path, 0) if path.exists() else []
 
 
 class StoredRows(Sequence[Row]):

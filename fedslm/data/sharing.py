@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
+from fedslm.config import AttackConfig, DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data import labels as names
 from fedslm.data.columns import needed
 from fedslm.data.duplicates import count_duplicates
 from fedslm.data.partition import partition
-from fedslm.data.sources import cut, load_evaluation, load_train
+from fedslm.data.poison import hostile_clients, poisoned
+from fedslm.data.sources import cut, load_evaluation, load_public, load_train
 from fedslm.data.spool import batches
 from fedslm.errors import DataError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+NO_ATTACK = AttackConfig()
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Shared:
         labels: Class names or tags; empty for tasks without.
         shards: (name, records) of each client.
         duplicates: Private records whose input is in the public split too.
+        public: Public records that training may look at; None if there are none.
     """
 
     train: Dataset
@@ -40,6 +43,7 @@ class Shared:
     labels: tuple[str, ...]
     shards: tuple[tuple[str, Dataset], ...]
     duplicates: int
+    public: Dataset | None = None
 
 
 def share_out(
@@ -50,6 +54,7 @@ def share_out(
     num_clients: int,
     seed: int,
     scratch: Path | None = None,
+    attack: AttackConfig = NO_ATTACK,
 ) -> Shared:
     """Loads and checks a simulation's data and shares it out.
 
@@ -60,6 +65,7 @@ def share_out(
         num_clients: Number of shards.
         seed: The run's seed.
         scratch: Directory for memory-mapped copies; None: the system's temporary directory.
+        attack: What hostile clients do to their own records.
 
     Raises:
         DataError: Anything about the data that would stop a client later.
@@ -81,11 +87,20 @@ def share_out(
             100 * duplicates / len(train),
         )
     shards = partition(train, data, num_clients, seed)
+    hostile = hostile_clients(attack, num_clients, seed)
+    columns = {"text_column": data.text_column, "label_column": str(data.label_column)}
+    shards = [
+        (name, poisoned(shard, attack, labels, **columns) if client in hostile else shard)
+        for client, (name, shard) in enumerate(shards)
+    ]
     if privacy.unit == "patient":
         parts = [shard for _, shard in shards]
         _check_units(parts, str(privacy.unit_column), privacy.overlapping)
     evaluation = cut(whole, data.max_evaluation_records, seed)
-    return Shared(train, evaluation, labels, tuple(shards), duplicates)
+    public = load_public(data, task, seed, scratch)
+    if public is not None:
+        public = cut(public, data.max_evaluation_records, seed)
+    return Shared(train, evaluation, labels, tuple(shards), duplicates, public)
 
 
 def inputs(data: DataConfig, task: TaskConfig) -> list[str]:

@@ -45,21 +45,38 @@ def load_evaluation(
     Raises:
         DataError: As :func:`load_train`, or it is the private split.
     """
-    source, split, query = _public(config)
-    private = _places(config.source, config.train_split, config.train_query)
-    if shared := sorted(private.keys() & _places(source, split, query).keys()):
-        raise DataError(
-            f"the public evaluation split is the private training split ({private[shared[0]]}); set "
-            f"data.evaluation_source or data.evaluation_split to public data"
-        )
+    source = config.evaluation_source or config.source
+    split, query = config.evaluation_split, config.evaluation_query
+    _check_public(config, source, split, query, key="evaluation")
     dataset = load(source, split, query, key="data.evaluation_query", seed=seed, scratch=scratch)
     return with_columns(dataset, config, task, scratch)
 
 
-def _public(config: DataConfig) -> tuple[str, str, str | None]:
-    """Source, split and query of the evaluation split."""
-    source = config.evaluation_source or config.source
-    return source, config.evaluation_split, config.evaluation_query
+def load_public(
+    config: DataConfig, task: TaskConfig, seed: int, scratch: Path | None = None
+) -> Dataset | None:
+    """Loads the public records that training may look at; None if the config names none.
+
+    Raises:
+        DataError: As :func:`load_train`, or they are the private split.
+    """
+    if config.public_split is None and config.public_source is None:
+        return None
+    source = config.public_source or config.source
+    split = config.public_split or config.train_split
+    _check_public(config, source, split, None, key="public")
+    dataset = load(source, split, key="data.public_source", seed=seed, scratch=scratch)
+    return with_columns(dataset, config, task, scratch)
+
+
+def _check_public(config: DataConfig, source: str, split: str, query: str | None, *, key: str) -> None:
+    """Refuses private data under a public name."""
+    private = _places(config.source, config.train_split, config.train_query)
+    if shared := sorted(private.keys() & _places(source, split, query).keys()):
+        raise DataError(
+            f"the public {key} split is the private training split ({private[shared[0]]}); set "
+            f"data.{key}_source or data.{key}_split to public data"
+        )
 
 
 def _places(source: str, split: str, query: str | None) -> dict[str, str]:
