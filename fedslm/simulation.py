@@ -109,6 +109,7 @@ def _prepare(config: Config, directory: RunDirectory) -> tuple[shards.Shards, Pl
             privacy=config.privacy,
             num_clients=config.federation.num_clients,
             seed=config.run.seed,
+            attack=config.attack,
         )
         plan = planned.result()
     _check_sizes(config, data)

@@ -17,6 +17,7 @@ from fedslm.cli.budget import budget_app
 from fedslm.cli.console import ERRORS, ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.cli.data import data_app
 from fedslm.cli.inference import inference_app
+from fedslm.cli.methods import methods_app
 from fedslm.cli.model import model_app
 from fedslm.cli.policy import policy_app
 from fedslm.config import Config
@@ -36,7 +37,8 @@ app.add_typer(budget_app, name="budget")
 app.add_typer(policy_app, name="policy")
 app.add_typer(model_app, name="model")
 app.add_typer(audit_app, name="audit")
-app.add_typer(inference_app)  # without a name: its commands stand beside these
+app.add_typer(methods_app)  # without a name: its command stands beside these
+app.add_typer(inference_app)
 
 _INTERRUPTED = 130
 

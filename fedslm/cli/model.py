@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
+from fedslm.factors import key_of, layers_of
 
 if TYPE_CHECKING:
     from fedslm.models.footprint import Footprint, Memory
@@ -51,7 +52,7 @@ def describe(config: Config) -> dict[str, Any]:
     Raises:
         ModelError: The base cannot be found or cannot do what is asked.
     """
-    from fedslm.aggregation.methods import trained_keys
+    from fedslm.aggregation.methods import method_of, trained_keys
     from fedslm.models import footprint as sizing
     from fedslm.models.base import check_early, resolve_config
 
@@ -61,9 +62,10 @@ def describe(config: Config) -> dict[str, Any]:
     directory = resolve_config(config.model)
     sizes = sizing.footprint(directory, config.model, config.lora, config.task, classes)
     records = _records(config)
-    trained = trained_keys(config.aggregation.method, sizes.shapes)
+    shapes = _with_cores(sizes.shapes)
+    trained = trained_keys(method_of(config.aggregation), shapes)
     needs = sizing.memory(sizes, trained, config.training, records, private=private)
-    values = sizing.parameters(sizes.shapes, trained)
+    values = sizing.parameters(shapes, trained)
     device, held = sizing.machine(config.model)
     return {
         "model_type": sizes.model_type,
@@ -79,7 +81,7 @@ def describe(config: Config) -> dict[str, Any]:
         "classes_assumed": assumed,
         "method": config.aggregation.method,
         "trained_parameters": values,
-        **_traffic(config, sizes, values),
+        **_traffic(config, sizes),
         "records_in_a_pass": records,
         "memory_bytes": {**asdict(needs), "total": needs.total},
         "device": device,
@@ -111,22 +113,36 @@ def _records(config: Config) -> int:
     return privacy.max_records_per_unit or 1  # each unit has a pass of its own
 
 
-def _traffic(config: Config, sizes: Footprint, trained: int) -> dict[str, Any]:
-    """What travels in a round, for one client and for the cohort, and by method."""
-    from fedslm.aggregation.methods import trained_keys
+def _with_cores(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The adapter's tensors, and the core that Fed-SB would put into each layer."""
+    ranks = {layer: shapes[key_of(layer, "lora_A")][0] for layer in layers_of(shapes)}
+    return {**shapes, **{key_of(layer, "lora_R"): (r, r) for layer, r in ranks.items()}}
+
+
+def _traffic(config: Config, sizes: Footprint) -> dict[str, Any]:
+    """What travels in a round, for one client and for the cohort, and up by method.
+
+    What stack, fedex and flora put aside comes to the download and is not known before the run.
+    """
+    from fedslm.aggregation.methods import METHODS, method_of, moving_keys, sent_keys
     from fedslm.models.footprint import parameters
 
+    shapes, method = _with_cores(sizes.shapes), method_of(config.aggregation)
+    plain = shapes if method == "fed-sb" else sizes.shapes
     cohort = config.federation.clients_per_round or config.federation.num_clients
-    each = 4 * trained  # float32, the same in both directions
+    down = 4 * parameters(plain, moving_keys(method, plain))
+    width = {"float32": 4, "bfloat16": 2, "int8": 1}[config.compression.upload]
+    share = width * config.compression.keep_fraction
+    up = round(share * parameters(plain, sent_keys(method, plain)))
     methods = {
-        name: 4 * parameters(sizes.shapes, trained_keys(name, sizes.shapes))
-        for name in ("fedit", "ffa")
+        name: 4 * parameters(shapes, sent_keys(name, shapes if name == "fed-sb" else sizes.shapes))
+        for name in METHODS
     }
     return {
-        "bytes_down_per_client": each,
-        "bytes_up_per_client": each,
+        "bytes_down_per_client": down,
+        "bytes_up_per_client": up,
         "cohort": cohort,
-        "bytes_per_round": 2 * cohort * each,
+        "bytes_per_round": cohort * (down + up),
         "bytes_by_method": methods,
     }
 

@@ -24,11 +24,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedslm import config as configuration
+from fedslm.aggregation.server import ServerState
 from fedslm.config import Config
 from fedslm.errors import ConfigError, FedslmError, PrivacyError, RunError
 from fedslm.privacy.statement import Statement, read_statement
-from fedslm.records import AdapterState, RoundRecord
+from fedslm.records import AdapterState, RoundRecord, is_count, is_number
 from fedslm.storage import load_adapter, save_adapter, write_text
+
+_PARTS = ("moving", "memory", "control")
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,15 @@ class Checkpoint:
 
     Attributes:
         round: Last finished round; 0 before the first.
-        trained: The trained tensors.
+        server: What aggregation carries on: the moving tensors, turn and moments.
         metrics_before: Public metrics of the initial adapter.
-        metrics: Public metrics of ``trained``.
+        metrics: Public metrics of the adapter.
         failed_in_row: Rounds without enough replies, up to this one.
         statements: Client index to the last spend statement that it signed.
     """
 
     round: int
-    trained: AdapterState
+    server: ServerState
     metrics_before: Mapping[str, float]
     metrics: Mapping[str, float]
     failed_in_row: int = 0
@@ -170,21 +173,27 @@ class RunDirectory:
         if record is not None:
             self._append("rounds.jsonl", [json.dumps(asdict(record))])
             self._append("statements.jsonl", self._unseen(checkpoint))
-        name = f"adapter-{checkpoint.round:05d}.safetensors"
-        directory = self.path / "checkpoint"
-        save_adapter(directory / name, checkpoint.trained)
+        directory, server = self.path / "checkpoint", checkpoint.server
+        files = {}
+        for part in _PARTS:
+            tensors: AdapterState = getattr(server, part)
+            name = f"{part}-{checkpoint.round:05d}.safetensors"
+            if tensors:
+                save_adapter(directory / name, tensors)
+                files[part] = {"name": name, "sha256": tensors.sha256()}
         values = {
             "round": checkpoint.round,
-            "adapter": name,
-            "adapter_sha256": checkpoint.trained.sha256(),
+            "turn": server.turn,
+            "norms": dict(server.norms),
+            "files": files,
             "metrics_before": dict(checkpoint.metrics_before),
             "metrics": dict(checkpoint.metrics),
             "failed_in_row": checkpoint.failed_in_row,
             "statements": {k: v.to_json() for k, v in checkpoint.statements.items()},
         }
         write_text(directory / "state.json", json.dumps(values, indent=2))
-        for old in directory.glob("adapter-*.safetensors"):
-            if old.name != name:
+        for old in directory.glob("*.safetensors"):
+            if old.name not in {file["name"] for file in files.values()}:
                 old.unlink()
 
     def load(self) -> Checkpoint | None:
@@ -201,13 +210,11 @@ class RunDirectory:
             return None
         try:
             values = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-            trained = load_adapter(directory / values["adapter"])
-            if trained.sha256() != values["adapter_sha256"]:
-                raise ValueError("the adapter does not match its hash")
+            server = _server_state(directory, values)
             statements = {int(k): read_statement(text) for k, text in values["statements"].items()}
             checkpoint = Checkpoint(
                 round=int(values["round"]),
-                trained=trained,
+                server=server,
                 metrics_before=values["metrics_before"],
                 metrics=values["metrics"],
                 failed_in_row=int(values["failed_in_row"]),
@@ -267,3 +274,19 @@ class RunDirectory:
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error}") from error
+
+
+def _server_state(directory: Path, values: Mapping[str, Any]) -> ServerState:
+    """Reads the tensors that a checkpoint names, checked against their hashes."""
+    parts = {}
+    for part, file in values["files"].items():
+        if part not in _PARTS:
+            raise ValueError(f"unknown part {part!r}")
+        parts[part] = load_adapter(directory / Path(file["name"]).name)
+        if parts[part].sha256() != file["sha256"]:
+            raise ValueError(f"the file of part {part!r} does not match its hash")
+    norms = values["norms"]
+    known = isinstance(norms, dict) and set(norms) <= {"all", "odd", "even"}
+    if not (known and is_count(values["turn"]) and all(map(is_number, norms.values()))):
+        raise ValueError("turn must be a count, and norms numbers by kind")
+    return ServerState(turn=values["turn"], norms=norms, **parts)

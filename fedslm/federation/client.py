@@ -6,32 +6,33 @@ import hashlib
 import logging
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import fedslm
+from fedslm.aggregation.compression import WHOLE
 from fedslm.aggregation.methods import trained_keys
-from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError, TrainingError
+from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError
+from fedslm.factors import delta_keys, key_of, layers_of
 from fedslm.federation.attestation import attest
+from fedslm.federation.loading import model_for
 from fedslm.federation.node import Node, Release
 from fedslm.federation.shard import shard_of
-from fedslm.federation.wire import Reply, Request, Setup, from_arrays, to_arrays
+from fedslm.federation.update import make_update, start_of
+from fedslm.federation.wire import Reply, Request, Setup
 from fedslm.models.base import base_sha256, resolve
-from fedslm.models.loaded import LoadedModel, load
+from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.chain import ADAPTER, METRIC, Charge
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.plan import (
     METRIC_SENSITIVITY,
     ExamplePlan,
-    NoPrivacy,
     PatientPlan,
     PrivatePlan,
     from_json,
 )
 from fedslm.privacy.policy import Asked
 from fedslm.records import AdapterState
-from fedslm.storage import load_adapter
 from fedslm.tasks import build
 
 logger = logging.getLogger(__name__)
@@ -56,17 +57,17 @@ def train(message: Message, context: Context) -> Message:
           a failure is one fixed sentence.
         * The same request again gets the same bytes, free of charge.
     """
-    round_number = 0
+    round_number, packing = 0, WHOLE
     try:
         request = Request.from_records(message.content)
-        round_number = request.round
+        round_number, packing = request.round, request.packing
         reply = _answer(request, Node.of(context, request.setup.directory))
     except (BudgetExceeded, PolicyRefused, FederationError) as error:  # these hold public values only
         reply = Reply("refused", round_number, reason=str(error))
     except Exception:  # the edge of the client: a coarse status leaves, details stay here
         logger.exception("training failed")
         reply = Reply("failed", round_number, reason="failed; see the client's log")
-    return Message(reply.to_records(), reply_to=message)
+    return Message(reply.to_records(packing), reply_to=message)
 
 
 def _answer(request: Request, node: Node) -> Reply:
@@ -81,12 +82,13 @@ def _answer(request: Request, node: Node) -> Reply:
     node.admit(Asked(plan, setup.base_sha256, setup.task.name))
     if base_sha256(resolve(setup.model)) != setup.base_sha256:  # before any of its files is interpreted
         raise FederationError("the base model here differs from the server's")
-    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    model = model_for(setup)
     if isinstance(plan, PrivatePlan):
         return _answer_privately(request, node, plan, model)
-    adapter = _train(request, node, plan, model)
-    weight = float(len(shard_of(setup, node).trained)) if setup.weights == "records" else 1.0
-    return _reply(request, model, Release(adapter), weight=weight)
+    examples = shard_of(setup, node).trained
+    release = make_update(request, node, plan, model, examples)
+    weight = float(len(examples)) if setup.aggregation.weights == "records" else 1.0
+    return _reply(request, model, release, weight=weight)
 
 
 def _answer_privately(
@@ -103,13 +105,13 @@ def _answer_privately(
     if request.setup.lora.dropout > 0:
         raise PolicyRefused("LoRA dropout couples the records of a batch; it must be 0 under privacy")
     check_private_model(model.adapter.network)
-    _check_adapter(_whole(request), model)
+    _check_adapter(start_of(request, node).adapter, model)
     _rehearsed(request.setup)
     attest(node.directory if node.deployed else node.directory.parent)
     reserved = ledger.reserve(charges, node.limits(plan))
-    release = Release(_train(request, node, plan, model))
+    release = make_update(request, node, plan, model, shard_of(request.setup, node).trained)
     if plan.metric_event is not None:
-        release = Release(release.adapter, _metric(request, node, plan, model))
+        release = replace(release, metric=_metric(request, node, plan, model))
     node.keep(release)
     for index, charge in zip(reserved, charges, strict=True):
         ledger.commit(index, release.hashes()[charge.purpose])
@@ -119,8 +121,26 @@ def _answer_privately(
 def _check_adapter(whole: AdapterState, model: LoadedModel) -> None:
     """Refuses tensors that do not fit the model before anything is charged for them."""
     fitting = {key: tuple(each.shape) for key, each in model.adapter.parameters.items()}
-    if whole.shapes != fitting or not whole.is_finite():
+    own = whole.select(set(whole) - delta_keys(whole))
+    if own.shapes != fitting or not whole.is_finite() or not _deltas_fit(whole):
         raise FederationError("the adapter does not fit the model here, or is not finite")
+
+
+def _deltas_fit(whole: AdapterState) -> bool:
+    """True if what aggregation put aside has the layers' own widths, and both factors."""
+    shapes, layers = whole.shapes, set(layers_of(whole))
+    if {key.rsplit(".", 2)[0] for key in delta_keys(whole)} - layers:
+        return False
+    for layer in layers:
+        right, left = shapes.get(key_of(layer, "delta_A")), shapes.get(key_of(layer, "delta_B"))
+        width, height = shapes[key_of(layer, "lora_A")][1], shapes[key_of(layer, "lora_B")][0]
+        if (right, left) == (None, None):
+            continue
+        if right is None or left is None or len(right) != 2 or len(left) != 2:
+            return False
+        if (right[1], left[0], right[0]) != (width, height, left[1]) or right[0] > min(width, height):
+            return False
+    return True
 
 
 @lru_cache(maxsize=8)
@@ -128,10 +148,11 @@ def _rehearsed(setup: Setup) -> None:
     """Rehearses with the model that is loaded for a setup, once per process."""
     from fedslm.training.local import rehearse
 
-    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    model = model_for(setup)
     plan, task = from_json(setup.plan), build(setup.task, setup.data, setup.labels)
     if isinstance(plan, PrivatePlan):
-        rehearse(model, task, plan, trained_keys(setup.method, model.adapter.read()))
+        for turn in (1, 2):
+            rehearse(model, task, plan, trained_keys(setup.method, model.adapter.parameters, turn))
 
 
 @lru_cache(maxsize=8)
@@ -173,24 +194,6 @@ def _charges(request: Request, node: Node, plan: ExamplePlan | PatientPlan) -> l
     ]
 
 
-def _train(
-    request: Request, node: Node, plan: ExamplePlan | PatientPlan | NoPrivacy, model: LoadedModel
-) -> AdapterState:
-    """Trains, and checks that the bytes that will be sent reload to what the model holds."""
-    from fedslm.training.local import LocalWork
-    from fedslm.training.local import train as train_locally
-
-    setup, whole = request.setup, _whole(request)
-    trained = trained_keys(setup.method, whole)
-    work = LocalWork(whole, trained, setup.seed, request.round, node.client)
-    task = build(setup.task, setup.data, setup.labels)
-    examples = shard_of(setup, node).trained
-    adapter = train_locally(model, task, examples, plan, setup.training, work)
-    if from_arrays(to_arrays(adapter)).sha256() != model.adapter.read(sorted(trained)).sha256():
-        raise TrainingError("the bytes to be sent do not reload to the trained adapter")
-    return adapter
-
-
 def _metric(
     request: Request, node: Node, plan: ExamplePlan | PatientPlan, model: LoadedModel
 ) -> tuple[float, float]:
@@ -198,14 +201,8 @@ def _metric(
     from fedslm.training.metric import noisy_metric
 
     setup = request.setup
-    task = build(setup.task, setup.data, setup.labels)
-    return noisy_metric(model, task, shard_of(setup, node).measured, _whole(request), plan)
-
-
-def _whole(request: Request) -> AdapterState:
-    """The whole adapter to start from."""
-    setup = request.setup
-    return _frozen(Path(setup.directory), setup.frozen_sha256).merged(request.adapter)
+    task, start = build(setup.task, setup.data, setup.labels), start_of(request, node).adapter
+    return noisy_metric(model, task, shard_of(setup, node).measured, start, plan)
 
 
 def _reply(
@@ -217,30 +214,28 @@ def _reply(
     weight: float = 1.0,
 ) -> Reply:
     """A reply with everything that the server checks."""
-    adapter_sha256 = release.adapter.sha256()
+    delta_sha256 = release.delta.sha256()
     run, number = request.setup.run_id, request.round
     return Reply(
         "ok",
         number,
-        adapter=release.adapter,
-        adapter_sha256=adapter_sha256,
+        delta=release.delta,
+        delta_sha256=delta_sha256,
         base_sha256=model.base_sha256,
         weight=weight,
-        statement="" if ledger is None else ledger.statement(run, number, adapter_sha256).to_json(),
+        statement="" if ledger is None else ledger.statement(run, number, delta_sha256).to_json(),
         metric=release.metric,
+        control=release.control,
     )
-
-
-@lru_cache(maxsize=2)
-def _frozen(directory: Path, sha256: str) -> AdapterState:
-    """The shared frozen tensors, checked against the hash that the server names."""
-    state = load_adapter(directory / "frozen.safetensors")
-    if state.sha256() != sha256:
-        raise FederationError("the frozen tensors here differ from the server's")
-    return state
 
 
 def _request_sha256(request: Request) -> str:
     """Names a request: the same run, round, plan and starting adapter give the same name."""
-    parts = (request.setup.to_json(), str(request.round), request.adapter.sha256())
+    parts = (
+        request.setup.to_json(),
+        str(request.round),
+        str(request.turn),
+        request.adapter.sha256(),
+        request.control.sha256(),
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

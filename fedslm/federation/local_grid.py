@@ -11,8 +11,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedslm.federation import client
-from fedslm.federation.wire import HELLO, TRAIN
+from fedslm.federation import client, personal
+from fedslm.federation.wire import HELLO, MEASURE, TRAIN
 from fedslm.federation.workers import Failure, Pool
 
 _POLL_SECONDS = 0.5
@@ -124,10 +124,12 @@ def handle(message: Message, context: Context) -> Message:
     match message.metadata.message_type:
         case "train":
             return client.train(message, context)
+        case "evaluate":
+            return personal.measure(message, context)
         case "query.hello":
             return client.hello(message, context)
         case other:
-            raise ValueError(f"unknown message type {other!r}; known: {TRAIN}, {HELLO}")
+            raise ValueError(f"unknown message type {other!r}; known: {TRAIN}, {MEASURE}, {HELLO}")
 
 
 def _reply(message: Message, result: object) -> Message:

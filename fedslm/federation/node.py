@@ -15,7 +15,7 @@ self-test.json               which code passed the self-test here
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.app import Context
@@ -40,16 +40,18 @@ class Release:
     """What leaves in one round.
 
     Attributes:
-        adapter: The trained tensors.
+        delta: What was trained and is sent, minus where it started.
         metric: Noisy (sum of scores, number of units); None if none was asked.
+        control: SCAFFOLD's difference of the control variate; never under privacy.
     """
 
-    adapter: AdapterState
+    delta: AdapterState
     metric: tuple[float, float] | None = None
+    control: AdapterState = field(default_factory=lambda: AdapterState({}))
 
     def hashes(self) -> dict[str, str]:
         """Hash of each part, by the purpose that it was charged for."""
-        parts = {ADAPTER: self.adapter.sha256()}
+        parts = {ADAPTER: self.delta.sha256()}
         if self.metric is not None:
             parts[METRIC] = keys.sha256_of(self.metric)
         return parts
@@ -128,7 +130,7 @@ class Node:
 
     def keep(self, release: Release) -> None:
         """Keeps a release for a request that is sent again."""
-        save_adapter(self.directory / "release.safetensors", release.adapter)
+        save_adapter(self.directory / "release.safetensors", release.delta)
         write_text(self.directory / "release.json", json.dumps({"metric": release.metric}))
 
     def kept(self, hashes: dict[str, str]) -> Release | None:
@@ -136,10 +138,10 @@ class Node:
         if not hashes:
             return None
         try:
-            adapter = load_adapter(self.directory / "release.safetensors")
+            delta = load_adapter(self.directory / "release.safetensors")
             text = (self.directory / "release.json").read_text(encoding="utf-8")
             metric = json.loads(text)["metric"]
-            release = Release(adapter, None if metric is None else (metric[0], metric[1]))
+            release = Release(delta, None if metric is None else (metric[0], metric[1]))
         except (RunError, OSError, ValueError, KeyError, TypeError, IndexError):
             return None
         return release if release.hashes() == hashes else None

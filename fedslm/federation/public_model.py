@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedslm.aggregation.methods import trained_keys
+from fedslm.aggregation.methods import moving_keys
 from fedslm.data import shards
 from fedslm.errors import DataError
+from fedslm.federation.loading import model_for
 from fedslm.federation.wire import Setup
 from fedslm.federation.workers import Pool
-from fedslm.models.adapter import initial_state
-from fedslm.models.loaded import load
+from fedslm.models.initial import initial_state
+from fedslm.models.loaded import LoadedModel
+from fedslm.models.plain import save_plain
 from fedslm.privacy.plan import PrivatePlan, from_json
 from fedslm.records import AdapterState
 from fedslm.tasks import build
@@ -33,12 +35,12 @@ class Description:
     """What the server must know about the model.
 
     Attributes:
-        trained: Initial tensors that clients train and send.
-        frozen: Tensors that stay as they are, shared by hash.
+        moving: Initial tensors that rounds change.
+        frozen: Tensors that stay as they are at the server, shared by hash.
         base_sha256: Hash of the base model's files.
     """
 
-    trained: AdapterState
+    moving: AdapterState
     frozen: AdapterState
     base_sha256: str
 
@@ -50,7 +52,7 @@ def describe(setup: Setup) -> Description:
         ModelError: The model or its LoRA targets are not usable.
         PrivacyError: The plan is private, and the base couples records or the accountants disagree.
     """
-    model, plan = load(setup.model, setup.lora, setup.task, len(setup.labels)), from_json(setup.plan)
+    model, plan = model_for(setup), from_json(setup.plan)
     if isinstance(plan, PrivatePlan):
         plan.verify()
         from fedslm.training.checks import check_private_model
@@ -58,12 +60,24 @@ def describe(setup: Setup) -> Description:
         check_private_model(model.adapter.network)
     shapes = {key: tuple(each.shape) for key, each in model.adapter.parameters.items()}
     state = initial_state(shapes, setup.seed)
-    trained = trained_keys(setup.method, state)
+    if setup.lora.initial == "eva":
+        state = _from_public_inputs(setup, model, state)
+    moving = moving_keys(setup.method, state)
     return Description(
-        trained=state.select(trained),
-        frozen=state.select(set(state) - trained),
+        moving=state.select(moving),
+        frozen=state.select(set(state) - moving),
         base_sha256=model.base_sha256,
     )
+
+
+def _from_public_inputs(setup: Setup, model: LoadedModel, state: AdapterState) -> AdapterState:
+    """A from the main directions of what each layer sees on the public records."""
+    from fedslm.models.activations import eva_state, input_directions
+
+    task = build(setup.task, setup.data, setup.labels)
+    rows = shards.read_public(Path(setup.directory) / "data")
+    examples = task.prepare(rows, model.tokenizer).examples
+    return eva_state(state, input_directions(model, task, examples, setup.lora.rank))
 
 
 def evaluate(pool: Pool, setup: Setup, adapter: AdapterState) -> dict[str, float]:
@@ -86,17 +100,16 @@ def count(setup: Setup, adapter: AdapterState, part: int, parts: int) -> dict[st
     """Additive statistics of every ``parts``-th public example; empty if there is none."""
     from fedslm.training.evaluation import count as count_examples
 
-    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    model = model_for(setup)
     task = build(setup.task, setup.data, setup.labels)
     examples = _public(setup).examples[part::parts]
     return count_examples(model, task, examples, adapter, _EVALUATION_BATCH_SIZE)
 
 
 def export(setup: Setup, adapter: AdapterState, directory: Path) -> None:
-    """Writes a whole adapter as PEFT does, and the tokenizer beside it."""
-    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
-    model.adapter.write(adapter)
-    model.adapter.save(directory)
+    """Writes a whole adapter as one ordinary LoRA adapter of PEFT, and the tokenizer beside it."""
+    model = model_for(setup)
+    save_plain(model.adapter, adapter, setup.lora, directory)
     model.tokenizer.save_pretrained(directory)
 
 
@@ -109,7 +122,7 @@ def truncated(setup: Setup) -> tuple[int, int]:
 @lru_cache(maxsize=1)
 def _public(setup: Setup) -> Prepared:
     """The public examples, tokenised once per process."""
-    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    model = model_for(setup)
     task = build(setup.task, setup.data, setup.labels)
     rows = shards.read_evaluation(Path(setup.directory) / "data")
     return task.prepare(rows, model.tokenizer)

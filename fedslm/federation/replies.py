@@ -6,50 +6,68 @@ from dataclasses import replace
 
 from flwr.app import Message
 
+from fedslm.aggregation.methods import rank_of_client, sent_keys
+from fedslm.aggregation.ranks import crop
 from fedslm.errors import FedslmError
 from fedslm.federation.wire import Reply, Request
 from fedslm.privacy import accounting
 from fedslm.privacy.plan import Plan, PrivatePlan, from_json
 from fedslm.privacy.statement import Statement, read_statement
+from fedslm.records import AdapterState
 
 _MOST_EVENTS = 100_000
 _LARGEST_VALUE = 1e4
 _LARGEST_WEIGHT = 2**31
 
 
-def checked(message: Message, request: Request) -> Reply | str:
+def checked(message: Message, request: Request, client: int) -> Reply | str:
     """Checks one reply; what is not exactly right counts as failed, never as zero.
+
+    Args:
+        message: The reply.
+        request: What was asked.
+        client: Who was asked.
 
     Returns:
         The reply, or why it cannot be used.
     """
     if message.has_error():
         return f"error {message.error.code}: {message.error.reason}"
+    shapes = expected_shapes(request, client)
     try:
-        reply = Reply.from_records(message.content)
+        reply = Reply.from_records(message.content, request.packing, shapes)
     except FedslmError as error:
         return str(error)
     if reply.status != "ok":
-        return replace(reply, adapter=None, statement="", metric=None)
+        return replace(reply, delta=None, statement="", metric=None, control=AdapterState({}))
     if (problem := _problem_of_statement(from_json(request.setup.plan), request, reply)) is not None:
         return problem
-    adapter = reply.adapter
-    if adapter is None or adapter.shapes != request.adapter.shapes:
-        return "the update has other tensors or shapes than the request"
-    if not adapter.is_finite():
-        return "the update holds NaN or infinity"
-    if any(float(abs(adapter[key]).max(initial=0.0)) > _LARGEST_VALUE for key in adapter):
-        return f"the update holds values beyond {_LARGEST_VALUE:g}"
+    if reply.delta is None or reply.delta.shapes != shapes:
+        return "the update has other tensors or shapes than were asked for"
+    if reply.control.shapes != request.control.shapes:
+        return "the control variate has other tensors or shapes than the request"
+    for state in (reply.delta, reply.control):
+        if not state.is_finite():
+            return "the update holds NaN or infinity"
+        if any(float(abs(state[key]).max(initial=0.0)) > _LARGEST_VALUE for key in state):
+            return f"the update holds values beyond {_LARGEST_VALUE:g}"
     if reply.round != request.round:
         return f"the update is for round {reply.round}"
     if reply.base_sha256 != request.setup.base_sha256:
         return "the update was trained on another base model"
-    if adapter.sha256() != reply.adapter_sha256:
+    if reply.delta.sha256() != reply.delta_sha256:
         return "the update does not match its hash"
-    largest = 1 if request.setup.weights == "uniform" else _LARGEST_WEIGHT
+    largest = 1 if request.setup.aggregation.weights == "uniform" else _LARGEST_WEIGHT
     if not (1 <= reply.weight <= largest and reply.weight == int(reply.weight)):
         return f"weight={reply.weight} is not allowed"
     return reply
+
+
+def expected_shapes(request: Request, client: int) -> dict[str, tuple[int, ...]]:
+    """The tensors that a client is to send: those of its method and turn, at its own rank."""
+    setup = request.setup
+    sent = sent_keys(setup.method, request.adapter, request.turn)
+    return crop(request.adapter.select(sent), rank_of_client(setup.lora, client)).shapes
 
 
 def _problem_of_statement(plan: Plan, request: Request, reply: Reply) -> str | None:
@@ -63,7 +81,7 @@ def _problem_of_statement(plan: Plan, request: Request, reply: Reply) -> str | N
         statement = read_statement(reply.statement)
     except FedslmError as error:
         return str(error)
-    asked = (request.setup.run_id, request.round, plan.unit, reply.adapter_sha256)
+    asked = (request.setup.run_id, request.round, plan.unit, reply.delta_sha256)
     if (statement.run, statement.round, statement.unit, statement.release_sha256) != asked:
         return "the spend statement is for another release"
     if len(statement.events) > _MOST_EVENTS or not set(plan.round_events) >= set(statement.events):

@@ -6,31 +6,33 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 import fedslm
-from fedslm.aggregation.mean import WeightedMean
+from fedslm.aggregation.server import Aggregation, Round, ServerState
 from fedslm.config import Config
+from fedslm.data.poison import hostile_clients
 from fedslm.errors import FederationError
 from fedslm.federation import public_model
+from fedslm.federation.attacks import attacked
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
-from fedslm.federation.replies import checked, continued
-from fedslm.federation.wire import HELLO, TRAIN, Reply, Request, Setup
+from fedslm.federation.fairness import ClientMetrics, read_metrics
+from fedslm.federation.population import choose_cohort, join, pull
+from fedslm.federation.replies import checked, continued, expected_shapes
+from fedslm.federation.wire import MEASURE, TRAIN, Reply, Request, Setup
 from fedslm.federation.workers import Pool
 from fedslm.privacy import accounting
 from fedslm.privacy.plan import Plan
 from fedslm.privacy.statement import Statement
 from fedslm.records import AdapterState, ClientUpdate, RoundRecord
-from fedslm.rng import stream
 from fedslm.storage import load_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
-_POLL_SECONDS = 0.05
 _LONGEST_REASON = 300
 
 
@@ -56,17 +58,34 @@ class Outcome:
         frozen: Tensors that no round changed.
         checkpoint: The last state.
         stopped: Why the run stopped before its last round; empty if it did not.
+        measured: Client to what it measured on its held-out records; empty if nobody was asked.
     """
 
     setup: Setup
     frozen: AdapterState
     checkpoint: Checkpoint
     stopped: str
+    measured: Mapping[int, ClientMetrics] = field(default_factory=dict)
 
     @property
     def adapter(self) -> AdapterState:
         """The whole adapter."""
-        return self.frozen.merged(self.checkpoint.trained)
+        return self.frozen.merged(self.checkpoint.server.moving)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What stays the same over a run.
+
+    Attributes:
+        setup: What clients are told.
+        frozen: Tensors that no round changes at the server.
+        aggregation: How rounds are put together.
+    """
+
+    setup: Setup
+    frozen: AdapterState
+    aggregation: Aggregation
 
 
 @dataclass(frozen=True)
@@ -100,20 +119,38 @@ class Federation:
             FederationError: The population never came together.
             RunError: A checkpoint could not be written; the previous one stays valid.
         """
-        setup, frozen, state = self._begin(config, plan, labels)
-        nodes = join(self.grid, config.federation.num_clients, config)
+        told, state = self._begin(config, plan, labels)
+        nodes = join(self.grid, config.federation.num_clients, config.federation.join_deadline_seconds)
         self.observer.on_start(config, state)
         stopped = ""
         for number in range(state.round + 1, config.federation.rounds + 1):
-            state = self._round(config, setup, frozen, state, nodes=nodes, number=number)
+            state = self._round(config, told, state, nodes=nodes, number=number)
             if state.failed_in_row >= config.federation.max_failed_rounds:
                 stopped = f"{state.failed_in_row} rounds in a row had too few replies"
                 break
-        return Outcome(setup, frozen, state, stopped)
+        measured = self._measured(config, told, state, nodes)
+        return Outcome(told.setup, told.frozen, state, stopped, measured)
 
-    def _begin(
-        self, config: Config, plan: Plan, labels: tuple[str, ...]
-    ) -> tuple[Setup, AdapterState, Checkpoint]:
+    def _measured(
+        self, config: Config, told: Told, state: Checkpoint, nodes: dict[int, int]
+    ) -> dict[int, ClientMetrics]:
+        """What clients measure on their held-out records after the last round, if they may say it."""
+        personalised = config.personalization.method != "none"
+        if config.data.validation_fraction == 0 or not (personalised or config.privacy.unit == "none"):
+            return {}
+        server = state.server
+        number = config.federation.rounds + 1
+        request = Request(told.setup, number, server.moving, server.turn, server.control)
+        measured = {}
+        for client, reply in self._replies(config, request, sorted(nodes), nodes, kind=MEASURE):
+            found = "late" if reply is None else read_metrics(reply)
+            if isinstance(found, ClientMetrics):
+                measured[client] = found
+            elif found is not None:
+                logger.warning("client %d could not be measured: %s", client, found)
+        return measured
+
+    def _begin(self, config: Config, plan: Plan, labels: tuple[str, ...]) -> tuple[Told, Checkpoint]:
         """Makes or finds the initial state."""
         setup = _setup(config, plan, labels, self.directory)
         description = self.pool.call(public_model.describe, setup)
@@ -122,13 +159,23 @@ class Federation:
             save_adapter(self.directory.frozen, description.frozen)
         frozen = load_adapter(self.directory.frozen)
         setup = replace(setup, base_sha256=description.base_sha256, frozen_sha256=frozen.sha256())
+        aggregation = Aggregation(
+            setup.aggregation,
+            config.lora,
+            config.federation.num_clients,
+            fixed_denominator=config.privacy.unit != "none",
+            fresh=description.moving,
+        )
         if state is None:
-            whole = frozen.merged(description.trained)
-            metrics = public_model.evaluate(self.pool, setup, whole)
+            metrics = public_model.evaluate(self.pool, setup, frozen.merged(description.moving))
             self._say_what_is_cut(setup)
-            state = Checkpoint(0, description.trained, metrics, metrics)
+            control = AdapterState({})
+            if config.training.drift == "scaffold":
+                control = description.moving.minus(description.moving)
+            server = ServerState(description.moving, control=control)
+            state = Checkpoint(0, server, metrics, metrics)
             self.directory.save(state)
-        return setup, frozen, state
+        return Told(setup, frozen, aggregation), state
 
     def _say_what_is_cut(self, setup: Setup) -> None:
         """Warns of long public records: the private ones are likely to be as long."""
@@ -142,44 +189,45 @@ class Federation:
     def _round(
         self,
         config: Config,
-        setup: Setup,
-        frozen: AdapterState,
+        told: Told,
         state: Checkpoint,
         *,
         nodes: dict[int, int],
         number: int,
     ) -> Checkpoint:
-        """One round: push, stream replies into the mean, evaluate, record, checkpoint."""
+        """One round: push, stream replies into the aggregate, evaluate, record, checkpoint."""
         began = time.monotonic()
-        cohort = choose_cohort(config, number)
-        tally = Tally(cohort=len(cohort), bytes_down=len(cohort) * state.trained.num_bytes)
-        mean, statements = WeightedMean(state.trained), dict(state.statements)
-        request = Request(setup, number, state.trained)
-        for client, answer in self._exchange(config, request, cohort, nodes):
-            if isinstance(answer, Reply) and answer.statement:
-                answer = continued(answer, statements, client)
-            tally.count(client, answer)
-            if isinstance(answer, Reply) and answer.adapter is not None:
-                mean.add(ClientUpdate(client, answer.adapter, answer.weight))
-            self.observer.on_client(number, tally.done, len(cohort))
-        enough = mean.count >= config.federation.min_replies and mean.result().is_finite()
-        trained = mean.result() if enough else state.trained
+        cohort = choose_cohort(config.federation, config.run.seed, number)
+        server, statements = state.server, dict(state.statements)
+        request = Request(told.setup, number, server.moving, server.turn, server.control)
+        tally = Tally(cohort=len(cohort), bytes_down=len(cohort) * request.num_bytes)
+        with Round(told.aggregation, server, cohort, self.directory.path / "updates") as aggregate:
+            for client, answer in self._exchange(config, request, cohort, nodes):
+                if isinstance(answer, Reply) and answer.statement:
+                    answer = continued(answer, statements, client)
+                tally.count(client, answer)
+                if isinstance(answer, Reply) and answer.delta is not None:
+                    update = ClientUpdate(client, answer.delta, answer.weight)
+                    aggregate.add(update, answer.control)
+                self.observer.on_client(number, tally.done, len(cohort))
+            moved = _finished(aggregate, config.federation.min_replies)
+            signal_to_noise = _finite(aggregate.signal_to_noise())
         due = number % config.federation.evaluate_every == 0 or number == config.federation.rounds
         metrics: dict[str, float] = {}
-        if not enough:
+        if moved is None:
             metrics = dict(state.metrics)
         elif due:
-            metrics = public_model.evaluate(self.pool, setup, frozen.merged(trained))
+            metrics = public_model.evaluate(self.pool, told.setup, told.frozen.merged(moved.moving))
         record = tally.record(
             number,
-            kept=not enough,
+            kept=moved is None,
             epsilon=_network_epsilon(config, statements),
             metrics=metrics,
-            signal_to_noise=_finite(mean.signal_to_noise()),
+            signal_to_noise=signal_to_noise,
             seconds=time.monotonic() - began,
         )
-        failed = 0 if enough else state.failed_in_row + 1
-        state = state.after(record, trained=trained, failed_in_row=failed, statements=statements)
+        failed = 0 if moved is not None else state.failed_in_row + 1
+        state = state.after(record, server=moved or server, failed_in_row=failed, statements=statements)
         self.directory.save(state, record)
         self.observer.on_round(record)
         return state
@@ -187,7 +235,24 @@ class Federation:
     def _exchange(
         self, config: Config, request: Request, cohort: list[int], nodes: dict[int, int]
     ) -> Iterator[tuple[int, Reply | str]]:
-        """Sends a request to a cohort and yields each answer in cohort order, or why there is none.
+        """Sends a request to a cohort and yields each answer, or why there is none."""
+        attack, population = config.attack, config.federation.num_clients
+        hostile = hostile_clients(attack, population, config.run.seed)
+        for client, reply in self._replies(config, request, cohort, nodes, kind=TRAIN):
+            if reply is not None and client in hostile:
+                reply = attacked(reply, request, attack, expected_shapes(request, client))
+            yield client, "late" if reply is None else checked(reply, request, client)
+
+    def _replies(
+        self,
+        config: Config,
+        request: Request,
+        cohort: list[int],
+        nodes: dict[int, int],
+        *,
+        kind: str,
+    ) -> Iterator[tuple[int, Message | None]]:
+        """Yields each reply in cohort order; None for one that is late.
 
         A fixed order makes the sum reproducible; replies that came earlier wait at the grid.
         """
@@ -195,12 +260,11 @@ class Federation:
         deadline = time.monotonic() + seconds
         content, group = request.to_records(), str(request.round)
         messages = [
-            Message(content, nodes[client], TRAIN, ttl=seconds, group_id=group) for client in cohort
+            Message(content, nodes[client], kind, ttl=seconds, group_id=group) for client in cohort
         ]
         identifiers = list(self.grid.push_messages(messages))
         for client, identifier in zip(cohort, identifiers, strict=True):
-            reply = pull(self.grid, identifier, deadline)
-            yield client, "late" if reply is None else checked(reply, request)
+            yield client, pull(self.grid, identifier, deadline)
 
 
 @dataclass
@@ -225,7 +289,7 @@ class Tally:
         """Counts one answer."""
         if isinstance(answer, Reply):
             self._counts[answer.status] += 1
-            self.bytes_up += answer.adapter.num_bytes if answer.adapter is not None else 0
+            self.bytes_up += answer.num_bytes
             reason = answer.reason
             if answer.metric is not None:
                 self._scores, self._units = (
@@ -257,88 +321,22 @@ class Tally:
         )
 
 
-def choose_cohort(config: Config, round: int) -> list[int]:
-    """The clients of a round: a function of seed and round, so that a resumed run needs no replay."""
-    population = config.federation.num_clients
-    size = config.federation.clients_per_round or population
-    generator = stream(config.run.seed, "cohort", round)
-    return sorted(int(index) for index in generator.choice(population, size, replace=False))
-
-
-def join(grid: Grid, num_clients: int, config: Config) -> dict[int, int]:
-    """Waits for the exact population and asks who is who.
-
-    Returns:
-        Client index to node id.
-
-    Raises:
-        FederationError: Nodes are missing, answer nothing, or run another version.
-    """
-    deadline = time.monotonic() + config.federation.join_deadline_seconds
-    while len(found := list(grid.get_node_ids())) < num_clients:
-        if time.monotonic() > deadline:
-            raise FederationError(
-                f"{len(found)} of federation.num_clients={num_clients} nodes joined within "
-                f"federation.join_deadline_seconds={config.federation.join_deadline_seconds:g}"
-            )
-        time.sleep(_POLL_SECONDS)
-    if len(found) > num_clients:
-        raise FederationError(
-            f"{len(found)} nodes are there, more than federation.num_clients={num_clients}"
-        )
-    question = RecordDict({"hello": ConfigRecord({"version": fedslm.__version__})})
-    seconds = config.federation.join_deadline_seconds
-    messages = [Message(question, node, HELLO, ttl=seconds, group_id="hello") for node in found]
-    nodes: dict[int, int] = {}
-    for node, identifier in zip(found, list(grid.push_messages(messages)), strict=True):
-        reply = pull(grid, identifier, deadline + seconds)
-        if reply is None or reply.has_error():
-            reason = "no answer" if reply is None else reply.error.reason
-            raise FederationError(f"node {node} cannot take part: {reason}")
-        values = dict(reply.content.config_records.get("hello", {}))
-        version, client = values.get("version"), values.get("client")
-        if version != fedslm.__version__ or not isinstance(client, int):
-            raise FederationError(
-                f"node {node} runs fedslm {version!s} as client {client!s}, the server "
-                f"{fedslm.__version__}"
-            )
-        if client in nodes:
-            raise FederationError(f"nodes {nodes[client]} and {node} both say that they are {client}")
-        nodes[client] = node
-    if sorted(nodes) != list(range(num_clients)):
-        raise FederationError(
-            f"federation.num_clients={num_clients}, but the nodes are clients {sorted(nodes)}"
-        )
-    return nodes
-
-
-def pull(grid: Grid, identifier: str, deadline: float) -> Message | None:
-    """Waits for one reply; None when the deadline has passed."""
-    while True:
-        for reply in grid.pull_messages([identifier]):
-            return reply
-        if time.monotonic() > deadline:
-            forget = getattr(grid, "forget", None)
-            if forget is not None:
-                forget([identifier])
-            return None
-        time.sleep(_POLL_SECONDS)
-
-
 def _setup(config: Config, plan: Plan, labels: tuple[str, ...], directory: RunDirectory) -> Setup:
     """What clients are told in every round."""
+    resolved = config.resolved()
     return Setup(
         run_id=directory.run_id,
         seed=config.run.seed,
         directory=str(directory.path),
         version=fedslm.__version__,
         model=config.model,
-        lora=config.lora,
+        lora=resolved.lora,
         data=config.data,
         task=config.task,
         training=config.training,
-        method=config.resolved().aggregation.method,
-        weights=config.aggregation.weights,
+        aggregation=resolved.aggregation,
+        compression=config.compression,
+        personalization=config.personalization,
         labels=labels,
         plan=plan.to_json(),
         config_sha256=config.sha256(),
@@ -352,6 +350,17 @@ def _network_epsilon(config: Config, statements: dict[int, Statement]) -> float 
         return None
     clients = [statement.events for statement in statements.values()]
     return accounting.network_epsilon(clients, privacy.delta, overlapping=privacy.overlapping)
+
+
+def _finished(aggregate: Round, min_replies: int) -> ServerState | None:
+    """The state after a round; None if there are too few replies, or they give nothing usable."""
+    if aggregate.count < min_replies:
+        return None
+    try:
+        return aggregate.finish()
+    except FederationError as error:
+        logger.warning("the round moves nothing: %s", error)
+        return None
 
 
 def _finite(value: float | None) -> float | None:

@@ -13,9 +13,9 @@ from typing import Any
 from fedslm.data import shards
 from fedslm.data.columns import needed
 from fedslm.data.holdout import is_held_out, record_name
+from fedslm.federation.loading import model_for
 from fedslm.federation.node import Node
 from fedslm.federation.wire import Setup
-from fedslm.models.loaded import load
 from fedslm.privacy.keys import data_commitment
 from fedslm.privacy.plan import PatientPlan, PrivatePlan, from_json
 from fedslm.tasks import build
@@ -53,7 +53,7 @@ def shard_of(setup: Setup, node: Node) -> Shard:
         * Whether a unit is held out depends on its name alone (:func:`is_held_out`).
         * With ``data.streaming`` examples and their order are the same; rows and tokens stay on disk.
     """
-    model = load(setup.model, setup.lora, setup.task, len(setup.labels))
+    model = model_for(setup)
     task, plan = build(setup.task, setup.data, setup.labels), from_json(setup.plan)
     unit = plan.unit_column if isinstance(plan, PatientPlan) else None
     columns = set(needed(setup.data, setup.task).values()) | ({unit} if unit is not None else set())

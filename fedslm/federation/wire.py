@@ -5,20 +5,34 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
 
-from fedslm.aggregation.methods import Method
-from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig, TrainingConfig
+from fedslm.aggregation.compression import WHOLE, Packing
+from fedslm.aggregation.methods import method_of
+from fedslm.config import (
+    AggregationConfig,
+    CompressionConfig,
+    DataConfig,
+    LoraConfig,
+    MethodName,
+    ModelConfig,
+    PersonalizationConfig,
+    TaskConfig,
+    TrainingConfig,
+)
 from fedslm.errors import FederationError
 from fedslm.records import AdapterState
 
 _LARGEST_METRIC = 1e12
 HELLO = "query.hello"
 TRAIN = "train"
+MEASURE = "evaluate"
 Status = Literal["ok", "refused", "failed"]
 
 _SECTIONS = {
@@ -27,7 +41,11 @@ _SECTIONS = {
     "data": DataConfig,
     "task": TaskConfig,
     "training": TrainingConfig,
+    "aggregation": AggregationConfig,
+    "compression": CompressionConfig,
+    "personalization": PersonalizationConfig,
 }
+_NOTHING = AdapterState({})
 
 
 @dataclass(frozen=True)
@@ -39,8 +57,9 @@ class Setup:
         seed: The run's seed; private sampling and noise do not use it.
         directory: The run directory (simulation).
         version: fedslm's version at the server.
-        method: Resolved aggregation method.
-        weights: "uniform" or "records".
+        aggregation: How adapters become one; the method is resolved.
+        compression: What updates look like on the wire.
+        personalization: What clients do for themselves after the last round.
         labels: Class names: public.
         plan: The calibrated plan, as :meth:`fedslm.privacy.plan.Plan.to_json` gives it.
         config_sha256: Hash of the run's config.
@@ -57,13 +76,19 @@ class Setup:
     data: DataConfig
     task: TaskConfig
     training: TrainingConfig
-    method: Method
-    weights: Literal["uniform", "records"]
+    aggregation: AggregationConfig
+    compression: CompressionConfig
+    personalization: PersonalizationConfig
     labels: tuple[str, ...]
     plan: str
     config_sha256: str = ""
     base_sha256: str = ""
     frozen_sha256: str = ""
+
+    @property
+    def method(self) -> MethodName:
+        """The resolved method."""
+        return method_of(self.aggregation)
 
     def to_json(self) -> str:
         """Serialises the setup."""
@@ -88,24 +113,50 @@ class Request:
     Attributes:
         setup: What stays the same.
         round: Counts from 1.
-        adapter: The trained tensors to start from.
+        adapter: The server's moving tensors, to start from.
+        turn: Which factors are trained: rounds that moved the adapter so far, and one.
+        control: SCAFFOLD's server control variate; empty without it.
     """
 
     setup: Setup
     round: int
     adapter: AdapterState
+    turn: int = 1
+    control: AdapterState = _NOTHING
 
     def to_records(self) -> RecordDict:
         """Packs the request."""
-        values = ConfigRecord({"setup": self.setup.to_json(), "round": self.round})
-        return RecordDict({"request": values, "adapter": to_arrays(self.adapter)})
+        values = ConfigRecord({"setup": self.setup.to_json(), "round": self.round, "turn": self.turn})
+        return RecordDict(
+            {
+                "request": values,
+                "adapter": to_arrays(self.adapter),
+                "control": to_arrays(self.control),
+            }
+        )
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Request:
         """Unpacks a request."""
-        values = records.config_records["request"]
-        setup = Setup.from_json(str(values["setup"]))
-        return cls(setup, int(str(values["round"])), from_arrays(records.array_records["adapter"]))
+        values, arrays = records.config_records["request"], records.array_records
+        return cls(
+            Setup.from_json(str(values["setup"])),
+            int(str(values["round"])),
+            from_arrays(arrays["adapter"]),
+            int(str(values["turn"])),
+            from_arrays(arrays["control"]),
+        )
+
+    @property
+    def packing(self) -> Packing:
+        """What this round's updates look like on the wire."""
+        compression = self.setup.compression
+        return Packing(compression.upload, compression.keep_fraction, (self.setup.seed, self.round))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensors that a client downloads."""
+        return self.adapter.num_bytes + self.control.num_bytes
 
 
 @dataclass(frozen=True)
@@ -116,32 +167,36 @@ class Reply:
         status: ok, refused (budget, policy, version) or failed.
         round: The round that was asked.
         reason: Why not ok; coarse under privacy.
-        adapter: The trained tensors; None unless ok.
-        adapter_sha256: Their hash, computed from the model's memory.
+        delta: What was trained and is sent, minus where it started; None unless ok.
+        delta_sha256: Its hash.
         base_sha256: Hash of the base model that the client used.
         weight: Weight in the mean; 1 under privacy.
         statement: Signed spend statement (JSON); empty without privacy.
         metric: Noisy (sum of scores, number of units) on the client's data; None if none was asked.
+        control: SCAFFOLD's difference of the client's control variate; empty without it.
+        num_bytes: Bytes of tensors that came; 0 at the client.
     """
 
     status: Status
     round: int
     reason: str = ""
-    adapter: AdapterState | None = None
-    adapter_sha256: str = ""
+    delta: AdapterState | None = None
+    delta_sha256: str = ""
     base_sha256: str = ""
     weight: float = 1.0
     statement: str = ""
     metric: tuple[float, float] | None = None
+    control: AdapterState = _NOTHING
+    num_bytes: int = 0
 
-    def to_records(self) -> RecordDict:
+    def to_records(self, packing: Packing = WHOLE) -> RecordDict:
         """Packs the reply."""
         values = ConfigRecord(
             {
                 "status": self.status,
                 "round": self.round,
                 "reason": self.reason,
-                "adapter_sha256": self.adapter_sha256,
+                "delta_sha256": self.delta_sha256,
                 "base_sha256": self.base_sha256,
                 "weight": self.weight,
                 "statement": self.statement,
@@ -150,33 +205,48 @@ class Reply:
         if self.metric is not None:
             values["metric"] = list(self.metric)
         records = RecordDict({"reply": values})
-        if self.adapter is not None:
-            records["adapter"] = to_arrays(self.adapter)
+        if self.delta is not None:
+            records["delta"] = _record(packing.pack(self.delta))
+        if self.control:
+            records["control"] = to_arrays(self.control)
         return records
 
     @classmethod
-    def from_records(cls, records: RecordDict) -> Reply:
+    def from_records(
+        cls,
+        records: RecordDict,
+        packing: Packing = WHOLE,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Reply:
         """Unpacks a reply.
+
+        Args:
+            records: The content of the message.
+            packing: What updates look like on the wire.
+            shapes: The tensors that are expected; needed unless they are packed whole.
 
         Raises:
             FederationError: It is not a reply.
         """
         try:
             values = dict(records.config_records["reply"])
-            arrays = records.array_records.get("adapter")
+            arrays = records.array_records.get("delta")
             status, metric = str(values["status"]), values.get("metric")
             if status not in ("ok", "refused", "failed"):
                 raise ValueError(f"unknown status {status!r}")
+            control = records.array_records.get("control")
             return cls(
                 status=status,  # type: ignore[arg-type]
                 round=int(str(values["round"])),
                 reason=str(values["reason"]),
-                adapter=None if arrays is None else from_arrays(arrays),
-                adapter_sha256=str(values["adapter_sha256"]),
+                delta=None if arrays is None else packing.unpack(_arrays(arrays), shapes),
+                delta_sha256=str(values["delta_sha256"]),
                 base_sha256=str(values["base_sha256"]),
                 weight=float(str(values["weight"])),
                 statement=str(values["statement"]),
                 metric=None if metric is None else _pair(metric),
+                control=_NOTHING if control is None else from_arrays(control),
+                num_bytes=num_bytes(records),
             )
         except Exception as error:  # bytes from outside: whatever they do, they are not a reply
             reason = f"{type(error).__name__}: {error}"
@@ -196,8 +266,8 @@ def _pair(values: object) -> tuple[float, float]:
 
 
 def to_arrays(state: AdapterState) -> ArrayRecord:
-    """Packs tensors."""
-    return ArrayRecord({key: Array(np.ascontiguousarray(state[key])) for key in state})
+    """Packs tensors whole."""
+    return _record(state.tensors)
 
 
 def from_arrays(record: ArrayRecord) -> AdapterState:
@@ -206,4 +276,20 @@ def from_arrays(record: ArrayRecord) -> AdapterState:
     Raises:
         ModelError: A tensor is not float32.
     """
-    return AdapterState({key: array.numpy() for key, array in record.items()})
+    return AdapterState(_arrays(record))
+
+
+def num_bytes(records: RecordDict) -> int:
+    """Bytes of tensors in a message, without their headers."""
+    arrays = (array for record in records.array_records.values() for array in record.values())
+    return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
+
+
+def _record(tensors: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """Arrays as Flower carries them."""
+    return ArrayRecord({key: Array(np.ascontiguousarray(value)) for key, value in tensors.items()})
+
+
+def _arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """What :func:`_record` packed."""
+    return {key: array.numpy() for key, array in record.items()}

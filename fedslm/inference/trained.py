@@ -14,8 +14,8 @@ import fedslm
 from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError, RunError
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.models.adapter import initial_state
 from fedslm.models.base import base_sha256, resolve
+from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel, load
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter
@@ -126,7 +126,7 @@ def open_run(path: Path, *, base: str | None = None, device: str | None = None) 
         directory=path,
         report=report,
         model=config.model.model_copy(update=changes),
-        lora=config.lora,
+        lora=config.lora.model_copy(update=report["adapter_lora"]),
         data=config.data,
         task=config.task,
         seed=config.run.seed,
@@ -170,7 +170,7 @@ def _report(path: Path) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = str(report["fedslm_version"])
-        for key in ("base_sha256", "adapter_sha256", "labels", "plan", "metrics_after"):
+        for key in ("base_sha256", "adapter_sha256", "adapter_lora", "labels", "plan", "metrics_after"):
             _ = report[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} is damaged: {type(error).__name__}: {error}") from error

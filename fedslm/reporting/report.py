@@ -9,8 +9,10 @@ from typing import Any
 import fedslm
 from fedslm.config import Config
 from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.fairness import as_json
 from fedslm.federation.node import LEDGER
 from fedslm.federation.rounds import Outcome
+from fedslm.models.plain import plain
 from fedslm.privacy import accounting
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
@@ -63,6 +65,7 @@ def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
 def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord]) -> dict[str, Any]:
     """The content of ``report.json``."""
     config, outcome, plan = inputs.config, inputs.outcome, inputs.plan
+    adapter, lora = plain(outcome.adapter, config.lora)  # as it was written
     private = isinstance(plan, PrivatePlan)  # then no exact count of records goes along
     return {
         "fedslm_version": fedslm.__version__,
@@ -72,8 +75,9 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "config_sha256": config.sha256(),
         "base_model": expand(config.model.base),
         "base_sha256": outcome.setup.base_sha256,
-        "adapter_sha256": outcome.adapter.sha256(),
-        "num_trained_parameters": outcome.checkpoint.trained.num_parameters,
+        "adapter_sha256": adapter.sha256(),
+        "adapter_lora": {"rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora},
+        "num_trained_parameters": outcome.checkpoint.server.moving.num_parameters,
         "num_frozen_parameters": outcome.frozen.num_parameters,
         "aggregation": outcome.setup.method,
         "task": config.task.name,
@@ -93,8 +97,15 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "bytes_up": sum(record.bytes_up for record in records),
         "seconds_in_rounds": sum(record.seconds for record in records),
         "seconds": inputs.seconds,
+        "measured_by_clients": _measured(inputs),
         "failures": [f"round {r.round}: {reason}" for r in records for reason in r.reasons],
     }
+
+
+def _measured(inputs: Inputs) -> dict[str, Any] | None:
+    """What clients measured on their held-out records; None if they told nothing."""
+    measured = {inputs.clients[client]: each for client, each in inputs.outcome.measured.items()}
+    return as_json(measured) if measured else None
 
 
 def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, ...]]:

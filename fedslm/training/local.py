@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import assert_never
 
 import torch
@@ -31,6 +31,7 @@ class LocalWork:
         seed: The run's seed.
         round: Counts from 1.
         client: Index of the client.
+        correction: Added to every gradient: SCAFFOLD's c - cₖ; empty without it.
     """
 
     adapter: AdapterState
@@ -38,6 +39,7 @@ class LocalWork:
     seed: int
     round: int
     client: int
+    correction: AdapterState = field(default_factory=lambda: AdapterState({}))
 
 
 def train(
@@ -73,6 +75,7 @@ def train(
     enter_training(model)
     optimizer = _optimizer(model, training)
     check_parameters(model.adapter, optimizer)
+    hold(optimizer, model, training, work)
     torch.manual_seed(seed_of(work.seed, "dropout", work.round, work.client))
     seeded = stream(work.seed, "batches", work.round, work.client)
     before = work.adapter.select(work.trained)
@@ -137,6 +140,39 @@ def _optimizer(model: LoadedModel, training: TrainingConfig) -> torch.optim.Opti
             return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
         case _:
             assert_never(training.optimizer)
+
+
+def hold(
+    optimizer: torch.optim.Optimizer, model: LoadedModel, training: TrainingConfig, work: LocalWork
+) -> None:
+    """Keeps a client near the others, before each step of its optimizer.
+
+    Under privacy this comes after clip and noise, and adds the adapter of the round's start and noised
+    tensors alone: it is post-processing.
+
+    References:
+        FedProx: Li et al. 2020 (arXiv 1812.06127): the gradient of (mu / 2)·‖w - w₀‖².
+        SCAFFOLD: Karimireddy et al. 2020 (arXiv 1910.06378): the correction c - cₖ.
+    """
+    strength = training.proximal_strength if training.drift == "fedprox" else 0.0
+    if not strength and not work.correction:
+        return
+    named = {key: p for key, p in model.adapter.parameters.items() if p.requires_grad}
+    starts = {key: p.detach().clone() for key, p in named.items()}
+    corrections = {
+        key: torch.from_numpy(work.correction[key]).to(named[key]) for key in work.correction
+    }
+
+    def before_step(*_: object) -> None:
+        for key, parameter in named.items():
+            if parameter.grad is None:
+                continue
+            if strength:
+                parameter.grad.add_(parameter.detach() - starts[key], alpha=strength)
+            if key in corrections:
+                parameter.grad.add_(corrections[key])
+
+    optimizer.register_step_pre_hook(before_step)
 
 
 def _zero_gradients(model: LoadedModel) -> frozenset[str]:

@@ -17,7 +17,17 @@ import flwr_datasets.partitioner  # noqa: F401
 import numpy as np
 import torch
 
-from fedslm.config import DataConfig, LoraConfig, ModelConfig, PrivacyConfig, TaskConfig, TrainingConfig
+from fedslm.config import (
+    AggregationConfig,
+    CompressionConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    PersonalizationConfig,
+    PrivacyConfig,
+    TaskConfig,
+    TrainingConfig,
+)
 from fedslm.data import shards
 from fedslm.federation.node import Node
 from fedslm.federation.shard import shard_of
@@ -71,7 +81,8 @@ def one_round(directory: Path, rows: int, words: int, *, streaming: bool) -> Non
     written = shards.write(run / "data", data, TASK, privacy=privacy, num_clients=1, seed=0)
     plan = ExamplePlan(8.0, 1e-5, 1.0, 1.0, 0.001, 16, 2)
     sections = (MODEL, LORA, data, TASK, TrainingConfig())
-    setup = Setup("run", 0, str(run), "", *sections, "ffa", "uniform", written.labels, plan.to_json())
+    together = (AggregationConfig(method="ffa"), CompressionConfig(), PersonalizationConfig())
+    setup = Setup("run", 0, str(run), "", *sections, *together, written.labels, plan.to_json())
     trained = shard_of(setup, Node(run / "node", run / "data", 0, deployed=False)).trained
     for batch in plan.batches(owners_of(trained), np.random.default_rng(0)):
         assert all(trained[int(record)].input_ids for unit in batch for record in unit)

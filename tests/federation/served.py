@@ -97,13 +97,13 @@ def run_with(
 def changed(
     change: Callable[[AdapterState], AdapterState], **fields: Any
 ) -> Callable[[Message], Message]:
-    """An answer whose adapter was changed; its hash is made to fit."""
+    """An answer whose update was changed; its hash is made to fit."""
 
     def answer(message: Message) -> Message:
         reply = Reply.from_records(message.content)
-        assert reply.adapter is not None
-        adapter = change(reply.adapter)
-        values = {**vars(reply), "adapter": adapter, "adapter_sha256": adapter.sha256(), **fields}
+        assert reply.delta is not None
+        delta = change(reply.delta)
+        values = {**vars(reply), "delta": delta, "delta_sha256": delta.sha256(), **fields}
         message.content = Reply(**values).to_records()
         return message
 
@@ -135,8 +135,8 @@ def first_request(config: Config) -> Request:
     data, plan = simulation._prepare(config, directory)
     grid = LocalGrid(config.federation.num_clients, pool)
     federation = rounds.Federation(grid, pool, directory, Silent())
-    setup, _, state = federation._begin(config, plan, data.labels)
-    return Request(setup, 1, state.trained)
+    told, state = federation._begin(config, plan, data.labels)
+    return Request(told.setup, 1, state.server.moving, control=state.server.control)
 
 
 def with_plan(request: Request, **values: Any) -> Request:

@@ -15,6 +15,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedslm import config as configuration
+from fedslm.aggregation.server import ServerState
 from fedslm.config import Config
 from fedslm.errors import FedslmError, RunError
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
@@ -37,6 +38,14 @@ EVENT = Event(0.05, 1.25, 10)
 def adapter(value: float) -> AdapterState:
     """An adapter that names its round."""
     return AdapterState({"a": np.full((2, 3), value, np.float32)})
+
+
+def server(number: int) -> ServerState:
+    """What aggregation carries after a round: from the second on with all that it may have."""
+    if number < 2:
+        return ServerState(adapter(number))
+    rest = AdapterState({"m/a": np.full(3, number, np.float32)})
+    return ServerState(adapter(number), number + 1, rest, adapter(-number), {"odd": 0.5, "even": 2.0})
 
 
 def record(number: int) -> RoundRecord:
@@ -76,12 +85,12 @@ def statement(number: int) -> Statement:
 
 def after(directory: RunDirectory, rounds: int) -> Checkpoint:
     """Saves the state before the first round, and then after each."""
-    state = Checkpoint(0, adapter(0), {"accuracy": 0.0}, {"accuracy": 0.0})
+    state = Checkpoint(0, server(0), {"accuracy": 0.0}, {"accuracy": 0.0})
     directory.save(state)
     for number in range(1, rounds + 1):
         statements = {0: statement(number), 11: statement(1)}
         changes: dict[str, Any] = {
-            "trained": adapter(number),
+            "server": server(number),
             "failed_in_row": 1,
             "statements": statements,
         }
@@ -93,7 +102,9 @@ def after(directory: RunDirectory, rounds: int) -> Checkpoint:
 def assert_same(one: Checkpoint | None, other: Checkpoint) -> None:
     """Both hold the same, bit for bit."""
     assert one is not None
-    assert one.trained.sha256() == other.trained.sha256()
+    for part in ("moving", "memory", "control"):
+        assert getattr(one.server, part).sha256() == getattr(other.server, part).sha256()
+    assert (one.server.turn, one.server.norms) == (other.server.turn, other.server.norms)
     for name in ("round", "metrics_before", "metrics", "failed_in_row", "statements"):
         assert getattr(one, name) == getattr(other, name)
 
@@ -224,7 +235,12 @@ def test_only_the_last_adapter_is_kept(directory: RunDirectory) -> None:
     """Disk use does not grow with the rounds."""
     after(directory, 4)
     names = sorted(path.name for path in (directory.path / "checkpoint").iterdir())
-    assert names == ["adapter-00004.safetensors", "state.json"]
+    assert names == [
+        "control-00004.safetensors",
+        "memory-00004.safetensors",
+        "moving-00004.safetensors",
+        "state.json",
+    ]
 
 
 def test_lines_beyond_the_checkpoint_are_forgotten(directory: RunDirectory) -> None:
@@ -267,7 +283,7 @@ def test_a_damaged_line_is_an_error_of_ours(directory: RunDirectory, line: str) 
 def test_a_damaged_adapter_is_refused(directory: RunDirectory) -> None:
     """Any flipped or missing byte of the weights is found."""
     after(directory, 1)
-    path = directory.path / "checkpoint" / "adapter-00001.safetensors"
+    path = directory.path / "checkpoint" / "moving-00001.safetensors"
     content = path.read_bytes()
     for damaged in (content[:-1], content[:-4] + b"\0\0\0\1", content[:20], b""):
         path.write_bytes(damaged)
@@ -281,9 +297,9 @@ def test_a_damaged_adapter_is_refused(directory: RunDirectory) -> None:
 def test_another_rounds_adapter_is_refused(directory: RunDirectory) -> None:
     """A good file in the wrong place is found by its hash."""
     after(directory, 1)
-    old = (directory.path / "checkpoint" / "adapter-00001.safetensors").read_bytes()
+    old = (directory.path / "checkpoint" / "moving-00001.safetensors").read_bytes()
     after(directory, 2)
-    (directory.path / "checkpoint" / "adapter-00002.safetensors").write_bytes(old)
+    (directory.path / "checkpoint" / "moving-00002.safetensors").write_bytes(old)
     with pytest.raises(RunError, match="does not match its hash"):
         directory.load()
 
@@ -300,7 +316,7 @@ def test_a_state_cut_anywhere_is_refused(directory: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "x", [], {"a": 1}])
-@pytest.mark.parametrize("key", ["round", "adapter", "adapter_sha256", "failed_in_row", "statements"])
+@pytest.mark.parametrize("key", ["round", "turn", "norms", "files", "failed_in_row", "statements"])
 def test_a_state_with_a_foreign_value_is_refused(
     directory: RunDirectory, key: str, value: object
 ) -> None:
@@ -320,7 +336,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(directory: RunDirectory) -> None
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         with pytest.raises(RunError, match="cannot be written"):
-            directory.save(state.after(record(2), trained=large), record(2))
+            directory.save(state.after(record(2), server=ServerState(large)), record(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_same(RunDirectory.open(directory.path)[0].load(), state)
@@ -329,7 +345,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(directory: RunDirectory) -> None
 
 def test_metrics_of_a_round_that_was_not_evaluated_are_the_last() -> None:
     """A round without an evaluation keeps the metrics known before it."""
-    state = Checkpoint(0, adapter(0), {"accuracy": 0.2}, {"accuracy": 0.3})
+    state = Checkpoint(0, server(0), {"accuracy": 0.2}, {"accuracy": 0.3})
     line = RoundRecord(**{**vars(record(1)), "metrics": {}})
     assert state.after(line).metrics == {"accuracy": 0.3}
     assert state.after(record(1)).metrics == {"accuracy": 0.1}

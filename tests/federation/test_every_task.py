@@ -126,7 +126,7 @@ def check_adapter(config: Config, report: dict[str, Any]) -> None:
 
     directory = Path(report["directory"])
     state = json.loads((directory / "checkpoint" / "state.json").read_text())
-    trained = load_adapter(directory / "checkpoint" / state["adapter"])
+    trained = load_adapter(directory / "checkpoint" / state["files"]["moving"]["name"])
     whole = load_adapter(directory / "frozen.safetensors").merged(trained)
     assert whole.sha256() == report["adapter_sha256"]
     labels = len(report["labels"])

@@ -117,10 +117,10 @@ def policy_for(node: Path, request: Request, unit: str) -> Path:
 
 def assert_refused(reply: Reply, reason: str) -> None:
     """Refused for a reason that names the problem and tells nothing of the node."""
-    assert (reply.status, reply.adapter, reply.statement, reply.metric) == ("refused", None, "", None)
+    assert (reply.status, reply.delta, reply.statement, reply.metric) == ("refused", None, "", None)
     assert reason in reply.reason
     assert not [text for text in NEVER_SENT if text in reply.reason]
-    assert (reply.adapter_sha256, reply.base_sha256, reply.weight) == ("", "", 1.0)
+    assert (reply.delta_sha256, reply.base_sha256, reply.weight) == ("", "", 1.0)
 
 
 def ledger_of(node: Path) -> bytes | None:
@@ -220,7 +220,7 @@ def test_rounds_of_a_day_are_limited(honest: dict[str, Request], tmp_path: Path)
     context, request = context_of(0, node), honest["record"]
     first = ask(request, context)
     assert_refused(ask(replace(request, round=2), context), "1 rounds within 24 hours")
-    assert ask(request, context).adapter_sha256 == first.adapter_sha256
+    assert ask(request, context).delta_sha256 == first.delta_sha256
     assert len(chain_of(node).charges) == 1
 
 
@@ -317,11 +317,11 @@ def test_a_reply_holds_what_is_promised_and_nothing_else(
     """Noised tensors, a signed statement, public hashes and constants: every key is listed here."""
     request = honest["record"]
     message = message_to(request, context_of(0, write_policy(tmp_path / "node")))
-    assert set(message.content) == {"reply", "adapter"}
-    assert set(message.content.array_records["adapter"]) == set(request.adapter)
+    assert set(message.content) == {"reply", "delta"}
+    assert set(message.content.array_records["delta"]) == set(request.adapter)
     values = dict(message.content.config_records["reply"])
     statement = json.loads(str(values.pop("statement")))
-    hashes = {values.pop("adapter_sha256"), values.pop("base_sha256")}
+    hashes = {values.pop("delta_sha256"), values.pop("base_sha256")}
     assert values == {"status": "ok", "round": 1, "reason": "", "weight": 1.0}
     assert all(len(str(each)) == 64 for each in hashes)
     charged = json.loads(request.setup.plan)
@@ -345,7 +345,7 @@ def size_of(request: Request, node: Path, client: int) -> tuple[int, ...]:
     message = message_to(request, context_of(client, node))
     values = {k: str(v) for k, v in message.content.config_records["reply"].items()}
     assert values["status"] == "ok"
-    arrays = message.content.array_records["adapter"]
+    arrays = message.content.array_records["delta"]
     return (*(len(text) for text in values.values()), *(len(array.data) for array in arrays.values()))
 
 

@@ -48,8 +48,8 @@ def test_a_repeated_request_gets_the_same_bytes_for_free(
     ledger = (node / "ledger.jsonl").read_bytes()
     again = ask(request_of_a_run, context_of(0, node))
     assert first.status == again.status == "ok"
-    assert again.adapter is not None
-    assert again.adapter.sha256() == again.adapter_sha256 == first.adapter_sha256
+    assert again.delta is not None
+    assert again.delta.sha256() == again.delta_sha256 == first.delta_sha256
     assert (again.metric, again.statement) == (first.metric, first.statement)
     plan = json.loads(request_of_a_run.setup.plan)
     assert (first.metric is None) == (plan["metric_noise_multiplier"] is None)
@@ -85,7 +85,7 @@ def test_a_damaged_release_is_paid_again(
             path.write_bytes(content[:-4] + bytes(4) if name.endswith("s") else b'{"metric": [0, 1]}')
     again = ask(requests["metric"], context_of(0, node))
     assert again.status == "ok"
-    assert again.adapter_sha256 != first.adapter_sha256
+    assert again.delta_sha256 != first.delta_sha256
     assert again.metric != first.metric
     assert len(chain_of(node).charges) == 4
 
@@ -96,7 +96,7 @@ def test_another_request_is_not_the_same(requests: dict[str, Request], tmp_path:
     adapter = type(request.adapter)({k: request.adapter[k] + 1 for k in request.adapter})
     asked = (request, replace(request, round=2), replace(request, adapter=adapter))
     replies = [ask(each, context_of(0, node)) for each in asked]
-    assert len({reply.adapter_sha256 for reply in replies}) == 3
+    assert len({reply.delta_sha256 for reply in replies}) == 3
     assert len(chain_of(node).charges) == 3
 
 
@@ -230,7 +230,7 @@ def test_a_failed_self_test_refuses_and_is_not_kept(
     for _ in range(2):
         counted.pending.append(False)
         reply = ask(requests["plain"], context)
-        assert (reply.status, reply.adapter) == ("refused", None)
+        assert (reply.status, reply.delta) == ("refused", None)
         assert reply.reason == "this node's self-test failed, so it trains nothing"
         assert not (node / attestation.ATTESTATION).exists()
         assert not (node / "ledger.jsonl").exists()

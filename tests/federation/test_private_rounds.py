@@ -203,8 +203,11 @@ def test_a_metric_leaves_with_noise_and_is_paid(
     """One noisy metric each round, charged as an event of its own, all within the one budget."""
     config = make_config(privacy={**privacy, "metric_noise_multiplier": 4.0})
     report = simulation.simulate(config, Silent())
-    assert len(report["private_metrics"]) == 3
-    assert [line["private_metric"] for line in records_of(config)] == report["private_metrics"]
+    found = [line["private_metric"] for line in records_of(config)]
+    assert len(found) == 3
+    told = [each for each in found if each is not None]  # noise may leave less than one unit
+    assert told == report["private_metrics"]
+    assert told
     assert 0 < report["epsilon"] <= 8.0
     for node in nodes_of(config):
         charges = chain_of(node).charges

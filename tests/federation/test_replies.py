@@ -56,7 +56,7 @@ def verdict(reply: Reply, request: Request) -> Reply | str:
     """What the server makes of a reply that comes as a message."""
     message = message_to(request, context_of(0))
     message.content = reply.to_records()
-    return checked(message, request)
+    return checked(message, request, 0)
 
 
 def test_an_honest_reply_is_used(request_of_a_run: Request, good: list[Reply]) -> None:
@@ -66,7 +66,7 @@ def test_an_honest_reply_is_used(request_of_a_run: Request, good: list[Reply]) -
         request = replace(request_of_a_run, round=number)
         believed = verdict(reply, request)
         assert isinstance(believed, Reply)
-        assert believed.adapter is not None
+        assert believed.delta is not None
         assert continued(believed, statements, 0) is believed
     assert statements[0] == read_statement(good[1].statement)
 
@@ -197,7 +197,7 @@ def test_a_metric_that_is_missing_is_not_used(request_of_a_run: Request, good: l
     plan = json.dumps(values)
     assert from_json(plan).round_events[1] == Event(1.0, 10.0, 1)
     request = replace(request_of_a_run, setup=replace(request_of_a_run.setup, plan=plan))
-    assert checked(answer(good[0], request_of_a_run), request) == (
+    assert checked(answer(good[0], request_of_a_run), request, 0) == (
         "the reply has another metric than the plan"
     )
 

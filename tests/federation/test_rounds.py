@@ -18,6 +18,7 @@ from fedslm.errors import FederationError, RunError
 from fedslm.federation import rounds
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.local_grid import LocalGrid
+from fedslm.federation.population import choose_cohort, join
 from fedslm.federation.wire import TRAIN, Reply
 from fedslm.federation.workers import InlinePool
 from fedslm.progress import Silent
@@ -135,16 +136,15 @@ def test_overflowing_sum_keeps_the_adapter(make_config: MakeConfig) -> None:
     assert report["metrics_after"] == report["metrics_before"]
 
 
-def test_two_nodes_with_one_name_stop_the_run(make_config: MakeConfig) -> None:
+def test_two_nodes_with_one_name_stop_the_run() -> None:
     """A node that says it is another client, or one too many, ends the run before it starts."""
-    config = make_config()
     grid = LocalGrid(3, InlinePool())
     with pytest.raises(FederationError, match=r"more than federation\.num_clients=2"):
-        rounds.join(grid, 2, config)
+        join(grid, 2, 5.0)
     first, second, _ = grid._contexts.values()
     second.node_config["partition-id"] = first.node_config["partition-id"]
     with pytest.raises(FederationError, match="both say"):
-        rounds.join(grid, 3, config)
+        join(grid, 3, 5.0)
 
 
 def test_model_card_runs_as_it_stands(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +174,9 @@ def test_tampered_update_is_left_out(make_config: MakeConfig) -> None:
 
     def tamper(message: Message) -> Message:
         reply = Reply.from_records(message.content)
-        assert reply.adapter is not None
-        bent = AdapterState({key: reply.adapter[key] + 1 for key in reply.adapter})
-        message.content = Reply(**{**vars(reply), "adapter": bent}).to_records()
+        assert reply.delta is not None
+        bent = AdapterState({key: reply.delta[key] + 1 for key in reply.delta})
+        message.content = Reply(**{**vars(reply), "delta": bent}).to_records()
         return message
 
     config = make_config(federation={"rounds": 1})
@@ -221,6 +221,8 @@ def test_late_clients_are_counted(make_config: MakeConfig) -> None:
 def test_cohorts_are_a_function_of_seed_and_round(make_config: MakeConfig) -> None:
     """The same seed and round choose the same clients; over rounds all are chosen."""
     config = make_config(federation={"num_clients": 3, "clients_per_round": 1})
-    chosen = [rounds.choose_cohort(config, number) for number in range(1, 30)]
-    assert chosen == [rounds.choose_cohort(config, number) for number in range(1, 30)]
+    chosen = [choose_cohort(config.federation, config.run.seed, number) for number in range(1, 30)]
+    assert chosen == [
+        choose_cohort(config.federation, config.run.seed, number) for number in range(1, 30)
+    ]
     assert {client for cohort in chosen for client in cohort} == {0, 1, 2}

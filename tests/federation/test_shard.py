@@ -21,6 +21,7 @@ from fedslm.data.shards import read_client
 from fedslm.federation import client
 from fedslm.federation.node import Node
 from fedslm.federation.shard import Shard, shard_of
+from fedslm.federation.update import make_update
 from fedslm.federation.wire import Request
 from fedslm.models.loaded import load
 from fedslm.privacy.gaussian import GaussianNoise
@@ -98,8 +99,8 @@ def trained(request: Request) -> str:
     """Hash of the adapter that a client makes without noise."""
     setup = request.setup
     model = load(setup.model, setup.lora, setup.task, len(setup.labels))
-    adapter = client._train(request, node_of(request), from_json(setup.plan), model)  # type: ignore[arg-type]
-    return adapter.sha256()
+    node, plan = node_of(request), from_json(setup.plan)
+    return make_update(request, node, plan, model, shard_of(setup, node).trained).delta.sha256()
 
 
 @pytest.mark.parametrize("unit", ["record", "patient"])

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig, TrainingConfig
+from fedslm.config import (
+    AggregationConfig,
+    CompressionConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    PersonalizationConfig,
+    TaskConfig,
+    TrainingConfig,
+)
 from fedslm.errors import FederationError, ModelError
 from fedslm.federation.wire import Reply, Request, Setup, from_arrays, to_arrays
 from fedslm.privacy.plan import NoPrivacy
@@ -26,8 +35,9 @@ SETUP = Setup(
     data=DataConfig(source="demo", label_column=None, partition="natural"),
     task=TaskConfig(name="classification", labels=("a", "b c")),
     training=TrainingConfig(learning_rate=3e-4),
-    method="ffa",
-    weights="uniform",
+    aggregation=AggregationConfig(method="ffa"),
+    compression=CompressionConfig(upload="int8"),
+    personalization=PersonalizationConfig(),
     labels=("a", "b c"),
     plan=NoPrivacy(4, 2).to_json(),
     config_sha256="config",
@@ -43,8 +53,8 @@ ADAPTER = AdapterState(
 REPLY = Reply(
     "ok",
     3,
-    adapter=ADAPTER,
-    adapter_sha256=ADAPTER.sha256(),
+    delta=ADAPTER,
+    delta_sha256=ADAPTER.sha256(),
     base_sha256="base",
     weight=2.5,
     statement='{"signed": "ü"}',
@@ -54,7 +64,9 @@ REPLY = Reply(
 
 def without_adapter(reply: Reply) -> dict[str, Any]:
     """All other values."""
-    return {key: value for key, value in vars(reply).items() if key != "adapter"}
+    return {
+        key: value for key, value in vars(reply).items() if key not in ("delta", "control", "num_bytes")
+    }
 
 
 def test_setup_round_trip() -> None:
@@ -79,9 +91,9 @@ def test_reply_round_trip() -> None:
     """Every value, the statement, the metric and every bit of the adapter arrive."""
     again = Reply.from_records(REPLY.to_records())
     assert without_adapter(again) == without_adapter(REPLY)
-    assert again.adapter is not None
-    assert again.adapter.sha256() == ADAPTER.sha256()
-    assert again.adapter.shapes == ADAPTER.shapes
+    assert again.delta is not None
+    assert again.delta.sha256() == ADAPTER.sha256()
+    assert again.delta.shapes == ADAPTER.shapes
 
 
 @pytest.mark.parametrize("status", ["refused", "failed"])
@@ -177,6 +189,6 @@ def test_a_tensor_that_cannot_be_read_is_refused(data: bytes) -> None:
     """Whatever a client sends for a tensor, the server says no and goes on."""
     records = REPLY.to_records()
     array = Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=data)
-    records["adapter"] = ArrayRecord({"a": array})
+    records["delta"] = ArrayRecord({"a": array})
     with pytest.raises(FederationError, match="cannot be read"):
         Reply.from_records(records)

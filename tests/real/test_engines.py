@@ -53,7 +53,7 @@ def adapter_of(directory: Path) -> AdapterState:
     """The adapter that a run ended with."""
     state = json.loads((directory / "checkpoint" / "state.json").read_text())
     assert state["round"] == 2
-    return load_adapter(directory / "checkpoint" / state["adapter"])
+    return load_adapter(directory / "checkpoint" / state["files"]["moving"]["name"])
 
 
 def write(config: Config, path: Path) -> Path:

@@ -119,6 +119,6 @@ def test_saved_hash_names_the_adapter(assets: Path, tmp_path: Path) -> None:
     )
     directory = Path(report["directory"])
     state = json.loads((directory / "checkpoint" / "state.json").read_text())
-    trained = load_adapter(directory / "checkpoint" / state["adapter"])
+    trained = load_adapter(directory / "checkpoint" / state["files"]["moving"]["name"])
     whole = load_adapter(directory / "frozen.safetensors").merged(trained)
     assert whole.sha256() == report["adapter_sha256"]

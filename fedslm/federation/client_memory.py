@@ -1,0 +1,91 @@
+"""What a client keeps for itself from round to round, on its own disk.
+
+FedSA's B and head, SCAFFOLD's control variate, and what compression lost. One file for each round that
+used it, two kept: a round that is asked again starts from where it started before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedslm.records import AdapterState
+from fedslm.storage import load_adapter, save_adapter
+
+_KEPT = 2
+_ROOMS = ("local", "control", "error")
+_NOTHING = AdapterState({})
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept.
+
+    Attributes:
+        local: Trained tensors that the method does not share.
+        control: The client's control variate.
+        error: What compression left out of earlier updates.
+    """
+
+    local: AdapterState = field(default=_NOTHING)
+    control: AdapterState = field(default=_NOTHING)
+    error: AdapterState = field(default=_NOTHING)
+
+
+@dataclass(frozen=True)
+class ClientMemory:
+    """A client's memory of one run.
+
+    Attributes:
+        directory: The node's own directory.
+        run_id: The run.
+    """
+
+    directory: Path
+    run_id: str
+
+    def before(self, round: int) -> Kept:
+        """What was kept by the last round before this one."""
+        earlier = [number for number in self._rounds() if number < round]
+        if not earlier:
+            return Kept()
+        tensors = load_adapter(self._path(max(earlier))).tensors
+        rooms = {
+            room: AdapterState(
+                {
+                    key.removeprefix(f"{room}/"): value
+                    for key, value in tensors.items()
+                    if key.startswith(f"{room}/")
+                }
+            )
+            for room in _ROOMS
+        }
+        return Kept(**rooms)
+
+    def keep(self, round: int, kept: Kept) -> None:
+        """Keeps what a round leaves behind; nothing is written if that is nothing."""
+        tensors = {
+            f"{room}/{key}": value
+            for room in _ROOMS
+            for key, value in getattr(kept, room).tensors.items()
+        }
+        if not tensors:
+            return
+        save_adapter(self._path(round), AdapterState(tensors))
+        for old in sorted(number for number in self._rounds() if number < round)[: -(_KEPT - 1)]:
+            self._path(old).unlink(missing_ok=True)
+
+    def _rounds(self) -> list[int]:
+        """Rounds that left something."""
+        found = self.directory.glob(f"{self._prefix}*.safetensors")
+        return [int(path.stem.rsplit("-", 1)[1]) for path in found]
+
+    @property
+    def _prefix(self) -> str:
+        """Names the run by a hash: its identifier comes from the server and may hold anything."""
+        return f"memory-{hashlib.sha256(self.run_id.encode()).hexdigest()[:16]}-"
+
+    def _path(self, round: int) -> Path:
+        """A round's file."""
+        return self.directory / f"{self._prefix}{round:05d}.safetensors"

@@ -1,0 +1,102 @@
+"""What clients measured on their own held-out records, and how evenly it is spread over them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Message
+
+from fedslm.errors import FederationError
+
+_LOWER_IS_BETTER = ("loss", "perplexity")
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class ClientMetrics:
+    """What one client measured on its held-out records.
+
+    Attributes:
+        records: How many they are.
+        shared: Metrics of the shared adapter (FedSA: with what the client keeps).
+        personal: Metrics of the client's own adapter; empty without personalization.
+    """
+
+    records: int
+    shared: Metrics
+    personal: Metrics
+
+
+def read_metrics(message: Message) -> ClientMetrics | str | None:
+    """What a client answered: metrics, why there are none, or None if it keeps them.
+
+    Raises:
+        FederationError: It is no answer.
+    """
+    if message.has_error():
+        return f"error {message.error.code}: {message.error.reason}"
+    try:
+        values = message.content.config_records["measured"]
+        status, text = str(values["status"]), str(values["metrics"])
+        if status != "ok":
+            return status
+        found = ClientMetrics(**json.loads(text)) if text else None
+        if found is not None:
+            _check(found)
+    except Exception as error:  # bytes from outside: whatever they do, they are no metrics
+        raise FederationError(f"the metrics cannot be read: {error}") from error
+    return found
+
+
+def spread(values: Sequence[Metrics]) -> dict[str, Metrics]:
+    """How evenly a metric is spread over clients: fairness.
+
+    Args:
+        values: One client's metrics each.
+
+    Returns:
+        For each metric min, median, max, and the mean of the worst tenth (one client at least).
+
+    >>> spread([{"accuracy": 0.5}, {"accuracy": 1.0}])["accuracy"]["worst_decile"]
+    0.5
+    """
+    found: dict[str, Metrics] = {}
+    for name in sorted(set().union(*values)) if values else ():
+        ordered = sorted(each[name] for each in values if name in each)
+        worst_first = ordered[::-1] if name.endswith(_LOWER_IS_BETTER) else ordered
+        worst = worst_first[: max(1, len(ordered) // 10)]
+        found[name] = {
+            "min": ordered[0],
+            "median": float(np.median(ordered)),
+            "max": ordered[-1],
+            "worst_decile": float(np.mean(worst)),
+        }
+    return found
+
+
+def _check(found: ClientMetrics) -> None:
+    """Refuses what is no count and finite numbers."""
+    numbers: Iterator[Any] = (
+        value for part in (found.shared, found.personal) for value in part.values()
+    )
+    if type(found.records) is not int or found.records < 0:
+        raise ValueError("records must be a count")
+    if not all(isinstance(value, float) and math.isfinite(value) for value in numbers):
+        raise ValueError("a metric must be a finite number")
+
+
+def as_json(measured: Mapping[str, ClientMetrics]) -> dict[str, Any]:
+    """Client name to its metrics, and their spread."""
+    shared = [each.shared for each in measured.values() if each.shared]
+    personal = [each.personal for each in measured.values() if each.personal]
+    return {
+        "clients": {name: asdict(each) for name, each in measured.items()},
+        "shared": spread(shared),
+        "personal": spread(personal),
+    }

@@ -1,0 +1,112 @@
+"""After the last round: each client measures the shared adapter on its held-out records, and its own.
+
+Formal guarantees (under privacy):
+    * The reply is the same word whatever the records are: numbers and personal adapters stay in the
+      node's own directory, where its operator finds them.
+    * Nothing is charged, since nothing leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from typing import assert_never
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from fedslm.aggregation.factor_methods import set_aside
+from fedslm.aggregation.methods import trained_keys
+from fedslm.errors import FederationError, PolicyRefused
+from fedslm.factors import delta_keys
+from fedslm.federation.fairness import ClientMetrics, Metrics
+from fedslm.federation.loading import model_for
+from fedslm.federation.node import Node
+from fedslm.federation.shard import Shard, shard_of
+from fedslm.federation.update import start_of
+from fedslm.federation.wire import Request, Setup
+from fedslm.models.initial import initial_state
+from fedslm.models.loaded import LoadedModel
+from fedslm.privacy.plan import NoPrivacy, PrivatePlan, from_json
+from fedslm.privacy.policy import Asked
+from fedslm.records import AdapterState
+from fedslm.storage import save_adapter, write_text
+from fedslm.tasks import build
+
+logger = logging.getLogger(__name__)
+_BATCH_SIZE = 32
+
+
+def measure(message: Message, context: Context) -> Message:
+    """Measures, and personalises if the setup says so."""
+    answer = {"status": "ok", "metrics": ""}
+    try:
+        request = Request.from_records(message.content)
+        node = Node.of(context, request.setup.directory)
+        answer["metrics"] = _measured(request, node)
+    except (PolicyRefused, FederationError) as error:  # these hold public values only
+        answer = {"status": str(error), "metrics": ""}
+    except Exception:  # the edge of the client: details stay here
+        logger.exception("measuring failed")
+        answer = {"status": "failed; see the client's log", "metrics": ""}
+    return Message(RecordDict({"measured": ConfigRecord(dict(answer))}), reply_to=message)
+
+
+def _measured(request: Request, node: Node) -> str:
+    """Measures; the answer's text is empty under privacy."""
+    setup = request.setup
+    plan = from_json(setup.plan)
+    node.admit(Asked(plan, setup.base_sha256, setup.task.name))
+    if not isinstance(plan, PrivatePlan):
+        return json.dumps(asdict(_both(request, node)))
+    try:
+        found = _both(request, node)
+        write_text(node.directory / "personal" / "metrics.json", json.dumps(asdict(found)))
+    except Exception:  # whatever the records do, it must not show
+        logger.exception("measuring failed")
+    return ""
+
+
+def _both(request: Request, node: Node) -> ClientMetrics:
+    """Measures the shared adapter, trains the client's own, and measures that."""
+    setup, model = request.setup, model_for(request.setup)
+    shard, start = shard_of(setup, node), start_of(request, node).adapter
+    shared = _metrics(setup, model, shard, start)
+    personal: Metrics = {}
+    if setup.personalization.method != "none":
+        adapter = _personal(request, node, model, shard, start)
+        save_adapter(node.directory / "personal" / "adapter.safetensors", adapter)
+        personal = _metrics(setup, model, shard, adapter)
+    return ClientMetrics(len(shard.measured), shared, personal)
+
+
+def _metrics(setup: Setup, model: LoadedModel, shard: Shard, adapter: AdapterState) -> Metrics:
+    """Metrics of an adapter on the held-out records; empty if there are none."""
+    from fedslm.training.evaluation import count
+
+    task = build(setup.task, setup.data, setup.labels)
+    sums = count(model, task, shard.measured, adapter, _BATCH_SIZE)
+    return dict(task.metrics(sums)) if sums else {}
+
+
+def _personal(
+    request: Request, node: Node, model: LoadedModel, shard: Shard, start: AdapterState
+) -> AdapterState:
+    """Trains the client's own adapter; nothing of it leaves."""
+    from fedslm.training.local import LocalWork, train
+
+    setup = request.setup
+    match setup.personalization.method:
+        case "none" | "fine-tune":
+            keys = trained_keys(setup.method, start, 1) | trained_keys(setup.method, start, 2)
+        case "second-adapter":
+            own = start.select(set(start) - delta_keys(start))
+            start = set_aside(start, setup.lora.scaling, initial_state(own.shapes, setup.seed))
+            keys = frozenset(set(start) - delta_keys(start))
+        case other:
+            assert_never(other)
+    plan = NoPrivacy(setup.training.batch_size, setup.personalization.steps)
+    work = LocalWork(start, keys, setup.seed, request.round, node.client)
+    task = build(setup.task, setup.data, setup.labels)
+    after = train(model, task, shard.trained, plan, setup.training, work)
+    return start.merged(after)

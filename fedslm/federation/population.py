@@ -1,0 +1,83 @@
+"""Who is there, who is asked, and who answers: the population on any Flower ``Grid``."""
+
+from __future__ import annotations
+
+import time
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+import fedslm
+from fedslm.config import FederationConfig
+from fedslm.errors import FederationError
+from fedslm.federation.wire import HELLO
+from fedslm.rng import stream
+
+_POLL_SECONDS = 0.05
+
+
+def choose_cohort(config: FederationConfig, seed: int, round: int) -> list[int]:
+    """The clients of a round: a function of seed and round, so that a resumed run needs no replay."""
+    population = config.num_clients
+    size = config.clients_per_round or population
+    generator = stream(seed, "cohort", round)
+    return sorted(int(index) for index in generator.choice(population, size, replace=False))
+
+
+def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:
+    """Waits for the exact population and asks who is who.
+
+    Returns:
+        Client index to node id.
+
+    Raises:
+        FederationError: Nodes are missing, answer nothing, or run another version.
+    """
+    deadline = time.monotonic() + seconds
+    while len(found := list(grid.get_node_ids())) < num_clients:
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"{len(found)} of federation.num_clients={num_clients} nodes joined within "
+                f"federation.join_deadline_seconds={seconds:g}"
+            )
+        time.sleep(_POLL_SECONDS)
+    if len(found) > num_clients:
+        raise FederationError(
+            f"{len(found)} nodes are there, more than federation.num_clients={num_clients}"
+        )
+    question = RecordDict({"hello": ConfigRecord({"version": fedslm.__version__})})
+    messages = [Message(question, node, HELLO, ttl=seconds, group_id="hello") for node in found]
+    nodes: dict[int, int] = {}
+    for node, identifier in zip(found, list(grid.push_messages(messages)), strict=True):
+        reply = pull(grid, identifier, deadline + seconds)
+        if reply is None or reply.has_error():
+            reason = "no answer" if reply is None else reply.error.reason
+            raise FederationError(f"node {node} cannot take part: {reason}")
+        values = dict(reply.content.config_records.get("hello", {}))
+        version, client = values.get("version"), values.get("client")
+        if version != fedslm.__version__ or not isinstance(client, int):
+            raise FederationError(
+                f"node {node} runs fedslm {version!s} as client {client!s}, the server "
+                f"{fedslm.__version__}"
+            )
+        if client in nodes:
+            raise FederationError(f"nodes {nodes[client]} and {node} both say that they are {client}")
+        nodes[client] = node
+    if sorted(nodes) != list(range(num_clients)):
+        raise FederationError(
+            f"federation.num_clients={num_clients}, but the nodes are clients {sorted(nodes)}"
+        )
+    return nodes
+
+
+def pull(grid: Grid, identifier: str, deadline: float) -> Message | None:
+    """Waits for one reply; None when the deadline has passed."""
+    while True:
+        for reply in grid.pull_messages([identifier]):
+            return reply
+        if time.monotonic() > deadline:
+            forget = getattr(grid, "forget", None)
+            if forget is not None:
+                forget([identifier])
+            return None
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,152 @@
+"""From a request to what is sent: the start at the client's rank, local training, and its difference.
+
+Under privacy everything after local training reads noised values and public constants alone: it is
+post-processing and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from fedslm.aggregation.compression import compress, with_feedback
+from fedslm.aggregation.methods import rank_of_client, sent_keys, trained_keys
+from fedslm.aggregation.ranks import crop, pad
+from fedslm.aggregation.rotation import rotated
+from fedslm.errors import FederationError, TrainingError
+from fedslm.federation.client_memory import ClientMemory, Kept
+from fedslm.federation.node import Node, Release
+from fedslm.federation.wire import Request
+from fedslm.models.loaded import LoadedModel
+from fedslm.privacy.plan import Plan
+from fedslm.records import AdapterState
+from fedslm.rng import seed_of
+from fedslm.storage import load_adapter
+from fedslm.tasks import build
+from fedslm.tasks.base import Example
+
+_NOTHING = AdapterState({})
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a client's round starts.
+
+    Attributes:
+        adapter: The whole adapter, at the client's rank: what is beyond it is zero.
+        kept: What the client kept of earlier rounds.
+    """
+
+    adapter: AdapterState
+    kept: Kept
+
+
+def start_of(request: Request, node: Node) -> Start:
+    """Puts together what the server sent, what is shared by hash, and what the client kept."""
+    setup = request.setup
+    whole = _frozen(Path(setup.directory), setup.frozen_sha256).merged(request.adapter)
+    rank = rank_of_client(setup.lora, node.client)
+    if rank < setup.lora.rank:
+        whole = pad(crop(whole, rank), whole)
+    kept = ClientMemory(node.directory, setup.run_id).before(request.round)
+    return Start(whole.merged(kept.local), kept)
+
+
+def make_update(
+    request: Request, node: Node, plan: Plan, model: LoadedModel, examples: Sequence[Example]
+) -> Release:
+    """Trains on a client's examples and gives what is sent.
+
+    Raises:
+        TrainingError: A self-check failed, or training diverged.
+    """
+    setup, start = request.setup, start_of(request, node)
+    after = _trained(request, node, plan, model, examples=examples, start=start)
+    sent = sent_keys(setup.method, after, request.turn)
+    local = start.kept.local.merged(after.select(set(after) - sent))
+    control = _control(request, plan, start, after)
+    if setup.method == "fedrot":
+        turned = rotated(
+            start.adapter.merged(after),
+            request.adapter,
+            request.turn,
+            setup.aggregation.rotation_strength,
+        )
+        after = turned.select(set(after))
+    rank = rank_of_client(setup.lora, node.client)
+    delta, error = _compressed(
+        request, node, crop(after.select(sent).minus(start.adapter), rank), start.kept.error
+    )
+    kept = Kept(local, start.kept.control.plus(control) if start.kept.control else control, error)
+    ClientMemory(node.directory, setup.run_id).keep(request.round, kept)
+    return Release(delta, control=control)
+
+
+def _trained(
+    request: Request,
+    node: Node,
+    plan: Plan,
+    model: LoadedModel,
+    *,
+    examples: Sequence[Example],
+    start: Start,
+) -> AdapterState:
+    """The trained tensors, as the model holds them."""
+    from fedslm.training.local import LocalWork, train
+
+    setup = request.setup
+    trained = trained_keys(setup.method, start.adapter, request.turn)
+    correction = _NOTHING
+    if request.control:
+        mine = start.kept.control
+        correction = request.control.minus(mine) if mine else request.control
+    work = LocalWork(
+        start.adapter, trained, setup.seed, request.round, node.client, correction=correction
+    )
+    task = build(setup.task, setup.data, setup.labels)
+    after = train(model, task, examples, plan, setup.training, work)
+    if after.sha256() != model.adapter.read(sorted(trained)).sha256():
+        raise TrainingError("what will be sent is not what the model holds")
+    return after
+
+
+def _control(request: Request, plan: Plan, start: Start, after: AdapterState) -> AdapterState:
+    """SCAFFOLD: how far the client's control variate moves (Karimireddy et al. 2020, option II)."""
+    if not request.control:
+        return _NOTHING
+    scale = np.float32(1 / (plan.steps_per_round * request.setup.training.learning_rate))
+    return AdapterState(
+        {
+            key: (start.adapter[key] - after[key]) * scale - request.control[key]
+            for key in request.control
+        }
+    )
+
+
+def _compressed(
+    request: Request, node: Node, delta: AdapterState, error: AdapterState
+) -> tuple[AdapterState, AdapterState]:
+    """What of a difference the wire can carry, and what is left for the next round."""
+    setup = request.setup
+    compression = setup.compression
+    if compression.upload == "float32" and compression.keep_fraction == 1:
+        return delta, _NOTHING
+    seed = seed_of(setup.seed, "rounding", request.round, node.client)
+    wanted = with_feedback(delta, error) if compression.error_feedback else delta
+    sent = compress(
+        wanted, request.packing, np.random.default_rng(seed), unbiased=not compression.error_feedback
+    )
+    return sent, wanted.minus(sent) if compression.error_feedback else _NOTHING
+
+
+@lru_cache(maxsize=2)
+def _frozen(directory: Path, sha256: str) -> AdapterState:
+    """The shared frozen tensors, checked against the hash that the server names."""
+    state = load_adapter(directory / "frozen.safetensors")
+    if state.sha256() != sha256:
+        raise FederationError("the frozen tensors here differ from the server's")
+    return state
