@@ -27,6 +27,7 @@ from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.plan import (
     METRIC_SENSITIVITY,
     ExamplePlan,
+    NoPrivacy,
     PatientPlan,
     PrivatePlan,
     from_json,
@@ -70,8 +71,16 @@ def train(message: Message, context: Context) -> Message:
     return Message(reply.to_records(packing), reply_to=message)
 
 
-def _answer(request: Request, node: Node) -> Reply:
-    """Checks a request and trains, privately or not."""
+def admitted(request: Request, node: Node) -> ExamplePlan | PatientPlan | NoPrivacy:
+    """Holds a request against this node before any of the base's files is interpreted.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PolicyRefused: The policy does not allow it, or the plan is none.
+        FederationError: Another version of fedslm, or another base model.
+    """
     setup = request.setup
     if setup.version != fedslm.__version__:
         raise FederationError(f"server runs {setup.version}, this client {fedslm.__version__}")
@@ -80,8 +89,14 @@ def _answer(request: Request, node: Node) -> Reply:
     except PrivacyError as error:
         raise PolicyRefused(f"the plan is refused: {error}") from error
     node.admit(Asked(plan, setup.base_sha256, setup.task.name))
-    if base_sha256(resolve(setup.model)) != setup.base_sha256:  # before any of its files is interpreted
+    if base_sha256(resolve(setup.model)) != setup.base_sha256:
         raise FederationError("the base model here differs from the server's")
+    return plan
+
+
+def _answer(request: Request, node: Node) -> Reply:
+    """Checks a request and trains, privately or not."""
+    setup, plan = request.setup, admitted(request, node)
     model = model_for(setup)
     if isinstance(plan, PrivatePlan):
         return _answer_privately(request, node, plan, model)
@@ -102,6 +117,8 @@ def _answer_privately(
     again = node.kept(ledger.released(charges[0].request_sha256))
     if again is not None:
         return _reply(request, model, again, ledger=ledger)
+    if request.control:
+        raise PolicyRefused("control variates are refused under privacy")
     if request.setup.lora.dropout > 0:
         raise PolicyRefused("LoRA dropout couples the records of a batch; it must be 0 under privacy")
     check_private_model(model.adapter.network)

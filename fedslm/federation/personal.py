@@ -19,6 +19,7 @@ from fedslm.aggregation.factor_methods import set_aside
 from fedslm.aggregation.methods import trained_keys
 from fedslm.errors import FederationError, PolicyRefused
 from fedslm.factors import delta_keys
+from fedslm.federation.client import admitted
 from fedslm.federation.fairness import ClientMetrics, Metrics
 from fedslm.federation.loading import model_for
 from fedslm.federation.node import Node
@@ -27,8 +28,7 @@ from fedslm.federation.update import start_of
 from fedslm.federation.wire import Request, Setup
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel
-from fedslm.privacy.plan import NoPrivacy, PrivatePlan, from_json
-from fedslm.privacy.policy import Asked
+from fedslm.privacy.plan import NoPrivacy, PrivatePlan
 from fedslm.records import AdapterState
 from fedslm.storage import save_adapter, write_text
 from fedslm.tasks import build
@@ -54,9 +54,7 @@ def measure(message: Message, context: Context) -> Message:
 
 def _measured(request: Request, node: Node) -> str:
     """Measures; the answer's text is empty under privacy."""
-    setup = request.setup
-    plan = from_json(setup.plan)
-    node.admit(Asked(plan, setup.base_sha256, setup.task.name))
+    plan = admitted(request, node)
     if not isinstance(plan, PrivatePlan):
         return json.dumps(asdict(_both(request, node)))
     try:

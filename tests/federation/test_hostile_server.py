@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from served import (
     ask,
     chain_of,
@@ -27,7 +27,8 @@ from tiny import PATIENT, PRIVATE
 
 from fedslm import simulation
 from fedslm.config import Config, TaskConfig
-from fedslm.federation.wire import Reply, Request
+from fedslm.federation.personal import measure
+from fedslm.federation.wire import MEASURE, Reply, Request
 from fedslm.privacy.plan import NoPrivacy
 from fedslm.progress import Silent
 
@@ -199,6 +200,36 @@ def test_the_lifetime_holds_over_all_runs(honest: dict[str, Request], tmp_path: 
     charged = ledger_of(node)
     assert_refused(ask(setup_of(first, run_id="another run"), context), "the node's lifetime")
     assert ledger_of(node) == charged
+
+
+def test_control_variates_are_refused_before_anything_is_charged(
+    honest: dict[str, Request], tmp_path: Path
+) -> None:
+    """SCAFFOLD is not for private plans, whatever a server sends along."""
+    node = policy_for(tmp_path / "node", honest["record"], "record")
+    request = replace(honest["record"], control=honest["record"].adapter)
+    assert_refused(ask(request, context_of(0, node)), "control variates are refused")
+    assert ledger_of(node) is None
+
+
+def test_a_measurement_is_held_against_the_node_too(honest: dict[str, Request], tmp_path: Path) -> None:
+    """Another base, another version or a plan without privacy is refused, and no adapter is trained."""
+    node = policy_for(tmp_path / "node", honest["record"], "record")
+    request = honest["record"]
+    plain = NoPrivacy(4, 2).to_json()
+    for changes, reason in (
+        ({"base_sha256": "0" * 64}, "base model"),
+        ({"version": "9.9.9"}, "server runs 9.9.9"),
+        ({"plan": plain}, "unit"),
+    ):
+        context = context_of(0, node)
+        context.node_config["data-directory"] = str(Path(request.setup.directory) / "data")
+        message = Message(setup_of(request, **changes).to_records(), context.node_id, MEASURE)
+        message.metadata.__dict__["_message_id"] = "1"
+        answer = measure(message, context).content.config_records["measured"]
+        assert reason in str(answer["status"])
+        assert answer["metrics"] == ""
+    assert not (node / "personal").exists()
 
 
 def test_a_server_that_repeats_a_round_is_stopped(honest: dict[str, Request], tmp_path: Path) -> None:
