@@ -40,6 +40,7 @@ class WeightedMean:
         self._is_fixed = cohort_ranks is not None
         self._weights: Counter[int] = Counter(cohort_ranks or ())
         self._square_norms = 0.0
+        self._taken: AdapterState | None = None
         self.count = 0
 
     def add(self, update: ClientUpdate, norm: float, factor: float = 1.0) -> None:
@@ -52,11 +53,13 @@ class WeightedMean:
 
         Raises:
             FederationError: The weight is not positive and finite, or is not 1 where the cohort is the
-                denominator.
+                denominator; or the mean was taken already.
         """
         weight = update.weight
         if not 0 < weight < math.inf or (self._is_fixed and weight != 1):
             raise FederationError(f"client {update.client}: weight={weight} is not allowed")
+        if self._taken is not None:
+            raise FederationError(f"client {update.client}: the mean was taken already")
         for key, total in self._sums.items():
             tensor = update.delta[key]
             held = total[tuple(slice(length) for length in tensor.shape)]
@@ -70,14 +73,17 @@ class WeightedMean:
         self.count += 1
 
     def result(self) -> AdapterState:
-        """The mean difference.
+        """The mean difference, made of the sums themselves: a second adapter is never in memory.
 
         Raises:
             FederationError: Nothing was added.
         """
         if self.count == 0:
             raise FederationError("there is no update to average")
-        return AdapterState({key: self._mean(key, total) for key, total in self._sums.items()})
+        if self._taken is None:
+            means = {key: self._mean(key, total) for key, total in self._sums.items()}
+            self._taken = AdapterState(means)
+        return self._taken
 
     def signal_to_noise(self) -> float | None:
         """See :func:`signal_to_noise`; None with fewer than two clients."""
@@ -89,7 +95,8 @@ class WeightedMean:
         """One tensor's mean: each entry over the weight of the clients that hold it."""
         axes = RANK_AXES.get(part_of(key), ())
         if len(self._weights) == 1 or not axes:
-            return total / np.float32(sum(self._weights.values()))
+            total /= np.float32(sum(self._weights.values()))
+            return total
         position = np.indices([total.shape[axis] for axis in axes]).max(axis=0)
         weight = np.zeros(position.shape)
         for rank, of_rank in self._weights.items():

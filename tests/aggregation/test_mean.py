@@ -107,15 +107,15 @@ def test_nothing_has_no_mean() -> None:
 
 
 def test_updates_stay_as_they_were() -> None:
-    """Averaging changes nobody's tensors, and a result does not change with later updates."""
+    """Averaging changes nobody's tensors; a mean that was taken stays, and takes no more updates."""
     updates = [state(1), state(2)]
     before = [update.sha256() for update in updates]
     mean = averaged(updates)
-    result = mean.result()
-    kept = result.sha256()
-    mean.add(ClientUpdate(2, state(3), 1.0), state(3).norm())
+    kept = mean.result().sha256()
+    with pytest.raises(FederationError, match="taken already"):
+        mean.add(ClientUpdate(2, state(3), 1.0), state(3).norm())
     assert [update.sha256() for update in updates] == before
-    assert result.sha256() == kept
+    assert mean.result().sha256() == kept
 
 
 def test_frozen_factors_are_not_touched() -> None:
