@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def fedslm_round(start: AdapterState, clients: int) -> dict[str, float]:
         nonlocal seconds
         with tempfile.TemporaryDirectory() as directory:
             state = ServerState(start, 1, norms=norms)
-            with Round(how, state, list(range(clients)), Path(directory)) as aggregate:
+            with closing(Round(how, state, list(range(clients)), Path(directory))) as aggregate:
                 for client, update in enumerate(updates(start, clients)):
                     began = time.perf_counter()
                     aggregate.add(ClientUpdate(client, update, 1.0), empty)

@@ -45,6 +45,11 @@ class Packing:
     keep_fraction: float = 1.0
     mask_seed: tuple[int, int] = (0, 0)
 
+    @property
+    def is_whole(self) -> bool:
+        """True if updates travel as they are."""
+        return self.upload == "float32" and self.keep_fraction == 1
+
     def places(self, key: str, size: int) -> NDArray[np.int64]:
         """Which values of a flattened tensor are sent, ascending."""
         if self.keep_fraction == 1:
@@ -60,16 +65,12 @@ class Packing:
         Raises:
             FederationError: The update holds what this packing cannot carry.
         """
+        if self.is_whole:
+            return dict(state.tensors)
         packed: Packed = {}
         for key in state:
             flat = state[key].ravel()
-            values = flat[self.places(key, flat.size)]
-            if self.upload == "float32" and self.keep_fraction == 1:
-                packed[key] = state[key]
-                continue
-            packed |= _encode(key, values, self.upload)
-        if self.upload == "float32" and self.keep_fraction == 1:
-            return packed
+            packed |= _encode(key, flat[self.places(key, flat.size)], self.upload)
         if self.unpack(packed, state.shapes).sha256() != state.sha256():
             raise FederationError("the update was not compressed for this packing")
         return packed
@@ -86,8 +87,8 @@ class Packing:
         Raises:
             FederationError: Anything is missing, too much, or not what this packing makes.
         """
-        if self.upload == "float32" and self.keep_fraction == 1:
-            return AdapterState(dict(packed))
+        if self.is_whole:
+            return AdapterState(packed)
         if shapes is None:
             raise FederationError("a packed update needs the shapes that are expected")
         scales = {f"{_SCALE}{key}" for key in shapes} if self.upload == "int8" else set()
@@ -148,7 +149,6 @@ def _rounded(values: FloatArray, upload: UploadName, rounding: np.random.Generat
         case "bfloat16":
             bits = values.view(np.uint32)
             added = rounding.integers(0, 1 << 16, values.shape, dtype=np.uint32)
-            added[bits & np.uint32(0xFFFF) == 0] = 0  # it is there already
             return ((bits + added) & np.uint32(0xFFFF0000)).view(np.float32)
         case "int8":
             scale = _scale_of(values)

@@ -12,12 +12,12 @@ from typing import assert_never
 import numpy as np
 from numpy.typing import NDArray
 
+from fedslm.aggregation.product import Matrix
 from fedslm.aggregation.spool import Spool
 from fedslm.config import RuleName
 from fedslm.errors import FederationError
 from fedslm.records import AdapterState
 
-Matrix = NDArray[np.float64]
 _STEPS, _TINY = 2000, 1e-12
 
 
@@ -75,14 +75,14 @@ def combine(rule: RuleName, spool: Spool, hostile: int, shrink: Sequence[float])
         case "trimmed-mean":
             return _by_column(spool, scale, lambda values: _trimmed(values, hostile))
         case "krum":
-            chosen = krum_order(_distances(spool, scale), hostile)[:1]
+            chosen = krum_order(spool.square_distances(scale), hostile)[:1]
         case "multi-krum":
-            chosen = krum_order(_distances(spool, scale), hostile)[: spool.count - hostile]
+            chosen = krum_order(spool.square_distances(scale), hostile)[: spool.count - hostile]
         case "bulyan":
-            selected = bulyan_selection(_distances(spool, scale), hostile)
+            selected = bulyan_selection(spool.square_distances(scale), hostile)
             return _by_column(spool, scale, lambda values: _around_median(values[selected], hostile))
         case "geometric-median":
-            weights = _weiszfeld(_gram(spool, scale))
+            weights = _weiszfeld(spool.gram(scale))
             return _by_column(spool, scale, lambda values: weights @ values)
         case _:
             assert_never(rule)
@@ -117,7 +117,7 @@ def bulyan_selection(square_distances: Matrix, hostile: int) -> list[int]:
 
 def _by_column(spool: Spool, scale: Matrix, rule: Callable[[Matrix], Matrix]) -> AdapterState:
     """Applies a rule to some coordinates of all updates at a time."""
-    parts = [rule(values * scale) for _, values in spool.columns()]
+    parts = [rule(values) for _, values in spool.columns(scale=scale)]
     return spool.unflatten(np.concatenate(parts))
 
 
@@ -152,22 +152,3 @@ def _weiszfeld(gram: Matrix) -> Matrix:
             break
         weights = moved
     return weights
-
-
-def _distances(spool: Spool, scale: Matrix) -> Matrix:
-    """‖cᵢuᵢ - cⱼuⱼ‖², from differences: exact also where updates nearly coincide."""
-    total = np.zeros((spool.count, spool.count))
-    for _, values in spool.columns():
-        scaled = values * scale
-        for index, row in enumerate(scaled):
-            total[index] += np.square(scaled - row).sum(axis=1)
-    return total
-
-
-def _gram(spool: Spool, scale: Matrix) -> Matrix:
-    """Inner products of the scaled updates."""
-    total: Matrix = np.zeros((spool.count, spool.count))
-    for _, values in spool.columns():
-        scaled = values * scale
-        total += scaled @ scaled.T
-    return total

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from fedslm.aggregation.factor_methods import aggregate_factors, drift_norms
 from fedslm.aggregation.mean import WeightedMean
@@ -107,15 +105,8 @@ class Round:
         waits = self._mean is None or self._bound.reference is None
         self._spool = Spool(directory, self._shapes) if waits else None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Removes what waits on disk."""
         if self._spool is not None:
             self._spool.close()
 

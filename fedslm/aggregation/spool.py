@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +10,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fedslm.aggregation.product import Matrix
 from fedslm.errors import FederationError, RunError
 from fedslm.records import AdapterState, ClientUpdate, FloatArray
 
@@ -42,7 +41,7 @@ class Spool:
             key: slice(int(starts[i]), int(starts[i + 1])) for i, key in enumerate(self._whole)
         }
         self._size = int(starts[-1])
-        self._path = directory / f"updates-{os.getpid()}.f32"
+        self._path = directory / "updates.f32"  # what a killed round left is overwritten
         self._shapes: list[dict[str, tuple[int, ...]]] = []
         self.clients: list[int] = []
         self.weights: list[float] = []
@@ -123,29 +122,39 @@ class Spool:
         delta = AdapterState({key: self.delta(index, key) for key in self._whole})
         return ClientUpdate(self.clients[index], delta, self.weights[index])
 
-    def columns(self, chunk: int = _CHUNK) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-        """Yields all updates' values of some coordinates at a time: (place, (count, up to chunk))."""
+    def columns(
+        self, chunk: int = _CHUNK, scale: Matrix | float = 1.0
+    ) -> Iterator[tuple[slice, Matrix]]:
+        """Yields all updates' values of some coordinates at a time.
+
+        Args:
+            chunk: How many coordinates.
+            scale: What each update is multiplied by, (count, 1), or all of them.
+
+        Yields:
+            (their place, (count, up to chunk)).
+        """
         for start in range(0, self._size, chunk):
             width = min(chunk, self._size - start)
             rows = [self._read(i * self._size + start, width) for i in range(self.count)]
-            yield slice(start, start + width), np.stack(rows).astype(np.float64)
+            yield slice(start, start + width), np.stack(rows).astype(np.float64) * scale
 
-    def gram(self) -> NDArray[np.float64]:
+    def gram(self, scale: Matrix | float = 1.0) -> Matrix:
         """Inner products of all pairs of updates, (count, count)."""
-        total = np.zeros((self.count, self.count))
-        for _, values in self.columns():
+        total: Matrix = np.zeros((self.count, self.count))
+        for _, values in self.columns(scale=scale):
             total += values @ values.T
         return total
 
-    def square_distances(self) -> NDArray[np.float64]:
+    def square_distances(self, scale: Matrix | float = 1.0) -> Matrix:
         """‖uᵢ - uⱼ‖² of all pairs, from differences: exact also where updates nearly coincide."""
-        total = np.zeros((self.count, self.count))
-        for _, values in self.columns():
+        total: Matrix = np.zeros((self.count, self.count))
+        for _, values in self.columns(scale=scale):
             for index, row in enumerate(values):
                 total[index] += np.square(values - row).sum(axis=1)
         return total
 
-    def unflatten(self, flat: NDArray[np.float64]) -> AdapterState:
+    def unflatten(self, flat: Matrix) -> AdapterState:
         """A row as tensors."""
         return AdapterState(
             {

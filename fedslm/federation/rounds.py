@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -201,7 +202,8 @@ class Federation:
         server, statements = state.server, dict(state.statements)
         request = Request(told.setup, number, server.moving, server.turn, server.control)
         tally = Tally(cohort=len(cohort), bytes_down=len(cohort) * request.num_bytes)
-        with Round(told.aggregation, server, cohort, self.directory.path / "updates") as aggregate:
+        waiting = self.directory.path / "updates"
+        with closing(Round(told.aggregation, server, cohort, waiting)) as aggregate:
             for client, answer in self._exchange(config, request, cohort, nodes):
                 if isinstance(answer, Reply) and answer.statement:
                     answer = continued(answer, statements, client)

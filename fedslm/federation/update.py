@@ -132,15 +132,13 @@ def _compressed(
 ) -> tuple[AdapterState, AdapterState]:
     """What of a difference the wire can carry, and what is left for the next round."""
     setup = request.setup
-    compression = setup.compression
-    if compression.upload == "float32" and compression.keep_fraction == 1:
+    if request.packing.is_whole:
         return delta, _NOTHING
+    feedback = setup.compression.error_feedback
     seed = seed_of(setup.seed, "rounding", request.round, node.client)
-    wanted = with_feedback(delta, error) if compression.error_feedback else delta
-    sent = compress(
-        wanted, request.packing, np.random.default_rng(seed), unbiased=not compression.error_feedback
-    )
-    return sent, wanted.minus(sent) if compression.error_feedback else _NOTHING
+    wanted = with_feedback(delta, error) if feedback else delta
+    sent = compress(wanted, request.packing, np.random.default_rng(seed), unbiased=not feedback)
+    return sent, wanted.minus(sent) if feedback else _NOTHING
 
 
 @lru_cache(maxsize=2)
