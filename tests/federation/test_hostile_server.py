@@ -26,7 +26,7 @@ from served import (
 from tiny import PATIENT, PRIVATE
 
 from fedslm import simulation
-from fedslm.config import Config, TaskConfig
+from fedslm.config import Config, PersonalizationConfig, TaskConfig
 from fedslm.federation.personal import measure
 from fedslm.federation.wire import MEASURE, Reply, Request
 from fedslm.privacy.plan import NoPrivacy
@@ -230,6 +230,23 @@ def test_a_measurement_is_held_against_the_node_too(honest: dict[str, Request], 
         assert reason in str(answer["status"])
         assert answer["metrics"] == ""
     assert not (node / "personal").exists()
+
+
+def test_a_private_measurement_is_one_word(honest: dict[str, Request], tmp_path: Path) -> None:
+    """Whatever the records are, the whole answer is a constant, and nothing is charged for it."""
+    request = setup_of(
+        honest["record"], personalization=PersonalizationConfig(method="fine-tune", steps=1)
+    )
+    node = policy_for(tmp_path / "node", request, "record")
+    context = context_of(0, node)
+    context.node_config["data-directory"] = str(Path(request.setup.directory) / "data")
+    message = Message(request.to_records(), context.node_id, MEASURE)
+    message.metadata.__dict__["_message_id"] = "1"
+    content = measure(message, context).content
+    assert set(content) == {"measured"}
+    assert dict(content.config_records["measured"]) == {"status": "ok", "metrics": ""}
+    assert (node / "personal" / "metrics.json").exists()
+    assert ledger_of(node) is None
 
 
 def test_a_server_that_repeats_a_round_is_stopped(honest: dict[str, Request], tmp_path: Path) -> None:

@@ -156,6 +156,20 @@ def test_released_noise_is_calibrated_with_power(
 
 
 @PRIVATE
+def test_the_pull_to_the_start_comes_after_the_noise(
+    model: LoadedModel, work: LocalWork, plan: PrivatePlan
+) -> None:
+    """FedProx at mu · rate = 1 undoes every step but the last: one step's noise is left, none is clipped."""
+    plan = replace(plan, noise_multiplier=1.7, clip_norm=0.4, normaliser=8, steps_per_round=3)
+    pulled = NOISE_ALONE.model_copy(update={"drift": "fedprox", "proximal_strength": 1.0})
+    trained = train(model, task_of("classification"), [], plan, pulled, work)
+    noise = change(work.adapter, trained) * 8 / (1.7 * 0.4)
+    passed = {factor: stats.kstest(noise / factor, "norm").pvalue for factor in (1, np.sqrt(3))}
+    assert passed[1] > 1e-4
+    assert passed[np.sqrt(3)] < 1e-9
+
+
+@PRIVATE
 def test_private_training_of_an_empty_shard_runs(
     model: LoadedModel, work: LocalWork, plan: PrivatePlan
 ) -> None:
