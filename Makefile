@@ -31,6 +31,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/aggregation.py
 
 demo-model: $(VENV)/.installed
 	$(BIN)/python simulations/build_demo_model.py

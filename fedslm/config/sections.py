@@ -74,7 +74,7 @@ class LoraConfig(Section):
     """LoRA dropout; must be 0 under privacy."""
     initial: Literal["auto", "orthonormal", "eva"] = "auto"
     """Where A starts: seeded orthonormal rows, or (eva) the main directions of each layer's inputs on
-    public examples; auto is eva where A is frozen and there are public examples."""
+    public examples; auto is eva under ffa where there are public records."""
     client_ranks: Ranks = ()
     """Ranks of the clients, dealt out in turn; absent means all have lora.rank."""
 
