@@ -106,10 +106,13 @@ def fedslm_round(start: AdapterState, clients: int) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as directory:
             state = ServerState(start, 1, norms=norms)
             with closing(Round(how, state, list(range(clients)), Path(directory))) as aggregate:
-                for client, update in enumerate(updates(start, clients)):
+                sent = updates(start, clients)
+                for client in range(clients):
+                    update = next(sent)
                     began = time.perf_counter()
                     aggregate.add(ClientUpdate(client, update, 1.0), empty)
                     seconds += time.perf_counter() - began
+                    del update  # one reply in memory at a time
                 began = time.perf_counter()
                 aggregate.finish()
                 seconds += time.perf_counter() - began

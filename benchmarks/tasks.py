@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,14 +20,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from arms import FEDSLM, ROOT, RUNS, finished_run
 
 from fedslm.tasks.token_classification import entities
 
-ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / "runs" / "tasks"
+TASK_RUNS = RUNS / "tasks"
 PAGE, TEMPLATE = ROOT / "docs" / "tasks.md", ROOT / "benchmarks" / "tasks.md.in"
-FEDSLM = str(Path(sys.executable).parent / "fedslm")
-RUN_SECONDS, EVALUATE_SECONDS = 3600, 900
+EVALUATE_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -88,19 +86,8 @@ def overrides_of(scenario: Scenario, arm: str) -> Iterator[str]:
 
 def run(name: str, arm: str) -> Path:
     """Runs or resumes one arm; gives its directory."""
-    directory = RUNS / f"{name}-{arm}"
-    if (directory / "report.json").exists():
-        return directory
-    command = [FEDSLM, "simulate"]
-    if (directory / "checkpoint").exists():
-        command += ["--resume", str(directory)]
-    else:
-        command.append(str(ROOT / "simulations" / "local" / f"{name}.toml"))
-        for override in (f"run.directory={directory}", *overrides_of(SCENARIOS[name], arm)):
-            command += ["--set", override]
-    print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True, timeout=RUN_SECONDS)
-    return directory
+    config = ROOT / "simulations" / "local" / f"{name}.toml"
+    return finished_run(config, TASK_RUNS / f"{name}-{arm}", overrides_of(SCENARIOS[name], arm))
 
 
 def evaluation(name: str, directory: Path) -> dict[str, Any]:
@@ -120,7 +107,7 @@ def evaluation(name: str, directory: Path) -> dict[str, Any]:
 
 def outcome_of(name: str, arm: str) -> Outcome | None:
     """What is there of one arm; None if nothing is complete."""
-    directory = RUNS / f"{name}-{arm}"
+    directory = TASK_RUNS / f"{name}-{arm}"
     if not (directory / "evaluation.json").exists():
         return None
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))

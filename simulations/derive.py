@@ -1,9 +1,11 @@
-"""Makes what the local scenarios need beyond the assets: two derived data sets and a tiny T5.
+"""Makes what the local scenarios need beyond the assets: derived data sets and a tiny T5.
 
 python simulations/derive.py ASSETS OUT
 
 - OUT/data/bc5cdr_kinds: sentences of bc5cdr with the kinds of entities that they name (multi-label);
 - OUT/data/medquad_preference: questions with their own answer and another question's (preference);
+- OUT/data/banking77_halves: its test messages in two halves, one to evaluate on and one that is
+  public and may be looked at;
 - OUT/data/e2e and OUT/models/tiny-t5: a T5 of 0.9 M parameters, pretrained for some minutes on
   restaurants that take no part in the federation (there are no pretrained T5 weights in the assets).
 """
@@ -137,6 +139,10 @@ def main(assets: Path, out: Path) -> None:
         write(out / f"data/bc5cdr_kinds/{split}.jsonl", kinds(rows_of(assets, "bc5cdr", split)))
         pairs = preferences(rows_of(assets, "medquad", split), 0)
         write(out / f"data/medquad_preference/{split}.jsonl", pairs)
+    messages = rows_of(assets, "banking77", "test")
+    halves = {"train": rows_of(assets, "banking77", "train"), "test": messages[::2]}
+    for split, rows in {**halves, "public": messages[1::2]}.items():
+        write(out / f"data/banking77_halves/{split}.jsonl", rows)
     test = rows_of(assets, "e2e_nlg", "test")
     public = [row for row in test if row["client"] in PUBLIC]
     write(out / "data/e2e/train.jsonl", rows_of(assets, "e2e_nlg", "train"))

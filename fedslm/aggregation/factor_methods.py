@@ -13,7 +13,14 @@ from typing import assert_never
 
 import numpy as np
 
-from fedslm.aggregation.product import Matrix, balanced, compressed, norm_of_product, svd_of_product
+from fedslm.aggregation.product import (
+    Matrix,
+    balanced,
+    compressed,
+    norm_of_product,
+    numerical_rank,
+    svd_of_product,
+)
 from fedslm.aggregation.updates import Listed, Updates
 from fedslm.config import MethodName
 from fedslm.errors import FederationError
@@ -50,7 +57,7 @@ def aggregate_factors(
         start: The adapter that the clients started from.
         updates: Their differences.
         scaling: s = alpha / r (or alpha / √r) of the server and of all clients.
-        fresh: The initial tensors, from which FLoRA starts anew.
+        fresh: The initial tensors, from which A's unused rows (and all of FLoRA's) start anew.
         shrink: For each client a factor in (0, 1] that its change of the weights is scaled by.
 
     Returns:
@@ -150,8 +157,12 @@ def _layer(
         case "stack" | "flexlora":
             u, values, v = svd_of_product(stack.left, stack.right)
             rank = start[a_key].shape[0]
-            b, a = balanced(u[:, :rank], values[:rank], v[:rank], scaling)
-            made = _like(start, {a_key: a, b_key: b})
+            used = min(rank, numerical_rank(values))
+            b, a = balanced(u[:, :used], values[:used], v[:used], scaling)
+            made = {
+                a_key: _beginning_with(a, fresh[a_key]),
+                b_key: _beginning_with(b, np.zeros_like(start[b_key])),
+            }
             if method == "flexlora":
                 return made
             largest = float(values.max(initial=0.0))
@@ -236,14 +247,15 @@ def _aside(layer: str, left: Matrix, right: Matrix, beside: float = 0.0) -> dict
     return {key_of(layer, "delta_A"): down, key_of(layer, "delta_B"): up}
 
 
-def _like(start: AdapterState, made: dict[str, FloatArray]) -> dict[str, FloatArray]:
-    """Zero-padded to the start's shapes: there may be fewer directions than the rank."""
-    padded = {}
-    for key, tensor in made.items():
-        whole = np.zeros(start[key].shape, np.float32)
-        whole[tuple(slice(length) for length in tensor.shape)] = tensor
-        padded[key] = whole
-    return padded
+def _beginning_with(leading: FloatArray, rest: FloatArray) -> FloatArray:
+    """A tensor whose first rows and columns are replaced.
+
+    With fewer directions than the rank A keeps fresh rows under zero columns of B: they do nothing
+    yet, but a row of zeros would never get a gradient again.
+    """
+    whole = rest.copy()
+    whole[tuple(slice(length) for length in leading.shape)] = leading
+    return whole
 
 
 def _tensor(state: AdapterState, layer: str, part: Part) -> Matrix:

@@ -43,34 +43,45 @@ class WeightedMean:
         self._taken: AdapterState | None = None
         self.count = 0
 
-    def add(self, update: ClientUpdate, norm: float, factor: float = 1.0) -> None:
-        """Adds one checked update.
+    def add(self, update: ClientUpdate, limit: float = math.inf) -> float:
+        """Adds one checked update, scaled down to a length if it is longer (the norm bound).
+
+        A tensor is measured and added while it lies in the processor's cache: one pass. What was added
+        of an update before it proved too long is no longer than ``limit``, so taking the excess back
+        loses no precision, however long the whole is.
 
         Args:
             update: Its tensors may be those of a lower rank.
-            norm: Its L2 norm.
-            factor: What it is scaled by, in (0, 1]: the norm bound.
+            limit: The longest L2 norm that it may have in the mean.
+
+        Returns:
+            Its L2 norm as it came.
 
         Raises:
             FederationError: The weight is not positive and finite, or is not 1 where the cohort is the
                 denominator; or the mean was taken already.
         """
-        weight = update.weight
+        weight, tensors = update.weight, update.delta.tensors
         if not 0 < weight < math.inf or (self._is_fixed and weight != 1):
             raise FederationError(f"client {update.client}: weight={weight} is not allowed")
         if self._taken is not None:
             raise FederationError(f"client {update.client}: the mean was taken already")
+        square, longest, added = 0.0, limit * limit, set()
         for key, total in self._sums.items():
-            tensor = update.delta[key]
-            held = total[tuple(slice(length) for length in tensor.shape)]
-            if weight * factor == 1:
-                held += tensor
-            else:
-                held += np.float32(weight * factor) * tensor
+            tensor = tensors[key]
+            square += float(np.vdot(tensor, tensor))
+            if square <= longest:
+                _accumulate(total, tensor, weight)
+                added.add(key)
+        norm = math.sqrt(square)
+        if not square <= longest:
+            for key, total in self._sums.items():
+                _accumulate(total, tensors[key], weight * (limit / norm - (key in added)))
         if not self._is_fixed:
             self._weights[rank_of(update.delta)] += weight  # type: ignore[assignment]
-        self._square_norms += norm**2
+        self._square_norms += square
         self.count += 1
+        return norm
 
     def result(self) -> AdapterState:
         """The mean difference, made of the sums themselves: a second adapter is never in memory.
@@ -104,6 +115,16 @@ class WeightedMean:
         shape = [total.shape[axis] if axis in axes else 1 for axis in range(total.ndim)]
         divisor = np.where(weight > 0, weight, 1).reshape(shape)  # nobody holds it: nobody moved it
         return (total / divisor).astype(np.float32)
+
+
+def _accumulate(total: FloatArray, tensor: FloatArray, weight: float) -> None:
+    """Adds a weighted tensor to a sum's leading rows and columns."""
+    if tensor.shape != total.shape:
+        total = total[tuple(slice(length) for length in tensor.shape)]
+    if weight == 1:
+        total += tensor
+    else:
+        total += np.float32(weight) * tensor
 
 
 def signal_to_noise(num_clients: int, mean_square: float, square_of_mean: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,15 +25,22 @@ class NormBound:
     slack: float
     reference: float | None
 
+    @property
+    def limit(self) -> float:
+        """The longest norm that an update keeps; infinite without a reference.
+
+        >>> NormBound(3.0, 2.0).limit, NormBound(3.0, None).limit
+        (6.0, inf)
+        """
+        return math.inf if self.reference is None else self.slack * self.reference
+
     def factor(self, norm: float) -> float:
         """What an update of this norm is scaled by, in (0, 1].
 
         >>> NormBound(3.0, 2.0).factor(12.0), NormBound(3.0, 2.0).factor(5.0)
         (0.5, 1.0)
         """
-        if self.reference is None or norm <= self.slack * self.reference:
-            return 1.0
-        return self.slack * self.reference / norm
+        return 1.0 if norm <= self.limit else self.limit / norm
 
 
 def median_norm(norms: Sequence[float]) -> float:

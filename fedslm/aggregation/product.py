@@ -46,8 +46,17 @@ def compressed(left: Matrix, right: Matrix, beside: float = 0.0) -> tuple[FloatA
         beside: Size of what it stands beside in float32: less than that one's rounding is nothing.
     """
     u, values, v = svd_of_product(left, right)
-    kept = int((values > _ROUNDING * values.max(initial=beside)).sum())
+    kept = numerical_rank(values, beside)
     return balanced(u[:, :kept], values[:kept], v[:kept])
+
+
+def numerical_rank(values: Matrix, beside: float = 0.0) -> int:
+    """How many singular values are more than float32's rounding of the largest, or of ``beside``.
+
+    >>> numerical_rank(np.array([5.0, 1.0, 1e-9])), numerical_rank(np.zeros(3))
+    (2, 0)
+    """
+    return int((values > _ROUNDING * values.max(initial=beside)).sum())
 
 
 def norm_of_product(left: Matrix, right: Matrix) -> float:

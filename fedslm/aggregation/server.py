@@ -122,14 +122,13 @@ class Round:
             update: The difference that a client sent.
             control: SCAFFOLD's difference of its control variate; empty without it.
         """
-        norm = update.delta.norm()
-        self._norms.append(norm)
         if self._control is not None:
-            self._control.add(replace(update, delta=control), control.norm())
+            self._control.add(replace(update, delta=control))
         if self._spool is not None:
             self._spool.add(update)
+            self._norms.append(update.delta.norm())
         elif self._mean is not None:
-            self._mean.add(update, norm, self._bound.factor(norm))
+            self._norms.append(self._mean.add(update, self._bound.limit))
 
     def finish(self) -> ServerState:
         """The state after the round.
@@ -167,11 +166,11 @@ class Round:
         if spool is None:
             raise FederationError("a robust rule needs its updates on disk")
         bound = replace(self._bound, reference=median_norm(self._norms))
-        shrink = [bound.factor(norm) for norm in self._norms]
         if mean is None:
+            shrink = [bound.factor(norm) for norm in self._norms]
             return combine(self._how.config.rule, spool, self._how.config.hostile, shrink)
-        for index, (norm, factor) in enumerate(zip(self._norms, shrink, strict=True)):
-            mean.add(spool.update(index), norm, factor)
+        for index in range(spool.count):
+            mean.add(spool.update(index), bound.limit)
         return mean.result()
 
     def _factors(self) -> AdapterState:

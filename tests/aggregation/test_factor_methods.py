@@ -247,7 +247,10 @@ def test_flexlora_is_the_best_of_its_rank(case: Case) -> None:
 @quick
 @given(case=cases())
 def test_the_factors_are_the_leading_part(method: str, case: Case) -> None:
-    """s·B·A is the leading part of a dense decomposition, its values shared evenly between B and A."""
+    """s·B·A is the leading part of a dense decomposition, its values shared evenly between B and A.
+
+    A direction that nothing needs keeps a fresh row of A under a zero column of B.
+    """
     result = case.aggregate(method)
     rank = case.start[key("one", "lora_A")].shape[0]
     for layer in LAYERS:
@@ -258,8 +261,11 @@ def test_the_factors_are_the_leading_part(method: str, case: Case) -> None:
         squares = np.zeros(rank)
         squares[: len(values)] = values[:rank] / case.scaling
         tolerance = 1e-5 * float(squares[0])
-        for axis, part in ((0, "lora_B"), (1, "lora_A")):
-            found = np.sum(result[key(layer, part)].astype(float) ** 2, axis=axis)
+        a, b = result[key(layer, "lora_A")].astype(float), result[key(layer, "lora_B")].astype(float)
+        used = b.any(axis=0)
+        assert used.sum() >= np.linalg.matrix_rank(best)
+        assert np.array_equal(a[~used], case.fresh[key(layer, "lora_A")][~used])
+        for found in (np.sum(b**2, axis=0), np.where(used, np.sum(a**2, axis=1), 0)):
             np.testing.assert_allclose(found, squares, rtol=1e-4, atol=tolerance)
 
 

@@ -34,7 +34,7 @@ def averaged(updates: list[AdapterState], weights: list[float] | None = None) ->
     mean = WeightedMean(updates[0].shapes)
     for client, update in enumerate(updates):
         weight = 1.0 if weights is None else weights[client]
-        mean.add(ClientUpdate(client, update, weight), update.norm())
+        mean.add(ClientUpdate(client, update, weight))
     return mean
 
 
@@ -95,7 +95,7 @@ def test_a_weight_that_is_none_is_refused(weight: float) -> None:
     """A client without a proper weight is an error, and leaves the sum as it was."""
     mean = averaged([state(1)])
     with pytest.raises(FederationError, match="client 5: weight="):
-        mean.add(ClientUpdate(5, state(2), weight), 1.0)
+        mean.add(ClientUpdate(5, state(2), weight))
     assert mean.count == 1
     assert mean.result().sha256() == state(1).sha256()
 
@@ -113,7 +113,7 @@ def test_updates_stay_as_they_were() -> None:
     mean = averaged(updates)
     kept = mean.result().sha256()
     with pytest.raises(FederationError, match="taken already"):
-        mean.add(ClientUpdate(2, state(3), 1.0), state(3).norm())
+        mean.add(ClientUpdate(2, state(3), 1.0))
     assert [update.sha256() for update in updates] == before
     assert mean.result().sha256() == kept
 
@@ -161,25 +161,25 @@ def test_a_missing_client_does_not_change_the_denominator() -> None:
     updates = [state(seed) for seed in (1, 2)]
     mean = WeightedMean(updates[0].shapes, cohort_ranks=[RANK] * 4)
     for client, update in enumerate(updates):
-        mean.add(ClientUpdate(client, update, 1.0), update.norm())
+        mean.add(ClientUpdate(client, update, 1.0))
     expected = {key: (updates[0][key] + updates[1][key]) / 4 for key in updates[0]}
     assert_close(mean.result(), AdapterState(expected))
     with pytest.raises(FederationError, match="weight=2"):
-        mean.add(ClientUpdate(2, state(3), 2.0), 1.0)
+        mean.add(ClientUpdate(2, state(3), 2.0))
 
 
 def test_lower_ranks_do_not_dilute() -> None:
     """Every row of A and column of B is averaged over the clients that hold it; nobody's stays."""
     high, low = state(1), crop(state(2), 2)
     mean = averaged([high])
-    mean.add(ClientUpdate(1, low, 3.0), low.norm())
+    mean.add(ClientUpdate(1, low, 3.0))
     result = mean.result()
     np.testing.assert_allclose(result[B][:, 2:], high[B][:, 2:], rtol=1e-6)
     np.testing.assert_allclose(result[B][:, :2], (high[B][:, :2] + 3 * low[B]) / 4, rtol=1e-5)
     np.testing.assert_allclose(result[A][2:], high[A][2:], rtol=1e-6)
     np.testing.assert_allclose(result[A][:2], (high[A][:2] + 3 * low[A]) / 4, rtol=1e-5, atol=1e-6)
     alone = WeightedMean(high.shapes, cohort_ranks=[2, 2])
-    alone.add(ClientUpdate(0, low, 1.0), low.norm())
+    alone.add(ClientUpdate(0, low, 1.0))
     assert not alone.result()[B][:, 2:].any()
     np.testing.assert_allclose(alone.result()[B][:, :2], low[B] / 2, rtol=1e-6)
 
@@ -190,16 +190,32 @@ def test_a_core_is_averaged_block_by_block() -> None:
     whole, part = np.ones((3, 3), np.float32), np.full((2, 2), 5, np.float32)
     mean = averaged([AdapterState({key: whole})])
     low = AdapterState({key: part})
-    mean.add(ClientUpdate(1, low, 1.0), low.norm())
+    mean.add(ClientUpdate(1, low, 1.0))
     np.testing.assert_allclose(mean.result()[key], [[3, 3, 1], [3, 3, 1], [1, 1, 1]])
 
 
 def test_a_bounded_update_counts_for_less() -> None:
     """The norm bound's factor scales an update, not its weight in the denominator."""
     mean = averaged([state(1)])
-    mean.add(ClientUpdate(1, state(2), 1.0), state(2).norm(), 0.25)
+    mean.add(ClientUpdate(1, state(2), 1.0), 0.25 * state(2).norm())
     expected = {key: (state(1)[key] + 0.25 * state(2)[key]) / 2 for key in state(1)}
     assert_close(mean.result(), AdapterState(expected), 1e-5)
+
+
+def test_a_giant_leaves_nothing_but_its_bounded_length() -> None:
+    """An update that proves too long only at its last tensor costs the honest sum no precision."""
+    honest, small, giant = state(1), state(2), state(3)
+    last = list(giant)[-1]
+    hostile = AdapterState({k: np.float32(1e15) * giant[k] if k == last else small[k] for k in giant})
+    assert small.norm() < 10 < hostile.norm()
+    mean = averaged([honest])
+    assert mean.add(ClientUpdate(1, hostile, 1.0), 10.0) == pytest.approx(hostile.norm())
+    factor = 10.0 / hostile.norm()
+    expected = {
+        key: ((honest[key].astype(float) + factor * hostile[key].astype(float)) / 2).astype(np.float32)
+        for key in honest
+    }
+    assert_close(mean.result(), AdapterState(expected))
 
 
 def planted(ratio: float, *, num_clients: int, size: int, seed: int) -> WeightedMean:

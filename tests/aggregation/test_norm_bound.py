@@ -85,9 +85,9 @@ def test_one_update_moves_a_mean_by_its_share(
     update = AdapterState({"score.weight": row})
     bound = NormBound(slack, 1.0)
     mean = WeightedMean(update.shapes)
-    mean.add(ClientUpdate(0, update, weight), update.norm(), bound.factor(update.norm()))
+    mean.add(ClientUpdate(0, update, weight), bound.limit)
     for client in range(1, 5):
-        mean.add(ClientUpdate(client, AdapterState({"score.weight": 0 * row}), 1.0), 0.0)
+        mean.add(ClientUpdate(client, AdapterState({"score.weight": 0 * row}), 1.0))
     length = float(np.linalg.norm(row.astype(float)))
     expected = min(length, slack) * weight / (weight + 4)
     assert mean.result().norm() == pytest.approx(expected, rel=1e-4)
