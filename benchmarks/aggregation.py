@@ -98,7 +98,6 @@ def fedslm_round(start: AdapterState, clients: int) -> dict[str, float]:
     config, lora = AggregationConfig(method="fedit"), LoraConfig(rank=RANK)
     how = Aggregation(config, lora, clients, fixed_denominator=False, fresh=start)
     norms = {"all": start.norm()}
-    empty = AdapterState({})
     seconds = 0.0
 
     def work() -> None:
@@ -110,7 +109,7 @@ def fedslm_round(start: AdapterState, clients: int) -> dict[str, float]:
                 for client in range(clients):
                     update = next(sent)
                     began = time.perf_counter()
-                    aggregate.add(ClientUpdate(client, update, 1.0), empty)
+                    aggregate.add(ClientUpdate(client, update, 1.0))
                     seconds += time.perf_counter() - began
                     del update  # one reply in memory at a time
                 began = time.perf_counter()

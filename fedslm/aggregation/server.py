@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from fedslm.aggregation.factor_methods import aggregate_factors, drift_norms
 from fedslm.aggregation.mean import WeightedMean
 from fedslm.aggregation.methods import METHODS, kind_of, method_of, rank_of_client, sent_keys
@@ -50,6 +52,7 @@ class Aggregation:
         num_clients: The population.
         fixed_denominator: True if the mean is over the cohort, whoever answers (privacy).
         fresh: The initial tensors, which FLoRA starts anew from.
+        local_reach: A client's steps times its rate: the unit of SCAFFOLD's control variates.
     """
 
     config: AggregationConfig
@@ -57,6 +60,7 @@ class Aggregation:
     num_clients: int
     fixed_denominator: bool
     fresh: AdapterState
+    local_reach: float = 1.0
 
     @property
     def optimizer(self) -> ServerOptimizer:
@@ -96,9 +100,6 @@ class Round:
         sent = sent_keys(self._method, state.moving, state.turn)
         self._shapes = state.moving.select(sent).shapes
         self._norms: list[float] = []
-        self._control: WeightedMean | None = None
-        if state.control:
-            self._control = WeightedMean(state.control.shapes)
         self._bound = NormBound(config.norm_bound, state.norms.get(self._kind))
         linear = METHODS[self._method].family == "linear"
         self._mean = self._new_mean() if linear and config.rule == "mean" else None
@@ -115,15 +116,8 @@ class Round:
         """Updates so far."""
         return len(self._norms)
 
-    def add(self, update: ClientUpdate, control: AdapterState) -> None:
-        """Takes one checked update.
-
-        Args:
-            update: The difference that a client sent.
-            control: SCAFFOLD's difference of its control variate; empty without it.
-        """
-        if self._control is not None:
-            self._control.add(replace(update, delta=control))
+    def add(self, update: ClientUpdate) -> None:
+        """Takes one checked update."""
         if self._spool is not None:
             self._spool.add(update)
             self._norms.append(update.delta.norm())
@@ -138,14 +132,17 @@ class Round:
         """
         if METHODS[self._method].family == "factors":
             moving, memory = self._factors(), self._state.memory
+            control = self._state.control
         else:
+            difference = self._difference()
             moving, memory = self._how.optimizer.step(
-                self._state.moving, self._difference(), self._state.memory
+                self._state.moving, difference, self._state.memory
             )
+            control = self._next_control(difference)
         if not moving.is_finite():
             raise FederationError("the aggregate holds NaN or infinity")
         norms = {**self._state.norms, self._kind: median_norm(self._norms)}
-        return ServerState(moving, self._state.turn + 1, memory, self._next_control(), norms)
+        return ServerState(moving, self._state.turn + 1, memory, control, norms)
 
     def signal_to_noise(self) -> float | None:
         """How far the mean update stands out of its noise; None if it is not a plain mean."""
@@ -185,12 +182,17 @@ class Round:
             self._method, start, self._spool, scaling, fresh=self._how.fresh, shrink=shrink
         )
 
-    def _next_control(self) -> AdapterState:
-        """SCAFFOLD: the mean difference, over the whole population."""
-        if self._control is None:
-            return self._state.control
-        share = self._control.count / self._how.num_clients
-        mean = self._control.result()
-        return self._state.control.plus(
-            AdapterState({key: mean[key] * mean[key].dtype.type(share) for key in mean})
+    def _next_control(self, difference: AdapterState) -> AdapterState:
+        """SCAFFOLD: the mean of the clients' control variates, over the whole population.
+
+        A client's moves by -c - Δ / (steps · rate) (Karimireddy et al. 2020, option II), so the server
+        needs nothing but the updates: what bounds them, or leaves some out, holds for this too.
+        """
+        share, reach = self.count / self._how.num_clients, self._how.local_reach
+        before = self._state.control
+        return AdapterState(
+            {
+                key: ((1 - share) * c - share / reach * difference[key]).astype(np.float32)
+                for key, c in before.tensors.items()
+            }
         )

@@ -242,7 +242,6 @@ def _reply(
         weight=weight,
         statement="" if ledger is None else ledger.statement(run, number, delta_sha256).to_json(),
         metric=release.metric,
-        control=release.control,
     )
 
 

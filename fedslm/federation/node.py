@@ -15,7 +15,7 @@ self-test.json               which code passed the self-test here
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import Context
@@ -42,12 +42,10 @@ class Release:
     Attributes:
         delta: What was trained and is sent, minus where it started.
         metric: Noisy (sum of scores, number of units); None if none was asked.
-        control: SCAFFOLD's difference of the control variate; never under privacy.
     """
 
     delta: AdapterState
     metric: tuple[float, float] | None = None
-    control: AdapterState = field(default_factory=lambda: AdapterState({}))
 
     def hashes(self) -> dict[str, str]:
         """Hash of each part, by the purpose that it was charged for."""

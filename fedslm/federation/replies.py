@@ -13,7 +13,6 @@ from fedslm.federation.wire import Reply, Request
 from fedslm.privacy import accounting
 from fedslm.privacy.plan import Plan, PrivatePlan, from_json
 from fedslm.privacy.statement import Statement, read_statement
-from fedslm.records import AdapterState
 
 _MOST_EVENTS = 100_000
 _LARGEST_VALUE = 1e4
@@ -39,18 +38,16 @@ def checked(message: Message, request: Request, client: int) -> Reply | str:
     except FedslmError as error:
         return str(error)
     if reply.status != "ok":
-        return replace(reply, delta=None, statement="", metric=None, control=AdapterState({}))
+        return replace(reply, delta=None, statement="", metric=None)
     if (problem := _problem_of_statement(from_json(request.setup.plan), request, reply)) is not None:
         return problem
     if reply.delta is None or reply.delta.shapes != shapes:
         return "the update has other tensors or shapes than were asked for"
-    if reply.control.shapes != request.control.shapes:
-        return "the control variate has other tensors or shapes than the request"
-    for state in (reply.delta, reply.control):
-        if not state.is_finite():
-            return "the update holds NaN or infinity"
-        if any(float(abs(state[key]).max(initial=0.0)) > _LARGEST_VALUE for key in state):
-            return f"the update holds values beyond {_LARGEST_VALUE:g}"
+    delta = reply.delta
+    if not delta.is_finite():
+        return "the update holds NaN or infinity"
+    if any(float(abs(delta[key]).max(initial=0.0)) > _LARGEST_VALUE for key in delta):
+        return f"the update holds values beyond {_LARGEST_VALUE:g}"
     if reply.round != request.round:
         return f"the update is for round {reply.round}"
     if reply.base_sha256 != request.setup.base_sha256:

@@ -166,6 +166,7 @@ class Federation:
             config.federation.num_clients,
             fixed_denominator=config.privacy.unit != "none",
             fresh=description.moving,
+            local_reach=plan.steps_per_round * config.training.learning_rate,
         )
         if state is None:
             metrics = public_model.evaluate(self.pool, setup, frozen.merged(description.moving))
@@ -210,7 +211,7 @@ class Federation:
                 tally.count(client, answer)
                 if isinstance(answer, Reply) and answer.delta is not None:
                     update = ClientUpdate(client, answer.delta, answer.weight)
-                    aggregate.add(update, answer.control)
+                    aggregate.add(update)
                 self.observer.on_client(number, tally.done, len(cohort))
             moved = _finished(aggregate, config.federation.min_replies)
             signal_to_noise = _finite(aggregate.signal_to_noise())

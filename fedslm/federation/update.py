@@ -83,7 +83,7 @@ def make_update(
     )
     kept = Kept(local, start.kept.control.plus(control) if start.kept.control else control, error)
     ClientMemory(node.directory, setup.run_id).keep(request.round, kept)
-    return Release(delta, control=control)
+    return Release(delta)
 
 
 def _trained(

@@ -173,7 +173,6 @@ class Reply:
         weight: Weight in the mean; 1 under privacy.
         statement: Signed spend statement (JSON); empty without privacy.
         metric: Noisy (sum of scores, number of units) on the client's data; None if none was asked.
-        control: SCAFFOLD's difference of the client's control variate; empty without it.
         num_bytes: Bytes of tensors that came; 0 at the client.
     """
 
@@ -186,7 +185,6 @@ class Reply:
     weight: float = 1.0
     statement: str = ""
     metric: tuple[float, float] | None = None
-    control: AdapterState = _NOTHING
     num_bytes: int = 0
 
     def to_records(self, packing: Packing = WHOLE) -> RecordDict:
@@ -207,8 +205,6 @@ class Reply:
         records = RecordDict({"reply": values})
         if self.delta is not None:
             records["delta"] = _record(packing.pack(self.delta))
-        if self.control:
-            records["control"] = to_arrays(self.control)
         return records
 
     @classmethod
@@ -234,7 +230,6 @@ class Reply:
             status, metric = str(values["status"]), values.get("metric")
             if status not in ("ok", "refused", "failed"):
                 raise ValueError(f"unknown status {status!r}")
-            control = records.array_records.get("control")
             return cls(
                 status=status,  # type: ignore[arg-type]
                 round=int(str(values["round"])),
@@ -245,7 +240,6 @@ class Reply:
                 weight=float(str(values["weight"])),
                 statement=str(values["statement"]),
                 metric=None if metric is None else _pair(metric),
-                control=_NOTHING if control is None else from_arrays(control),
                 num_bytes=num_bytes(records),
             )
         except Exception as error:  # bytes from outside: whatever they do, they are not a reply

@@ -14,7 +14,6 @@ from fedslm.errors import FederationError
 from fedslm.records import AdapterState, ClientUpdate
 
 A, B = "q.lora_A.weight", "q.lora_B.weight"
-EMPTY = AdapterState({})
 
 
 def state(seed: int, length: float | None = None) -> AdapterState:
@@ -48,7 +47,7 @@ def after(
     asked = list(range(cohort or len(deltas)))
     with closing(Round(how, before, asked, directory / "updates")) as aggregate:
         for client, delta in enumerate(deltas):
-            aggregate.add(ClientUpdate(client, delta, 1.0), EMPTY)
+            aggregate.add(ClientUpdate(client, delta, 1.0))
         return aggregate.finish()
 
 
@@ -95,7 +94,7 @@ def test_a_missing_client_does_not_move_the_others(tmp_path: Path, norms: dict[s
 
 
 def test_control_variates_move_by_their_share_of_the_population(tmp_path: Path) -> None:
-    """SCAFFOLD: c moves by |S| / N times the mean difference."""
+    """SCAFFOLD: c moves by |S| / N times the mean of what option II moves the clients' by."""
     start, control = state(0), state(1)
     how = Aggregation(
         AggregationConfig(method="fedit"),
@@ -103,14 +102,16 @@ def test_control_variates_move_by_their_share_of_the_population(tmp_path: Path) 
         10,
         fixed_denominator=False,
         fresh=start,
+        local_reach=0.5,
     )
     before = ServerState(start, control=control)
     with closing(Round(how, before, [0, 1], tmp_path)) as aggregate:
         for client in (0, 1):
-            aggregate.add(ClientUpdate(client, state(client), 1.0), state(5 + client))
+            aggregate.add(ClientUpdate(client, state(5 + client), 1.0))
         found = aggregate.finish().control
     for key in control:
-        expected = control[key] + 2 / 10 * (state(5)[key] + state(6)[key]) / 2
+        own = [-control[key] - state(seed)[key] / 0.5 for seed in (5, 6)]
+        expected = control[key] + 2 / 10 * (own[0] + own[1]) / 2
         np.testing.assert_allclose(found[key], expected, rtol=1e-5, atol=1e-6)
 
 

@@ -64,9 +64,7 @@ REPLY = Reply(
 
 def without_adapter(reply: Reply) -> dict[str, Any]:
     """All other values."""
-    return {
-        key: value for key, value in vars(reply).items() if key not in ("delta", "control", "num_bytes")
-    }
+    return {key: value for key, value in vars(reply).items() if key not in ("delta", "num_bytes")}
 
 
 def test_setup_round_trip() -> None:
