@@ -41,69 +41,153 @@ class Stack:
     right: Matrix
 
 
-def aggregate_factors(
-    method: MethodName,
-    start: AdapterState,
-    updates: Updates,
-    scaling: float,
-    *,
-    fresh: AdapterState,
-    shrink: Sequence[float] | None = None,
-) -> AdapterState:
-    """The next adapter of the server.
+@dataclass(frozen=True)
+class FactorRound:
+    """One round's factors: what every client started from, and its difference.
 
-    Args:
-        method: One of the family.
+    Attributes:
         start: The adapter that the clients started from.
         updates: Their differences.
         scaling: s = alpha / r (or alpha / √r) of the server and of all clients.
         fresh: The initial tensors, from which A's unused rows (and all of FLoRA's) start anew.
-        shrink: For each client a factor in (0, 1] that its change of the weights is scaled by.
-
-    Returns:
-        A, B and heads of the same shapes; D_A and D_B where the method puts something aside.
-
-    Raises:
-        FederationError: The method is not of this family.
-
-    References:
-        FedEx-LoRA arXiv 2410.09432, FLoRA 2409.05976, FlexLoRA 2402.11505, HetLoRA 2401.06432.
     """
-    factors = shrink if shrink is not None else [1.0] * len(updates.clients)
-    shares = np.asarray(updates.weights, np.float64) / sum(updates.weights)
-    if method == "hetlora":
-        norms = np.asarray([_product_norm(start, updates, k) for k in range(len(shares))])
-        shares = shares * norms if (shares * norms).sum() > 0 else shares
-        shares = shares / shares.sum()
-    tensors = {
-        key: _mean(start[key], updates, key, shares * np.asarray(factors))
-        for key in start
-        if part_of(key) == "head"
-    }
-    for layer in layers_of(start):
-        tensors |= _layer(
-            method, start, updates, scaling, layer=layer, fresh=fresh, shares=shares, shrink=factors
+
+    start: AdapterState
+    updates: Updates
+    scaling: float
+    fresh: AdapterState
+
+    def aggregate(self, method: MethodName, shrink: Sequence[float] | None = None) -> AdapterState:
+        """The next adapter of the server.
+
+        Args:
+            method: One of the family.
+            shrink: For each client a factor in (0, 1] that its change of the weights is scaled by.
+
+        Returns:
+            A, B and heads of the same shapes; D_A and D_B where the method puts something aside.
+
+        Raises:
+            FederationError: The method is not of this family.
+
+        References:
+            FedEx-LoRA arXiv 2410.09432, FLoRA 2409.05976, FlexLoRA 2402.11505, HetLoRA 2401.06432.
+        """
+        weights = np.asarray(self.updates.weights, np.float64)
+        shares = weights / weights.sum()
+        if method == "hetlora":
+            norms = np.asarray([self._product_norm(client) for client in range(len(shares))])
+            shares = shares * norms if (shares * norms).sum() > 0 else shares
+            shares = shares / shares.sum()
+        kept = np.ones(len(shares)) if shrink is None else np.asarray(shrink, np.float64)
+        heads = (key for key in self.start if part_of(key) == "head")
+        tensors = {key: self._mean(key, shares * kept) for key in heads}
+        for layer in layers_of(self.start):
+            tensors |= self._layer(method, layer, shares, kept)
+        return AdapterState(tensors)
+
+    def drift_norms(self) -> list[float]:
+        """How far each client changed the weights: ‖ΔWₖ - ΔW‖ over all layers and heads.
+
+        It is the same however a client turns its factors against one another.
+        """
+        norms = []
+        for client in range(len(self.updates.clients)):
+            square = 0.0
+            for layer in layers_of(self.start):
+                a, b = self._pair(client, layer)
+                own = np.hstack([b, -_tensor(self.start, layer, "lora_B")])
+                both = np.vstack([a, _tensor(self.start, layer, "lora_A")])
+                square += (self.scaling * norm_of_product(own, both)) ** 2
+            for key in (key for key in self.start if part_of(key) == "head"):
+                square += float(np.square(self.updates.delta(client, key), dtype=np.float64).sum())
+            norms.append(float(np.sqrt(square)))
+        return norms
+
+    def _layer(
+        self, method: MethodName, layer: str, shares: Matrix, kept: Matrix
+    ) -> dict[str, FloatArray]:
+        """One layer's next tensors."""
+        a_key, b_key = key_of(layer, "lora_A"), key_of(layer, "lora_B")
+        match method:
+            case "stack" | "flexlora":
+                return self._decomposed(layer, self._stack(layer, shares, kept), method == "stack")
+            case "flora":
+                stack = self._stack(layer, shares, kept)
+                anew = {key: self.fresh[key] for key in (a_key, b_key)}
+                return anew | _aside(layer, stack.left, stack.right)
+            case "fedex":
+                stack = self._stack(layer, shares, kept)
+                made = {key: self._mean(key, shares * kept) for key in (a_key, b_key)}
+                mean_b, mean_a = (made[key].astype(np.float64) for key in (b_key, a_key))
+                left = np.hstack([stack.left, -self.scaling * mean_b])
+                size = self.scaling * float(np.linalg.norm(mean_b) * np.linalg.norm(mean_a))
+                return made | _aside(layer, left, np.vstack([stack.right, mean_a]), size)
+            case "hetlora":
+                return {key: self._mean(key, shares * kept) for key in (a_key, b_key)}
+            case "fedit" | "ffa" | "rolora" | "fedrot" | "fedsa" | "fed-sb":
+                raise FederationError(f"{method} needs no client's own factors")
+            case _:
+                assert_never(method)
+
+    def _decomposed(self, layer: str, stack: Stack, is_whole: bool) -> dict[str, FloatArray]:
+        """The best part of the adapter's rank, and if all is kept the remainder beside it."""
+        a_key, b_key = key_of(layer, "lora_A"), key_of(layer, "lora_B")
+        u, values, v = svd_of_product(stack.left, stack.right)
+        rank = self.start[a_key].shape[0]
+        used = min(rank, numerical_rank(values))
+        b, a = balanced(u[:, :used], values[:used], v[:used], self.scaling)
+        made = {
+            a_key: _beginning_with(a, self.fresh[a_key]),
+            b_key: _beginning_with(b, np.zeros_like(self.start[b_key])),
+        }
+        if not is_whole:
+            return made
+        largest = float(values.max(initial=0.0))
+        return made | _aside(layer, u[:, rank:] * values[rank:], v[rank:], largest)
+
+    def _stack(self, layer: str, shares: Matrix, kept: Matrix) -> Stack:
+        """All clients' factors of a layer, the start's own for what the norm bound takes, and D."""
+        lefts, rights = [], []
+        for client, share in enumerate(shares * kept):
+            a, b = self._pair(client, layer)
+            lefts.append(self.scaling * share * b)
+            rights.append(a)
+        held_back = float((shares * (1 - kept)).sum())
+        if held_back > 0:
+            lefts.append(self.scaling * held_back * _tensor(self.start, layer, "lora_B"))
+            rights.append(_tensor(self.start, layer, "lora_A"))
+        if key_of(layer, "delta_A") in self.start.tensors:
+            lefts.append(_tensor(self.start, layer, "delta_B"))
+            rights.append(_tensor(self.start, layer, "delta_A"))
+        return Stack(np.hstack(lefts), np.vstack(rights))
+
+    def _pair(self, client: int, layer: str) -> tuple[Matrix, Matrix]:
+        """A client's own A and B, at its own rank."""
+        a_delta, b_delta = (
+            self.updates.delta(client, key_of(layer, part)) for part in ("lora_A", "lora_B")
         )
-    return AdapterState(tensors)
+        rank = a_delta.shape[0]
+        return (
+            _tensor(self.start, layer, "lora_A")[:rank] + a_delta,
+            _tensor(self.start, layer, "lora_B")[:, :rank] + b_delta,
+        )
 
+    def _product_norm(self, client: int) -> float:
+        """‖Bₖ·Aₖ‖ of a client over all layers: HetLoRA's measure of what it has learned."""
+        pairs = [self._pair(client, layer) for layer in layers_of(self.start)]
+        return float(np.sqrt(sum(norm_of_product(b, a) ** 2 for a, b in pairs)))
 
-def drift_norms(start: AdapterState, updates: Updates, scaling: float) -> list[float]:
-    """How far each client changed the weights: ‖ΔWₖ - ΔW‖ over all layers and heads.
-
-    It is the same however a client turns its factors against one another.
-    """
-    norms = []
-    for index in range(len(updates.clients)):
-        square = 0.0
-        for layer in layers_of(start):
-            a, b = _pair(start, updates, index, layer)
-            own = np.hstack([b, -_tensor(start, layer, "lora_B")])
-            both = np.vstack([a, _tensor(start, layer, "lora_A")])
-            square += (scaling * norm_of_product(own, both)) ** 2
-        for key in (key for key in start if part_of(key) == "head"):
-            square += float(np.square(updates.delta(index, key), dtype=np.float64).sum())
-        norms.append(float(np.sqrt(square)))
-    return norms
+    def _mean(self, key: str, shares: Matrix) -> FloatArray:
+        """The weighted mean of one tensor; a client of a lower rank has zeros beyond it."""
+        start = self.start[key]
+        total = np.zeros(start.shape, np.float64)
+        for client, share in enumerate(shares):
+            delta = self.updates.delta(client, key)
+            held = tuple(slice(length) for length in delta.shape)
+            total[held] += share * (start[held].astype(np.float64) + delta)
+        still = 1.0 - float(shares.sum())  # what the norm bound takes stays where it was
+        return (total + still * start).astype(np.float32)
 
 
 def set_aside(start: AdapterState, scaling: float, fresh: AdapterState) -> AdapterState:
@@ -118,7 +202,7 @@ def set_aside(start: AdapterState, scaling: float, fresh: AdapterState) -> Adapt
         {key: np.zeros_like(start[key]) for key in start if not part_of(key).startswith("delta")}
     )
     moved = Listed([ClientUpdate(0, still, 1.0)])
-    return aggregate_factors("flora", start, moved, scaling, fresh=fresh)
+    return FactorRound(start, moved, scaling, fresh).aggregate("flora")
 
 
 def effective_weights(state: AdapterState, scaling: float) -> dict[str, Matrix]:
@@ -132,109 +216,6 @@ def effective_weights(state: AdapterState, scaling: float) -> dict[str, Matrix]:
         if key_of(layer, "delta_A") in state.tensors:
             found[layer] += _tensor(state, layer, "delta_B") @ _tensor(state, layer, "delta_A")
     return found
-
-
-def _layer(
-    method: MethodName,
-    start: AdapterState,
-    updates: Updates,
-    scaling: float,
-    *,
-    layer: str,
-    fresh: AdapterState,
-    shares: Matrix,
-    shrink: Sequence[float],
-) -> dict[str, FloatArray]:
-    """One layer's next tensors."""
-    a_key, b_key = key_of(layer, "lora_A"), key_of(layer, "lora_B")
-    stack = _stack(start, updates, scaling, layer=layer, shares=shares, shrink=shrink)
-
-    def means() -> dict[str, FloatArray]:
-        counted = shares * np.asarray(shrink)
-        return {key: _mean(start[key], updates, key, counted) for key in (a_key, b_key)}
-
-    match method:
-        case "stack" | "flexlora":
-            u, values, v = svd_of_product(stack.left, stack.right)
-            rank = start[a_key].shape[0]
-            used = min(rank, numerical_rank(values))
-            b, a = balanced(u[:, :used], values[:used], v[:used], scaling)
-            made = {
-                a_key: _beginning_with(a, fresh[a_key]),
-                b_key: _beginning_with(b, np.zeros_like(start[b_key])),
-            }
-            if method == "flexlora":
-                return made
-            largest = float(values.max(initial=0.0))
-            return made | _aside(layer, u[:, rank:] * values[rank:], v[rank:], largest)
-        case "flora":
-            return {key: fresh[key] for key in (a_key, b_key)} | _aside(layer, stack.left, stack.right)
-        case "fedex":
-            made = means()
-            mean_b, mean_a = (made[key].astype(np.float64) for key in (b_key, a_key))
-            left = np.hstack([stack.left, -scaling * mean_b])
-            size = scaling * float(np.linalg.norm(mean_b) * np.linalg.norm(mean_a))
-            return made | _aside(layer, left, np.vstack([stack.right, mean_a]), size)
-        case "hetlora":
-            return means()
-        case "fedit" | "ffa" | "rolora" | "fedrot" | "fedsa" | "fed-sb":
-            raise FederationError(f"{method} needs no client's own factors")
-        case _:
-            assert_never(method)
-
-
-def _stack(
-    start: AdapterState,
-    updates: Updates,
-    scaling: float,
-    *,
-    layer: str,
-    shares: Matrix,
-    shrink: Sequence[float],
-) -> Stack:
-    """All clients' factors of a layer, the start's own for what the norm bound takes, and D."""
-    lefts, rights = [], []
-    held_back = 0.0
-    for index, (share, factor) in enumerate(zip(shares, shrink, strict=True)):
-        a, b = _pair(start, updates, index, layer)
-        lefts.append(scaling * share * factor * b)
-        rights.append(a)
-        held_back += share * (1 - factor)
-    if held_back > 0:
-        lefts.append(scaling * held_back * _tensor(start, layer, "lora_B"))
-        rights.append(_tensor(start, layer, "lora_A"))
-    if key_of(layer, "delta_A") in start.tensors:
-        lefts.append(_tensor(start, layer, "delta_B"))
-        rights.append(_tensor(start, layer, "delta_A"))
-    return Stack(np.hstack(lefts), np.vstack(rights))
-
-
-def _pair(start: AdapterState, updates: Updates, index: int, layer: str) -> tuple[Matrix, Matrix]:
-    """A client's own A and B, at its own rank."""
-    a_delta, b_delta = (updates.delta(index, key_of(layer, part)) for part in ("lora_A", "lora_B"))
-    rank = a_delta.shape[0]
-    return (
-        _tensor(start, layer, "lora_A")[:rank] + a_delta,
-        _tensor(start, layer, "lora_B")[:, :rank] + b_delta,
-    )
-
-
-def _product_norm(start: AdapterState, updates: Updates, index: int) -> float:
-    """‖Bₖ·Aₖ‖ of a client over all layers: HetLoRA's measure of what it has learned."""
-    pairs = [_pair(start, updates, index, layer) for layer in layers_of(start)]
-    return float(np.sqrt(sum(norm_of_product(b, a) ** 2 for a, b in pairs)))
-
-
-def _mean(start: FloatArray, updates: Updates, key: str, shares: Matrix) -> FloatArray:
-    """The weighted mean of one tensor; a client of a lower rank has zeros beyond it."""
-    total = np.zeros(start.shape, np.float64)
-    kept = 1.0
-    for index, share in enumerate(shares):
-        delta = updates.delta(index, key)
-        held = tuple(slice(length) for length in delta.shape)
-        total[held] += share * (start[held].astype(np.float64) + delta)
-        kept -= share
-    return (total + kept * start).astype(np.float32)  # what the norm bound takes stays where it was
 
 
 def _aside(layer: str, left: Matrix, right: Matrix, beside: float = 0.0) -> dict[str, FloatArray]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedslm.aggregation.factor_methods import aggregate_factors, drift_norms
+from fedslm.aggregation.factor_methods import FactorRound
 from fedslm.aggregation.mean import WeightedMean
 from fedslm.aggregation.methods import METHODS, kind_of, method_of, rank_of_client, sent_keys
 from fedslm.aggregation.norm_bound import NormBound, median_norm
@@ -174,13 +174,10 @@ class Round:
         """What methods make that need every client's factors."""
         if self._spool is None:
             raise FederationError("this method needs its updates on disk")
-        start, scaling = self._state.moving, self._how.lora.scaling
-        norms = drift_norms(start, self._spool, scaling)
+        factors = FactorRound(self._state.moving, self._spool, self._how.lora.scaling, self._how.fresh)
+        norms = factors.drift_norms()
         bound = replace(self._bound, reference=median_norm(norms))
-        shrink = [bound.factor(norm) for norm in norms]
-        return aggregate_factors(
-            self._method, start, self._spool, scaling, fresh=self._how.fresh, shrink=shrink
-        )
+        return factors.aggregate(self._method, [bound.factor(norm) for norm in norms])
 
     def _next_control(self, difference: AdapterState) -> AdapterState:
         """SCAFFOLD: the mean of the clients' control variates, over the whole population.

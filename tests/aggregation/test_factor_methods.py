@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedslm.aggregation.factor_methods import (
-    aggregate_factors,
-    drift_norms,
+    FactorRound,
     effective_weights,
     set_aside,
 )
@@ -81,9 +80,12 @@ class Case:
 
     def aggregate(self, method: str, shrink: Sequence[float] | None = None) -> AdapterState:
         """What the server makes of it."""
-        return aggregate_factors(
-            method, self.start, self.updates, self.scaling, fresh=self.fresh, shrink=shrink
-        )
+        return self.round.aggregate(method, shrink)
+
+    @property
+    def round(self) -> FactorRound:
+        """What the server has."""
+        return FactorRound(self.start, self.updates, self.scaling, self.fresh)
 
 
 def product(state: AdapterState, layer: str) -> Matrix:
@@ -457,7 +459,7 @@ def test_hetlora_prefers_who_learned_more() -> None:
 @given(case=cases())
 def test_drift_is_the_dense_distance(case: Case) -> None:
     """‖Wₖ - W‖ over all layers and heads is that of the dense matrices; what was put aside has no part."""
-    found = drift_norms(case.start, case.updates, case.scaling)
+    found = case.round.drift_norms()
     for number, own in enumerate(case.clients):
         square = float(np.linalg.norm(own[HEAD].astype(float) - case.start[HEAD]) ** 2)
         for layer in LAYERS:
@@ -483,8 +485,8 @@ def test_drift_does_not_see_the_gauge(case: Case, seed: int) -> None:
             other[key(layer, "lora_A")] = np.linalg.solve(gauge, a).astype(np.float32)
         turned.append(AdapterState(other))
     again = Case(case.start, turned, case.weights, case.scaling)
-    found = drift_norms(again.start, again.updates, case.scaling)
-    np.testing.assert_allclose(found, drift_norms(case.start, case.updates, case.scaling), rtol=1e-4)
+    found = again.round.drift_norms()
+    np.testing.assert_allclose(found, case.round.drift_norms(), rtol=1e-4)
     for one, other in zip(case.updates.updates, again.updates.updates, strict=True):
         assert other.delta.norm() > 1.2 * one.delta.norm()
 
@@ -493,7 +495,7 @@ def test_who_stays_has_not_drifted() -> None:
     """A client that sends zeros is at distance 0, whatever the start."""
     case = make(4, ranks=[3], rank=3, drift=0.0, aside_rank=2, scaling=4.0)
     size = np.linalg.norm(product(case.start, "one"))
-    assert drift_norms(case.start, case.updates, 4.0)[0] < 1e-12 * size
+    assert FactorRound(case.start, case.updates, 4.0, case.fresh).drift_norms()[0] < 1e-12 * size
 
 
 @quick
@@ -605,8 +607,9 @@ def test_nobodys_tensors_change(method: str) -> None:
     before = [state.sha256() for state in held]
     for tensor in (tensor for state in held for tensor in state.tensors.values()):
         tensor.flags.writeable = False
-    result = aggregate_factors(method, case.start, updates, 2.0, fresh=fresh, shrink=[0.5, 1, 0.2])
-    drift_norms(case.start, updates, 2.0)
+    factors = FactorRound(case.start, updates, 2.0, fresh)
+    result = factors.aggregate(method, [0.5, 1, 0.2])
+    factors.drift_norms()
     assert [state.sha256() for state in held] == before
     assert result.is_finite()
     assert {name for name in result if "delta" not in name} == set(fresh)
