@@ -143,6 +143,9 @@ def _attack(config: Config) -> Iterator[Problem]:
 
 def _personalization(config: Config) -> Iterator[Problem]:
     """A personal adapter is measured on records that were not trained on."""
+    if config.personalization.method == "second-adapter" and config.aggregation.method == "fed-sb":
+        message = 'value "second-adapter" has no core to go with fed-sb\'s; use "fine-tune"'
+        yield Problem("personalization.method", message)
     if config.personalization.method != "none" and config.data.validation_fraction == 0:
         message = (
             "is needed to tell what personalization is worth: set the share of each client's units "

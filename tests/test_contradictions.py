@@ -143,6 +143,15 @@ def test_without_privacy_nothing_is_required() -> None:
             "no room",
         ),
         ([("task.name", "seq2seq"), ("task.prompt_format", "chat")], "task.prompt_format", "chat"),
+        (
+            [
+                ("aggregation.method", "fed-sb"),
+                ("personalization.method", "second-adapter"),
+                ("data.validation_fraction", 0.2),
+            ],
+            "personalization.method",
+            "no core",
+        ),
     ],
 )
 def test_contradictions_are_refused(assignments: list[tuple[str, Any]], key: str, part: str) -> None:

@@ -1,18 +1,21 @@
 """Methods that need every client's own A and B: a trusted server.
 
-Per layer, with weights pₖ that sum to one and each client's factors at its own rank, the ideal is
-``D + Σ pₖ·s·Bₖ·Aₖ``, where D is what earlier rounds put aside. Everything is computed on stacked
-factors, layer by layer; no out x in matrix is formed.
+Per layer, with weights pₖ that sum to one, the ideal is ``D + Σ pₖ·s·Bₖ·Aₖ``, where D is what earlier
+rounds put aside. A client of a lower rank leaves the rows and columns that it does not hold where they
+were (HetLoRA alone counts them as zero). Everything is computed on stacked factors, layer by layer; no
+out x in matrix is formed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 import numpy as np
 
+from fedslm.aggregation.norm_bound import median_norm
 from fedslm.aggregation.product import (
     Matrix,
     balanced,
@@ -26,6 +29,9 @@ from fedslm.config import MethodName
 from fedslm.errors import FederationError
 from fedslm.factors import Part, key_of, layers_of, part_of
 from fedslm.records import AdapterState, ClientUpdate, FloatArray
+
+AVERAGE_BOTH = frozenset({"fedex", "hetlora"})
+"""Methods that average A and B themselves beside (or instead of) their product."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,14 @@ class FactorRound:
         updates: Their differences.
         scaling: s = alpha / r (or alpha / √r) of the server and of all clients.
         fresh: The initial tensors, from which A's unused rows (and all of FLoRA's) start anew.
+        slack: HetLoRA counts no client's adapter for longer than so many median ones.
     """
 
     start: AdapterState
     updates: Updates
     scaling: float
     fresh: AdapterState
+    slack: float = math.inf
 
     def aggregate(self, method: MethodName, shrink: Sequence[float] | None = None) -> AdapterState:
         """The next adapter of the server.
@@ -77,6 +85,8 @@ class FactorRound:
         shares = weights / weights.sum()
         if method == "hetlora":
             norms = np.asarray([self._product_norm(client) for client in range(len(shares))])
+            if np.isfinite(self.slack):
+                norms = np.minimum(norms, self.slack * median_norm(norms.tolist()))
             shares = shares * norms if (shares * norms).sum() > 0 else shares
             shares = shares / shares.sum()
         kept = np.ones(len(shares)) if shrink is None else np.asarray(shrink, np.float64)
@@ -96,8 +106,9 @@ class FactorRound:
             square = 0.0
             for layer in layers_of(self.start):
                 a, b = self._pair(client, layer)
-                own = np.hstack([b, -_tensor(self.start, layer, "lora_B")])
-                both = np.vstack([a, _tensor(self.start, layer, "lora_A")])
+                rank = a.shape[0]
+                own = np.hstack([b, -_tensor(self.start, layer, "lora_B")[:, :rank]])
+                both = np.vstack([a, _tensor(self.start, layer, "lora_A")[:rank]])
                 square += (self.scaling * norm_of_product(own, both)) ** 2
             for key in (key for key in self.start if part_of(key) == "head"):
                 square += float(np.square(self.updates.delta(client, key), dtype=np.float64).sum())
@@ -124,7 +135,7 @@ class FactorRound:
                 size = self.scaling * float(np.linalg.norm(mean_b) * np.linalg.norm(mean_a))
                 return made | _aside(layer, left, np.vstack([stack.right, mean_a]), size)
             case "hetlora":
-                return {key: self._mean(key, shares * kept) for key in (a_key, b_key)}
+                return {key: self._padded_mean(key, shares * kept) for key in (a_key, b_key)}
             case "fedit" | "ffa" | "rolora" | "fedrot" | "fedsa" | "fed-sb":
                 raise FederationError(f"{method} needs no client's own factors")
             case _:
@@ -147,15 +158,17 @@ class FactorRound:
         return made | _aside(layer, u[:, rank:] * values[rank:], v[rank:], largest)
 
     def _stack(self, layer: str, shares: Matrix, kept: Matrix) -> Stack:
-        """All clients' factors of a layer, the start's own for what the norm bound takes, and D."""
+        """All clients' factors of a layer, the start's own for what nobody moved, and D."""
         lefts, rights = [], []
+        start_b = _tensor(self.start, layer, "lora_B")
+        still = np.full(start_b.shape[1], (shares * (1 - kept)).sum())  # what the norm bound takes
         for client, share in enumerate(shares * kept):
             a, b = self._pair(client, layer)
             lefts.append(self.scaling * share * b)
             rights.append(a)
-        held_back = float((shares * (1 - kept)).sum())
-        if held_back > 0:
-            lefts.append(self.scaling * held_back * _tensor(self.start, layer, "lora_B"))
+            still[a.shape[0] :] += share
+        if still.any():
+            lefts.append(self.scaling * still * start_b)
             rights.append(_tensor(self.start, layer, "lora_A"))
         if key_of(layer, "delta_A") in self.start.tensors:
             lefts.append(_tensor(self.start, layer, "delta_B"))
@@ -179,15 +192,22 @@ class FactorRound:
         return float(np.sqrt(sum(norm_of_product(b, a) ** 2 for a, b in pairs)))
 
     def _mean(self, key: str, shares: Matrix) -> FloatArray:
-        """The weighted mean of one tensor; a client of a lower rank has zeros beyond it."""
-        start = self.start[key]
-        total = np.zeros(start.shape, np.float64)
+        """The start, moved by the weighted mean of one tensor's differences."""
+        total = self.start[key].astype(np.float64)
         for client, share in enumerate(shares):
             delta = self.updates.delta(client, key)
-            held = tuple(slice(length) for length in delta.shape)
-            total[held] += share * (start[held].astype(np.float64) + delta)
-        still = 1.0 - float(shares.sum())  # what the norm bound takes stays where it was
-        return (total + still * start).astype(np.float32)
+            total[tuple(slice(length) for length in delta.shape)] += share * delta
+        return total.astype(np.float32)
+
+    def _padded_mean(self, key: str, shares: Matrix) -> FloatArray:
+        """The weighted mean of one tensor; a client of a lower rank has zeros beyond it."""
+        start = self.start[key].astype(np.float64)
+        total = self._mean(key, shares).astype(np.float64)
+        for client, share in enumerate(shares):
+            held = np.zeros(start.shape, bool)
+            held[tuple(slice(length) for length in self.updates.delta(client, key).shape)] = True
+            total -= share * np.where(held, 0.0, start)
+        return total.astype(np.float32)
 
 
 def set_aside(start: AdapterState, scaling: float, fresh: AdapterState) -> AdapterState:

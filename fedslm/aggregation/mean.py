@@ -79,7 +79,7 @@ class WeightedMean:
                 _accumulate(total, tensors[key], weight * (limit / norm - (key in added)))
         if not self._is_fixed:
             self._weights[rank_of(update.delta)] += weight  # type: ignore[assignment]
-        self._square_norms += square
+        self._square_norms += min(square, longest)
         self.count += 1
         return norm
 
@@ -100,7 +100,9 @@ class WeightedMean:
         """See :func:`signal_to_noise`; None with fewer than two clients."""
         if self.count < 2:
             return None
-        return signal_to_noise(self.count, self._square_norms / self.count, self.result().norm() ** 2)
+        answered = sum(self._weights.values()) / self.count if self._is_fixed else 1.0
+        square = (answered * self.result().norm()) ** 2
+        return signal_to_noise(self.count, self._square_norms / self.count, square)
 
     def _mean(self, key: str, total: FloatArray) -> FloatArray:
         """One tensor's mean: each entry over the weight of the clients that hold it."""

@@ -40,6 +40,24 @@ def required_clients(rule: RuleName, hostile: int) -> int:
             assert_never(rule)
 
 
+def still_hostile(rule: RuleName, hostile: int, count: int, silent: int) -> int:
+    """How many of those who answered may be hostile.
+
+    As many as were asked about, as long as enough answer. If too few do, silence counts as a fault,
+    as it does in Byzantine agreement: otherwise hostile clients could stop a run by keeping still.
+
+    Args:
+        rule: The rule.
+        hostile: f, of the whole cohort.
+        count: Clients that answered with a usable update.
+        silent: Clients that did not.
+
+    >>> still_hostile("median", 2, 5, 0), still_hostile("median", 2, 4, 1)
+    (2, 1)
+    """
+    return hostile if count >= required_clients(rule, hostile) else max(0, hostile - silent)
+
+
 def combine(rule: RuleName, spool: Spool, hostile: int, shrink: Sequence[float]) -> AdapterState:
     """Puts updates together.
 

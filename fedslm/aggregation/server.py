@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedslm.aggregation.factor_methods import FactorRound
+from fedslm.aggregation.factor_methods import AVERAGE_BOTH, FactorRound
 from fedslm.aggregation.mean import WeightedMean
 from fedslm.aggregation.methods import METHODS, kind_of, method_of, rank_of_client, sent_keys
 from fedslm.aggregation.norm_bound import NormBound, median_norm
-from fedslm.aggregation.robust import combine
+from fedslm.aggregation.robust import combine, still_hostile
 from fedslm.aggregation.server_optimizer import ServerOptimizer
 from fedslm.aggregation.spool import Spool
 from fedslm.config import AggregationConfig, LoraConfig
@@ -162,22 +162,32 @@ class Round:
             return mean.result()
         if spool is None:
             raise FederationError("a robust rule needs its updates on disk")
-        bound = replace(self._bound, reference=median_norm(self._norms))
         if mean is None:
-            shrink = [bound.factor(norm) for norm in self._norms]
-            return combine(self._how.config.rule, spool, self._how.config.hostile, shrink)
+            config, silent = self._how.config, len(self._cohort) - spool.count
+            hostile = still_hostile(config.rule, config.hostile, spool.count, silent)
+            return combine(config.rule, spool, hostile, self._shrink(self._norms))
+        limit = self._how.config.norm_bound * median_norm(self._norms)
         for index in range(spool.count):
-            mean.add(spool.update(index), bound.limit)
+            mean.add(spool.update(index), limit)
         return mean.result()
 
     def _factors(self) -> AdapterState:
         """What methods make that need every client's factors."""
         if self._spool is None:
             raise FederationError("this method needs its updates on disk")
-        factors = FactorRound(self._state.moving, self._spool, self._how.lora.scaling, self._how.fresh)
-        norms = factors.drift_norms()
+        slack = self._how.config.norm_bound
+        factors = FactorRound(
+            self._state.moving, self._spool, self._how.lora.scaling, self._how.fresh, slack
+        )
+        shrink = self._shrink(factors.drift_norms())
+        if self._method in AVERAGE_BOTH:  # a huge A beside B = 0 changes no weights, but does the mean
+            shrink = list(map(min, shrink, self._shrink(self._norms)))
+        return factors.aggregate(self._method, shrink)
+
+    def _shrink(self, norms: list[float]) -> list[float]:
+        """Each update's factor, by the median of these norms."""
         bound = replace(self._bound, reference=median_norm(norms))
-        return factors.aggregate(self._method, [bound.factor(norm) for norm in norms])
+        return [bound.factor(norm) for norm in norms]
 
     def _next_control(self, difference: AdapterState) -> AdapterState:
         """SCAFFOLD: the mean of the clients' control variates, over the whole population.

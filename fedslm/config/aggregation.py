@@ -32,7 +32,7 @@ class AggregationConfig(Section):
     method: MethodName | Literal["auto"] = "auto"
     """What clients train and how it is put together; auto is ffa under privacy, else fedit."""
     weights: Literal["uniform", "records"] = "uniform"
-    """Weights of the mean; "records" reveals record counts and is refused under privacy."""
+    """Weights of the mean; "records" reveals record counts (refused under privacy) and believes them."""
     rule: RuleName = "mean"
     """How updates are combined; all but the mean withstand `hostile` clients, at a trusted server."""
     hostile: int = Field(0, ge=0)
@@ -66,7 +66,11 @@ class CompressionConfig(Section):
 
 
 class PersonalizationConfig(Section):
-    """What each client does for itself after the last round; none of it leaves the client."""
+    """What each client does for itself after the last round; none of it leaves the client.
+
+    In a simulation, and without privacy. Under privacy a deployed node trains nothing uncharged on a
+    server's word: the time that takes would tell of its records.
+    """
 
     method: Literal["none", "fine-tune", "second-adapter"] = "none"
     """fine-tune goes on from the shared adapter; second-adapter trains one of its own beside it."""

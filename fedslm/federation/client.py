@@ -10,7 +10,6 @@ from functools import lru_cache
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import fedslm
-from fedslm.aggregation.compression import WHOLE
 from fedslm.aggregation.methods import trained_keys
 from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError
 from fedslm.factors import delta_keys, key_of, layers_of
@@ -58,17 +57,18 @@ def train(message: Message, context: Context) -> Message:
           a failure is one fixed sentence.
         * The same request again gets the same bytes, free of charge.
     """
-    round_number, packing = 0, WHOLE
+    round_number = 0
     try:
         request = Request.from_records(message.content)
-        round_number, packing = request.round, request.packing
+        round_number = request.round
         reply = _answer(request, Node.of(context, request.setup.directory))
+        return Message(reply.to_records(request.packing), reply_to=message)
     except (BudgetExceeded, PolicyRefused, FederationError) as error:  # these hold public values only
         reply = Reply("refused", round_number, reason=str(error))
     except Exception:  # the edge of the client: a coarse status leaves, details stay here
         logger.exception("training failed")
         reply = Reply("failed", round_number, reason="failed; see the client's log")
-    return Message(reply.to_records(packing), reply_to=message)
+    return Message(reply.to_records(), reply_to=message)
 
 
 def admitted(request: Request, node: Node) -> ExamplePlan | PatientPlan | NoPrivacy:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import numpy as np
 from flwr.app import Message
 
-from fedslm.errors import FederationError
-
 _LOWER_IS_BETTER = ("loss", "perplexity")
+_LARGEST, _LONGEST_REASON = 1e12, 300
 
 Metrics = dict[str, float]
 
@@ -34,23 +32,19 @@ class ClientMetrics:
 
 
 def read_metrics(message: Message) -> ClientMetrics | str | None:
-    """What a client answered: metrics, why there are none, or None if it keeps them.
-
-    Raises:
-        FederationError: It is no answer.
-    """
+    """What a client answered: metrics, why there are none, or None if it keeps them."""
     if message.has_error():
-        return f"error {message.error.code}: {message.error.reason}"
+        return f"error {message.error.code}: {message.error.reason}"[:_LONGEST_REASON]
     try:
         values = message.content.config_records["measured"]
         status, text = str(values["status"]), str(values["metrics"])
         if status != "ok":
-            return status
+            return status[:_LONGEST_REASON]
         found = ClientMetrics(**json.loads(text)) if text else None
         if found is not None:
             _check(found)
     except Exception as error:  # bytes from outside: whatever they do, they are no metrics
-        raise FederationError(f"the metrics cannot be read: {error}") from error
+        return f"the metrics cannot be read: {error}"[:_LONGEST_REASON]
     return found
 
 
@@ -87,8 +81,8 @@ def _check(found: ClientMetrics) -> None:
     )
     if type(found.records) is not int or found.records < 0:
         raise ValueError("records must be a count")
-    if not all(isinstance(value, float) and math.isfinite(value) for value in numbers):
-        raise ValueError("a metric must be a finite number")
+    if not all(isinstance(value, float) and abs(value) <= _LARGEST for value in numbers):
+        raise ValueError(f"a metric must be a number up to {_LARGEST:g}")
 
 
 def as_json(measured: Mapping[str, ClientMetrics]) -> dict[str, Any]:

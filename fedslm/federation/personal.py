@@ -1,16 +1,19 @@
 """After the last round: each client measures the shared adapter on its held-out records, and its own.
 
 Formal guarantees (under privacy):
-    * The reply is the same word whatever the records are: numbers and personal adapters stay in the
-      node's own directory, where its operator finds them.
-    * Nothing is charged, since nothing leaves.
+    * A deployed node answers the same word before it reads a record: it trains and measures nothing on
+      a server's word, since the time that takes would tell of the records, free of charge.
+    * In a simulation, whose server and nodes are one researcher, numbers and personal adapters stay in
+      the node's own directory. Nothing is charged, since nothing leaves.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import asdict
+from pathlib import Path
 from typing import assert_never
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -57,9 +60,11 @@ def _measured(request: Request, node: Node) -> str:
     plan = admitted(request, node)
     if not isinstance(plan, PrivatePlan):
         return json.dumps(asdict(_both(request, node)))
+    if node.deployed:
+        return ""
     try:
         found = _both(request, node)
-        write_text(node.directory / "personal" / "metrics.json", json.dumps(asdict(found)))
+        write_text(_own(request, node) / "metrics.json", json.dumps(asdict(found)))
     except Exception:  # whatever the records do, it must not show
         logger.exception("measuring failed")
     return ""
@@ -73,9 +78,14 @@ def _both(request: Request, node: Node) -> ClientMetrics:
     personal: Metrics = {}
     if setup.personalization.method != "none":
         adapter = _personal(request, node, model, shard, start)
-        save_adapter(node.directory / "personal" / "adapter.safetensors", adapter)
+        save_adapter(_own(request, node) / "adapter.safetensors", adapter)
         personal = _metrics(setup, model, shard, adapter)
     return ClientMetrics(len(shard.measured), shared, personal)
+
+
+def _own(request: Request, node: Node) -> Path:
+    """Where a run's personal adapter lies; the run's identifier comes from the server."""
+    return node.directory / "personal" / hashlib.sha256(request.setup.run_id.encode()).hexdigest()[:16]
 
 
 def _metrics(setup: Setup, model: LoadedModel, shard: Shard, adapter: AdapterState) -> Metrics:
@@ -97,6 +107,8 @@ def _personal(
     match setup.personalization.method:
         case "none" | "fine-tune":
             keys = trained_keys(setup.method, start, 1) | trained_keys(setup.method, start, 2)
+        case "second-adapter" if setup.method == "fed-sb":
+            raise FederationError("a second adapter has no core to go with Fed-SB's")
         case "second-adapter":
             own = start.select(set(start) - delta_keys(start))
             start = set_aside(start, setup.lora.scaling, initial_state(own.shapes, setup.seed))

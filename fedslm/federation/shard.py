@@ -43,9 +43,10 @@ class Shard:
     commitment: str
 
 
-@lru_cache(maxsize=_CACHED_CLIENTS)
 def shard_of(setup: Setup, node: Node) -> Shard:
     """A client's shard, read once per process.
+
+    A deployed node keeps one setup's: a server that asks in many ways does not fill its memory.
 
     Formal guarantees:
         * Whether a record is left out (no tokens, an unknown label, no owner, or it cannot be
@@ -53,6 +54,11 @@ def shard_of(setup: Setup, node: Node) -> Shard:
         * Whether a unit is held out depends on its name alone (:func:`is_held_out`).
         * With ``data.streaming`` examples and their order are the same; rows and tokens stay on disk.
     """
+    return (_only if node.deployed else _each)(setup, node)
+
+
+def _read(setup: Setup, node: Node) -> Shard:
+    """Reads and tokenises."""
     model = model_for(setup)
     task, plan = build(setup.task, setup.data, setup.labels), from_json(setup.plan)
     unit = plan.unit_column if isinstance(plan, PatientPlan) else None
@@ -81,6 +87,10 @@ def shard_of(setup: Setup, node: Node) -> Shard:
     _log(node.client, len(rows) - len(trained) - len(validated), truncated)
     commitment = data_commitment(node.directory, rows) if isinstance(plan, PrivatePlan) else ""
     return Shard(trained, validated if fraction > 0 else trained, commitment)
+
+
+_only = lru_cache(maxsize=1)(_read)
+_each = lru_cache(maxsize=_CACHED_CLIENTS)(_read)
 
 
 def _prepared(prepare: Callable[[Sequence[Row]], Prepared], piece: list[Row]) -> Prepared:

@@ -81,7 +81,11 @@ def make_update(
     delta, error = _compressed(
         request, node, crop(after.select(sent).minus(start.adapter), rank), start.kept.error
     )
-    kept = Kept(local, start.kept.control.plus(control) if start.kept.control else control, error)
+    kept = Kept(
+        local,
+        start.kept.control.plus(control) if start.kept.control else control,
+        start.kept.error.merged(error),  # RoLoRA's other factor keeps its own
+    )
     ClientMemory(node.directory, setup.run_id).keep(request.round, kept)
     return Release(delta)
 

@@ -226,7 +226,8 @@ class Reply:
         """
         try:
             values = dict(records.config_records["reply"])
-            arrays = records.array_records.get("delta")
+            packed = records.array_records.get("delta")
+            arrays = None if packed is None else _arrays(packed)
             status, metric = str(values["status"]), values.get("metric")
             if status not in ("ok", "refused", "failed"):
                 raise ValueError(f"unknown status {status!r}")
@@ -234,13 +235,13 @@ class Reply:
                 status=status,  # type: ignore[arg-type]
                 round=int(str(values["round"])),
                 reason=str(values["reason"]),
-                delta=None if arrays is None else packing.unpack(_arrays(arrays), shapes),
+                delta=None if arrays is None else packing.unpack(arrays, shapes),
                 delta_sha256=str(values["delta_sha256"]),
                 base_sha256=str(values["base_sha256"]),
                 weight=float(str(values["weight"])),
                 statement=str(values["statement"]),
                 metric=None if metric is None else _pair(metric),
-                num_bytes=num_bytes(records),
+                num_bytes=sum(each.nbytes for each in (arrays or {}).values()),
             )
         except Exception as error:  # bytes from outside: whatever they do, they are not a reply
             reason = f"{type(error).__name__}: {error}"
@@ -271,12 +272,6 @@ def from_arrays(record: ArrayRecord) -> AdapterState:
         ModelError: A tensor is not float32.
     """
     return AdapterState(_arrays(record))
-
-
-def num_bytes(records: RecordDict) -> int:
-    """Bytes of tensors in a message, without their headers."""
-    arrays = (array for record in records.array_records.values() for array in record.values())
-    return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
 
 
 def _record(tensors: Mapping[str, NDArray[Any]]) -> ArrayRecord:

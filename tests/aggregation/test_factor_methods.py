@@ -19,6 +19,7 @@ from fedslm.aggregation.factor_methods import (
     effective_weights,
     set_aside,
 )
+from fedslm.aggregation.ranks import crop
 from fedslm.aggregation.updates import Listed
 from fedslm.errors import FederationError
 from fedslm.records import AdapterState, ClientUpdate
@@ -101,12 +102,14 @@ def aside(state: AdapterState, layer: str) -> Matrix | float:
 
 
 def ideal(case: Case, layer: str, shrink: Sequence[float] | None = None) -> Matrix:
-    """D + Σ pₖ·(W + cₖ·(Wₖ - W)) with W = s·B·A of the start and Wₖ = s·Bₖ·Aₖ, dense."""
-    start = case.scaling * product(case.start, layer)
-    total = np.zeros_like(start) + aside(case.start, layer)
+    """D + W + Σ pₖ·cₖ·(Wₖ - W of its rows and columns), W = s·B·A of the start, Wₖ = s·Bₖ·Aₖ, dense."""
+    total = case.scaling * product(case.start, layer) + aside(case.start, layer)
     for number, (share, own) in enumerate(zip(case.shares, case.clients, strict=True)):
         factor = 1.0 if shrink is None else shrink[number]
-        total += share * (start + factor * (case.scaling * product(own, layer) - start))
+        rank = own[key(layer, "lora_A")].shape[0]
+        held = crop(case.start.select({key(layer, "lora_A"), key(layer, "lora_B")}), rank)
+        change = product(own, layer) - product(held, layer)
+        total += share * factor * case.scaling * change
     return total
 
 
@@ -193,7 +196,7 @@ quick = settings(max_examples=20, deadline=None)
 @quick
 @given(case=cases())
 def test_stacking_is_exact(method: str, case: Case) -> None:
-    """Whatever the ranks, the effective weight is D + Σ pₖ·s·Bₖ·Aₖ."""
+    """Whatever the ranks, the effective weight is D + Σ pₖ·s·Bₖ·Aₖ; what a client does not hold stays."""
     found = effective_weights(case.aggregate(method), case.scaling)
     assert list(found) == list(LAYERS)
     for layer in LAYERS:
@@ -224,6 +227,8 @@ def test_flexlora_is_exact_where_the_ranks_fit(
     case = make(
         seed, ranks=own_ranks, rank=rank, height=12, width=11, scaling=scaling, aside_rank=aside_rank
     )
+    for layer in LAYERS:  # nothing stands where the smallest client does not reach
+        case.start[key(layer, "lora_B")][:, min(own_ranks) :] = 0
     found = effective_weights(case.aggregate("flexlora"), scaling)
     for layer in LAYERS:
         assert_close(found[layer], ideal(case, layer))
@@ -324,11 +329,12 @@ def test_fedex_averages_the_factors_as_flower_does(weight: float) -> None:
 @quick
 @given(case=cases())
 def test_flora_starts_anew(case: Case) -> None:
-    """A and B are the fresh ones bit for bit; D has no more rows than what was stacked."""
+    """A and B are the fresh ones bit for bit; D has no more rows than what was stacked or left alone."""
     result = case.aggregate("flora")
     factors = {name for name in case.fresh if "lora" in name}
     assert result.select(factors).sha256() == case.fresh.select(factors).sha256()
-    stacked = sum(own[key("one", "lora_A")].shape[0] for own in case.clients)
+    held = [own[key("one", "lora_A")].shape[0] for own in case.clients]
+    stacked = sum(held) + case.start[key("one", "lora_A")].shape[0] - min(held)
     for layer in LAYERS:
         before = (
             np.linalg.matrix_rank(aside(case.start, layer))
@@ -359,12 +365,16 @@ def test_one_client_is_its_own_aggregate(
 @pytest.mark.parametrize("method", [*FAMILY, "hetlora"])
 @pytest.mark.parametrize("held", [3, 2])
 def test_equal_clients_are_their_aggregate(method: str, held: int) -> None:
-    """Any number of equal clients, of any weights, gives that client, and nothing new is put aside but by FLoRA."""
+    """Any number of equal clients, of any weights, gives that client; only FLoRA puts anything aside.
+
+    What it does not hold stays where it was (HetLoRA: zero).
+    """
     one = make(8, ranks=[held], rank=3, height=9, width=8, scaling=4.0)
     case = Case(one.start, list(one.clients) * 4, [1.0, 2.0, 0.5, 0.1], 4.0)
     result = case.aggregate(method)
     for layer in LAYERS:
-        expected = 4.0 * product(one.clients[0], layer)
+        own = 4.0 * product(one.clients[0], layer)
+        expected = own if method == "hetlora" else ideal(one, layer)
         assert_close(effective_weights(result, 4.0)[layer], expected)
         assert (key(layer, "delta_A") in result.tensors) == (method == "flora")
     np.testing.assert_allclose(result[HEAD], one.clients[0][HEAD], rtol=1e-6, atol=1e-6)
@@ -458,12 +468,15 @@ def test_hetlora_prefers_who_learned_more() -> None:
 @quick
 @given(case=cases())
 def test_drift_is_the_dense_distance(case: Case) -> None:
-    """‖Wₖ - W‖ over all layers and heads is that of the dense matrices; what was put aside has no part."""
+    """‖Wₖ - W‖ over all layers and heads is that of the dense matrices, of what the client holds."""
     found = case.round.drift_norms()
     for number, own in enumerate(case.clients):
         square = float(np.linalg.norm(own[HEAD].astype(float) - case.start[HEAD]) ** 2)
         for layer in LAYERS:
-            change = case.scaling * (product(own, layer) - product(case.start, layer))
+            rank = own[key(layer, "lora_A")].shape[0]
+            names = {key(layer, "lora_A"), key(layer, "lora_B")}
+            held = crop(case.start.select(names), rank)
+            change = case.scaling * (product(own, layer) - product(held, layer))
             square += float(np.linalg.norm(change) ** 2)
         assert found[number] == pytest.approx(square**0.5, rel=1e-5)
     assert len(found) == len(case.clients)

@@ -218,6 +218,14 @@ def test_a_giant_leaves_nothing_but_its_bounded_length() -> None:
     assert_close(mean.result(), AdapterState(expected))
 
 
+def test_absent_clients_do_not_look_like_noise() -> None:
+    """With the cohort as denominator, equal updates of half of it are all signal."""
+    mean = WeightedMean(state(1).shapes, cohort_ranks=[RANK] * 10)
+    for client in range(5):
+        mean.add(ClientUpdate(client, state(1), 1.0))
+    assert mean.signal_to_noise() == pytest.approx(np.inf) or mean.signal_to_noise() > 1e3  # type: ignore[operator]
+
+
 def planted(ratio: float, *, num_clients: int, size: int, seed: int) -> WeightedMean:
     """Updates of one common signal and unit noise, with ‖signal‖ / ‖noise of the mean‖ = ratio."""
     generator = np.random.default_rng(seed)

@@ -127,3 +127,47 @@ def test_too_few_updates_for_a_rule_are_an_error(tmp_path: Path) -> None:
             hostile=2,
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["fedex", "hetlora"])
+def test_a_factor_that_changes_no_weights_is_bounded_too(tmp_path: Path, method: str) -> None:
+    """A huge A beside B = 0 is no drift of the weights; where A itself is averaged it is held all the same."""
+    start = AdapterState({A: state(0)[A], B: np.zeros((4, 2), np.float32)})
+    honest = [state(seed, 1.0) for seed in range(1, 6)]
+    hostile = AdapterState({A: np.full((2, 5), 9999, np.float32), B: np.zeros((4, 2), np.float32)})
+    found = after([*honest, hostile], ServerState(start), tmp_path, method=method)
+    moved = np.linalg.norm(found.moving[A] - start[A])
+    assert moved <= 3.0 + 1e-3
+
+
+def test_a_giant_does_not_take_all_of_hetloras_weight(tmp_path: Path) -> None:
+    """One client's product may count for three median ones: the honest still move the adapter."""
+    start = state(0, 1.0)
+    honest = [state(seed, 1.0) for seed in range(1, 6)]
+    giant = AdapterState({key: np.full_like(start[key], 9999) for key in start})
+    found = after([*honest, giant], ServerState(start), tmp_path, method="hetlora")
+    assert np.linalg.norm(found.moving[B] - start[B]) > 0.05
+    assert found.moving.norm() < 5.0
+
+
+@pytest.mark.parametrize(("rule", "cohort"), [("median", 3), ("krum", 5), ("bulyan", 7)])
+def test_one_silent_client_does_not_stop_a_rule(tmp_path: Path, rule: str, cohort: int) -> None:
+    """With the fewest clients that a rule takes, the one that may be hostile cannot stop it by keeping still."""
+    deltas = [state(1, 1.0)] * (cohort - 1)
+    before = ServerState(state(0))
+    found = after(deltas, before, tmp_path, method="ffa", rule=rule, hostile=1, cohort=cohort)
+    for key in deltas[0]:
+        expected = before.moving[key] + (deltas[0][key] if "lora_A" not in key else 0)
+        np.testing.assert_allclose(found.moving[key], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_control_variates_follow_the_rule(tmp_path: Path) -> None:
+    """SCAFFOLD under a robust rule: a hostile client moves the control variate no more than the adapter."""
+    start = AdapterState({B: state(0)[B]})
+    control = AdapterState({B: np.zeros((4, 2), np.float32)})
+    deltas = [AdapterState({B: state(1)[B]})] * 4 + [
+        AdapterState({B: np.full((4, 2), 9e3, np.float32)})
+    ]
+    before = ServerState(start, control=control)
+    found = after(deltas, before, tmp_path, method="ffa", rule="median", hostile=1)
+    np.testing.assert_allclose(found.control[B], -5 / 10 * state(1)[B], rtol=1e-5)

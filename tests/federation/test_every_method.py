@@ -154,6 +154,22 @@ def test_an_option_changes_the_run(
     assert len(found) == 2
 
 
+def test_each_factor_keeps_what_compression_lost_of_it(make_config: MakeConfig) -> None:
+    """Under RoLoRA B's error waits through A's turn, and the other way round."""
+    report = run(
+        make_config(
+            privacy=NO_PRIVACY,
+            aggregation={"method": "rolora"},
+            compression={"upload": "int8", "keep_fraction": 0.25, "error_feedback": True},
+            federation={"rounds": 3},
+        ).resolved()
+    )
+    node = Path(report["directory"]) / "nodes" / "client-00000"
+    kept = [load_adapter(path) for path in sorted(node.glob("memory-*.safetensors"))]
+    for factor in ("lora_A", "lora_B"):
+        assert any(key.startswith("error/") and factor in key for key in kept[-1])
+
+
 def test_a_starts_from_public_records(make_config: MakeConfig, tmp_path: Path) -> None:
     """With public records a frozen A is EVA's: orthonormal rows, and not the seeded ones."""
     found = []
@@ -213,7 +229,7 @@ def test_under_privacy_nobody_tells(make_config: MakeConfig) -> None:
         ).resolved()
     )
     assert report["measured_by_clients"] is None
-    own = sorted((Path(report["directory"]) / "nodes").glob("client-*/personal/*"))
+    own = sorted((Path(report["directory"]) / "nodes").glob("client-*/personal/*/*"))
     assert [path.name for path in own] == ["adapter.safetensors", "metrics.json"] * 3
 
 

@@ -233,19 +233,19 @@ def test_a_measurement_is_held_against_the_node_too(honest: dict[str, Request], 
 
 
 def test_a_private_measurement_is_one_word(honest: dict[str, Request], tmp_path: Path) -> None:
-    """Whatever the records are, the whole answer is a constant, and nothing is charged for it."""
+    """The whole answer is a constant, before any record is read; nothing is charged or trained."""
     request = setup_of(
         honest["record"], personalization=PersonalizationConfig(method="fine-tune", steps=1)
     )
     node = policy_for(tmp_path / "node", request, "record")
     context = context_of(0, node)
-    context.node_config["data-directory"] = str(Path(request.setup.directory) / "data")
+    context.node_config["data-directory"] = str(tmp_path / "there are no records here")
     message = Message(request.to_records(), context.node_id, MEASURE)
     message.metadata.__dict__["_message_id"] = "1"
     content = measure(message, context).content
     assert set(content) == {"measured"}
     assert dict(content.config_records["measured"]) == {"status": "ok", "metrics": ""}
-    assert (node / "personal" / "metrics.json").exists()
+    assert not (node / "personal").exists()
     assert ledger_of(node) is None
 
 

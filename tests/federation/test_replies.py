@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import Message
+from flwr.app import Array, ArrayRecord, Message
 from served import ask, context_of, first_request, message_to, records_of, run_with
 from tiny import PRIVATE
 
@@ -57,6 +57,18 @@ def verdict(reply: Reply, request: Request) -> Reply | str:
     message = message_to(request, context_of(0))
     message.content = reply.to_records()
     return checked(message, request, 0)
+
+
+def test_only_what_was_asked_for_is_counted(request_of_a_run: Request, good: list[Reply]) -> None:
+    """Bytes are those of the update: a claim of 10^12 values in a record of its own changes nothing."""
+    message = message_to(request_of_a_run, context_of(0))
+    message.content = good[0].to_records()
+    junk = Array("float32", (2**31 - 1,) * 500, "numpy.ndarray", b"")
+    message.content["junk"] = ArrayRecord({"junk": junk})
+    found = checked(message, request_of_a_run, 0)
+    assert isinstance(found, Reply)
+    assert found.delta is not None
+    assert found.num_bytes == found.delta.num_bytes
 
 
 def test_an_honest_reply_is_used(request_of_a_run: Request, good: list[Reply]) -> None:

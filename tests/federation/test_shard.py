@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -201,3 +203,13 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     found = peaks(tmp_path, 50_000, 200_000, 40)
     assert found["large"] < found["small"] + 25
     assert found["in_memory"] > found["large"] + 300
+
+
+def test_a_deployed_node_keeps_one_setup_in_memory(ask_of: Callable[..., Request]) -> None:
+    """A server that asks in many ways, and is refused each time, does not fill the node's memory."""
+    request = ask_of("run")
+    run = Path(request.setup.directory)
+    node = Node(run.parent / "deployed", run / "data", 0, deployed=True)
+    shards = [weakref.ref(shard_of(replace(request.setup, run_id=str(n)), node)) for n in range(3)]
+    gc.collect()
+    assert [shard() is not None for shard in shards] == [False, False, True]
