@@ -32,7 +32,7 @@ class AggregationConfig(Section):
     method: MethodName | Literal["auto"] = "auto"
     """What clients train and how it is put together; auto is ffa under privacy, else fedit."""
     weights: Literal["uniform", "records"] = "uniform"
-    """Weights of the mean; "records" reveals record counts (refused under privacy) and believes them."""
+    """Weights of the mean; "records" reveals counts, and believes them; not under privacy."""
     rule: RuleName = "mean"
     """How updates are combined; all but the mean withstand `hostile` clients, at a trusted server."""
     hostile: int = Field(0, ge=0)
