@@ -20,7 +20,7 @@ from fedslm.simulation import federate, serve
 
 
 def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict[str, Any]:
-    """Runs a federation on a grid that Flower made.
+    """Runs a federation on a grid that Flower made; with real nodes, continues an interrupted one.
 
     Args:
         grid: Flower's grid.
@@ -41,7 +41,8 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
     path = Path(named or f"~/.fedslm/runs/{config.run.name}-{run_id}").expanduser()
     if not path.is_absolute():
         raise RunError(f"run.directory={named!r} must be absolute under flwr run")
-    directory = RunDirectory.create(path, config)
+    again = config.engine.nodes is not None and (path / "config.json").exists()
+    directory = RunDirectory.open(path, config)[0] if again else RunDirectory.create(path, config)
     pool = InlinePool(threads=config.engine.threads_per_worker)
 
     def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:

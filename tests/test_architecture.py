@@ -40,6 +40,7 @@ STOREYS = {
     "audit": 9,
     "inference": 9,
     "flower": 10,
+    "deployment": 10,
     "demonstration": 10,
     "cli": 11,
     "__main__": 12,
@@ -47,8 +48,8 @@ STOREYS = {
 }
 
 OWNERS = {
-    "pydantic": {"config", "privacy.policy"},
-    "tomllib": {"config", "privacy.policy"},
+    "pydantic": {"config", "privacy.policy", "deployment.settings"},
+    "tomllib": {"config", "privacy.policy", "deployment.settings"},
     "datasets": {"data"},
     "flwr_datasets": {"data"},
     "pyarrow": {"data"},
@@ -65,7 +66,7 @@ OWNERS = {
     "rouge_score": {"inference"},
     "scipy": {"training.self_test", "training.canaries"},
     "safetensors": {"storage", "inference.export"},
-    "flwr": {"federation", "flower", "simulation"},
+    "flwr": {"federation", "flower", "simulation", "deployment"},
     "ray": {"federation.ray_engine"},
     "jinja2": {"reporting"},
     "markdown_it": {"reporting"},
@@ -86,6 +87,8 @@ SEE_CONFIG = {
     "simulation",
     "flower",
     "demonstration",
+    "deployment.runs",
+    "deployment.bundle",
     "cli.__init__",
     "cli.budget",
     "cli.console",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -68,6 +71,63 @@ def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:
             f"federation.num_clients={num_clients}, but the nodes are clients {sorted(nodes)}"
         )
     return nodes
+
+
+def registered(path: Path, num_clients: int) -> dict[int, int]:
+    """Which admitted node is which client, as `fedslm provision admit` wrote it down.
+
+    What a node says of itself plays no part: its key names it.
+
+    Returns:
+        Client index to node id.
+
+    Raises:
+        FederationError: The file cannot be read, or there are not exactly ``num_clients`` nodes.
+    """
+    nodes = [node for node in _listed(path) if not node["revoked"]]
+    found = {int(node["client"]): int(node["node_id"]) for node in nodes}
+    if sorted(found) != list(range(num_clients)):
+        raise FederationError(
+            f"federation.num_clients={num_clients}, but the admitted nodes are clients {sorted(found)}"
+        )
+    return found
+
+
+def names_of(path: Path) -> tuple[str, ...]:
+    """Names of the admitted nodes, by client index.
+
+    Raises:
+        FederationError: The file cannot be read.
+    """
+    nodes = [node for node in _listed(path) if not node["revoked"]]
+    return tuple(str(node["name"]) for node in sorted(nodes, key=lambda node: int(node["client"])))
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """The nodes of a list."""
+    try:
+        nodes: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+        for node in nodes:
+            int(node["client"]), int(node["node_id"]), str(node["name"]), bool(node["revoked"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FederationError(f"{path} is no list of admitted nodes: {error}") from error
+    return nodes
+
+
+def gather(grid: Grid, nodes: dict[int, int], needed: int, seconds: float) -> None:
+    """Waits until so many of the admitted nodes are there.
+
+    Raises:
+        FederationError: They are not, within the time.
+    """
+    deadline = time.monotonic() + seconds
+    while len(found := set(grid.get_node_ids()) & set(nodes.values())) < needed:
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"{len(found)} of the {needed} nodes that the first round waits for came within "
+                f"federation.join_deadline_seconds={seconds:g}"
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 def pull(grid: Grid, identifier: str, deadline: float) -> Message | None:

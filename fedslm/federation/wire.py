@@ -116,6 +116,7 @@ class Request:
         adapter: The server's moving tensors, to start from.
         turn: Which factors are trained: rounds that moved the adapter so far, and one.
         control: SCAFFOLD's server control variate; empty without it.
+        frozen: The tensors that no round changes, for a node that may not have them; else empty.
     """
 
     setup: Setup
@@ -123,6 +124,7 @@ class Request:
     adapter: AdapterState
     turn: int = 1
     control: AdapterState = _NOTHING
+    frozen: AdapterState = _NOTHING
 
     def to_records(self) -> RecordDict:
         """Packs the request."""
@@ -132,6 +134,7 @@ class Request:
                 "request": values,
                 "adapter": to_arrays(self.adapter),
                 "control": to_arrays(self.control),
+                "frozen": to_arrays(self.frozen),
             }
         )
 
@@ -145,6 +148,7 @@ class Request:
             from_arrays(arrays["adapter"]),
             int(str(values["turn"])),
             from_arrays(arrays["control"]),
+            from_arrays(arrays["frozen"]),
         )
 
     @property
@@ -156,7 +160,7 @@ class Request:
     @property
     def num_bytes(self) -> int:
         """Bytes of tensors that a client downloads."""
-        return self.adapter.num_bytes + self.control.num_bytes
+        return self.adapter.num_bytes + self.control.num_bytes + self.frozen.num_bytes
 
 
 @dataclass(frozen=True)

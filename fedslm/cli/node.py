@@ -1,0 +1,65 @@
+"""``fedslm node``: what a node's operator does."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedslm.cli.console import clear_errors
+
+node_app = typer.Typer(help="The node operator's: enrol, check, run.", no_args_is_help=True)
+Directory = Annotated[Path, typer.Argument(help="The node's own directory.", metavar="DIR")]
+
+
+@node_app.command("enroll")
+def enroll(
+    directory: Directory,
+    name: Annotated[str, typer.Option("--name", help="The node's name.")],
+) -> None:
+    """Make this node's keys, which never leave it, and a request for the server's operator.
+
+    Example: `fedslm node enroll north --name north`
+    """
+    with clear_errors():
+        from fedslm.deployment import enrolment
+
+        request = enrolment.enroll(directory, name)
+        found = enrolment.fingerprint(enrolment.read_request(request)["node_key"])
+        typer.echo(f"send to the server's operator: {request}")
+        typer.echo(f"and tell them, over another way, the fingerprint: {found}")
+
+
+@node_app.command("accept")
+def accept(
+    directory: Directory,
+    admission: Annotated[Path, typer.Argument(help="What the server's operator sent back.")],
+) -> None:
+    """Take what the server's operator sent back.
+
+    Example: `fedslm node accept north north.admission.json`
+    """
+    with clear_errors():
+        from fedslm.deployment import enrolment
+
+        found = enrolment.accept(directory, admission)
+        typer.echo(f"client {found.client} of {found.federation!r} at {found.address}")
+
+
+@node_app.command("up")
+def up(directory: Directory) -> None:
+    """Run this node until Ctrl-C.
+
+    Example: `fedslm node up north`
+    """
+    with clear_errors():
+        from fedslm.cli.server import until_stopped
+        from fedslm.deployment import node
+
+        logging.getLogger("fedslm").setLevel(logging.INFO)
+        ready = node.open_node(directory)
+        count = node.import_records(ready)
+        typer.echo(f"{ready.file.name}: {count} records; connecting to {ready.admission.address}")
+        node.run_node(ready, until_stopped())

@@ -1,0 +1,139 @@
+"""A node's side of Flower's Fleet API: messages in, replies out, over TLS and with the node's key.
+
+It stands in place of Flower's SuperNode and its launcher. Whatever application bundle the server sends,
+no code of it is run: the bundle's hash is computed here and held against the approved ones, and the
+message goes to this node's own fedslm, in a worker that keeps its base model.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Error, Message
+
+from fedslm.deployment.bundle import sha256_of
+
+logger = logging.getLogger(__name__)
+_NOT_APPROVED = 7
+Answer = Callable[[Message, int], Message]
+
+
+@dataclass
+class Link:
+    """A connection to a SuperLink.
+
+    Attributes:
+        node_id: The node's number there.
+        calls: Flower's functions for one node: receive, send, get_run, get_fab, pull_object,
+            push_object, confirm.
+        approved: Hashes of the application bundles whose messages are answered.
+    """
+
+    node_id: int
+    calls: tuple[Any, ...]
+    approved: frozenset[str]
+    _bundles: dict[int, str] = field(default_factory=dict)
+
+    def serve(self, answer: Answer, stop: threading.Event, poll_seconds: float) -> None:
+        """Answers messages, one at a time, until it is told to stop.
+
+        Args:
+            answer: Turns (message, run) into its reply; raises nothing.
+            stop: Set to end.
+            poll_seconds: How long to wait when there is nothing to do.
+        """
+        while not stop.is_set():
+            try:
+                found = self._received()
+            except Exception:  # the server is outside: whatever comes from it, the node goes on
+                logger.exception("a message could not be received")
+                found = None
+            if found is None:
+                stop.wait(poll_seconds)
+                continue
+            message, run_id = found
+            reply = self._refused(message, run_id) or answer(message, run_id)
+            try:
+                self._send(reply, run_id)
+            except Exception:
+                logger.exception("a reply could not be sent")
+
+    def _received(self) -> tuple[Message, int] | None:
+        """The next message, whole."""
+        from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+
+        receive, _, _, _, pull_object, _, confirm = self.calls
+        received = receive()
+        if received is None:
+            return None
+        outline, tree = received
+        run_id = outline.metadata.run_id
+        message = pull_and_inflate_object_from_tree(
+            tree,
+            lambda identifier: pull_object(run_id, identifier),
+            lambda identifier: confirm(run_id, identifier),
+            return_type=Message,
+        )
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        return message, run_id
+
+    def _refused(self, message: Message, run_id: int) -> Message | None:
+        """The answer to a message of a bundle that is not approved; None if it is."""
+        if run_id not in self._bundles:
+            _, _, get_run, get_fab, _, _, _ = self.calls
+            self._bundles = {run_id: sha256_of(get_fab(get_run(run_id).fab_hash, run_id).content)}
+        found = self._bundles[run_id]
+        if found in self.approved:
+            return None
+        logger.error("run %d is refused: its application bundle %s is not approved here", run_id, found)
+        reason = f"the application bundle {found[:16]} is not approved by this node's operator"
+        return Message(Error(code=_NOT_APPROVED, reason=reason), reply_to=message)
+
+    def _send(self, reply: Message, run_id: int) -> None:
+        """Sends a reply and its objects."""
+        from flwr.app.message import remove_content_from_message
+        from flwr.supercore.inflatable.inflatable_object import (
+            get_all_nested_objects,
+            get_object_tree,
+            no_object_id_recompute,
+        )
+        from flwr.supercore.inflatable.inflatable_utils import push_objects
+
+        _, send, _, _, _, push_object, _ = self.calls
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        with no_object_id_recompute():
+            wanted, session = send(remove_content_from_message(reply), get_object_tree(reply), 0.0)
+            push_objects(
+                get_all_nested_objects(reply),
+                lambda identifier, content: push_object(run_id, session, identifier, content),
+                object_ids_to_push=wanted,
+            )
+
+
+@contextmanager
+def connected(
+    address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, approved: frozenset[str]
+) -> Iterator[Link]:
+    """Connects to a SuperLink, and stays known there by heartbeats; waits while it is not there.
+
+    Args:
+        address: Host and port.
+        authority: The certificate that the server is known by, PEM.
+        key: The node's key.
+        approved: Hashes of approved bundles.
+    """
+    from flwr.supernode.fleet_http_connection import http_request_response
+
+    with http_request_response(
+        address,
+        insecure=False,
+        root_certificates=authority,
+        authentication_keys=(key, key.public_key()),
+    ) as (node_id, *calls):
+        yield Link(node_id, tuple(calls), approved)
