@@ -281,17 +281,44 @@ def _prompt(config: Config) -> Iterator[Problem]:
 
 def warnings(config: Config) -> list[str]:
     """What is allowed but looks like a mistake."""
-    found: list[str] = []
+    return [*_weak_promises(config), *_without_effect(config)]
+
+
+def _weak_promises(config: Config) -> Iterator[str]:
+    """Privacy parameters that promise little."""
     privacy, training = config.privacy, config.training
     if privacy.unit == "none" or privacy.sample_rate is None or privacy.delta is None:
-        return found
+        return
     records = training.batch_size / privacy.sample_rate
     if privacy.delta >= 1 / records:
-        found.append(
+        yield (
             f"privacy.delta={privacy.delta:g} is not below 1/units (about 1/{records:.0f} by "
             f"batch_size / sample_rate): a mechanism that publishes a unit outright would pass; "
             f"use {0.1 / records:.0e} or less"
         )
     if privacy.epsilon is not None and privacy.epsilon > 20:
-        found.append(f"privacy.epsilon={privacy.epsilon:g} promises little; 8 or less is common")
-    return found
+        yield f"privacy.epsilon={privacy.epsilon:g} promises little; 8 or less is common"
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    """Settings of aggregation that do nothing, or less than they seem to."""
+    aggregation, method = config.aggregation, config.resolved().aggregation.method
+    if aggregation.rule != "mean" and aggregation.hostile == 0 and aggregation.rule != "median":
+        yield f"aggregation.rule={aggregation.rule!r} withstands nobody with aggregation.hostile=0"
+    if aggregation.rule != "mean" and config.attack.clients > aggregation.hostile:
+        yield (
+            f"attack.clients={config.attack.clients} is more than aggregation.hostile="
+            f"{aggregation.hostile}: beyond that number a rule promises nothing"
+        )
+    if len(config.lora.client_ranks) > config.federation.num_clients:
+        yield (
+            f"lora.client_ranks names {len(config.lora.client_ranks)} ranks for "
+            f"federation.num_clients={config.federation.num_clients}; the last ones are not used"
+        )
+    defaults = {"training.proximal_strength": config.training.drift != "fedprox"}
+    defaults["aggregation.rotation_strength"] = method != "fedrot"
+    for key, is_idle in defaults.items():
+        section, name = key.split(".")
+        part = getattr(config, section)
+        if is_idle and getattr(part, name) != type(part).model_fields[name].default:
+            yield f"{key}={getattr(part, name):g} has no effect here"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_cli import DEMO, assert_clear, run
 
+from fedslm.aggregation.methods import METHODS
 from fedslm.models import footprint
 
 DENSE = ["--set", "task.name=causal-lm", "--set", "task.pooling=native", "--set", "data.label_column="]
@@ -33,6 +34,16 @@ def test_info_of_the_embedded_model() -> None:
     assert found["bytes_by_method"]["ffa"] == found["bytes_up_per_client"]
     assert found["bytes_by_method"]["fedit"] > found["bytes_by_method"]["ffa"]
     assert found["memory_bytes"]["total"] > found["base_bytes"] == 4 * found["parameters"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_size(method: str) -> None:
+    """Bytes and memory are told for each method, Fed-SB's cores included."""
+    found = info(f"aggregation.method={method}", "task.labels=a,b,c")
+    assert found["method"] == method
+    assert found["memory_bytes"]["optimizer"] > 0
+    if method == "fed-sb":  # 26 layers of 8 x 8 and a head: next to nothing
+        assert found["trained_parameters"] < 5_000
 
 
 def test_bytes_are_those_of_a_real_round(tmp_path: Path) -> None:

@@ -139,6 +139,22 @@ def test_a_misspelt_key_is_refused_with_the_nearest(key: str, meant: str) -> Non
     assert any(f"did you mean {meant!r}?" in message for message in found.values())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("aggregation.method", "FFA", "ffa"),
+        ("aggregation.method", "fedsb", "fed-sb"),
+        ("attack.kind", "signflip", "sign-flip"),
+        ("personalization.method", "finetune", "fine-tune"),
+    ],
+)
+def test_a_misspelt_choice_is_refused_once_with_the_nearest(key: str, value: str, meant: str) -> None:
+    """One problem, which names what was meant."""
+    found = problems(changed((key, value)))
+    assert list(found) == [key]
+    assert found[key].endswith(f"did you mean {meant!r}?")
+
+
 def test_a_key_like_no_other_lists_what_is_known() -> None:
     """Where nothing is near, all keys of the section are listed."""
     assert "known: rank, alpha" in problems(changed(("lora.zzzzzz", 3)))["lora.zzzzzz"]
@@ -266,8 +282,11 @@ def test_overrides_are_toml_or_else_text() -> None:
         'run.name="quoted"',
         "data.text_column=a=b",
         "lora.target_modules=query,value",
+        "attack.kind=nan",
+        "attack.trigger=2026-11-25",
     ]
     config = from_mapping(with_overrides(BASE, overrides))
+    assert (config.attack.kind, config.attack.trigger) == ("nan", "2026-11-25")
     assert (config.training.local_steps, config.privacy.epsilon) == (20, 2.5)
     assert (config.task.labels, config.run.name) == (("a", "b"), "quoted")
     assert config.data.text_column == "a=b"

@@ -237,6 +237,24 @@ def test_a_huge_epsilon_warns(epsilon: float, warned: bool) -> None:
     assert any("promises little" in text for text in found) is warned
 
 
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ([("aggregation.rule", "krum")], "withstands nobody"),
+        (
+            [("aggregation.rule", "median"), ("attack.kind", "backdoor"), ("attack.clients", 1)],
+            "more than",
+        ),
+        ([("lora.client_ranks", [2, 2, 2, 2, 2, 2, 2, 2])], "names 8 ranks"),
+        ([("training.proximal_strength", 1.0)], "training.proximal_strength=1 has no effect"),
+        ([("aggregation.rotation_strength", 0.9)], "aggregation.rotation_strength=0.9 has no effect"),
+    ],
+)
+def test_what_does_nothing_warns(changes: list[tuple[str, Any]], part: str) -> None:
+    """Settings that do less than they seem to are allowed, with a warning."""
+    assert any(part in text for text in contradictions.warnings(from_mapping(changed(*changes))))
+
+
 def test_without_privacy_nothing_warns() -> None:
     """There is no guarantee to warn about."""
     assert contradictions.warnings(from_mapping(changed(("privacy.unit", "none")))) == []

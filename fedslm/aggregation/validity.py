@@ -217,9 +217,21 @@ def conflicts(chosen: Mapping[Axis, str]) -> Iterator[Conflict]:
 def refusal(conflict: Conflict, chosen: Mapping[Axis, str]) -> str:
     """What is told to whoever made the choice."""
     others = ", ".join(
-        f"{KEYS.get(axis, axis)}={chosen[axis]!r}" for axis in conflict.where if axis != conflict.axis
+        f"{KEYS.get(axis, axis)}={_written(axis, chosen)}"
+        for axis in conflict.where
+        if axis != conflict.axis
     )
     return (
-        f"value {chosen[conflict.axis]!r} does not go with {others}: {conflict.reason}; nearest: "
-        f"{conflict.nearest}"
+        f"value {_written(conflict.axis, chosen)} does not go with {others}: {conflict.reason}; "
+        f"nearest: {conflict.nearest}"
     )
+
+
+def _written(axis: Axis, chosen: Mapping[Axis, str]) -> str:
+    """A choice as it stands in a config, where its place on the axis is another word."""
+    words = {"yes": "true", "no": "false", "all": "1", "some": "below 1"}
+    if axis == "ranks":
+        return "several ranks" if chosen[axis] == "several" else "one rank"
+    if axis in ("error feedback", "share sent"):
+        return words[chosen[axis]]
+    return repr(chosen[axis])

@@ -41,14 +41,17 @@ def _print() -> None:
     from fedslm.reporting.methods import as_data
 
     data, console = as_data(), Console()
-    columns = list(data["columns"])
-    table = Table("method", "exact", "up", *columns)
     for row in data["methods"]:
-        cells = ["yes" if row["valid"][column] else "no" for column in columns]
-        table.add_row(row["name"], "yes" if row["exact"] else "no", row["up"], *cells)
-    console.print(table)
-    console.print("up: values of one layer (out x in) at rank r that a client sends in a round\n")
-    refused = Table("refused together", "why", "nearest")
+        exact = "exact" if row["exact"] else "not exact"
+        refused = [column for column in data["columns"] if not row["valid"][column]]
+        console.print(f"[bold]{row['name']}[/bold]  {row['title']}: {row['note']}", highlight=False)
+        console.print(f"    {exact}; sends {row['up']} of a layer", highlight=False)
+        if refused:
+            console.print(f"    not with: {'; '.join(refused)}", highlight=False)
+    console.print(
+        "sends: values of one layer (out x in) at rank r that go up in a round\n", highlight=False
+    )
+    table = Table("refused together", "why", "nearest")
     for conflict in data["conflicts"]:
-        refused.add_row(conflict["combination"], conflict["reason"], conflict["nearest"])
-    console.print(refused)
+        table.add_row(conflict["combination"], conflict["reason"], conflict["nearest"])
+    console.print(table)

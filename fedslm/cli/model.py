@@ -64,9 +64,10 @@ def describe(config: Config) -> dict[str, Any]:
     records = _records(config)
     shapes = _with_cores(sizes.shapes)
     trained = trained_keys(method_of(config.aggregation), shapes)
-    needs = sizing.memory(sizes, trained, config.training, records, private=private)
+    kept = shapes if method_of(config.aggregation) == "fed-sb" else sizes.shapes
+    needs = sizing.memory(sizes, kept, trained, config.training, records=records, private=private)
     values = sizing.parameters(shapes, trained)
-    device, held = sizing.machine(config.model)
+    device, machine_bytes = sizing.machine(config.model)
     return {
         "model_type": sizes.model_type,
         "family": sizes.family,
@@ -85,9 +86,9 @@ def describe(config: Config) -> dict[str, Any]:
         "records_in_a_pass": records,
         "memory_bytes": {**asdict(needs), "total": needs.total},
         "device": device,
-        "device_bytes": held,
+        "device_bytes": machine_bytes,
         "processes": _processes(config),
-        "warnings": _warnings(config, sizes, needs, values, held),
+        "warnings": _warnings(config, sizes, needs, values, machine_bytes),
     }
 
 

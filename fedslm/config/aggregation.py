@@ -29,7 +29,7 @@ UploadName = Literal["float32", "bfloat16", "int8"]
 class AggregationConfig(Section):
     """How adapters become one; `fedslm methods` says what goes with what."""
 
-    method: MethodName | Literal["auto"] = "auto"
+    method: Literal["auto", MethodName] = "auto"
     """What clients train and how it is put together; auto is ffa under privacy, else fedit."""
     weights: Literal["uniform", "records"] = "uniform"
     """Weights of the mean; "records" reveals counts, and believes them; not under privacy."""

@@ -6,8 +6,11 @@ once.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
+import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,11 +104,13 @@ def to_toml(config: Config) -> str:
 
 
 def _toml_value(text: str) -> object:
-    """Reads a value as TOML, or else as plain text."""
+    """Reads a value as TOML, or else as plain text, as which ``nan`` and dates are meant too."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value: object = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return text if is_nan or isinstance(value, datetime.date | datetime.time) else value
 
 
 _REMEDIES = {
@@ -142,9 +147,17 @@ def _problem(detail: Mapping[str, Any]) -> Problem:
             message = f"is not known{_did_you_mean(location)}"
         case _:
             shown = json.dumps(detail["input"], default=str)
-            message = f"value {shown}: {detail['msg'].removeprefix('Input ')}"
+            message = f"value {shown}: {detail['msg'].removeprefix('Input ')}{_or_this(detail)}"
     remedy = _REMEDIES.get(key)
     return Problem(key, f"{message}; {remedy}" if remedy else message)
+
+
+def _or_this(detail: Mapping[str, Any]) -> str:
+    """Names the nearest of the values that a choice has."""
+    allowed = re.findall(r"'([^']+)'", str(detail.get("ctx", {}).get("expected", "")))
+    value = str(detail["input"]).lower()
+    nearest = difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _did_you_mean(location: list[str]) -> str:

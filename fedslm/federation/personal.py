@@ -31,9 +31,10 @@ from fedslm.federation.update import start_of
 from fedslm.federation.wire import Request, Setup
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel
+from fedslm.models.plain import save_plain
 from fedslm.privacy.plan import NoPrivacy, PrivatePlan
 from fedslm.records import AdapterState
-from fedslm.storage import save_adapter, write_text
+from fedslm.storage import write_text
 from fedslm.tasks import build
 
 logger = logging.getLogger(__name__)
@@ -78,13 +79,15 @@ def _both(request: Request, node: Node) -> ClientMetrics:
     personal: Metrics = {}
     if setup.personalization.method != "none":
         adapter = _personal(request, node, model, shard, start)
-        save_adapter(_own(request, node) / "adapter.safetensors", adapter)
         personal = _metrics(setup, model, shard, adapter)
+        save_plain(model.adapter, adapter, setup.lora, _own(request, node))
+    elif setup.method == "fedsa":
+        save_plain(model.adapter, start, setup.lora, _own(request, node))
     return ClientMetrics(len(shard.measured), shared, personal)
 
 
 def _own(request: Request, node: Node) -> Path:
-    """Where a run's personal adapter lies; the run's identifier comes from the server."""
+    """Where a run's personal adapter lies, for PEFT; the run's identifier comes from the server."""
     return node.directory / "personal" / hashlib.sha256(request.setup.run_id.encode()).hexdigest()[:16]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,22 +114,29 @@ class Memory:
 
 
 def memory(
-    sizes: Footprint, trained: frozenset[str], training: TrainingConfig, records: int, *, private: bool
+    sizes: Footprint,
+    shapes: Mapping[str, tuple[int, ...]],
+    trained: frozenset[str],
+    training: TrainingConfig,
+    *,
+    records: int,
+    private: bool,
 ) -> Memory:
     """Estimates what training takes.
 
     Args:
-        sizes: Of the base with its adapter.
+        sizes: Of the base.
+        shapes: The adapter's tensors (Fed-SB: with its cores).
         trained: Keys that are trained.
         training: The optimizer.
         records: Records that share a forward pass.
         private: Whether each record has a gradient of its own.
     """
-    values = parameters(sizes.shapes, trained)
+    values = parameters(shapes, trained)
     copies = {"adamw": 2, "sgd": 0}[training.optimizer] + (2 if private else 1)
     return Memory(
         base=sizes.base_bytes,
-        adapter=_FLOAT * parameters(sizes.shapes, frozenset(sizes.shapes)),
+        adapter=_FLOAT * parameters(shapes, frozenset(shapes)),
         optimizer=_FLOAT * copies * values,
         gradients=_FLOAT * values * records if private else 0,
         activations=sizes.activation_bytes * records,
@@ -152,7 +160,7 @@ def machine(model: ModelConfig) -> tuple[str, int | None]:
         return device.type, None
 
 
-def parameters(shapes: dict[str, tuple[int, ...]], keys: frozenset[str]) -> int:
+def parameters(shapes: Mapping[str, tuple[int, ...]], keys: frozenset[str]) -> int:
     """Number of values in some tensors.
 
     >>> parameters({"a": (2, 3), "b": (4,)}, frozenset({"a"}))

@@ -80,6 +80,9 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "num_trained_parameters": outcome.checkpoint.server.moving.num_parameters,
         "num_frozen_parameters": outcome.frozen.num_parameters,
         "aggregation": outcome.setup.method,
+        "settings": _settings(config),
+        "attack": _attack(config),
+        "personal": None if config.personalization.method == "none" else config.personalization.method,
         "task": config.task.name,
         "labels": list(outcome.setup.labels),
         "headline": inputs.headline,
@@ -99,6 +102,36 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "seconds": inputs.seconds,
         "measured_by_clients": _measured(inputs),
         "failures": [f"round {r.round}: {reason}" for r in records for reason in r.reasons],
+    }
+
+
+_TOLD_ELSEWHERE = {"run", "model", "data", "task", "privacy", "engine", "attack", "federation"}
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Settings of training and aggregation that are not the default."""
+    found = {}
+    for name, values in config.model_dump(mode="json").items():
+        if name in _TOLD_ELSEWHERE:
+            continue
+        for key, value in values.items():
+            default = getattr(config.__class__.model_fields[name].default, key)
+            usual = list(default) if isinstance(default, tuple) else default
+            if value != usual and f"{name}.{key}" != "aggregation.method":
+                found[f"{name}.{key}"] = value
+    return found
+
+
+def _attack(config: Config) -> dict[str, Any] | None:
+    """Who was hostile in a simulation, and what it was held against; None if nobody was."""
+    if config.attack.kind == "none":
+        return None
+    aggregation = config.aggregation
+    return {
+        "kind": config.attack.kind,
+        "clients": config.attack.clients,
+        "rule": aggregation.rule,
+        "hostile": aggregation.hostile,
     }
 
 

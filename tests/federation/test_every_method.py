@@ -230,7 +230,10 @@ def test_under_privacy_nobody_tells(make_config: MakeConfig) -> None:
     )
     assert report["measured_by_clients"] is None
     own = sorted((Path(report["directory"]) / "nodes").glob("client-*/personal/*/*"))
-    assert [path.name for path in own] == ["adapter.safetensors", "metrics.json"] * 3
+    assert [path.name for path in own].count("metrics.json") == 3
+    assert [path.name for path in own].count("adapter_model.safetensors") == 3
+    page = (Path(report["directory"]) / "report.md").read_text(encoding="utf-8")
+    assert "is not covered by this ε" in page
 
 
 @pytest.mark.parametrize("kind", ["sign-flip", "scale", "nan", "label-flip", "backdoor"])
@@ -244,3 +247,25 @@ def test_an_attack_is_carried_out(make_config: MakeConfig, kind: str) -> None:
     assert report["adapter_sha256"] != honest["adapter_sha256"]
     (line,) = records_of(config)
     assert line["failed"] == (1 if kind == "nan" else 0)
+    assert report["attack"] == {"kind": kind, "clients": 1, "rule": "mean", "hostile": 0}
+    for page in ("report.md", "adapter/README.md"):
+        assert "Attacked on purpose" in (Path(report["directory"]) / page).read_text(encoding="utf-8")
+
+
+def test_a_report_names_what_is_not_the_default(make_config: MakeConfig) -> None:
+    """Settings of training and aggregation that a reader would not guess, and FedSA's missing model."""
+    report = run(
+        make_config(
+            privacy=NO_PRIVACY,
+            aggregation={"method": "fedsa", "server_optimizer": "fedavgm"},
+            compression={"upload": "int8"},
+            data={"validation_fraction": 0.3},
+        ).resolved()
+    )
+    assert report["settings"]["aggregation.server_optimizer"] == "fedavgm"
+    assert report["settings"]["compression.upload"] == "int8"
+    page = (Path(report["directory"]) / "report.md").read_text(encoding="utf-8")
+    assert "There is no global model" in page
+    assert "`compression.upload = int8`" in page
+    own = (Path(report["directory"]) / "nodes").glob("client-*/personal/*/adapter_config.json")
+    assert len(list(own)) == 3

@@ -135,14 +135,18 @@ def test_memory_adds_up(family_directory: Callable[[str, str], Path]) -> None:
     trained = trained_keys("ffa", sizes.shapes)
     values = sum(random_state(model)[key].size for key in trained)
     assert parameters(sizes.shapes, trained) == values
-    needs = memory(sizes, trained, TrainingConfig(optimizer="adamw"), 5, private=True)
+    needs = memory(
+        sizes, sizes.shapes, trained, TrainingConfig(optimizer="adamw"), records=5, private=True
+    )
     assert needs.optimizer == 4 * 4 * values
     assert needs.gradients == 5 * 4 * values
     assert needs.activations == 5 * sizes.activation_bytes
     assert needs.total == sum(
         (needs.base, needs.adapter, needs.optimizer, needs.gradients, needs.activations)
     )
-    plain = memory(sizes, trained, TrainingConfig(optimizer="sgd"), 5, private=False)
+    plain = memory(
+        sizes, sizes.shapes, trained, TrainingConfig(optimizer="sgd"), records=5, private=False
+    )
     assert (plain.optimizer, plain.gradients) == (4 * values, 0)
 
 
