@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +13,7 @@ import typer
 
 from fedslm.cli.console import clear_errors
 
+_GRACE_SECONDS = 5.0
 node_app = typer.Typer(help="The node operator's: enrol, check, run.", no_args_is_help=True)
 Directory = Annotated[Path, typer.Argument(help="The node's own directory.", metavar="DIR")]
 
@@ -48,6 +52,23 @@ def accept(
         typer.echo(f"client {found.client} of {found.federation!r} at {found.address}")
 
 
+@node_app.command("check")
+def check(directory: Directory) -> None:
+    """Look at everything that would stop this node later.
+
+    Example: `fedslm node check north`
+    """
+    with clear_errors():
+        from fedslm.deployment.node import open_node
+        from fedslm.deployment.preflight import preflight
+
+        good = True
+        for each in preflight(open_node(directory)):
+            good = good and each.is_good
+            typer.echo(f"{'ok ' if each.is_good else 'NO '} {each.name}: {each.detail}")
+        raise typer.Exit(0 if good else 1)
+
+
 @node_app.command("up")
 def up(directory: Directory) -> None:
     """Run this node until Ctrl-C.
@@ -62,4 +83,13 @@ def up(directory: Directory) -> None:
         ready = node.open_node(directory)
         count = node.import_records(ready)
         typer.echo(f"{ready.file.name}: {count} records; connecting to {ready.admission.address}")
-        node.run_node(ready, until_stopped())
+        stop = until_stopped()
+        threading.Thread(target=_leave, args=(stop,), daemon=True).start()
+        node.run_node(ready, stop)
+
+
+def _leave(stop: threading.Event) -> None:
+    """Ends the process soon after it is told to stop, whatever it waits for: the ledger is on disk."""
+    stop.wait()
+    time.sleep(_GRACE_SECONDS)
+    os._exit(0)

@@ -68,6 +68,9 @@ def issue_server(directory: Path, names: Sequence[str], days: int) -> None:
         .add_extension(x509.SubjectAlternativeName([_general_name(each) for each in names]), False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+        )
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(signer, hashes.SHA384())
     )

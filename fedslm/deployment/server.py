@@ -135,7 +135,12 @@ class _Running:
 
     def __init__(self, directory: Path, child: Child) -> None:
         self._log, self._child = directory / _LOGS / f"{child.name}.log", child
-        self._environment = {**os.environ, **_ENVIRONMENT, "FLWR_HOME": str(directory / _STATE)}
+        programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        own = {
+            "FLWR_HOME": str(directory / _STATE),
+            "PATH": programs,
+        }  # the launcher looks for Flower's
+        self._environment = {**os.environ, **_ENVIRONMENT, **own}
         self._started = 0.0
         self.process = self._start()
 

@@ -154,6 +154,8 @@ def _frozen_of(request: Request, node: Node) -> AdapterState:
     sha256 = request.setup.frozen_sha256
     if not node.deployed:
         return _frozen(Path(request.setup.directory) / "frozen.safetensors", sha256)
+    if sha256 == _NOTHING.sha256():
+        return _NOTHING
     kept = node.directory / "frozen.safetensors"
     if request.frozen:
         if request.frozen.sha256() != sha256:

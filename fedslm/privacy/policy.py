@@ -60,8 +60,9 @@ class Asked:
 class NodePolicy(Section):
     """A node's policy. What protects somebody has no default."""
 
-    unit: Literal["record", "patient"]
-    """Weakest unit that is allowed."""
+    unit: Literal["none", "record", "patient"]
+    """Weakest unit that is allowed. "none" lets a server train without privacy, and then nothing
+    protects the people in the data: for data that are public anyway."""
     unit_column: OptionalText = None
     """Column that says whose a record is; the server cannot name another."""
     epsilon: float = Field(gt=0)
