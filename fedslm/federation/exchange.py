@@ -15,6 +15,9 @@ from fedslm.federation.wire import Reply, Request
 from fedslm.records import AdapterState
 
 
+_PATIENCE_SECONDS, _POLL_SECONDS = 45.0, 0.2
+
+
 @dataclass
 class Exchange:
     """Asks the nodes of a run, for as long as the server's process lives.
@@ -46,7 +49,7 @@ class Exchange:
         the grid does not see are not asked: they would only keep the others waiting.
         """
         deadline = time.monotonic() + self.seconds
-        seen = set(self.grid.get_node_ids())
+        seen = self._seen(clients)
         asked = [client for client in clients if self.nodes[client] in seen]
         contents = self._contents(request)
         for client in asked:
@@ -75,6 +78,17 @@ class Exchange:
             self._have.add(client)
         elif NO_FROZEN in answer.reason:
             self._have.discard(client)
+
+    def _seen(self, clients: list[int]) -> set[int]:
+        """Nodes that the grid sees: all that are to be asked, or who is there after a while.
+
+        After a restart of the SuperLink nodes need a heartbeat to be seen again.
+        """
+        wanted = {self.nodes[client] for client in clients}
+        give_up = time.monotonic() + min(_PATIENCE_SECONDS, self.seconds / 2)
+        while not wanted <= (seen := set(self.grid.get_node_ids())) and time.monotonic() < give_up:
+            time.sleep(_POLL_SECONDS)
+        return seen
 
     def _contents(self, request: Request) -> tuple[RecordDict, RecordDict]:
         """The request for nodes that lack the frozen tensors, and for those that have them."""
