@@ -14,7 +14,6 @@ from fedslm.federation.update import NO_FROZEN
 from fedslm.federation.wire import Reply, Request
 from fedslm.records import AdapterState
 
-
 _PATIENCE_SECONDS, _POLL_SECONDS = 45.0, 0.2
 
 
