@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+from scenario import memory_bytes
 
 from fedslm.records import AdapterState
 
@@ -158,27 +157,14 @@ def flower_fedavg(start: AdapterState, clients: int) -> dict[str, float]:
 
 
 def growth_of(work: Callable[[], None]) -> int:
-    """Peak resident memory during some work beyond what there was before, in bytes."""
-    pages = resource.getpagesize()
+    """Peak resident memory during some work beyond what there was before, in bytes.
 
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * pages
-
-    before, peak, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        work()
-    finally:
-        done.set()
-        watcher.join()
-    return peak - before
+    The kernel keeps the peak; a thread that looked at it would take time from the work.
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = memory_bytes("self", "VmRSS")
+    work()
+    return memory_bytes("self", "VmHWM") - before
 
 
 def measured(kind: str, arguments: argparse.Namespace) -> dict[str, float]:

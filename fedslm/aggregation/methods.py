@@ -53,7 +53,7 @@ METHODS: dict[MethodName, Method] = {
     ),
     "ffa": Method(
         "FFA-LoRA", "arXiv 2403.12313", "linear", True, _B, _B,
-        "A is shared and frozen: half the bytes, linear in the noise; A from public data helps most",
+        "A is shared and frozen: half the bytes, linear in the noise: the default under privacy",
     ),
     "rolora": Method(
         "RoLoRA", "arXiv 2502.01755", "linear", True, _B, _A,

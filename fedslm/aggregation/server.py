@@ -166,7 +166,7 @@ class Round:
             config, silent = self._how.config, len(self._cohort) - spool.count
             hostile = still_hostile(config.rule, config.hostile, spool.count, silent)
             return combine(config.rule, spool, hostile, self._shrink(self._norms))
-        limit = self._how.config.norm_bound * median_norm(self._norms)
+        limit = self._bound_by(self._norms).limit
         for index in range(spool.count):
             mean.add(spool.update(index), limit)
         return mean.result()
@@ -186,8 +186,12 @@ class Round:
 
     def _shrink(self, norms: list[float]) -> list[float]:
         """Each update's factor, by the median of these norms."""
-        bound = replace(self._bound, reference=median_norm(norms))
+        bound = self._bound_by(norms)
         return [bound.factor(norm) for norm in norms]
+
+    def _bound_by(self, norms: list[float]) -> NormBound:
+        """The bound by this round's own median."""
+        return replace(self._bound, reference=median_norm(norms))
 
     def _next_control(self, difference: AdapterState) -> AdapterState:
         """SCAFFOLD: the mean of the clients' control variates, over the whole population.

@@ -72,9 +72,9 @@ class LoraConfig(Section):
     "all-linear"."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """LoRA dropout; must be 0 under privacy."""
-    initial: Literal["auto", "orthonormal", "eva"] = "auto"
+    initial: Literal["orthonormal", "eva"] = "orthonormal"
     """Where A starts: seeded orthonormal rows, or (eva) the main directions of each layer's inputs on
-    public examples; auto is eva under ffa where there are public records."""
+    public examples, which see far more of an input: lower alpha with it."""
     client_ranks: Ranks = ()
     """Ranks of the clients, dealt out in turn; absent means all have lora.rank."""
 
@@ -272,15 +272,11 @@ class Config(Section):
 
     def resolved(self) -> Config:
         """Returns the config with every "auto" that needs no machine replaced by its choice."""
-        method, initial = self.aggregation.method, self.lora.initial
+        method = self.aggregation.method
         if method == "auto":
             method = "fedit" if self.privacy.unit == "none" else "ffa"
-        if initial == "auto":
-            is_public = self.data.public_source is not None or self.data.public_split is not None
-            initial = "eva" if is_public and method == "ffa" else "orthonormal"
         aggregation = self.aggregation.model_copy(update={"method": method})
-        lora = self.lora.model_copy(update={"initial": initial})
-        return self.model_copy(update={"aggregation": aggregation, "lora": lora})
+        return self.model_copy(update={"aggregation": aggregation})
 
     def sha256(self) -> str:
         """Hash of what determines the result: all but where it runs and what it is called."""

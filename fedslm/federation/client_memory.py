@@ -18,6 +18,11 @@ _ROOMS = ("local", "control", "error")
 _NOTHING = AdapterState({})
 
 
+def file_name_of(run_id: str) -> str:
+    """A run's name on a node's disk: its identifier comes from the server and may hold anything."""
+    return hashlib.sha256(run_id.encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Kept:
     """What is kept.
@@ -83,8 +88,8 @@ class ClientMemory:
 
     @property
     def _prefix(self) -> str:
-        """Names the run by a hash: its identifier comes from the server and may hold anything."""
-        return f"memory-{hashlib.sha256(self.run_id.encode()).hexdigest()[:16]}-"
+        """What the names of a run's files begin with."""
+        return f"memory-{file_name_of(self.run_id)}-"
 
     def _path(self, round: int) -> Path:
         """A round's file."""

@@ -9,7 +9,6 @@ Formal guarantees (under privacy):
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from fedslm.aggregation.methods import trained_keys
 from fedslm.errors import FederationError, PolicyRefused
 from fedslm.factors import delta_keys
 from fedslm.federation.client import admitted
+from fedslm.federation.client_memory import file_name_of
 from fedslm.federation.fairness import ClientMetrics, Metrics
 from fedslm.federation.loading import model_for
 from fedslm.federation.node import Node
@@ -87,8 +87,8 @@ def _both(request: Request, node: Node) -> ClientMetrics:
 
 
 def _own(request: Request, node: Node) -> Path:
-    """Where a run's personal adapter lies, for PEFT; the run's identifier comes from the server."""
-    return node.directory / "personal" / hashlib.sha256(request.setup.run_id.encode()).hexdigest()[:16]
+    """Where a run's personal adapter lies, for PEFT."""
+    return node.directory / "personal" / file_name_of(request.setup.run_id)
 
 
 def _metrics(setup: Setup, model: LoadedModel, shard: Shard, adapter: AdapterState) -> Metrics:

@@ -223,7 +223,9 @@ def test_absent_clients_do_not_look_like_noise() -> None:
     mean = WeightedMean(state(1).shapes, cohort_ranks=[RANK] * 10)
     for client in range(5):
         mean.add(ClientUpdate(client, state(1), 1.0))
-    assert mean.signal_to_noise() == pytest.approx(np.inf) or mean.signal_to_noise() > 1e3  # type: ignore[operator]
+    found = mean.signal_to_noise()
+    assert found is not None
+    assert found > 1e3
 
 
 def planted(ratio: float, *, num_clients: int, size: int, seed: int) -> WeightedMean:

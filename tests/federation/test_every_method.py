@@ -173,7 +173,7 @@ def test_each_factor_keeps_what_compression_lost_of_it(make_config: MakeConfig) 
 def test_a_starts_from_public_records(make_config: MakeConfig, tmp_path: Path) -> None:
     """With public records a frozen A is EVA's: orthonormal rows, and not the seeded ones."""
     found = []
-    for name, initial in (("seeded", "orthonormal"), ("eva", "auto")):
+    for name, initial in (("seeded", "orthonormal"), ("eva", "eva")):
         config = make_config(
             privacy=PRIVATE,
             run={"directory": str(tmp_path / name)},
