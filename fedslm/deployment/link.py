@@ -17,10 +17,11 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, Message
 
+import fedslm
 from fedslm.deployment.bundle import sha256_of
 
 logger = logging.getLogger(__name__)
-_NOT_APPROVED = 7
+_NOT_APPROVED, _LONGEST = 7, 32
 Answer = Callable[[Message, int], Message]
 
 
@@ -38,7 +39,7 @@ class Link:
     node_id: int
     calls: tuple[Any, ...]
     approved: frozenset[str]
-    _bundles: dict[int, str] = field(default_factory=dict)
+    _bundles: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def serve(self, answer: Answer, stop: threading.Event, poll_seconds: float) -> None:
         """Answers messages, one at a time, until it is told to stop.
@@ -49,20 +50,26 @@ class Link:
             poll_seconds: How long to wait when there is nothing to do.
         """
         while not stop.is_set():
-            try:
-                found = self._received()
-            except Exception:  # the server is outside: whatever comes from it, the node goes on
-                logger.exception("a message could not be received")
-                found = None
-            if found is None:
+            if not self._serve_one(answer):
                 stop.wait(poll_seconds)
-                continue
+
+    def _serve_one(self, answer: Answer) -> bool:
+        """Receives, answers and sends one message; False if there was none that could be answered."""
+        from flwr.supercore.run import RunNotRunningException
+
+        try:
+            found = self._received()
+            if found is None:
+                return False
             message, run_id = found
-            reply = self._refused(message, run_id) or answer(message, run_id)
-            try:
-                self._send(reply, run_id)
-            except Exception:
-                logger.exception("a reply could not be sent")
+            self._send(self._refused(message, run_id) or answer(message, run_id), run_id)
+        except RunNotRunningException:  # Flower's own; it passes by Exception
+            logger.warning("a message is dropped: its run is over")
+            return False
+        except Exception:  # the server is outside: whatever comes from it, the node goes on
+            logger.exception("a message could not be received, or its reply not be sent")
+            return False
+        return True
 
     def _received(self) -> tuple[Message, int] | None:
         """The next message, whole."""
@@ -87,12 +94,17 @@ class Link:
         """The answer to a message of a bundle that is not approved; None if it is."""
         if run_id not in self._bundles:
             _, _, get_run, get_fab, _, _, _ = self.calls
-            self._bundles = {run_id: sha256_of(get_fab(get_run(run_id).fab_hash, run_id).content)}
-        found = self._bundles[run_id]
+            run = get_run(run_id)
+            content = get_fab(run.fab_hash, run_id).content
+            self._bundles = {run_id: (sha256_of(content), str(run.fab_version)[:_LONGEST])}
+        found, version = self._bundles[run_id]
         if found in self.approved:
             return None
-        logger.error("run %d is refused: its application bundle %s is not approved here", run_id, found)
-        reason = f"the application bundle {found[:16]} is not approved by this node's operator"
+        reason = (
+            f"the application bundle {found[:16]} (it says fedslm {version!r}) is not approved by this "
+            f"node's operator; this node runs fedslm {fedslm.__version__}"
+        )
+        logger.error("run %d is refused: %s; its whole hash is %s", run_id, reason, found)
         return Message(Error(code=_NOT_APPROVED, reason=reason), reply_to=message)
 
     def _send(self, reply: Message, run_id: int) -> None:

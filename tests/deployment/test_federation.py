@@ -113,7 +113,7 @@ class Site:
     def online(self, name: str) -> bool:
         """Whether the server sees a node."""
         rows = json.loads(fedslm("server", "status", "--server", self.server, "--json"))
-        return any(row["name"] == name and row["status"] == "online" for row in rows)
+        return any(row["name"] == name and row["status"] == "online" for row in rows["nodes"])
 
     def run(self, config: Config, *, resume: bool = False) -> tuple[str, Path]:
         """Runs a config to its end; gives its last status and its directory."""
