@@ -205,9 +205,12 @@ class Site:
         with control.connected(self.server) as connection:
             number, directory = runs.start(connection, self.server, config, resume=resume)
 
+            last: list[str] = []
+
             def ended() -> str:
-                status = connection.status(number)
-                return status if status.startswith("finished") else ""
+                if not last and (status := connection.status(number)).startswith("finished"):
+                    last.append(status)
+                return last[0] if last else ""
 
             yield directory, ended
 
