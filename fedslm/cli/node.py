@@ -70,7 +70,13 @@ def check(directory: Directory) -> None:
 
 
 @node_app.command("up")
-def up(directory: Directory) -> None:
+def up(
+    directory: Directory,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", help="hospital or phone, in place of the one in node.toml."),
+    ] = None,
+) -> None:
     """Run this node until Ctrl-C.
 
     Example: `fedslm node up north`
@@ -80,7 +86,7 @@ def up(directory: Directory) -> None:
         from fedslm.deployment import node
 
         logging.getLogger("fedslm").setLevel(logging.INFO)
-        ready = node.open_node(directory)
+        ready = node.open_node(directory, profile)
         count = node.import_records(ready)
         typer.echo(f"{ready.file.name}: {count} records; connecting to {ready.admission.address}")
         stop = until_stopped()
