@@ -69,7 +69,14 @@ def check(directory: Directory) -> None:
 
 
 @node_app.command("up")
-def up(directory: Directory, log_format: LogFormat = LogForm.auto) -> None:
+def up(
+    directory: Directory,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", help="hospital or phone, in place of the one in node.toml."),
+    ] = None,
+    log_format: LogFormat = LogForm.auto,
+) -> None:
     """Run this node until Ctrl-C.
 
     Example: `fedslm node up north`
@@ -80,7 +87,7 @@ def up(directory: Directory, log_format: LogFormat = LogForm.auto) -> None:
         from fedslm.deployment.journal import log_to_stderr
 
         log_to_stderr(log_format)
-        ready = node.open_node(directory)
+        ready = node.open_node(directory, profile)
         count = node.import_records(ready)
         typer.echo(f"{ready.file.name}: {count} records; connecting to {ready.admission.address}")
         stop = until_stopped()

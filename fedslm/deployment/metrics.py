@@ -6,6 +6,7 @@ They are read when they are asked for, from what is on disk. Names start with ``
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flwr.app import Message
+
 from fedslm.deployment.authority import SERVER, expires
 from fedslm.deployment.control import connected
 from fedslm.deployment.status import FederationStatus, status_of
 from fedslm.errors import FedslmError, RunError
 from fedslm.federation.node import LEDGER
+from fedslm.federation.wire import status_of_reply
 from fedslm.privacy import accounting
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
@@ -44,6 +48,20 @@ class NodeCounts:
     answers: Counter[str] = field(default_factory=Counter)
     is_connected: bool = False
     last_message: float = 0.0
+
+    def count(self, reply: Message) -> None:
+        """Counts one answer."""
+        self.last_message = time.time()
+        self.answers["error" if reply.has_error() else status_of_reply(reply.content)] += 1
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Notes that the node is connected meanwhile."""
+        self.is_connected = True
+        try:
+            yield
+        finally:
+            self.is_connected = False
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def lying(site: Site, lie: Lie) -> Iterator[None]:
                 sent[len(sent) + 1] = content
                 return Message(lie(message, sent), reply_to=message)
 
-            link.serve(answer, stop, 0.2)
+            link.serve(answer, lambda seconds: not stop.wait(seconds), 0.2)
 
     thread = threading.Thread(target=serve)
     thread.start()
