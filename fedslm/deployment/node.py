@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,34 +83,22 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
     """
     key, authority = node_key(ready.directory), ready.admission.authority.encode()
     with (
-        _workers(ready) as worker,
+        _worker(ready) as pool,
         connected(ready.admission.address, authority, key, ready.approved) as link,
     ):
         logger.info("connected to %s as node %d", ready.admission.address, link.node_id)
 
         def answer(message: Message, run_id: int) -> Message:
-            with worker() as pool:
-                job = pool.submit(handle, message, ready.context(link.node_id, run_id))
-                return wait_for(pool, job, message, message.metadata.ttl)
+            job = pool.submit(handle, message, ready.context(link.node_id, run_id))
+            return wait_for(pool, job, message, message.metadata.ttl)
 
         link.serve(answer, stop, ready.file.poll_seconds)
 
 
 @contextmanager
-def _workers(ready: Ready) -> Iterator[Callable[[], AbstractContextManager[WorkerPool]]]:
-    """The worker for each message: one that stays and keeps its base model, or a new one every time."""
-    if not ready.file.warm:
-        yield lambda: _worker(ready)
-        return
-    with _worker(ready) as pool:
-        yield lambda: nullcontext(pool)
-
-
-@contextmanager
 def _worker(ready: Ready) -> Iterator[WorkerPool]:
-    """A worker; a dead one is replaced."""
-    file = ready.file
-    pool = WorkerPool(1, threads=file.threads, log=ready.directory / _LOG, forked=file.warm)
+    """One worker, which keeps its base model from message to message; a dead one is replaced."""
+    pool = WorkerPool(1, threads=ready.file.threads, log=ready.directory / _LOG)
     try:
         yield pool
     finally:

@@ -53,9 +53,6 @@ class NodeFile(_File):
     """What kind of machine this is."""
     threads: int = Field(1, ge=1, le=256)
     """Threads to compute with."""
-    warm: bool = True
-    """Whether the worker stays between messages, with its base model; off, it ends after each one and
-    leaves no memory taken, and every message waits for the imports and the base."""
     poll_seconds: float = Field(1.0, gt=0, le=3600)
     """How often the server is asked for work."""
     approved_bundles: list[str] = []

@@ -1,4 +1,4 @@
-"""Worker processes that run functions: as a rule forked from a server that has imported torch once.
+"""Worker processes that run functions: forked from a server that has imported torch once.
 
 A worker computes with few threads, keeps its base model loaded, and ignores Ctrl-C: the parent decides
 when to stop. If a worker dies, its job fails and another takes its place.
@@ -77,16 +77,10 @@ class WorkerPool:
         num_workers: Processes, >= 1.
         threads: Threads that each computes with.
         log: File that the workers append their logs to.
-        forked: Fork the workers from a server with the imports done, which stays; without it each
-            worker imports for itself, and no memory is taken when the pool is closed.
     """
 
-    def __init__(
-        self, num_workers: int, *, threads: int = 1, log: Path | None = None, forked: bool = True
-    ) -> None:
-        if forked:
-            preload()
-        self._method = _START_METHOD if forked else "spawn"
+    def __init__(self, num_workers: int, *, threads: int = 1, log: Path | None = None) -> None:
+        preload()
         self._threads, self._log = threads, log
         self._numbers = itertools.count()
         self._queue: deque[tuple[int, Callable[..., Any], tuple[Any, ...]]] = deque()
@@ -184,7 +178,7 @@ class WorkerPool:
 
     def _start(self) -> _Worker:
         """Starts one worker."""
-        context = multiprocessing.get_context(self._method)
+        context = multiprocessing.get_context(_START_METHOD)
         here, there = context.Pipe()
         arguments = (there, self._threads, self._log)
         process = context.Process(  # type: ignore[attr-defined]
