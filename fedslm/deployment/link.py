@@ -8,20 +8,23 @@ message goes to this node's own fedslm, in a worker that keeps its base model.
 from __future__ import annotations
 
 import logging
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, Message
 
+import fedslm
 from fedslm.deployment.bundle import sha256_of
 
 logger = logging.getLogger(__name__)
-_NOT_APPROVED = 7
+_NOT_APPROVED, _LONGEST = 7, 32
+_LONGEST_WAIT_SECONDS = 30.0
 Answer = Callable[[Message, int], Message]
+T = TypeVar("T")
 
 
 @dataclass
@@ -38,61 +41,76 @@ class Link:
     node_id: int
     calls: tuple[Any, ...]
     approved: frozenset[str]
-    _bundles: dict[int, str] = field(default_factory=dict)
+    _bundles: dict[int, tuple[str, str]] = field(default_factory=dict)
 
-    def serve(self, answer: Answer, stop: threading.Event, poll_seconds: float) -> None:
-        """Answers messages, one at a time, until it is told to stop.
+    def serve(self, answer: Answer, goes_on: Callable[[float], bool], poll_seconds: float) -> None:
+        """Answers messages, one at a time, until it is told to stop; a message under way is finished.
+
+        A message's tensors come and go in pieces of 5 MiB. If the connection breaks, it is tried again
+        until the message is of no use any more, and what is here already is not pulled again. (One gap
+        is Flower's: the server gives a message's outline out once, and the few bytes may be lost.)
 
         Args:
             answer: Turns (message, run) into its reply; raises nothing.
-            stop: Set to end.
+            goes_on: Waits for so many seconds, or shorter; False to end.
             poll_seconds: How long to wait when there is nothing to do.
         """
-        while not stop.is_set():
-            try:
-                found = self._received()
-            except Exception:  # the server is outside: whatever comes from it, the node goes on
-                logger.exception("a message could not be received")
-                found = None
-            if found is None:
-                stop.wait(poll_seconds)
-                continue
-            message, run_id = found
-            reply = self._refused(message, run_id) or answer(message, run_id)
-            try:
-                self._send(reply, run_id)
-            except Exception:
-                logger.exception("a reply could not be sent")
+        import httpx
+        from flwr.supercore.run import RunNotRunningException
 
-    def _received(self) -> tuple[Message, int] | None:
-        """The next message, whole."""
+        wait_seconds = 0.0
+        while goes_on(wait_seconds):
+            wait_seconds = poll_seconds
+            try:
+                wait_seconds = 0.0 if self._answered(answer) else poll_seconds
+            except RunNotRunningException:  # Flower's own; it passes by Exception
+                logger.warning("a message is dropped: its run is over")
+            except httpx.TransportError as error:
+                logger.warning("the server cannot be reached: %s", error)
+            except Exception:  # the server is outside: whatever comes from it, the node goes on
+                logger.exception("a message could not be answered")
+
+    def _answered(self, answer: Answer) -> bool:
+        """Answers the next message; False if there is none."""
+        received = self.calls[0]()
+        if received is None:
+            return False
+        outline, tree = received
+        run_id, until = outline.metadata.run_id, outline.metadata.created_at + outline.metadata.ttl
+        message = self._pulled(tree, run_id, until)
+        reply = patiently(lambda: self._refused(message, run_id), until) or answer(message, run_id)
+        patiently(lambda: self._send(reply, run_id), until)
+        return True
+
+    def _pulled(self, tree: Any, run_id: int, until: float) -> Message:
+        """A message with all its objects."""
         from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 
-        receive, _, _, _, pull_object, _, confirm = self.calls
-        received = receive()
-        if received is None:
-            return None
-        outline, tree = received
-        run_id = outline.metadata.run_id
+        _, _, _, _, pull_object, _, confirm = self.calls
         message = pull_and_inflate_object_from_tree(
             tree,
-            lambda identifier: pull_object(run_id, identifier),
-            lambda identifier: confirm(run_id, identifier),
+            lambda identifier: patiently(lambda: pull_object(run_id, identifier), until),
+            lambda identifier: patiently(lambda: confirm(run_id, identifier), until),
             return_type=Message,
         )
         message.metadata.__dict__["_message_id"] = tree.object_id
-        return message, run_id
+        return message
 
     def _refused(self, message: Message, run_id: int) -> Message | None:
         """The answer to a message of a bundle that is not approved; None if it is."""
         if run_id not in self._bundles:
             _, _, get_run, get_fab, _, _, _ = self.calls
-            self._bundles = {run_id: sha256_of(get_fab(get_run(run_id).fab_hash, run_id).content)}
-        found = self._bundles[run_id]
+            run = get_run(run_id)
+            content = get_fab(run.fab_hash, run_id).content
+            self._bundles = {run_id: (sha256_of(content), str(run.fab_version)[:_LONGEST])}
+        found, version = self._bundles[run_id]
         if found in self.approved:
             return None
-        logger.error("run %d is refused: its application bundle %s is not approved here", run_id, found)
-        reason = f"the application bundle {found[:16]} is not approved by this node's operator"
+        reason = (
+            f"the application bundle {found[:16]} (it says fedslm {version!r}) is not approved by this "
+            f"node's operator; this node runs fedslm {fedslm.__version__}"
+        )
+        logger.error("run %d is refused: %s; its whole hash is %s", run_id, reason, found)
         return Message(Error(code=_NOT_APPROVED, reason=reason), reply_to=message)
 
     def _send(self, reply: Message, run_id: int) -> None:
@@ -114,6 +132,33 @@ class Link:
                 lambda identifier, content: push_object(run_id, session, identifier, content),
                 object_ids_to_push=wanted,
             )
+
+
+def patiently(call: Callable[[], T], until: float) -> T:
+    """Calls again while the connection breaks, or while a reply's upload has timed out.
+
+    Flower tries most of it again by itself, but gives up where a connection breaks within TLS.
+
+    Args:
+        call: May be repeated.
+        until: Time (seconds since 1970) after which it is of no use.
+
+    Raises:
+        httpx.TransportError: There was no connection until then.
+    """
+    import httpx
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+    wait_seconds = 1.0
+    while True:
+        try:
+            return call()
+        except (httpx.TransportError, ObjectPushError) as error:
+            if time.time() + wait_seconds > until:
+                raise
+            logger.warning("the connection broke (%s); again in %g s", error, wait_seconds)
+            time.sleep(wait_seconds)
+            wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
 
 
 @contextmanager

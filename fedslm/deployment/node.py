@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,11 @@ from flwr.app import Context, Message, RecordDict
 from fedslm.data import shards
 from fedslm.data.sources import load
 from fedslm.deployment.bundle import bundle, sha256_of
+from fedslm.deployment.conditions import Attendance
 from fedslm.deployment.enrolment import ADMISSION, Admission, node_key, read_admission
+from fedslm.deployment.journal import keep_small
 from fedslm.deployment.link import connected
+from fedslm.deployment.metrics import NodeCounts, node_figures, served
 from fedslm.deployment.settings import NodeFile, read_node
 from fedslm.federation.local_grid import handle, wait_for
 from fedslm.federation.node import deployed_config
@@ -50,15 +53,19 @@ class Ready:
         return Context(run_id, node_id, config, RecordDict(), {})
 
 
-def open_node(directory: Path) -> Ready:
+def open_node(directory: Path, profile: str | None = None) -> Ready:
     """Reads what a node was given.
+
+    Args:
+        directory: The node's own.
+        profile: In place of the one in its ``node.toml``.
 
     Raises:
         ConfigError: ``node.toml`` is wrong.
         RunError: The node was not admitted yet.
     """
     directory = directory.expanduser().absolute()
-    return Ready(directory, read_node(directory), read_admission(directory / ADMISSION))
+    return Ready(directory, read_node(directory, profile), read_admission(directory / ADMISSION))
 
 
 def import_records(ready: Ready) -> int:
@@ -78,27 +85,59 @@ def import_records(ready: Ready) -> int:
 def run_node(ready: Ready, stop: threading.Event) -> None:
     """Answers the server until it is told to stop.
 
+    Formal guarantees:
+        * Outside its conditions a node has no connection: the server sees it offline. Nothing is
+          computed either, and the worker is gone. A message under way when they end is finished, and
+          its reply is sent.
+
     Raises:
         RunError: The node's key cannot be read.
     """
-    key, authority = node_key(ready.directory), ready.admission.authority.encode()
-    with (
-        _worker(ready) as pool,
-        connected(ready.admission.address, authority, key, ready.approved) as link,
-    ):
-        logger.info("connected to %s as node %d", ready.admission.address, link.node_id)
+    counts = NodeCounts()
+    attendance = Attendance(ready.file.conditions, ready.directory)
+
+    def goes_on(seconds: float) -> bool:
+        keep_small(ready.directory / _LOG)
+        return not stop.wait(seconds) and attendance.takes_part()
+
+    with served(ready.file.metrics_port, lambda: node_figures(ready.directory, counts)):
+        while not stop.is_set():
+            if attendance.takes_part():
+                _take_part(ready, counts, goes_on)
+            stop.wait(attendance.check_seconds)
+
+
+def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool]) -> None:
+    """Connects, answers as long as it goes on, and disconnects."""
+    address, authority = ready.admission.address, ready.admission.authority.encode()
+    key = node_key(ready.directory)
+    with worker(ready) as pool, connected(address, authority, key, ready.approved) as link:
+        logger.info("connected to %s as node %d", address, link.node_id)
 
         def answer(message: Message, run_id: int) -> Message:
             job = pool.submit(handle, message, ready.context(link.node_id, run_id))
-            return wait_for(pool, job, message, message.metadata.ttl)
+            reply = wait_for(pool, job, message, message.metadata.ttl)
+            counts.count(reply)
+            return reply
 
-        link.serve(answer, stop, ready.file.poll_seconds)
+        with counts.connected():
+            link.serve(answer, goes_on, ready.file.poll_seconds)
+    logger.info("disconnected from %s", address)
 
 
 @contextmanager
-def _worker(ready: Ready) -> Iterator[WorkerPool]:
-    """One worker, which keeps its base model from message to message; a dead one is replaced."""
-    pool = WorkerPool(1, threads=ready.file.threads, log=ready.directory / _LOG)
+def worker(ready: Ready) -> Iterator[WorkerPool]:
+    """One worker, which keeps its base model from message to message; a dead one is replaced.
+
+    On a phone it imports for itself: a template to fork from would stay in memory beside it.
+    """
+    pool = WorkerPool(
+        1,
+        threads=ready.file.threads,
+        log=ready.directory / _LOG,
+        memory_mb=ready.file.memory_mb,
+        is_forked=ready.file.profile != "phone",
+    )
     try:
         yield pool
     finally:

@@ -7,10 +7,12 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from fedslm.deployment.bundle import bundle, sha256_of
+from fedslm.deployment.conditions import reason_against
 from fedslm.deployment.node import Ready, import_records
 from fedslm.errors import FedslmError, RunError
 from fedslm.federation.attestation import attest
@@ -47,6 +49,7 @@ def preflight(ready: Ready) -> Iterator[Check]:
     yield _check("records", lambda: f"{import_records(ready)} records can be read")
     yield _check("disk", lambda: _disk(ready.directory))
     yield _check("memory", _memory)
+    yield _check("conditions", lambda: _conditions(ready))
     yield _check("server and clock", lambda: _server(ready))
     yield _check("self-test", lambda: _self_test(ready.directory))
 
@@ -102,6 +105,14 @@ def _memory() -> str:
     if held < _LEAST_BYTES:
         raise RunError(f"{held / 1e9:.1f} GB of memory free; 1 GB is the least")
     return f"{held / 1e9:.1f} GB free"
+
+
+def _conditions(ready: Ready) -> str:
+    """Whether the node takes part now; that it does not is no mistake."""
+    if ready.file.conditions is None:
+        return "none: takes part always"
+    reason = reason_against(ready.file.conditions, ready.directory, datetime.now())
+    return "takes part now" if reason is None else f"does not take part now: {reason}"
 
 
 def _server(ready: Ready) -> str:

@@ -262,12 +262,22 @@ def test_a_server_that_repeats_a_round_is_stopped(honest: dict[str, Request], tm
     assert len(chain_of(node).charges) == 3
 
 
-def test_rounds_of_a_day_are_limited(honest: dict[str, Request], tmp_path: Path) -> None:
-    """The policy's rounds per day hold, whatever the budget has left; a repeated request is free."""
-    node = write_policy(tmp_path / "node", max_rounds_per_day=1)
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        ({"max_rounds_per_day": 1}, "1 rounds within 24 hours"),
+        ({"max_rounds": 1}, "1 of at most 1 rounds"),
+        ({"min_seconds_between_rounds": 900.0}, "900 s must lie between two rounds"),
+    ],
+)
+def test_rounds_are_limited(
+    honest: dict[str, Request], tmp_path: Path, limit: dict[str, float], reason: str
+) -> None:
+    """The policy's limits on rounds hold, whatever the budget has left; a repeated request is free."""
+    node = write_policy(tmp_path / "node", **limit)
     context, request = context_of(0, node), honest["record"]
     first = ask(request, context)
-    assert_refused(ask(replace(request, round=2), context), "1 rounds within 24 hours")
+    assert_refused(ask(replace(request, round=2), context), reason)
     assert ask(request, context).delta_sha256 == first.delta_sha256
     assert len(chain_of(node).charges) == 1
 
