@@ -97,6 +97,7 @@ class Link:
             lambda identifier: patiently(lambda: pull_object(run_id, identifier), until),
             lambda identifier: patiently(lambda: confirm(run_id, identifier), until),
             return_type=Message,
+            initial_backoff=_SHORTEST_WAIT_SECONDS,  # the server tells of a message before all is there
         )
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
