@@ -35,6 +35,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/aggregation.py
+	$(BIN)/python benchmarks/deployment.py
 
 demo-model: $(VENV)/.installed
 	$(BIN)/python simulations/build_demo_model.py

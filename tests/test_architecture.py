@@ -66,7 +66,7 @@ OWNERS = {
     "seqeval": {"tasks"},
     "rouge_score": {"inference"},
     "scipy": {"training.self_test", "training.canaries"},
-    "safetensors": {"storage", "inference.export"},
+    "safetensors": {"storage", "inference.export", "federation.wire"},
     "flwr": {"federation", "flower", "simulation", "deployment"},
     "ray": {"federation.ray_engine"},
     "jinja2": {"reporting"},

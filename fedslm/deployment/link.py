@@ -22,7 +22,7 @@ from fedslm.deployment.bundle import sha256_of
 
 logger = logging.getLogger(__name__)
 _NOT_APPROVED, _LONGEST = 7, 32
-_LONGEST_WAIT_SECONDS = 30.0
+_SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 30.0
 Answer = Callable[[Message, int], Message]
 T = TypeVar("T")
 
@@ -53,16 +53,21 @@ class Link:
         Args:
             answer: Turns (message, run) into its reply; raises nothing.
             goes_on: Waits for so many seconds, or shorter; False to end.
-            poll_seconds: How long to wait when there is nothing to do.
+            poll_seconds: How long to wait, at most, when there is nothing to do: a server that just got
+                an answer is likely to ask again.
         """
         import httpx
         from flwr.supercore.run import RunNotRunningException
 
-        wait_seconds = 0.0
+        wait_seconds, heard = 0.0, time.monotonic()
         while goes_on(wait_seconds):
             wait_seconds = poll_seconds
             try:
-                wait_seconds = 0.0 if self._answered(answer) else poll_seconds
+                if self._answered(answer):
+                    wait_seconds, heard = 0.0, time.monotonic()
+                else:
+                    idle_seconds = time.monotonic() - heard
+                    wait_seconds = min(poll_seconds, max(_SHORTEST_WAIT_SECONDS, idle_seconds / 5))
             except RunNotRunningException:  # Flower's own; it passes by Exception
                 logger.warning("a message is dropped: its run is over")
             except httpx.TransportError as error:
@@ -92,6 +97,7 @@ class Link:
             lambda identifier: patiently(lambda: pull_object(run_id, identifier), until),
             lambda identifier: patiently(lambda: confirm(run_id, identifier), until),
             return_type=Message,
+            initial_backoff=_SHORTEST_WAIT_SECONDS,  # the server tells of a message before all is there
         )
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,12 +111,13 @@ def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool
     """Connects, answers as long as it goes on, and disconnects."""
     address, authority = ready.admission.address, ready.admission.authority.encode()
     key = node_key(ready.directory)
-    with worker(ready) as pool, connected(address, authority, key, ready.approved) as link:
+    with workers(ready) as next_worker, connected(address, authority, key, ready.approved) as link:
         logger.info("connected to %s as node %d", address, link.node_id)
 
         def answer(message: Message, run_id: int) -> Message:
-            job = pool.submit(handle, message, ready.context(link.node_id, run_id))
-            reply = wait_for(pool, job, message, message.metadata.ttl)
+            with next_worker() as pool:
+                job = pool.submit(handle, message, ready.context(link.node_id, run_id))
+                reply = wait_for(pool, job, message, message.metadata.ttl)
             counts.count(reply)
             return reply
 
@@ -126,17 +127,28 @@ def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool
 
 
 @contextmanager
+def workers(ready: Ready) -> Iterator[Callable[[], AbstractContextManager[WorkerPool]]]:
+    """Gives the worker for each message: one that stays, or (``warm = false``) a new one every time."""
+    if not ready.file.warm:
+        yield lambda: worker(ready)
+        return
+    with worker(ready) as pool:
+        yield lambda: nullcontext(pool)
+
+
+@contextmanager
 def worker(ready: Ready) -> Iterator[WorkerPool]:
     """One worker, which keeps its base model from message to message; a dead one is replaced.
 
-    On a phone it imports for itself: a template to fork from would stay in memory beside it.
+    On a phone, and where it is to leave no memory taken, it imports for itself: a template to fork from
+    would stay.
     """
     pool = WorkerPool(
         1,
         threads=ready.file.threads,
         log=ready.directory / _LOG,
         memory_mb=ready.file.memory_mb,
-        is_forked=ready.file.profile != "phone",
+        is_forked=ready.file.warm and ready.file.profile != "phone",
     )
     try:
         yield pool

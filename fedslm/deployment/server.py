@@ -53,6 +53,10 @@ http {{
   uwsgi_temp_path {state}/proxy-uwsgi;
   scgi_temp_path {state}/proxy-scgi;
   server_tokens off;
+  upstream superlink {{
+    server 127.0.0.1:{inner_port};
+    keepalive 64;
+  }}
   server {{
     listen {port} ssl;
     ssl_certificate {directory}/{certificate};
@@ -60,7 +64,8 @@ http {{
     ssl_protocols TLSv1.2 TLSv1.3;
     client_max_body_size 64m;
     location /v1/fleet/ {{
-      proxy_pass https://127.0.0.1:{inner_port};
+      proxy_pass https://superlink;
+      proxy_set_header Connection "";
       proxy_ssl_trusted_certificate {directory}/{authority};
       proxy_ssl_verify on;
       proxy_ssl_name localhost;

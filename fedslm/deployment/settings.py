@@ -88,8 +88,11 @@ class NodeFile(_File):
     every 15 seconds, computes in 1024 MB, and must have conditions."""
     threads: int = Field(1, ge=1, le=256)
     """Threads to compute with."""
+    warm: bool = True
+    """Whether the worker stays between messages with its imports and its base model. Off, it ends after
+    each message and leaves no memory taken; every message waits until they are loaded again."""
     poll_seconds: float = Field(1.0, gt=0, le=3600)
-    """How often the server is asked for work."""
+    """How often the server is asked for work; soon after a message it is asked more often."""
     metrics_port: int | None = Field(None, ge=1, le=65535)
     """Loopback port for Prometheus (/metrics), for this node's operator; absent: none."""
     memory_mb: int | None = Field(None, ge=256)

@@ -16,7 +16,7 @@ from fedslm.errors import FederationError
 from fedslm.federation.wire import HELLO
 from fedslm.rng import stream
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.05, 1.0
 
 
 def choose_cohort(config: FederationConfig, seed: int, round: int) -> list[int]:
@@ -136,7 +136,11 @@ def gather(grid: Grid, nodes: dict[int, int], needed: int, seconds: float) -> fr
 
 
 def pull(grid: Grid, identifier: str, deadline: float) -> Message | None:
-    """Waits for one reply; None when the deadline has passed."""
+    """Waits for one reply; None when the deadline has passed.
+
+    The longer it waits, the more seldom it asks: every question costs the grid, and so the nodes, time.
+    """
+    began = time.monotonic()
     while True:
         for reply in grid.pull_messages([identifier]):
             return reply
@@ -145,4 +149,5 @@ def pull(grid: Grid, identifier: str, deadline: float) -> Message | None:
             if forget is not None:
                 forget([identifier])
             return None
-        time.sleep(_POLL_SECONDS)
+        waited = time.monotonic() - began
+        time.sleep(min(_LONGEST_POLL_SECONDS, max(_POLL_SECONDS, waited / 10)))

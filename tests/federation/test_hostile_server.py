@@ -28,7 +28,7 @@ from tiny import PATIENT, PRIVATE
 from fedslm import simulation
 from fedslm.config import Config, PersonalizationConfig, TaskConfig
 from fedslm.federation.personal import measure
-from fedslm.federation.wire import MEASURE, Reply, Request
+from fedslm.federation.wire import MEASURE, Reply, Request, from_arrays
 from fedslm.privacy.plan import NoPrivacy
 from fedslm.progress import Silent
 
@@ -376,7 +376,7 @@ def test_a_reply_holds_what_is_promised_and_nothing_else(
     request = honest["record"]
     message = message_to(request, context_of(0, write_policy(tmp_path / "node")))
     assert set(message.content) == {"reply", "delta"}
-    assert set(message.content.array_records["delta"]) == set(request.adapter)
+    assert set(from_arrays(message.content.array_records["delta"])) == set(request.adapter)
     values = dict(message.content.config_records["reply"])
     statement = json.loads(str(values.pop("statement")))
     hashes = {values.pop("delta_sha256"), values.pop("base_sha256")}
