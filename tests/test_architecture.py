@@ -48,6 +48,7 @@ STOREYS = {
 }
 
 OWNERS = {
+    "prometheus_client": {"deployment.metrics"},
     "pydantic": {"config", "privacy.policy", "deployment.settings"},
     "tomllib": {"config", "privacy.policy", "deployment.settings"},
     "datasets": {"data"},
@@ -88,6 +89,8 @@ SEE_CONFIG = {
     "flower",
     "demonstration",
     "deployment.runs",
+    "deployment.lab",
+    "deployment.status",
     "deployment.bundle",
     "cli.__init__",
     "cli.budget",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -11,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fedslm.cli.console import clear_errors
+from fedslm.cli.console import LogForm, LogFormat, clear_errors
 
 _GRACE_SECONDS = 5.0
 node_app = typer.Typer(help="The node operator's: enrol, check, run.", no_args_is_help=True)
@@ -76,6 +75,7 @@ def up(
         str | None,
         typer.Option("--profile", help="hospital or phone, in place of the one in node.toml."),
     ] = None,
+    log_format: LogFormat = LogForm.auto,
 ) -> None:
     """Run this node until Ctrl-C.
 
@@ -84,8 +84,9 @@ def up(
     with clear_errors():
         from fedslm.cli.server import until_stopped
         from fedslm.deployment import node
+        from fedslm.deployment.journal import log_to_stderr
 
-        logging.getLogger("fedslm").setLevel(logging.INFO)
+        log_to_stderr(log_format)
         ready = node.open_node(directory, profile)
         count = node.import_records(ready)
         typer.echo(f"{ready.file.name}: {count} records; connecting to {ready.admission.address}")

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedslm.cli.console import clear_errors
+from fedslm.cli.console import Overrides, clear_errors, load_config
 
 provision_app = typer.Typer(
     help="The server operator's: certificates, and which nodes are let in.", no_args_is_help=True
@@ -28,15 +28,13 @@ def init(
     Example: `fedslm provision init federation/federation.toml`
     """
     with clear_errors():
-        from fedslm.deployment.authority import SERVER, create_authority, expires
-        from fedslm.deployment.settings import FEDERATION_FILE, read_federation
+        from fedslm.deployment.authority import SERVER, certify, expires
+        from fedslm.deployment.settings import FEDERATION_FILE
         from fedslm.errors import ConfigError, Problem
 
         if file.name != FEDERATION_FILE:
             raise ConfigError([Problem(str(file), f"the file must be called {FEDERATION_FILE}")])
-        federation = read_federation(file.parent)
-        create_authority(file.parent, federation.name, federation.authority_days)
-        _issue(file.parent)
+        certify(file.parent)
         end = expires(file.parent / SERVER)
         typer.echo(
             f"made authority.crt, server.crt (until {end:%Y-%m-%d}) and their keys in {file.parent}"
@@ -53,10 +51,38 @@ def renew(server: Server = Path()) -> None:
     Example: `fedslm provision renew --server federation`
     """
     with clear_errors():
+        from fedslm.deployment import authority
         from fedslm.deployment.authority import SERVER, expires
 
-        _issue(server)
+        authority.renew(server)
         typer.echo(f"{server / SERVER} is valid until {expires(server / SERVER):%Y-%m-%d}")
+
+
+@provision_app.command("lab")
+def lab(
+    directory: Annotated[Path, typer.Argument(help="A new directory.", metavar="DIR")],
+    config: Annotated[Path, typer.Option("--config", help="A simulation's config.")],
+    overrides: Overrides = [],  # noqa: B006  (typer copies it)
+    port: Annotated[int, typer.Option(help="Port that nodes reach.")] = 8443,
+    inner_port: Annotated[int, typer.Option(help="Loopback port of the SuperLink.")] = 9443,
+) -> None:
+    """Make a server and all nodes on this machine, with a simulation's data: to try it out.
+
+    Every key lies on one disk, so it protects nobody.
+
+    Example: `fedslm provision lab lab --config simulations/demo.toml --set federation.num_clients=3`
+    """
+    with clear_errors():
+        from fedslm.deployment.lab import SERVER, make_lab
+
+        loaded = load_config(config, overrides)
+        nodes = make_lab(directory, loaded, port=port, inner_port=inner_port)
+        again = "".join(f" --set {each}" for each in overrides)
+        typer.echo(f"made {len(nodes)} nodes and a server. Now, each in a terminal of its own:")
+        typer.echo(f"  fedslm server up {directory / SERVER}")
+        for node in nodes:
+            typer.echo(f"  fedslm node up {directory / node.name}")
+        typer.echo(f"  fedslm server run {config} --server {directory / SERVER}{again}")
 
 
 @provision_app.command("admit")
@@ -122,13 +148,3 @@ def list_nodes(server: Server = Path()) -> None:
                 node.name, str(node.client), fingerprint(node.node_key), node.admitted_at, state
             )
         Console().print(table)
-
-
-def _issue(directory: Path) -> None:
-    """A certificate for all names of the server, and for its own loopback."""
-    from fedslm.deployment.authority import issue_server
-    from fedslm.deployment.settings import read_federation
-
-    federation = read_federation(directory)
-    names = [federation.host, *federation.also_known_as, "localhost", "127.0.0.1", "::1"]
-    issue_server(directory, list(dict.fromkeys(names)), federation.certificate_days)

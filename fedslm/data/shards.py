@@ -84,10 +84,10 @@ def write(
         if data.streaming:
             _write_arrow(directory / "train", dict(enumerate(parts)))
         else:
-            _write_parquet(directory / "train.parquet", parts)
-        _write_parquet(directory / "evaluation.parquet", [shared.evaluation])
+            write_parquet(directory / "train.parquet", parts)
+        write_parquet(directory / "evaluation.parquet", [shared.evaluation])
         if shared.public is not None:
-            _write_parquet(directory / "public.parquet", [shared.public])
+            write_parquet(directory / "public.parquet", [shared.public])
     except OSError as error:
         raise DataError(f"{directory} cannot be written: {error}") from error
     shards = _summary(shared)
@@ -116,9 +116,9 @@ def write_public(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         public = load_what_is_public(data, task, seed, directory.parent)
-        _write_parquet(directory / "evaluation.parquet", [public.evaluation])
+        write_parquet(directory / "evaluation.parquet", [public.evaluation])
         if public.records is not None:
-            _write_parquet(directory / "public.parquet", [public.records])
+            write_parquet(directory / "public.parquet", [public.records])
     except OSError as error:
         raise DataError(f"{directory} cannot be written: {error}") from error
     shards = Shards(names, (), public.labels)
@@ -265,7 +265,7 @@ def _write_arrow(folder: Path, parts: Mapping[int, Dataset]) -> None:
         Path(temporary).mkdir()  # for its own cleaning up
 
 
-def _write_parquet(path: Path, parts: list[Dataset]) -> None:
+def write_parquet(path: Path, parts: list[Dataset]) -> None:
     """Writes one row group for each part, then renames into place."""
     import pyarrow.parquet as pq
 

@@ -18,11 +18,36 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedslm.deployment.settings import read_federation
 from fedslm.errors import ConfigError, Problem, RunError
 
 AUTHORITY_KEY, AUTHORITY = "authority.key", "authority.crt"
 SERVER_KEY, SERVER = "server.key", "server.crt"
 _CLOCK_SKEW = timedelta(minutes=5)
+
+
+def certify(server: Path) -> None:
+    """Makes the authority and the server's certificate.
+
+    Raises:
+        ConfigError: ``federation.toml`` is wrong.
+        RunError: There is an authority already.
+    """
+    federation = read_federation(server)
+    create_authority(server, federation.name, federation.authority_days)
+    renew(server)
+
+
+def renew(server: Path) -> None:
+    """Makes a server certificate for all its names, and for its own loopback.
+
+    Raises:
+        ConfigError: ``federation.toml`` is wrong.
+        RunError: The authority cannot be read, or has expired.
+    """
+    federation = read_federation(server)
+    names = [federation.host, *federation.also_known_as, "localhost", "127.0.0.1", "::1"]
+    issue_server(server, list(dict.fromkeys(names)), federation.certificate_days)
 
 
 def create_authority(directory: Path, name: str, days: int) -> None:

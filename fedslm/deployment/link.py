@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, Message
 
+import fedslm
 from fedslm.deployment.bundle import sha256_of
 
 logger = logging.getLogger(__name__)
-_NOT_APPROVED = 7
+_NOT_APPROVED, _LONGEST = 7, 32
 _LONGEST_WAIT_SECONDS = 30.0
 Answer = Callable[[Message, int], Message]
 T = TypeVar("T")
@@ -40,7 +41,7 @@ class Link:
     node_id: int
     calls: tuple[Any, ...]
     approved: frozenset[str]
-    _bundles: dict[int, str] = field(default_factory=dict)
+    _bundles: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def serve(self, answer: Answer, goes_on: Callable[[float], bool], poll_seconds: float) -> None:
         """Answers messages, one at a time, until it is told to stop; a message under way is finished.
@@ -54,13 +55,20 @@ class Link:
             goes_on: Waits for so many seconds, or shorter; False to end.
             poll_seconds: How long to wait when there is nothing to do.
         """
+        import httpx
+        from flwr.supercore.run import RunNotRunningException
+
         wait_seconds = 0.0
         while goes_on(wait_seconds):
+            wait_seconds = poll_seconds
             try:
                 wait_seconds = 0.0 if self._answered(answer) else poll_seconds
+            except RunNotRunningException:  # Flower's own; it passes by Exception
+                logger.warning("a message is dropped: its run is over")
+            except httpx.TransportError as error:
+                logger.warning("the server cannot be reached: %s", error)
             except Exception:  # the server is outside: whatever comes from it, the node goes on
                 logger.exception("a message could not be answered")
-                wait_seconds = poll_seconds
 
     def _answered(self, answer: Answer) -> bool:
         """Answers the next message; False if there is none."""
@@ -92,12 +100,17 @@ class Link:
         """The answer to a message of a bundle that is not approved; None if it is."""
         if run_id not in self._bundles:
             _, _, get_run, get_fab, _, _, _ = self.calls
-            self._bundles = {run_id: sha256_of(get_fab(get_run(run_id).fab_hash, run_id).content)}
-        found = self._bundles[run_id]
+            run = get_run(run_id)
+            content = get_fab(run.fab_hash, run_id).content
+            self._bundles = {run_id: (sha256_of(content), str(run.fab_version)[:_LONGEST])}
+        found, version = self._bundles[run_id]
         if found in self.approved:
             return None
-        logger.error("run %d is refused: its application bundle %s is not approved here", run_id, found)
-        reason = f"the application bundle {found[:16]} is not approved by this node's operator"
+        reason = (
+            f"the application bundle {found[:16]} (it says fedslm {version!r}) is not approved by this "
+            f"node's operator; this node runs fedslm {fedslm.__version__}"
+        )
+        logger.error("run %d is refused: %s; its whole hash is %s", run_id, reason, found)
         return Message(Error(code=_NOT_APPROVED, reason=reason), reply_to=message)
 
     def _send(self, reply: Message, run_id: int) -> None:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
 
 from fedslm.data import shards
@@ -17,7 +16,9 @@ from fedslm.data.sources import load
 from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.conditions import Attendance
 from fedslm.deployment.enrolment import ADMISSION, Admission, node_key, read_admission
+from fedslm.deployment.journal import keep_small
 from fedslm.deployment.link import connected
+from fedslm.deployment.metrics import NodeCounts, node_figures, served
 from fedslm.deployment.settings import NodeFile, read_node
 from fedslm.federation.local_grid import handle, wait_for
 from fedslm.federation.node import deployed_config
@@ -92,25 +93,35 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
     Raises:
         RunError: The node's key cannot be read.
     """
-    key = node_key(ready.directory)
+    counts = NodeCounts()
     attendance = Attendance(ready.file.conditions, ready.directory)
-    while not stop.is_set():
-        if attendance.takes_part():
-            _take_part(ready, key, lambda seconds: not stop.wait(seconds) and attendance.takes_part())
-        stop.wait(attendance.check_seconds)
+
+    def goes_on(seconds: float) -> bool:
+        keep_small(ready.directory / _LOG)
+        return not stop.wait(seconds) and attendance.takes_part()
+
+    with served(ready.file.metrics_port, lambda: node_figures(ready.directory, counts)):
+        while not stop.is_set():
+            if attendance.takes_part():
+                _take_part(ready, counts, goes_on)
+            stop.wait(attendance.check_seconds)
 
 
-def _take_part(ready: Ready, key: ec.EllipticCurvePrivateKey, goes_on: Callable[[float], bool]) -> None:
+def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool]) -> None:
     """Connects, answers as long as it goes on, and disconnects."""
     address, authority = ready.admission.address, ready.admission.authority.encode()
+    key = node_key(ready.directory)
     with worker(ready) as pool, connected(address, authority, key, ready.approved) as link:
         logger.info("connected to %s as node %d", address, link.node_id)
 
         def answer(message: Message, run_id: int) -> Message:
             job = pool.submit(handle, message, ready.context(link.node_id, run_id))
-            return wait_for(pool, job, message, message.metadata.ttl)
+            reply = wait_for(pool, job, message, message.metadata.ttl)
+            counts.count(reply)
+            return reply
 
-        link.serve(answer, goes_on, ready.file.poll_seconds)
+        with counts.connected():
+            link.serve(answer, goes_on, ready.file.poll_seconds)
     logger.info("disconnected from %s", address)
 
 

@@ -1,4 +1,4 @@
-"""A run on real nodes: started, followed, continued, by the server's operator."""
+"""A run on real nodes: started, followed, stopped, continued, by the server's operator."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from fedslm.config import Config
 from fedslm.deployment.control import COMPLETED, Control
 from fedslm.deployment.enrolment import NODES
 from fedslm.errors import RunError
+from fedslm.federation.checkpoint import ERROR
+from fedslm.federation.population import registered
+from fedslm.storage import write_text
 
 _POLL_SECONDS = 0.5
 _FINISHED = "finished"
@@ -55,7 +58,24 @@ def start(control: Control, server: Path, config: Config, *, resume: bool) -> tu
         raise RunError(f"{directory} holds no run to continue")
     if (directory / "report.json").exists():
         raise RunError(f"{directory} is finished: see {directory / 'report.md'}")
-    return control.start(overrides_of(server, config)), directory
+    registered(server / NODES, config.federation.num_clients)
+    run_id = control.start(overrides_of(server, config))
+    write_text(_started(directory), str(run_id))
+    return run_id, directory
+
+
+def stop(control: Control, directory: Path) -> None:
+    """Stops a run; it can be continued.
+
+    Raises:
+        RunError: Nobody started it here.
+        FederationError: The SuperLink refuses, or is not there.
+    """
+    try:
+        run_id = int(_started(directory).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{directory} is no run that was started here") from error
+    control.stop(run_id)
 
 
 def follow(
@@ -87,9 +107,22 @@ def follow(
             return status
 
 
+def failure_of(directory: Path) -> str:
+    """What the server's side of a run said before it ended; empty if it said nothing."""
+    try:
+        return (directory / ERROR).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
 def is_good(status: str, directory: Path) -> bool:
     """True if a run came to its end and wrote its report."""
     return status == COMPLETED and (directory / "report.json").exists()
+
+
+def _started(directory: Path) -> Path:
+    """Where a run's number is kept: beside its directory, which the run itself makes."""
+    return directory.with_name(f"{directory.name}.run")
 
 
 def _rounds(directory: Path) -> list[dict[str, Any]]:

@@ -17,20 +17,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fedslm.deployment.authority import AUTHORITY, SERVER, SERVER_KEY, expires, write_private
+from fedslm.deployment.journal import keep_small
+from fedslm.deployment.metrics import served, server_figures
 from fedslm.deployment.settings import FederationFile, read_federation
 from fedslm.errors import RunError
 from fedslm.storage import write_text
 
 logger = logging.getLogger(__name__)
-_SECRET, _STATE, _LOGS = "launcher.secret", "state", "logs"
-_START_SECONDS, _STOP_SECONDS = 60.0, 10.0
+_SECRET, _STATE, LOGS = "launcher.secret", "state", "logs"
+_START_SECONDS, _STOP_SECONDS, _WATCH_SECONDS = 60.0, 10.0, 0.5
 _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -43,7 +45,8 @@ error_log {logs}/proxy-errors.log warn;
 worker_processes 1;
 events {{ worker_connections 1024; }}
 http {{
-  access_log {logs}/proxy.log;
+  map $status $unusual {{ ~^2 0; default 1; }}  # nodes ask every second: what went well is no news
+  access_log {logs}/proxy.log combined if=$unusual;
   client_body_temp_path {state}/proxy-body;
   proxy_temp_path {state}/proxy-temp;
   fastcgi_temp_path {state}/proxy-fastcgi;
@@ -97,7 +100,7 @@ def children(directory: Path) -> list[Child]:
     _check_certificate(directory)
     state = directory / _STATE
     state.mkdir(parents=True, exist_ok=True)
-    (directory / _LOGS).mkdir(exist_ok=True)
+    (directory / LOGS).mkdir(exist_ok=True)
     if not (directory / _SECRET).exists():
         write_private(directory / _SECRET, secrets.token_hex(32).encode())
     proxy = _proxy(directory, federation)
@@ -115,26 +118,55 @@ def serve(directory: Path, stop: threading.Event) -> None:
         ConfigError: As :func:`children`.
         RunError: As :func:`children`, or a process does not come up.
     """
+    port = read_federation(directory).metrics_port
+    with (
+        running(directory, stop) as mend,
+        served(port, lambda: server_figures(directory)),
+    ):
+        while not stop.wait(_WATCH_SECONDS):
+            mend()
+
+
+@contextmanager
+def running(directory: Path, stop: threading.Event) -> Iterator[Callable[[], None]]:
+    """The server's processes, up; they are stopped at the end.
+
+    Args:
+        directory: With ``federation.toml``.
+        stop: Set to give up while they come up.
+
+    Yields:
+        What starts dead ones again and keeps logs small: to be called often.
+
+    Raises:
+        ConfigError: As :func:`children`.
+        RunError: As :func:`children`, or a process does not come up.
+    """
     directory = directory.expanduser().absolute()
     federation = read_federation(directory)
     listening = {"superlink": federation.inner_port, "proxy": federation.port}
     with ExitStack() as stack:
-        running = {}
+        processes = []
         for child in children(directory):
-            running[child.name] = (child, stack.enter_context(_Running(directory, child).kept()))
+            processes.append(stack.enter_context(_Running(directory, child).kept()))
             if child.name in listening:
-                _wait_until_listening(running[child.name][1], listening[child.name], stop)
+                _wait_until_listening(processes[-1], listening[child.name], stop)
         logger.info("the server is up: nodes reach %s:%d", federation.host, federation.port)
-        while not stop.wait(0.5):
-            for child, process in running.values():
-                process.restart_if_dead(child.name)
+
+        def mend() -> None:
+            for process in processes:
+                process.restart_if_dead()
+            for log in (directory / LOGS).glob("*.log"):
+                keep_small(log)
+
+        yield mend
 
 
 class _Running:
     """A process that is started, watched and stopped."""
 
     def __init__(self, directory: Path, child: Child) -> None:
-        self._log, self._child = directory / _LOGS / f"{child.name}.log", child
+        self._log, self._child = directory / LOGS / f"{child.name}.log", child
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         own = {
             "FLWR_HOME": str(directory / _STATE),
@@ -152,10 +184,11 @@ class _Running:
         finally:
             self.stop()
 
-    def restart_if_dead(self, name: str) -> None:
+    def restart_if_dead(self) -> None:
         """Starts it again, at most once in five seconds."""
         if self.process.poll() is not None and time.monotonic() - self._started > 5:
-            logger.error("%s ended with %s; it is started again", name, self.process.returncode)
+            code = self.process.returncode
+            logger.error("%s ended with %s; it is started again", self._child.name, code)
             self.process = self._start()
 
     def stop(self) -> None:
@@ -215,7 +248,7 @@ def _proxy(directory: Path, federation: FederationFile) -> str:
         raise RunError("nginx is not installed; on Debian: apt-get install nginx-light")
     values: Mapping[str, object] = {
         "state": directory / _STATE,
-        "logs": directory / _LOGS,
+        "logs": directory / LOGS,
         "directory": directory,
         "certificate": SERVER,
         "key": SERVER_KEY,

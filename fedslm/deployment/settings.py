@@ -42,6 +42,8 @@ class FederationFile(_File):
     """Port that nodes reach: open it in the firewall, and no other."""
     inner_port: int = Field(9443, ge=1, le=65535)
     """Loopback port of the SuperLink behind the proxy: keep it closed to the world."""
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Loopback port for Prometheus (/metrics); absent: none."""
     also_known_as: list[str] = []
     """Further names and addresses that the server's certificate is for."""
     certificate_days: int = Field(365, ge=1, le=3650)
@@ -88,6 +90,8 @@ class NodeFile(_File):
     """Threads to compute with."""
     poll_seconds: float = Field(1.0, gt=0, le=3600)
     """How often the server is asked for work."""
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Loopback port for Prometheus (/metrics), for this node's operator; absent: none."""
     memory_mb: int | None = Field(None, ge=256)
     """Most memory that the training process may allocate; beyond it a message is answered "failed"."""
     conditions: Conditions | None = Field(None, validate_default=True)

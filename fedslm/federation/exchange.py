@@ -27,6 +27,7 @@ class Exchange:
         seconds: How long one exchange may take; a message is worth nothing after it.
         frozen: What a node may not have yet: sent until it has answered once; empty in a simulation,
             whose clients read it from the run directory.
+        away: Nodes that are not waited for until the grid sees them again.
         bytes_down: Bytes of tensors sent so far.
     """
 
@@ -34,6 +35,7 @@ class Exchange:
     nodes: Mapping[int, int]
     seconds: float
     frozen: AdapterState = field(default_factory=lambda: AdapterState({}))
+    away: frozenset[int] = frozenset()
     bytes_down: int = 0
 
     def __post_init__(self) -> None:
@@ -79,15 +81,20 @@ class Exchange:
             self._have.discard(client)
 
     def _seen(self, clients: list[int]) -> set[int]:
-        """Nodes that the grid sees: all that are to be asked, or who is there after a while.
+        """Nodes that the grid sees; those that it saw before are waited for, once, for a while.
 
         After a restart of the SuperLink nodes need a heartbeat to be seen again.
         """
         wanted = {self.nodes[client] for client in clients}
         give_up = time.monotonic() + min(_PATIENCE_SECONDS, self.seconds / 2)
-        while not wanted <= (seen := set(self.grid.get_node_ids())) and time.monotonic() < give_up:
+        while True:
+            seen = set(self.grid.get_node_ids())
+            self.away = self.away - seen
+            missing = wanted - seen - self.away
+            if not missing or time.monotonic() > give_up:
+                self.away = self.away | missing
+                return seen
             time.sleep(_POLL_SECONDS)
-        return seen
 
     def _contents(self, request: Request) -> tuple[RecordDict, RecordDict]:
         """The request for nodes that lack the frozen tensors, and for those that have them."""

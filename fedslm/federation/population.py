@@ -88,7 +88,8 @@ def registered(path: Path, num_clients: int) -> dict[int, int]:
     found = {int(node["client"]): int(node["node_id"]) for node in nodes}
     if sorted(found) != list(range(num_clients)):
         raise FederationError(
-            f"federation.num_clients={num_clients}, but the admitted nodes are clients {sorted(found)}"
+            f"federation.num_clients={num_clients}, but the admitted nodes are clients "
+            f"{sorted(found)}: set it to their number, or admit more; see `fedslm provision list`"
         )
     return found
 
@@ -114,8 +115,11 @@ def _listed(path: Path) -> list[dict[str, Any]]:
     return nodes
 
 
-def gather(grid: Grid, nodes: dict[int, int], needed: int, seconds: float) -> None:
+def gather(grid: Grid, nodes: dict[int, int], needed: int, seconds: float) -> frozenset[int]:
     """Waits until so many of the admitted nodes are there.
+
+    Returns:
+        The node ids of those that are not.
 
     Raises:
         FederationError: They are not, within the time.
@@ -128,6 +132,7 @@ def gather(grid: Grid, nodes: dict[int, int], needed: int, seconds: float) -> No
                 f"federation.join_deadline_seconds={seconds:g}"
             )
         time.sleep(_POLL_SECONDS)
+    return frozenset(nodes.values()) - found
 
 
 def pull(grid: Grid, identifier: str, deadline: float) -> Message | None:

@@ -140,8 +140,8 @@ class Federation:
         if listed is None:
             return Exchange(self.grid, join(self.grid, federation.num_clients, wait), deadline)
         nodes = registered(Path(listed), federation.num_clients)
-        gather(self.grid, nodes, federation.min_clients or federation.num_clients, wait)
-        return Exchange(self.grid, nodes, deadline, told.frozen)
+        away = gather(self.grid, nodes, federation.min_clients or federation.num_clients, wait)
+        return Exchange(self.grid, nodes, deadline, told.frozen, away)
 
     def _measured(
         self, config: Config, told: Told, state: Checkpoint, exchange: Exchange

@@ -252,6 +252,11 @@ class Reply:
             raise FederationError(f"the reply cannot be read: {reason}") from error
 
 
+def status_of_reply(records: RecordDict) -> str:
+    """What a reply says of itself, such as "ok"; "other" if it is no answer to a training request."""
+    return str(records.config_records.get("reply", {}).get("status", "other"))
+
+
 def _is_moderate(value: object) -> bool:
     """True for a number that sums of do not overflow."""
     return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= _LARGEST_METRIC

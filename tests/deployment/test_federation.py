@@ -6,130 +6,32 @@ import json
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
-import sys
-import time
-import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from sites import NAMES, Site, eventually, federation, fedslm, ledger_of, moving, rounds_of
 from tiny import PRIVATE
 
+import fedslm as fedslm_package
 from fedslm import simulation
 from fedslm.config import Config
-from fedslm.data.shards import read_client
-from fedslm.deployment import control, enrolment, runs
+from fedslm.deployment import control, enrolment
 from fedslm.deployment.authority import AUTHORITY
-from fedslm.federation.node import LEDGER
-from fedslm.privacy.chain import Chain, read_chain
-from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.progress import Silent
 from fedslm.storage import load_adapter
 
 pytestmark = pytest.mark.federation
 MakeConfig = Callable[..., Config]
-FEDSLM = str(Path(sys.executable).parent / "fedslm")
-NAMES = ("north", "south", "west")
-SECONDS = 120.0
-POLICY = """
-unit = "none"
-epsilon = 50.0
-delta = 1e-5
-min_noise_multiplier = 0.3
-max_clip_norm = 1.0
-max_sample_rate = 0.2
-max_steps_per_round = 4
-max_rounds_per_day = 500
-base_models = ["any"]
-tasks = ["classification"]
-"""
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def eventually(is_true: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
-    """Waits, but not for ever."""
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.2)
-
-
-def fedslm(*words: str | Path) -> str:
-    """Runs a command; gives what it prints."""
-    done = subprocess.run(
-        [FEDSLM, *map(str, words)], capture_output=True, text=True, timeout=SECONDS, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@dataclass
-class Site:
-    """The server's and the nodes' directories, and their processes."""
-
-    root: Path
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    @property
-    def server(self) -> Path:
-        """The server's directory."""
-        return self.root / "server"
-
-    def start(self, name: str, *command: str | Path) -> None:
-        """Starts a process with a log of its own."""
-        with (self.root / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [FEDSLM, *map(str, command)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def stop(self, name: str, number: int = signal.SIGTERM) -> None:
-        """Stops a process and all that it started."""
-        process = self.processes.pop(name)
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM) if number == signal.SIGTERM else os.killpg(
-                process.pid, number
-            )
-        process.wait(30)
-
-    def log(self, name: str) -> str:
-        """What a process has said."""
-        return (self.root / f"{name}.log").read_text(encoding="utf-8")
-
-    def online(self, name: str) -> bool:
-        """Whether the server sees a node."""
-        rows = json.loads(fedslm("server", "status", "--server", self.server, "--json"))
-        return any(row["name"] == name and row["status"] == "online" for row in rows)
-
-    def run(self, config: Config, *, resume: bool = False) -> tuple[str, Path]:
-        """Runs a config to its end; gives its last status and its directory."""
-        with control.connected(self.server) as connection:
-            number, directory = runs.start(connection, self.server, config, resume=resume)
-            deadline = time.monotonic() + SECONDS
-            while not (status := connection.status(number)).startswith("finished"):
-                assert time.monotonic() < deadline, (self.server / "logs/launcher.log").read_text()
-                time.sleep(0.3)
-        return status, directory
+Simulated = tuple[Path, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def shards(
-    config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
+def simulated(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Simulated:
     """A simulation without noise: its shards are what the nodes have, its adapter what they must reach."""
     directory = tmp_path_factory.mktemp("simulated") / "run"
     report = simulation.simulate(config_in(directory, federation={"rounds": 2}).resolved(), Silent())
@@ -137,68 +39,31 @@ def shards(
 
 
 @pytest.fixture(scope="module")
-def site(
-    shards: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Site]:
+def site(simulated: Simulated, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A server and three nodes, up and connected."""
-    if shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None:
-        pytest.skip("nginx is not installed; on Debian: apt-get install nginx-light")
-    made = Site(tmp_path_factory.mktemp("site"))
-    made.server.mkdir()
-    (made.server / "federation.toml").write_text(
-        f'name = "test"\nhost = "127.0.0.1"\nport = {free_port()}\ninner_port = {free_port()}\n'
-    )
-    fedslm("provision", "init", made.server / "federation.toml")
-    made.start("server", "server", "up", made.server)
-    try:
-        eventually(lambda: "the server is up" in made.log("server"), "server up")
-        for index, name in enumerate(NAMES):
-            node = made.root / name
-            node.mkdir()
-            rows = read_client(shards[0] / "data", index)
-            (node / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (node / "node.toml").write_text(
-                f'name = "{name}"\nsource = "{node}/notes.jsonl"\npoll_seconds = 0.2\n'
-            )
-            (node / "policy.toml").write_text(POLICY)
-            fedslm("node", "enroll", node, "--name", name)
-            fedslm("provision", "admit", node / f"{name}.request.json", "--server", made.server)
-            fedslm("node", "accept", node, made.server / f"admissions/{name}.admission.json")
-            made.start(name, "node", "up", node)
-        for name in NAMES:
-            eventually(lambda name=name: made.online(name), f"{name} online")
+    with federation(tmp_path_factory.mktemp("site"), simulated[0] / "data") as made:
         yield made
-    finally:
-        for name in list(made.processes):
-            made.stop(name)
 
 
 @pytest.fixture
-def make(site: Site, config_in: MakeConfig, notes: Path) -> MakeConfig:
+def make(site: Site, config_in: MakeConfig) -> MakeConfig:
     """A config for the real nodes, with a run directory below the server's."""
 
     def build(name: str, **sections: dict[str, Any]) -> Config:
-        values = {"federation": {"rounds": 2}, **sections}
-        values["federation"] = {"rounds": 2, "num_clients": 3, **values["federation"]}
-        return config_in(site.server / "runs" / name, **values)
+        rounds = {"rounds": 2, **sections.pop("federation", {})}
+        return config_in(site.server / "runs" / name, federation=rounds, **sections)
 
     return build
 
 
-def rounds_of(directory: Path) -> list[dict[str, Any]]:
-    """Lines of a run's rounds."""
-    lines = (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def test_real_nodes_give_the_simulations_adapter(
-    site: Site, make: MakeConfig, shards: tuple[Path, dict[str, Any]]
+    site: Site, make: MakeConfig, simulated: Simulated
 ) -> None:
     """With noise off, the same config gives the same adapter on real nodes, to the last bit."""
     status, directory = site.run(make("plain"))
     assert status == control.COMPLETED
     report = json.loads((directory / "report.json").read_text())
-    assert report["adapter_sha256"] == shards[1]["adapter_sha256"]
+    assert report["adapter_sha256"] == simulated[1]["adapter_sha256"]
     assert [line["completed"] for line in rounds_of(directory)] == [3, 3]
     assert not (directory / "data" / "train.parquet").exists()
 
@@ -209,6 +74,15 @@ def test_a_private_run_is_charged_at_the_nodes(site: Site, make: MakeConfig) -> 
     assert status == control.COMPLETED
     report = json.loads((directory / "report.json").read_text())
     assert report["epsilon"] <= PRIVATE["epsilon"]
+    found = site.status()
+    for node in found["nodes"]:
+        assert node["epsilon_spent"] + node["epsilon_left"] == pytest.approx(PRIVATE["epsilon"])
+        assert 0 < node["epsilon_spent"] <= report["epsilon"]
+    assert (found["runs"][0]["name"], found["runs"][0]["state"]) == ("private", "finished")
+    figures = httpx.get(f"http://127.0.0.1:{site.settings['metrics_port']}/metrics", timeout=30).text
+    for name in NAMES:
+        assert f'fedslm_node_online{{node="{name}"}} 1.0' in figures
+    assert 'fedslm_run_round{run="private"} 2.0' in figures
     for name in NAMES:
         chain = ledger_of(site.root / name)
         assert not chain.torn
@@ -268,7 +142,27 @@ def test_a_hostile_bundle_is_not_run(
     (line,) = rounds_of(directory)
     assert line["completed"] == 0
     assert all("not approved by this node's operator" in reason for reason in line["reasons"])
-    assert "is refused: its application bundle" in site.log("north")
+    assert "is refused: the application bundle" in site.log("north")
+
+
+def test_versions_that_differ_are_both_named(
+    site: Site, make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of another version is refused by every node, with a reason that names both versions."""
+    from fedslm.deployment import bundle as bundles
+
+    monkeypatch.setattr(fedslm_package, "__version__", "0.0.9")
+    bundles.bundle.cache_clear()
+    try:
+        _, directory = site.run(make("skewed", federation={"rounds": 1, "max_failed_rounds": 1}))
+    finally:
+        monkeypatch.undo()
+        bundles.bundle.cache_clear()
+    (line,) = rounds_of(directory)
+    assert len(line["reasons"]) == 3
+    for reason in line["reasons"]:
+        assert "'0.0.9'" in reason
+        assert fedslm_package.__version__ in reason
 
 
 def test_a_killed_node_comes_back_as_itself(site: Site, make: MakeConfig) -> None:
@@ -276,13 +170,10 @@ def test_a_killed_node_comes_back_as_itself(site: Site, make: MakeConfig) -> Non
     before = ledger_of(site.root / "west").charges
     site.stop("west", signal.SIGKILL)
     eventually(lambda: not site.online("west"), "west is offline")
-    federation = {"rounds": 2, "min_clients": 2}
-    status, directory = site.run(make("without", privacy=PRIVATE, federation=federation))
+    status, directory = site.run(make("without", privacy=PRIVATE, federation={"min_clients": 2}))
     assert status == control.COMPLETED
-    assert [line["completed"] for line in rounds_of(directory)] == [2, 2]
-    assert [line["late"] for line in rounds_of(directory)] == [1, 1]
-    site.start("west", "node", "up", site.root / "west")
-    eventually(lambda: site.online("west"), "west is back")
+    assert [(line["completed"], line["late"]) for line in rounds_of(directory)] == [(2, 1), (2, 1)]
+    site.start_node("west")
     status, directory = site.run(make("with", privacy=PRIVATE))
     assert [line["completed"] for line in rounds_of(directory)] == [3, 3]
     after = ledger_of(site.root / "west").charges
@@ -292,40 +183,30 @@ def test_a_killed_node_comes_back_as_itself(site: Site, make: MakeConfig) -> Non
 
 def test_a_dead_worker_is_an_answer(site: Site, make: MakeConfig) -> None:
     """The process that trains is killed (-9): the message is answered with an error, and the node goes on."""
-    config = make("worker", training={"local_steps": 4}, federation={"rounds": 3})
-    with control.connected(site.server) as connection:
-        number, directory = runs.start(connection, site.server, config, resume=False)
-        killed = False
-        deadline = time.monotonic() + SECONDS
-        while not (status := connection.status(number)).startswith("finished"):
-            assert time.monotonic() < deadline
-            if not killed and (directory / "checkpoint" / "state.json").exists():
-                killed = kill_worker(site.processes["south"].pid)
-            time.sleep(0.05)
-    assert killed
-    assert status == control.COMPLETED
-    assert rounds_of(directory)[-1]["completed"] == 3
+    config = make("worker", training={"local_steps": 100}, federation={"rounds": 3})
+    with site.running(config) as (directory, ended):
+        eventually(lambda: len(rounds_of(directory)) == 1 and site.is_training("south"), "round 2")
+        os.kill(site.worker_of("south") or 0, signal.SIGKILL)
+        eventually(lambda: bool(ended()), "the end")
+    assert ended() == control.COMPLETED
+    lines = rounds_of(directory)
+    assert [line["completed"] for line in lines] == [3, 2, 3]
+    assert "a worker died" in lines[1]["reasons"][0]
 
 
-def test_a_lost_server_is_resumed(
-    site: Site, make: MakeConfig, shards: tuple[Path, dict[str, Any]]
-) -> None:
+def test_a_lost_server_is_resumed(site: Site, make: MakeConfig) -> None:
     """Every server process is killed (-9) in mid-run; up again and --resume: the adapter of a quiet run."""
-    quiet_status, quiet = site.run(make("quiet", federation={"rounds": 4}))
-    assert quiet_status == control.COMPLETED
+    status, quiet = site.run(make("quiet", federation={"rounds": 4}))
+    assert status == control.COMPLETED
     config = make("lost", federation={"rounds": 4})
-    with control.connected(site.server) as connection:
-        _, directory = runs.start(connection, site.server, config, resume=False)
-        eventually(lambda: (directory / "rounds.jsonl").exists(), "a first round")
-    site.stop("server", signal.SIGKILL)
-    kill_all(f"--runtime-api-address 127.0.0.1:{inner_port(site)}")
-    site.start("server", "server", "up", site.server)
-    eventually(lambda: site.log("server").count("the server is up") == 2, "server up again")
-    for name in NAMES:
-        eventually(lambda name=name: site.online(name), f"{name} online again")
+    with site.running(config) as (directory, _):
+        eventually(lambda: len(rounds_of(directory)) >= 1, "a first round")
+        site.stop("server", signal.SIGKILL)
+        subprocess.run(["pkill", "-9", "-f", "--", site.launcher], check=False)
+    site.start_server()
     status, directory = site.run(config, resume=True)
     assert status == control.COMPLETED
-    one, other = (load_adapter(each / "checkpoint" / moving(each)) for each in (quiet, directory))
+    one, other = (load_adapter(moving(each)) for each in (quiet, directory))
     assert one.sha256() == other.sha256()
 
 
@@ -337,34 +218,3 @@ def test_a_revoked_node_is_shut_out(site: Site) -> None:
     site.start("west", "node", "up", site.root / "west")
     eventually(lambda: site.processes["west"].poll() is not None, "west ends again")
     assert site.processes.pop("west").returncode != 0
-
-
-def ledger_of(node: Path) -> Chain:
-    """A node's ledger, checked against its public key."""
-    return read_chain(node / LEDGER, read_public_key(node / PUBLIC_KEY))
-
-
-def moving(directory: Path) -> str:
-    """Name of a finished run's moving tensors."""
-    return max(path.name for path in (directory / "checkpoint").glob("moving-*.safetensors"))
-
-
-def inner_port(site: Site) -> int:
-    """The SuperLink's port."""
-    return int(tomllib.loads((site.server / "federation.toml").read_text())["inner_port"])
-
-
-def kill_worker(parent: int) -> bool:
-    """Kills the newest grandchild of a node: its worker."""
-    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False)
-    for child in found.stdout.split():
-        inner = subprocess.run(["pgrep", "-P", child], capture_output=True, text=True, check=False)
-        for worker in inner.stdout.split():
-            os.kill(int(worker), signal.SIGKILL)
-            return True
-    return False
-
-
-def kill_all(pattern: str) -> None:
-    """Kills what a killed supervisor left."""
-    subprocess.run(["pkill", "-9", "-f", "--", pattern], check=False)
