@@ -27,10 +27,14 @@ MIB = 1 << 20
 
 
 class Flaky(Cable):
-    """A cable that counts what comes down, and breaks every connection once it has carried so many bytes."""
+    """A cable that counts what comes down, and breaks every connection once it has carried so many bytes.
+
+    The next four connections break within TLS's handshake.
+    """
 
     def __init__(self, port: int, breaks_at: list[int]) -> None:
         self.down, self.breaks, self._breaks_at = 0, 0, breaks_at
+        self._hang_ups = 0
         self._counting = threading.Lock()
         super().__init__(port)
 
@@ -38,6 +42,11 @@ class Flaky(Cable):
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
+                if self._hang_ups:
+                    self._hang_ups -= 1
+                    near.recv(1 << 16)
+                    near.close()
+                    continue
                 far = socket.create_connection(("127.0.0.1", self._target))
                 self._pairs.append((near, far))
                 for source, sink in ((near, far), (far, near)):
@@ -49,8 +58,8 @@ class Flaky(Cable):
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 if sink is near and self._has_broken(len(data)):
+                    self._hang_ups = 4
                     self.cut()
-                    self.mend()
                     return
                 sink.sendall(data)
         for end in (source, sink):
