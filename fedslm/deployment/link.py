@@ -8,6 +8,8 @@ message goes to this node's own fedslm, in a worker that keeps its base model.
 from __future__ import annotations
 
 import logging
+import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from fedslm.deployment.bundle import sha256_of
 logger = logging.getLogger(__name__)
 _NOT_APPROVED, _LONGEST = 7, 32
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 30.0
+_REACH_SECONDS = 10.0
 Answer = Callable[[Message, int], Message]
 T = TypeVar("T")
 
@@ -165,6 +168,31 @@ def patiently(call: Callable[[], T], until: float) -> T:
             logger.warning("the connection broke (%s); again in %g s", error, wait_seconds)
             time.sleep(wait_seconds)
             wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
+
+
+def is_there(address: str, authority: str) -> bool:
+    """Whether a server can be reached now: Flower's own call would wait for it, or end the process.
+
+    One with a wrong certificate is there: that it is refused, whoever connects then says.
+
+    Args:
+        address: Host and port.
+        authority: The certificate that the server is known by, PEM.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    context = ssl.create_default_context(cadata=authority)
+    try:
+        with (
+            socket.create_connection((host, int(port)), _REACH_SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname=host),
+        ):
+            return True
+    except ssl.SSLCertVerificationError:
+        return True
+    except OSError as error:
+        logger.debug("%s cannot be reached: %s", address, error)
+        return False
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.conditions import Attendance
 from fedslm.deployment.enrolment import ADMISSION, Admission, node_key, read_admission
 from fedslm.deployment.journal import keep_small
-from fedslm.deployment.link import connected
+from fedslm.deployment.link import connected, is_there
 from fedslm.deployment.metrics import NodeCounts, node_figures, served
 from fedslm.deployment.settings import NodeFile, read_node
 from fedslm.federation.local_grid import handle, wait_for
@@ -26,6 +26,7 @@ from fedslm.federation.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
 _DATA, _LOG = "data", "node.log"
+_AGAIN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,19 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
         keep_small(ready.directory / _LOG)
         return not stop.wait(seconds) and attendance.takes_part()
 
+    was_there = True
     with served(ready.file.metrics_port, lambda: node_figures(ready.directory, counts)):
         while not stop.is_set():
-            if attendance.takes_part():
+            if not attendance.takes_part():
+                stop.wait(attendance.check_seconds)
+                continue
+            found = is_there(ready.admission.address, ready.admission.authority)
+            if found:
                 _take_part(ready, counts, goes_on)
-            stop.wait(attendance.check_seconds)
+            elif was_there:
+                logger.warning("%s cannot be reached; tried again", ready.admission.address)
+            was_there = found
+            stop.wait(_AGAIN_SECONDS)
 
 
 def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool]) -> None:

@@ -10,9 +10,10 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from places import admitted_node
 
-from fedslm.deployment import authority, enrolment, node
 from fedslm.deployment import conditions as conditions_module
+from fedslm.deployment import node
 from fedslm.deployment.conditions import Attendance, is_within, reason_against
 from fedslm.deployment.settings import Conditions, read_node
 from fedslm.errors import ConfigError
@@ -159,14 +160,8 @@ def test_outside_its_conditions_a_node_does_not_connect(tmp_path: Path) -> None:
     """Not one connection is opened, and it ends at once when it is told to."""
     server = socket.create_server(("127.0.0.1", 0))
     server.settimeout(2.0)
-    directory = tmp_path / "node"
-    directory.mkdir()
-    authority.create_authority(tmp_path, "t", 2)
-    port = server.getsockname()[1]
-    (tmp_path / "federation.toml").write_text(f'name = "t"\nhost = "127.0.0.1"\nport = {port}\n')
-    _, admission = enrolment.admit(tmp_path, enrolment.enroll(directory, "n"), lambda *_: 5)
-    enrolment.accept(directory, admission)
-    write_node(directory, f'{NODE}[conditions]\ncommand = ["./may-train"]\ncheck_seconds = 0.05\n')
+    toml = f'{NODE}[conditions]\ncommand = ["./may-train"]\ncheck_seconds = 0.05\n'
+    directory = admitted_node(tmp_path, toml, server.getsockname()[1])
     command(directory, "echo asked >> asked; exit 1")
     stop = threading.Event()
     served = threading.Thread(target=node.run_node, args=(node.open_node(directory), stop))
