@@ -211,6 +211,8 @@ class WorkerPool:
                 return
             job, function, arguments = self._queue.popleft()
             worker = idle.popleft()
+            if not worker.process.is_alive():  # it died while it had nothing to do
+                self._bury(worker)
             worker.job = job
             try:
                 worker.pipe.send((function, arguments))
