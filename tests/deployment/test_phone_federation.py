@@ -19,7 +19,7 @@ from fedslm.progress import Silent
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter
 
-pytestmark = pytest.mark.federation
+pytestmark = [pytest.mark.federation, pytest.mark.slow]
 MakeConfig = Callable[..., Config]
 PHONE = 'profile = "phone"\n[conditions]\ncommand = ["test", "-e", "../plugged"]\ncheck_seconds = 0.3\n'
 ALONE = {"num_clients": 1, "rounds": 1}
