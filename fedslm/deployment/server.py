@@ -211,13 +211,19 @@ class _Running:
         """Starts it, in a directory in which nothing can be imported by accident."""
         self._started = time.monotonic()
         with self._log.open("ab") as log:
-            return subprocess.Popen(  # noqa: S603  (our own programs)
-                self._child.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                cwd="/",
-            )
+            try:
+                return subprocess.Popen(  # noqa: S603  (our own programs)
+                    self._child.command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                    cwd="/",
+                )
+            except OSError as error:
+                remedy = "this user must be able to run it, and the Python of its first line"
+                raise RunError(
+                    f"{self._child.command[0]} cannot be started: {error}; {remedy}"
+                ) from error
 
 
 def _superlink(directory: Path, federation: FederationFile) -> tuple[str, ...]:

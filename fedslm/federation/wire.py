@@ -255,7 +255,8 @@ class Reply:
 
 def status_of_reply(records: RecordDict) -> str:
     """What a reply says of itself, such as "ok"; "other" if it is no answer to a training request."""
-    return str(records.config_records.get("reply", {}).get("status", "other"))
+    values = records.config_records.get("reply")
+    return "other" if values is None else str(values.get("status", "other"))
 
 
 def _is_moderate(value: object) -> bool:

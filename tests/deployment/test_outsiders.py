@@ -6,6 +6,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from sites import Site, change_admission, eventually, federation, fedslm, moving, rounds_of
 
 from fedslm import simulation
@@ -26,7 +27,9 @@ from fedslm.deployment.enrolment import node_key
 from fedslm.deployment.link import connected
 from fedslm.deployment.node import import_records, open_node
 from fedslm.federation.local_grid import handle
+from fedslm.federation.wire import Reply
 from fedslm.progress import Silent
+from fedslm.records import AdapterState
 from fedslm.storage import load_adapter
 
 pytestmark = [pytest.mark.federation, pytest.mark.slow]
@@ -84,26 +87,25 @@ def lying(site: Site, lie: Lie) -> Iterator[None]:
     assert not thread.is_alive()
 
 
-def with_arrays(content: RecordDict, change: Callable[[np.ndarray], np.ndarray]) -> RecordDict:
-    """A reply with its tensors changed."""
-    arrays = {
-        name: ArrayRecord({key: Array(change(value.numpy())) for key, value in record.items()})
-        for name, record in content.array_records.items()
-    }
-    return RecordDict({**arrays, **content.config_records, **content.metric_records})
+def with_delta(content: RecordDict, change: Callable[[np.ndarray], np.ndarray]) -> RecordDict:
+    """A reply with its tensors changed, and a hash that fits them, as a careful liar's would."""
+    reply = Reply.from_records(content)
+    assert reply.delta is not None
+    delta = AdapterState({key: change(value) for key, value in reply.delta.tensors.items()})
+    return replace(reply, delta=delta, delta_sha256=delta.sha256()).to_records()
 
 
 LIES: dict[str, tuple[Lie, str]] = {
     "nan": (
-        lambda _, sent: with_arrays(sent[len(sent)], lambda each: np.full_like(each, np.nan)),
+        lambda _, sent: with_delta(sent[len(sent)], lambda each: np.full_like(each, np.nan)),
         "NaN",
     ),
     "shape": (
-        lambda _, sent: with_arrays(sent[len(sent)], lambda each: np.zeros(3, np.float32)),
-        "",
+        lambda _, sent: with_delta(sent[len(sent)], lambda each: np.zeros(3, np.float32)),
+        "shapes",
     ),
     "replay": (lambda _, sent: sent[1], "round 1"),
-    "empty": (lambda _, sent: RecordDict({}), ""),
+    "empty": (lambda _, sent: RecordDict({}), "cannot be read"),
 }
 
 
@@ -125,8 +127,7 @@ def test_a_giant_is_bounded(site: Site, make: MakeConfig) -> None:
 
     def scaled(factor: float) -> Path:
         def lie(message: Message, sent: dict[int, RecordDict]) -> RecordDict:
-            content = with_arrays(sent[len(sent)], lambda each: (each * factor).astype(each.dtype))
-            return rehashed(content)
+            return with_delta(sent[len(sent)], lambda each: (each * factor).astype(each.dtype))
 
         with lying(site, lie):
             status, directory = site.run(make(f"times-{factor:g}", federation={"rounds": 1}))
@@ -142,17 +143,6 @@ def moved(path: Path) -> float:
     """How far the first round moved: B starts at zero."""
     state = load_adapter(path)
     return state.select({key for key in state if "lora_B" in key}).norm()
-
-
-def rehashed(content: RecordDict) -> RecordDict:
-    """A reply whose hash fits its changed tensors, as a careful liar's would."""
-    from fedslm.records import AdapterState
-
-    (record,) = content.array_records.values()
-    state = AdapterState({key: value.numpy() for key, value in record.items()})
-    (values,) = content.config_records.values()
-    values["delta_sha256"] = state.sha256()
-    return content
 
 
 def test_another_authority_is_refused(site: Site, tmp_path: Path) -> None:
