@@ -321,7 +321,7 @@ def content(data: bytes) -> Callable[[Path], None]:
         (lambda node: write_policy(node, epsilon=None) and None, "is invalid (epsilon)"),
         (lambda node: write_policy(node, epsilon="8") and None, "is invalid (epsilon)"),
         (lambda node: write_policy(node, epsilon=-1.0) and None, "is invalid (epsilon)"),
-        (lambda node: write_policy(node, unit="none") and None, "is invalid (unit)"),
+        (lambda node: write_policy(node, unit="nobody") and None, "is invalid (unit)"),
         (lambda node: write_policy(node, metric="noisy") and None, "is invalid (metric)"),
     ],
     ids=["missing", "directory", "toml", "text", "empty", "no epsilon", "word", "sign", "unit", "key"],
