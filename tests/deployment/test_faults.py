@@ -159,7 +159,7 @@ def test_a_straggler_is_dropped_and_stays_charged(site: Site, make: MakeConfig) 
     """A node that trains past the deadline is counted late; its ledger keeps the charge; it comes back."""
     south = site.root / "south"
     before = len(ledger_of(south).charges)
-    federation = {"rounds": 4, "round_deadline_seconds": 12.0}
+    federation = {"rounds": 4, "round_deadline_seconds": 20.0}
     config = make("straggler", privacy=PRIVATE, training={"local_steps": 60}, federation=federation)
     with site.running(config) as (directory, ended):
         eventually(lambda: len(ledger_of(south).charges) == before + 2, "the charge of round 2")
@@ -192,7 +192,7 @@ def test_a_full_disk_sends_nothing(site: Site, make: MakeConfig) -> None:
 
 def test_a_node_that_is_cut_off_for_a_round(site: Site, make: MakeConfig) -> None:
     """A node's network breaks in round 2 and is mended: the others go on, and it is back."""
-    federation = {"rounds": 6, "round_deadline_seconds": 15.0}
+    federation = {"rounds": 6, "round_deadline_seconds": 20.0}
     config = make("cut", privacy=PRIVATE, training={"local_steps": 40}, federation=federation)
     before = len(ledger_of(site.root / "west").charges)
     with site.running(config) as (directory, ended):
