@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +49,7 @@ def preflight(ready: Ready) -> Iterator[Check]:
     yield _check("keys and ledger", lambda: _ledger(ready.directory))
     yield _check("records", lambda: f"{import_records(ready)} records can be read")
     yield _check("disk", lambda: _disk(ready.directory))
-    yield _check("memory", _memory)
+    yield _check("memory", lambda: _memory(ready))
     yield _check("conditions", lambda: _conditions(ready))
     yield _check("server and clock", lambda: _server(ready))
     yield _check("self-test", lambda: _self_test(ready.directory))
@@ -99,12 +100,16 @@ def _disk(directory: Path) -> str:
     return f"{free / 1e9:.0f} GB free"
 
 
-def _memory() -> str:
-    """What is there at all."""
+def _memory(ready: Ready) -> str:
+    """What could be had: free memory, and what the system holds for its files."""
+    least = (ready.file.memory_mb << 20) if ready.file.memory_mb else _LEAST_BYTES
     held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if held < _LEAST_BYTES:
-        raise RunError(f"{held / 1e9:.1f} GB of memory free; 1 GB is the least")
-    return f"{held / 1e9:.1f} GB free"
+    if (info := Path("/proc/meminfo")).exists():
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE)
+        held = int(found[1]) << 10 if found else held
+    if held < least:
+        raise RunError(f"{held / 1e9:.1f} GB of memory to be had; {least / 1e9:.1f} GB is the least")
+    return f"{held / 1e9:.1f} GB to be had"
 
 
 def _conditions(ready: Ready) -> str:
