@@ -26,6 +26,7 @@ def check(config: Config) -> None:
     problems = [
         *_privacy(config),
         *_federation(config),
+        *_engine(config),
         *_aggregation(config),
         *_data(config),
         *_task(config),
@@ -85,9 +86,28 @@ def _federation(config: Config) -> Iterator[Problem]:
     if cohort > federation.num_clients:
         message = f"value {cohort} exceeds federation.num_clients={federation.num_clients}"
         yield Problem("federation.clients_per_round", message)
+    elif federation.min_clients is not None and federation.min_clients > federation.num_clients:
+        message = (
+            f"value {federation.min_clients} exceeds federation.num_clients={federation.num_clients}"
+        )
+        yield Problem("federation.min_clients", message)
     elif federation.min_replies > cohort:
         message = f"value {federation.min_replies} exceeds the cohort of {cohort} clients"
         yield Problem("federation.min_replies", message)
+
+
+def _engine(config: Config) -> Iterator[Problem]:
+    """Real nodes are admitted ones, keep their own policies, and are no simulation's attackers."""
+    engine = config.engine
+    if (engine.name == "deployed") != (engine.nodes is not None):
+        message = 'and engine.name="deployed" go together; `fedslm server run` sets both'
+        yield Problem("engine.nodes", message)
+    if engine.name != "deployed":
+        return
+    if engine.policy is not None:
+        yield Problem("engine.policy", "is for simulated nodes; a real one has its own policy.toml")
+    if config.attack.kind != "none":
+        yield Problem("attack.kind", "is for simulations; no real node obeys it")
 
 
 def _aggregation(config: Config) -> Iterator[Problem]:

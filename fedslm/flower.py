@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ from flwr.serverapp import Grid
 from fedslm import config as configuration
 from fedslm import contradictions
 from fedslm.errors import RunError
-from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.checkpoint import ERROR, RunDirectory
 from fedslm.federation.rounds import Federation, Outcome
 from fedslm.federation.workers import InlinePool
 from fedslm.privacy.plan import Plan
 from fedslm.progress import Bar
 from fedslm.simulation import federate, serve
+from fedslm.storage import write_text
 
 
 def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict[str, Any]:
-    """Runs a federation on a grid that Flower made.
+    """Runs a federation on a grid that Flower made; with real nodes, continues an interrupted one.
 
     Args:
         grid: Flower's grid.
@@ -41,14 +43,27 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
     path = Path(named or f"~/.fedslm/runs/{config.run.name}-{run_id}").expanduser()
     if not path.is_absolute():
         raise RunError(f"run.directory={named!r} must be absolute under flwr run")
-    directory = RunDirectory.create(path, config)
+    again = config.engine.nodes is not None and (path / "config.json").exists()
+    directory = RunDirectory.open(path, config)[0] if again else RunDirectory.create(path, config)
     pool = InlinePool(threads=config.engine.threads_per_worker)
 
     def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
         return federate(Federation(grid, pool, directory, Bar()), config, plan, labels)
 
-    report = serve(config, directory, make)
+    with _told(directory):
+        report = serve(config, directory, make)
     print(f"fedslm: report in {directory.path}", flush=True)
     if report["stopped"]:
         raise RunError(f"stopped early: {report['stopped']}")
     return report
+
+
+@contextmanager
+def _told(directory: RunDirectory) -> Iterator[None]:
+    """Leaves the reason of a failure where whoever started the run can read it."""
+    (directory.path / ERROR).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        write_text(directory.path / ERROR, f"{type(error).__name__}: {error}")
+        raise

@@ -16,9 +16,10 @@ from flwr.serverapp import Grid
 from fedslm import contradictions
 from fedslm.config import Config
 from fedslm.data import shards
-from fedslm.errors import DataError, FedslmError
+from fedslm.errors import DataError, FedslmError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.local_grid import LocalGrid
+from fedslm.federation.population import names_of
 from fedslm.federation.public_model import export
 from fedslm.federation.rounds import Federation, Observer, Outcome
 from fedslm.federation.workers import InlinePool, Pool, WorkerPool
@@ -102,18 +103,28 @@ def _prepare(config: Config, directory: RunDirectory) -> tuple[shards.Shards, Pl
     with ThreadPoolExecutor(1) as background:
         privacy, training = config.privacy, config.training
         planned = background.submit(calibrated, privacy, training, config.federation.rounds)
-        data = shards.write(
-            directory.data,
-            config.data,
-            config.task,
-            privacy=config.privacy,
-            num_clients=config.federation.num_clients,
-            seed=config.run.seed,
-            attack=config.attack,
-        )
+        data = _written(config, directory)
         plan = planned.result()
-    _check_sizes(config, data)
+    if config.engine.nodes is None:  # of a real node's records the server knows nothing
+        _check_sizes(config, data)
     return data, plan
+
+
+def _written(config: Config, directory: RunDirectory) -> shards.Shards:
+    """The run's data on disk: shared out in a simulation, the public part with real nodes."""
+    data, task, seed = config.data, config.task, config.run.seed
+    if config.engine.nodes is not None:
+        names = names_of(Path(config.engine.nodes))
+        return shards.write_public(directory.data, data, task, names=names, seed=seed)
+    return shards.write(
+        directory.data,
+        data,
+        task,
+        privacy=config.privacy,
+        num_clients=config.federation.num_clients,
+        seed=seed,
+        attack=config.attack,
+    )
 
 
 def _install_policy(source: Path, directory: RunDirectory) -> None:
@@ -129,6 +140,8 @@ def _run(config: Config, directory: RunDirectory, observer: Observer) -> dict[st
             return _run_locally(config, directory, observer)
         case "ray":
             return _run_on_ray(config, directory, observer)
+        case "deployed":
+            raise RunError("real nodes are asked by `fedslm server run`, not by a simulation")
         case _:
             assert_never(config.engine.name)
 

@@ -225,6 +225,8 @@ class FederationConfig(Section):
     """Number of rounds."""
     min_replies: int = Field(1, ge=1)
     """With fewer usable replies the round is recorded and the adapter kept."""
+    min_clients: OptionalCount = Field(None, ge=1)
+    """The first round waits for so many admitted nodes (engine.name = "deployed"); absent: all."""
     max_failed_rounds: int = Field(3, ge=1)
     """The run stops with what it has after so many failed rounds in a row."""
     evaluate_every: int = Field(1, ge=1)
@@ -238,8 +240,11 @@ class FederationConfig(Section):
 class EngineConfig(Section):
     """Where the clients of a simulation run."""
 
-    name: Literal["local", "ray"] = "local"
-    """local: worker processes (or this process); ray: Flower's simulation."""
+    name: Literal["local", "ray", "deployed"] = "local"
+    """local: worker processes (or this process); ray: Flower's simulation; deployed: real nodes, set by
+    `fedslm server run`."""
+    nodes: OptionalText = None
+    """File that says which admitted node is which client (engine.name = "deployed")."""
     policy: OptionalText = None
     """Policy file that every simulated node enforces; `fedslm policy example` prints one."""
     workers: int = Field(-1, ge=-1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, overload
 
 from fedslm.config import AttackConfig, DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.rows import Row, rows_of
-from fedslm.data.sharing import NO_ATTACK, Shared, share_out
+from fedslm.data.sharing import NO_ATTACK, Shared, load_what_is_public, share_out
 from fedslm.data.spool import BATCH_ROWS
 from fedslm.errors import DataError
 from fedslm.storage import write_text
@@ -82,17 +82,66 @@ def write(
         directory.mkdir(parents=True, exist_ok=True)
         parts = [shard for _, shard in shared.shards]
         if data.streaming:
-            _write_arrow(directory / "train", parts)
+            _write_arrow(directory / "train", dict(enumerate(parts)))
         else:
-            _write_parquet(directory / "train.parquet", parts)
-        _write_parquet(directory / "evaluation.parquet", [shared.evaluation])
+            write_parquet(directory / "train.parquet", parts)
+        write_parquet(directory / "evaluation.parquet", [shared.evaluation])
         if shared.public is not None:
-            _write_parquet(directory / "public.parquet", [shared.public])
+            write_parquet(directory / "public.parquet", [shared.public])
     except OSError as error:
         raise DataError(f"{directory} cannot be written: {error}") from error
     shards = _summary(shared)
     write_text(index, json.dumps(asdict(shards)))
     return shards
+
+
+def write_public(
+    directory: Path, data: DataConfig, task: TaskConfig, *, names: tuple[str, ...], seed: int
+) -> Shards:
+    """Writes what a server of real nodes may see: no private record is looked for.
+
+    Args:
+        directory: The run's data directory.
+        data: Sources and columns.
+        task: What is learned.
+        names: Name of each client.
+        seed: The run's seed.
+
+    Raises:
+        DataError: Anything about the public data that would stop a run later, or it cannot be written.
+    """
+    index = directory / "shards.json"
+    if (written := _read_index(index)) is not None:
+        return written
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        public = load_what_is_public(data, task, seed, directory.parent)
+        write_parquet(directory / "evaluation.parquet", [public.evaluation])
+        if public.records is not None:
+            write_parquet(directory / "public.parquet", [public.records])
+    except OSError as error:
+        raise DataError(f"{directory} cannot be written: {error}") from error
+    shards = Shards(names, (), public.labels)
+    write_text(index, json.dumps(asdict(shards)))
+    return shards
+
+
+def write_own(directory: Path, rows: Dataset, client: int) -> None:
+    """Writes one node's own records, as :func:`read_client` reads them.
+
+    Args:
+        directory: The node's data directory.
+        rows: Its records.
+        client: Its index in the population.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_arrow(directory / "train", {client: rows})
+    except OSError as error:
+        raise DataError(f"{directory} cannot be written: {error}") from error
 
 
 def _summary(shared: Shared) -> Shards:
@@ -200,12 +249,12 @@ def _read_index(index: Path) -> Shards | None:
         return None
 
 
-def _write_arrow(folder: Path, parts: list[Dataset]) -> None:
-    """Writes one file for each part, a thousand rows at a time, then renames the folder into place."""
+def _write_arrow(folder: Path, parts: Mapping[int, Dataset]) -> None:
+    """Writes a file for each client, a thousand rows at a time, then renames the folder into place."""
     import pyarrow as pa
 
     with TemporaryDirectory(dir=folder.parent, prefix="train-") as temporary:
-        for client, part in enumerate(parts):
+        for client, part in parts.items():
             rows = part.with_format("arrow")
             schema = rows[:1].schema
             with pa.ipc.new_file(str(Path(temporary) / _file_name(client)), schema) as writer:
@@ -216,7 +265,7 @@ def _write_arrow(folder: Path, parts: list[Dataset]) -> None:
         Path(temporary).mkdir()  # for its own cleaning up
 
 
-def _write_parquet(path: Path, parts: list[Dataset]) -> None:
+def write_parquet(path: Path, parts: list[Dataset]) -> None:
     """Writes one row group for each part, then renames into place."""
     import pyarrow.parquet as pq
 

@@ -26,6 +26,23 @@ NO_ATTACK = AttackConfig()
 
 
 @dataclass(frozen=True)
+class Public:
+    """What a server may see.
+
+    Attributes:
+        evaluation: The public split, cut to its largest size.
+        labels: Class names or tags; empty for tasks without.
+        records: Public records that training may look at; None if there are none.
+        whole: The public split, not cut.
+    """
+
+    evaluation: Dataset
+    labels: tuple[str, ...]
+    records: Dataset | None
+    whole: Dataset
+
+
+@dataclass(frozen=True)
 class Shared:
     """Loaded and checked data, memory-mapped.
 
@@ -44,6 +61,30 @@ class Shared:
     shards: tuple[tuple[str, Dataset], ...]
     duplicates: int
     public: Dataset | None = None
+
+
+def load_what_is_public(
+    data: DataConfig, task: TaskConfig, seed: int, scratch: Path | None = None
+) -> Public:
+    """Loads and checks the public split, and public records if there are any.
+
+    Args:
+        data: Sources and columns.
+        task: What is learned.
+        seed: The run's seed.
+        scratch: Directory for memory-mapped copies; None: the system's temporary directory.
+
+    Raises:
+        DataError: Anything about them that would stop a run later.
+    """
+    whole = load_evaluation(data, task, seed, scratch)
+    names.check(whole, data, task, "evaluation")
+    labels = names.resolve(data, task, whole)
+    names.check_known(whole, data, task, labels, "evaluation")
+    records = load_public(data, task, seed, scratch)
+    if records is not None:
+        records = cut(records, data.max_evaluation_records, seed)
+    return Public(cut(whole, data.max_evaluation_records, seed), labels, records, whole)
 
 
 def share_out(
@@ -71,13 +112,11 @@ def share_out(
         DataError: Anything about the data that would stop a client later.
     """
     train = load_train(data, task, seed, scratch)
-    whole = load_evaluation(data, task, seed, scratch)
-    names.check(whole, data, task, "evaluation")
-    labels = names.resolve(data, task, whole)
-    names.check_known(whole, data, task, labels, "evaluation")
+    public = load_what_is_public(data, task, seed, scratch)
+    labels = public.labels
     names.check(train, data, task, "training")
     names.check_known(train, data, task, labels, "training")
-    duplicates = count_duplicates(train, whole, inputs(data, task))
+    duplicates = count_duplicates(train, public.whole, inputs(data, task))
     if duplicates:
         logger.warning(
             "%d of %d training records (%.1f %%) are in the public evaluation split too: metrics there "
@@ -96,11 +135,7 @@ def share_out(
     if privacy.unit == "patient":
         parts = [shard for _, shard in shards]
         _check_units(parts, str(privacy.unit_column), privacy.overlapping)
-    evaluation = cut(whole, data.max_evaluation_records, seed)
-    public = load_public(data, task, seed, scratch)
-    if public is not None:
-        public = cut(public, data.max_evaluation_records, seed)
-    return Shared(train, evaluation, labels, tuple(shards), duplicates, public)
+    return Shared(train, public.evaluation, labels, tuple(shards), duplicates, public.records)
 
 
 def inputs(data: DataConfig, task: TaskConfig) -> list[str]:

@@ -8,6 +8,7 @@ nodes/                      each simulated client's own directory: ledger, keys,
 statements.jsonl            the signed spend statements that the server received
 checkpoint/                 the state after the last round
 adapter/ report.json report.md     written at the end
+error.txt                   why the server's side of a run on real nodes ended, if it failed
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from fedslm.privacy.statement import Statement, read_statement
 from fedslm.records import AdapterState, RoundRecord, is_count, is_number
 from fedslm.storage import load_adapter, save_adapter, write_text
 
+ERROR = "error.txt"
 _PARTS = ("moving", "memory", "control")
+_LOCK_SECONDS = 1.0  # whoever only asks whether a run is going on holds it for a moment
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class RunDirectory:
         Raises:
             RunError: Another process runs here.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
+        lock = FileLock(self.path / ".lock", timeout=_LOCK_SECONDS)
         try:
             lock.acquire()
         except Timeout:

@@ -95,7 +95,7 @@ class LocalGrid(Grid):
             result = self._pool.poll(job, 0.0 if replies else _POLL_SECONDS)
             if result is not None:
                 del self._jobs[identifier]
-                replies.append(_reply(message, result))
+                replies.append(reply_of(message, result))
         return replies
 
     def send_and_receive(
@@ -132,7 +132,19 @@ def handle(message: Message, context: Context) -> Message:
             raise ValueError(f"unknown message type {other!r}; known: {TRAIN}, {MEASURE}, {HELLO}")
 
 
-def _reply(message: Message, result: object) -> Message:
+def wait_for(pool: Pool, job: int, message: Message, seconds: float) -> Message:
+    """The reply of a job that answers a message; an error if it is not there in time.
+
+    A worker that takes too long is replaced, so that the next message finds one that works.
+    """
+    result = pool.poll(job, seconds)
+    if result is None:
+        pool.abandon([job])
+        return Message(Error(code=_CLIENT_DIED, reason="no reply in time"), reply_to=message)
+    return reply_of(message, result)
+
+
+def reply_of(message: Message, result: object) -> Message:
     """Unwraps a worker's result, or turns its failure into Flower's error message."""
     if isinstance(result, Failure):
         code = _CLIENT_RAISED if result.error is None else _CLIENT_DIED

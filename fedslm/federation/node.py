@@ -35,6 +35,17 @@ _SIMULATED = {"partition-id", "num-partitions"}
 _DEPLOYED = {"partition-id", _NODE_DIRECTORY, _DATA_DIRECTORY}
 
 
+def deployed_config(directory: Path, data: Path, client: int) -> dict[str, str | int | float | bool]:
+    """The node config of a deployed node, as :meth:`Node.of` reads it.
+
+    Args:
+        directory: The node's own directory.
+        data: Where its records are.
+        client: Its index in the population.
+    """
+    return {"partition-id": client, _NODE_DIRECTORY: str(directory), _DATA_DIRECTORY: str(data)}
+
+
 @dataclass(frozen=True)
 class Release:
     """What leaves in one round.

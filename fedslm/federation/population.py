@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -13,7 +16,7 @@ from fedslm.errors import FederationError
 from fedslm.federation.wire import HELLO
 from fedslm.rng import stream
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.05, 1.0
 
 
 def choose_cohort(config: FederationConfig, seed: int, round: int) -> list[int]:
@@ -70,8 +73,74 @@ def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:
     return nodes
 
 
+def registered(path: Path, num_clients: int) -> dict[int, int]:
+    """Which admitted node is which client, as `fedslm provision admit` wrote it down.
+
+    What a node says of itself plays no part: its key names it.
+
+    Returns:
+        Client index to node id.
+
+    Raises:
+        FederationError: The file cannot be read, or there are not exactly ``num_clients`` nodes.
+    """
+    nodes = [node for node in _listed(path) if not node["revoked"]]
+    found = {int(node["client"]): int(node["node_id"]) for node in nodes}
+    if sorted(found) != list(range(num_clients)):
+        raise FederationError(
+            f"federation.num_clients={num_clients}, but the admitted nodes are clients "
+            f"{sorted(found)}: set it to their number, or admit more; see `fedslm provision list`"
+        )
+    return found
+
+
+def names_of(path: Path) -> tuple[str, ...]:
+    """Names of the admitted nodes, by client index.
+
+    Raises:
+        FederationError: The file cannot be read.
+    """
+    nodes = [node for node in _listed(path) if not node["revoked"]]
+    return tuple(str(node["name"]) for node in sorted(nodes, key=lambda node: int(node["client"])))
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """The nodes of a list."""
+    try:
+        nodes: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+        for node in nodes:
+            int(node["client"]), int(node["node_id"]), str(node["name"]), bool(node["revoked"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FederationError(f"{path} is no list of admitted nodes: {error}") from error
+    return nodes
+
+
+def gather(grid: Grid, nodes: dict[int, int], needed: int, seconds: float) -> frozenset[int]:
+    """Waits until so many of the admitted nodes are there.
+
+    Returns:
+        The node ids of those that are not.
+
+    Raises:
+        FederationError: They are not, within the time.
+    """
+    deadline = time.monotonic() + seconds
+    while len(found := set(grid.get_node_ids()) & set(nodes.values())) < needed:
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"{len(found)} of the {needed} nodes that the first round waits for came within "
+                f"federation.join_deadline_seconds={seconds:g}"
+            )
+        time.sleep(_POLL_SECONDS)
+    return frozenset(nodes.values()) - found
+
+
 def pull(grid: Grid, identifier: str, deadline: float) -> Message | None:
-    """Waits for one reply; None when the deadline has passed."""
+    """Waits for one reply; None when the deadline has passed.
+
+    The longer it waits, the more seldom it asks: every question costs the grid, and so the nodes, time.
+    """
+    began = time.monotonic()
     while True:
         for reply in grid.pull_messages([identifier]):
             return reply
@@ -80,4 +149,5 @@ def pull(grid: Grid, identifier: str, deadline: float) -> Message | None:
             if forget is not None:
                 forget([identifier])
             return None
-        time.sleep(_POLL_SECONDS)
+        waited = time.monotonic() - began
+        time.sleep(min(_LONGEST_POLL_SECONDS, max(_POLL_SECONDS, waited / 10)))

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
-from flwr.app import Message
 from flwr.serverapp import Grid
 
 import fedslm
@@ -22,8 +22,9 @@ from fedslm.errors import FederationError
 from fedslm.federation import public_model
 from fedslm.federation.attacks import attacked
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
+from fedslm.federation.exchange import Exchange
 from fedslm.federation.fairness import ClientMetrics, read_metrics
-from fedslm.federation.population import choose_cohort, join, pull
+from fedslm.federation.population import choose_cohort, gather, join, registered
 from fedslm.federation.replies import checked, continued, expected_shapes
 from fedslm.federation.wire import MEASURE, TRAIN, Reply, Request, Setup
 from fedslm.federation.workers import Pool
@@ -121,19 +122,29 @@ class Federation:
             RunError: A checkpoint could not be written; the previous one stays valid.
         """
         told, state = self._begin(config, plan, labels)
-        nodes = join(self.grid, config.federation.num_clients, config.federation.join_deadline_seconds)
+        exchange = self._exchange(config, told)
         self.observer.on_start(config, state)
         stopped = ""
         for number in range(state.round + 1, config.federation.rounds + 1):
-            state = self._round(config, told, state, nodes=nodes, number=number)
+            state = self._round(config, told, state, exchange=exchange, number=number)
             if state.failed_in_row >= config.federation.max_failed_rounds:
                 stopped = f"{state.failed_in_row} rounds in a row had too few replies"
                 break
-        measured = self._measured(config, told, state, nodes)
+        measured = self._measured(config, told, state, exchange)
         return Outcome(told.setup, told.frozen, state, stopped, measured)
 
+    def _exchange(self, config: Config, told: Told) -> Exchange:
+        """Waits for the population: exactly the simulated clients, or enough of the admitted nodes."""
+        federation, listed = config.federation, config.engine.nodes
+        wait, deadline = federation.join_deadline_seconds, federation.round_deadline_seconds
+        if listed is None:
+            return Exchange(self.grid, join(self.grid, federation.num_clients, wait), deadline)
+        nodes = registered(Path(listed), federation.num_clients)
+        away = gather(self.grid, nodes, federation.min_clients or federation.num_clients, wait)
+        return Exchange(self.grid, nodes, deadline, told.frozen, away)
+
     def _measured(
-        self, config: Config, told: Told, state: Checkpoint, nodes: dict[int, int]
+        self, config: Config, told: Told, state: Checkpoint, exchange: Exchange
     ) -> dict[int, ClientMetrics]:
         """What clients measure on their held-out records after the last round, if they may say it."""
         personalised = config.personalization.method != "none"
@@ -143,7 +154,7 @@ class Federation:
         number = config.federation.rounds + 1
         request = Request(told.setup, number, server.moving, server.turn, server.control)
         measured = {}
-        for client, reply in self._replies(config, request, sorted(nodes), nodes, kind=MEASURE):
+        for client, reply in exchange.replies(request, sorted(exchange.nodes), MEASURE):
             found = "late" if reply is None else read_metrics(reply)
             if isinstance(found, ClientMetrics):
                 measured[client] = found
@@ -194,7 +205,7 @@ class Federation:
         told: Told,
         state: Checkpoint,
         *,
-        nodes: dict[int, int],
+        exchange: Exchange,
         number: int,
     ) -> Checkpoint:
         """One round: push, stream replies into the aggregate, evaluate, record, checkpoint."""
@@ -202,10 +213,10 @@ class Federation:
         cohort = choose_cohort(config.federation, config.run.seed, number)
         server, statements = state.server, dict(state.statements)
         request = Request(told.setup, number, server.moving, server.turn, server.control)
-        tally = Tally(cohort=len(cohort), bytes_down=len(cohort) * request.num_bytes)
+        tally, sent_before = Tally(cohort=len(cohort)), exchange.bytes_down
         waiting = self.directory.path / "updates"
         with closing(Round(told.aggregation, server, cohort, waiting)) as aggregate:
-            for client, answer in self._exchange(config, request, cohort, nodes):
+            for client, answer in self._answers(config, exchange, request, cohort):
                 if isinstance(answer, Reply) and answer.statement:
                     answer = continued(answer, statements, client)
                 tally.count(client, answer)
@@ -213,6 +224,7 @@ class Federation:
                     update = ClientUpdate(client, answer.delta, answer.weight)
                     aggregate.add(update)
                 self.observer.on_client(number, tally.done, len(cohort))
+            tally.bytes_down = exchange.bytes_down - sent_before
             moved = _finished(aggregate, config.federation.min_replies)
             signal_to_noise = _finite(aggregate.signal_to_noise())
         due = number % config.federation.evaluate_every == 0 or number == config.federation.rounds
@@ -235,39 +247,18 @@ class Federation:
         self.observer.on_round(record)
         return state
 
-    def _exchange(
-        self, config: Config, request: Request, cohort: list[int], nodes: dict[int, int]
+    def _answers(
+        self, config: Config, exchange: Exchange, request: Request, cohort: list[int]
     ) -> Iterator[tuple[int, Reply | str]]:
-        """Sends a request to a cohort and yields each answer, or why there is none."""
+        """Asks a cohort and yields each answer, or why there is none."""
         attack, population = config.attack, config.federation.num_clients
         hostile = hostile_clients(attack, population, config.run.seed)
-        for client, reply in self._replies(config, request, cohort, nodes, kind=TRAIN):
+        for client, reply in exchange.replies(request, cohort, TRAIN):
             if reply is not None and client in hostile:
                 reply = attacked(reply, request, attack, expected_shapes(request, client))
-            yield client, "late" if reply is None else checked(reply, request, client)
-
-    def _replies(
-        self,
-        config: Config,
-        request: Request,
-        cohort: list[int],
-        nodes: dict[int, int],
-        *,
-        kind: str,
-    ) -> Iterator[tuple[int, Message | None]]:
-        """Yields each reply in cohort order; None for one that is late.
-
-        A fixed order makes the sum reproducible; replies that came earlier wait at the grid.
-        """
-        seconds = config.federation.round_deadline_seconds
-        deadline = time.monotonic() + seconds
-        content, group = request.to_records(), str(request.round)
-        messages = [
-            Message(content, nodes[client], kind, ttl=seconds, group_id=group) for client in cohort
-        ]
-        identifiers = list(self.grid.push_messages(messages))
-        for client, identifier in zip(cohort, identifiers, strict=True):
-            yield client, pull(self.grid, identifier, deadline)
+            answer = "late" if reply is None else checked(reply, request, client)
+            exchange.heard(client, answer)
+            yield client, answer
 
 
 @dataclass
@@ -275,7 +266,7 @@ class Tally:
     """Counts one round's answers."""
 
     cohort: int
-    bytes_down: int
+    bytes_down: int = 0
     bytes_up: int = 0
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from fedslm.aggregation.compression import compress, with_feedback
 from fedslm.aggregation.methods import rank_of_client, sent_keys, trained_keys
 from fedslm.aggregation.ranks import crop, pad
 from fedslm.aggregation.rotation import rotated
-from fedslm.errors import FederationError, TrainingError
+from fedslm.errors import FederationError, RunError, TrainingError
 from fedslm.federation.client_memory import ClientMemory, Kept
 from fedslm.federation.node import Node, Release
 from fedslm.federation.wire import Request
@@ -25,11 +25,12 @@ from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.plan import Plan
 from fedslm.records import AdapterState
 from fedslm.rng import seed_of
-from fedslm.storage import load_adapter
+from fedslm.storage import load_adapter, save_adapter
 from fedslm.tasks import build
 from fedslm.tasks.base import Example
 
 _NOTHING = AdapterState({})
+NO_FROZEN = "the frozen tensors here are not the server's"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Start:
 def start_of(request: Request, node: Node) -> Start:
     """Puts together what the server sent, what is shared by hash, and what the client kept."""
     setup = request.setup
-    whole = _frozen(Path(setup.directory), setup.frozen_sha256).merged(request.adapter)
+    whole = _frozen_of(request, node).merged(request.adapter)
     rank = rank_of_client(setup.lora, node.client)
     if rank < setup.lora.rank:
         whole = pad(crop(whole, rank), whole)
@@ -145,10 +146,31 @@ def _compressed(
     return sent, wanted.minus(sent) if feedback else _NOTHING
 
 
+def _frozen_of(request: Request, node: Node) -> AdapterState:
+    """The shared frozen tensors, checked against the hash that the server names.
+
+    A simulated client reads the run directory's; a deployed node keeps those that it was sent last.
+    """
+    sha256 = request.setup.frozen_sha256
+    if not node.deployed:
+        return _frozen(Path(request.setup.directory) / "frozen.safetensors", sha256)
+    if sha256 == _NOTHING.sha256():
+        return _NOTHING
+    kept = node.directory / "frozen.safetensors"
+    if request.frozen:
+        if request.frozen.sha256() != sha256:
+            raise FederationError("the frozen tensors that came are not those that the server names")
+        save_adapter(kept, request.frozen)
+    return _frozen(kept, sha256)
+
+
 @lru_cache(maxsize=2)
-def _frozen(directory: Path, sha256: str) -> AdapterState:
-    """The shared frozen tensors, checked against the hash that the server names."""
-    state = load_adapter(directory / "frozen.safetensors")
+def _frozen(path: Path, sha256: str) -> AdapterState:
+    """Reads frozen tensors of a hash."""
+    try:
+        state = load_adapter(path)
+    except RunError as error:
+        raise FederationError(NO_FROZEN) from error
     if state.sha256() != sha256:
-        raise FederationError("the frozen tensors here differ from the server's")
+        raise FederationError(NO_FROZEN)
     return state

@@ -33,6 +33,7 @@ _LARGEST_METRIC = 1e12
 HELLO = "query.hello"
 TRAIN = "train"
 MEASURE = "evaluate"
+_TENSORS = "tensors"
 Status = Literal["ok", "refused", "failed"]
 
 _SECTIONS = {
@@ -116,6 +117,7 @@ class Request:
         adapter: The server's moving tensors, to start from.
         turn: Which factors are trained: rounds that moved the adapter so far, and one.
         control: SCAFFOLD's server control variate; empty without it.
+        frozen: The tensors that no round changes, for a node that may not have them; else empty.
     """
 
     setup: Setup
@@ -123,6 +125,7 @@ class Request:
     adapter: AdapterState
     turn: int = 1
     control: AdapterState = _NOTHING
+    frozen: AdapterState = _NOTHING
 
     def to_records(self) -> RecordDict:
         """Packs the request."""
@@ -132,6 +135,7 @@ class Request:
                 "request": values,
                 "adapter": to_arrays(self.adapter),
                 "control": to_arrays(self.control),
+                "frozen": to_arrays(self.frozen),
             }
         )
 
@@ -145,6 +149,7 @@ class Request:
             from_arrays(arrays["adapter"]),
             int(str(values["turn"])),
             from_arrays(arrays["control"]),
+            from_arrays(arrays["frozen"]),
         )
 
     @property
@@ -156,7 +161,7 @@ class Request:
     @property
     def num_bytes(self) -> int:
         """Bytes of tensors that a client downloads."""
-        return self.adapter.num_bytes + self.control.num_bytes
+        return self.adapter.num_bytes + self.control.num_bytes + self.frozen.num_bytes
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,12 @@ class Reply:
             raise FederationError(f"the reply cannot be read: {reason}") from error
 
 
+def status_of_reply(records: RecordDict) -> str:
+    """What a reply says of itself, such as "ok"; "other" if it is no answer to a training request."""
+    values = records.config_records.get("reply")
+    return "other" if values is None else str(values.get("status", "other"))
+
+
 def _is_moderate(value: object) -> bool:
     """True for a number that sums of do not overflow."""
     return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= _LARGEST_METRIC
@@ -270,15 +281,31 @@ def from_arrays(record: ArrayRecord) -> AdapterState:
 
     Raises:
         ModelError: A tensor is not float32.
+        FederationError: They cannot be read.
     """
     return AdapterState(_arrays(record))
 
 
 def _record(tensors: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    """Arrays as Flower carries them."""
-    return ArrayRecord({key: Array(np.ascontiguousarray(value)) for key, value in tensors.items()})
+    """All tensors as one array: with real nodes, Flower makes at least two requests for each array."""
+    from safetensors.numpy import save
+
+    if not tensors:
+        return ArrayRecord({})
+    content = save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
+    return ArrayRecord({_TENSORS: Array("uint8", (len(content),), "safetensors", content)})
 
 
 def _arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
     """What :func:`_record` packed."""
-    return {key: array.numpy() for key, array in record.items()}
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    if not record:
+        return {}
+    if set(record) != {_TENSORS}:
+        raise FederationError(f"tensors come as one array called {_TENSORS!r}")
+    try:
+        return dict(load(record[_TENSORS].data))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise FederationError(f"the tensors cannot be read: {error}") from error

@@ -77,11 +77,25 @@ class WorkerPool:
         num_workers: Processes, >= 1.
         threads: Threads that each computes with.
         log: File that the workers append their logs to.
+        memory_mb: Most that each may allocate: the kernel refuses more, and the job fails; None: no
+            limit of its own. Not on Windows.
+        is_forked: False lets each worker import for itself: it starts later, and no server that holds
+            the heavy libraries stays in memory.
     """
 
-    def __init__(self, num_workers: int, *, threads: int = 1, log: Path | None = None) -> None:
-        preload()
-        self._threads, self._log = threads, log
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        threads: int = 1,
+        log: Path | None = None,
+        memory_mb: int | None = None,
+        is_forked: bool = True,
+    ) -> None:
+        self._method = _START_METHOD if is_forked else "spawn"
+        if is_forked:
+            preload()
+        self._threads, self._log, self._memory_mb = threads, log, memory_mb
         self._numbers = itertools.count()
         self._queue: deque[tuple[int, Callable[..., Any], tuple[Any, ...]]] = deque()
         self._results: dict[int, Any] = {}
@@ -178,9 +192,9 @@ class WorkerPool:
 
     def _start(self) -> _Worker:
         """Starts one worker."""
-        context = multiprocessing.get_context(_START_METHOD)
+        context = multiprocessing.get_context(self._method)
         here, there = context.Pipe()
-        arguments = (there, self._threads, self._log)
+        arguments = (there, self._threads, self._log, self._memory_mb)
         process = context.Process(  # type: ignore[attr-defined]
             target=_work, args=arguments, daemon=True
         )
@@ -197,6 +211,8 @@ class WorkerPool:
                 return
             job, function, arguments = self._queue.popleft()
             worker = idle.popleft()
+            if not worker.process.is_alive():  # it died while it had nothing to do
+                self._bury(worker)
             worker.job = job
             try:
                 worker.pipe.send((function, arguments))
@@ -291,9 +307,21 @@ def _set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _work(pipe: Connection, threads: int, log: Path | None) -> None:
+def _limit_memory(memory_mb: int | None) -> None:
+    """Lets the kernel refuse this process more than so much data, instead of killing one."""
+    if memory_mb is not None and sys.platform != "win32":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        asked = memory_mb << 20
+        allowed = asked if hard == resource.RLIM_INFINITY else min(asked, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+
+
+def _work(pipe: Connection, threads: int, log: Path | None, memory_mb: int | None) -> None:
     """The worker's loop; ends when the parent closes its end or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _limit_memory(memory_mb)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if log is not None:
         form = "%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"

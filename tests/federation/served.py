@@ -136,7 +136,8 @@ def first_request(config: Config) -> Request:
     grid = LocalGrid(config.federation.num_clients, pool)
     federation = rounds.Federation(grid, pool, directory, Silent())
     told, state = federation._begin(config, plan, data.labels)
-    return Request(told.setup, 1, state.server.moving, control=state.server.control)
+    moving, control = state.server.moving, state.server.control
+    return Request(told.setup, 1, moving, control=control, frozen=told.frozen)
 
 
 def with_plan(request: Request, **values: Any) -> Request:

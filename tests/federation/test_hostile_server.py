@@ -28,7 +28,7 @@ from tiny import PATIENT, PRIVATE
 from fedslm import simulation
 from fedslm.config import Config, PersonalizationConfig, TaskConfig
 from fedslm.federation.personal import measure
-from fedslm.federation.wire import MEASURE, Reply, Request
+from fedslm.federation.wire import MEASURE, Reply, Request, from_arrays
 from fedslm.privacy.plan import NoPrivacy
 from fedslm.progress import Silent
 
@@ -262,12 +262,22 @@ def test_a_server_that_repeats_a_round_is_stopped(honest: dict[str, Request], tm
     assert len(chain_of(node).charges) == 3
 
 
-def test_rounds_of_a_day_are_limited(honest: dict[str, Request], tmp_path: Path) -> None:
-    """The policy's rounds per day hold, whatever the budget has left; a repeated request is free."""
-    node = write_policy(tmp_path / "node", max_rounds_per_day=1)
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        ({"max_rounds_per_day": 1}, "1 rounds within 24 hours"),
+        ({"max_rounds": 1}, "1 of at most 1 rounds"),
+        ({"min_seconds_between_rounds": 900.0}, "900 s must lie between two rounds"),
+    ],
+)
+def test_rounds_are_limited(
+    honest: dict[str, Request], tmp_path: Path, limit: dict[str, float], reason: str
+) -> None:
+    """The policy's limits on rounds hold, whatever the budget has left; a repeated request is free."""
+    node = write_policy(tmp_path / "node", **limit)
     context, request = context_of(0, node), honest["record"]
     first = ask(request, context)
-    assert_refused(ask(replace(request, round=2), context), "1 rounds within 24 hours")
+    assert_refused(ask(replace(request, round=2), context), reason)
     assert ask(request, context).delta_sha256 == first.delta_sha256
     assert len(chain_of(node).charges) == 1
 
@@ -311,7 +321,7 @@ def content(data: bytes) -> Callable[[Path], None]:
         (lambda node: write_policy(node, epsilon=None) and None, "is invalid (epsilon)"),
         (lambda node: write_policy(node, epsilon="8") and None, "is invalid (epsilon)"),
         (lambda node: write_policy(node, epsilon=-1.0) and None, "is invalid (epsilon)"),
-        (lambda node: write_policy(node, unit="none") and None, "is invalid (unit)"),
+        (lambda node: write_policy(node, unit="nobody") and None, "is invalid (unit)"),
         (lambda node: write_policy(node, metric="noisy") and None, "is invalid (metric)"),
     ],
     ids=["missing", "directory", "toml", "text", "empty", "no epsilon", "word", "sign", "unit", "key"],
@@ -366,7 +376,7 @@ def test_a_reply_holds_what_is_promised_and_nothing_else(
     request = honest["record"]
     message = message_to(request, context_of(0, write_policy(tmp_path / "node")))
     assert set(message.content) == {"reply", "delta"}
-    assert set(message.content.array_records["delta"]) == set(request.adapter)
+    assert set(from_arrays(message.content.array_records["delta"])) == set(request.adapter)
     values = dict(message.content.config_records["reply"])
     statement = json.loads(str(values.pop("statement")))
     hashes = {values.pop("delta_sha256"), values.pop("base_sha256")}

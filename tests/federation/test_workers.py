@@ -105,6 +105,14 @@ def test_dead_worker_fails_its_job_alone_and_is_replaced(shared: WorkerPool) -> 
     assert shared.map(square, [(5,)] * 4) == [25] * 4
 
 
+def test_a_worker_that_died_idle_costs_no_job(shared: WorkerPool) -> None:
+    """A worker that is killed while it has nothing to do is replaced before a job reaches it."""
+    for worker in {shared.call(who) for _ in range(4)}:
+        os.kill(worker, 9)
+    time.sleep(0.5)
+    assert shared.map(square, [(3,), (4,)]) == [9, 16]
+
+
 def test_abandoned_jobs_never_start(shared: WorkerPool, tmp_path: Path) -> None:
     """Queued jobs that are abandoned leave no trace; the pool goes on."""
     blocking = [shared.submit(sleep, 0.3) for _ in range(2)]

@@ -1,0 +1,95 @@
+"""Which nodes a round asks and waits for, on the grid of a simulation whose nodes come and go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import pytest
+from served import first_request
+
+from fedslm.config import Config
+from fedslm.errors import FederationError
+from fedslm.federation import exchange
+from fedslm.federation.exchange import Exchange
+from fedslm.federation.local_grid import LocalGrid
+from fedslm.federation.population import gather
+from fedslm.federation.wire import TRAIN, Request
+from fedslm.federation.workers import InlinePool
+
+NODES = {0: 2, 1: 3, 2: 4}
+
+
+class Coming(LocalGrid):
+    """A grid that sees some nodes only from a time on."""
+
+    hidden: dict[int, float]
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Those that are not hidden now."""
+        now = time.monotonic()
+        return [node for node in super().get_node_ids() if now >= self.hidden.get(node, 0.0)]
+
+
+@pytest.fixture
+def request_(make_config: Callable[..., Config]) -> Request:
+    """The first request of a run."""
+    return first_request(make_config())
+
+
+@pytest.fixture
+def grid() -> Coming:
+    """Three nodes in this process, all there."""
+    made = Coming(3, InlinePool())
+    made.hidden = {}
+    return made
+
+
+def asked(made: Exchange, request: Request) -> list[bool]:
+    """Whether each client gave an answer."""
+    return [reply is not None for _, reply in made.replies(request, [0, 1, 2], TRAIN)]
+
+
+def test_a_node_that_comes_back_is_waited_for(
+    grid: Coming, request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that the grid saw before is waited for, and asked when it is back."""
+    monkeypatch.setattr(exchange, "_PATIENCE_SECONDS", 20.0)
+    grid.hidden = {4: time.monotonic() + 1.0}
+    assert asked(Exchange(grid, NODES, 60.0), request_) == [True, True, True]
+
+
+def test_a_node_that_stays_away_is_waited_for_once(
+    grid: Coming, request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second round does not wait for it, and asks it once it is seen again."""
+    monkeypatch.setattr(exchange, "_PATIENCE_SECONDS", 2.0)
+    grid.hidden = {4: float("inf")}
+    made = Exchange(grid, NODES, 60.0)
+    seconds = []
+    for _ in range(2):
+        began = time.monotonic()
+        assert made._seen([0, 1, 2]) == {2, 3}
+        seconds.append(time.monotonic() - began)
+    assert seconds[0] >= 2.0
+    assert seconds[1] < 1.0
+    grid.hidden = {}
+    assert asked(made, request_) == [True, True, True]
+    assert not made.away
+
+
+def test_a_node_that_was_never_there_is_not_waited_for(grid: Coming) -> None:
+    """Whoever was away when enough nodes had come is not waited for."""
+    grid.hidden = {4: float("inf")}
+    away = gather(grid, NODES, 2, 5.0)
+    assert away == {4}
+    began = time.monotonic()
+    assert Exchange(grid, NODES, 60.0, away=away)._seen([0, 1, 2]) == {2, 3}
+    assert time.monotonic() - began < 1.0
+
+
+def test_too_few_nodes_come(grid: Coming) -> None:
+    """The first round does not begin without the nodes that it needs."""
+    grid.hidden = {4: float("inf")}
+    with pytest.raises(FederationError, match="2 of the 3 nodes"):
+        gather(grid, NODES, 3, 0.2)
