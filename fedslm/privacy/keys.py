@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,14 @@ def signing_key(directory: Path) -> Ed25519PrivateKey:
 
 
 def read_public_key(source: Path | str) -> Ed25519PublicKey:
-    """Reads a public key from a PEM file, or from 64 hexadecimal digits.
+    """Reads a public key from 64 hexadecimal digits, whatever files there are, or else from a PEM file.
 
     Raises:
         LedgerError: It is neither.
     """
     text = str(source)
     try:
-        if len(text) == 64 and not Path(text).exists():
+        if re.fullmatch(r"[0-9a-fA-F]{64}", text):
             return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text))
         key = serialization.load_pem_public_key(Path(source).read_bytes())
     except (OSError, ValueError, UnsupportedAlgorithm) as error:

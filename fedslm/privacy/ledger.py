@@ -54,11 +54,15 @@ class Limits:
         run: (epsilon, delta) over the charges of one run.
         lifetime: (epsilon, delta) over all charges; None: no limit but the run's.
         rounds_per_day: Most rounds charged within 24 hours; None: no limit.
+        rounds: Most rounds ever charged; None: no limit.
+        seconds_between: Least seconds from one charged round to the next; None: no limit.
     """
 
     run: tuple[float, float]
     lifetime: tuple[float, float] | None = None
     rounds_per_day: int | None = None
+    rounds: int | None = None
+    seconds_between: float | None = None
 
 
 class Ledger:
@@ -68,6 +72,10 @@ class Ledger:
         * ``reserve`` returns only after the charges are on disk (fsync), and only if they stay within
           all limits: a filter, not an odometer.
         * Every reserved event counts, committed or not, over all runs and restarts.
+        * Of rounds there are never more than the limits say, nor two nearer in time: every reserved
+          round counts (its adapter's charge), committed or not, over all runs and restarts. Time is
+          the node's own clock's; one that was set back refuses until it has caught up. A request that
+          is answered again is no round.
         * Charges in another unit than the ledger's are refused: two ledgers for the same people would
           each see half of what was spent.
         * Within one run neither the plan nor the data can change. Over several plans, which may have
@@ -266,15 +274,32 @@ def _check_limits(chain: Chain, charges: Sequence[Charge], limits: Limits) -> No
             epsilon, delta = limits.lifetime
             filtered = accounting.adaptive_epsilon(after, delta, epsilon)
             _refuse_above(filtered, limits.lifetime, "the node's lifetime (several plans)")
+    _check_rounds(chain, limits)
+
+
+def _check_rounds(chain: Chain, limits: Limits) -> None:
+    """Refuses a round that is one too many, or comes too soon."""
+    now = time.time()
+    rounds = [
+        entry.time
+        for entry in chain.entries
+        if entry.charge is not None and entry.charge.purpose == ADAPTER
+    ]
+    if limits.rounds is not None and len(rounds) >= limits.rounds:
+        raise BudgetExceeded(
+            f"this node has taken part in {len(rounds)} of at most {limits.rounds} rounds"
+        )
     if limits.rounds_per_day is not None:
-        since = time.time() - _DAY_SECONDS
-        recent = {
-            entry.index
-            for entry in chain.entries
-            if entry.charge is not None and entry.charge.purpose == ADAPTER and entry.time > since
-        }
-        if len(recent) >= limits.rounds_per_day:
+        recent = sum(charged > now - _DAY_SECONDS for charged in rounds)
+        if recent >= limits.rounds_per_day:
             raise BudgetExceeded(f"{limits.rounds_per_day} rounds within 24 hours are the most here")
+    if limits.seconds_between is not None and rounds:
+        passed = now - max(rounds)
+        if not passed >= limits.seconds_between:
+            raise BudgetExceeded(
+                f"the last round was {passed:.0f} s ago; {limits.seconds_between:g} s must lie between "
+                f"two rounds of this node"
+            )
 
 
 def _check_budget(events: list[Event], budget: tuple[float, float], whose: str) -> None:

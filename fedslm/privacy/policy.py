@@ -34,6 +34,8 @@ max_sample_rate = 0.1
 max_records_per_unit = 16
 max_steps_per_round = 100
 max_rounds_per_day = 50
+# max_rounds = 500                      # over the lifetime of the ledger, whatever is left of epsilon
+# min_seconds_between_rounds = 3600.0
 base_models = ["any"]         # sha256 of allowed base models (fedslm prints it in report.md), or "any"
 tasks = ["classification"]    # allowed tasks: "classification", "causal-lm"
 batched = false               # true lets several units share a pass: faster, exact up to rounding alone
@@ -60,8 +62,9 @@ class Asked:
 class NodePolicy(Section):
     """A node's policy. What protects somebody has no default."""
 
-    unit: Literal["record", "patient"]
-    """Weakest unit that is allowed."""
+    unit: Literal["none", "record", "patient"]
+    """Weakest unit that is allowed. "none" lets a server train without privacy, and then nothing
+    protects the people in the data: for data that are public anyway."""
     unit_column: OptionalText = None
     """Column that says whose a record is; the server cannot name another."""
     epsilon: float = Field(gt=0)
@@ -80,6 +83,10 @@ class NodePolicy(Section):
     """Most steps in a round."""
     max_rounds_per_day: int = Field(ge=1)
     """Most rounds within 24 hours."""
+    max_rounds: OptionalCount = Field(None, ge=1)
+    """Most rounds over the ledger's lifetime."""
+    min_seconds_between_rounds: OptionalNumber = Field(None, gt=0)
+    """Least time from one round to the next."""
     base_models: Names
     """SHA-256 of the base models that may be trained on, or "any"."""
     tasks: Names
@@ -111,6 +118,8 @@ class NodePolicy(Section):
             run=(plan.epsilon, plan.delta),
             lifetime=(self.epsilon, self.delta),
             rounds_per_day=self.max_rounds_per_day,
+            rounds=self.max_rounds,
+            seconds_between=self.min_seconds_between_rounds,
         )
 
     def _reasons(self, asked: Asked) -> Iterator[str]:

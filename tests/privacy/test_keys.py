@@ -139,6 +139,17 @@ def test_a_public_key_reads_from_hexadecimal_digits() -> None:
     assert read_public_key(digits) == read_public_key(digits.upper()) == KEY.public_key()
 
 
+def test_a_file_cannot_stand_for_hexadecimal_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digits that somebody sent are a key, and never the name of a file in the current directory."""
+    digits = public_hex(KEY.public_key())
+    signing_key(tmp_path)
+    (tmp_path / PUBLIC_KEY).rename(tmp_path / digits)
+    monkeypatch.chdir(tmp_path)
+    assert public_hex(read_public_key(digits)) == digits
+
+
 @pytest.mark.parametrize("kind", ["rsa", "x25519"])
 def test_a_key_of_another_kind_is_refused(tmp_path: Path, kind: str) -> None:
     """RSA and X25519 keys sign no ledger and check none."""

@@ -298,6 +298,43 @@ def test_rounds_of_a_day_are_counted(path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(ledger.events()) == 8
 
 
+def test_rounds_of_a_lifetime_are_counted(path: Path) -> None:
+    """Committed or not, over runs and restarts: the third of two rounds is refused, and nothing charged."""
+    limits = Limits(AMPLE.run, rounds=2)
+    for run in ("first", "second"):
+        ledger = Ledger(path, KEY)
+        reserved = ledger.reserve([charge(run=run, purpose=each) for each in (ADAPTER, METRIC)], limits)
+        if run == "first":
+            ledger.commit(reserved[0], "release")
+    before = path.read_bytes()
+    with pytest.raises(BudgetExceeded, match="2 of at most 2 rounds"):
+        reserve(Ledger(path, KEY), limits=limits, run="third")
+    assert path.read_bytes() == before
+    reserve(ledger, limits=Limits(AMPLE.run, rounds=3), run="third")
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_rounds_lie_apart(path: Path, monkeypatch: pytest.MonkeyPatch, committed: bool) -> None:
+    """The next round waits, in whatever run; a clock that was set back does not bring it nearer."""
+    now, limits = int(time.time()), Limits(AMPLE.run, seconds_between=600.0)
+
+    def another(seconds: float, run: str) -> int:
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "time", lambda: now + seconds)
+            return reserve(Ledger(path, KEY), limits=limits, run=run)
+
+    first = another(0, "first")
+    if committed:
+        Ledger(path, KEY).commit(first, "release")
+    for seconds in (1, 599, -86_400):
+        with pytest.raises(BudgetExceeded, match=rf"was {seconds} s ago; 600 s must lie between"):
+            another(seconds, "second")
+    another(600, "second")
+    with pytest.raises(BudgetExceeded, match="600 s must lie between"):
+        another(1199, "third")
+    assert len(Ledger(path, KEY).events()) == 2
+
+
 @pytest.mark.parametrize("which", ["run", "lifetime"])
 @pytest.mark.parametrize("epsilon", [math.nan, 0.0, -1.0])
 def test_a_budget_that_is_none_allows_nothing(path: Path, epsilon: float, which: str) -> None:

@@ -150,6 +150,8 @@ def test_the_ledger_is_held_to_plan_and_policy() -> None:
     """The run's budget is the plan's, the lifetime's and the rounds of a day are the node's."""
     plan = dataclasses.replace(PLAN, epsilon=3.0, delta=1e-7)
     assert POLICY.limits(plan) == Limits(run=(3.0, 1e-7), lifetime=(8.0, 1e-6), rounds_per_day=50)
+    rare = policy(max_rounds=7, min_seconds_between_rounds=60.0).limits(plan)
+    assert (rare.rounds, rare.seconds_between) == (7, 60.0)
 
 
 def write(directory: Path, text: str | bytes) -> Path:
@@ -160,9 +162,12 @@ def write(directory: Path, text: str | bytes) -> Path:
 
 
 def test_the_example_can_be_used(tmp_path: Path) -> None:
-    """The printed example is a policy, names every key, and refuses records and metrics."""
+    """The printed example is a policy, names every key (two of them as comments), and refuses records and metrics."""
     found = read_policy(write(tmp_path, EXAMPLE))
-    assert set(tomllib.loads(EXAMPLE)) == set(NodePolicy.model_fields)
+    assert (found.max_rounds, found.min_seconds_between_rounds) == (None, None)
+    whole = EXAMPLE.replace("# max_rounds", "max_rounds").replace("# min_seconds", "min_seconds")
+    assert set(tomllib.loads(whole)) == set(NodePolicy.model_fields)
+    assert read_policy(write(tmp_path, whole)).min_seconds_between_rounds == 3600.0
     found.check(asked(metric_noise_multiplier=None))
     assert reasons(found, ASKED) == ["no metric may leave"]
     assert reasons(found, dataclasses.replace(ASKED, plan=RECORDS))[0].startswith("unit 'record'")
@@ -185,7 +190,7 @@ def test_what_protects_somebody_has_no_default(tmp_path: Path, key: str) -> None
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("unit", '"none"'), ("unit", '"client"'), ("unit", "2"), ("unit_column", "5")),
+        *(("unit", '"nobody"'), ("unit", '"client"'), ("unit", "2"), ("unit_column", "5")),
         *(("epsilon", "0.0"), ("epsilon", "inf"), ("epsilon", "nan"), ("epsilon", '"8"')),
         *(("epsilon", "-1.0"), ("epsilon", "true"), ("delta", "0.0"), ("delta", "1.0")),
         *(("delta", "nan"), ("min_noise_multiplier", "0.0"), ("min_noise_multiplier", "nan")),
@@ -193,8 +198,9 @@ def test_what_protects_somebody_has_no_default(tmp_path: Path, key: str) -> None
         *(("max_sample_rate", "0.0"), ("max_records_per_unit", "0"), ("max_records_per_unit", "1.5")),
         *(("max_steps_per_round", "0"), ("max_steps_per_round", "1.5")),
         *(("max_rounds_per_day", "0"), ("max_rounds_per_day", '"50"')),
+        *(("max_rounds", "0"), ("max_rounds", "nan"), ("min_seconds_between_rounds", "-1.0")),
         *(("base_models", "5"), ("tasks", "[5]"), ("metrics", '"exact"')),
-        *(("min_metric_noise_multiplier", "0.0"), ("max_rounds", "5")),
+        *(("min_metric_noise_multiplier", "0.0"), ("max_round", "5")),
     ],
 )
 def test_an_invalid_value_trains_nothing(tmp_path: Path, key: str, value: str) -> None:
