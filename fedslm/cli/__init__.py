@@ -19,7 +19,10 @@ from fedslm.cli.data import data_app
 from fedslm.cli.inference import inference_app
 from fedslm.cli.methods import methods_app
 from fedslm.cli.model import model_app
+from fedslm.cli.node import node_app
 from fedslm.cli.policy import policy_app
+from fedslm.cli.provision import provision_app
+from fedslm.cli.server import server_app
 from fedslm.config import Config
 from fedslm.models.base import check_early
 from fedslm.storage import expand
@@ -37,6 +40,9 @@ app.add_typer(budget_app, name="budget")
 app.add_typer(policy_app, name="policy")
 app.add_typer(model_app, name="model")
 app.add_typer(audit_app, name="audit")
+app.add_typer(provision_app, name="provision")
+app.add_typer(server_app, name="server")
+app.add_typer(node_app, name="node")
 app.add_typer(methods_app)  # without a name: its command stands beside these
 app.add_typer(inference_app)
 

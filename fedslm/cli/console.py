@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,10 +18,22 @@ from fedslm.errors import ConfigError, DataError, FedslmError, ModelError
 
 ERRORS = Console(stderr=True)
 
+
+class LogForm(StrEnum):
+    """How a long-running program logs."""
+
+    auto = "auto"
+    text = "text"
+    json = "json"
+
+
 ConfigPath = Annotated[Path, typer.Argument(help="A TOML file.", metavar="CONFIG")]
 Overrides = Annotated[
     list[str],
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated."),
+]
+LogFormat = Annotated[
+    LogForm, typer.Option("--log-format", help="auto: text on a terminal, JSON lines elsewhere.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
 

@@ -1,0 +1,182 @@
+"""``fedslm server``: the server's processes, and runs on real nodes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedslm.cli.console import (
+    ERRORS,
+    ConfigPath,
+    Json,
+    LogForm,
+    LogFormat,
+    Overrides,
+    clear_errors,
+    load_config,
+)
+from fedslm.cli.provision import Server
+
+server_app = typer.Typer(
+    help="The server operator's: processes, and runs on real nodes.", no_args_is_help=True
+)
+
+
+@server_app.command("up")
+def up(
+    directory: Annotated[Path, typer.Argument(help="With federation.toml.", metavar="DIR")],
+    log_format: LogFormat = LogForm.auto,
+) -> None:
+    """Run the server until Ctrl-C: the SuperLink, its launcher, and the proxy that nodes reach.
+
+    Example: `fedslm server up federation`
+    """
+    with clear_errors():
+        from fedslm.deployment.journal import log_to_stderr
+        from fedslm.deployment.server import serve
+
+        log_to_stderr(log_format)
+        serve(directory, until_stopped())
+
+
+@server_app.command("run")
+def run(
+    config: ConfigPath,
+    server: Server = Path(),
+    overrides: Overrides = [],  # noqa: B006  (typer copies it)
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run whose server was lost.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a federation on the admitted nodes, with the config of a simulation.
+
+    Ends with an error if the run fails. Ctrl-C stops watching, not the run.
+
+    Example: `fedslm server run triage.toml --server federation`
+    """
+    with clear_errors():
+        from fedslm.deployment import runs
+        from fedslm.deployment.control import connected
+
+        loaded = load_config(config, overrides)
+        stop = until_stopped()
+        with connected(server) as control:
+            run_id, directory = runs.start(control, server, loaded, resume=resume)
+            ERRORS.print(f"run {run_id}: {directory}", highlight=False, soft_wrap=True)
+            status = runs.follow(control, run_id, directory, _tell, stop)
+        if not status.startswith("finished"):
+            ERRORS.print("the run goes on; watch it with: fedslm server status", highlight=False)
+            return
+        if as_json:
+            typer.echo(json.dumps({"run": run_id, "status": status, "directory": str(directory)}))
+        if not runs.is_good(status, directory):
+            reason = runs.failure_of(directory) or "see `fedslm server logs`"
+            text = f"the run failed ({status}): {reason}"
+            ERRORS.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+            raise typer.Exit(1)
+        Console().print(f"{directory / 'report.md'}", highlight=False, soft_wrap=True)
+
+
+@server_app.command("status")
+def status(server: Server = Path(), as_json: Json = False) -> None:
+    """Say which nodes are there, what they have left, and how the runs are.
+
+    Example: `fedslm server status --server federation`
+    """
+    with clear_errors():
+        from fedslm.deployment.control import connected
+        from fedslm.deployment.status import status_of
+
+        with connected(server) as control:
+            found = status_of(server, control.nodes())
+        if as_json:
+            typer.echo(json.dumps(asdict(found)))
+            return
+        nodes = Table("node", "client", "status", "last seen", "ε spent", "ε left", "last left out")
+        for node in found.nodes:
+            budget = (_number(node.epsilon_spent), _number(node.epsilon_left))
+            there = (node.name, str(node.client), node.status, node.last_seen[:19])
+            nodes.add_row(*there, *budget, escape(node.reason))
+        Console().print(nodes)
+        runs = Table("run", "state", "round", "nodes", "refused", "failed", "late", "ε")
+        for run in found.runs:
+            counts = [str(number) for number in (run.refused, run.failed, run.late)]
+            done, nodes_in = f"{run.round}/{run.rounds}", f"{run.completed}/{run.cohort}"
+            runs.add_row(run.name, run.state, done, nodes_in, *counts, _number(run.epsilon))
+        if found.runs:
+            Console().print(runs)
+
+
+@server_app.command("logs")
+def logs(
+    server: Server = Path(),
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each log.")] = 20,
+) -> None:
+    """Show the ends of the server's logs.
+
+    Example: `fedslm server logs --server federation -n 50`
+    """
+    with clear_errors():
+        from fedslm.deployment.journal import last_lines
+        from fedslm.deployment.server import LOGS
+        from fedslm.errors import RunError
+
+        found = sorted((server / LOGS).glob("*.log"))
+        if not found:
+            raise RunError(f"{server / LOGS} holds no logs: was `fedslm server up` ever run?")
+        for path in found:
+            typer.echo(f"== {path}")
+            for line in last_lines(path, lines):
+                typer.echo(line)
+
+
+@server_app.command("stop")
+def stop(
+    name: Annotated[str, typer.Argument(help="The run's name.", metavar="RUN")],
+    server: Server = Path(),
+) -> None:
+    """Stop a run after which `fedslm server run … --resume` can go on.
+
+    Example: `fedslm server stop triage --server federation`
+    """
+    with clear_errors():
+        from fedslm.deployment import runs
+        from fedslm.deployment.control import connected
+        from fedslm.deployment.status import RUNS
+
+        with connected(server) as control:
+            runs.stop(control, server / RUNS / name)
+        typer.echo(f"{name} is stopped")
+
+
+def until_stopped() -> threading.Event:
+    """Is set by Ctrl-C, or by a service manager's SIGTERM."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _number(value: float | None) -> str:
+    """A number of a table; nothing for none."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def _tell(record: dict[str, Any]) -> None:
+    """One line for each round."""
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
+    spent = "" if record["epsilon"] is None else f"  ε {record['epsilon']:.3f}"
+    counts = f"{record['completed']}/{record['cohort']} nodes"
+    ERRORS.print(f"round {record['round']}: {counts}{spent}  {metrics}", highlight=False)
+    for reason in record["reasons"]:
+        ERRORS.print(f"  {reason}", style="yellow", highlight=False, markup=False)

@@ -1,0 +1,1 @@
+"""Real federations: certificates and keys, a server, and nodes, over TLS."""

@@ -1,0 +1,65 @@
+"""Logs for people and for machines, and files that do not grow for ever."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+_MOST_BYTES, _KEPT_BYTES = 10 << 20, 1 << 20
+_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object for each record: time (UTC), level, logger, message, and a traceback if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Writes a record."""
+        values = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            values["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(values, ensure_ascii=False)
+
+
+def log_to_stderr(form: str) -> None:
+    """Sends this program's log to standard error.
+
+    Args:
+        form: text, json, or auto: text on a terminal and json elsewhere (a journal, a file).
+    """
+    is_text = form == "text" or (form == "auto" and sys.stderr.isatty())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(_TEXT) if is_text else JsonLines())
+    own = logging.getLogger("fedslm")
+    own.handlers, own.propagate = [handler], False
+    own.setLevel(logging.INFO)
+
+
+def keep_small(path: Path, most_bytes: int = _MOST_BYTES) -> None:
+    """Cuts a log that has grown: its last mebibyte moves to PATH.old, and the file starts anew.
+
+    Whoever appends to it goes on: the file stays the same one. Lines that come in the moment of the
+    cut may be lost; a log is no ledger.
+    """
+    with suppress(OSError):
+        if path.stat().st_size <= most_bytes:
+            return
+        with path.open("r+b") as file:
+            file.seek(-min(_KEPT_BYTES, most_bytes), 2)
+            path.with_name(f"{path.name}.old").write_bytes(file.read())
+            file.truncate(0)
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last lines of a log, whatever bytes it holds."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _KEPT_BYTES))
+        return file.read().decode(errors="replace").splitlines()[-count:]

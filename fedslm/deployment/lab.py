@@ -1,0 +1,94 @@
+"""A whole federation on one machine, to try it out: the server and all nodes, with a simulation's data.
+
+Every key lies on one disk, so this protects nobody: it is for looking and for tests.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+from fedslm.config import Config
+from fedslm.data.shards import write_parquet
+from fedslm.data.sharing import share_out
+from fedslm.deployment import enrolment
+from fedslm.deployment.authority import certify
+from fedslm.deployment.control import connected
+from fedslm.deployment.server import running
+from fedslm.deployment.settings import FEDERATION_FILE, NODE_FILE
+from fedslm.errors import RunError
+from fedslm.privacy.policy import POLICY_FILE
+from fedslm.storage import write_text
+
+SERVER, HOST = "server", "127.0.0.1"
+_RECORDS = "records.parquet"
+_BUDGETS = 4
+
+
+def make_lab(directory: Path, config: Config, *, port: int, inner_port: int) -> list[Path]:
+    """Makes a server and ``federation.num_clients`` admitted nodes; each has one client's records.
+
+    Args:
+        directory: A new directory.
+        config: A simulation's config: says what the data are and how they are shared out.
+        port: Port of the proxy.
+        inner_port: Port of the SuperLink.
+
+    Returns:
+        The nodes' directories, by client index.
+
+    Raises:
+        RunError: The directory exists, or the server does not come up.
+        DataError: Anything about the data that would stop a client later.
+    """
+    if directory.exists():
+        raise RunError(f"{directory} exists: give a new directory")
+    server, count = directory.absolute() / SERVER, config.federation.num_clients
+    shared = share_out(
+        config.data, config.task, config.privacy, num_clients=count, seed=config.run.seed
+    )
+    nodes = [directory.absolute() / f"node-{client}" for client in range(count)]
+    for node, (_, records) in zip(nodes, shared.shards, strict=True):
+        node.mkdir(parents=True)
+        write_parquet(node / _RECORDS, [records])
+        write_text(node / NODE_FILE, _node_file(node))
+        write_text(node / POLICY_FILE, _policy(config))
+    ports = f"port = {port}\ninner_port = {inner_port}\n"
+    write_text(server / FEDERATION_FILE, f'name = "lab"\nhost = "{HOST}"\n{ports}')
+    certify(server)
+    with running(server, threading.Event()), connected(server) as control:
+        for node in nodes:
+            request = enrolment.enroll(node, node.name)
+            _, admission = enrolment.admit(server, request, control.register)
+            enrolment.accept(node, admission)
+    return nodes
+
+
+def _node_file(node: Path) -> str:
+    """Settings of a node of the lab."""
+    return f"name = {json.dumps(node.name)}\nsource = {json.dumps(str(node / _RECORDS))}\n"
+
+
+def _policy(config: Config) -> str:
+    """A policy that allows what a config asks for, a few times over."""
+    privacy, training = config.privacy, config.training
+    values: dict[str, object] = {
+        "unit": privacy.unit,
+        "unit_column": privacy.unit_column,
+        "epsilon": _BUDGETS * (privacy.epsilon or 1.0),
+        "delta": privacy.delta or 1e-5,
+        "min_noise_multiplier": 0.1,
+        "max_clip_norm": privacy.clip_norm,
+        "max_sample_rate": privacy.sample_rate or 1.0,
+        "max_records_per_unit": privacy.max_records_per_unit,
+        "max_steps_per_round": training.local_steps,
+        "max_rounds_per_day": 1000,
+        "base_models": ["any"],
+        "tasks": [config.task.name],
+        "batched": privacy.batched,
+        "metrics": "none" if privacy.metric_noise_multiplier is None else "noisy",
+        "min_metric_noise_multiplier": privacy.metric_noise_multiplier,
+    }
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+    return "# For a lab: it allows what the config asks for.\n" + "\n".join(lines) + "\n"

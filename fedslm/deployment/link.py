@@ -1,0 +1,218 @@
+"""A node's side of Flower's Fleet API: messages in, replies out, over TLS and with the node's key.
+
+It stands in place of Flower's SuperNode and its launcher. Whatever application bundle the server sends,
+no code of it is run: the bundle's hash is computed here and held against the approved ones, and the
+message goes to this node's own fedslm, in a worker that keeps its base model.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Error, Message
+
+import fedslm
+from fedslm.deployment.bundle import sha256_of
+
+logger = logging.getLogger(__name__)
+_NOT_APPROVED, _LONGEST = 7, 32
+_SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 30.0
+_REACH_SECONDS = 10.0
+Answer = Callable[[Message, int], Message]
+T = TypeVar("T")
+
+
+@dataclass
+class Link:
+    """A connection to a SuperLink.
+
+    Attributes:
+        node_id: The node's number there.
+        calls: Flower's functions for one node: receive, send, get_run, get_fab, pull_object,
+            push_object, confirm.
+        approved: Hashes of the application bundles whose messages are answered.
+    """
+
+    node_id: int
+    calls: tuple[Any, ...]
+    approved: frozenset[str]
+    _bundles: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    def serve(self, answer: Answer, goes_on: Callable[[float], bool], poll_seconds: float) -> None:
+        """Answers messages, one at a time, until it is told to stop; a message under way is finished.
+
+        A message's tensors come and go in pieces of 5 MiB. If the connection breaks, it is tried again
+        until the message is of no use any more, and what is here already is not pulled again. (One gap
+        is Flower's: the server gives a message's outline out once, and the few bytes may be lost.)
+
+        Args:
+            answer: Turns (message, run) into its reply; raises nothing.
+            goes_on: Waits for so many seconds, or shorter; False to end.
+            poll_seconds: How long to wait, at most, when there is nothing to do: a server that just got
+                an answer is likely to ask again.
+        """
+        import httpx
+        from flwr.supercore.run import RunNotRunningException
+
+        wait_seconds, heard = 0.0, time.monotonic()
+        while goes_on(wait_seconds):
+            wait_seconds = poll_seconds
+            try:
+                if self._answered(answer):
+                    wait_seconds, heard = 0.0, time.monotonic()
+                else:
+                    idle_seconds = time.monotonic() - heard
+                    wait_seconds = min(poll_seconds, max(_SHORTEST_WAIT_SECONDS, idle_seconds / 5))
+            except RunNotRunningException:  # Flower's own; it passes by Exception
+                logger.warning("a message is dropped: its run is over")
+            except httpx.TransportError as error:
+                logger.warning("the server cannot be reached: %s", error)
+            except Exception:  # the server is outside: whatever comes from it, the node goes on
+                logger.exception("a message could not be answered")
+
+    def _answered(self, answer: Answer) -> bool:
+        """Answers the next message; False if there is none."""
+        received = self.calls[0]()
+        if received is None:
+            return False
+        outline, tree = received
+        run_id, until = outline.metadata.run_id, outline.metadata.created_at + outline.metadata.ttl
+        message = self._pulled(tree, run_id, until)
+        reply = patiently(lambda: self._refused(message, run_id), until) or answer(message, run_id)
+        patiently(lambda: self._send(reply, run_id), until)
+        return True
+
+    def _pulled(self, tree: Any, run_id: int, until: float) -> Message:
+        """A message with all its objects."""
+        from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+
+        _, _, _, _, pull_object, _, confirm = self.calls
+        message = pull_and_inflate_object_from_tree(
+            tree,
+            lambda identifier: patiently(lambda: pull_object(run_id, identifier), until),
+            lambda identifier: patiently(lambda: confirm(run_id, identifier), until),
+            return_type=Message,
+            initial_backoff=_SHORTEST_WAIT_SECONDS,  # the server tells of a message before all is there
+        )
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        return message
+
+    def _refused(self, message: Message, run_id: int) -> Message | None:
+        """The answer to a message of a bundle that is not approved; None if it is."""
+        if run_id not in self._bundles:
+            _, _, get_run, get_fab, _, _, _ = self.calls
+            run = get_run(run_id)
+            content = get_fab(run.fab_hash, run_id).content
+            self._bundles = {run_id: (sha256_of(content), str(run.fab_version)[:_LONGEST])}
+        found, version = self._bundles[run_id]
+        if found in self.approved:
+            return None
+        reason = (
+            f"the application bundle {found[:16]} (it says fedslm {version!r}) is not approved by this "
+            f"node's operator; this node runs fedslm {fedslm.__version__}"
+        )
+        logger.error("run %d is refused: %s; its whole hash is %s", run_id, reason, found)
+        return Message(Error(code=_NOT_APPROVED, reason=reason), reply_to=message)
+
+    def _send(self, reply: Message, run_id: int) -> None:
+        """Sends a reply and its objects."""
+        from flwr.app.message import remove_content_from_message
+        from flwr.supercore.inflatable.inflatable_object import (
+            get_all_nested_objects,
+            get_object_tree,
+            no_object_id_recompute,
+        )
+        from flwr.supercore.inflatable.inflatable_utils import push_objects
+
+        _, send, _, _, _, push_object, _ = self.calls
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        with no_object_id_recompute():
+            wanted, session = send(remove_content_from_message(reply), get_object_tree(reply), 0.0)
+            push_objects(
+                get_all_nested_objects(reply),
+                lambda identifier, content: push_object(run_id, session, identifier, content),
+                object_ids_to_push=wanted,
+            )
+
+
+def patiently(call: Callable[[], T], until: float) -> T:
+    """Calls again while the connection breaks, or while a reply's upload has timed out.
+
+    Flower tries most of it again by itself, but gives up where a connection breaks within TLS.
+
+    Args:
+        call: May be repeated.
+        until: Time (seconds since 1970) after which it is of no use.
+
+    Raises:
+        httpx.TransportError: There was no connection until then.
+    """
+    import httpx
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+    wait_seconds = 1.0
+    while True:
+        try:
+            return call()
+        except (httpx.TransportError, ObjectPushError) as error:
+            if time.time() + wait_seconds > until:
+                raise
+            logger.warning("the connection broke (%s); again in %g s", error, wait_seconds)
+            time.sleep(wait_seconds)
+            wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
+
+
+def is_there(address: str, authority: str) -> bool:
+    """Whether a server can be reached now: Flower's own call would wait for it, or end the process.
+
+    One with a wrong certificate is there: that it is refused, whoever connects then says.
+
+    Args:
+        address: Host and port.
+        authority: The certificate that the server is known by, PEM.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    context = ssl.create_default_context(cadata=authority)
+    try:
+        with (
+            socket.create_connection((host, int(port)), _REACH_SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname=host),
+        ):
+            return True
+    except ssl.SSLCertVerificationError:
+        return True
+    except OSError as error:
+        logger.debug("%s cannot be reached: %s", address, error)
+        return False
+
+
+@contextmanager
+def connected(
+    address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, approved: frozenset[str]
+) -> Iterator[Link]:
+    """Connects to a SuperLink, and stays known there by heartbeats; waits while it is not there.
+
+    Args:
+        address: Host and port.
+        authority: The certificate that the server is known by, PEM.
+        key: The node's key.
+        approved: Hashes of approved bundles.
+    """
+    from flwr.supernode.fleet_http_connection import http_request_response
+
+    with http_request_response(
+        address,
+        insecure=False,
+        root_certificates=authority,
+        authentication_keys=(key, key.public_key()),
+    ) as (node_id, *calls):
+        yield Link(node_id, tuple(calls), approved)

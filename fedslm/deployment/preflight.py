@@ -1,0 +1,145 @@
+"""What a node's operator wants to know before a node starts: each check says yes or no, and why."""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from fedslm.deployment.bundle import bundle, sha256_of
+from fedslm.deployment.conditions import reason_against
+from fedslm.deployment.node import Ready, import_records
+from fedslm.errors import FedslmError, RunError
+from fedslm.federation.attestation import attest
+from fedslm.federation.node import LEDGER
+from fedslm.privacy.chain import read_chain
+from fedslm.privacy.keys import PUBLIC_KEY, read_public_key, signing_key
+from fedslm.privacy.policy import POLICY_FILE, read_policy
+
+_SKEW_SECONDS, _TOO_MUCH_SECONDS = 30.0, 240.0  # the server refuses five minutes
+_LEAST_BYTES = 1 << 30
+_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: What was looked at.
+        is_good: Whether the node can start.
+        detail: What was found, or what to do.
+    """
+
+    name: str
+    is_good: bool
+    detail: str
+
+
+def preflight(ready: Ready) -> Iterator[Check]:
+    """Looks at everything that would stop the node later; yields each result as it comes."""
+    yield _check("version and bundle", lambda: _version(ready))
+    yield _check("policy", lambda: _policy(ready.directory))
+    yield _check("keys and ledger", lambda: _ledger(ready.directory))
+    yield _check("records", lambda: f"{import_records(ready)} records can be read")
+    yield _check("disk", lambda: _disk(ready.directory))
+    yield _check("memory", lambda: _memory(ready))
+    yield _check("conditions", lambda: _conditions(ready))
+    yield _check("server and clock", lambda: _server(ready))
+    yield _check("self-test", lambda: _self_test(ready.directory))
+
+
+def _check(name: str, look: Callable[[], str]) -> Check:
+    """One result; whatever goes wrong is the result."""
+    try:
+        return Check(name, True, look())
+    except FedslmError as error:
+        return Check(name, False, str(error))
+    except Exception as error:  # an odd machine is a result, not a crash
+        return Check(name, False, f"{type(error).__name__}: {error}")
+
+
+def _version(ready: Ready) -> str:
+    """The server sends the bundle of this version, or of one that was approved."""
+    if ready.admission.bundle_sha256 not in ready.approved:
+        raise RunError(
+            f"the server runs fedslm {ready.admission.version}, whose bundle is not approved here: "
+            f"install that version, or add {ready.admission.bundle_sha256} to approved_bundles"
+        )
+    return f"bundle {sha256_of(bundle())[:16]}"
+
+
+def _policy(directory: Path) -> str:
+    """What the node allows."""
+    policy = read_policy(directory / POLICY_FILE)
+    return f"at most ε = {policy.epsilon:g} at δ = {policy.delta:g} for one {policy.unit}"
+
+
+def _ledger(directory: Path) -> str:
+    """The keys are this owner's alone, and the ledger is whole."""
+    signing_key(directory)
+    path = directory / LEDGER
+    if not path.exists():
+        return "no ledger yet"
+    chain = read_chain(path, read_public_key(directory / PUBLIC_KEY))
+    return f"a whole ledger of {len(chain.entries)} lines"
+
+
+def _disk(directory: Path) -> str:
+    """The ledger must never find a full disk."""
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    if free < _LEAST_BYTES:
+        raise RunError(f"{free / 1e9:.1f} GB free in {directory}; 1 GB is the least")
+    return f"{free / 1e9:.0f} GB free"
+
+
+def _memory(ready: Ready) -> str:
+    """What could be had: free memory, and what the system holds for its files."""
+    least = (ready.file.memory_mb << 20) if ready.file.memory_mb else _LEAST_BYTES
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if (info := Path("/proc/meminfo")).exists():
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE)
+        held = int(found[1]) << 10 if found else held
+    if held < least:
+        raise RunError(f"{held / 1e9:.1f} GB of memory to be had; {least / 1e9:.1f} GB is the least")
+    return f"{held / 1e9:.1f} GB to be had"
+
+
+def _conditions(ready: Ready) -> str:
+    """Whether the node takes part now; that it does not is no mistake."""
+    if ready.file.conditions is None:
+        return "none: takes part always"
+    reason = reason_against(ready.file.conditions, ready.directory, datetime.now())
+    return "takes part now" if reason is None else f"does not take part now: {reason}"
+
+
+def _server(ready: Ready) -> str:
+    """The server is there, is who the admission says, and has the same time."""
+    import httpx
+
+    context = ssl.create_default_context(cadata=ready.admission.authority)
+    try:
+        answer = httpx.get(f"https://{ready.admission.address}/", verify=context, timeout=_SECONDS)
+    except httpx.HTTPError as error:
+        raise RunError(f"{ready.admission.address} cannot be reached: {error}") from error
+    date = answer.headers.get("date")
+    if date is None:
+        return f"{ready.admission.address} is there"
+    skew = time.time() - parsedate_to_datetime(date).timestamp()
+    if abs(skew) > _TOO_MUCH_SECONDS:
+        raise RunError(f"this clock is {skew:+.0f} s off the server's: set it by NTP")
+    late = f", {skew:+.0f} s apart: set the clock by NTP" if abs(skew) > _SKEW_SECONDS else ""
+    return f"{ready.admission.address} is there{late}"
+
+
+def _self_test(directory: Path) -> str:
+    """This code keeps its promises on this machine."""
+    attest(directory)
+    return "passed"

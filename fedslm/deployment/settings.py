@@ -1,0 +1,163 @@
+"""What a server's operator and a node's operator write down: federation.toml and node.toml."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from fedslm.errors import ConfigError, Problem
+
+FEDERATION_FILE, NODE_FILE = "federation.toml", "node.toml"
+Profile = Literal["hospital", "phone"]
+_DEFAULTS: dict[object, dict[str, object]] = {"phone": {"poll_seconds": 15.0, "memory_mb": 1024}}
+_CLOCK = r"([01]\d|2[0-3]):[0-5]\d"
+
+
+class _File(BaseModel):
+    """A frozen file without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class FederationFile(_File):
+    """The server operator's settings."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the federation."""
+    host: str = Field(min_length=1)
+    """Name or address under which nodes reach the server."""
+    port: int = Field(8443, ge=1, le=65535)
+    """Port that nodes reach: open it in the firewall, and no other."""
+    inner_port: int = Field(9443, ge=1, le=65535)
+    """Loopback port of the SuperLink behind the proxy: keep it closed to the world."""
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Loopback port for Prometheus (/metrics); absent: none."""
+    also_known_as: list[str] = []
+    """Further names and addresses that the server's certificate is for."""
+    certificate_days: int = Field(365, ge=1, le=3650)
+    """How long the server's certificate is valid."""
+    authority_days: int = Field(3650, ge=1, le=36500)
+    """How long the certificate authority is valid."""
+
+
+class Conditions(_File):
+    """When a node takes part; all that is written down must hold."""
+
+    hours: str = Field("", pattern=rf"^({_CLOCK}-{_CLOCK})?$")
+    """Local time, such as "22:00-06:00" (may pass midnight); empty is the whole day."""
+    command: list[str] = []
+    """A program with its arguments that ends with 0 while the node may take part (charging, idle, not
+    metered, say); run without a shell, in the node's directory, for 30 seconds at most."""
+    check_seconds: float = Field(60.0, gt=0, le=3600)
+    """How often the conditions are looked at."""
+
+    @field_validator("hours")
+    @classmethod
+    def _are_some(cls, hours: str) -> str:
+        """Refuses hours that begin when they end: nobody knows whether that is never or always."""
+        if hours and hours[:5] == hours[6:]:
+            raise ValueError(f"{hours!r} begins when it ends; leave hours out for the whole day")
+        return hours
+
+
+class NodeFile(_File):
+    """The node operator's settings; the server can set none of them."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the node."""
+    source: str = Field(min_length=1)
+    """The node's records: a file or directory, or a database URL (with `query`)."""
+    query: str = ""
+    """SQL that gives the records, if `source` is a database URL."""
+    split: str = "train"
+    """Split (or file stem) of `source`."""
+    profile: Profile = "hospital"
+    """What kind of machine this is: it gives other settings their defaults. A phone asks the server
+    every 15 seconds, computes in 1024 MB, and must have conditions."""
+    threads: int = Field(1, ge=1, le=256)
+    """Threads to compute with."""
+    warm: bool = True
+    """Whether the worker stays between messages with its imports and its base model. Off, it ends after
+    each message and leaves no memory taken; every message waits until they are loaded again."""
+    poll_seconds: float = Field(1.0, gt=0, le=3600)
+    """How often the server is asked for work; soon after a message it is asked more often."""
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Loopback port for Prometheus (/metrics), for this node's operator; absent: none."""
+    memory_mb: int | None = Field(None, ge=256)
+    """Most memory that the training process may allocate; beyond it a message is answered "failed"."""
+    conditions: Conditions | None = Field(None, validate_default=True)
+    """When the node takes part; absent is always."""
+    approved_bundles: list[str] = []
+    """Hashes of application bundles that may run here besides this version's own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_profile(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Puts a profile's defaults below what is written."""
+        return {**_DEFAULTS.get(str(values.get("profile")), {}), **values}
+
+    @field_validator("conditions")
+    @classmethod
+    def _are_there(cls, conditions: Conditions | None, info: ValidationInfo) -> Conditions | None:
+        """A phone that trains at all times is a mistake of its operator's."""
+        says = conditions is not None and (conditions.hours or conditions.command)
+        if info.data.get("profile") == "phone" and not says:
+            raise ValueError('profile = "phone" needs [conditions] with hours or a command')
+        return conditions
+
+
+_Any = TypeVar("_Any", bound=_File)
+
+
+def read_federation(directory: Path) -> FederationFile:
+    """Reads a server directory's ``federation.toml``.
+
+    Raises:
+        ConfigError: It is missing or wrong; every problem at once.
+    """
+    return _read(directory / FEDERATION_FILE, FederationFile)
+
+
+def read_node(directory: Path, profile: str | None = None) -> NodeFile:
+    """Reads a node directory's ``node.toml``.
+
+    Args:
+        directory: The node's own.
+        profile: In place of the file's, unless it is None.
+
+    Raises:
+        ConfigError: It is missing or wrong; every problem at once.
+    """
+    return _read(directory / NODE_FILE, NodeFile, {} if profile is None else {"profile": profile})
+
+
+def _read(path: Path, model: type[_Any], instead: Mapping[str, str] = {}) -> _Any:
+    """Reads and checks a file, some of whose values are replaced."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([Problem(path.name, f"cannot be read: {error}")]) from error
+    try:
+        return model(**{**values, **instead})
+    except ValidationError as error:
+        raise ConfigError(
+            [
+                Problem(
+                    f"{path.name}: {'.'.join(map(str, each['loc']))}",
+                    each["msg"].removeprefix("Value error, "),
+                )
+                for each in error.errors()
+            ]
+        ) from error

@@ -1,0 +1,345 @@
+"""A federation on loopback that the tests of this directory share: real processes, real TLS."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedslm.config import Config
+from fedslm.data.shards import read_client
+from fedslm.deployment import control, enrolment, runs
+from fedslm.errors import FederationError
+from fedslm.federation.node import LEDGER
+from fedslm.privacy.chain import Chain, read_chain
+from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
+
+FEDSLM = str(Path(sys.executable).parent / "fedslm")
+NAMES = ("north", "south", "west")
+SECONDS = 120.0
+POLICY = """
+unit = "none"
+epsilon = 50.0
+delta = 1e-5
+min_noise_multiplier = 0.3
+max_clip_norm = 1.0
+max_sample_rate = 0.2
+max_steps_per_round = 400
+max_rounds_per_day = 500
+base_models = ["any"]
+tasks = ["classification"]
+"""
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(is_true: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
+    """Waits, but not for ever."""
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.1)
+
+
+def fedslm(*words: str | Path, code: int = 0) -> str:
+    """Runs a command that ends with a code; gives all that it prints."""
+    done = subprocess.run(
+        [FEDSLM, *map(str, words)], capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stdout + done.stderr
+
+
+class Cable:
+    """A way to a port that can be cut: connections break, and new ones are refused, until it is mended."""
+
+    def __init__(self, port: int) -> None:
+        self._target, self._open = port, True
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Breaks every connection."""
+        self._open = False
+        for pair in self._pairs:
+            for end in pair:
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+        self._pairs.clear()
+
+    def mend(self) -> None:
+        """Lets connections through again."""
+        self._open = True
+
+    def close(self) -> None:
+        """Ends it."""
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                self._carry(self._listener.accept()[0])
+
+    def _carry(self, near: socket.socket) -> None:
+        """Connects one end to the other; breaks it if there is no way."""
+        try:
+            if not self._open:
+                raise ConnectionError
+            far = socket.create_connection(("127.0.0.1", self._target))
+        except OSError:
+            near.close()
+            return
+        self._pairs.append((near, far))
+        for source, sink in ((near, far), (far, near)):
+            threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    """Carries bytes one way until an end closes."""
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+    for end in (source, sink):
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass
+class Site:
+    """The server's and the nodes' directories, and their processes."""
+
+    root: Path
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    cables: dict[str, Cable] = field(default_factory=dict)
+
+    @property
+    def server(self) -> Path:
+        """The server's directory."""
+        return self.root / "server"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What federation.toml says."""
+        return tomllib.loads((self.server / "federation.toml").read_text())
+
+    def start(self, name: str, *command: str | Path) -> None:
+        """Starts a process with a log of its own."""
+        with (self.root / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [FEDSLM, *map(str, command)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def start_node(self, name: str) -> None:
+        """Starts a node, and waits until the server sees it."""
+        self.start(name, "node", "up", self.root / name)
+        eventually(lambda: self.online(name), f"{name} online")
+
+    def start_server(self) -> None:
+        """Starts the server, and waits until it is up."""
+        before = self.log("server").count("the server is up") if "server" in self.logs else 0
+        self.start("server", "server", "up", self.server)
+        eventually(lambda: self.log("server").count("the server is up") > before, "server up")
+
+    @property
+    def logs(self) -> set[str]:
+        """Names of the logs so far."""
+        return {path.stem for path in self.root.glob("*.log")}
+
+    def stop(self, name: str, number: int = signal.SIGTERM) -> None:
+        """Stops a process; SIGKILL takes all that it started with it."""
+        process = self.processes.pop(name)
+        if process.poll() is None:
+            if number == signal.SIGTERM:
+                process.terminate()
+            else:
+                os.killpg(process.pid, number)
+        process.wait(30)
+
+    def log(self, name: str) -> str:
+        """What a process has said."""
+        return (self.root / f"{name}.log").read_text(encoding="utf-8")
+
+    def status(self) -> dict[str, Any]:
+        """What the server says of nodes and runs."""
+        found: dict[str, Any] = json.loads(
+            fedslm("server", "status", "--server", self.server, "--json")
+        )
+        return found
+
+    def online(self, name: str) -> bool:
+        """Whether the server sees a node."""
+        nodes = self.status()["nodes"]
+        return any(node["name"] == name and node["status"] == "online" for node in nodes)
+
+    def run(self, config: Config, *, resume: bool = False) -> tuple[str, Path]:
+        """Runs a config to its end; gives its last status and its directory."""
+        with self.running(config, resume=resume) as (directory, ended):
+            eventually(lambda: bool(ended()), "the run's end", 2 * SECONDS)
+            return ended(), directory
+
+    @contextmanager
+    def running(
+        self, config: Config, *, resume: bool = False
+    ) -> Iterator[tuple[Path, Callable[[], str]]]:
+        """Starts a run; gives its directory, and what tells its last status, once there is one."""
+        with control.connected(self.server) as connection:
+            number, directory = runs.start(connection, self.server, config, resume=resume)
+
+            last: list[str] = []
+
+            def ended() -> str:
+                if not last and (status := connection.status(number)).startswith("finished"):
+                    last.append(status)
+                return last[0] if last else ""
+
+            yield directory, ended
+
+    def pid_of_superlink(self) -> int:
+        """The SuperLink's process."""
+        pattern = f"flower-superlink.*--port {self.settings['inner_port']}"
+        found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
+        return int(found.stdout.split()[0])
+
+    @contextmanager
+    def without_superlink(self) -> Iterator[None]:
+        """The SuperLink is killed (-9), and whoever would start it again is held meanwhile."""
+        supervisor = self.processes["server"].pid
+        os.kill(supervisor, signal.SIGSTOP)
+        os.kill(self.pid_of_superlink(), signal.SIGKILL)
+        try:
+            yield
+        finally:
+            os.kill(supervisor, signal.SIGCONT)
+
+    def when_it_answers(self, ended: Callable[[], str]) -> str:
+        """A run's last status; nothing while the SuperLink is not there."""
+        with suppress(FederationError):
+            return ended()
+        return ""
+
+    @property
+    def launcher(self) -> str:
+        """What the launcher and the server's side of a run have in their command lines."""
+        return f"--runtime-api-address 127.0.0.1:{self.settings['inner_port']}"
+
+    def is_training(self, name: str) -> bool:
+        """Whether a node's worker computes now."""
+        worker = self.worker_of(name)
+        if worker is None:
+            return False
+        return Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[0] == "R"
+
+    def worker_of(self, name: str) -> int | None:
+        """The process that trains at a node; None if there is none now."""
+        for child in _children(self.processes[name].pid):
+            for worker in _children(child):
+                return worker
+        return None
+
+
+def _children(parent: int) -> list[int]:
+    """A process's children."""
+    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False)
+    return [int(child) for child in found.stdout.split()]
+
+
+@contextmanager
+def federation(
+    root: Path, data: Path, names: tuple[str, ...] = NAMES, *, more: str = ""
+) -> Iterator[Site]:
+    """A server and nodes, up and connected; each node has a cable of its own.
+
+    Args:
+        root: Where they live.
+        data: A simulation's data directory: each node gets one client's records.
+        names: The nodes.
+        more: Further lines for each node.toml.
+    """
+    if shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+        pytest.skip("nginx is not installed; on Debian: apt-get install nginx-light")
+    site = Site(root)
+    site.server.mkdir()
+    port = free_port()
+    (site.server / "federation.toml").write_text(
+        f'name = "test"\nhost = "127.0.0.1"\nport = {port}\ninner_port = {free_port()}\n'
+        f"metrics_port = {free_port()}\n"
+    )
+    fedslm("provision", "init", site.server / "federation.toml")
+    try:
+        site.start_server()
+        for index, name in enumerate(names):
+            node = site.root / name
+            node.mkdir()
+            rows = read_client(data, index)
+            (node / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (node / "node.toml").write_text(
+                f'name = "{name}"\nsource = "{node}/notes.jsonl"\npoll_seconds = 0.2\n{more}'
+            )
+            (node / "policy.toml").write_text(POLICY)
+            fedslm("node", "enroll", node, "--name", name)
+            fedslm("provision", "admit", node / f"{name}.request.json", "--server", site.server)
+            fedslm("node", "accept", node, site.server / f"admissions/{name}.admission.json")
+            site.cables[name] = Cable(port)
+            change_admission(node, address=f"127.0.0.1:{site.cables[name].port}")
+            site.start(name, "node", "up", node)
+        for name in names:
+            eventually(lambda name=name: site.online(name), f"{name} online")
+        yield site
+    finally:
+        for name in reversed(list(site.processes)):
+            with suppress(ProcessLookupError):
+                os.killpg(site.processes[name].pid, signal.SIGCONT)
+            site.stop(name)
+        for cable in site.cables.values():
+            cable.close()
+
+
+def change_admission(node: Path, **changes: str) -> None:
+    """Changes what a node was told."""
+    path = node / enrolment.ADMISSION
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def rounds_of(directory: Path) -> list[dict[str, Any]]:
+    """Lines of a run's rounds so far."""
+    path = directory / "rounds.jsonl"
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def ledger_of(node: Path) -> Chain:
+    """A node's ledger, checked against its public key."""
+    return read_chain(node / LEDGER, read_public_key(node / PUBLIC_KEY))
+
+
+def moving(directory: Path) -> Path:
+    """A run's moving tensors after its last round."""
+    return max((directory / "checkpoint").glob("moving-*.safetensors"))

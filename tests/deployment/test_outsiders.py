@@ -1,0 +1,221 @@
+"""Who does not belong is kept out with a reason, and an admitted node that lies is not believed."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Message, RecordDict
+from sites import Site, change_admission, eventually, federation, fedslm, moving, rounds_of
+
+from fedslm import simulation
+from fedslm.config import Config
+from fedslm.deployment import authority, control
+from fedslm.deployment.enrolment import node_key
+from fedslm.deployment.link import connected
+from fedslm.deployment.node import import_records, open_node
+from fedslm.federation.local_grid import handle
+from fedslm.federation.wire import Reply
+from fedslm.progress import Silent
+from fedslm.records import AdapterState
+from fedslm.storage import load_adapter
+
+pytestmark = [pytest.mark.federation, pytest.mark.slow]
+MakeConfig = Callable[..., Config]
+Lie = Callable[[Message, dict[int, RecordDict]], RecordDict]
+
+
+@pytest.fixture(scope="module")
+def site(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A server and three nodes; west's own process is stopped, so that a test can take its place."""
+    directory = tmp_path_factory.mktemp("simulated") / "run"
+    simulation.simulate(config_in(directory, federation={"rounds": 1}).resolved(), Silent())
+    with federation(tmp_path_factory.mktemp("site"), directory / "data") as made:
+        made.stop("west")
+        yield made
+
+
+@pytest.fixture
+def make(site: Site, config_in: MakeConfig) -> MakeConfig:
+    """A config for the real nodes, with a run directory below the server's."""
+
+    def build(name: str, **sections: dict[str, Any]) -> Config:
+        rounds = {"rounds": 2, **sections.pop("federation", {})}
+        return config_in(site.server / "runs" / name, federation=rounds, **sections)
+
+    return build
+
+
+@contextmanager
+def lying(site: Site, lie: Lie) -> Iterator[None]:
+    """West answers with its own key, trains as it should, and then sends something else."""
+    ready, stop = open_node(site.root / "west"), threading.Event()
+    import_records(ready)
+    sent: dict[int, RecordDict] = {}
+
+    def serve() -> None:
+        key, pem = node_key(ready.directory), ready.admission.authority.encode()
+        with connected(ready.admission.address, pem, key, ready.approved) as link:
+
+            def answer(message: Message, run: int) -> Message:
+                content = handle(message, ready.context(link.node_id, run)).content
+                sent[len(sent) + 1] = content
+                return Message(lie(message, sent), reply_to=message)
+
+            link.serve(answer, lambda seconds: not stop.wait(seconds), 0.2)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        eventually(lambda: site.online("west"), "the liar is online")
+        yield
+    finally:
+        stop.set()
+        thread.join(60)
+    assert not thread.is_alive()
+
+
+def with_delta(content: RecordDict, change: Callable[[np.ndarray], np.ndarray]) -> RecordDict:
+    """A reply with its tensors changed, and a hash that fits them, as a careful liar's would."""
+    reply = Reply.from_records(content)
+    assert reply.delta is not None
+    delta = AdapterState({key: change(value) for key, value in reply.delta.tensors.items()})
+    return replace(reply, delta=delta, delta_sha256=delta.sha256()).to_records()
+
+
+LIES: dict[str, tuple[Lie, str]] = {
+    "nan": (
+        lambda _, sent: with_delta(sent[len(sent)], lambda each: np.full_like(each, np.nan)),
+        "NaN",
+    ),
+    "shape": (
+        lambda _, sent: with_delta(sent[len(sent)], lambda each: np.zeros(3, np.float32)),
+        "shapes",
+    ),
+    "replay": (lambda _, sent: sent[1], "round 1"),
+    "empty": (lambda _, sent: RecordDict({}), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_lying_node_is_not_in_the_aggregate(site: Site, make: MakeConfig, name: str) -> None:
+    """NaN, another shape, an old reply and no reply at all count as failed; the others go on."""
+    lie, reason = LIES[name]
+    with lying(site, lie):
+        status, directory = site.run(make(f"lie-{name}"))
+    assert status == control.COMPLETED
+    line = rounds_of(directory)[-1]
+    assert (line["completed"], line["failed"]) == (2, 1)
+    assert reason in line["reasons"][0]
+    assert "client 2" in line["reasons"][0]
+
+
+def test_a_giant_is_bounded(site: Site, make: MakeConfig) -> None:
+    """A node that sends a hundred times its update moves the adapter no further than the norm bound."""
+
+    def scaled(factor: float) -> Path:
+        def lie(message: Message, sent: dict[int, RecordDict]) -> RecordDict:
+            return with_delta(sent[len(sent)], lambda each: (each * factor).astype(each.dtype))
+
+        with lying(site, lie):
+            status, directory = site.run(make(f"times-{factor:g}", federation={"rounds": 1}))
+        assert status == control.COMPLETED
+        assert rounds_of(directory)[0]["completed"] == 3
+        return moving(directory)
+
+    honest, giant = (moved(scaled(factor)) for factor in (1.0, 100.0))
+    assert giant < 3 * honest
+
+
+def moved(path: Path) -> float:
+    """How far the first round moved: B starts at zero."""
+    state = load_adapter(path)
+    return state.select({key for key in state if "lora_B" in key}).norm()
+
+
+def test_another_authority_is_refused(site: Site, tmp_path: Path) -> None:
+    """A node that knows another authority talks to nobody: check and up say why."""
+    authority.create_authority(tmp_path, "other", 10)
+    with changed(site, authority=(tmp_path / authority.AUTHORITY).read_text()):
+        refused(site)
+
+
+def test_an_expired_certificate_is_refused(site: Site, tmp_path: Path) -> None:
+    """A server whose certificate has expired is refused by nodes, and does not start itself."""
+    expire(site.server, tmp_path)
+    handler = type("Silent", (BaseHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / authority.SERVER, tmp_path / authority.SERVER_KEY)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with changed(site, address=f"127.0.0.1:{server.server_address[1]}"):
+            refused(site)
+    finally:
+        server.shutdown()
+        server.server_close()
+    for name in ("federation.toml", authority.AUTHORITY):
+        (tmp_path / name).write_bytes((site.server / name).read_bytes())
+    said = fedslm("server", "up", tmp_path, code=1)
+    assert "expired" in said
+    assert "fedslm provision renew" in said
+
+
+@contextmanager
+def changed(site: Site, **values: str) -> Iterator[None]:
+    """West was told something else."""
+    path = site.root / "west" / "admission.json"
+    usual = path.read_text()
+    change_admission(site.root / "west", **values)
+    try:
+        yield
+    finally:
+        path.write_text(usual)
+
+
+def refused(site: Site) -> None:
+    """West's check names the certificate, and west ends by itself with the reason in its log."""
+    said = fedslm("node", "check", site.root / "west", code=1)
+    (line,) = [line for line in said.splitlines() if line.startswith("NO ")]
+    assert "server and clock" in line
+    assert "certificate" in line.lower()
+    site.start("outsider", "node", "up", site.root / "west")
+    eventually(lambda: site.processes["outsider"].poll() is not None, "the node ends")
+    assert site.processes.pop("outsider").returncode != 0
+    assert "certificate" in site.log("outsider").lower()
+    assert "connected to" not in site.log("outsider")
+    (site.root / "outsider.log").unlink()
+
+
+def expire(server: Path, into: Path) -> None:
+    """Writes a certificate of the server's authority that ended yesterday."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    signer = serialization.load_pem_private_key((server / authority.AUTHORITY_KEY).read_bytes(), None)
+    usual = authority.read_certificate(server / authority.SERVER)
+    now = datetime.now(UTC)
+    names = usual.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    made = (
+        x509.CertificateBuilder(usual.issuer, usual.subject, key.public_key(), usual.serial_number + 1)
+        .not_valid_before(now - timedelta(days=9))
+        .not_valid_after(now - timedelta(days=1))
+        .add_extension(names.value, critical=False)
+        .sign(signer, hashes.SHA384())  # type: ignore[arg-type]
+    )
+    (into / authority.SERVER).write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (into / authority.SERVER_KEY).write_bytes(pem)

@@ -1,0 +1,102 @@
+"""What the server's operator is told, from files of a real run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import PRIVATE
+
+from fedslm import simulation
+from fedslm.config import Config
+from fedslm.deployment.control import SeenNode
+from fedslm.deployment.enrolment import NODES
+from fedslm.deployment.metrics import NodeCounts, node_figures
+from fedslm.deployment.status import status_of
+from fedslm.errors import RunError
+from fedslm.federation.checkpoint import RunDirectory
+from fedslm.privacy import accounting
+from fedslm.progress import Silent
+
+EVENTS_TWICE = 2
+
+
+@pytest.fixture(scope="module")
+def server(config_in: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A server's directory with a list of three nodes and one finished run."""
+    root = tmp_path_factory.mktemp("server")
+    config = config_in(root / "runs" / "first", privacy=PRIVATE, federation={"rounds": EVENTS_TWICE})
+    simulation.simulate(config.resolved(), Silent())
+    fields = {"node_key": "k", "ledger_key": "l", "admitted_at": "now", "revoked": False}
+    nodes = [{"name": f"n{i}", "client": i, "node_id": 70 + i, **fields} for i in range(3)]
+    nodes.append({**nodes[0], "name": "gone", "revoked": True})
+    (root / NODES).write_text(json.dumps({"nodes": nodes}))
+    return root
+
+
+def test_nodes_and_what_they_have_left(server: Path) -> None:
+    """Every admitted node is listed; what is left is the run's budget less what the node signed for."""
+    status = status_of(server, [SeenNode(71, "online", "today")])
+    assert [(node.name, node.status) for node in status.nodes] == [
+        ("n0", "unknown"),
+        ("n1", "online"),
+        ("n2", "unknown"),
+    ]
+    directory, config = RunDirectory.open(server / "runs" / "first")
+    for node in status.nodes:
+        statement = [each for client, each in directory.statements() if client == node.client][-1]
+        spent = accounting.epsilon(statement.events, config.privacy.delta or 0)
+        assert node.epsilon_spent == pytest.approx(spent)
+        assert node.epsilon_left == pytest.approx(PRIVATE["epsilon"] - spent)
+
+
+def test_runs_by_their_state(server: Path, tmp_path: Path) -> None:
+    """A run with a report is finished; without one it is interrupted, or running while it is locked."""
+    shutil.copytree(server, tmp_path / "s")
+    run = tmp_path / "s" / "runs" / "first"
+    (found,) = status_of(tmp_path / "s", []).runs
+    assert (found.state, found.round, found.rounds, found.completed) == ("finished", 2, 2, 3)
+    (run / "report.json").unlink()
+    assert status_of(tmp_path / "s", []).runs[0].state == "interrupted"
+    with RunDirectory.open(run)[0].locked():
+        assert status_of(tmp_path / "s", []).runs[0].state == "running"
+
+
+def test_the_last_reason_of_a_node(server: Path, tmp_path: Path) -> None:
+    """A node's reason is the last one that names it, and a damaged run breaks nothing."""
+    shutil.copytree(server, tmp_path / "s")
+    path = tmp_path / "s" / "runs" / "first" / "rounds.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["reasons"] = ["client 1: refused by the node's policy: epsilon", "client 2: late"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reasons = [node.reason for node in status_of(tmp_path / "s", []).nodes]
+    assert reasons == ["", "round 1: refused by the node's policy: epsilon", "round 1: late"]
+    path.write_text("{}\n")
+    assert [node.reason for node in status_of(tmp_path / "s", []).nodes] == ["", "", ""]
+
+
+def test_without_a_list_of_nodes_that_can_be_read(tmp_path: Path) -> None:
+    """A damaged list of nodes is said to be so."""
+    (tmp_path / NODES).write_text("[]")
+    with pytest.raises(RunError, match="no list of nodes"):
+        status_of(tmp_path, [])
+
+
+def test_a_nodes_own_figures(server: Path, tmp_path: Path) -> None:
+    """A node's figures are its ledger's and its policy's: charges, epsilon spent and left over all runs."""
+    node = tmp_path / "node"
+    shutil.copytree(server / "runs" / "first" / "nodes" / "client-00000", node)
+    (node / "policy.toml").write_text(
+        'unit = "record"\nepsilon = 20.0\ndelta = 1e-5\nmin_noise_multiplier = 0.1\n'
+        'max_steps_per_round = 9\nmax_rounds_per_day = 9\nbase_models = ["any"]\ntasks = ["any"]\n'
+    )
+    figures = {
+        each.name: each.samples[0].value for each in node_figures(node, NodeCounts()) if each.samples
+    }
+    spent = status_of(server, []).nodes[0].epsilon_spent
+    assert figures["fedslm_node_rounds_charged"] == EVENTS_TWICE
+    assert figures["fedslm_node_epsilon_spent"] == pytest.approx(spent)
+    assert figures["fedslm_node_epsilon_left"] == pytest.approx(20.0 - (spent or 0))
