@@ -1,0 +1,1 @@
+"""A federation of plain Flower that does not train."""
