@@ -7,17 +7,20 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-real test-all lint bench demo-model install clean
+.PHONY: demo test test-real test-federation test-all lint bench demo-model install clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
 	$(BIN)/fedslm demo --directory runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not real" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not real and not federation" -n auto --maxprocesses 4 --dist loadfile
 
 test-real: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "real and not slow" --timeout 1200
+
+test-federation: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m "federation and not slow" --timeout 600
 
 test-all: lint
 	$(BIN)/python -m pytest -q --timeout 3600
@@ -32,6 +35,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/aggregation.py
+	$(BIN)/python benchmarks/deployment.py
 
 demo-model: $(VENV)/.installed
 	$(BIN)/python simulations/build_demo_model.py
