@@ -20,6 +20,7 @@ from fedslm.deployment.journal import keep_small
 from fedslm.deployment.link import connected, is_there
 from fedslm.deployment.metrics import NodeCounts, node_figures, served
 from fedslm.deployment.settings import NodeFile, read_node
+from fedslm.errors import DataError
 from fedslm.federation.local_grid import handle, wait_for
 from fedslm.federation.node import deployed_config
 from fedslm.federation.workers import WorkerPool
@@ -79,6 +80,10 @@ def import_records(ready: Ready) -> int:
     """
     file = ready.file
     rows = load(file.source, file.split, file.query or None, scratch=ready.directory)
+    missing = sorted(set(file.columns) - set(rows.column_names))
+    if missing:
+        there = ", ".join(rows.column_names)
+        raise DataError(f"columns={missing} of node.toml are not in the records; there are {there}")
     shards.write_own(ready.directory / _DATA, rows, ready.admission.client)
     return len(rows)
 

@@ -12,15 +12,17 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from fedslm.config import ModelConfig
 from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.conditions import reason_against
 from fedslm.deployment.node import Ready, import_records
 from fedslm.errors import FedslmError, RunError
 from fedslm.federation.attestation import attest
 from fedslm.federation.node import LEDGER
+from fedslm.models.base import base_sha256, resolve
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key, signing_key
-from fedslm.privacy.policy import POLICY_FILE, read_policy
+from fedslm.privacy.policy import ANY, POLICY_FILE, read_policy
 
 _SKEW_SECONDS, _TOO_MUCH_SECONDS = 30.0, 240.0  # the server refuses five minutes
 _LEAST_BYTES = 1 << 30
@@ -48,6 +50,7 @@ def preflight(ready: Ready) -> Iterator[Check]:
     yield _check("policy", lambda: _policy(ready.directory))
     yield _check("keys and ledger", lambda: _ledger(ready.directory))
     yield _check("records", lambda: f"{import_records(ready)} records can be read")
+    yield _check("base models", lambda: _bases(ready.directory))
     yield _check("disk", lambda: _disk(ready.directory))
     yield _check("memory", lambda: _memory(ready))
     yield _check("conditions", lambda: _conditions(ready))
@@ -89,6 +92,19 @@ def _ledger(directory: Path) -> str:
         return "no ledger yet"
     chain = read_chain(path, read_public_key(directory / PUBLIC_KEY))
     return f"a whole ledger of {len(chain.entries)} lines"
+
+
+def _bases(directory: Path) -> str:
+    """The base models that the policy names are here, or can be fetched, and are allowed."""
+    policy = read_policy(directory / POLICY_FILE)
+    if ANY in policy.base_names:
+        return "the policy names none; a run's is looked for when it is asked for"
+    found = {name: base_sha256(resolve(ModelConfig(base=name))) for name in policy.base_names}
+    strange = [name for name, sha256 in found.items() if sha256 not in policy.base_models]
+    if strange and ANY not in policy.base_models:
+        name, sha256 = strange[0], found[strange[0]]
+        raise RunError(f"{name} has sha256 {sha256}, which is not among base_models of {POLICY_FILE}")
+    return ", ".join(f"{name} {sha256[:12]}" for name, sha256 in found.items())
 
 
 def _disk(directory: Path) -> str:

@@ -81,6 +81,8 @@ class NodeFile(_File):
     """The node's records: a file or directory, or a database URL (with `query`)."""
     query: str = ""
     """SQL that gives the records, if `source` is a database URL."""
+    columns: list[str] = []
+    """Columns that the records must have; checked at every start."""
     split: str = "train"
     """Split (or file stem) of `source`."""
     profile: Profile = "hospital"

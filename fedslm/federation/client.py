@@ -88,7 +88,7 @@ def admitted(request: Request, node: Node) -> ExamplePlan | PatientPlan | NoPriv
         plan = from_json(setup.plan)
     except PrivacyError as error:
         raise PolicyRefused(f"the plan is refused: {error}") from error
-    node.admit(Asked(plan, setup.base_sha256, setup.task.name))
+    node.admit(Asked(plan, setup.base_sha256, setup.task.name, setup.model.base))
     if base_sha256(resolve(setup.model)) != setup.base_sha256:
         raise FederationError("the base model here differs from the server's")
     return plan

@@ -37,6 +37,7 @@ max_rounds_per_day = 50
 # max_rounds = 500                      # over the lifetime of the ledger, whatever is left of epsilon
 # min_seconds_between_rounds = 3600.0
 base_models = ["any"]         # sha256 of allowed base models (fedslm prints it in report.md), or "any"
+base_names = ["any"]          # names or paths under which a server may ask for one, or "any"
 tasks = ["classification"]    # allowed tasks: "classification", "causal-lm"
 batched = false               # true lets several units share a pass: faster, exact up to rounding alone
 metrics = "none"              # "noisy" lets a metric leave as a Gaussian release of its own
@@ -52,11 +53,13 @@ class Asked:
         plan: The plan.
         base_sha256: Hash of the base model on the node.
         task: Name of the task.
+        base: Under what name the server asks for the base model.
     """
 
     plan: PrivatePlan | NoPrivacy
     base_sha256: str
     task: str
+    base: str
 
 
 class NodePolicy(Section):
@@ -89,6 +92,9 @@ class NodePolicy(Section):
     """Least time from one round to the next."""
     base_models: Names
     """SHA-256 of the base models that may be trained on, or "any"."""
+    base_names: Names = (ANY,)
+    """Names or paths under which a server may ask for a base model: no other is looked for, on the node
+    or on a hub; or "any"."""
     tasks: Names
     """Names of the tasks that may be trained."""
     batched: bool = False
@@ -131,6 +137,8 @@ class NodePolicy(Section):
             yield f"task {asked.task!r} is not among {list(self.tasks)}"
         if ANY not in self.base_models and asked.base_sha256 not in self.base_models:
             yield f"base model {asked.base_sha256[:12]} is not allowed"
+        if ANY not in self.base_names and asked.base not in self.base_names:
+            yield f"a base model called {asked.base[:80]!r} is not allowed"
         if isinstance(plan, NoPrivacy):
             return
         for name, value, bound in (

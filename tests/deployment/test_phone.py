@@ -43,7 +43,7 @@ def test_the_files_are_accepted_and_fit_together(tmp_path: Path) -> None:
     plan = calibrated(run.privacy, run.training, run.federation.rounds)
     assert isinstance(plan, PrivatePlan)
     policy = read_policy(PHONE / "policy.toml")
-    policy.check(Asked(plan, "0" * 64, run.task.name))
+    policy.check(Asked(plan, "0" * 64, run.task.name, run.model.base))
     assert policy.max_rounds is not None
     assert policy.max_rounds >= run.federation.rounds
     assert run.model.quantization == "int8"

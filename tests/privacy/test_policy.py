@@ -44,7 +44,7 @@ PLAN = PatientPlan(
     unit_column="patient",
     max_records_per_unit=16,
 )
-ASKED = Asked(PLAN, base_sha256="a" * 64, task="classification")
+ASKED = Asked(PLAN, base_sha256="a" * 64, task="classification", base="demo")
 RECORDS = ExamplePlan(
     **{field.name: getattr(PLAN, field.name) for field in dataclasses.fields(ExamplePlan)}
 )
@@ -106,7 +106,7 @@ def test_a_weaker_unit_is_refused() -> None:
 @pytest.mark.parametrize("unit", ["record", "patient"])
 def test_no_policy_allows_a_plan_without_privacy(unit: str) -> None:
     """Plain training is weaker than any unit, whatever else the policy allows."""
-    plain = Asked(NoPrivacy(batch_size=1, steps_per_round=1), "a" * 64, "classification")
+    plain = Asked(NoPrivacy(batch_size=1, steps_per_round=1), "a" * 64, "classification", "demo")
     assert reasons(policy(unit=unit), plain) == [f"unit 'none' is weaker than '{unit}'"]
 
 
@@ -120,6 +120,10 @@ def test_another_task_or_base_is_refused() -> None:
     assert len(reasons(policy(base_models=[]), ASKED)) == 1
     assert len(reasons(policy(tasks=[]), ASKED)) == 1
     assert len(reasons(policy(base_models=["a" * 12]), ASKED)) == 1
+    named = policy(base_names=["demo", "org/small"])
+    named.check(ASKED)
+    other = dataclasses.replace(ASKED, base="/etc/" + "x" * 200)
+    assert reasons(named, other) == [f"a base model called {('/etc/' + 'x' * 75)!r} is not allowed"]
 
 
 def test_the_server_cannot_choose_the_column() -> None:

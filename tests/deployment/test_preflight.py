@@ -1,0 +1,195 @@
+"""What `fedslm node check` finds: on a node in order everything is well, and each fault is named."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import fedslm
+from fedslm.deployment import enrolment
+from fedslm.deployment.authority import AUTHORITY, SERVER, SERVER_KEY, certify
+from fedslm.deployment.bundle import bundle, sha256_of
+from fedslm.deployment.enrolment import Admission
+from fedslm.deployment.node import Ready, open_node
+from fedslm.deployment.preflight import Check, preflight
+from fedslm.federation.node import LEDGER
+from fedslm.privacy.policy import EXAMPLE
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A server's directory with certificates."""
+    directory = tmp_path_factory.mktemp("server")
+    (directory / "federation.toml").write_text('name = "test"\nhost = "127.0.0.1"\n')
+    certify(directory)
+    return directory
+
+
+@contextmanager
+def answering(directory: Path, skew: timedelta) -> Iterator[int]:
+    """Something that answers over the server's TLS, with a clock of its own; gives its port."""
+
+    class Forbids(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response_only(403)
+            self.send_header("Date", format_datetime(datetime.now(UTC) + skew, usegmt=True))
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Forbids)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / SERVER, directory / SERVER_KEY)
+    listening.socket = context.wrap_socket(listening.socket, server_side=True)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    try:
+        yield int(listening.server_address[1])
+    finally:
+        listening.shutdown()
+        listening.server_close()
+
+
+@pytest.fixture
+def node(server: Path, tmp_path: Path) -> Iterator[Ready]:
+    """An admitted node in order, and its server."""
+    directory = tmp_path / "north"
+    directory.mkdir()
+    rows = [{"text": f"note {n}", "label": "a", "patient": f"p{n}"} for n in range(4)]
+    (directory / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "node.toml").write_text(
+        f'name = "north"\nsource = "{directory}/notes.jsonl"\ncolumns = ["text", "label", "patient"]\n'
+    )
+    (directory / "policy.toml").write_text(EXAMPLE)
+    enrolment.enroll(directory, "north")
+    with answering(server, timedelta(0)) as port:
+        admission = Admission(
+            federation="test",
+            address=f"127.0.0.1:{port}",
+            authority=(server / AUTHORITY).read_text(),
+            client=0,
+            node_key=enrolment.public_text(enrolment.node_key(directory)),
+            bundle_sha256=sha256_of(bundle()),
+            version=fedslm.__version__,
+        )
+        (directory / "admission.json").write_text(json.dumps(vars(admission)))
+        yield open_node(directory)
+
+
+def checks(node: Ready) -> dict[str, Check]:
+    """All checks by name, but for the self-test, which has tests of its own and takes long."""
+    found = {}
+    for check in preflight(node):
+        found[check.name] = check
+        if check.name == "server and clock":
+            break
+    return found
+
+
+def test_a_node_in_order(node: Ready) -> None:
+    """Every check is well, and says what it found."""
+    found = checks(node)
+    assert [check for check in found.values() if not check.is_good] == []
+    assert found["records"].detail == "4 records can be read"
+    assert "ε = 8" in found["policy"].detail
+
+
+def changed(old: str, new: str, name: str) -> Callable[[Ready], Ready]:
+    """Changes a file of the node."""
+
+    def change(node: Ready) -> Ready:
+        path = node.directory / name
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        return open_node(node.directory)
+
+    return change
+
+
+def without(name: str) -> Callable[[Ready], Ready]:
+    """Removes a file of the node."""
+
+    def change(node: Ready) -> Ready:
+        (node.directory / name).unlink()
+        return node
+
+    return change
+
+
+def readable(node: Ready) -> Ready:
+    """Lets others read the ledger's key."""
+    (node.directory / "ledger-key.pem").chmod(0o644)
+    return node
+
+
+def torn(node: Ready) -> Ready:
+    """Writes something else into the ledger."""
+    (node.directory / LEDGER).write_text('{"index": 0}\n')
+    return node
+
+
+def skewed(node: Ready) -> Ready:
+    """The server runs another version."""
+    return replace(node, admission=replace(node.admission, version="9.9", bundle_sha256="b" * 64))
+
+
+FAULTS: dict[str, tuple[Callable[[Ready], Ready], str, str]] = {
+    "no policy": (without("policy.toml"), "policy", "has no policy.toml"),
+    "bad policy": (
+        changed('unit = "patient"', 'unit = "x"', "policy.toml"),
+        "policy",
+        "invalid (unit)",
+    ),
+    "no records": (without("notes.jsonl"), "records", "notes.jsonl"),
+    "columns": (changed('"patient"]', '"ward"]', "node.toml"), "records", "columns=['ward']"),
+    "key": (readable, "keys and ledger", "ledger-key.pem"),
+    "ledger": (torn, "keys and ledger", "ledger"),
+    "version": (skewed, "version and bundle", "the server runs fedslm 9.9"),
+    "base": (
+        changed('base_models = ["any"]', f'base_models = ["{"c" * 64}"]', "policy.toml"),
+        "base models",
+        "not among base_models",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_named(node: Ready, fault: str) -> None:
+    """One fault, one check that says no, and why; the others still say yes."""
+    change, name, reason = FAULTS[fault]
+    if fault == "base":
+        node = changed('base_names = ["any"]', 'base_names = ["demo"]', "policy.toml")(node)
+        assert checks(node)["base models"].detail.startswith("demo ")
+    found = checks(change(node))
+    bad = {check.name: check.detail for check in found.values() if not check.is_good}
+    assert name in bad
+    assert reason in bad[name]
+    assert set(bad) <= {name, "base models"}  # which reads the policy too
+
+
+@pytest.mark.parametrize(("minutes", "is_good"), [(1, True), (10, False), (-10, False)])
+def test_a_clock_that_is_off(node: Ready, server: Path, minutes: int, is_good: bool) -> None:
+    """Beyond what the server takes it is a fault; a minute is only said."""
+    with answering(server, timedelta(minutes=minutes)) as port:
+        there = replace(node, admission=replace(node.admission, address=f"127.0.0.1:{port}"))
+        check = checks(there)["server and clock"]
+    assert check.is_good == is_good
+    assert "NTP" in check.detail
+
+
+def test_no_server(node: Ready) -> None:
+    """A server that is not there is a fault that names its address."""
+    gone = replace(node, admission=replace(node.admission, address="127.0.0.1:1"))
+    check = checks(gone)["server and clock"]
+    assert not check.is_good
+    assert "127.0.0.1:1 cannot be reached" in check.detail
