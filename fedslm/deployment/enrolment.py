@@ -65,6 +65,7 @@ class Admission:
         address: Host and port of the server.
         authority: The certificate that the server is known by, PEM.
         client: The node's index in the population.
+        node_id: The node's number at the SuperLink.
         node_key: The node's public key that was admitted.
         bundle_sha256: Hash of the application bundle that the server sends.
         version: The server's version of fedslm.
@@ -74,6 +75,7 @@ class Admission:
     address: str
     authority: str
     client: int
+    node_id: int
     node_key: str
     bundle_sha256: str
     version: str
@@ -249,6 +251,7 @@ def write_admission(directory: Path, node: Admitted) -> Path:
         address=address_of(federation),
         authority=(directory / AUTHORITY).read_text(encoding="utf-8"),
         client=node.client,
+        node_id=node.node_id,
         node_key=node.node_key,
         bundle_sha256=sha256_of(bundle()),
         version=fedslm.__version__,

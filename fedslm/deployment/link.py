@@ -12,7 +12,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -193,6 +193,37 @@ def is_there(address: str, authority: str) -> bool:
     except OSError as error:
         logger.debug("%s cannot be reached: %s", address, error)
         return False
+
+
+def step_in(address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, node_id: int) -> None:
+    """Has the server forget an earlier process of this node: one that was killed said no goodbye.
+
+    Else the server takes the node for connected, refuses it, and waits for its answers, for a minute.
+    What the server says to it does not matter: whoever connects then hears what is wrong.
+
+    Args:
+        address: Host and port.
+        authority: The certificate that the server is known by, PEM.
+        key: The node's key.
+        node_id: The node's number at the SuperLink.
+    """
+    import httpx
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    interceptors: list[Any] = [
+        RuntimeVersionHttpInterceptor(component_name="fedslm"),
+        NodeAuthHttpInterceptor(key, key.public_key()),
+    ]
+    with (
+        FleetHttpClient.from_server_address(
+            address, insecure=False, root_certificates=authority, interceptors=interceptors
+        ) as client,
+        suppress(httpx.HTTPError, RuntimeError),
+    ):
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
 
 
 @contextmanager

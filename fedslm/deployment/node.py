@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from flwr.app import Context, Message, RecordDict
 
 from fedslm.data import shards
@@ -17,10 +18,10 @@ from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.conditions import Attendance
 from fedslm.deployment.enrolment import ADMISSION, Admission, node_key, read_admission
 from fedslm.deployment.journal import keep_small
-from fedslm.deployment.link import connected, is_there
+from fedslm.deployment.link import connected, is_there, step_in
 from fedslm.deployment.metrics import NodeCounts, node_figures, served
 from fedslm.deployment.settings import NodeFile, read_node
-from fedslm.errors import DataError
+from fedslm.errors import DataError, RunError
 from fedslm.federation.local_grid import handle, wait_for
 from fedslm.federation.node import deployed_config
 from fedslm.federation.workers import WorkerPool
@@ -97,7 +98,7 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
           its reply is sent.
 
     Raises:
-        RunError: The node's key cannot be read.
+        RunError: The node's key cannot be read, or another process runs this node.
     """
     counts = NodeCounts()
     attendance = Attendance(ready.file.conditions, ready.directory)
@@ -107,7 +108,10 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
         return not stop.wait(seconds) and attendance.takes_part()
 
     was_there = True
-    with served(ready.file.metrics_port, lambda: node_figures(ready.directory, counts)):
+    with (
+        _alone(ready.directory),
+        served(ready.file.metrics_port, lambda: node_figures(ready.directory, counts)),
+    ):
         while not stop.is_set():
             if not attendance.takes_part():
                 stop.wait(attendance.check_seconds)
@@ -121,10 +125,25 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
             stop.wait(_AGAIN_SECONDS)
 
 
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Keeps a second process of this node out."""
+    lock = FileLock(directory / "node.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"another process runs the node in {directory}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool]) -> None:
     """Connects, answers as long as it goes on, and disconnects."""
     address, authority = ready.admission.address, ready.admission.authority.encode()
     key = node_key(ready.directory)
+    step_in(address, authority, key, ready.admission.node_id)
     with workers(ready) as next_worker, connected(address, authority, key, ready.approved) as link:
         logger.info("connected to %s as node %d", address, link.node_id)
 

@@ -165,20 +165,32 @@ def test_versions_that_differ_are_both_named(
         assert fedslm_package.__version__ in reason
 
 
-def test_a_killed_node_comes_back_as_itself(site: Site, make: MakeConfig) -> None:
-    """A node is killed (-9): the others go on; started again, it has the same identity and ledger."""
-    before = ledger_of(site.root / "west").charges
-    site.stop("west", signal.SIGKILL)
+def test_a_node_that_is_away_is_left_out(site: Site, make: MakeConfig) -> None:
+    """A node that is not there from the start is counted as late; the first round waits for the others."""
+    site.stop("west")
     eventually(lambda: not site.online("west"), "west is offline")
     status, directory = site.run(make("without", privacy=PRIVATE, federation={"min_clients": 2}))
     assert status == control.COMPLETED
     assert [(line["completed"], line["late"]) for line in rounds_of(directory)] == [(2, 1), (2, 1)]
     site.start_node("west")
-    status, directory = site.run(make("with", privacy=PRIVATE))
-    assert [line["completed"] for line in rounds_of(directory)] == [3, 3]
+
+
+def test_a_killed_node_comes_back_as_itself(site: Site, make: MakeConfig) -> None:
+    """A node is killed (-9) in mid-round and started again: same identity, same ledger, in the next round."""
+    before = ledger_of(site.root / "west").charges
+    config = make("killed", privacy=PRIVATE, training={"local_steps": 60}, federation={"rounds": 3})
+    with site.running(config) as (directory, ended):
+        eventually(lambda: len(rounds_of(directory)) == 1 and site.is_training("west"), "round 2")
+        site.stop("west", signal.SIGKILL)
+        site.start("west", "node", "up", site.root / "west")
+        eventually(lambda: bool(ended()), "the end")
+    assert ended() == control.COMPLETED
+    assert [line["completed"] for line in rounds_of(directory)] == [3, 2, 3]
     after = ledger_of(site.root / "west").charges
     assert after[: len(before)] == before
-    assert len(after) > len(before)
+    assert [charge.round for charge in after[len(before) :]] in ([1, 2, 3], [1, 3])
+    twice = fedslm("node", "up", site.root / "west", code=1)
+    assert "another process runs the node" in twice
 
 
 def test_a_dead_worker_is_an_answer(site: Site, make: MakeConfig) -> None:

@@ -78,6 +78,7 @@ def node(server: Path, tmp_path: Path) -> Iterator[Ready]:
             address=f"127.0.0.1:{port}",
             authority=(server / AUTHORITY).read_text(),
             client=0,
+            node_id=7,
             node_key=enrolment.public_text(enrolment.node_key(directory)),
             bundle_sha256=sha256_of(bundle()),
             version=fedslm.__version__,
