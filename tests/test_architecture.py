@@ -62,7 +62,7 @@ OWNERS = {
     "torch": {"tasks", "models", "training", "inference", "federation.workers"},
     "opacus": {"training", "privacy.accounting"},
     "dp_accounting": {"privacy.accounting"},
-    "filelock": {"privacy", "federation.checkpoint", "federation.attestation"},
+    "filelock": {"privacy", "federation.checkpoint", "federation.attestation", "deployment.node"},
     "seqeval": {"tasks"},
     "rouge_score": {"inference"},
     "scipy": {"training.self_test", "training.canaries"},

@@ -15,7 +15,7 @@ from fedslm.deployment.settings import NodeFile
 
 def ready(directory: Path, *, warm: bool) -> Ready:
     """A node."""
-    admission = Admission("test", "127.0.0.1:1", "", 0, "", "", "")
+    admission = Admission("test", "127.0.0.1:1", "", 0, 7, "", "", "")
     return Ready(directory, NodeFile(name="north", source="demo", warm=warm), admission)
 
 
