@@ -19,7 +19,7 @@ from fedslm.data import shards
 from fedslm.errors import DataError, FedslmError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.local_grid import LocalGrid
-from fedslm.federation.population import names_of
+from fedslm.federation.population import registered
 from fedslm.federation.public_model import export
 from fedslm.federation.rounds import Federation, Observer, Outcome
 from fedslm.federation.workers import InlinePool, Pool, WorkerPool
@@ -114,7 +114,8 @@ def _written(config: Config, directory: RunDirectory) -> shards.Shards:
     """The run's data on disk: shared out in a simulation, the public part with real nodes."""
     data, task, seed = config.data, config.task, config.run.seed
     if config.engine.nodes is not None:
-        names = names_of(Path(config.engine.nodes))
+        nodes = registered(Path(config.engine.nodes), config.federation.num_clients)
+        names = tuple(node.name for node in nodes.values())
         return shards.write_public(directory.data, data, task, names=names, seed=seed)
     return shards.write(
         directory.data,

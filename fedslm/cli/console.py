@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -48,6 +49,11 @@ def clear_errors() -> Iterator[None]:
         ERRORS.print(str(error), highlight=False, markup=False, soft_wrap=True)
         is_input = isinstance(error, ConfigError | DataError | ModelError)
         raise typer.Exit(2 if is_input else 1) from None
+
+
+def keep_private() -> None:
+    """Lets nobody else read what this program writes: records, ledgers, updates and logs."""
+    os.umask(0o077)
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fedslm.cli.console import LogForm, LogFormat, clear_errors
+from fedslm.cli.console import LogForm, LogFormat, clear_errors, keep_private
 
 _GRACE_SECONDS = 5.0
 node_app = typer.Typer(help="The node operator's: enrol, check, run.", no_args_is_help=True)
@@ -29,6 +29,7 @@ def enroll(
     with clear_errors():
         from fedslm.deployment import enrolment
 
+        keep_private()
         request = enrolment.enroll(directory, name)
         found = enrolment.fingerprint(enrolment.read_request(request)["node_key"])
         typer.echo(f"send to the server's operator: {request}")
@@ -39,16 +40,26 @@ def enroll(
 def accept(
     directory: Directory,
     admission: Annotated[Path, typer.Argument(help="What the server's operator sent back.")],
+    expected: Annotated[
+        str | None,
+        typer.Option("--fingerprint", help="Refuse it unless its authority has this fingerprint."),
+    ] = None,
+    replaces: Annotated[
+        bool, typer.Option("--replace", help="Take another authority than before.")
+    ] = False,
 ) -> None:
     """Take what the server's operator sent back.
 
-    Example: `fedslm node accept north north.admission.json`
+    Compare the authority's fingerprint with the server's operator over another way.
+
+    Example: `fedslm node accept north north.admission.json --fingerprint 1a2b-3c4d-5e6f-7a8b`
     """
     with clear_errors():
         from fedslm.deployment import enrolment
 
-        found = enrolment.accept(directory, admission)
+        found = enrolment.accept(directory, admission, expected=expected, replaces=replaces)
         typer.echo(f"client {found.client} of {found.federation!r} at {found.address}")
+        typer.echo(f"the authority's fingerprint: {enrolment.fingerprint(found.authority)}")
 
 
 @node_app.command("check")
@@ -86,6 +97,7 @@ def up(
         from fedslm.deployment import node
         from fedslm.deployment.journal import log_to_stderr
 
+        keep_private()
         log_to_stderr(log_format)
         ready = node.open_node(directory, profile)
         count = node.import_records(ready)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from fedslm.cli.console import Overrides, clear_errors, load_config
+from fedslm.cli.console import Overrides, clear_errors, keep_private, load_config
 
 provision_app = typer.Typer(
     help="The server operator's: certificates, and which nodes are let in.", no_args_is_help=True
@@ -34,6 +35,7 @@ def init(
 
         if file.name != FEDERATION_FILE:
             raise ConfigError([Problem(str(file), f"the file must be called {FEDERATION_FILE}")])
+        keep_private()
         certify(file.parent)
         end = expires(file.parent / SERVER)
         typer.echo(
@@ -75,6 +77,7 @@ def lab(
     with clear_errors():
         from fedslm.deployment.lab import SERVER, make_lab
 
+        keep_private()
         loaded = load_config(config, overrides)
         nodes = make_lab(directory, loaded, port=port, inner_port=inner_port)
         again = "".join(f" --set {each}" for each in overrides)
@@ -102,6 +105,7 @@ def admit(
     """
     with clear_errors():
         from fedslm.deployment import enrolment
+        from fedslm.deployment.authority import AUTHORITY
         from fedslm.deployment.control import connected
         from fedslm.errors import RunError
 
@@ -112,6 +116,8 @@ def admit(
             node, admission = enrolment.admit(server, request, control.register)
         typer.echo(f"admitted {node.name} as client {node.client}; fingerprint {found}")
         typer.echo(f"send back: {admission}")
+        authority = enrolment.fingerprint((server / AUTHORITY).read_text(encoding="utf-8"))
+        typer.echo(f"and tell them, over another way, the authority's fingerprint: {authority}")
 
 
 @provision_app.command("revoke")
@@ -145,6 +151,6 @@ def list_nodes(server: Server = Path()) -> None:
         for node in admitted_nodes(server):
             state = "revoked" if node.revoked else ""
             table.add_row(
-                node.name, str(node.client), fingerprint(node.node_key), node.admitted_at, state
+                escape(node.name), str(node.client), fingerprint(node.node_key), node.admitted_at, state
             )
         Console().print(table)

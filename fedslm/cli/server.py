@@ -22,6 +22,7 @@ from fedslm.cli.console import (
     LogFormat,
     Overrides,
     clear_errors,
+    keep_private,
     load_config,
 )
 from fedslm.cli.provision import Server
@@ -44,6 +45,7 @@ def up(
         from fedslm.deployment.journal import log_to_stderr
         from fedslm.deployment.server import serve
 
+        keep_private()
         log_to_stderr(log_format)
         serve(directory, until_stopped())
 
@@ -106,7 +108,7 @@ def status(server: Server = Path(), as_json: Json = False) -> None:
         for node in found.nodes:
             budget = (_number(node.epsilon_spent), _number(node.epsilon_left))
             there = (node.name, str(node.client), node.status, node.last_seen[:19])
-            nodes.add_row(*there, *budget, escape(node.reason))
+            nodes.add_row(*map(escape, there), *budget, escape(node.reason))
         Console().print(nodes)
         runs = Table("run", "state", "round", "nodes", "refused", "failed", "late", "ε")
         for run in found.runs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,9 @@ from fedslm.privacy import keys
 from fedslm.storage import write_text
 
 NODE_KEY, ADMISSION, NODES = "node-key", "admission.json", "nodes.json"
+_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")  # also a file's name, here and at the server
+_LEDGER_KEY = re.compile(r"[0-9a-f]{64}")
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 _REQUEST_KEYS = {"name", "node_key", "ledger_key", "version", "made_at"}
 _MAX_BYTES = 64 * 1024
 _OTHERS = 0o077
@@ -92,8 +96,10 @@ def enroll(directory: Path, name: str) -> Path:
         The request's file.
 
     Raises:
-        RunError: Something cannot be written, or others can read a key.
+        RunError: The name is none, something cannot be written, or others can read a key.
     """
+    if not _NAME.fullmatch(name):
+        raise RunError(f"name {name!r} must be 1 to 64 letters, digits, dots, dashes or underscores")
     if not (directory / NODE_KEY).exists():
         fresh = ec.generate_private_key(ec.SECP384R1())
         pem = fresh.private_bytes(
@@ -143,20 +149,22 @@ def node_key(directory: Path) -> ec.EllipticCurvePrivateKey:
 
 def public_text(key: ec.EllipticCurvePrivateKey) -> str:
     """The public half of a node's key, as SSH writes it."""
-    return (
-        key.public_key()
-        .public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        .decode()
-    )
+    return _ssh(key.public_key())
 
 
-def fingerprint(node_key: str) -> str:
-    """What operators read to one another over the telephone.
+def _ssh(key: ec.EllipticCurvePublicKey) -> str:
+    """The one way to write a node's public key."""
+    found = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return found.decode()
+
+
+def fingerprint(key: str) -> str:
+    """What operators read to one another over the telephone: of a node's key, or an authority.
 
     >>> fingerprint("ecdsa-sha2-nistp384 AAAA")
     'c766-424a-5bb8-8fcc'
     """
-    digest = hashlib.sha256(node_key.encode()).hexdigest()
+    digest = hashlib.sha256(key.encode()).hexdigest()
     return "-".join(digest[start : start + 4] for start in range(0, 16, 4))
 
 
@@ -173,9 +181,15 @@ def read_request(path: Path) -> dict[str, str]:
         signatures = content.pop("signatures")
         if set(content) != _REQUEST_KEYS or not all(isinstance(each, str) for each in content.values()):
             raise ValueError("it has other fields than a request")
+        if not _NAME.fullmatch(content["name"]):
+            raise ValueError("its name is not 1 to 64 letters, digits, dots, dashes or underscores")
+        if not _LEDGER_KEY.fullmatch(content["ledger_key"]):
+            raise ValueError("its ledger key is not 64 hexadecimal digits")
         key = serialization.load_ssh_public_key(content["node_key"].encode())
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
             raise ValueError("its node key is no P-384 key")
+        if content["node_key"] != _ssh(key):
+            raise ValueError("its node key is not as `fedslm node enroll` writes it")
         key.verify(bytes.fromhex(signatures["node"]), _canonical(content), ec.ECDSA(hashes.SHA384()))
         ledger = keys.read_public_key(content["ledger_key"])
         if not keys.is_signed(ledger, content, signatures["ledger"]):
@@ -283,15 +297,37 @@ def revoke(directory: Path, name: str, unregister: Any) -> Admitted:
     raise RunError(f"there is no admitted node {name!r}; see `fedslm provision list`")
 
 
-def accept(directory: Path, admission: Path) -> Admission:
+def accept(
+    directory: Path, admission: Path, *, expected: str | None = None, replaces: bool = False
+) -> Admission:
     """Puts an admission into the node's directory, if it is for this node.
 
+    Nothing in an admission proves who made it: compare the authority's fingerprint with the server's
+    operator over another way.
+
+    Args:
+        directory: The node's own.
+        admission: What came back.
+        expected: The authority's fingerprint that it must have; None: whatever it has.
+        replaces: Take another authority than the one that was accepted before.
+
     Raises:
-        RunError: It is none, or is for another node's key.
+        RunError: It is none, is for another node's key, or has another authority.
     """
     found = read_admission(admission)
     if found.node_key != public_text(node_key(directory)):
         raise RunError(f"{admission} is for another node's key")
+    if expected is not None and expected != fingerprint(found.authority):
+        raise RunError(
+            f"{admission} is refused: its authority's fingerprint is {fingerprint(found.authority)}, "
+            f"not {expected}"
+        )
+    if (directory / ADMISSION).exists() and not replaces:
+        before = read_admission(directory / ADMISSION)
+        if before.authority != found.authority:
+            raise RunError(
+                f"{admission} has another authority than before; if that is right: --replace"
+            )
     write_text(directory / ADMISSION, admission.read_text(encoding="utf-8"))
     return found
 
@@ -303,7 +339,14 @@ def read_admission(path: Path) -> Admission:
         RunError: It is none.
     """
     try:
-        return Admission(**json.loads(path.read_text(encoding="utf-8")))
+        found = Admission(**json.loads(path.read_text(encoding="utf-8")))
+        numbers = {"client": found.client, "node_id": found.node_id}
+        for key, value in vars(found).items():
+            if not isinstance(value, int if key in numbers else str) or isinstance(value, bool):
+                raise ValueError(f"{key} is {value!r}")
+        if min(numbers.values()) < 0 or not _ADDRESS.fullmatch(found.address):
+            raise ValueError("a number is negative, or the address is no host and port")
+        return found
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path} is no admission: {error}") from error
 

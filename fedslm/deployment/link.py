@@ -8,6 +8,7 @@ message goes to this node's own fedslm, in a worker that keeps its base model.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import ssl
 import time
@@ -21,12 +22,14 @@ from flwr.app import Error, Message
 
 import fedslm
 from fedslm.deployment.bundle import sha256_of
+from fedslm.errors import FederationError
 
 logger = logging.getLogger(__name__)
 _NOT_APPROVED, _LONGEST = 7, 32
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 30.0
-_REACH_SECONDS = 10.0
+_REACH_SECONDS, _DAY_SECONDS = 10.0, 86_400.0
 Answer = Callable[[Message, int], Message]
+GoesOn = Callable[[float], bool]
 T = TypeVar("T")
 
 
@@ -39,14 +42,16 @@ class Link:
         calls: Flower's functions for one node: receive, send, get_run, get_fab, pull_object,
             push_object, confirm.
         approved: Hashes of the application bundles whose messages are answered.
+        most_bytes: Largest message.
     """
 
     node_id: int
     calls: tuple[Any, ...]
     approved: frozenset[str]
+    most_bytes: int
     _bundles: dict[int, tuple[str, str]] = field(default_factory=dict)
 
-    def serve(self, answer: Answer, goes_on: Callable[[float], bool], poll_seconds: float) -> None:
+    def serve(self, answer: Answer, goes_on: GoesOn, poll_seconds: float) -> None:
         """Answers messages, one at a time, until it is told to stop; a message under way is finished.
 
         A message's tensors come and go in pieces of 5 MiB. If the connection breaks, it is tried again
@@ -66,7 +71,7 @@ class Link:
         while goes_on(wait_seconds):
             wait_seconds = poll_seconds
             try:
-                if self._answered(answer):
+                if self._answered(answer, goes_on):
                     wait_seconds, heard = 0.0, time.monotonic()
                 else:
                     idle_seconds = time.monotonic() - heard
@@ -78,34 +83,47 @@ class Link:
             except Exception:  # the server is outside: whatever comes from it, the node goes on
                 logger.exception("a message could not be answered")
 
-    def _answered(self, answer: Answer) -> bool:
+    def _answered(self, answer: Answer, goes_on: GoesOn) -> bool:
         """Answers the next message; False if there is none."""
         received = self.calls[0]()
         if received is None:
             return False
         outline, tree = received
-        run_id, until = outline.metadata.run_id, outline.metadata.created_at + outline.metadata.ttl
-        message = self._pulled(tree, run_id, until)
-        reply = patiently(lambda: self._refused(message, run_id), until) or answer(message, run_id)
-        patiently(lambda: self._send(reply, run_id), until)
+        outline.metadata.__dict__["_message_id"] = tree.object_id
+        metadata = outline.metadata
+        patience = Patience(until_of(metadata.created_at, metadata.ttl), goes_on)
+        reply = patience.call(lambda: self._refused(outline, metadata.run_id))
+        if reply is None:
+            reply = answer(self._pulled(tree, metadata.run_id, patience), metadata.run_id)
+        patience.call(lambda: self._send(reply, metadata.run_id))
         return True
 
-    def _pulled(self, tree: Any, run_id: int, until: float) -> Message:
-        """A message with all its objects."""
+    def _pulled(self, tree: Any, run_id: int, patience: Patience) -> Message:
+        """A message with all its objects, if they are not too large."""
         from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 
         _, _, _, _, pull_object, _, confirm = self.calls
+        pulled_bytes = 0
+
+        def pull(identifier: str) -> bytes:
+            nonlocal pulled_bytes
+            content: bytes = patience.call(lambda: pull_object(run_id, identifier))
+            pulled_bytes += len(content)
+            if pulled_bytes > self.most_bytes:
+                raise FederationError(f"a message has more than message_mb={self.most_bytes >> 20} MiB")
+            return content
+
         message = pull_and_inflate_object_from_tree(
             tree,
-            lambda identifier: patiently(lambda: pull_object(run_id, identifier), until),
-            lambda identifier: patiently(lambda: confirm(run_id, identifier), until),
+            pull,
+            lambda identifier: patience.call(lambda: confirm(run_id, identifier)),
             return_type=Message,
             initial_backoff=_SHORTEST_WAIT_SECONDS,  # the server tells of a message before all is there
         )
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 
-    def _refused(self, message: Message, run_id: int) -> Message | None:
+    def _refused(self, outline: Message, run_id: int) -> Message | None:
         """The answer to a message of a bundle that is not approved; None if it is."""
         if run_id not in self._bundles:
             _, _, get_run, get_fab, _, _, _ = self.calls
@@ -120,7 +138,7 @@ class Link:
             f"node's operator; this node runs fedslm {fedslm.__version__}"
         )
         logger.error("run %d is refused: %s; its whole hash is %s", run_id, reason, found)
-        return Message(Error(code=_NOT_APPROVED, reason=reason), reply_to=message)
+        return Message(Error(code=_NOT_APPROVED, reason=reason), reply_to=outline)
 
     def _send(self, reply: Message, run_id: int) -> None:
         """Sends a reply and its objects."""
@@ -143,31 +161,54 @@ class Link:
             )
 
 
-def patiently(call: Callable[[], T], until: float) -> T:
-    """Calls again while the connection breaks, or while a reply's upload has timed out.
+@dataclass(frozen=True)
+class Patience:
+    """How long a broken connection is tried again.
 
-    Flower tries most of it again by itself, but gives up where a connection breaks within TLS.
-
-    Args:
-        call: May be repeated.
+    Attributes:
         until: Time (seconds since 1970) after which it is of no use.
-
-    Raises:
-        httpx.TransportError: There was no connection until then.
+        goes_on: Waits for so many seconds, or shorter; False to give up.
     """
-    import httpx
-    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-    wait_seconds = 1.0
-    while True:
-        try:
-            return call()
-        except (httpx.TransportError, ObjectPushError) as error:
-            if time.time() + wait_seconds > until:
-                raise
-            logger.warning("the connection broke (%s); again in %g s", error, wait_seconds)
-            time.sleep(wait_seconds)
-            wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
+    until: float
+    goes_on: GoesOn
+
+    def call(self, call: Callable[[], T]) -> T:
+        """Calls again while the connection breaks, or while a reply's upload has timed out.
+
+        Flower tries most of it again by itself, but gives up where a connection breaks within TLS.
+
+        Args:
+            call: May be repeated.
+
+        Raises:
+            httpx.TransportError: There was no connection until then, or the node is to stop.
+        """
+        import httpx
+        from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+        wait_seconds = 1.0
+        while True:
+            try:
+                return call()
+            except (httpx.TransportError, ObjectPushError) as error:
+                if time.time() + wait_seconds > self.until:
+                    raise
+                logger.warning("the connection broke (%s); again in %g s", error, wait_seconds)
+                if not self.goes_on(wait_seconds):
+                    raise
+                wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
+
+
+def until_of(created_at: float, ttl: float) -> float:
+    """When a message is of no use any more: what the server says, but within a day.
+
+    >>> until_of(time.time(), float("inf")) - time.time() <= 86400.0
+    True
+    """
+    latest = time.time() + _DAY_SECONDS
+    until = created_at + ttl
+    return min(until, latest) if math.isfinite(until) else latest
 
 
 def is_there(address: str, authority: str) -> bool:
@@ -228,15 +269,17 @@ def step_in(address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, nod
 
 @contextmanager
 def connected(
-    address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, approved: frozenset[str]
-) -> Iterator[Link]:
+    address: str, authority: bytes, key: ec.EllipticCurvePrivateKey
+) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Connects to a SuperLink, and stays known there by heartbeats; waits while it is not there.
 
     Args:
         address: Host and port.
         authority: The certificate that the server is known by, PEM.
         key: The node's key.
-        approved: Hashes of approved bundles.
+
+    Yields:
+        The node's number, and Flower's functions for it: what a :class:`Link` is made of.
     """
     from flwr.supernode.fleet_http_connection import http_request_response
 
@@ -246,4 +289,4 @@ def connected(
         root_certificates=authority,
         authentication_keys=(key, key.public_key()),
     ) as (node_id, *calls):
-        yield Link(node_id, tuple(calls), approved)
+        yield node_id, tuple(calls)

@@ -18,7 +18,7 @@ from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.conditions import Attendance
 from fedslm.deployment.enrolment import ADMISSION, Admission, node_key, read_admission
 from fedslm.deployment.journal import keep_small
-from fedslm.deployment.link import connected, is_there, step_in
+from fedslm.deployment.link import Link, connected, is_there, step_in
 from fedslm.deployment.metrics import NodeCounts, node_figures, served
 from fedslm.deployment.settings import NodeFile, read_node
 from fedslm.errors import DataError, RunError
@@ -144,7 +144,8 @@ def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool
     address, authority = ready.admission.address, ready.admission.authority.encode()
     key = node_key(ready.directory)
     step_in(address, authority, key, ready.admission.node_id)
-    with workers(ready) as next_worker, connected(address, authority, key, ready.approved) as link:
+    with workers(ready) as next_worker, connected(address, authority, key) as found:
+        link = Link(*found, ready.approved, ready.file.message_mb << 20)
         logger.info("connected to %s as node %d", address, link.node_id)
 
         def answer(message: Message, run_id: int) -> Message:

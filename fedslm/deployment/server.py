@@ -66,6 +66,8 @@ http {{
     location /v1/fleet/ {{
       proxy_pass https://superlink;
       proxy_set_header Connection "";
+      proxy_set_header X-Forwarded-For $remote_addr;
+      proxy_set_header X-Forwarded-Proto https;
       proxy_ssl_trusted_certificate {directory}/{authority};
       proxy_ssl_verify on;
       proxy_ssl_name localhost;
@@ -105,6 +107,7 @@ def children(directory: Path) -> list[Child]:
     _check_certificate(directory)
     state = directory / _STATE
     state.mkdir(parents=True, exist_ok=True)
+    state.chmod(0o711)  # a proxy that root starts works as somebody else, below it
     (directory / LOGS).mkdir(exist_ok=True)
     if not (directory / _SECRET).exists():
         write_private(directory / _SECRET, secrets.token_hex(32).encode())

@@ -21,7 +21,9 @@ from fedslm.errors import ConfigError, Problem
 
 FEDERATION_FILE, NODE_FILE = "federation.toml", "node.toml"
 Profile = Literal["hospital", "phone"]
-_DEFAULTS: dict[object, dict[str, object]] = {"phone": {"poll_seconds": 15.0, "memory_mb": 1024}}
+_DEFAULTS: dict[object, dict[str, object]] = {
+    "phone": {"poll_seconds": 15.0, "memory_mb": 1024, "message_mb": 256}
+}
 _CLOCK = r"([01]\d|2[0-3]):[0-5]\d"
 
 
@@ -75,7 +77,7 @@ class Conditions(_File):
 class NodeFile(_File):
     """The node operator's settings; the server can set none of them."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the node."""
     source: str = Field(min_length=1)
     """The node's records: a file or directory, or a database URL (with `query`)."""
@@ -99,6 +101,8 @@ class NodeFile(_File):
     """Loopback port for Prometheus (/metrics), for this node's operator; absent: none."""
     memory_mb: int | None = Field(None, ge=256)
     """Most memory that the training process may allocate; beyond it a message is answered "failed"."""
+    message_mb: int = Field(1024, ge=1)
+    """Largest message that is taken from the server."""
     conditions: Conditions | None = Field(None, validate_default=True)
     """When the node takes part; absent is always."""
     approved_bundles: list[str] = []

@@ -122,11 +122,11 @@ def _node(
         return found
     directory, config = latest
     try:
-        statements = [each for client, each in directory.statements() if client == node.client]
+        signed = [each for _, each in directory.statements() if each.public_key == node.ledger_key]
         reason = _reason(directory.records(), node.client)
     except FedslmError:
         return found
-    spent, left = _budget(config, statements)
+    spent, left = _budget(config, signed)
     return NodeStatus(node.name, node.client, seen.status, seen.last_seen, spent, left, reason)
 
 

@@ -89,7 +89,10 @@ def admitted(request: Request, node: Node) -> ExamplePlan | PatientPlan | NoPriv
     except PrivacyError as error:
         raise PolicyRefused(f"the plan is refused: {error}") from error
     node.admit(Asked(plan, setup.base_sha256, setup.task.name, setup.model.base))
-    if base_sha256(resolve(setup.model)) != setup.base_sha256:
+    if (
+        base_sha256(resolve(setup.model, may_fetch=node.may_fetch(setup.model.base)))
+        != setup.base_sha256
+    ):
         raise FederationError("the base model here differs from the server's")
     return plan
 

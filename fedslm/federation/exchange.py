@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fedslm.federation.population import pull
 from fedslm.federation.update import NO_FROZEN
 from fedslm.federation.wire import Reply, Request
+from fedslm.privacy.statement import read_statement
 from fedslm.records import AdapterState
 
 _PATIENCE_SECONDS, _POLL_SECONDS = 45.0, 0.2
@@ -27,6 +28,7 @@ class Exchange:
         seconds: How long one exchange may take; a message is worth nothing after it.
         frozen: What a node may not have yet: sent until it has answered once; empty in a simulation,
             whose clients read it from the run directory.
+        keys: Client index to the ledger key that was admitted; empty in a simulation.
         away: Nodes that are not waited for until the grid sees them again.
         bytes_down: Bytes of tensors sent so far.
     """
@@ -35,6 +37,7 @@ class Exchange:
     nodes: Mapping[int, int]
     seconds: float
     frozen: AdapterState = field(default_factory=lambda: AdapterState({}))
+    keys: Mapping[int, str] = field(default_factory=dict)
     away: frozenset[int] = frozenset()
     bytes_down: int = 0
 
@@ -79,6 +82,12 @@ class Exchange:
             self._have.add(client)
         elif NO_FROZEN in answer.reason:
             self._have.discard(client)
+
+    def is_signed(self, client: int, reply: Reply) -> bool:
+        """False if a reply's spend statement is signed with another key than was admitted."""
+        if not self.keys or not reply.statement:
+            return True
+        return read_statement(reply.statement).public_key == self.keys[client]
 
     def _seen(self, clients: list[int]) -> set[int]:
         """Nodes that the grid sees; those that it saw before are waited for, once, for a while.

@@ -127,6 +127,11 @@ class Node:
         if policy is not None:
             policy.check(asked)
 
+    def may_fetch(self, base: str) -> bool:
+        """Whether a base model may be fetched from a hub: a deployed node's policy must name it."""
+        policy = self.policy()
+        return not self.deployed or (policy is not None and base in policy.base_names)
+
     def limits(self, plan: PrivatePlan) -> Limits:
         """What the ledger holds a plan to: the run's budget, and the node's own."""
         policy = self.policy()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -14,6 +15,7 @@ import fedslm
 from fedslm.config import FederationConfig
 from fedslm.errors import FederationError
 from fedslm.federation.wire import HELLO
+from fedslm.privacy.statement import Statement
 from fedslm.rng import stream
 
 _POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.05, 1.0
@@ -73,46 +75,63 @@ def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:
     return nodes
 
 
-def registered(path: Path, num_clients: int) -> dict[int, int]:
-    """Which admitted node is which client, as `fedslm provision admit` wrote it down.
+@dataclass(frozen=True)
+class Registered:
+    """An admitted node, as `fedslm provision admit` wrote it down.
+
+    Attributes:
+        name: Its name.
+        node_id: Its number at the grid.
+        ledger_key: The public key that signs its ledger, hexadecimal.
+    """
+
+    name: str
+    node_id: int
+    ledger_key: str
+
+
+def registered(path: Path, num_clients: int) -> dict[int, Registered]:
+    """Which admitted node is which client.
 
     What a node says of itself plays no part: its key names it.
 
     Returns:
-        Client index to node id.
+        Client index to node, in the order of the indices.
 
     Raises:
         FederationError: The file cannot be read, or there are not exactly ``num_clients`` nodes.
     """
-    nodes = [node for node in _listed(path) if not node["revoked"]]
-    found = {int(node["client"]): int(node["node_id"]) for node in nodes}
+    try:
+        nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+        found = {
+            int(node["client"]): Registered(
+                str(node["name"]), int(node["node_id"]), str(node["ledger_key"])
+            )
+            for node in nodes
+            if not node["revoked"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FederationError(f"{path} is no list of admitted nodes: {error}") from error
     if sorted(found) != list(range(num_clients)):
         raise FederationError(
             f"federation.num_clients={num_clients}, but the admitted nodes are clients "
             f"{sorted(found)}: set it to their number, or admit more; see `fedslm provision list`"
         )
-    return found
+    return dict(sorted(found.items()))
 
 
-def names_of(path: Path) -> tuple[str, ...]:
-    """Names of the admitted nodes, by client index.
+def check_keys(nodes: Mapping[int, Registered], statements: Mapping[int, Statement]) -> None:
+    """Refuses to continue a run in which a client has become another node.
 
     Raises:
-        FederationError: The file cannot be read.
+        FederationError: An index is another node's than when the run began.
     """
-    nodes = [node for node in _listed(path) if not node["revoked"]]
-    return tuple(str(node["name"]) for node in sorted(nodes, key=lambda node: int(node["client"])))
-
-
-def _listed(path: Path) -> list[dict[str, Any]]:
-    """The nodes of a list."""
-    try:
-        nodes: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["nodes"]
-        for node in nodes:
-            int(node["client"]), int(node["node_id"]), str(node["name"]), bool(node["revoked"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FederationError(f"{path} is no list of admitted nodes: {error}") from error
-    return nodes
+    for client, statement in statements.items():
+        if statement.public_key != nodes[client].ledger_key:
+            raise FederationError(
+                f"client {client} of this run was another node than {nodes[client].name!r}: a run does "
+                f"not go on with another node in its place; start a new one"
+            )
 
 
 def gather(grid: Grid, nodes: dict[int, int], needed: int, seconds: float) -> frozenset[int]:

@@ -24,7 +24,7 @@ from fedslm.federation.attacks import attacked
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
 from fedslm.federation.exchange import Exchange
 from fedslm.federation.fairness import ClientMetrics, read_metrics
-from fedslm.federation.population import choose_cohort, gather, join, registered
+from fedslm.federation.population import check_keys, choose_cohort, gather, join, registered
 from fedslm.federation.replies import checked, continued, expected_shapes
 from fedslm.federation.wire import MEASURE, TRAIN, Reply, Request, Setup
 from fedslm.federation.workers import Pool
@@ -122,7 +122,7 @@ class Federation:
             RunError: A checkpoint could not be written; the previous one stays valid.
         """
         told, state = self._begin(config, plan, labels)
-        exchange = self._exchange(config, told)
+        exchange = self._exchange(config, told, state)
         self.observer.on_start(config, state)
         stopped = ""
         for number in range(state.round + 1, config.federation.rounds + 1):
@@ -133,15 +133,18 @@ class Federation:
         measured = self._measured(config, told, state, exchange)
         return Outcome(told.setup, told.frozen, state, stopped, measured)
 
-    def _exchange(self, config: Config, told: Told) -> Exchange:
+    def _exchange(self, config: Config, told: Told, state: Checkpoint) -> Exchange:
         """Waits for the population: exactly the simulated clients, or enough of the admitted nodes."""
         federation, listed = config.federation, config.engine.nodes
         wait, deadline = federation.join_deadline_seconds, federation.round_deadline_seconds
         if listed is None:
             return Exchange(self.grid, join(self.grid, federation.num_clients, wait), deadline)
-        nodes = registered(Path(listed), federation.num_clients)
+        admitted = registered(Path(listed), federation.num_clients)
+        check_keys(admitted, state.statements)
+        nodes = {client: node.node_id for client, node in admitted.items()}
+        keys = {client: node.ledger_key for client, node in admitted.items()}
         away = gather(self.grid, nodes, federation.min_clients or federation.num_clients, wait)
-        return Exchange(self.grid, nodes, deadline, told.frozen, away)
+        return Exchange(self.grid, nodes, deadline, told.frozen, keys, away)
 
     def _measured(
         self, config: Config, told: Told, state: Checkpoint, exchange: Exchange
@@ -257,6 +260,8 @@ class Federation:
             if reply is not None and client in hostile:
                 reply = attacked(reply, request, attack, expected_shapes(request, client))
             answer = "late" if reply is None else checked(reply, request, client)
+            if isinstance(answer, Reply) and not exchange.is_signed(client, answer):
+                answer = "the spend statement is not signed with the ledger key that was admitted"
             exchange.heard(client, answer)
             yield client, answer
 
@@ -294,7 +299,7 @@ class Tally:
             self._counts["late" if answer == "late" else "failed"] += 1
             reason = answer
         if reason:
-            reason = reason[:_LONGEST_REASON]
+            reason = "".join(each if each.isprintable() else " " for each in reason[:_LONGEST_REASON])
             self._reasons.append(f"client {client}: {reason}")
             logger.warning("client %d: %s", client, reason)
 

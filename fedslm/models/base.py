@@ -33,17 +33,23 @@ _FILES = ("config.json", "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja
 _BLOCK_BYTES = 1 << 20
 
 
-def resolve(model: ModelConfig) -> Path:
+def resolve(model: ModelConfig, *, may_fetch: bool = True) -> Path:
     """Finds the local directory of a base model, downloading it if it is a hub name.
+
+    Args:
+        model: The base.
+        may_fetch: False looks for a hub name in the cache alone, and refuses a path with a variable.
 
     Raises:
         ModelError: There is no such directory, and no such model on the hub or in its cache.
     """
+    if not may_fetch and "$" in model.base:
+        raise ModelError("model.base names a variable of the environment")
     if model.base == "demo":
         return DEMO_DIRECTORY
     if (path := local(model)) is not None:
         return path
-    return _download(model.base, model.revision, _FILES)
+    return _download(model.base, model.revision, _FILES, may_fetch=may_fetch)
 
 
 def resolve_config(model: ModelConfig) -> Path:
@@ -93,12 +99,17 @@ def check_early(model: ModelConfig, lora: LoraConfig, *, private: bool) -> None:
         families.check(families.configuration(directory), lora.target_modules, private=private)
 
 
-def _download(name: str, revision: str | None, files: tuple[str, ...]) -> Path:
+def _download(
+    name: str, revision: str | None, files: tuple[str, ...], *, may_fetch: bool = True
+) -> Path:
     """Fetches some files of a hub snapshot, or takes them from the local cache."""
     from transformers.utils import hub
 
     try:
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        found = hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(files), local_files_only=not may_fetch
+        )
+        return Path(found)
     except Exception as error:  # the hub client raises dozens of unrelated types
         raise ModelError(
             f"model.base={name!r} is neither a local directory nor a model that the hub gives (or "

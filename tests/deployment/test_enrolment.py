@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedslm.deployment import authority, enrolment
 from fedslm.errors import RunError
+from fedslm.privacy import keys
 
 
 @pytest.fixture
@@ -121,4 +124,78 @@ def test_an_admission_is_for_one_node(server: Path, tmp_path: Path, register: An
         enrolment.accept(tmp_path / "south", admission)
     (tmp_path / "north" / enrolment.NODE_KEY).chmod(0o644)
     with pytest.raises(RunError, match="can be read by others"):
+        enrolment.accept(tmp_path / "north", admission)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", ".", "../../x", "/x/y", "a b", "a\nb", "a" * 65, "[/x]", "ä"]
+)
+def test_a_name_is_a_name(server: Path, tmp_path: Path, register: Any, name: str) -> None:
+    """A name becomes a file's: neither the node nor the server takes one that could be a path."""
+    with pytest.raises(RunError, match="letters, digits"):
+        enrolment.enroll(tmp_path / "north", name)
+    request = signed_by_hand(tmp_path / "north", name=name)
+    before = sorted(server.rglob("*"))
+    with pytest.raises(RunError, match="letters, digits"):
+        enrolment.admit(server, request, register)
+    assert sorted(server.rglob("*")) == before
+
+
+@pytest.mark.parametrize("key", ["/dev/zero", "ledger-key.pub.pem", "AB" * 32, "ab" * 31])
+def test_a_ledger_key_is_its_digits(server: Path, tmp_path: Path, register: Any, key: str) -> None:
+    """A request cannot have the server's operator read a file, or write one key in two ways."""
+    request = signed_by_hand(tmp_path / "north", ledger_key=key)
+    with pytest.raises(RunError, match="64 hexadecimal digits"):
+        enrolment.admit(server, request, register)
+
+
+def test_a_node_key_is_written_in_one_way(server: Path, tmp_path: Path, register: Any) -> None:
+    """A comment makes no second key of a key that was admitted."""
+    enrolment.enroll(tmp_path / "north", "north")
+    text = enrolment.public_text(enrolment.node_key(tmp_path / "north"))
+    request = signed_by_hand(tmp_path / "north", node_key=f"{text} again")
+    with pytest.raises(RunError, match="not as `fedslm node enroll` writes it"):
+        enrolment.admit(server, request, register)
+
+
+def signed_by_hand(directory: Path, **changes: str) -> Path:
+    """A request with other values, which its sender has signed with both keys."""
+    path = enrolment.enroll(directory, "north")
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key != "signatures"}
+    values |= changes
+    node, ledger = enrolment.node_key(directory), keys.signing_key(directory)
+    signatures = {
+        "node": node.sign(enrolment._canonical(values), ec.ECDSA(hashes.SHA384())).hex(),
+        "ledger": keys.signature_of(ledger, values),
+    }
+    path.write_text(json.dumps({**values, "signatures": signatures}))
+    return path
+
+
+def test_another_authority_needs_a_word(server: Path, tmp_path: Path, register: Any) -> None:
+    """Anybody can write an admission: a fingerprint holds it, and another authority replaces none."""
+    node = tmp_path / "north"
+    _, admission = enrolment.admit(server, enrolment.enroll(node, "north"), register)
+    right = enrolment.fingerprint((server / authority.AUTHORITY).read_text())
+    with pytest.raises(RunError, match=f"fingerprint is {right}"):
+        enrolment.accept(node, admission, expected="0000-0000-0000-0000")
+    enrolment.accept(node, admission, expected=right)
+    forged = tmp_path / "forged.json"
+    forged.write_text(json.dumps({**json.loads(admission.read_text()), "authority": "mine"}))
+    with pytest.raises(RunError, match="another authority"):
+        enrolment.accept(node, forged)
+    assert enrolment.accept(node, forged, replaces=True).authority == "mine"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"client": "0/../x"}, {"client": -1}, {"client": True}, {"address": "[::1"}, {"version": 1}],
+)
+def test_an_admission_has_the_right_types(
+    server: Path, tmp_path: Path, register: Any, changes: dict[str, Any]
+) -> None:
+    """A number that is a path, or an address that is none, is no admission."""
+    _, admission = enrolment.admit(server, enrolment.enroll(tmp_path / "north", "north"), register)
+    admission.write_text(json.dumps({**json.loads(admission.read_text()), **changes}))
+    with pytest.raises(RunError, match="is no admission"):
         enrolment.accept(tmp_path / "north", admission)

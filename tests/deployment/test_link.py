@@ -55,10 +55,9 @@ def test_whether_a_server_is_there(tmp_path: Path) -> None:
     assert not link.is_there("nowhere.invalid:443", own)
 
 
-def test_a_broken_connection_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_connection_is_tried_again() -> None:
     """With longer and longer waits, until the call works; not beyond its time; another error is not tried."""
     waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
     errors: list[Exception] = [httpx.ReadError("cut"), httpx.ConnectError("[SSL] cut")] * 4
 
     def call() -> str:
@@ -66,11 +65,32 @@ def test_a_broken_connection_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> 
             raise errors.pop()
         return "here"
 
-    assert link.patiently(call, time.time() + 3600) == "here"
+    def goes_on(seconds: float) -> bool:
+        waits.append(seconds)
+        return True
+
+    patience = link.Patience(time.time() + 3600, goes_on)
+    assert patience.call(call) == "here"
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
     errors.append(httpx.ReadError("cut"))
     with pytest.raises(httpx.ReadError):
-        link.patiently(call, time.time() + 0.5)
+        link.Patience(time.time() + 0.5, goes_on).call(call)
     errors.append(ValueError("something else"))
     with pytest.raises(ValueError, match="something else"):
-        link.patiently(call, time.time() + 3600)
+        patience.call(call)
+
+
+def test_a_node_that_is_to_stop_has_no_patience() -> None:
+    """Whatever time the server gives a message: at most a day, and not beyond the node's own end."""
+    calls = []
+
+    def call() -> None:
+        calls.append(1)
+        raise httpx.ConnectError("nobody there")
+
+    with pytest.raises(httpx.ConnectError):
+        link.Patience(time.time() + 3600, lambda _: False).call(call)
+    assert len(calls) == 1
+    for ttl in (1e12, float("inf"), float("nan")):
+        assert link.until_of(time.time(), ttl) <= time.time() + 86_400
+    assert link.until_of(100.0, 50.0) == 150.0

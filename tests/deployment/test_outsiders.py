@@ -24,7 +24,7 @@ from fedslm import simulation
 from fedslm.config import Config
 from fedslm.deployment import authority, control
 from fedslm.deployment.enrolment import node_key
-from fedslm.deployment.link import connected
+from fedslm.deployment.link import Link, connected
 from fedslm.deployment.node import import_records, open_node
 from fedslm.federation.local_grid import handle
 from fedslm.federation.wire import Reply
@@ -67,7 +67,8 @@ def lying(site: Site, lie: Lie) -> Iterator[None]:
 
     def serve() -> None:
         key, pem = node_key(ready.directory), ready.admission.authority.encode()
-        with connected(ready.admission.address, pem, key, ready.approved) as link:
+        with connected(ready.admission.address, pem, key) as found:
+            link = Link(*found, ready.approved, 1 << 30)
 
             def answer(message: Message, run: int) -> Message:
                 content = handle(message, ready.context(link.node_id, run)).content

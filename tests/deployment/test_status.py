@@ -19,6 +19,7 @@ from fedslm.deployment.status import status_of
 from fedslm.errors import RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.privacy import accounting
+from fedslm.privacy.keys import PUBLIC_KEY, public_hex, read_public_key
 from fedslm.progress import Silent
 
 EVENTS_TWICE = 2
@@ -30,8 +31,12 @@ def server(config_in: Callable[..., Config], tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp("server")
     config = config_in(root / "runs" / "first", privacy=PRIVATE, federation={"rounds": EVENTS_TWICE})
     simulation.simulate(config.resolved(), Silent())
-    fields = {"node_key": "k", "ledger_key": "l", "admitted_at": "now", "revoked": False}
-    nodes = [{"name": f"n{i}", "client": i, "node_id": 70 + i, **fields} for i in range(3)]
+    fields = {"node_key": "k", "admitted_at": "now", "revoked": False}
+    keys = [read_public_key(root / f"runs/first/nodes/client-0000{i}" / PUBLIC_KEY) for i in range(3)]
+    nodes = [
+        {"name": f"n{i}", "client": i, "node_id": 70 + i, "ledger_key": public_hex(key), **fields}
+        for i, key in enumerate(keys)
+    ]
     nodes.append({**nodes[0], "name": "gone", "revoked": True})
     (root / NODES).write_text(json.dumps({"nodes": nodes}))
     return root
@@ -51,6 +56,18 @@ def test_nodes_and_what_they_have_left(server: Path) -> None:
         spent = accounting.epsilon(statement.events, config.privacy.delta or 0)
         assert node.epsilon_spent == pytest.approx(spent)
         assert node.epsilon_left == pytest.approx(PRIVATE["epsilon"] - spent)
+
+
+def test_a_node_in_anothers_place_has_spent_nothing(server: Path, tmp_path: Path) -> None:
+    """What a node signed is its own, whatever its index: a new node with a freed index owes nothing."""
+    shutil.copytree(server, tmp_path / "s")
+    path = tmp_path / "s" / NODES
+    nodes = json.loads(path.read_text())["nodes"]
+    nodes[1]["ledger_key"] = "f" * 64
+    path.write_text(json.dumps({"nodes": nodes}))
+    spent = [node.epsilon_spent for node in status_of(tmp_path / "s", []).nodes]
+    assert spent[1] is None
+    assert None not in (spent[0], spent[2])
 
 
 def test_runs_by_their_state(server: Path, tmp_path: Path) -> None:

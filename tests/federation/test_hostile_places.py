@@ -76,3 +76,45 @@ def test_shared_passes_are_refused(honest: Request, node: Path) -> None:
     """Rounding couples units that share a pass, and a hostile adapter can blow it up."""
     reply = ask(with_plan(honest, batched=True), context_of(0, node))
     assert (reply.status, "in one pass" in reply.reason) == ("refused", True)
+
+
+@pytest.mark.parametrize(
+    ("names", "fetched"), [(["any"], [True]), (["some/body"], [False]), (["demo"], [])]
+)
+def test_the_server_does_not_choose_what_is_fetched(
+    honest: Request,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    fetched: list[bool],
+) -> None:
+    """A deployed node fetches a base from a hub only if its policy names it; another name is refused."""
+    from transformers.utils import hub
+
+    asked = []
+
+    def snapshot_download(name: str, *, local_files_only: bool, **_: object) -> str:
+        asked.append(local_files_only)
+        raise OSError(f"{name} is not there")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    node = write_policy(tmp_path / "node", base_names=names)
+    model = honest.setup.model.model_copy(update={"base": "some/body"})
+    reply = ask(replace(honest, setup=replace(honest.setup, model=model)), context_of(0, node))
+    assert asked == fetched
+    assert reply.status == ("failed" if fetched else "refused")
+    assert not (node / "ledger.jsonl").exists()
+
+
+def test_the_server_does_not_read_the_environment(
+    honest: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No variable of a deployed node is put into a base model's name that its policy does not list."""
+    from fedslm.models.base import DEMO_DIRECTORY
+
+    monkeypatch.setenv("SECRET_PLACE", str(DEMO_DIRECTORY))
+    model = honest.setup.model.model_copy(update={"base": "$SECRET_PLACE"})
+    request = replace(honest, setup=replace(honest.setup, model=model))
+    assert ask(request, context_of(0, write_policy(tmp_path / "a"))).status == "failed"
+    listed = write_policy(tmp_path / "b", base_names=["$SECRET_PLACE"])
+    assert ask(request, context_of(0, listed)).status == "ok"
