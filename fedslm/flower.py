@@ -54,7 +54,9 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
         report = serve(config, directory, make)
     print(f"fedslm: report in {directory.path}", flush=True)
     if report["stopped"]:
-        raise RunError(f"stopped early: {report['stopped']}")
+        error = RunError(f"stopped early: {report['stopped']}")
+        write_text(directory.path / ERROR, str(error))
+        raise error
     return report
 
 

@@ -27,6 +27,7 @@ from fedslm.cli.console import (
 )
 from fedslm.cli.provision import Server
 
+_WAIT_SECONDS = 60.0
 server_app = typer.Typer(
     help="The server operator's: processes, and runs on real nodes.", no_args_is_help=True
 )
@@ -56,7 +57,8 @@ def run(
     server: Server = Path(),
     overrides: Overrides = [],  # noqa: B006  (typer copies it)
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run whose server was lost.")
+        bool,
+        typer.Option("--resume", help="Continue a run that was stopped, or lost its server."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -68,11 +70,12 @@ def run(
     """
     with clear_errors():
         from fedslm.deployment import runs
-        from fedslm.deployment.control import connected
+        from fedslm.deployment.control import STOPPED, connected
 
         loaded = load_config(config, overrides)
         stop = until_stopped()
         with connected(server) as control:
+            control.wait(_WAIT_SECONDS)
             run_id, directory = runs.start(control, server, loaded, resume=resume)
             ERRORS.print(f"run {run_id}: {directory}", highlight=False, soft_wrap=True)
             status = runs.follow(control, run_id, directory, _tell, stop)
@@ -81,6 +84,9 @@ def run(
             return
         if as_json:
             typer.echo(json.dumps({"run": run_id, "status": status, "directory": str(directory)}))
+        if status == STOPPED:
+            ERRORS.print("the run was stopped; continue it with --resume", highlight=False)
+            raise typer.Exit(1)
         if not runs.is_good(status, directory):
             reason = runs.failure_of(directory) or "see `fedslm server logs`"
             text = f"the run failed ({status}): {reason}"
@@ -100,16 +106,21 @@ def status(server: Server = Path(), as_json: Json = False) -> None:
         from fedslm.deployment.status import status_of
 
         with connected(server) as control:
+            control.wait(_WAIT_SECONDS / 6)
             found = status_of(server, control.nodes())
         if as_json:
             typer.echo(json.dumps(asdict(found)))
             return
-        nodes = Table("node", "client", "status", "last seen", "ε spent", "ε left", "last left out")
+        nodes = Table("node", "client", "status", "since (UTC)", "ε of run", "left")
         for node in found.nodes:
             budget = (_number(node.epsilon_spent), _number(node.epsilon_left))
-            there = (node.name, str(node.client), node.status, node.last_seen[:19])
-            nodes.add_row(*map(escape, there), *budget, escape(node.reason))
+            there = (node.name, str(node.client), node.status, _short(node.last_seen))
+            nodes.add_row(*map(escape, there), *budget)
         Console().print(nodes)
+        for node in found.nodes:
+            if node.reason:
+                text = f"{node.name} was left out in {node.reason}"
+                Console().print(text, highlight=False, markup=False, soft_wrap=True)
         runs = Table("run", "state", "round", "nodes", "refused", "failed", "late", "ε")
         for run in found.runs:
             counts = [str(number) for number in (run.refused, run.failed, run.late)]
@@ -167,6 +178,15 @@ def until_stopped() -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     return stop
+
+
+def _short(time: str) -> str:
+    """Month, day and minute of an ISO time.
+
+    >>> _short("2026-11-25T22:49:04.123456+00:00"), _short("")
+    ('11-25 22:49', '')
+    """
+    return time[5:16].replace("T", " ")
 
 
 def _number(value: float | None) -> str:

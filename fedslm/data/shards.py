@@ -8,6 +8,7 @@ train/00000.arrow …        instead, if data.streaming: one Arrow file for each
 evaluation.parquet         the public evaluation split
 public.parquet             public records that training may look at, if there are any
 shards.json                names, sizes, labels; written last
+columns.json               at a real node: the columns that its operator declares
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from fedslm.storage import write_text
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
+
+
+_DECLARED = "columns.json"
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def write_public(
         return written
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        public = load_what_is_public(data, task, seed, directory.parent)
+        public = load_what_is_public(data, task, seed, directory.parent, beside_private=False)
         write_parquet(directory / "evaluation.parquet", [public.evaluation])
         if public.records is not None:
             write_parquet(directory / "public.parquet", [public.records])
@@ -126,13 +130,14 @@ def write_public(
     return shards
 
 
-def write_own(directory: Path, rows: Dataset, client: int) -> None:
+def write_own(directory: Path, rows: Dataset, client: int, columns: Sequence[str] = ()) -> None:
     """Writes one node's own records, as :func:`read_client` reads them.
 
     Args:
         directory: The node's data directory.
         rows: Its records.
         client: Its index in the population.
+        columns: Columns that its operator declares; none: nothing is declared.
 
     Raises:
         DataError: It cannot be written.
@@ -142,6 +147,22 @@ def write_own(directory: Path, rows: Dataset, client: int) -> None:
         _write_arrow(directory / "train", {client: rows})
     except OSError as error:
         raise DataError(f"{directory} cannot be written: {error}") from error
+    write_text(directory / _DECLARED, json.dumps(list(columns)))
+
+
+def declared_columns(directory: Path) -> frozenset[str] | None:
+    """Columns that a node's operator declares, whatever its records have; None if nothing is declared.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    path = directory / _DECLARED
+    if not path.exists():
+        return None
+    try:
+        return frozenset(json.loads(path.read_text(encoding="utf-8"))) or None
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _summary(shared: Shared) -> Shards:

@@ -64,7 +64,12 @@ class Shared:
 
 
 def load_what_is_public(
-    data: DataConfig, task: TaskConfig, seed: int, scratch: Path | None = None
+    data: DataConfig,
+    task: TaskConfig,
+    seed: int,
+    scratch: Path | None = None,
+    *,
+    beside_private: bool = True,
 ) -> Public:
     """Loads and checks the public split, and public records if there are any.
 
@@ -73,15 +78,16 @@ def load_what_is_public(
         task: What is learned.
         seed: The run's seed.
         scratch: Directory for memory-mapped copies; None: the system's temporary directory.
+        beside_private: Whether the private split is here too (a simulation): it must be another.
 
     Raises:
         DataError: Anything about them that would stop a run later.
     """
-    whole = load_evaluation(data, task, seed, scratch)
+    whole = load_evaluation(data, task, seed, scratch, beside_private=beside_private)
     names.check(whole, data, task, "evaluation")
     labels = names.resolve(data, task, whole)
     names.check_known(whole, data, task, labels, "evaluation")
-    records = load_public(data, task, seed, scratch)
+    records = load_public(data, task, seed, scratch, beside_private=beside_private)
     if records is not None:
         records = cut(records, data.max_evaluation_records, seed)
     return Public(cut(whole, data.max_evaluation_records, seed), labels, records, whole)

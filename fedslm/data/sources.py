@@ -38,24 +38,44 @@ def load_train(config: DataConfig, task: TaskConfig, seed: int, scratch: Path | 
 
 
 def load_evaluation(
-    config: DataConfig, task: TaskConfig, seed: int, scratch: Path | None = None
+    config: DataConfig,
+    task: TaskConfig,
+    seed: int,
+    scratch: Path | None = None,
+    *,
+    beside_private: bool = True,
 ) -> Dataset:
     """Loads the public split that the server evaluates on.
+
+    Args:
+        config: Where the data is.
+        task: Says which columns are needed.
+        seed: Seed of the demo data.
+        scratch: As :func:`load_train`.
+        beside_private: Whether the private split is here too (a simulation): it must be another.
 
     Raises:
         DataError: As :func:`load_train`, or it is the private split.
     """
     source = config.evaluation_source or config.source
     split, query = config.evaluation_split, config.evaluation_query
-    _check_public(config, source, split, query, key="evaluation")
+    if beside_private:
+        _check_public(config, source, split, query, key="evaluation")
     dataset = load(source, split, query, key="data.evaluation_query", seed=seed, scratch=scratch)
     return with_columns(dataset, config, task, scratch)
 
 
 def load_public(
-    config: DataConfig, task: TaskConfig, seed: int, scratch: Path | None = None
+    config: DataConfig,
+    task: TaskConfig,
+    seed: int,
+    scratch: Path | None = None,
+    *,
+    beside_private: bool = True,
 ) -> Dataset | None:
     """Loads the public records that training may look at; None if the config names none.
+
+    Args: as :func:`load_evaluation`.
 
     Raises:
         DataError: As :func:`load_train`, or they are the private split.
@@ -64,7 +84,8 @@ def load_public(
         return None
     source = config.public_source or config.source
     split = config.public_split or config.train_split
-    _check_public(config, source, split, None, key="public")
+    if beside_private:
+        _check_public(config, source, split, None, key="public")
     dataset = load(source, split, key="data.public_source", seed=seed, scratch=scratch)
     return with_columns(dataset, config, task, scratch)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.settings import read_federation
 from fedslm.errors import FederationError
 
-COMPLETED = "finished:completed"
+COMPLETED, STOPPED = "finished:completed", "finished:stopped"
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,22 @@ class Control:
 
         with _explained("unregister the node"):
             self.client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+
+    def wait(self, seconds: float) -> None:
+        """Waits for a SuperLink that is only coming up.
+
+        Raises:
+            FederationError: It is not there by then.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                self.nodes()
+                return
+            except FederationError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_SECONDS)
 
     def nodes(self) -> list[SeenNode]:
         """All nodes that the SuperLink knows.

@@ -236,6 +236,8 @@ def admit(directory: Path, request: Path, register: Any) -> tuple[Admitted, Path
         taken = {"name": asked["name"] == node.name and not node.revoked}
         taken |= {"node_key": asked["node_key"] == node.node_key}
         taken |= {"ledger_key": asked["ledger_key"] == node.ledger_key and not node.revoked}
+        if node.revoked and asked["node_key"] == node.node_key:
+            raise RunError(f"{request} is refused: its key was revoked; enrol without that node-key")
         if any(taken.values()):
             which = ", ".join(key for key, is_taken in taken.items() if is_taken)
             raise RunError(f"{request} is refused: {which} of node {node.name!r}")

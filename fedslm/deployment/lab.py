@@ -52,7 +52,7 @@ def make_lab(directory: Path, config: Config, *, port: int, inner_port: int) -> 
     for node, (_, records) in zip(nodes, shared.shards, strict=True):
         node.mkdir(parents=True)
         write_parquet(node / _RECORDS, [records])
-        write_text(node / NODE_FILE, _node_file(node))
+        write_text(node / NODE_FILE, _node_file(node, records.column_names))
         write_text(node / POLICY_FILE, _policy(config))
     ports = f"port = {port}\ninner_port = {inner_port}\n"
     write_text(server / FEDERATION_FILE, f'name = "lab"\nhost = "{HOST}"\n{ports}')
@@ -65,9 +65,10 @@ def make_lab(directory: Path, config: Config, *, port: int, inner_port: int) -> 
     return nodes
 
 
-def _node_file(node: Path) -> str:
+def _node_file(node: Path, columns: list[str]) -> str:
     """Settings of a node of the lab."""
-    return f"name = {json.dumps(node.name)}\nsource = {json.dumps(str(node / _RECORDS))}\n"
+    values = {"name": node.name, "source": str(node / _RECORDS), "columns": columns}
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
 
 def _policy(config: Config) -> str:

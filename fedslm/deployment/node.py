@@ -68,7 +68,13 @@ def open_node(directory: Path, profile: str | None = None) -> Ready:
         RunError: The node was not admitted yet.
     """
     directory = directory.expanduser().absolute()
-    return Ready(directory, read_node(directory, profile), read_admission(directory / ADMISSION))
+    file = read_node(directory, profile)
+    if not (directory / ADMISSION).exists():
+        raise RunError(
+            f"{directory.name} was not admitted yet: `fedslm node enroll`, send the request to the "
+            f"server's operator, and `fedslm node accept` what comes back"
+        )
+    return Ready(directory, file, read_admission(directory / ADMISSION))
 
 
 def import_records(ready: Ready) -> int:
@@ -85,7 +91,7 @@ def import_records(ready: Ready) -> int:
     if missing:
         there = ", ".join(rows.column_names)
         raise DataError(f"columns={missing} of node.toml are not in the records; there are {there}")
-    shards.write_own(ready.directory / _DATA, rows, ready.admission.client)
+    shards.write_own(ready.directory / _DATA, rows, ready.admission.client, file.columns)
     return len(rows)
 
 

@@ -49,7 +49,7 @@ def preflight(ready: Ready) -> Iterator[Check]:
     yield _check("version and bundle", lambda: _version(ready))
     yield _check("policy", lambda: _policy(ready.directory))
     yield _check("keys and ledger", lambda: _ledger(ready.directory))
-    yield _check("records", lambda: f"{import_records(ready)} records can be read")
+    yield _check("records", lambda: _records(ready))
     yield _check("base models", lambda: _bases(ready.directory))
     yield _check("disk", lambda: _disk(ready.directory))
     yield _check("memory", lambda: _memory(ready))
@@ -92,6 +92,13 @@ def _ledger(directory: Path) -> str:
         return "no ledger yet"
     chain = read_chain(path, read_public_key(directory / PUBLIC_KEY))
     return f"a whole ledger of {len(chain.entries)} lines"
+
+
+def _records(ready: Ready) -> str:
+    """The records can be read, and have the columns that the operator declares."""
+    found = f"{import_records(ready)} records can be read"
+    columns = ", ".join(ready.file.columns)
+    return f"{found}, with {columns}" if columns else f"{found}; declare their columns in node.toml"
 
 
 def _bases(directory: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,10 @@ from fedslm.storage import write_text
 
 _POLL_SECONDS = 0.5
 _FINISHED = "finished"
+_PATHS = (
+    *("data.source", "data.evaluation_source", "data.public_source"),
+    *("task.labels_file", "model.base"),
+)
 
 OnRound = Callable[[dict[str, Any]], None]
 
@@ -37,7 +42,14 @@ def overrides_of(server: Path, config: Config) -> dict[str, str | int | float | 
         "engine.name": "deployed",
         "engine.nodes": str(server.absolute() / NODES),
     }
-    return {**config.flat(), **own}
+    flat = config.flat()
+    paths = {key: str(Path(str(flat[key])).absolute()) for key in _PATHS if _is_here(str(flat[key]))}
+    return {**flat, **paths, **own}
+
+
+def _is_here(text: str) -> bool:
+    """Whether a value is a path as seen from here: the run itself lives elsewhere."""
+    return text not in ("", "demo") and not text.startswith(("/", "~", "$")) and Path(text).exists()
 
 
 def start(control: Control, server: Path, config: Config, *, resume: bool) -> tuple[int, Path]:
@@ -51,6 +63,8 @@ def start(control: Control, server: Path, config: Config, *, resume: bool) -> tu
         FederationError: The SuperLink refuses, or is not there.
     """
     directory = directory_of(server, config)
+    if (directory / ERROR).exists() and not (directory / "checkpoint" / "state.json").exists():
+        shutil.rmtree(directory)  # it failed before it began: nothing of it is worth keeping
     exists = (directory / "config.json").exists()
     if exists and not resume:
         raise RunError(f"{directory} exists; continue it with --resume, or set another run.name")

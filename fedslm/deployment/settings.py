@@ -84,7 +84,8 @@ class NodeFile(_File):
     query: str = ""
     """SQL that gives the records, if `source` is a database URL."""
     columns: list[str] = []
-    """Columns that the records must have; checked at every start."""
+    """Columns that the records must have, checked at every start; a run that needs another is refused
+    before anything is charged."""
     split: str = "train"
     """Split (or file stem) of `source`."""
     profile: Profile = "hospital"

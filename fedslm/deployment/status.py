@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from fedslm.config import Config
 from fedslm.deployment.control import SeenNode
 from fedslm.deployment.enrolment import Admitted, admitted_nodes
 from fedslm.errors import FedslmError
-from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.checkpoint import ERROR, RunDirectory
 from fedslm.privacy import accounting
 from fedslm.privacy.statement import Statement
 from fedslm.records import RoundRecord
@@ -49,7 +50,7 @@ class RunStatus:
 
     Attributes:
         name: Name of its directory.
-        state: finished, running or interrupted (continue it with --resume).
+        state: finished, ended early (too few replies), running, failed, or interrupted (for --resume).
         round: Last finished round.
         rounds: Rounds asked for.
         completed: Updates in the last round's aggregate.
@@ -92,7 +93,8 @@ def status_of(server: Path, seen: Sequence[SeenNode]) -> FederationStatus:
     """
     directories = run_directories(server)
     known = {node.node_id: node for node in seen}
-    latest = _opened(directories[0]) if directories else None
+    begun = [path for path in directories if (path / "rounds.jsonl").exists()]
+    latest = _opened(begun[0]) if begun else None
     nodes = [_node(node, known, latest) for node in admitted_nodes(server) if not node.revoked]
     runs = [_run(path) for path in directories]
     return FederationStatus(tuple(nodes), tuple(run for run in runs if run is not None))
@@ -176,10 +178,13 @@ def _run(path: Path) -> RunStatus | None:
 
 def _state(directory: RunDirectory) -> str:
     """What a run does."""
-    if (directory.path / "report.json").exists():
-        return "finished"
+    try:
+        report = json.loads((directory.path / "report.json").read_text(encoding="utf-8"))
+        return "ended early" if report.get("stopped") else "finished"
+    except (OSError, ValueError, AttributeError):
+        pass
     try:
         with directory.locked():
-            return "interrupted"
+            return "failed" if (directory.path / ERROR).exists() else "interrupted"
     except FedslmError:
         return "running"

@@ -11,6 +11,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import fedslm
 from fedslm.aggregation.methods import trained_keys
+from fedslm.data.columns import needed
+from fedslm.data.shards import declared_columns
 from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError
 from fedslm.factors import delta_keys, key_of, layers_of
 from fedslm.federation.attestation import attest
@@ -28,6 +30,7 @@ from fedslm.privacy.plan import (
     ExamplePlan,
     NoPrivacy,
     PatientPlan,
+    Plan,
     PrivatePlan,
     from_json,
 )
@@ -64,6 +67,7 @@ def train(message: Message, context: Context) -> Message:
         reply = _answer(request, Node.of(context, request.setup.directory))
         return Message(reply.to_records(request.packing), reply_to=message)
     except (BudgetExceeded, PolicyRefused, FederationError) as error:  # these hold public values only
+        logger.warning("round %d is refused: %s", round_number, error)
         reply = Reply("refused", round_number, reason=str(error))
     except Exception:  # the edge of the client: a coarse status leaves, details stay here
         logger.exception("training failed")
@@ -94,7 +98,25 @@ def admitted(request: Request, node: Node) -> ExamplePlan | PatientPlan | NoPriv
         != setup.base_sha256
     ):
         raise FederationError("the base model here differs from the server's")
+    _check_columns(request, node, plan)
     return plan
+
+
+def _check_columns(request: Request, node: Node, plan: Plan) -> None:
+    """Refuses a run that needs a column which this node's operator does not declare.
+
+    What the records themselves have is not looked at: one record may bring a column.
+    """
+    declared = declared_columns(node.data)
+    if declared is None:
+        return
+    wanted = set(needed(request.setup.data, request.setup.task).values())
+    if isinstance(plan, PatientPlan):
+        wanted.add(plan.unit_column)
+    if missing := sorted(wanted - declared):
+        raise FederationError(
+            f"this node has no column {missing[0][:80]!r}; it declares {', '.join(sorted(declared))}"
+        )
 
 
 def _answer(request: Request, node: Node) -> Reply:

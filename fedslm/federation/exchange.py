@@ -16,6 +16,7 @@ from fedslm.privacy.statement import read_statement
 from fedslm.records import AdapterState
 
 _PATIENCE_SECONDS, _POLL_SECONDS = 45.0, 0.2
+_GRACE_SECONDS = 30.0  # replies that came in time must not expire while an earlier client is waited for
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Exchange:
     Attributes:
         grid: Where nodes are reached.
         nodes: Client index to node id.
-        seconds: How long one exchange may take; a message is worth nothing after it.
+        seconds: How long one exchange may take; a reply that comes later is dropped.
         frozen: What a node may not have yet: sent until it has answered once; empty in a simulation,
             whose clients read it from the run directory.
         keys: Client index to the ledger key that was admitted; empty in a simulation.
@@ -64,7 +65,7 @@ class Exchange:
                 contents[client in self._have],
                 self.nodes[client],
                 kind,
-                ttl=self.seconds,
+                ttl=self.seconds + _GRACE_SECONDS + len(asked),
                 group_id=str(request.round),
             )
             for client in asked

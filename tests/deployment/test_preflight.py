@@ -101,7 +101,7 @@ def test_a_node_in_order(node: Ready) -> None:
     """Every check is well, and says what it found."""
     found = checks(node)
     assert [check for check in found.values() if not check.is_good] == []
-    assert found["records"].detail == "4 records can be read"
+    assert found["records"].detail == "4 records can be read, with text, label, patient"
     assert "ε = 8" in found["policy"].detail
 
 

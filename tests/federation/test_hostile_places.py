@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -118,3 +120,19 @@ def test_the_server_does_not_read_the_environment(
     assert ask(request, context_of(0, write_policy(tmp_path / "a"))).status == "failed"
     listed = write_policy(tmp_path / "b", base_names=["$SECRET_PLACE"])
     assert ask(request, context_of(0, listed)).status == "ok"
+
+
+def test_a_column_that_is_not_declared_is_refused_and_free(honest: Request, tmp_path: Path) -> None:
+    """What the operator declares decides, not what the records have: nothing is charged for a wrong name."""
+    node = write_policy(tmp_path / "node")
+    context = context_of(0, node)
+    data = tmp_path / "data"
+    shutil.copytree(Path(honest.setup.directory) / "data", data)
+    context.node_config["data-directory"] = str(data)
+    for declared, status in ((["text"], "refused"), (["label", "text"], "ok"), ([], "ok")):
+        (data / "columns.json").write_text(json.dumps(declared))
+        reply = ask(replace(honest, round=honest.round + (declared == [])), context)
+        assert reply.status == status, reply.reason
+        assert (node / "ledger.jsonl").exists() == (status == "ok")
+        if status == "refused":
+            assert "this node has no column 'label'; it declares text" in reply.reason
