@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -103,8 +104,16 @@ def up(
         count = node.import_records(ready)
         typer.echo(f"{ready.file.name}: {count} records; connecting to {ready.admission.address}")
         stop = until_stopped()
+        threading.excepthook = _say_why
         threading.Thread(target=_leave, args=(stop,), daemon=True).start()
         node.run_node(ready, stop)
+
+
+def _say_why(what: threading.ExceptHookArgs) -> None:
+    """Says in a line why Flower's heartbeats ended."""
+    text = str(what.exc_value)
+    reason = "the server does not know this node's key: it was revoked" if "401" in text else text
+    logging.getLogger(__name__).error("heartbeats ended: %s", reason)
 
 
 def _leave(stop: threading.Event) -> None:

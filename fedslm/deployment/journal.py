@@ -30,7 +30,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr(form: str) -> None:
-    """Sends this program's log to standard error.
+    """Sends this program's log, and Flower's warnings, to standard error.
 
     Args:
         form: text, json, or auto: text on a terminal and json elsewhere (a journal, a file).
@@ -38,9 +38,10 @@ def log_to_stderr(form: str) -> None:
     is_text = form == "text" or (form == "auto" and sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(_TEXT) if is_text else JsonLines())
-    own = logging.getLogger("fedslm")
-    own.handlers, own.propagate = [handler], False
-    own.setLevel(logging.INFO)
+    for name, level in (("fedslm", logging.INFO), ("flwr", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
 
 
 def keep_small(path: Path, most_bytes: int = _MOST_BYTES) -> None:
