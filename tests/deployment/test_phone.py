@@ -165,7 +165,7 @@ def prepared(root: Path, base: Path, task: str, memory_mb: int) -> Path:
     toml = (PHONE / "node.toml").read_text().replace("notes.jsonl", str(root / "train.jsonl"))
     node = admitted_node(root / "place", f"memory_mb = {memory_mb}\n{toml}")
     policy = (PHONE / "policy.toml").read_text().replace("classification", task)
-    (node / "policy.toml").write_text(policy)
+    (node / "policy.toml").write_text(policy.replace("HuggingFaceTB/SmolLM2-135M", str(base)))
     return node
 
 
