@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _NOT_APPROVED, _LONGEST = 7, 32
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 30.0
 _REACH_SECONDS, _DAY_SECONDS = 10.0, 86_400.0
+_FETCHED_SECONDS = 5.0  # the server asks for replies every second or two
 Answer = Callable[[Message, int], Message]
 GoesOn = Callable[[float], bool]
 T = TypeVar("T")
@@ -50,9 +51,13 @@ class Link:
     approved: frozenset[str]
     most_bytes: int
     _bundles: dict[int, tuple[str, str]] = field(default_factory=dict)
+    _replied: float | None = None
 
     def serve(self, answer: Answer, goes_on: GoesOn, poll_seconds: float) -> None:
         """Answers messages, one at a time, until it is told to stop; a message under way is finished.
+
+        The last reply has a few seconds to be fetched before this returns: Flower's server gives no
+        reply of a node that it knows to be gone, but an error in its place.
 
         A message's tensors come and go in pieces of 5 MiB. If the connection breaks, it is tried again
         until the message is of no use any more, and what is here already is not pulled again. (One gap
@@ -82,6 +87,8 @@ class Link:
                 logger.warning("the server cannot be reached: %s", error)
             except Exception:  # the server is outside: whatever comes from it, the node goes on
                 logger.exception("a message could not be answered")
+        if self._replied is not None:
+            time.sleep(max(0.0, self._replied + _FETCHED_SECONDS - time.monotonic()))
 
     def _answered(self, answer: Answer, goes_on: GoesOn) -> bool:
         """Answers the next message; False if there is none."""
@@ -96,6 +103,7 @@ class Link:
         if reply is None:
             reply = answer(self._pulled(tree, metadata.run_id, patience), metadata.run_id)
         patience.call(lambda: self._send(reply, metadata.run_id))
+        self._replied = time.monotonic()
         return True
 
     def _pulled(self, tree: Any, run_id: int, patience: Patience) -> Message:

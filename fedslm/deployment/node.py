@@ -100,8 +100,8 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
 
     Formal guarantees:
         * Outside its conditions a node has no connection: the server sees it offline. Nothing is
-          computed either, and the worker is gone. A message under way when they end is finished, and
-          its reply is sent.
+          computed either, and the worker is gone. A message under way when they end is finished, its
+          reply is sent, and the connection stays for the few seconds in which the server fetches it.
 
     Raises:
         RunError: The node's key cannot be read, or another process runs this node.

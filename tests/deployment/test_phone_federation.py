@@ -16,7 +16,6 @@ from fedslm import simulation
 from fedslm.config import Config
 from fedslm.deployment import control
 from fedslm.progress import Silent
-from fedslm.records import AdapterState
 from fedslm.storage import load_adapter
 
 pytestmark = [pytest.mark.federation, pytest.mark.slow]
@@ -97,7 +96,9 @@ def test_a_phone_is_there_within_its_conditions_alone(site: Site, config_in: Mak
         plugged.unlink()
         eventually(lambda: bool(ended()), "the run's end")
     assert ended() == control.COMPLETED
-    assert [line["completed"] for line in rounds_of(directory)] == [1]
+    assert [line["completed"] for line in rounds_of(directory)] == [1], rounds_of(directory)[0][
+        "reasons"
+    ]
     eventually(lambda: not site.online("north"), "offline")
     assert "does not take part" in site.log("north")
     before = len(site.cables["north"]._pairs)
@@ -112,7 +113,7 @@ def test_a_phone_is_there_within_its_conditions_alone(site: Site, config_in: Mak
 def test_a_broken_download_goes_on_from_what_is_there(
     site: Site, config_in: MakeConfig, tmp_path: Path
 ) -> None:
-    """The connection breaks twice within a message of 20 MB: the round completes, and little came twice."""
+    """The connection breaks twice within a message of 38 MB: the round completes, and little came twice."""
     site.stop("north")
     flaky = Flaky(int(site.settings["port"]), [6 * MIB, 14 * MIB])
     change_admission(site.root / "north", address=f"127.0.0.1:{flaky.port}")
@@ -132,14 +133,7 @@ def test_a_broken_download_goes_on_from_what_is_there(
     flaky.close()
     assert status == control.COMPLETED, site.log("north")
     assert [line["completed"] for line in rounds_of(directory)] == [1]
-    size = sent_in_round_1(load_adapter(moving(directory)))
+    size = load_adapter(moving(directory)).num_bytes
     print(f"message {size / MIB:.1f} MiB, down {flaky.down / MIB:.1f} MiB, {flaky.breaks} breaks")
     assert flaky.breaks == 2
-    assert 18 * MIB < size <= flaky.down < size + 8 * MIB
-
-
-def sent_in_round_1(state: AdapterState) -> int:
-    """Bytes that a message has to carry: B starts at zero, and equal tensors are sent once."""
-    first = sum(tensor.nbytes for key, tensor in state.tensors.items() if ".lora_A." in key)
-    zeros = {tensor.shape: tensor.nbytes for key, tensor in state.tensors.items() if ".lora_B." in key}
-    return first + sum(zeros.values())
+    assert 30 * MIB < size <= flaky.down < size + 8 * MIB

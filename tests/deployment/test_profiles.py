@@ -270,13 +270,13 @@ def test_the_units_commands_work_in_their_sandboxes(server: Path, notes: Path, t
     said = check.communicate(timeout=SECONDS)[0]
     assert check.returncode == 0, said
     assert "ok  self-test: passed" in said
-    assert len(re.findall(r"^ok ", said, re.MULTILINE)) == 8
+    assert len(re.findall(r"^ok ", said, re.MULTILINE)) == 10
 
     assert not is_connected(server)
     process = inside(NODE_UNIT, node, *setting(NODE_UNIT, "ExecStart").split())
     try:
         wait_for(process, "as node")
-        (row,) = json.loads(outside("server", "status", "--server", server, "--json"))
+        (row,) = json.loads(outside("server", "status", "--server", server, "--json"))["nodes"]
         assert row["status"] == "online"
         assert is_connected(server)
     finally:
