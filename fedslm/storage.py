@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedslm.errors import RunError
 from fedslm.records import AdapterState
@@ -81,5 +84,20 @@ def load_adapter(path: Path) -> AdapterState:
 
     try:
         return AdapterState(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def read_tensors(path: Path, names: Sequence[str]) -> list[NDArray[np.float32]]:
+    """Reads some tensors of a safetensors file, and nothing else of it.
+
+    Raises:
+        RunError: The file is missing or damaged, or lacks one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return [file.get_tensor(name) for name in names]
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error

@@ -16,6 +16,7 @@ from fedslm.cli.audit import audit_app
 from fedslm.cli.budget import budget_app
 from fedslm.cli.console import ERRORS, ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.cli.data import data_app
+from fedslm.cli.distill import distill_app
 from fedslm.cli.inference import inference_app
 from fedslm.cli.methods import methods_app
 from fedslm.cli.model import model_app
@@ -45,6 +46,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(node_app, name="node")
 app.add_typer(methods_app)  # without a name: its command stands beside these
 app.add_typer(inference_app)
+app.add_typer(distill_app)
 
 _INTERRUPTED = 130
 

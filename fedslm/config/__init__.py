@@ -19,7 +19,15 @@ from fedslm.config.base import (
     TaskName,
     Unit,
 )
-from fedslm.config.reading import from_flat, from_mapping, from_toml, to_toml, with_overrides
+from fedslm.config.distillation import DistillConfig, DistilMethod
+from fedslm.config.reading import (
+    from_flat,
+    from_mapping,
+    from_toml,
+    section_from,
+    to_toml,
+    with_overrides,
+)
 from fedslm.config.sections import (
     Config,
     DataConfig,
@@ -39,6 +47,8 @@ __all__ = [
     "CompressionConfig",
     "Config",
     "DataConfig",
+    "DistilMethod",
+    "DistillConfig",
     "EngineConfig",
     "FederationConfig",
     "LoraConfig",
@@ -62,6 +72,7 @@ __all__ = [
     "from_flat",
     "from_mapping",
     "from_toml",
+    "section_from",
     "to_toml",
     "with_overrides",
 ]

@@ -14,12 +14,15 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from fedslm.config.base import Section
 from fedslm.config.sections import Config
 from fedslm.errors import ConfigError, Problem
+
+S = TypeVar("S", bound=Section)
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
@@ -40,6 +43,24 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
         return Config.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError([_problem(detail) for detail in error.errors()]) from None
+
+
+def section_from(kind: type[S], name: str, values: Mapping[str, Any]) -> S:
+    """Builds one section.
+
+    Args:
+        kind: Its class.
+        name: As it is called in a config, for errors.
+        values: Its keys.
+
+    Raises:
+        ConfigError: Everything that is wrong, with dotted keys.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        details = [{**detail, "loc": (name, *detail["loc"])} for detail in error.errors()]
+        raise ConfigError([_problem(detail) for detail in details]) from None
 
 
 def from_toml(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -28,6 +28,7 @@ from fedslm.config.base import (
     TaskName,
     Unit,
 )
+from fedslm.config.distillation import DistillConfig
 
 
 class RunConfig(Section):
@@ -269,6 +270,7 @@ class Config(Section):
     attack: AttackConfig = AttackConfig()
     federation: FederationConfig = FederationConfig()
     engine: EngineConfig = EngineConfig()
+    distill: DistillConfig = DistillConfig()
 
     def resolved(self) -> Config:
         """Returns the config with every "auto" that needs no machine replaced by its choice."""
@@ -282,6 +284,8 @@ class Config(Section):
         """Hash of what determines the result: all but where it runs and what it is called."""
         content = self.resolved().model_dump(mode="json")
         content.pop("engine")
+        if not self.distill.mutual_steps:  # else it is a part of the rounds
+            content.pop("distill")
         content["run"] = {"seed": self.run.seed}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

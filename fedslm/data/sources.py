@@ -114,6 +114,12 @@ def _places(source: str, split: str, query: str | None) -> dict[str, str]:
     return {f"{file.stat().st_dev}:{file.stat().st_ino}": str(file.resolve()) for file in each}
 
 
+def same_records(first: tuple[str, str], second: tuple[str, str]) -> bool:
+    """Whether two splits, each a source and its split, share a file, a query or a name."""
+    places = [_places(source, split, None) for source, split in (first, second)]
+    return not places[0].keys().isdisjoint(places[1].keys())
+
+
 def cut(dataset: Dataset, max_records: int, seed: int) -> Dataset:
     """A seeded sample of a data set that is longer than ``max_records``, else all of it in order."""
     if len(dataset) <= max_records:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,11 @@ from fedslm.inference.trained import FinishedRun, Trained, computing
 from fedslm.rng import seed_of
 from fedslm.tasks.base import Tokens, tokenise
 from fedslm.tasks.prompts import Prompts
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from fedslm.models.loaded import LoadedModel
 
 WRITTEN = ("causal-lm", "instruction", "seq2seq", "preference")
 DEFAULT_MAX_TOKENS = 64
@@ -224,28 +229,10 @@ def _write(
     prompts: list[Prompt], trained: Trained, sampling: Sampling, number: int, listener: _Listener | None
 ) -> list[list[str]]:
     """Texts for each prompt of a batch."""
-    model = trained.model
-    network: Any = model.adapter.network
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    pads = [longest - len(prompt.tokens) for prompt in prompts]
-    padding = int(model.tokenizer.pad_token_id)
-    ids = [(*(padding,) * pad, *prompt.tokens) for pad, prompt in zip(pads, prompts, strict=True)]
-    mask = [(*(0,) * pad, *(1,) * (longest - pad)) for pad in pads]
-    settings = _settings(trained, sampling)
-    is_cuda = model.device.type == "cuda"
-    with (
-        computing(model),
-        torch.random.fork_rng(devices=[model.device] if is_cuda else []),
-    ):
-        torch.manual_seed(seed_of(sampling.seed, "generation", number))
-        written = network.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            generation_config=settings,
-            streamer=listener,
-        ).tolist()
-    begins = 1 if trained.run.task.name == "seq2seq" else longest
-    new = [_until_end(row[begins:], settings.eos_token_id) for row in written]
+    settings = generation_settings(trained.model, sampling)
+    seed = seed_of(sampling.seed, "generation", number)
+    asked = [prompt.tokens for prompt in prompts]
+    new = new_tokens(trained.model, asked, settings, seed, listener)
     count = sampling.samples
     return [
         [_text_of(trained, prompt, row) for row in new[at * count : (at + 1) * count]]
@@ -253,12 +240,53 @@ def _write(
     ]
 
 
-def _settings(trained: Trained, sampling: Sampling) -> Any:
+def new_tokens(
+    model: LoadedModel,
+    prompts: Sequence[Tokens],
+    settings: GenerationConfig,
+    seed: int,
+    listener: Any = None,
+) -> list[Tokens]:
+    """Lets a model go on from a batch of prompts.
+
+    Args:
+        model: Writes with the adapter that is in it.
+        prompts: Token ids, each of any length >= 1.
+        settings: As :func:`generation_settings` makes them.
+        seed: Of the draws; the process' own random state stays as it was.
+        listener: A streamer of transformers, for one prompt.
+
+    Returns:
+        The new tokens up to the first that ends a text, for each prompt and each of its samples.
+    """
+    network: Any = model.adapter.network
+    longest = max(map(len, prompts))
+    pads = [longest - len(prompt) for prompt in prompts]
+    padding = int(model.tokenizer.pad_token_id)
+    ids = [(*(padding,) * pad, *prompt) for pad, prompt in zip(pads, prompts, strict=True)]
+    mask = [(*(0,) * pad, *(1,) * (longest - pad)) for pad in pads]
+    is_cuda = model.device.type == "cuda"
+    with (
+        computing(model),
+        torch.random.fork_rng(devices=[model.device] if is_cuda else []),
+    ):
+        torch.manual_seed(seed)
+        written = network.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=settings,
+            streamer=listener,
+        ).tolist()
+    begins = 1 if network.config.is_encoder_decoder else longest
+    return [_until_end(row[begins:], settings.eos_token_id) for row in written]
+
+
+def generation_settings(model: LoadedModel, sampling: Sampling) -> GenerationConfig:
     """Transformers' settings; what the base brings along on its own (such as top-p) is turned off."""
     from transformers import GenerationConfig
 
-    tokenizer = trained.model.tokenizer
-    network: Any = trained.model.adapter.network
+    tokenizer = model.tokenizer
+    network: Any = model.adapter.network
     own = getattr(network.generation_config, "eos_token_id", None)
     ends = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
     draws = sampling.temperature > 0
@@ -318,7 +346,7 @@ class _Listener:
 
     def _show(self, *, whole: bool) -> None:
         """Hands on what is new; half a character waits for its other half."""
-        ends = _settings(self._trained, Sampling(1)).eos_token_id
+        ends = generation_settings(self._trained.model, Sampling(1)).eos_token_id
         text = _text_of(self._trained, self._prompt, _until_end(self._tokens, ends))
         if not whole:
             text = text.rstrip("\ufffd \n")

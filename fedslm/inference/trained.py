@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import fedslm
-from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig
+from fedslm.config import (
+    DataConfig,
+    DistillConfig,
+    LoraConfig,
+    ModelConfig,
+    TaskConfig,
+    TrainingConfig,
+)
 from fedslm.errors import ModelError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.models.base import base_sha256, resolve
@@ -37,6 +44,8 @@ class FinishedRun:
         lora: The adapter's shape.
         data: Names of the columns; where the run's data came from.
         task: What was learned.
+        training: How clients trained.
+        distill: What was asked to become of it.
         seed: The run's seed, from which the starting adapter came.
         adapter: The trained adapter, whole.
     """
@@ -47,6 +56,8 @@ class FinishedRun:
     lora: LoraConfig
     data: DataConfig
     task: TaskConfig
+    training: TrainingConfig
+    distill: DistillConfig
     seed: int
     adapter: AdapterState
 
@@ -129,6 +140,8 @@ def open_run(path: Path, *, base: str | None = None, device: str | None = None) 
         lora=config.lora.model_copy(update=report["adapter_lora"]),
         data=config.data,
         task=config.task,
+        training=config.training,
+        distill=config.distill,
         seed=config.run.seed,
         adapter=_adapter(path, report),
     )

@@ -105,7 +105,17 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
     }
 
 
-_TOLD_ELSEWHERE = {"run", "model", "data", "task", "privacy", "engine", "attack", "federation"}
+_TOLD_ELSEWHERE = {
+    "run",
+    "model",
+    "data",
+    "task",
+    "privacy",
+    "engine",
+    "attack",
+    "federation",
+    "distill",
+}
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def test_draws_follow_the_model(finished_run: Finished) -> None:
     prompt = Prompt("", (2, 5, 6))
     with torch.inference_mode():
         shares = adapter.network(input_ids=torch.tensor([prompt.tokens])).logits[0, -1].softmax(-1)
-    settings = generation._settings(trained, Sampling(1, 1.0, 100))
+    settings = generation.generation_settings(trained.model, Sampling(1, 1.0, 100))
     torch.manual_seed(0)
     with torch.inference_mode():
         ids = torch.tensor([prompt.tokens] * 20)

@@ -1,0 +1,263 @@
+"""``fedslm distill``: teach a larger model what the federation learned, and prove that it arrived."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedslm.cli.answers import print_table
+from fedslm.cli.console import ERRORS, Json, Overrides, clear_errors
+
+if TYPE_CHECKING:
+    from fedslm.distillation.distil import Asked
+    from fedslm.distillation.lesson import Watcher
+    from fedslm.distillation.proof import Question
+
+distill_app = typer.Typer()
+
+_INTERRUPTED = 130
+_GIGA = 1e9
+
+
+@distill_app.command()
+def distill(
+    run: Annotated[Path, typer.Argument(help="A finished run's directory.", metavar="RUN")],
+    student: Annotated[
+        str | None, typer.Option(help="The larger model: hub name or directory.", metavar="MODEL")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Public records: path, hub name or demo data.", metavar="PUBLIC")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split (or file stem) of --data.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="proxy-target, forward-kl, reverse-kl, jsd (same tokenizer, or classes); "
+            "gated-reverse-kl, log-confidence (classes); sequence (other tokenizers); labels."
+        ),
+    ] = None,
+    general: Annotated[
+        str | None, typer.Option(help="General public text on which the student stays near itself.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of the student.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where it goes; left out: RUN/distilled.", metavar="DIR")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Where the teacher's base lies now.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    drop_overlap: Annotated[
+        bool, typer.Option("--drop-overlap", help="Leave out public records that hold test records.")
+    ] = False,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Train the controls too: did the clients' knowledge arrive?")
+    ] = False,
+    test: Annotated[
+        str | None,
+        typer.Option(help="Test records for --prove; left out: the run's evaluation split."),
+    ] = None,
+    test_split: Annotated[str, typer.Option(help="Split of --test.")] = "test",
+    probe: Annotated[
+        str | None,
+        typer.Option(help='For --prove: records that only clients could know; a column "group".'),
+    ] = None,
+    probe_split: Annotated[str, typer.Option(help="Split of --probe.")] = "probe",
+    seeds: Annotated[int, typer.Option(help="For --prove: trainings of each arm.")] = 1,
+    resamples: Annotated[int, typer.Option(help="For --prove: bootstrap, at least 1000.")] = 2000,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and estimate memory and time.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Teach a larger model what the federation learned, on public records alone.
+
+    What comes out has the guarantee of the federated adapter, and nothing more is spent. The same call
+    goes on where an interrupted one stopped.
+
+    Example: `fedslm distill runs/triage --student BiggerLab/base --data public.jsonl`
+
+    Example: `fedslm distill runs/story --student big --data public.jsonl --prove --seeds 3`
+    """
+    with clear_errors():
+        from fedslm.distillation.distil import DIRECTORY, distil, prepare
+        from fedslm.inference.trained import open_run
+
+        opened = open_run(run, base=base)
+        given = {
+            "student": student,
+            "source": data,
+            "split": split,
+            "method": method,
+            "general_source": general,
+            "steps": steps,
+            "device": device,
+        }
+        settings = _settings(opened.distill, given, overrides)
+        asked = prepare(opened, settings, drop_overlap=drop_overlap)
+        if dry_run:
+            _estimated(asked, as_json)
+            return
+        target = out or opened.directory / DIRECTORY
+        question = None
+        if prove:
+            places = [(test, test_split), (probe, probe_split)]
+            question = _question(asked, places, seeds, resamples)
+        elif test or probe:
+            raise typer.BadParameter("--test and --probe are for --prove")
+        with _watching(target) as watcher:
+            report = distil(asked, target, watcher, question)
+        _say(report, as_json)
+
+
+def _question(
+    asked: Asked, places: list[tuple[str | None, str]], seeds: int, resamples: int
+) -> Question:
+    """What is to be proved: on the run's own test records unless others are named."""
+    from fedslm.distillation.proof import Question
+    from fedslm.inference.evaluation import Elsewhere, other_rows
+
+    (test, test_split), (probe, probe_split) = places
+    run, tests, probed = asked.plan.run, asked.tests, []
+    if test is not None:
+        tests = other_rows(run, Elsewhere(test, test_split))
+    if probe is not None:
+        probed = other_rows(run, Elsewhere(probe, probe_split))
+    return Question(tests, probed, asked.general, seeds, resamples)
+
+
+def _settings(section: Any, given: dict[str, Any], overrides: list[str]) -> Any:
+    """The run's own ``[distill]`` section with what the command line says."""
+    from fedslm.config import DistillConfig, section_from, with_overrides
+
+    values = section.model_dump(mode="json")
+    values |= {key: value for key, value in given.items() if value is not None}
+    strangers = [each for each in overrides if not each.startswith("distill.")]
+    if strangers:
+        raise typer.BadParameter(f"--set {strangers[0]}: only distill.… can be set here")
+    return section_from(
+        DistillConfig, "distill", with_overrides({"distill": values}, overrides)["distill"]
+    )
+
+
+def _estimated(asked: Asked, as_json: bool) -> None:
+    """What it would take."""
+    from fedslm.distillation.estimate import estimate
+
+    found, plan = estimate(asked.plan), asked.plan
+    total = found.total_bytes(two_passes=bool(plan.settings.cached_samples))
+    if as_json:
+        values = {**vars(found), "total_bytes": total, "method": plan.settings.method}
+        typer.echo(json.dumps(values))
+        return
+    student, teacher = found.parameters
+    rows = [
+        ("method", plan.settings.method),
+        ("public records", f"{len(plan.rows):,}"),
+        ("student", f"{student:,} parameters, {found.trained:,} of its adapter are trained"),
+        ("teacher", f"{teacher:,} parameters"),
+        ("memory", f"about {total / _GIGA:.2f} GB on {found.device}"),
+        ("time", f"about {_duration(found.seconds)} for {plan.settings.steps} steps"),
+    ]
+    print_table("", ("what", "how much"), rows, ["rough: half or twice as much is usual"])
+    if found.device_bytes is not None and total > 0.9 * found.device_bytes:
+        ERRORS.print(
+            "it will hardly fit: set distill.quantization=int4, distill.gradient_checkpointing=true or "
+            "distill.cached_samples=16",
+            style="yellow",
+        )
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> _duration(12.3), _duration(7200)
+    ('12 s', '2.0 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def _watching(target: Path) -> Iterator[Watcher]:
+    """Bars for the stages on a terminal; elsewhere a line for each tenth."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=ERRORS, transient=True, disable=not ERRORS.is_terminal) as bar:
+        try:
+            yield _Stages(bar)
+        except KeyboardInterrupt:
+            bar.stop()
+            ERRORS.print(
+                f"interrupted; the same call goes on from {target}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+            raise typer.Exit(_INTERRUPTED) from None
+
+
+class _Stages:
+    """A bar for each stage."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._tasks: dict[str, Any] = {}
+        self._tenths: dict[str, int] = {}
+
+    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Moves a stage's bar."""
+        if ERRORS.is_terminal:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bar.add_task(stage, total=total, note="")
+            self._bar.update(self._tasks[stage], completed=done, total=total, note=note)
+            return
+        tenth = 10 * done // max(total, 1)
+        if tenth > self._tenths.get(stage, 0):
+            self._tenths[stage] = tenth
+            ERRORS.print(f"{stage}: {done}/{total} {note}", highlight=False, markup=False)
+
+
+def _say(report: dict[str, Any], as_json: bool) -> None:
+    """What came out and where to look."""
+    if as_json:
+        keys = ("directory", "method", "metrics", "general", "privacy", "adapter_sha256", "seconds")
+        typer.echo(json.dumps({key: report[key] for key in keys}))
+        return
+    console, name = Console(), report["headline"]
+    if report["metrics"]:
+        figures = [f"{model} {each[name]:.4f}" for model, each in report["metrics"].items()]
+        console.print(f"{name}: {', '.join(figures)}", highlight=False)
+    if report["proof"] is not None:
+        _say_gains(console, report["proof"])
+    privacy = report["privacy"]
+    if privacy["epsilon"] is not None:
+        console.print(
+            f"privacy: ε = {privacy['epsilon']:.3f} at δ = {privacy['delta']:g}, as the federated "
+            f"adapter's; nothing was spent here",
+            highlight=False,
+        )
+    console.print(f"look at {report['directory']}/distill.md", highlight=False, soft_wrap=True)
+
+
+def _say_gains(console: Console, proof: dict[str, Any]) -> None:
+    """Gains over the controls, and what follows."""
+    for control, gain in proof["gains"].items():
+        console.print(
+            f"gain over {control}: {gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]",
+            highlight=False,
+        )
+    said = "a gain over every control" if proof["gain"] else "no gain over every control is shown"
+    console.print(f"proof of transfer: {said}", style="green" if proof["gain"] else "yellow")

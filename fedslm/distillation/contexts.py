@@ -1,0 +1,262 @@
+"""What both models are shown: public records, half of whose texts the teacher writes on itself.
+
+A text that the teacher continues is domain phrasing that public text lacks. It comes from the federated
+adapter alone, so that under differential privacy it is post-processing, as all that is here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedslm.config import DistillConfig
+from fedslm.distillation.pair import Reader, Teacher
+from fedslm.errors import DataError
+from fedslm.inference.generation import Sampling, generation_settings, new_tokens
+from fedslm.inference.trained import FinishedRun, OnProgress
+from fedslm.models.loaded import LoadedModel
+from fedslm.rng import seed_of, stream
+from fedslm.storage import write_text
+from fedslm.tasks.base import Example, Row, Tokens
+from fedslm.tasks.instruction import Instruction
+from fedslm.tasks.tokens import IGNORED
+
+_WRITTEN_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Context:
+    """One public record as both models read it.
+
+    Attributes:
+        teacher: In the teacher's tokens.
+        student: In the student's; the same where the tokenizers are.
+        labelled: Whether ``student`` holds a public label or a public text, not a made-up one.
+    """
+
+    teacher: Example
+    student: Example
+    labelled: bool
+
+
+def class_contexts(rows: Sequence[Row], column: str, teacher: Reader, student: Reader) -> list[Context]:
+    """Contexts of texts to be classified; a record without a known label is shown all the same.
+
+    Args:
+        rows: Public records.
+        column: With the label, if a record has one.
+        teacher: How the teacher reads.
+        student: How the student reads.
+
+    Raises:
+        DataError: No record can be used.
+    """
+    known, labels = set(teacher.task.labels), teacher.task.labels
+    shown = [{**row, column: row.get(column) or ""} for row in rows]
+    stand_ins = [row if str(row[column]) in known else {**row, column: labels[0]} for row in shown]
+    found = [model.task.prepare(stand_ins, model.tokenizer) for model in (teacher, student)]
+    theirs, own = (dict(zip(each.kept, each.examples, strict=True)) for each in found)
+    contexts = [
+        Context(theirs[number], own[number], str(shown[number][column]) in known)
+        for number in sorted(theirs.keys() & own.keys())
+    ]
+    return _some(contexts, len(rows))
+
+
+def public_texts(rows: Sequence[Row], run: FinishedRun, reader: Reader) -> list[Context]:
+    """Contexts of public texts as they are; prompts without a completion are left out.
+
+    Raises:
+        DataError: No record can be used.
+    """
+    whole = [each.whole for each in beginnings(rows, run, reader)]
+    return _some([Context(each, each, labelled=True) for each in whole if each is not None], len(rows))
+
+
+def text_contexts(
+    rows: Sequence[Row], writer: Teacher, settings: DistillConfig, on_progress: OnProgress
+) -> list[Context]:
+    """Contexts of language, for models that share a tokenizer.
+
+    A seeded share of the texts is continued by the teacher: from a quarter of a plain text, or from the
+    prompt alone. So is every prompt without a public completion.
+
+    Args:
+        rows: Public records.
+        writer: S*, or whichever model teaches this arm.
+        settings: ``sampled_fraction``.
+        on_progress: Is told how many texts are written, of how many.
+
+    Raises:
+        DataError: No record can be used.
+    """
+    prompts = beginnings(rows, writer.trained.run, writer.reader)
+    generator = stream(writer.trained.run.seed, "distil-sampled")
+    drawn = generator.random(len(prompts)) < settings.sampled_fraction
+    to_write = [at for at, each in enumerate(prompts) if drawn[at] or each.whole is None]
+    room = most_new_tokens(writer.trained.run)
+    asked = [prompts[at].tokens for at in to_write]
+    written = _write(writer, asked, room, on_progress) if asked else []
+    contexts = {at: each.whole for at, each in enumerate(prompts) if each.whole is not None}
+    made = {
+        at: _continued(prompts[at].tokens, new, writer)
+        for at, new in zip(to_write, written, strict=True)
+    }
+    both = {**contexts, **{at: example for at, example in made.items() if example is not None}}
+    order = sorted(both)
+    return _some([Context(both[at], both[at], at not in made) for at in order], len(rows))
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a model goes on from.
+
+    Attributes:
+        tokens: Of the prompt.
+        whole: The public record, prompt and end together; None if it has no end.
+    """
+
+    tokens: Tokens
+    whole: Example | None
+
+
+def beginnings(rows: Sequence[Row], run: FinishedRun, reader: Reader) -> list[Beginning]:
+    """The beginning of each record's text, or its prompt; records without text are left out."""
+    task = reader.task
+    if not isinstance(task, Instruction):
+        prepared = task.prepare(rows, reader.tokenizer)
+        return [
+            Beginning(each.input_ids[: max(1, each.length // 4)], each) for each in prepared.examples
+        ]
+    column = str(run.data.label_column)
+    filled = [{**row, column: row.get(column) or ""} for row in rows]
+    whole = task.prepare(filled, reader.tokenizer)
+    ended = dict(zip(whole.kept, whole.examples, strict=True))
+    texts = [task.prompts.text(row) for row in filled]
+    asked = task.prompts.tokens(texts, reader.tokenizer)
+    room = run.task.max_length - 1
+    return [
+        Beginning(_fitted(ids, room), ended.get(at))
+        for at, (ids, text) in enumerate(zip(asked, texts, strict=True))
+        if ids and text.strip()
+    ]
+
+
+def write_all(
+    model: LoadedModel,
+    asked: Sequence[Tokens],
+    sampling: Sampling,
+    on_progress: OnProgress,
+) -> list[list[Tokens]]:
+    """New tokens for each prompt, ``sampling.samples`` of them; prompts of like length go together.
+
+    A prompt that leaves no room in the model's positions keeps its first token and its end.
+    """
+    asked = [_fitted(ids, longest_of(model) - sampling.max_tokens) for ids in asked]
+    order = sorted(range(len(asked)), key=lambda at: len(asked[at]))
+    found: list[list[Tokens]] = [[] for _ in asked]
+    settings, count = generation_settings(model, sampling), sampling.samples
+    for start in range(0, len(order), _WRITTEN_AT_ONCE):
+        chosen = order[start : start + _WRITTEN_AT_ONCE]
+        seed = seed_of(sampling.seed, "distil-writing", start)
+        new = new_tokens(model, [asked[at] for at in chosen], settings, seed)
+        for position, at in enumerate(chosen):
+            found[at] = new[position * count : (position + 1) * count]
+        on_progress(min(start + _WRITTEN_AT_ONCE, len(order)), len(order))
+    return found
+
+
+def longest_of(model: LoadedModel) -> int:
+    """Longest sequence that a model can look at; very long if there is no limit."""
+    positions = getattr(model.adapter.network.config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else sys.maxsize
+
+
+def _fitted(ids: Tokens, room: int) -> Tokens:
+    """A prompt of at most ``room`` tokens, or of one."""
+    room = max(room, 1)
+    return ids if len(ids) <= room else (*ids[:1], *ids[len(ids) - room + 1 :])[:room]
+
+
+def _write(
+    writer: Teacher, asked: Sequence[Tokens], room: int, on_progress: OnProgress
+) -> list[Tokens]:
+    """One continuation of each prompt by the teacher, drawn as it says."""
+    model = writer.trained.model
+    model.adapter.write(writer.tuned)
+    model.adapter.network.eval()
+    sampling = Sampling(room, temperature=1.0, seed=writer.trained.run.seed)
+    return [new for (new,) in write_all(model, asked, sampling, on_progress)]
+
+
+def most_new_tokens(run: FinishedRun) -> int:
+    """Most new tokens of a continuation: what training showed."""
+    task = run.task
+    return task.max_target_length or max(1, task.max_length - task.max_length // 4)
+
+
+def _continued(prompt: Tokens, new: Tokens, writer: Teacher) -> Example | None:
+    """A prompt with its continuation, cut to the longest length; None if nothing is left to learn."""
+    longest = writer.trained.run.task.max_length
+    end = writer.tokenizer.eos_token_id
+    if not isinstance(writer.task, Instruction):
+        ids = (*prompt, *new)[:longest]
+        return Example(ids) if len(ids) > 1 else None
+    answer = new if end is None else (*new, int(end))
+    answer = answer[: longest - len(prompt)]
+    if not answer:
+        return None
+    return Example((*prompt, *answer), targets=(*(IGNORED,) * len(prompt), *answer))
+
+
+def _some(contexts: list[Context], rows: int) -> list[Context]:
+    """Contexts, at least one."""
+    if not contexts:
+        raise DataError(
+            f"none of {rows} public record(s) can be used: they have no text; give others with --data"
+        )
+    return contexts
+
+
+def save_contexts(path: Path, contexts: Sequence[Context]) -> None:
+    """Writes contexts, one JSON line each."""
+    lines = [json.dumps(_values(context)) for context in contexts]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def load_contexts(path: Path) -> list[Context]:
+    """Reads contexts back."""
+    return list(_read(path.read_text(encoding="utf-8").splitlines()))
+
+
+def _values(context: Context) -> dict[str, Any]:
+    """A context as plain values."""
+    return {
+        "teacher": _example(context.teacher),
+        "student": None if context.student is context.teacher else _example(context.student),
+        "labelled": context.labelled,
+    }
+
+
+def _example(example: Example) -> list[Any]:
+    """An example as plain values."""
+    return [list(example.input_ids), example.target, list(example.targets)]
+
+
+def _read(lines: Sequence[str]) -> Iterator[Context]:
+    """Contexts of lines."""
+    for line in lines:
+        values = json.loads(line)
+        teacher = _made(values["teacher"])
+        student = teacher if values["student"] is None else _made(values["student"])
+        yield Context(teacher, student, bool(values["labelled"]))
+
+
+def _made(values: list[Any]) -> Example:
+    """An example of plain values."""
+    ids, target, targets = values
+    return replace(Example(tuple(ids)), target=target, targets=tuple(targets))

@@ -1,0 +1,188 @@
+"""Losses of a position: how far the student is from what it should say.
+
+All take the student's logits (positions, vocabulary), with gradient, and a target of log-probabilities of
+the same shape, without; they give (positions,). float64 stays float64, all else is computed in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+Loss = Callable[..., torch.Tensor]
+
+
+def forward_kl(logits: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """τ²·KL(target ‖ student): covers all that the target says; right for a better teacher.
+
+    Args:
+        logits: The student's, before any temperature.
+        target: Log-probabilities at the temperature.
+        temperature: τ > 0; τ² keeps the gradient's size (Hinton et al. 2015, arXiv 1503.02531).
+    """
+    return temperature**2 * _kl(_exact(target), _log_softmax(logits, temperature))
+
+
+def reverse_kl(logits: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """τ²·KL(student ‖ target): seeks what the target is sure of; right for a weaker teacher.
+
+    Args: as :func:`forward_kl`.
+
+    References:
+        Gu et al. 2023, MiniLLM (arXiv 2306.08543); Yao et al. 2025 on weak teachers (arXiv 2502.11107).
+    """
+    return temperature**2 * _kl(_log_softmax(logits, temperature), _exact(target))
+
+
+def jsd(
+    logits: torch.Tensor, target: torch.Tensor, beta: float, temperature: float = 1.0
+) -> torch.Tensor:
+    """τ²·(β·KL(target ‖ M) + (1 − β)·KL(student ‖ M)) with M = β·target + (1 − β)·student.
+
+    β = 0 and β = 1 are forward and reverse KL: the formula itself goes to 0 there, and its gradient too.
+
+    Args:
+        logits: The student's.
+        target: Log-probabilities at the temperature.
+        beta: In [0, 1].
+        temperature: As :func:`forward_kl`.
+
+    References:
+        Agarwal et al. 2024, generalised knowledge distillation (arXiv 2306.13649).
+    """
+    if beta == 0:
+        return forward_kl(logits, target, temperature)
+    if beta == 1:
+        return reverse_kl(logits, target, temperature)
+    own, wanted = _log_softmax(logits, temperature), _exact(target)
+    mixed = torch.logaddexp(wanted + math.log(beta), own + math.log1p(-beta))
+    return temperature**2 * (beta * _kl(wanted, mixed) + (1 - beta) * _kl(own, mixed))
+
+
+def log_confidence(
+    logits: torch.Tensor, target: torch.Tensor, coefficient: float, shares: torch.Tensor
+) -> torch.Tensor:
+    """(1 − c)·CE(student, target) + c·CE(student, its own hardened guess).
+
+    Guesses are hardened so that each class gets its share of the batch: the surest go first, and what
+    finds its class full goes to the next best. For two classes that is the threshold of the paper.
+
+    Args:
+        logits: The student's; all positions of a batch, which share the classes.
+        target: Log-probabilities.
+        coefficient: c in [0, 1].
+        shares: Of each class, shape (classes,), >= 0, summing to 1.
+
+    References:
+        Burns et al. 2023, Weak-to-Strong Generalization (arXiv 2312.09390), section 4.3.
+    """
+    own = _log_softmax(logits, 1.0)
+    taught = -(_exact(target).exp() * own).sum(dim=-1)
+    guessed = F.nll_loss(own, hardened(own.detach(), shares), reduction="none")
+    return (1 - coefficient) * taught + coefficient * guessed
+
+
+def hardened(log_probabilities: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """One class for each position, each class as often as its share says, the surest first.
+
+    Args:
+        log_probabilities: (positions, classes).
+        shares: (classes,), summing to 1.
+
+    Returns:
+        int64 of shape (positions,).
+
+    >>> sure = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]).log()
+    >>> hardened(sure, torch.tensor([2 / 3, 1 / 3])).tolist()
+    [0, 0, 1]
+    """
+    positions, classes = log_probabilities.shape
+    room = _quotas(shares, positions)
+    chosen = [-1] * positions
+    order = log_probabilities.flatten().argsort(descending=True, stable=True).tolist()
+    for number in order:
+        position, label = divmod(number, classes)
+        if chosen[position] < 0 and room[label] > 0:
+            chosen[position] = label
+            room[label] -= 1
+    return torch.tensor(chosen, device=log_probabilities.device)
+
+
+def confidence_gate(target: torch.Tensor, threshold: float) -> torch.Tensor:
+    """1 where the target's likeliest class has at least this probability, else 0; shape (positions,)."""
+    return (target.exp().amax(dim=-1) >= threshold).to(target.dtype)
+
+
+def softened(target: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
+    """log((1 − floor)·p + floor / classes): no class is impossible, so reverse KL stays finite."""
+    classes = target.shape[-1]
+    return ((1 - floor) * _exact(target).exp() + floor / classes).log()
+
+
+def sparse_forward_kl(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy on sampled tokens: in the mean over draws its gradient is that of forward KL.
+
+    Args:
+        logits: The student's.
+        ids: Sampled tokens, (positions, samples).
+        weights: Their importance weights, of the same shape.
+
+    References:
+        Anshumann et al. 2025, Sparse Logit Sampling (arXiv 2503.16870).
+    """
+    chosen = _log_softmax(logits, 1.0).gather(-1, ids)
+    return -(weights.to(chosen) * chosen).sum(dim=-1)
+
+
+def in_pieces(loss: Loss, logits: torch.Tensor, *targets: torch.Tensor, most: int) -> torch.Tensor:
+    """Applies a loss to some positions at a time, forgets its work, and repeats it for the gradient.
+
+    Value and gradient are those of all at once; what is as wide as the vocabulary and float32 is there
+    for a piece alone, in the backward pass too.
+
+    Args:
+        loss: Takes logits and targets.
+        logits: (positions, vocabulary), of any precision.
+        targets: Each (positions, …).
+        most: Numbers of the vocabulary's width at once; at least one position is.
+
+    Returns:
+        Shape (positions,).
+    """
+    size = max(1, most // logits.shape[-1])
+    if len(logits) <= size:
+        return loss(logits, *targets)
+    pieces = zip(*(torch.split(each, size) for each in (logits, *targets)), strict=True)
+    return torch.cat([checkpoint(loss, *piece, use_reentrant=False) for piece in pieces])
+
+
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    """float64 as it is, all else as float32."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities at a temperature."""
+    return F.log_softmax(_exact(logits) / temperature, dim=-1)
+
+
+def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """KL(first ‖ second) of log-probabilities; where first is 0, nothing."""
+    probabilities = first.exp()
+    ratio = torch.where(probabilities > 0, first - second, torch.zeros_like(first))
+    return (probabilities * ratio).sum(dim=-1)
+
+
+def _quotas(shares: torch.Tensor, positions: int) -> list[int]:
+    """Whole numbers in proportion to the shares, as many as positions (largest remainders)."""
+    exact = [float(share) * positions for share in shares]
+    found = [int(value) for value in exact]
+    left = positions - sum(found)
+    by_rest = sorted(range(len(found)), key=lambda at: found[at] - exact[at])
+    for at in by_rest[:left]:
+        found[at] += 1
+    return found

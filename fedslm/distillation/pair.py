@@ -1,0 +1,277 @@
+"""The small federated teacher and its larger student, both frozen but for the student's adapter.
+
+Each gives logits of the *positions* that are learned: the tokens to be predicted of all examples one
+after another, shape (positions, vocabulary), or the classes of each example, shape (examples, classes).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedslm.config import DistillConfig, LoraConfig, ModelConfig, TaskConfig
+from fedslm.errors import ConfigError, ModelError, Problem
+from fedslm.inference.trained import FinishedRun, Trained, load_trained
+from fedslm.models import families
+from fedslm.models.base import load_tokenizer, local, resolve
+from fedslm.models.initial import initial_state
+from fedslm.models.loaded import LoadedModel, load
+from fedslm.records import AdapterState
+from fedslm.tasks import build, tokens
+from fedslm.tasks.base import Example, Task
+from fedslm.training.batches import forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+LANGUAGE = ("causal-lm", "instruction")
+TAUGHT = ("classification", *LANGUAGE)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a model reads records.
+
+    Attributes:
+        task: What is learned of them.
+        tokenizer: The model's.
+    """
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The federated small model S* beside what it was before federation, S0.
+
+    Attributes:
+        trained: The loaded model; its adapter is overwritten.
+        tuned: S*: the adapter that teaches.
+    """
+
+    trained: Trained
+    tuned: AdapterState
+
+    @property
+    def task(self) -> Task:
+        """What it learned."""
+        return self.trained.task
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The small model's."""
+        return self.trained.model.tokenizer
+
+    @property
+    def reader(self) -> Reader:
+        """How it reads."""
+        return Reader(self.task, self.tokenizer)
+
+    def of(self, adapter: AdapterState) -> Teacher:
+        """The same model with another adapter."""
+        return replace(self, tuned=adapter)
+
+    def logits(self, examples: Sequence[Example]) -> torch.Tensor:
+        """What S* says, without gradient."""
+        self.trained.model.adapter.write(self.tuned)
+        return _frozen_positions(self.trained.model, self.task, examples)
+
+    def untuned_logits(self, examples: Sequence[Example]) -> torch.Tensor:
+        """What S0 says, without gradient; a new head is untrained."""
+        model = self.trained.model
+        if not self.trained.has_new_head:
+            with model.adapter.disabled():
+                return _frozen_positions(model, self.task, examples)
+        model.adapter.write(self.trained.initial)
+        return _frozen_positions(model, self.task, examples)
+
+
+@dataclass(frozen=True)
+class Student:
+    """The larger shared model with its adapter.
+
+    Attributes:
+        model: The loaded model.
+        task: The same as the teacher's, in the student's tokens.
+        lora: How its adapter is shaped.
+        config: The student's model section.
+        seed: Seed of the starting adapter.
+    """
+
+    model: LoadedModel
+    task: Task
+    lora: LoraConfig
+    config: ModelConfig
+    seed: int
+
+    @cached_property
+    def initial(self) -> AdapterState:
+        """The adapter before distillation: the plain student; a new head is untrained."""
+        return initial_state(self.model.adapter.read().shapes, self.seed)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The larger model's."""
+        return self.model.tokenizer
+
+    @property
+    def reader(self) -> Reader:
+        """How it reads."""
+        return Reader(self.task, self.tokenizer)
+
+    def logits(self, examples: Sequence[Example]) -> torch.Tensor:
+        """What the student says, with gradient."""
+        return _positions(*forward(self.model, self.task, examples))
+
+    def base_logits(self, examples: Sequence[Example]) -> torch.Tensor:
+        """L0: what the student says without its adapter, without gradient (language)."""
+        with self.model.adapter.disabled():
+            return _frozen_positions(self.model, self.task, examples)
+
+
+def _frozen_positions(model: LoadedModel, task: Task, examples: Sequence[Example]) -> torch.Tensor:
+    """Logits of the positions, without gradient."""
+    with torch.no_grad():
+        return _positions(*forward(model, task, examples))
+
+
+def _positions(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits that something is to be learned from."""
+    if logits.dim() == 2:
+        return logits
+    following, labels = tokens.shifted(logits, batch["labels"])
+    return following[labels != tokens.IGNORED]
+
+
+def student_sections(
+    settings: DistillConfig, task: TaskConfig
+) -> tuple[ModelConfig, LoraConfig, TaskConfig]:
+    """The student's model and adapter sections, and its task.
+
+    Raises:
+        ConfigError: No student is named.
+    """
+    if settings.student is None:
+        message = "is missing; give the larger model's hub name or directory"
+        raise ConfigError([Problem("distill.student", message)])
+    model = ModelConfig(
+        base=settings.student,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        device=settings.device,
+    )
+    lora = LoraConfig(
+        rank=settings.rank, alpha=settings.adapter_alpha, target_modules=settings.target_modules
+    )
+    return model, lora, task
+
+
+def load_teacher(run: FinishedRun, settings: DistillConfig) -> Teacher:
+    """Loads a finished run's model where the student computes.
+
+    Raises:
+        ConfigError: Its task cannot be taught.
+        ModelError: As :func:`fedslm.inference.trained.load_trained`.
+    """
+    check_task(run)
+    run = replace(run, model=run.model.model_copy(update={"device": settings.device}))
+    return Teacher(load_trained(run), run.adapter)
+
+
+def load_student(run: FinishedRun, settings: DistillConfig) -> Student:
+    """Loads the student with a fresh adapter.
+
+    Raises:
+        ModelError: It cannot be loaded for the run's task.
+    """
+    model, lora, task = student_sections(settings, run.task)
+    loaded = load(model, lora, task, len(run.labels))
+    student = Student(loaded, build(task, run.data, run.labels), lora, model, run.seed)
+    loaded.adapter.write(student.initial)
+    return student
+
+
+def student_reader(run: FinishedRun, settings: DistillConfig) -> Reader:
+    """How the student will read, without its weights.
+
+    Raises:
+        ModelError: It has no tokenizer.
+    """
+    model, _, task = student_sections(settings, run.task)
+    return Reader(build(task, run.data, run.labels), load_tokenizer(resolve(model)))
+
+
+def check_task(run: FinishedRun) -> None:
+    """Refuses a run whose task has no distillation.
+
+    Raises:
+        ConfigError: With the tasks that have one.
+    """
+    if run.task.name not in TAUGHT:
+        message = f"value {run.task.name!r} cannot be distilled; {', '.join(TAUGHT)} can"
+        raise ConfigError([Problem("task.name", message)])
+
+
+def check_student(run: FinishedRun, settings: DistillConfig) -> None:
+    """Refuses the teacher's own base as student, before anything is loaded.
+
+    Raises:
+        ConfigError: No student is named.
+        ModelError: It is the base of the teacher.
+    """
+    model, *_ = student_sections(settings, run.task)
+    same_name = model.base == run.model.base
+    if same_name or (local(model) is not None and resolve(model) == resolve(run.model)):
+        raise ModelError(
+            f"distill.student={model.base!r} is the base of the teacher; name the larger model that is "
+            f"to learn from it"
+        )
+
+
+def warn_if_smaller(teacher: Teacher, student: Student) -> str | None:
+    """A warning if the student has fewer parameters than its teacher; None if not."""
+    sizes = [
+        sum(parameter.numel() for parameter in model.adapter.network.parameters())
+        for model in (student.model, teacher.trained.model)
+    ]
+    if sizes[0] >= sizes[1]:
+        return None
+    text = (
+        f"the student has {sizes[0]:,} parameters and its teacher {sizes[1]:,}: a smaller student can "
+        f"only lose; is it the right model?"
+    )
+    logger.warning("%s", text)
+    return text
+
+
+def shared_vocabulary(run: FinishedRun, settings: DistillConfig) -> int | None:
+    """Number of tokens that both models name alike, from their files; None if their tokenizers differ.
+
+    Rows of a model beyond it are padding: the same tokenizer may stand before matrices of several
+    heights (Qwen2.5: 151,936 and 152,064), and no token is there to tell them apart.
+
+    Raises:
+        ModelError: A model or its tokenizer cannot be found.
+    """
+    student, *_ = student_sections(settings, run.task)
+    folders = [resolve(model) for model in (run.model, student)]
+    theirs, own = (load_tokenizer(folder) for folder in folders)
+    if theirs.get_vocab() != own.get_vocab() or not _split_alike(theirs, own):
+        return None
+    heights = [families.configuration(folder).get("vocab_size") for folder in folders]
+    known = [height for height in heights if isinstance(height, int)]
+    return int(min(*known, max(own.get_vocab().values()) + 1))
+
+
+def _split_alike(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers with the same tokens cut texts alike: normalisation may differ."""
+    texts = ["The Patient's BP: 120/80", " leading  spaces", "naïve café 5\u00b5g\n\nend", "你好"]
+    return all(first(text)["input_ids"] == second(text)["input_ids"] for text in texts)

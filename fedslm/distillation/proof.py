@@ -1,0 +1,250 @@
+"""Proof of transfer: did the clients' knowledge arrive, or would the public records have done?
+
+A gain is claimed only if the paired interval of the federated arm over *every* control lies above 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedslm.distillation.arms import BASE, CONTROLS, FEDERATED, POOLED, WHAT, LeftOut, Workshop
+from fedslm.distillation.measuring import (
+    general_task,
+    measure,
+    measure_decoding,
+    tests_of,
+)
+from fedslm.errors import ConfigError, DataError, Problem
+from fedslm.inference.bootstrap import Draws, Estimate, Statistics, compare
+from fedslm.inference.inputs import Rows
+from fedslm.records import AdapterState
+from fedslm.tasks.base import Example
+
+TEACHER, DECODING = "federated small model", "decoding-time reference"
+_WHAT = {
+    **WHAT,
+    TEACHER: "the teacher itself",
+    DECODING: "proxy-tuning: nothing trained, three models at every token (reference)",
+}
+LOWER_IS_BETTER = ("loss",)
+MOST_PERPLEXITY = 0.02
+_GROUP = "group"
+_FEWEST_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be proved, on what.
+
+    Attributes:
+        tests: Records of the private distribution, which nothing was trained on.
+        probe: Records that only some clients could know; a column "group" tells them apart.
+        general: General text in the student's tokens that nothing was held by.
+        seeds: How many starting adapters and orders each arm is trained with, >= 1.
+        resamples: Bootstrap resamples, >= 1000.
+
+    Raises:
+        ConfigError: A number is too small.
+        DataError: There are no test records.
+    """
+
+    tests: Rows
+    probe: Rows = field(default_factory=list)
+    general: tuple[Example, ...] = ()
+    seeds: int = 1
+    resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.resamples < _FEWEST_RESAMPLES:
+            message = f"value {self.resamples} must be at least {_FEWEST_RESAMPLES}"
+            raise ConfigError([Problem("--resamples", message)])
+        if self.seeds < 1:
+            raise ConfigError([Problem("--seeds", f"value {self.seeds} must be at least 1")])
+        if not self.tests:
+            raise DataError("there are no test records to prove anything on; give them with --test")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Test records as both models read them."""
+
+    teacher: Sequence[Example]
+    student: Sequence[Example]
+    rows: Rows
+
+
+def prove(workshop: Workshop, question: Question) -> dict[str, Any]:
+    """Trains every arm and compares them.
+
+    Args:
+        workshop: Both models.
+        question: On what, with how many seeds.
+
+    Returns:
+        The "proof" of ``distill.json``.
+
+    Raises:
+        DataError: No test record can be read by both models.
+    """
+    adapters, left_out = _trained(workshop, question.seeds)
+    tests = tests_of(question.tests, workshop.teacher.reader, workshop.student.reader)
+    found = _statistics(workshop, adapters, Reading(tests.teacher, tests.student, tests.rows), left_out)
+    draws = Draws(question.resamples, workshop.plan.run.seed)
+    headline = workshop.teacher.task.headline
+    lower = headline in LOWER_IS_BETTER
+    gains = {
+        control: _gain(found[control], found[FEDERATED], workshop, draws)
+        for control in CONTROLS
+        if control in found
+    }
+    arms = {
+        name: {
+            "what": _WHAT[name],
+            "headline": asdict(_estimate(each, workshop, draws)),
+            "metrics": _metrics(each, workshop),
+        }
+        for name, each in found.items()
+    }
+    return {
+        "headline": headline,
+        "lower_is_better": lower,
+        "records": len(tests.rows),
+        "seeds": question.seeds,
+        "resamples": question.resamples,
+        "arms": arms,
+        "left_out": left_out,
+        "gains": {name: asdict(each) for name, each in gains.items()},
+        "gain": all(each.low > 0 for each in gains.values()),
+        "recovered": _recovered(arms, lower=lower),
+        **_probe(workshop, adapters, question.probe, headline),
+        "general": _general(workshop, adapters, question.general),
+    }
+
+
+Adapters = Mapping[str, Sequence[AdapterState]]
+
+
+def _trained(workshop: Workshop, seeds: int) -> tuple[dict[str, list[AdapterState]], dict[str, str]]:
+    """Each arm's adapters, one for each seed; and the arms that cannot be run, and why."""
+    adapters, left_out = {}, {}
+    first = workshop.plan.run.seed
+    for arm in WHAT:
+        try:
+            adapters[arm] = [workshop.adapter(arm, first + number) for number in range(seeds)]
+        except LeftOut as error:
+            left_out[arm] = str(error)
+    return adapters, left_out
+
+
+def _statistics(
+    workshop: Workshop, adapters: Adapters, reading: Reading, left_out: dict[str, str]
+) -> dict[str, Statistics]:
+    """Statistics of each test record under each arm, averaged over seeds; and the two references."""
+    student, teacher = workshop.student, workshop.teacher
+    found = {
+        arm: _mean([measure(student.model, student.task, reading.student, each) for each in several])
+        for arm, several in adapters.items()
+    }
+    small = teacher.trained.model
+    found[TEACHER] = measure(small, teacher.task, reading.teacher, teacher.tuned)
+    if workshop.plan.is_language and workshop.plan.vocabulary:
+        settings = workshop.plan.settings
+        found[DECODING] = measure_decoding(
+            teacher,
+            student,
+            reading.student,
+            vocabulary=workshop.plan.vocabulary,
+            alpha=settings.alpha,
+            clip=settings.clip,
+        )
+    else:
+        why = "a new head has no base to shift" if not workshop.plan.is_language else "other tokenizers"
+        left_out[DECODING] = why
+    return found
+
+
+def _mean(several: Sequence[Statistics]) -> Statistics:
+    """Statistics of each record, averaged over seeds."""
+    return {name: np.mean([each[name] for each in several], axis=0) for name in several[0]}
+
+
+def _metrics(found: Statistics, workshop: Workshop) -> dict[str, float]:
+    """The task's metrics."""
+    return workshop.teacher.task.metrics({name: each.sum(axis=0) for name, each in found.items()})
+
+
+def _estimate(found: Statistics, workshop: Workshop, draws: Draws) -> Estimate:
+    """An arm's headline with its interval."""
+    task = workshop.teacher.task
+    return compare((found, found), task.metrics, draws)[task.headline].tuned
+
+
+def _gain(control: Statistics, federated: Statistics, workshop: Workshop, draws: Draws) -> Estimate:
+    """How much better the federated arm is than a control, in pairs; positive is better."""
+    task = workshop.teacher.task
+    difference = compare((control, federated), task.metrics, draws)[task.headline].difference
+    if task.headline not in LOWER_IS_BETTER:
+        return difference
+    return Estimate(-difference.value, -difference.high, -difference.low)
+
+
+def _recovered(arms: Mapping[str, Any], *, lower: bool) -> float | None:
+    """Share of the ceiling's gain over the plain student that arrived; None if the ceiling has none."""
+    if POOLED not in arms:
+        return None
+    sign = -1.0 if lower else 1.0
+    base, ceiling, reached = (
+        sign * arms[name]["headline"]["value"] for name in (BASE, POOLED, FEDERATED)
+    )
+    return (reached - base) / (ceiling - base) if ceiling > base else None
+
+
+def _probe(workshop: Workshop, adapters: Adapters, rows: Rows, headline: str) -> dict[str, Any]:
+    """The headline of each arm on each group of the probe."""
+    if not rows:
+        return {"probe": {}, "probe_groups": []}
+    tests = tests_of(rows, workshop.teacher.reader, workshop.student.reader)
+    groups = [str(row.get(_GROUP) or "all") for row in tests.rows]
+    names = sorted(set(groups))
+    reading = Reading(tests.teacher, tests.student, tests.rows)
+    found = _statistics(workshop, adapters, reading, {})
+    probe = {
+        arm: {name: _metrics(_of_group(each, groups, name), workshop)[headline] for name in names}
+        for arm, each in found.items()
+    }
+    return {"probe": probe, "probe_groups": names}
+
+
+def _of_group(found: Statistics, groups: Sequence[str], name: str) -> Statistics:
+    """Statistics of the records of one group."""
+    chosen = np.array([group == name for group in groups])
+    return {key: values[chosen] for key, values in found.items()}
+
+
+def _general(
+    workshop: Workshop, adapters: Adapters, examples: Sequence[Example]
+) -> dict[str, Any] | None:
+    """Perplexity on general text before and after; None where there is none."""
+    if not examples or not workshop.plan.is_language:
+        return None
+    task, model = general_task(workshop.plan.run), workshop.student.model
+
+    def perplexities() -> Iterator[float]:
+        for arm in (BASE, FEDERATED):
+            found = _mean([measure(model, task, examples, each) for each in adapters[arm]])
+            yield task.metrics({name: each.sum(axis=0) for name, each in found.items()})["perplexity"]
+
+    before, after = perplexities()
+    change = after / before - 1
+    return {
+        "records": len(examples),
+        "before": before,
+        "after": after,
+        "change": change,
+        "most": MOST_PERPLEXITY,
+        "held": change <= MOST_PERPLEXITY,
+    }

@@ -1,0 +1,270 @@
+"""The student's optimizer steps, with a checkpoint from which an interrupted distillation goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fedslm.config import DistillConfig
+from fedslm.distillation import losses, targets
+from fedslm.distillation.contexts import Context
+from fedslm.distillation.objective import Objective, Target
+from fedslm.distillation.pair import Student, Teacher
+from fedslm.distillation.schedule import learning_rate
+from fedslm.errors import RunError, TrainingError
+from fedslm.records import AdapterState
+from fedslm.rng import stream
+from fedslm.storage import load_adapter, save_adapter, write_text
+from fedslm.tasks import tokens
+from fedslm.tasks.base import Example, Task
+from fedslm.training.local import enter_training
+
+logger = logging.getLogger(__name__)
+OnStep = Callable[[int, int, float], None]  # (done, of all, mean loss of the step)
+_LONGEST_GRADIENT = 1.0
+_CHECKPOINTS = 20  # over a distillation
+
+
+class TargetSource(Protocol):
+    """Where targets come from: the teacher itself, or what it left on disk."""
+
+    def of(self, numbers: Sequence[int], contexts: Sequence[Context]) -> Target:
+        """Targets of contexts, which have these numbers in the whole."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """The teacher beside the student.
+
+    Attributes:
+        teacher: The model that is asked.
+        student: The student, for methods that look at its base.
+        objective: What is asked for.
+    """
+
+    teacher: Teacher
+    student: Student
+    objective: Objective
+
+    def of(self, numbers: Sequence[int], contexts: Sequence[Context]) -> Target:
+        """Asks the teacher."""
+        return self.objective.target(self.teacher, self.student, contexts)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student learns from.
+
+    Attributes:
+        contexts: What it is shown.
+        objective: How it is drawn to its targets.
+        source: Where targets come from; None: labels alone.
+        label_weight: Weight of the cross-entropy on public labels.
+        general: General text on which it is held near itself.
+    """
+
+    contexts: Sequence[Context]
+    objective: Objective
+    source: TargetSource | None
+    label_weight: float = 0.0
+    general: Sequence[Example] = ()
+
+
+@dataclass
+class Course:
+    """One distillation on its way.
+
+    Attributes:
+        student: Its adapter is trained.
+        lesson: What it learns from.
+        settings: Steps, batches, learning rate.
+        directory: Where checkpoints lie; they go when the distillation is done.
+        on_step: Is told of each step.
+    """
+
+    student: Student
+    lesson: Lesson
+    settings: DistillConfig
+    directory: Path
+    on_step: OnStep
+    losses: list[float] = field(default_factory=list)
+
+    def run(self) -> AdapterState:
+        """Takes all steps that are still to take.
+
+        Returns:
+            The trained adapter.
+
+        Raises:
+            RunError: The checkpoint is damaged or cannot be written.
+            TrainingError: The loss is not finite.
+        """
+        network = self.student.model.adapter.network
+        self.student.model.adapter.write(self.student.initial)
+        parameters = self.student.model.adapter.parameters
+        self.student.model.adapter.train_only(set(parameters))
+        optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
+        done = self._restore(optimizer)
+        every = max(1, self.settings.steps // _CHECKPOINTS)
+        enter_training(self.student.model)
+        try:
+            for step in range(done, self.settings.steps):
+                rate = learning_rate(step, self.settings.steps, self.settings.learning_rate)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                self.losses.append(self._step(step, optimizer))
+                self.on_step(step + 1, self.settings.steps, self.losses[-1])
+                if (step + 1) % every == 0:
+                    self._save(step + 1, optimizer)
+        finally:
+            network.eval()
+        return self.student.model.adapter.read()
+
+    def _step(self, step: int, optimizer: torch.optim.Optimizer) -> float:
+        """One optimizer step; returns the mean loss of a position."""
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        numbers = batch_of(step, len(self.lesson.contexts), self.settings.batch_size, self.student.seed)
+        chosen = [self.lesson.contexts[number] for number in numbers]
+        positions = sum(count_positions(self.student.task, each.student) for each in chosen)
+        for part in _parts(numbers, self.lesson.contexts, self.settings.micro_batch_size):
+            loss = self._loss(part, step) / max(positions, 1)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        total += self._hold(step)
+        if not np.isfinite(total):
+            raise TrainingError(
+                f"the loss of step {step + 1} is {total}: lower distill.learning_rate or distill.alpha"
+            )
+        torch.nn.utils.clip_grad_norm_(
+            self.student.model.adapter.parameters.values(), _LONGEST_GRADIENT
+        )
+        optimizer.step()
+        return total
+
+    def _loss(self, numbers: Sequence[int], step: int) -> torch.Tensor:
+        """Summed loss of some contexts: the teacher's targets, and public labels where they count."""
+        lesson, student = self.lesson, self.student
+        contexts = [lesson.contexts[number] for number in numbers]
+        loss = torch.zeros((), device=student.model.device)
+        if lesson.source is not None:
+            target = lesson.source.of(numbers, contexts)
+            logits = student.logits([context.student for context in contexts])
+            loss = loss + lesson.objective.loss(logits, target, step)
+        labelled = [context.student for context in contexts if context.labelled]
+        if lesson.label_weight and labelled:
+            logits = student.logits(labelled)
+            loss = loss + lesson.label_weight * _cross_entropy(student, labelled, logits)
+        return loss if loss.requires_grad else loss.requires_grad_()
+
+    def _hold(self, step: int) -> float:
+        """KL(L0 || student) on general text, which keeps the student near itself."""
+        weight, general = self.settings.general_weight, self.lesson.general
+        if not general or not weight:
+            return 0.0
+        numbers = batch_of(step, len(general), self.settings.micro_batch_size, self.student.seed + 1)
+        examples = [general[number] for number in numbers]
+        wanted = targets.soft_target(self.student.base_logits(examples), 1.0)
+        logits = self.student.logits(examples)
+        loss = weight * losses.in_pieces(losses.forward_kl, logits, wanted, most=1 << 24).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Writes where to go on."""
+        keys = list(self.student.model.adapter.parameters)
+        state = optimizer.state_dict()["state"]
+        save_adapter(self.directory / f"adapter-{step:07d}.safetensors", self._read())
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments = AdapterState(
+                {
+                    key: state[at][name].detach().float().cpu().numpy().copy()
+                    for at, key in enumerate(keys)
+                    if at in state
+                }
+            )
+            save_adapter(self.directory / f"{name}-{step:07d}.safetensors", moments)
+        write_text(self.directory / "state.json", json.dumps({"step": step, "losses": self.losses}))
+        for old in self.directory.glob("*.safetensors"):
+            if not old.stem.endswith(f"-{step:07d}"):
+                old.unlink()
+
+    def _read(self) -> AdapterState:
+        """The adapter as it is."""
+        return self.student.model.adapter.read()
+
+    def _restore(self, optimizer: torch.optim.Optimizer) -> int:
+        """Takes up the last checkpoint; returns the steps that are done."""
+        path = self.directory / "state.json"
+        if not path.exists():
+            return 0
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            step, self.losses = int(values["step"]), [float(each) for each in values["losses"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged: {error}; remove {self.directory}") from error
+        self.student.model.adapter.write(
+            load_adapter(self.directory / f"adapter-{step:07d}.safetensors")
+        )
+        moments = {
+            name: load_adapter(self.directory / f"{name}-{step:07d}.safetensors")
+            for name in ("exp_avg", "exp_avg_sq")
+        }
+        for key, parameter in self.student.model.adapter.parameters.items():
+            if key in moments["exp_avg"]:
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    **{
+                        n: torch.from_numpy(m.tensors[key].copy()).to(parameter)
+                        for n, m in moments.items()
+                    },
+                }
+        logger.info("goes on after step %d", step)
+        return step
+
+
+def batch_of(step: int, count: int, size: int, seed: int) -> list[int]:
+    """Numbers of a step's examples: each epoch sees all of them once, in an order of its own.
+
+    >>> sorted(batch_of(0, 4, 2, 0) + batch_of(1, 4, 2, 0))
+    [0, 1, 2, 3]
+    """
+    first, chosen = step * size, []
+    for epoch in range(first // count, (first + size - 1) // count + 1):
+        order = stream(seed, "distil-batches", epoch).permutation(count)
+        begin, end = max(first - epoch * count, 0), min(first + size - epoch * count, count)
+        chosen += [int(number) for number in order[begin:end]]
+    return chosen
+
+
+def count_positions(task: Task, example: Example) -> int:
+    """Number of positions of an example: its classes' one, or the tokens to be predicted."""
+    if task.labels:
+        return 1
+    if example.targets and any(target == tokens.IGNORED for target in example.targets):
+        return sum(target != tokens.IGNORED for target in example.targets[1:])
+    return len(example.input_ids) - 1
+
+
+def _parts(numbers: Sequence[int], contexts: Sequence[Context], size: int) -> Iterator[list[int]]:
+    """A batch in pieces of like length."""
+    ordered = sorted(numbers, key=lambda number: contexts[number].student.length)
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def _cross_entropy(student: Student, examples: Sequence[Example], logits: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy of the positions on their own labels."""
+    batch = student.task.collate(examples, int(student.tokenizer.pad_token_id))
+    wanted = batch["labels"].to(logits.device)
+    if not student.task.labels:
+        following = wanted[:, 1:]
+        wanted = following[following != tokens.IGNORED]
+    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")

@@ -1,0 +1,75 @@
+"""What a distillation leaves for people: the report, its picture, the student's model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedslm.reporting.render import render
+from fedslm.storage import replacing, write_text
+
+_MOST_POINTS = 400
+
+
+def write(directory: Path, report: dict[str, Any]) -> None:
+    """Writes ``distill.json``, ``distill.md``, ``distill.png`` and the adapter's card.
+
+    Args:
+        directory: With ``adapter/`` in it.
+        report: The content of ``distill.json``; a "proof" in it becomes a section.
+    """
+    plot_losses(directory / "distill.png", report["losses"], report["method"])
+    if report["proof"] is not None:
+        plot_arms(directory / "proof.png", report["proof"])
+    write_text(directory / "distill.md", render("distill.md.j2", report=report))
+    write_text(directory / "adapter" / "README.md", render("student_card.md.j2", report=report))
+    write_text(directory / "distill.json", json.dumps(report, indent=2) + "\n")
+
+
+def plot_losses(path: Path, losses: list[float], method: str) -> None:
+    """Draws the loss over the steps."""
+    from matplotlib.figure import Figure
+
+    stride = max(1, len(losses) // _MOST_POINTS)
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(range(1, len(losses) + 1, stride), losses[::stride], color="tab:blue", linewidth=1)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss of a position (nats)")
+    axes.set_title(f"distillation by {method}")
+    axes.grid(alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def plot_arms(path: Path, proof: dict[str, Any]) -> None:
+    """Draws each arm's figure with its interval, and the gain over each control.
+
+    Args:
+        path: The PNG to write.
+        proof: The "proof" of ``distill.json``.
+    """
+    from matplotlib.figure import Figure
+
+    arms, gains = proof["arms"], proof["gains"]
+    figure = Figure(figsize=(9, 0.9 + 0.4 * max(len(arms), len(gains))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _bars(left, {name: arm["headline"] for name, arm in arms.items()}, "tab:blue")
+    left.set_xlabel(f"{proof['headline']} on the private distribution")
+    _bars(right, gains, "tab:green" if proof["gain"] else "tab:gray")
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set_xlabel("gain over each control")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _bars(axes: Any, estimates: dict[str, dict[str, float]], color: str) -> None:
+    """Points with 95 % intervals, first on top."""
+    names = list(estimates)[::-1]
+    for position, name in enumerate(names):
+        each = estimates[name]
+        axes.plot([each["low"], each["high"]], [position, position], color=color, linewidth=2)
+        axes.plot(each["value"], position, "o", color=color)
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(alpha=0.3, axis="x")
