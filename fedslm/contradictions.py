@@ -15,6 +15,7 @@ from fedslm.storage import expand
 
 WITH_LABELS = ("classification", "multi-label", "token-classification")
 WITH_PROMPT = ("instruction", "seq2seq", "preference")
+DISTILLED = ("classification", "causal-lm", "instruction")
 
 
 def check(config: Config) -> None:
@@ -30,6 +31,7 @@ def check(config: Config) -> None:
         *_aggregation(config),
         *_data(config),
         *_task(config),
+        *_distill(config),
     ]
     if problems:
         raise ConfigError(problems)
@@ -196,6 +198,29 @@ def _data(config: Config) -> Iterator[Problem]:
             f"privacy.metric_noise_multiplier, or leave it out"
         )
         yield Problem("data.validation_fraction", message)
+
+
+def _distill(config: Config) -> Iterator[Problem]:
+    """A student that has something to learn from, and goes on where it may teach back."""
+    distill, method = config.distill, config.resolved().aggregation.method
+    if distill.mutual_steps and distill.every is None:
+        message = f"value {distill.mutual_steps} is for distill.every: set after how many rounds"
+        yield Problem("distill.mutual_steps", message)
+    if distill.student is None:
+        if distill.every is not None:
+            yield Problem("distill.every", "needs distill.student: name the larger model")
+        return
+    if distill.source is None:
+        message = "is missing; name public records that both models are shown"
+        yield Problem("distill.source", message)
+    if config.task.name not in DISTILLED:
+        message = f"goes with {', '.join(DISTILLED)}; task.name is {config.task.name!r}"
+        yield Problem("distill.student", message)
+    if distill.every is not None and method in ("stack", "fedex", "flora", "fed-sb", "fedsa"):
+        message = f"value {distill.every} does not go with aggregation.method={method!r}; leave it out"
+        yield Problem("distill.every", message)
+    if distill.every is not None and config.engine.name == "deployed":
+        yield Problem("distill.every", "is for simulations; use `fedslm distill RUN` after the run")
 
 
 def _database(config: Config) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from fedslm import contradictions
 from fedslm.config import Config
 from fedslm.data import shards
+from fedslm.distillation.following import check_asked, follower
 from fedslm.errors import DataError, FedslmError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.local_grid import LocalGrid
@@ -49,15 +50,18 @@ def simulate(config: Config, observer: Observer) -> dict[str, Any]:
         FedslmError: The config, the data, the model or the run directory is not usable.
     """
     contradictions.check(config)
+    check_asked(config.distill)
     config = config.resolved()
     path = Path(config.run.directory or Path("runs") / config.run.name)
     directory = RunDirectory.create(path, config)
     try:
-        return _run(config, directory, observer)
+        report = _run(config, directory, observer)
     except FedslmError:
         if not directory.has_checkpoint:
             shutil.rmtree(directory.path)  # nothing happened yet: the corrected call may use the name
         raise
+    _distil(config, directory)
+    return report
 
 
 def resume(path: Path, observer: Observer, expected: Config | None = None) -> dict[str, Any]:
@@ -72,7 +76,19 @@ def resume(path: Path, observer: Observer, expected: Config | None = None) -> di
         FedslmError: As :func:`simulate`, or the directory cannot be continued.
     """
     directory, config = RunDirectory.open(path, expected)
-    return _run(config, directory, observer)
+    report = _run(config, directory, observer)
+    _distil(config, directory)
+    return report
+
+
+def _distil(config: Config, directory: RunDirectory) -> None:
+    """Teaches the student of ``[distill]``, unless that is done."""
+    if config.distill.student is not None:
+        from fedslm.distillation.following import (
+            distil_run,  # torch, which the rounds' server is without
+        )
+
+        distil_run(directory.path, config.distill)
 
 
 def serve(
@@ -155,7 +171,9 @@ def _run_locally(config: Config, directory: RunDirectory, observer: Observer) ->
         def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
             pool = starting.result()
             grid = LocalGrid(config.federation.num_clients, pool)
-            return federate(Federation(grid, pool, directory, observer), config, plan, labels)
+            follow = follower(config.distill, config.federation.rounds, pool.call)
+            federation = Federation(grid, pool, directory, observer, follow)
+            return federate(federation, config, plan, labels)
 
         try:
             return serve(config, directory, make)
@@ -170,7 +188,9 @@ def _run_on_ray(config: Config, directory: RunDirectory, observer: Observer) -> 
     def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
         def on_grid(grid: Grid) -> Outcome:
             pool = InlinePool(threads=config.engine.threads_per_worker)
-            return federate(Federation(grid, pool, directory, observer), config, plan, labels)
+            follow = follower(config.distill, config.federation.rounds, pool.call)
+            federation = Federation(grid, pool, directory, observer, follow)
+            return federate(federation, config, plan, labels)
 
         return run_on_ray(on_grid, config.federation.num_clients, config.engine)
 

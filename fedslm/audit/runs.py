@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fedslm
+from fedslm.audit.distilled import distillations
 from fedslm.audit.ledgers import Evidence, LedgerAudit, as_json, audit_ledger
 from fedslm.config import Config, PrivacyConfig
 from fedslm.errors import LedgerError, PrivacyError, RunError
@@ -89,6 +90,8 @@ def audit_run(
     ]
     findings += _missing(directory, len(statements))
     clients = _with_others(clients, config, others, findings)
+    distilled, broken = distillations(directory)
+    findings += broken
     worst = _worst(clients, privacy.delta, overlapping=privacy.overlapping)
     audit: dict[str, Any] = {
         "fedslm_version": fedslm.__version__,
@@ -105,6 +108,7 @@ def audit_run(
         "other_runs": [str(other) for other in others],
         "groups": _groups(worst, privacy.delta, group_sizes) if privacy.unit == "record" else [],
         "self_test": _attestation(directory),
+        "distillations": distilled,
         "empirical": _empirical(clients, privacy) if empirical else None,
         "findings": findings,
     }

@@ -46,7 +46,7 @@ class ModelConfig(Section):
     """The frozen base model."""
 
     base: str = Field(min_length=1)
-    """Hub name, local directory, or "demo" for the embedded tiny model."""
+    """Hub name, local directory, or "demo" (embedded and tiny) or "demo-large" (twice as wide)."""
     revision: OptionalText = None
     """Hub revision (commit, tag or branch)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedslm.config import DataConfig, TaskConfig
-from fedslm.data import database, demo, files, hub
+from fedslm.data import database, demo, facts, files, hub
 from fedslm.data.columns import needed
 from fedslm.data.spool import BATCH_ROWS, spool
 from fedslm.errors import DataError
@@ -149,8 +149,8 @@ def load(
     Raises:
         DataError: As :func:`load_train`.
     """
-    if source == "demo":
-        return _load_demo(split, seed)
+    if source in ("demo", facts.NAME):
+        return _load_demo(source, split, seed)
     expanded = expand(source)
     if database.is_url(expanded):
         if query is None:
@@ -177,12 +177,15 @@ def _is_path(source: str, path: Path) -> bool:
     )
 
 
-def _load_demo(split: str, seed: int) -> Dataset:
-    """Generates the demo data."""
+def _load_demo(source: str, split: str, seed: int) -> Dataset:
+    """Generates the demo data, plain or with planted facts."""
     from datasets import Dataset
 
-    data = demo.generate(stream(seed, "demo-data"))
-    parts = {"train": data.train, "public": data.public, "test": data.evaluation}
+    if source == facts.NAME:
+        parts = facts.generate_facts(stream(seed, facts.NAME))
+    else:
+        data = demo.generate(stream(seed, "demo-data"))
+        parts = {"train": data.train, "public": data.public, "test": data.evaluation}
     if split not in parts:
         raise DataError(f"the demo data has no split {split!r}; known: {', '.join(parts)}")
     return Dataset.from_list(parts[split])

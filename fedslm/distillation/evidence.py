@@ -1,9 +1,9 @@
-"""Why nothing is spent: the chain of hashes from the federated adapter to the student's, and the ledgers.
+"""Why nothing is spent: the chain of hashes from the federated adapter to the student's.
 
-A distillation reads the adapter, public records and the student. What is computed from a private release
-and from what is public is post-processing: it has the release's (epsilon, delta). What would break it:
-private records among the public ones, a checkpoint or setting chosen by a figure on private records, or a
-teacher that is not the released adapter.
+A distillation reads the adapter, public records and the student. What is computed from a private
+release and from what is public is post-processing: it has the release's (epsilon, delta). What would
+break it: private records among the public ones, a checkpoint or setting chosen by a figure on private
+records, or a teacher that is not the released adapter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Losses of a position: how far the student is from what it should say.
 
-All take the student's logits (positions, vocabulary), with gradient, and a target of log-probabilities of
-the same shape, without; they give (positions,). float64 stays float64, all else is computed in float32.
+All take the student's logits (positions, vocabulary), with gradient, and a target of log-probabilities
+of the same shape, without; they give (positions,). float64 stays float64, all else is computed in
+float32.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def jsd(
 ) -> torch.Tensor:
     """τ²·(β·KL(target ‖ M) + (1 − β)·KL(student ‖ M)) with M = β·target + (1 − β)·student.
 
-    β = 0 and β = 1 are forward and reverse KL: the formula itself goes to 0 there, and its gradient too.
+    β = 0 and β = 1 are forward and reverse KL: the formula itself goes to 0 there, and its gradient
+    too.
 
     Args:
         logits: The student's.
@@ -113,7 +115,8 @@ def hardened(log_probabilities: torch.Tensor, shares: torch.Tensor) -> torch.Ten
 
 
 def confidence_gate(target: torch.Tensor, threshold: float) -> torch.Tensor:
-    """1 where the target's likeliest class has at least this probability, else 0; shape (positions,)."""
+
+    """1 where the likeliest class has at least this probability, else 0; shape (positions,)."""
     return (target.exp().amax(dim=-1) >= threshold).to(target.dtype)
 
 

@@ -102,7 +102,8 @@ class Student:
         task: The same as the teacher's, in the student's tokens.
         lora: How its adapter is shaped.
         config: The student's model section.
-        seed: Seed of the starting adapter.
+        seed: Seed of the starting adapter, and of the order of what it learns.
+        start: Where it goes on from, instead of a new adapter.
     """
 
     model: LoadedModel
@@ -110,10 +111,13 @@ class Student:
     lora: LoraConfig
     config: ModelConfig
     seed: int
+    start: AdapterState | None = None
 
     @cached_property
     def initial(self) -> AdapterState:
-        """The adapter before distillation: the plain student; a new head is untrained."""
+        """The adapter before distillation: the plain student with an untrained head, or ``start``."""
+        if self.start is not None:
+            return self.start
         return initial_state(self.model.adapter.read().shapes, self.seed)
 
     @property

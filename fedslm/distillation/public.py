@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedslm.config import DistillConfig
@@ -26,18 +26,13 @@ class Overlap:
 
     Attributes:
         records: Test records.
-        found: Those of which the whole text, or a run of 13 words, is in a public record.
+        found: Those that public records hold, by :func:`without_overlap`.
         dropped: Public records that were left out because of it.
     """
 
     records: int
     found: int
     dropped: int = 0
-
-    @property
-    def share(self) -> float:
-        """Of the test records."""
-        return self.found / self.records if self.records else 0.0
 
 
 def public_rows(run: FinishedRun, settings: DistillConfig) -> Rows:
@@ -88,6 +83,10 @@ def without_overlap(
 ) -> tuple[Rows, Overlap]:
     """Looks for test records among public ones: what is measured on them would flatter.
 
+    A test record is there if a public one has the same text, or if half of its words or more stand in
+    runs of 13 words that public ones hold too (as Touvron et al. 2023, arXiv 2307.09288, A.6, count
+    it).
+
     Args:
         rows: Public records.
         tests: Records of the private distribution that transfer is measured on.
@@ -100,32 +99,39 @@ def without_overlap(
     Raises:
         DataError: More than one in a hundred test records is there, and ``drop`` is not set.
     """
-    known = {mark for row in tests for mark in _marks(row, columns)}
-    shared: set[str] = set()
-    kept = []
-    for row in rows:
-        found = known & set(_marks(row, columns))
-        shared |= found
-        if not (found and drop):
-            kept.append(row)
-    count = sum(not shared.isdisjoint(_marks(row, columns)) for row in tests) if shared else 0
-    overlap = Overlap(len(tests), count, len(rows) - len(kept))
-    if overlap.share > MOST_OVERLAP and not drop:
+    public = [_marks(row, columns) for row in rows]
+    known = {mark for marks in public for mark in marks}
+    found = [marks for row in tests if _is_held(marks := _marks(row, columns), known)]
+    shared = {mark for marks in found for mark in marks}
+    if not drop and len(found) > MOST_OVERLAP * len(tests):
         raise DataError(
-            f"{count} of {len(tests)} test records ({overlap.share:.1%}) are in the public records too, as "
-            f"a whole or in {_RUN_OF_WORDS} words in a row; at most {MOST_OVERLAP:.0%} may be. Give "
-            f"other public records, or leave these out with --drop-overlap"
+            f"{len(found)} of {len(tests)} test records ({len(found) / len(tests):.1%}) are in the "
+            f"public records too; at most {MOST_OVERLAP:.0%} may be. Give other public records, or "
+            f"leave these out with --drop-overlap"
         )
+    kept = [
+        row for row, marks in zip(rows, public, strict=True) if not drop or shared.isdisjoint(marks)
+    ]
     if not kept:
         raise DataError("every public record is in the test records too; give others")
-    return kept, overlap
+    return kept, Overlap(len(tests), len(found), len(rows) - len(kept))
 
 
-def _marks(row: Row, columns: Sequence[str]) -> Iterator[str]:
-    """A record's text as a whole, and each of its runs of words."""
-    texts = [normalised(row[column]) for column in columns]
-    yield "\x1f".join(texts)
-    for text in texts:
-        words = _WORD.findall(text)
-        for start in range(len(words) - _RUN_OF_WORDS + 1):
-            yield " ".join(words[start : start + _RUN_OF_WORDS])
+def _marks(row: Row, columns: Sequence[str]) -> list[int]:
+    """Hashes of a record's whole text (first), and of each run of words in it."""
+    whole = "\x1f".join(normalised(row[column]) for column in columns)
+    words = _WORD.findall(whole)
+    runs = (words[start : start + _RUN_OF_WORDS] for start in range(len(words) - _RUN_OF_WORDS + 1))
+    return [hash(whole), *(hash(tuple(run)) for run in runs)]
+
+
+def _is_held(marks: Sequence[int], known: set[int]) -> bool:
+    """Whether public records hold a test record: as a whole, or in runs that cover half of it."""
+    whole, *runs = marks
+    if whole in known:
+        return True
+    covered: set[int] = set()
+    for start, run in enumerate(runs):
+        if run in known:
+            covered.update(range(start, start + _RUN_OF_WORDS))
+    return 2 * len(covered) >= len(runs) + _RUN_OF_WORDS - 1 if runs else False

@@ -29,6 +29,7 @@ from fedslm.training.local import enter_training
 logger = logging.getLogger(__name__)
 OnStep = Callable[[int, int, float], None]  # (done, of all, mean loss of the step)
 _LONGEST_GRADIENT = 1.0
+_EPSILON = 1e-6  # Adam's: with less of it, rounding alone would move what has nothing to learn
 _CHECKPOINTS = 20  # over a distillation
 
 
@@ -87,6 +88,7 @@ class Course:
         settings: Steps, batches, learning rate.
         directory: Where checkpoints lie; they go when the distillation is done.
         on_step: Is told of each step.
+        trained: Keys of what may change; None: all of the adapter.
     """
 
     student: Student
@@ -94,6 +96,7 @@ class Course:
     settings: DistillConfig
     directory: Path
     on_step: OnStep
+    trained: frozenset[str] | None = None
     losses: list[float] = field(default_factory=list)
 
     def run(self) -> AdapterState:
@@ -108,9 +111,7 @@ class Course:
         """
         network = self.student.model.adapter.network
         self.student.model.adapter.write(self.student.initial)
-        parameters = self.student.model.adapter.parameters
-        self.student.model.adapter.train_only(set(parameters))
-        optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self._parameters().values(), weight_decay=0.0, eps=_EPSILON)
         done = self._restore(optimizer)
         every = max(1, self.settings.steps // _CHECKPOINTS)
         enter_training(self.student.model)
@@ -126,6 +127,13 @@ class Course:
         finally:
             network.eval()
         return self.student.model.adapter.read()
+
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained; all else of the adapter is held fast."""
+        adapter = self.student.model.adapter
+        wanted = set(adapter.parameters) if self.trained is None else set(self.trained)
+        adapter.train_only(wanted)
+        return {key: each for key, each in adapter.parameters.items() if key in wanted}
 
     def _step(self, step: int, optimizer: torch.optim.Optimizer) -> float:
         """One optimizer step; returns the mean loss of a position."""
@@ -143,9 +151,7 @@ class Course:
             raise TrainingError(
                 f"the loss of step {step + 1} is {total}: lower distill.learning_rate or distill.alpha"
             )
-        torch.nn.utils.clip_grad_norm_(
-            self.student.model.adapter.parameters.values(), _LONGEST_GRADIENT
-        )
+        torch.nn.utils.clip_grad_norm_(self._parameters().values(), _LONGEST_GRADIENT)
         optimizer.step()
         return total
 
@@ -179,7 +185,7 @@ class Course:
 
     def _save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Writes where to go on."""
-        keys = list(self.student.model.adapter.parameters)
+        keys = list(self._parameters())
         state = optimizer.state_dict()["state"]
         save_adapter(self.directory / f"adapter-{step:07d}.safetensors", self._read())
         for name in ("exp_avg", "exp_avg_sq"):
@@ -217,7 +223,7 @@ class Course:
             name: load_adapter(self.directory / f"{name}-{step:07d}.safetensors")
             for name in ("exp_avg", "exp_avg_sq")
         }
-        for key, parameter in self.student.model.adapter.parameters.items():
+        for key, parameter in self._parameters().items():
             if key in moments["exp_avg"]:
                 optimizer.state[parameter] = {
                     "step": torch.tensor(float(step)),

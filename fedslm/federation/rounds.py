@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from fedslm.records import AdapterState, ClientUpdate, RoundRecord
 from fedslm.storage import load_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
+Follow = Callable[[int, Setup, AdapterState, frozenset[str]], AdapterState | None]
 _LONGEST_REASON = 300
 
 
@@ -99,12 +100,15 @@ class Federation:
         pool: Where the server's own model work runs: here or in workers.
         directory: Where the run is recorded.
         observer: Is told how the run goes.
+        follow: Sees each round's whole adapter (with its number and the keys that rounds change) before
+            it is evaluated and kept, and may give another; it may look at public data alone.
     """
 
     grid: Grid
     pool: Pool
     directory: RunDirectory
     observer: Observer
+    follow: Follow | None = None
 
     def run(self, config: Config, plan: Plan, labels: tuple[str, ...]) -> Outcome:
         """Runs all rounds that are still to run.
@@ -228,7 +232,7 @@ class Federation:
                     aggregate.add(update)
                 self.observer.on_client(number, tally.done, len(cohort))
             tally.bytes_down = exchange.bytes_down - sent_before
-            moved = _finished(aggregate, config.federation.min_replies)
+            moved = self._followed(told, number, _finished(aggregate, config.federation.min_replies))
             signal_to_noise = _finite(aggregate.signal_to_noise())
         due = number % config.federation.evaluate_every == 0 or number == config.federation.rounds
         metrics: dict[str, float] = {}
@@ -249,6 +253,14 @@ class Federation:
         self.directory.save(state, record)
         self.observer.on_round(record)
         return state
+
+    def _followed(self, told: Told, number: int, moved: ServerState | None) -> ServerState | None:
+        """What a round moved, after whoever follows has seen it."""
+        if moved is None or self.follow is None:
+            return moved
+        keys = frozenset(moved.moving)
+        given = self.follow(number, told.setup, told.frozen.merged(moved.moving), keys)
+        return moved if given is None else replace(moved, moving=given.select(keys))
 
     def _answers(
         self, config: Config, exchange: Exchange, request: Request, cohort: list[int]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError
-from fedslm.models import families, networks
+from fedslm.models import demo_large, families, networks
 from fedslm.storage import expand
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ def resolve(model: ModelConfig, *, may_fetch: bool = True) -> Path:
     """
     if not may_fetch and "$" in model.base:
         raise ModelError("model.base names a variable of the environment")
-    if model.base == "demo":
-        return DEMO_DIRECTORY
     if (path := local(model)) is not None:
         return path
     return _download(model.base, model.revision, _FILES, may_fetch=may_fetch)
@@ -69,6 +67,8 @@ def local(model: ModelConfig) -> Path | None:
     """
     if model.base == "demo":
         return DEMO_DIRECTORY
+    if model.base == demo_large.NAME:
+        return demo_large.demo_large(DEMO_DIRECTORY, base_sha256(DEMO_DIRECTORY))
     text = expand(model.base)
     if "$" in text:
         raise ModelError(f"model.base={model.base!r}: the environment does not set that variable")

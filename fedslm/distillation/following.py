@@ -1,0 +1,103 @@
+"""Distillation as a part of a simulation: after rounds, between which the student may teach back, and
+at the end.
+
+Nothing here imports torch before it is needed: a simulation's server computes in its workers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedslm.config import DistillConfig
+from fedslm.federation.rounds import Follow
+from fedslm.federation.wire import Setup
+from fedslm.records import AdapterState
+
+logger = logging.getLogger(__name__)
+
+
+class Logged:
+    """A watcher that logs each stage once it is done."""
+
+    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Says that a stage is done."""
+        if done == total:
+            logger.info("%s: %d of %d %s", stage, done, total, note)
+
+
+def check_asked(settings: DistillConfig) -> None:
+    """Refuses a student that cannot be found, before the first round.
+
+    Raises:
+        ConfigError: Something is missing.
+        ModelError: There is no such student.
+    """
+    if settings.student is None:
+        return
+    from fedslm.config import ModelConfig
+    from fedslm.models.base import local
+
+    local(ModelConfig(base=settings.student))
+
+
+def distil_run(path: Path, settings: DistillConfig) -> None:
+    """Distils a finished run into its own directory, unless that is done."""
+    from fedslm.distillation.distil import DIRECTORY, REPORT, distil, prepare
+    from fedslm.inference.trained import open_run
+
+    target = path / DIRECTORY
+    if not (target / REPORT).exists():
+        distil(prepare(open_run(path), settings), target, Logged())
+
+
+def follower(settings: DistillConfig, rounds: int, call: Callable[..., Any]) -> Follow | None:
+    """What sees each round's adapter; None if nothing is distilled between rounds.
+
+    Args:
+        settings: The ``[distill]`` section.
+        rounds: Number of the run's rounds: after the last the run itself is distilled.
+        call: Runs a function where models are.
+    """
+    every = settings.every
+    if settings.student is None or every is None:
+        return None
+
+    def follow(
+        number: int, setup: Setup, adapter: AdapterState, trained: frozenset[str]
+    ) -> AdapterState | None:
+        if number % every or number == rounds:
+            return None
+        given: AdapterState | None = call(after_round, setup, settings, adapter, number, trained)
+        return given
+
+    return follow
+
+
+def after_round(
+    setup: Setup, settings: DistillConfig, adapter: AdapterState, number: int, trained: frozenset[str]
+) -> AdapterState | None:
+    """Runs :func:`fedslm.distillation.mutual.follow` on a run that is on its way."""
+    from fedslm.distillation.mutual import follow
+    from fedslm.inference.trained import FinishedRun
+
+    report = {
+        "labels": list(setup.labels),
+        "base_sha256": setup.base_sha256,
+        "adapter_sha256": adapter.sha256(),
+    }
+    run = FinishedRun(
+        directory=Path(setup.directory),
+        report=report,
+        model=setup.model,
+        lora=setup.lora,
+        data=setup.data,
+        task=setup.task,
+        training=setup.training,
+        distill=settings,
+        seed=setup.seed,
+        adapter=adapter,
+    )
+    return follow(run, settings, number, trained)

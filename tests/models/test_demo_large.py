@@ -1,0 +1,63 @@
+"""The demo's larger model: the same function, four times the weights, copies that learn on their own."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from fedslm.config import ModelConfig
+from fedslm.models import base
+from fedslm.models.base import DEMO_DIRECTORY, base_sha256, resolve
+from fedslm.models.demo_large import demo_large
+
+
+def outputs(directory: Path, texts: list[str]) -> torch.Tensor:
+    """Last hidden states."""
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
+    batch = AutoTokenizer.from_pretrained(directory)(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        return model(**batch).last_hidden_state
+
+
+def test_it_computes_the_same_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves of its states are the small model's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    texts = ["chest pain since this morning", "a twisted ankle"]
+    small, large = (
+        outputs(DEMO_DIRECTORY, texts),
+        outputs(resolve(ModelConfig(base="demo-large")), texts),
+    )
+    width = small.shape[-1]
+    assert large.shape[-1] == 2 * width
+    assert torch.allclose(large[..., :width], small, atol=1e-4)
+    assert torch.allclose(large[..., width:], small, atol=1e-4)
+
+
+def test_it_is_larger_and_its_copies_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """About four times the weights of a layer; gradients of the two copies are not equal."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = AutoModel.from_pretrained(resolve(ModelConfig(base="demo-large")), dtype=torch.float32)
+    small = AutoModel.from_pretrained(DEMO_DIRECTORY, dtype=torch.float32)
+    layer = model.encoder.layer[0].attention.self.query.weight
+    assert layer.numel() == 4 * small.encoder.layer[0].attention.self.query.weight.numel()
+    tokens = torch.arange(5, 25).reshape(2, 10)
+    model(input_ids=tokens).last_hidden_state.square().sum().backward()
+    half = layer.shape[1] // 2
+    assert not torch.allclose(layer.grad[:half], layer.grad[half:], rtol=1e-2)
+
+
+def test_it_is_made_once_and_always_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built by four threads at once, or in another cache: the same bytes, and nothing is left lying."""
+    digest = base_sha256(DEMO_DIRECTORY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    with ThreadPoolExecutor(4) as pool:
+        (first,) = set(pool.map(lambda _: demo_large(DEMO_DIRECTORY, digest), range(4)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    second = demo_large(DEMO_DIRECTORY, digest)
+    base.base_sha256.cache_clear()
+    assert base_sha256(first) == base_sha256(second)
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
