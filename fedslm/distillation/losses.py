@@ -174,10 +174,14 @@ def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """KL(first ‖ second) of log-probabilities; where first is 0, nothing."""
-    probabilities = first.exp()
-    ratio = torch.where(probabilities > 0, first - second, torch.zeros_like(first))
-    return (probabilities * ratio).sum(dim=-1)
+    """KL(first ‖ second) of log-probabilities; where first is 0, nothing.
+
+    The difference of the two sums is 0 but for rounding. With it the gradient is exactly 0 where both are
+    equal: an optimizer that divides by the gradient's size would else walk on rounding alone.
+    """
+    own, other = first.exp(), second.exp()
+    ratio = torch.where(own > 0, first - second, torch.zeros_like(first))
+    return (own * ratio - own + other).sum(dim=-1)
 
 
 def _quotas(shares: torch.Tensor, positions: int) -> list[int]:

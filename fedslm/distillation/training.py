@@ -29,7 +29,6 @@ from fedslm.training.local import enter_training
 logger = logging.getLogger(__name__)
 OnStep = Callable[[int, int, float], None]  # (done, of all, mean loss of the step)
 _LONGEST_GRADIENT = 1.0
-_EPSILON = 1e-6  # Adam's: with less of it, rounding alone would move what has nothing to learn
 _CHECKPOINTS = 20  # over a distillation
 
 
@@ -111,7 +110,7 @@ class Course:
         """
         network = self.student.model.adapter.network
         self.student.model.adapter.write(self.student.initial)
-        optimizer = torch.optim.AdamW(self._parameters().values(), weight_decay=0.0, eps=_EPSILON)
+        optimizer = torch.optim.AdamW(self._parameters().values(), weight_decay=0.0)
         done = self._restore(optimizer)
         every = max(1, self.settings.steps // _CHECKPOINTS)
         enter_training(self.student.model)

@@ -97,6 +97,10 @@ def test_what_is_already_so_has_no_gradient() -> None:
         logits = torch.tensor(LOGITS, requires_grad=True)
         loss(logits, targets.soft_target(logits)).sum().backward()
         assert float(logits.grad.abs().max()) < 1e-12
+    for loss in (losses.forward_kl, losses.reverse_kl):  # exactly, in float32 too
+        logits = torch.tensor(LOGITS).float().requires_grad_()
+        loss(logits, targets.soft_target(logits)).sum().backward()
+        assert float(logits.grad.abs().max()) == 0.0
 
 
 def test_impossible_tokens_are_no_trouble() -> None:
