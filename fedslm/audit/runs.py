@@ -90,8 +90,6 @@ def audit_run(
     ]
     findings += _missing(directory, len(statements))
     clients = _with_others(clients, config, others, findings)
-    distilled, broken = distillations(directory)
-    findings += broken
     worst = _worst(clients, privacy.delta, overlapping=privacy.overlapping)
     audit: dict[str, Any] = {
         "fedslm_version": fedslm.__version__,
@@ -108,7 +106,7 @@ def audit_run(
         "other_runs": [str(other) for other in others],
         "groups": _groups(worst, privacy.delta, group_sizes) if privacy.unit == "record" else [],
         "self_test": _attestation(directory),
-        "distillations": distilled,
+        "distillations": _distilled(directory, findings),
         "empirical": _empirical(clients, privacy) if empirical else None,
         "findings": findings,
     }
@@ -116,6 +114,13 @@ def audit_run(
         audit["findings"].append("the attack with canaries found more than was proven: stop training")
     _write(directory.path, audit)
     return audit
+
+
+def _distilled(directory: RunDirectory, findings: list[str]) -> list[dict[str, Any]]:
+    """What was distilled from the run; adds what is wrong to the findings."""
+    found, broken = distillations(directory)
+    findings += broken
+    return found
 
 
 def _client(directory: RunDirectory, index: int, statements: list[Statement]) -> _Client:

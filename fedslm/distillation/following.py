@@ -38,9 +38,9 @@ def check_asked(settings: DistillConfig) -> None:
     if settings.student is None:
         return
     from fedslm.config import ModelConfig
-    from fedslm.models.base import local
+    from fedslm.distillation.pair import find_student
 
-    local(ModelConfig(base=settings.student))
+    find_student(ModelConfig(base=settings.student))
 
 
 def distil_run(path: Path, settings: DistillConfig) -> None:

@@ -115,7 +115,6 @@ def hardened(log_probabilities: torch.Tensor, shares: torch.Tensor) -> torch.Ten
 
 
 def confidence_gate(target: torch.Tensor, threshold: float) -> torch.Tensor:
-
     """1 where the likeliest class has at least this probability, else 0; shape (positions,)."""
     return (target.exp().amax(dim=-1) >= threshold).to(target.dtype)
 

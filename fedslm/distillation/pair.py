@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -233,11 +234,23 @@ def check_student(run: FinishedRun, settings: DistillConfig) -> None:
     """
     model, *_ = student_sections(settings, run.task)
     same_name = model.base == run.model.base
-    if same_name or (local(model) is not None and resolve(model) == resolve(run.model)):
+    if same_name or (find_student(model) is not None and resolve(model) == resolve(run.model)):
         raise ModelError(
             f"distill.student={model.base!r} is the base of the teacher; name the larger model that is "
             f"to learn from it"
         )
+
+
+def find_student(model: ModelConfig) -> Path | None:
+    """The student's local directory; None if it can only be a hub name.
+
+    Raises:
+        ModelError: It is a path, and there is no model.
+    """
+    try:
+        return local(model)
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.base", "distill.student")) from error
 
 
 def warn_if_smaller(teacher: Teacher, student: Student) -> str | None:

@@ -32,9 +32,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"public": public(root), **{kind: student(root, kind) for kind in kinds}}
 
 
-def asked(
-    finished_run: Finished, places: dict[str, Path], kind: str, **changes: Any
-) -> Asked:
+def asked(finished_run: Finished, places: dict[str, Path], kind: str, **changes: Any) -> Asked:
     """What a test asks for."""
     values = {"student": str(places[kind]), "source": str(places["public"]), **changes}
     return prepare(open_run(finished_run(kind)), settings(**values))
@@ -162,7 +160,9 @@ def test_two_passes_learn_the_same_lesson(
     if kind == "classification":
         assert cached["losses"] == pytest.approx(live["losses"], abs=1e-5)
     else:  # cross-entropy = KL + the teacher's entropy: the same differences
-        first, second = ([x - report["losses"][0] for x in report["losses"]] for report in (live, cached))
+        first, second = (
+            [x - report["losses"][0] for x in report["losses"]] for report in (live, cached)
+        )
         assert first == pytest.approx(second, abs=0.3)
     before, after = (report["metrics"]["student after"]["loss"] for report in (live, cached))
     assert before == pytest.approx(after, rel=0.03)
@@ -212,7 +212,7 @@ def test_bad_input_is_refused_with_a_remedy(
         prepare(run, settings(**{**good, "student": run.model.base}))
     with pytest.raises(ConfigError, match="is for classes; for causal-lm use proxy-target"):
         prepare(run, settings(**good, method="log-confidence"))
-    with pytest.raises(ConfigError, match="needs method=\"forward-kl\""):
+    with pytest.raises(ConfigError, match='needs method="forward-kl"'):
         prepare(run, settings(**good, cached_samples=4, method="proxy-target"))
     with pytest.raises(DataError, match="private training split"):
         prepare(run, settings(**{**good, "source": run.data.source}, split="train"))

@@ -45,7 +45,9 @@ def test_a_proof_has_every_arm(kind: str, finished_run: Finished, tmp_path: Path
     """All controls, the ceiling and the references, in the report, the picture and the page."""
     values = {"student": str(student(tmp_path, kind)), "source": str(public(tmp_path))}
     asked = prepare(open_run(finished_run(kind)), settings(**values, steps=3))
-    groups = [{**row, "group": "heard" if at % 2 else "unheard"} for at, row in enumerate(rows_of(20, 9))]
+    groups = [
+        {**row, "group": "heard" if at % 2 else "unheard"} for at, row in enumerate(rows_of(20, 9))
+    ]
     question = Question(asked.tests, groups, (), 2, 1000)
     found = distil(asked, tmp_path / "out", Told(), question)["proof"]
     arms = {FEDERATED, *CONTROLS, POOLED, TEACHER}
@@ -70,7 +72,9 @@ def test_arms_differ_in_their_teacher_alone(finished_run: Finished, tmp_path: Pa
     """Same start and order; a proxy of the untuned model is no teacher; an arm is trained once."""
     bench = workshop(finished_run, tmp_path, "causal-lm", sampled_fraction=0.0)
     start = bench.adapter(BASE, 0)
-    moved = {arm: bench.adapter(arm, 0).minus(start).norm() for arm in (FEDERATED, UNTUNED, PUBLIC, LABELS)}
+    moved = {
+        arm: bench.adapter(arm, 0).minus(start).norm() for arm in (FEDERATED, UNTUNED, PUBLIC, LABELS)
+    }
     assert moved[UNTUNED] == 0
     assert min(moved[FEDERATED], moved[PUBLIC], moved[LABELS]) > 0.1
     assert bench.adapter(BASE, 1).sha256() != start.sha256()
@@ -85,9 +89,7 @@ def test_arms_without_what_they_need_are_left_out(finished_run: Finished, tmp_pa
     unlabelled = tmp_path / "unlabelled"
     unlabelled.mkdir()
     write_rows(unlabelled / "public.jsonl", [{"text": row["text"]} for row in rows_of(24, 5)])
-    bench = workshop(
-        finished_run, tmp_path, "classification", source=str(unlabelled / "public.jsonl")
-    )
+    bench = workshop(finished_run, tmp_path, "classification", source=str(unlabelled / "public.jsonl"))
     for arm in (PUBLIC, LABELS):
         with pytest.raises(LeftOut, match="no public record has a known label"):
             bench.adapter(arm, 0)
@@ -114,7 +116,9 @@ def test_a_gain_is_claimed_over_every_control_or_not_at_all(
             "records": np.ones(count),
             "correct": right.astype(float),
             "loss": 1 - right.astype(float),
-            **{"actual": ones, "guessed": ones, "right": ones},
+            "actual": ones,
+            "guessed": ones,
+            "right": ones,
         }
 
     monkeypatch.setattr(proof, "measure", spread)
