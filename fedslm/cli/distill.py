@@ -71,6 +71,9 @@ def distill(
     probe_split: Annotated[str, typer.Option(help="Split of --probe.")] = "probe",
     seeds: Annotated[int, typer.Option(help="For --prove: trainings of each arm.")] = 1,
     resamples: Annotated[int, typer.Option(help="For --prove: bootstrap, at least 1000.")] = 2000,
+    ceiling: Annotated[
+        bool, typer.Option(help="For --prove: train on a simulation's pooled private records too.")
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and estimate memory and time.")
     ] = False,
@@ -108,7 +111,7 @@ def distill(
         question = None
         if prove:
             places = [(test, test_split), (probe, probe_split)]
-            question = _question(asked, places, seeds, resamples)
+            question = _question(asked, places, seeds, resamples, ceiling=ceiling)
         elif test or probe:
             raise typer.BadParameter("--test and --probe are for --prove")
         with _watching(target) as watcher:
@@ -117,7 +120,7 @@ def distill(
 
 
 def _question(
-    asked: Asked, places: list[tuple[str | None, str]], seeds: int, resamples: int
+    asked: Asked, places: list[tuple[str | None, str]], seeds: int, resamples: int, *, ceiling: bool
 ) -> Question:
     """What is to be proved: on the run's own test records unless others are named."""
     from fedslm.distillation.proof import Question
@@ -129,7 +132,7 @@ def _question(
         tests = other_rows(run, Elsewhere(test, test_split))
     if probe is not None:
         probed = other_rows(run, Elsewhere(probe, probe_split))
-    return Question(tests, probed, asked.general, seeds, resamples)
+    return Question(tests, probed, asked.general, seeds, resamples, ceiling)
 
 
 def _settings(section: Any, given: dict[str, Any], overrides: list[str]) -> Any:

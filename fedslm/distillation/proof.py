@@ -46,6 +46,7 @@ class Question:
         general: General text in the student's tokens that nothing was held by.
         seeds: How many starting adapters and orders each arm is trained with, >= 1.
         resamples: Bootstrap resamples, >= 1000.
+        ceiling: Train the student on all private records too, where a simulation has them.
 
     Raises:
         ConfigError: A number is too small.
@@ -57,6 +58,7 @@ class Question:
     general: tuple[Example, ...] = ()
     seeds: int = 1
     resamples: int = 2000
+    ceiling: bool = True
 
     def __post_init__(self) -> None:
         if self.resamples < _FEWEST_RESAMPLES:
@@ -90,7 +92,7 @@ def prove(workshop: Workshop, question: Question) -> dict[str, Any]:
     Raises:
         DataError: No test record can be read by both models.
     """
-    adapters, left_out = _trained(workshop, question.seeds)
+    adapters, left_out = _trained(workshop, question)
     tests = tests_of(question.tests, workshop.teacher.reader, workshop.student.reader)
     found = _statistics(workshop, adapters, Reading(tests.teacher, tests.student, tests.rows), left_out)
     draws = Draws(question.resamples, workshop.plan.run.seed)
@@ -128,13 +130,19 @@ def prove(workshop: Workshop, question: Question) -> dict[str, Any]:
 Adapters = Mapping[str, Sequence[AdapterState]]
 
 
-def _trained(workshop: Workshop, seeds: int) -> tuple[dict[str, list[AdapterState]], dict[str, str]]:
+def _trained(
+    workshop: Workshop, question: Question
+) -> tuple[dict[str, list[AdapterState]], dict[str, str]]:
     """Each arm's adapters, one for each seed; and the arms that cannot be run, and why."""
-    adapters, left_out = {}, {}
-    first = workshop.plan.run.seed
+    adapters: dict[str, list[AdapterState]] = {}
+    left_out: dict[str, str] = {}
+    seeds = range(workshop.plan.run.seed, workshop.plan.run.seed + question.seeds)
     for arm in WHAT:
+        if arm == POOLED and not question.ceiling:
+            left_out[arm] = "not asked for"
+            continue
         try:
-            adapters[arm] = [workshop.adapter(arm, first + number) for number in range(seeds)]
+            adapters[arm] = [workshop.adapter(arm, seed) for seed in seeds]
         except LeftOut as error:
             left_out[arm] = str(error)
     return adapters, left_out
