@@ -111,13 +111,13 @@ class Workshop:
         kept = path / "adapter.safetensors"
         if not kept.exists():
             run, trained = self.plan.run, self.teacher.trained
-            training = run.training
+            training, adam = run.training, run.training.optimizer == "adamw"
             update = {
                 "method": "labels",
                 "steps": max(1, training.local_steps * int(run.report["rounds"])),
                 "batch_size": training.batch_size,
                 "micro_batch_size": training.micro_batch_size,
-                "learning_rate": training.learning_rate,
+                "learning_rate": training.learning_rate if adam else self.plan.settings.learning_rate,
                 "general_weight": 0.0,
                 "cached_samples": 0,
             }
