@@ -19,8 +19,8 @@ _REPORT, _WEIGHTS = "distill.json", "adapter_model.safetensors"
 def distillations(directory: RunDirectory) -> tuple[list[dict[str, Any]], list[str]]:
     """Every distillation that lies in a run's directory.
 
-    Each step is looked at: the released adapter is the one that taught, the student's file is the one that
-    was written, nothing was claimed to be spent, and what the ledgers held then they hold still.
+    Each step is looked at: the released adapter is the one that taught, the student's file is the one
+    that was written, nothing was claimed to be spent, and what the ledgers held then they hold still.
 
     Returns:
         One description for each distillation, and what is wrong.

@@ -1,5 +1,4 @@
-"""Distillation as a part of a simulation: after rounds, between which the student may teach back, and
-at the end.
+"""Distillation as a part of a simulation: at the end, and between rounds if the student follows them.
 
 Nothing here imports torch before it is needed: a simulation's server computes in its workers.
 """

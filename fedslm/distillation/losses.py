@@ -175,8 +175,8 @@ def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """KL(first ‖ second) of log-probabilities; where first is 0, nothing.
 
-    The difference of the two sums is 0 but for rounding. With it the gradient is exactly 0 where both are
-    equal: an optimizer that divides by the gradient's size would else walk on rounding alone.
+    The difference of the two sums is 0 but for rounding. With it the gradient is exactly 0 where both
+    are equal: an optimizer that divides by the gradient's size would else walk on rounding alone.
     """
     own, other = first.exp(), second.exp()
     ratio = torch.where(own > 0, first - second, torch.zeros_like(first))

@@ -68,7 +68,9 @@ def federated(directory: Path, base: Path, data: dict[str, Any], values: dict[st
     """Trains the small model; gives epsilon."""
     sections = {"run": {"directory": str(directory)}, "model": {"base": str(base)}, "data": data}
     report = simulation.simulate(configuration.from_mapping({**values, **sections}), Silent())
-    print(f"federated: {report['metrics_before']} -> {report['metrics_after']}, {report['seconds']:.0f} s")
+    print(
+        f"federated: {report['metrics_before']} -> {report['metrics_after']}, {report['seconds']:.0f} s"
+    )
     return float(report["epsilon"] or 0)
 
 
