@@ -174,7 +174,7 @@ def distil(
         report["seconds"] = time.monotonic() - began
         save_plain(student.model.adapter, adapter, student.lora, path / "adapter")
         student.tokenizer.save_pretrained(path / "adapter")
-        reporting.write(path, report)
+        reporting.write(path, report, reporting.Sections(student.config, asked.plan.run.task))
         _tidy(path)
         return report
 
@@ -265,7 +265,6 @@ def _description(asked: Asked) -> dict[str, Any]:
         "run": str(run.directory),
         "name": run.report["name"],
         "task": run.task.name,
-        "pooling": run.task.pooling,
         "labels": list(run.labels),
         "teacher_base": run.model.base,
         "student_base": plan.settings.student,

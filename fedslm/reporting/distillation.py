@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedslm.config import ModelConfig, TaskConfig
 from fedslm.reporting.render import render
-from fedslm.storage import replacing, write_text
+from fedslm.storage import expand, replacing, write_text
 
 _MOST_POINTS = 400
 
 
-def write(directory: Path, report: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Sections:
+    """What the card's code needs to know.
+
+    Attributes:
+        model: The student.
+        task: What it does.
+    """
+
+    model: ModelConfig
+    task: TaskConfig
+
+
+def write(directory: Path, report: dict[str, Any], sections: Sections) -> None:
     """Writes ``distill.json``, ``distill.md``, ``distill.png`` and the adapter's card.
 
     Args:
         directory: With ``adapter/`` in it.
         report: The content of ``distill.json``; a "proof" in it becomes a section.
+        sections: The student and its task.
     """
     plot_losses(directory / "distill.png", report["losses"], report["method"])
     if report["proof"] is not None:
         plot_arms(directory / "proof.png", report["proof"])
     write_text(directory / "distill.md", render("distill.md.j2", report=report))
-    write_text(directory / "adapter" / "README.md", render("student_card.md.j2", report=report))
+    shown = {**report, "base_model": expand(sections.model.base)}
+    card = render("student_card.md.j2", report=shown, config=sections)
+    write_text(directory / "adapter" / "README.md", card)
     write_text(directory / "distill.json", json.dumps(report, indent=2) + "\n")
 
 

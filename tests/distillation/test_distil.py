@@ -281,3 +281,20 @@ def test_padded_rows_of_the_vocabulary_say_nothing(
     assert want.plan.vocabulary == max(AutoTokenizer.from_pretrained(padded).get_vocab().values()) + 1
     report = distil(want, tmp_path / "out", Told())
     assert all(0 <= loss < 10 for loss in report["losses"])
+
+
+def test_the_card_s_code_gives_the_students_figures(
+    finished_run: Finished, places: dict[str, Path], tmp_path: Path
+) -> None:
+    """What the model card shows runs as it stands, and classifies as the report says."""
+    want = asked(finished_run, places, "classification", steps=12)
+    report = distil(want, tmp_path / "out", Told())
+    code = (tmp_path / "out" / "adapter" / "README.md").read_text().split("```python\n")[1]
+    code = code.split("```")[0].replace('"adapter"', f'"{tmp_path / "out" / "adapter"}"')
+    code = code.replace('["…"]', "texts")
+    texts = [row["text"] for row in want.tests]
+    found: dict[str, Any] = {"texts": texts}
+    exec(compile(code, "model card", "exec"), found)  # noqa: S102
+    guessed = [found["labels"][number] for number in found["logits"].argmax(-1).tolist()]
+    right = sum(guess == row["label"] for guess, row in zip(guessed, want.tests, strict=True))
+    assert right / len(texts) == pytest.approx(report["metrics"]["student after"]["accuracy"])
