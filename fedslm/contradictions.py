@@ -219,8 +219,6 @@ def _distill(config: Config) -> Iterator[Problem]:
     if distill.every is not None and method in ("stack", "fedex", "flora", "fed-sb", "fedsa"):
         message = f"value {distill.every} does not go with aggregation.method={method!r}; leave it out"
         yield Problem("distill.every", message)
-    if distill.every is not None and config.engine.name == "deployed":
-        yield Problem("distill.every", "is for simulations; use `fedslm distill RUN` after the run")
 
 
 def _database(config: Config) -> Iterator[Problem]:

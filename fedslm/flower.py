@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from fedslm import config as configuration
 from fedslm import contradictions
+from fedslm.distillation.following import check_asked, distil_if_asked, follower
 from fedslm.errors import RunError
 from fedslm.federation.checkpoint import ERROR, RunDirectory
 from fedslm.federation.rounds import Federation, Outcome
@@ -48,10 +49,13 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
     pool = InlinePool(threads=config.engine.threads_per_worker)
 
     def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
-        return federate(Federation(grid, pool, directory, Bar()), config, plan, labels)
+        follow = follower(config.distill, config.federation.rounds, pool.call)
+        return federate(Federation(grid, pool, directory, Bar(), follow), config, plan, labels)
 
     with _told(directory):
+        check_asked(config.distill)
         report = serve(config, directory, make)
+        distil_if_asked(directory.path, config.distill)
     print(f"fedslm: report in {directory.path}", flush=True)
     if report["stopped"]:
         error = RunError(f"stopped early: {report['stopped']}")

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from fedslm import contradictions
 from fedslm.config import Config
 from fedslm.data import shards
-from fedslm.distillation.following import check_asked, follower
+from fedslm.distillation.following import check_asked, distil_if_asked, follower
 from fedslm.errors import DataError, FedslmError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.local_grid import LocalGrid
@@ -60,7 +60,7 @@ def simulate(config: Config, observer: Observer) -> dict[str, Any]:
         if not directory.has_checkpoint:
             shutil.rmtree(directory.path)  # nothing happened yet: the corrected call may use the name
         raise
-    _distil(config, directory)
+    distil_if_asked(directory.path, config.distill)
     return report
 
 
@@ -77,18 +77,8 @@ def resume(path: Path, observer: Observer, expected: Config | None = None) -> di
     """
     directory, config = RunDirectory.open(path, expected)
     report = _run(config, directory, observer)
-    _distil(config, directory)
+    distil_if_asked(directory.path, config.distill)
     return report
-
-
-def _distil(config: Config, directory: RunDirectory) -> None:
-    """Teaches the student of ``[distill]``, unless that is done."""
-    if config.distill.student is not None:
-        from fedslm.distillation.following import (
-            distil_run,  # torch, which the rounds' server is without
-        )
-
-        distil_run(directory.path, config.distill)
 
 
 def serve(

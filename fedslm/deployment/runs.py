@@ -22,6 +22,7 @@ _FINISHED = "finished"
 _PATHS = (
     *("data.source", "data.evaluation_source", "data.public_source"),
     *("task.labels_file", "model.base"),
+    *("distill.student", "distill.source", "distill.general_source"),
 )
 
 OnRound = Callable[[dict[str, Any]], None]

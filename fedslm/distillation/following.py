@@ -42,8 +42,10 @@ def check_asked(settings: DistillConfig) -> None:
     find_student(ModelConfig(base=settings.student))
 
 
-def distil_run(path: Path, settings: DistillConfig) -> None:
-    """Distils a finished run into its own directory, unless that is done."""
+def distil_if_asked(path: Path, settings: DistillConfig) -> None:
+    """Distils a finished run into its own directory, unless nobody asked or that is done."""
+    if settings.student is None:
+        return
     from fedslm.distillation.distil import DIRECTORY, REPORT, distil, prepare
     from fedslm.inference.trained import open_run
 

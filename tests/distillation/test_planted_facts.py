@@ -45,7 +45,7 @@ def test_planted_facts_arrive_and_controls_do_not_have_them(
             student="demo-large",
             source=str(tmp_path),
             split="public",
-            steps=40,
+            steps=36,
             batch_size=16,
             micro_batch_size=16,
             learning_rate=5e-3,
