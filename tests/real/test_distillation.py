@@ -93,15 +93,15 @@ def proved(
 
 
 def test_medical_topics_at_epsilon_8(assets: Path, tmp_path: Path) -> None:
-    """A pruned encoder teaches the whole one from unlabelled abstracts: better than all that no label gave.
+    """A pruned encoder teaches the whole one from public abstracts: more than it knows without labels.
 
-    Of 800 public abstracts 80 have a label. Whether the clients are worth more than these is reported, not
-    asserted: the interval is about as wide as the gain (576 test records).
+    Of 800 public abstracts 20 have a label. Whether the clients are worth more than these is reported, not
+    asserted: the noise of each run is another (see simulations/LOG.md, also for 80 labels).
     """
     folder = assets / "data" / "medical_abstracts"
     rows = [{"text": row["text"], "label": row["label"]} for row in rows_of(folder / "train.jsonl.gz")]
     random.Random(0).shuffle(rows)
-    public = [{**row, "label": row["label"] if at < 80 else None} for at, row in enumerate(rows[:800])]
+    public = [{**row, "label": row["label"] if at < 20 else None} for at, row in enumerate(rows[:800])]
     write(tmp_path / "train.jsonl", rows[800:])
     write(tmp_path / "public.jsonl", public)
     tests = rows_of(folder / "test.jsonl.gz")
@@ -125,8 +125,7 @@ def test_medical_topics_at_epsilon_8(assets: Path, tmp_path: Path) -> None:
     assert report["privacy"]["spent_here"] == 0
     assert set(found["gains"]) == {BASE, UNTUNED, PUBLIC, LABELS}
     assert min(found["gains"][name]["low"] for name in (BASE, UNTUNED)) > 0.1
-    assert found["gains"][LABELS]["high"] > 0
-    assert found["arms"][FEDERATED]["headline"]["value"] > 0.45
+    assert found["arms"][FEDERATED]["headline"]["value"] > 0.35
 
 
 def test_plays_reach_a_model_of_stories(assets: Path, tmp_path: Path) -> None:
