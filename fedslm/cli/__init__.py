@@ -150,6 +150,8 @@ def _finish(report: dict[str, Any], as_json: bool) -> None:
         console.print(f"privacy: {spent} for one {report['plan']['unit']} ({of})", highlight=False)
     sent = f"{readable(report['bytes_down'])} down, {readable(report['bytes_up'])} up"
     console.print(f"sent: {sent}; {report['seconds']:.1f} s", highlight=False)
+    if (Path(report["directory"]) / "distilled" / "distill.md").exists():
+        console.print(f"  {report['directory']}/distilled/distill.md", highlight=False, soft_wrap=True)
     for file in ("report.md", "adapter", "nodes"):
         path = Path(report["directory"]) / file
         if path.exists():

@@ -5,7 +5,7 @@ Nothing here imports torch before it is needed: a simulation's server computes i
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,15 @@ from fedslm.federation.rounds import Follow
 from fedslm.federation.wire import Setup
 from fedslm.records import AdapterState
 
-logger = logging.getLogger(__name__)
 
-
-class Logged:
-    """A watcher that logs each stage once it is done."""
+class Printed:
+    """A watcher that prints a line for each quarter of a stage."""
 
     def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Says that a stage is done."""
-        if done == total:
-            logger.info("%s: %d of %d %s", stage, done, total, note)
+        """Prints it, on standard error."""
+        if 4 * done // total > 4 * (done - 1) // total:
+            sys.stderr.write(f"{stage}: {done}/{total} {note}\n")
+            sys.stderr.flush()
 
 
 def check_asked(settings: DistillConfig) -> None:
@@ -51,7 +50,7 @@ def distil_if_asked(path: Path, settings: DistillConfig) -> None:
 
     target = path / DIRECTORY
     if not (target / REPORT).exists():
-        distil(prepare(open_run(path), settings), target, Logged())
+        distil(prepare(open_run(path), settings), target, Printed())
 
 
 def follower(settings: DistillConfig, rounds: int, call: Callable[..., Any]) -> Follow | None:
