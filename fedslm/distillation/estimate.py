@@ -14,10 +14,7 @@ from fedslm.models import footprint
 from fedslm.models.base import device_of, resolve_config
 
 _SIDE, _TRIALS = 1024, 5
-_PASSES_OF_STUDENT, _PASSES_OF_TEACHER = (
-    4.0,
-    2.0,
-)  # forwards' worth: own pass and back, its base; S*, S0
+_BOTH_WAYS = 3.0  # a pass and its way back, in passes
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,9 @@ def estimate(plan: Plan) -> Estimate:
     needs = footprint.memory(own, own.shapes, keys, training, records=records, private=False)
     device, held = footprint.machine(model)
     tokens = settings.steps * settings.batch_size * run.task.max_length
-    work = 2.0 * tokens * (_PASSES_OF_STUDENT * own.parameters + _PASSES_OF_TEACHER * theirs.parameters)
+    again = 1 if settings.method == "proxy-target" else 0  # what both models say without adapters
+    passes = (_BOTH_WAYS + again) * own.parameters + (1 + again) * theirs.parameters
+    work = 2.0 * tokens * passes
     return Estimate(
         student_bytes=own.base_bytes,
         teacher_bytes=theirs.base_bytes,

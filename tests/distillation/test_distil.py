@@ -298,3 +298,18 @@ def test_the_card_s_code_gives_the_students_figures(
     guessed = [found["labels"][number] for number in found["logits"].argmax(-1).tolist()]
     right = sum(guess == row["label"] for guess, row in zip(guessed, want.tests, strict=True))
     assert right / len(texts) == pytest.approx(report["metrics"]["student after"]["accuracy"])
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_small_footprint_learns_too(
+    quantization: str, finished_run: Finished, places: dict[str, Path], tmp_path: Path
+) -> None:
+    """A student in 8 or 4 bits that recomputes its activations learns nearly what the whole one does."""
+    whole = distil(asked(finished_run, places, "causal-lm", steps=18), tmp_path / "whole", Told())
+    small = {"quantization": quantization, "gradient_checkpointing": True}
+    report = distil(
+        asked(finished_run, places, "causal-lm", steps=18, **small), tmp_path / "out", Told()
+    )
+    assert learned(report)
+    before, after = (sum(each["losses"][-3:]) for each in (whole, report))
+    assert after == pytest.approx(before, rel=0.4)
