@@ -215,11 +215,16 @@ def student_reader(run: FinishedRun, settings: DistillConfig) -> Reader:
 
 
 def check_task(run: FinishedRun) -> None:
-    """Refuses a run whose task has no distillation.
+    """Refuses a run whose task has no distillation, or that has no global model.
 
     Raises:
         ConfigError: With the tasks that have one.
     """
+    if run.report.get("aggregation") == "fedsa":
+        message = (
+            'value "fedsa" left B and the head with each client: there is no model that could teach'
+        )
+        raise ConfigError([Problem("aggregation.method", message)])
     if run.task.name not in TAUGHT:
         message = f"value {run.task.name!r} cannot be distilled; {', '.join(TAUGHT)} can"
         raise ConfigError([Problem("task.name", message)])

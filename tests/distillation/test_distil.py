@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,10 @@ from pairs import FEW, Interrupted, Stops, Told, public, settings, student
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedslm.config import DistillConfig
 from fedslm.distillation.distil import Asked, distil, prepare
 from fedslm.distillation.pair import load_student, load_teacher
 from fedslm.errors import ConfigError, DataError, ModelError, RunError
-from fedslm.inference.trained import FinishedRun, open_run
+from fedslm.inference.trained import open_run
 from fedslm.storage import load_adapter
 
 Finished = Callable[[str], Path]
@@ -193,11 +193,6 @@ def test_general_text_holds_the_student(
     assert moved[1] < moved[0]
 
 
-def refused(run: FinishedRun, values: DistillConfig, **options: bool) -> None:
-    """Asks for what must be refused."""
-    prepare(run, values, **options)
-
-
 def test_bad_input_is_refused_with_a_remedy(
     finished_run: Finished, places: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -218,6 +213,12 @@ def test_bad_input_is_refused_with_a_remedy(
         prepare(run, settings(**{**good, "source": run.data.source}, split="train"))
     with pytest.raises(ConfigError, match="cannot be distilled; classification, causal-lm"):
         prepare(open_run(finished_run("token-classification")), settings(**good))
+    with pytest.raises(ConfigError, match="no model that could teach"):
+        prepare(replace(run, report={**run.report, "aggregation": "fedsa"}), settings(**good))
+    shutil.copytree(run.directory, tmp_path / "run")
+    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read"):
+        open_run(tmp_path / "run")
     (tmp_path / "empty.jsonl").write_text('{"other": "x"}\n')
     with pytest.raises(DataError, match="has no column 'text'; it has other"):
         prepare(run, settings(**{**good, "source": str(tmp_path / "empty.jsonl")}))
