@@ -72,7 +72,7 @@ OWNERS = {
     },
     "seqeval": {"tasks"},
     "rouge_score": {"inference"},
-    "scipy": {"training.self_test", "training.canaries"},
+    "scipy": {"training.self_test", "training.canaries", "distillation.losses"},
     "safetensors": {"storage", "inference.export", "federation.wire"},
     "flwr": {"federation", "flower", "simulation", "deployment"},
     "ray": {"federation.ray_engine"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -70,8 +71,8 @@ def log_confidence(
 ) -> torch.Tensor:
     """(1 − c)·CE(student, target) + c·CE(student, its own hardened guess).
 
-    Guesses are hardened so that each class gets its share of the batch: the surest go first, and what
-    finds its class full goes to the next best. For two classes that is the threshold of the paper.
+    Guesses are hardened so that each class gets its share of the batch (:func:`hardened`). For two
+    classes that is the threshold of the paper.
 
     Args:
         logits: The student's; all positions of a batch, which share the classes.
@@ -89,10 +90,13 @@ def log_confidence(
 
 
 def hardened(log_probabilities: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """One class for each position, each class as often as its share says, the surest first.
+    """The likeliest labels that give each class its share of the positions.
+
+    As many seats for each class as its share says, dealt out so that the sum of log-probabilities is as
+    large as it can be (Crouse 2016, the assignment problem).
 
     Args:
-        log_probabilities: (positions, classes).
+        log_probabilities: (positions, classes), finite.
         shares: (classes,), summing to 1.
 
     Returns:
@@ -102,16 +106,12 @@ def hardened(log_probabilities: torch.Tensor, shares: torch.Tensor) -> torch.Ten
     >>> hardened(sure, torch.tensor([2 / 3, 1 / 3])).tolist()
     [0, 0, 1]
     """
-    positions, classes = log_probabilities.shape
-    room = _quotas(shares, positions)
-    chosen = [-1] * positions
-    order = log_probabilities.flatten().argsort(descending=True, stable=True).tolist()
-    for number in order:
-        position, label = divmod(number, classes)
-        if chosen[position] < 0 and room[label] > 0:
-            chosen[position] = label
-            room[label] -= 1
-    return torch.tensor(chosen, device=log_probabilities.device)
+    from scipy.optimize import linear_sum_assignment
+
+    seats = np.repeat(np.arange(len(shares)), _quotas(shares, len(log_probabilities)))
+    costs = -log_probabilities.double().cpu().numpy()[:, seats]
+    _, chosen = linear_sum_assignment(costs)
+    return torch.from_numpy(seats[chosen]).to(log_probabilities.device)
 
 
 def confidence_gate(target: torch.Tensor, threshold: float) -> torch.Tensor:

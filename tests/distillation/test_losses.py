@@ -128,6 +128,12 @@ def test_hardened_guesses_have_the_teachers_shares() -> None:
     shares = torch.tensor([0.5, 0.25, 0.15, 0.1])
     found = losses.hardened(torch.tensor(chances).log(), shares)
     assert np.bincount(found.numpy(), minlength=4).tolist() == [30, 15, 9, 6]
+    worth = np.log(chances)[np.arange(60), found.numpy()].sum()
+    for _ in range(2000):  # no exchange of two labels is better
+        first, second = GENERATOR.integers(60, size=2)
+        swapped = found.numpy().copy()
+        swapped[[first, second]] = swapped[[second, first]]
+        assert np.log(chances)[np.arange(60), swapped].sum() <= worth + 1e-9
     first = GENERATOR.random(40)
     pair = torch.tensor(np.stack([first, 1 - first], axis=1)).log()
     guessed = losses.hardened(pair, torch.tensor([0.25, 0.75])).numpy()

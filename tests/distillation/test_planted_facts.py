@@ -24,9 +24,10 @@ COUNTS = Counts(ordinary=16, signs=24, public=60, mentions=40, test=10, probe=8)
 
 @pytest.mark.timeout(240)
 def test_planted_facts_arrive_and_controls_do_not_have_them(
-    config_in: Callable[..., Config], tmp_path: Path
+    config_in: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five hospitals, twelve signs: the student learns those that its public records mention."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where the larger model is made
     parts = generate_facts(stream(0, "test-facts"), COUNTS)
     for name, rows in parts.items():
         write_rows(tmp_path / f"{name}.jsonl", rows)
