@@ -13,6 +13,7 @@ import numpy as np
 
 from fedslm.distillation.arms import BASE, CONTROLS, FEDERATED, POOLED, WHAT, LeftOut, Workshop
 from fedslm.distillation.measuring import (
+    Tests,
     general_task,
     measure,
     measure_decoding,
@@ -70,15 +71,6 @@ class Question:
             raise DataError("there are no test records to prove anything on; give them with --test")
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Test records as both models read them."""
-
-    teacher: Sequence[Example]
-    student: Sequence[Example]
-    rows: Rows
-
-
 def prove(workshop: Workshop, question: Question) -> dict[str, Any]:
     """Trains every arm and compares them.
 
@@ -94,7 +86,7 @@ def prove(workshop: Workshop, question: Question) -> dict[str, Any]:
     """
     adapters, left_out = _trained(workshop, question)
     tests = tests_of(question.tests, workshop.teacher.reader, workshop.student.reader)
-    found = _statistics(workshop, adapters, Reading(tests.teacher, tests.student, tests.rows), left_out)
+    found = _statistics(workshop, adapters, tests, left_out)
     draws = Draws(question.resamples, workshop.plan.run.seed)
     headline = workshop.teacher.task.headline
     lower = headline in LOWER_IS_BETTER
@@ -149,22 +141,22 @@ def _trained(
 
 
 def _statistics(
-    workshop: Workshop, adapters: Adapters, reading: Reading, left_out: dict[str, str]
+    workshop: Workshop, adapters: Adapters, tests: Tests, left_out: dict[str, str]
 ) -> dict[str, Statistics]:
     """Statistics of each test record under each arm, averaged over seeds; and the two references."""
     student, teacher = workshop.student, workshop.teacher
     found = {
-        arm: _mean([measure(student.model, student.task, reading.student, each) for each in several])
+        arm: _mean([measure(student.model, student.task, tests.student, each) for each in several])
         for arm, several in adapters.items()
     }
     small = teacher.trained.model
-    found[TEACHER] = measure(small, teacher.task, reading.teacher, teacher.tuned)
+    found[TEACHER] = measure(small, teacher.task, tests.teacher, teacher.tuned)
     if workshop.plan.is_language and workshop.plan.vocabulary:
         settings = workshop.plan.settings
         found[DECODING] = measure_decoding(
             teacher,
             student,
-            reading.student,
+            tests.student,
             vocabulary=workshop.plan.vocabulary,
             alpha=settings.alpha,
             clip=settings.clip,
@@ -218,8 +210,7 @@ def _probe(workshop: Workshop, adapters: Adapters, rows: Rows, headline: str) ->
     tests = tests_of(rows, workshop.teacher.reader, workshop.student.reader)
     groups = [str(row.get(_GROUP) or "all") for row in tests.rows]
     names = sorted(set(groups))
-    reading = Reading(tests.teacher, tests.student, tests.rows)
-    found = _statistics(workshop, adapters, reading, {})
+    found = _statistics(workshop, adapters, tests, {})
     probe = {
         arm: {name: _metrics(_of_group(each, groups, name), workshop)[headline] for name in names}
         for arm, each in found.items()
