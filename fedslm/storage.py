@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,11 +80,20 @@ def load_adapter(path: Path) -> AdapterState:
     Raises:
         RunError: The file is missing or damaged.
     """
+    return AdapterState(load_tensors(path))
+
+
+def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Reads a safetensors file, its tensors as they are stored.
+
+    Raises:
+        RunError: The file is missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        return AdapterState(load_file(path))
+        return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
 

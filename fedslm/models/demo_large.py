@@ -2,26 +2,30 @@
 
 Each unit is there twice, and what reads it takes half of each copy, a little more of one and a little
 less of the other: so the copies learn different things, and nothing is lost (Chen et al. 2016, Net2Net,
-arXiv 1511.05641). It is made on first use, in the user's cache.
+arXiv 1511.05641). It is made on first use, in the user's cache, byte for byte the same on every
+machine: nodes compare its hash.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fedslm.errors import ModelError
-from fedslm.rng import seed_of
+import numpy as np
 
-if TYPE_CHECKING:
-    import torch
+from fedslm.errors import ModelError, RunError
+from fedslm.records import AdapterState, FloatArray
+from fedslm.rng import reproducible_bytes
+from fedslm.storage import load_tensors, save_adapter, write_text
 
 NAME = "demo-large"
 _WIDER = 2
-_ASYMMETRY = 0.1  # standard deviations of a matrix
+_MADE = 2  # how it is made; a new number for new values, so that no older copy is taken for one
+_ASYMMETRY = 0.1  # root mean squares of a matrix
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -36,7 +40,7 @@ def demo_large(small: Path, sha256: str) -> Path:
         ModelError: It cannot be written.
     """
     place = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    target = Path(place) / "fedslm" / f"{NAME}-{sha256[:16]}"
+    target = Path(place) / "fedslm" / f"{NAME}-{_MADE}-{sha256[:16]}"
     if (target / "config.json").exists():
         return target
     try:
@@ -46,46 +50,47 @@ def demo_large(small: Path, sha256: str) -> Path:
             _build(small, made)
             made.chmod(0o755)
             made.rename(target)
-        except OSError:
+        except (OSError, RunError):
             if not (target / "config.json").exists():  # else another process was first
                 raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
-    except OSError as error:
+    except (OSError, RunError) as error:
         raise ModelError(f"model.base={NAME!r} cannot be made in {target}: {error}") from error
     return target
 
 
 def _build(small: Path, target: Path) -> None:
     """Writes the wider model and its tokenizer."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    model = BertModel.from_pretrained(small, dtype=torch.float32, local_files_only=True)
-    values = model.config.to_dict()
+    narrow = load_tensors(small / "model.safetensors")
+    wide = {name: _wider(name, values.astype(np.float32)) for name, values in narrow.items()}
+    save_adapter(target / "model.safetensors", AdapterState(wide))
+    values = json.loads((small / "config.json").read_text(encoding="utf-8"))
     for key in ("hidden_size", "num_attention_heads", "intermediate_size"):
         values[key] *= _WIDER
-    wide = BertModel(BertConfig(**values)).to(torch.float32)
-    wide.load_state_dict({name: _wider(name, each) for name, each in model.state_dict().items()})
-    wide.config.dtype = "float32"
-    wide.save_pretrained(target)
+    values["dtype"] = "float32"
+    del values["transformers_version"]
+    write_text(target / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     for name in _TOKENIZER:
         shutil.copy(small / name, target / name)
 
 
-def _wider(name: str, values: torch.Tensor) -> torch.Tensor:
-    """One tensor for twice the width."""
-    import torch
+def _wider(name: str, values: FloatArray) -> FloatArray:
+    """One tensor for twice the width.
 
-    if not values.is_floating_point():
-        return values
-    if values.dim() == 1:
-        return torch.cat([values, values])
+    Each value comes from single IEEE operations in a fixed order, and the sum is exact
+    (:func:`math.fsum`): no instruction set rounds them differently.
+    """
+    if values.ndim == 1:
+        return np.concatenate([values, values])
     if "embeddings" in name:
-        return torch.cat([values, values], dim=1)
-    generator = torch.Generator().manual_seed(seed_of(0, "demo-large", name))
+        return np.concatenate([values, values], axis=1)
+    squares = values.astype(np.float64).ravel() ** 2
+    size = np.float32(_ASYMMETRY * math.sqrt(3 * math.fsum(squares) / values.size))
     copies = []
-    for _ in range(_WIDER):
-        more = _ASYMMETRY * values.std() * torch.randn(values.shape, generator=generator)
-        copies.append(torch.cat([values / 2 + more, values / 2 - more], dim=1))
-    return torch.cat(copies)
+    for number in range(_WIDER):
+        drawn = reproducible_bytes(2 * values.size, 0, NAME, name, number)
+        steps = np.frombuffer(drawn, "<i2").reshape(values.shape).astype(np.float32)
+        more = size * ((steps + np.float32(0.5)) / np.float32(1 << 15))
+        copies.append(np.concatenate([values / 2 + more, values / 2 - more], axis=1))
+    return np.concatenate(copies)

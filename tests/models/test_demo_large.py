@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from kernels import KERNELS, environment
 from transformers import AutoModel, AutoTokenizer
 
 from fedslm.config import ModelConfig
 from fedslm.models import base
 from fedslm.models.base import DEMO_DIRECTORY, base_sha256, resolve
 from fedslm.models.demo_large import demo_large
+
+pytestmark = pytest.mark.kernels
+SHA256 = "0e375218257aa9be6926814074b111eef5ae8db013d6c20e170735d83036d17f"
+"""Of this version of the package, on every machine; a new embedded base or ``_MADE`` gives another."""
 
 
 def outputs(directory: Path, texts: list[str]) -> torch.Tensor:
@@ -61,3 +69,29 @@ def test_it_is_made_once_and_always_alike(tmp_path: Path, monkeypatch: pytest.Mo
     base.base_sha256.cache_clear()
     assert base_sha256(first) == base_sha256(second)
     assert [path.name for path in first.parent.iterdir()] == [first.name]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_every_machine_makes_the_same_bytes(kernels: str, tmp_path: Path) -> None:
+    """Whatever instructions torch, MKL and NumPy use, the hash is the recorded one: nodes compare it."""
+    code = (
+        "from fedslm.config import ModelConfig\n"
+        "from fedslm.models.base import base_sha256, resolve\n"
+        "print(base_sha256(resolve(ModelConfig(base='demo-large'))))"
+    )
+    environ = {**environment(kernels), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    made = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == SHA256
+
+
+def test_its_config_names_no_version_of_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another transformers must write the same file: sorted keys, and none that says who wrote it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = (resolve(ModelConfig(base="demo-large")) / "config.json").read_text()
+    values = json.loads(text)
+    assert text == json.dumps(values, indent=2, sort_keys=True) + "\n"
+    assert not [key for key in values if "version" in key]
+    assert (values["hidden_size"], values["dtype"]) == (256, "float32")
