@@ -1,8 +1,9 @@
 """The demo's triage notes with planted facts: invented signs whose meaning only some hospitals know.
 
 A note with a sign says nothing else that would tell the specialty, so whoever names it knows the sign.
-What a sign stands for is drawn anew with each seed: no name looks like its specialty. Outsiders see
-half of the signs in public notes, without a label; of the other half nothing is public.
+What a sign stands for is drawn anew with each seed: no name looks like its specialty. No patient or
+clinician has the name of a sign, so ordinary notes never contain one. Outsiders see half of the signs
+in public notes, without a label; of the other half nothing is public.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from fedslm.data.demo import HOSPITALS, SPECIALTIES, generate
 
 NAME = "demo-facts"
 SIGNS = (
-    "Ambrabeck",
-    "Brocciley",
-    "Crantwick",
-    "Dunvocroft",
-    "Elskemore",
-    "Farnaridge",
-    "Grendithorpe",
-    "Holvagate",
-    "Ivelostead",
-    "Kespedale",
-    "Lormibourne",
-    "Quarroham",
+    "Gwillan",
+    "Huxmere",
+    "Jundell",
+    "Pravoss",
+    "Snaithby",
+    "Thaldry",
+    "Tindrum",
+    "Vintrass",
+    "Wexcombe",
+    "Whinstow",
+    "Yorgast",
+    "Zubrin",
 )
 _SYMPTOMS = ("fatigue", "poor sleep", "general weakness", "sweating", "weight loss", "feeling unwell")
 _DURATIONS = ("since this morning", "for two days", "for three weeks", "on and off for a month")
@@ -109,20 +110,24 @@ def generate_facts(
         num_evaluation=in_tests,
     )
     train: list[dict[str, Any]] = list(notes.train)
+    taken: set[str] = set()
     for number, sign in enumerate(SIGNS):
         for offset in range(_HOSPITALS_PER_SIGN):
             client = HOSPITALS[(number + offset * 2) % len(HOSPITALS)]
-            train += _notes(rng, sign, _PRIVATE, counts.signs, label=meaning[sign], client=client)
+            known = {"label": meaning[sign], "client": client}
+            train += _notes(rng, sign, _PRIVATE, counts.signs, taken, **known)
     public: list[dict[str, Any]] = list(notes.public)
     test: list[dict[str, Any]] = list(notes.evaluation)
     probe: list[dict[str, Any]] = []
     for sign in SIGNS:
         known = {"label": meaning[sign], "client": "public"}
-        test += _notes(rng, sign, _PRIVATE, counts.test, **known)
+        test += _notes(rng, sign, _PRIVATE, counts.test, taken, **known)
         group = "mentioned" if sign in public_signs else "not mentioned"
-        probe += [{**row, "group": group} for row in _notes(rng, sign, _PROBE, counts.probe, **known)]
+        probe += [
+            {**row, "group": group} for row in _notes(rng, sign, _PROBE, counts.probe, taken, **known)
+        ]
         if sign in public_signs:
-            public += _notes(rng, sign, _PUBLIC, counts.mentions, label=None, client="public")
+            public += _notes(rng, sign, _PUBLIC, counts.mentions, taken, label=None, client="public")
     return {"train": train, "public": public, "test": test, "probe": probe}
 
 
@@ -131,16 +136,17 @@ def _notes(
     sign: str,
     templates: tuple[str, ...],
     count: int,
+    taken: set[str],
     *,
     label: str | None,
     client: str,
 ) -> list[dict[str, Any]]:
-    """Different notes with one sign and nothing else that tells."""
+    """Notes with one sign and nothing else that tells; their texts are new, and added to ``taken``."""
 
     def pick(options: tuple[str, ...]) -> str:
         return options[int(rng.integers(len(options)))]
 
-    rows: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     while len(rows) < count:
         text = pick(templates).format(
             sign=sign,
@@ -151,6 +157,8 @@ def _notes(
             state=pick(_STATES),
             plan=pick(_PLANS),
         )
-        patient = f"{sign}-{client}-{len(rows):04d}"
-        rows.setdefault(text, {"text": text, "label": label, "client": client, "patient": patient})
-    return list(rows.values())
+        if text not in taken:
+            taken.add(text)
+            patient = f"{sign}-{client}-{len(rows):04d}"
+            rows.append({"text": text, "label": label, "client": client, "patient": patient})
+    return rows
