@@ -7,7 +7,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-real test-federation test-all lint bench demo-model install clean
+.PHONY: demo test test-kernels test-real test-federation test-all lint bench demo-model install clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -22,7 +22,11 @@ test-real: $(VENV)/.installed
 test-federation: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "federation and not slow" --timeout 600
 
-test-all: lint
+# What another processor may compute otherwise, under the kernels of three.
+test-kernels: $(VENV)/.installed
+	$(BIN)/python tests/processors.py
+
+test-all: lint test-kernels
 	$(BIN)/python -m pytest -q --timeout 3600
 
 lint: $(VENV)/.installed

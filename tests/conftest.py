@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import machine, threads
 from tiny import make_rows, write_base, write_rows
 
 from fedslm import config as configuration
@@ -18,10 +19,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Tests compute with one thread, as clients do."""
+    """Tests compute with one thread, as clients do; FEDSLM_TEST_THREADS asks for more."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """After a failure one line says on what, so that a report from elsewhere can be understood."""
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line(machine())
 
 
 @pytest.fixture(scope="session")

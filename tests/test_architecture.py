@@ -221,7 +221,7 @@ after = (dict(os.environ), list(logging.getLogger().handlers), torch.get_num_thr
 print(json.dumps(before[0] == after[0] and before[1] == after[1] and before[2] == after[2]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) is True

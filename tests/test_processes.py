@@ -24,6 +24,7 @@ from fedslm.privacy.chain import Chain, check_head, read_chain, read_head
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 
 MakeConfig = Callable[..., Config]
+PATIENCE = 600.0  # seconds; whatever succeeds ends the wait
 
 
 def start(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
@@ -53,7 +54,7 @@ def write(config: Config, path: Path) -> Path:
 
 def wait_for_round(directory: Path, round: int, process: subprocess.Popen[str]) -> None:
     """Waits until a round is on disk."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         file = directory / "rounds.jsonl"
         if file.exists() and len(file.read_text().splitlines()) >= round:
@@ -68,7 +69,7 @@ def test_json_run_in_worker_processes(make_config: MakeConfig, tmp_path: Path) -
     config = make_config(engine={"workers": 2}, privacy=PRIVATE)
     path = write(config, tmp_path / "c.toml")
     process = start("simulate", str(path), "--json", cwd=tmp_path)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     report = json.loads(out.splitlines()[-1])
     assert set(report["privacy"]) == {"site-0", "site-1", "site-2"}
@@ -92,7 +93,7 @@ def test_ctrl_c_ends_cleanly_and_resume_gives_the_same_bits(
         tmp_path / "w.toml",
     )
     process = start("simulate", str(whole), "--json", cwd=tmp_path)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     expected = json.loads(out.splitlines()[-1])["adapter_sha256"]
     stopped = tmp_path / "s"
@@ -100,12 +101,12 @@ def test_ctrl_c_ends_cleanly_and_resume_gives_the_same_bits(
     process = start("simulate", str(write(config, tmp_path / "s.toml")), cwd=tmp_path)
     wait_for_round(stopped, 2, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert f"--resume {stopped}" in err.replace("\n", "")
     assert "Traceback" not in err
     process = start("simulate", "--resume", str(stopped), "--json", cwd=tmp_path)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert json.loads(out.splitlines()[-1])["adapter_sha256"] == expected
 
@@ -161,8 +162,8 @@ def size_of_ledgers(directory: Path) -> int:
 def kill_group(process: subprocess.Popen[str]) -> None:
     """Kill -9 of a command and all its workers, and waits until none is left."""
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    deadline = time.monotonic() + 30
+    process.communicate(timeout=PATIENCE)
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and _alive(process.pid):
         time.sleep(0.01)
     assert not _alive(process.pid)
@@ -186,7 +187,7 @@ def kill_at_random(
     Returns:
         False if the run was over before.
     """
-    before, deadline = size_of_ledgers(directory), time.monotonic() + 120
+    before, deadline = size_of_ledgers(directory), time.monotonic() + PATIENCE
     if early:
         deadline = time.monotonic() + generator.uniform(0.0, 8.0)
     while time.monotonic() < deadline and size_of_ledgers(directory) == before:
@@ -220,7 +221,7 @@ def test_kill_at_any_moment_never_forgets_a_spend(make_config: MakeConfig, tmp_p
         arguments = ("--resume", str(directory)) if resumed else (str(path),)
         process = start("simulate", *arguments, cwd=tmp_path, start_new_session=True)
         if not kill_at_random(process, directory, generator, early=kills % 7 == 3):
-            out, err = process.communicate(timeout=200)
+            out, err = process.communicate(timeout=PATIENCE)
             assert process.returncode == 0, err
             break
         kills += 1
@@ -231,7 +232,7 @@ def test_kill_at_any_moment_never_forgets_a_spend(make_config: MakeConfig, tmp_p
         print(f"kill {kills}: {charged} charged, {released} released, {torn} torn")
     assert kills >= 20
     process = start("simulate", "--resume", str(directory), "--json", cwd=tmp_path)
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     report = json.loads(out.splitlines()[-1])
     charged, released, _ = audit(directory)
@@ -254,7 +255,7 @@ def test_full_disk_at_a_checkpoint_loses_nothing(make_config: MakeConfig, tmp_pa
     process = start("simulate", str(path), "--json", cwd=tmp_path)
     wait_for_round(directory, 1, process)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -263,13 +264,15 @@ def test_full_disk_at_a_checkpoint_loses_nothing(make_config: MakeConfig, tmp_pa
         f"sys.argv = ['fedslm', 'simulate', '--resume', {str(directory)!r}]\n"
         "app()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 1
     assert "RunError" in done.stderr
     assert "cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
     process = start("simulate", "--resume", str(directory), "--json", cwd=tmp_path)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert json.loads(out.splitlines()[-1])["rounds"] == 4
 
@@ -293,7 +296,7 @@ def test_bad_input_is_a_clear_error(
     """Each kind of bad input ends the command with 2 and one clear message, without a traceback."""
     path = write(make_config(**sections), tmp_path / "c.toml")
     process = start("simulate", str(path), cwd=tmp_path)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert message in err
     assert "Traceback" not in err

@@ -85,7 +85,8 @@ def _problem_of_statement(plan: Plan, request: Request, reply: Reply) -> str | N
         return "the spend statement has charges that this plan does not make"
     counts = [statement.events.count(event) for event in plan.round_events]
     try:
-        allowed = min(counts) >= 1 and accounting.epsilon(statement.events, plan.delta) <= plan.epsilon
+        spent = accounting.epsilon(statement.events, plan.delta)
+        allowed = min(counts) >= 1 and accounting.within(spent, plan.epsilon)
     except FedslmError as error:
         return str(error)
     return None if allowed else "the spend statement has fewer or more charges than the plan allows"

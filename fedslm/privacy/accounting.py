@@ -25,6 +25,7 @@ from fedslm.records import Event
 
 _DISCRETISATION = 1e-3
 _TOLERANCE = 1e-3
+_ROUNDING = 1e-9  # relative; other processors' kernels moved epsilon by up to 6e-11 of itself
 _LEAST_MULTIPLIER, _LARGEST_MULTIPLIER = 0.05, 10_000
 _PRV_TOLERANCE = (0.02, 0.005)  # absolute, relative
 _MOST_STEPS = 1_000_000
@@ -73,6 +74,18 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
     1.92
     """
     return _pld(_grouped(events, delta), delta)
+
+
+def within(spent: float, budget: float) -> bool:
+    """Whether an epsilon keeps a budget that another machine computed it for.
+
+    Two processors round the last digits of one epsilon differently. So that honest machines agree, the
+    budget may be exceeded by 1e-9 of itself (below 1: by 1e-9).
+
+    >>> within(8.0 + 1e-9, 8.0), within(8.0 + 1e-6, 8.0), within(float("nan"), 8.0)
+    (True, False, False)
+    """
+    return spent <= budget + _ROUNDING * max(1.0, budget)
 
 
 def cross_check(events: Iterable[Event], delta: float) -> Accounts:

@@ -29,7 +29,6 @@ from fedslm.records import Event, is_count, is_number
 Records = NDArray[np.int64]
 Batch = list[Records]  # one array of record indices for each unit in the sample
 METRIC_SENSITIVITY = math.sqrt(2.0)  # a unit moves (sum of scores, number of units) by at most (1, 1)
-_SLACK = 1e-9
 _LEAST_CLIP_NORM = 1e-6  # far below, float32 cannot clip
 
 
@@ -146,7 +145,7 @@ class PrivatePlan(ABC):
             PrivacyError: They cost more, or the accountants disagree.
         """
         spent = accounting.epsilon(self.run_events, self.delta)
-        if not spent <= self.epsilon + _SLACK:
+        if not accounting.within(spent, self.epsilon):
             raise PrivacyError(
                 f"noise_multiplier={self.noise_multiplier} costs epsilon={spent:.3f} over "
                 f"{self.rounds} rounds, more than epsilon={self.epsilon:g}"

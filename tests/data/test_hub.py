@@ -55,7 +55,7 @@ def simulate(directory: Path, **environment: str) -> subprocess.CompletedProcess
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         env={**os.environ, "HF_HOME": str(directory / "cache"), "COLUMNS": "200", **environment},
     )
 

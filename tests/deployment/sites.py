@@ -30,7 +30,7 @@ from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 
 FEDSLM = str(Path(sys.executable).parent / "fedslm")
 NAMES = ("north", "south", "west")
-SECONDS = 120.0
+SECONDS = 600.0  # whatever succeeds ends the wait
 POLICY = """
 unit = "none"
 epsilon = 50.0
@@ -179,7 +179,7 @@ class Site:
                 process.terminate()
             else:
                 os.killpg(process.pid, number)
-        process.wait(30)
+        process.wait(SECONDS)
 
     def log(self, name: str) -> str:
         """What a process has said."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pace import patient
 
 from fedslm.errors import DataError, FederationError
 from fedslm.federation.workers import Failure, InlinePool, WorkerDied, WorkerPool
@@ -75,9 +76,10 @@ def test_results_come_for_the_job_that_is_asked(shared: WorkerPool) -> None:
 
 def test_unclaimed_results_are_bounded(shared: WorkerPool) -> None:
     """Jobs that nobody claims stop being started: memory is flat in the number of jobs."""
-    blocking = shared.submit(sleep, 1.5)
+    seconds = patient(1.5)
+    blocking = shared.submit(sleep, seconds)
     jobs = [shared.submit(square, number) for number in range(40)]
-    assert shared._wait(blocking) == 1.5
+    assert shared._wait(blocking) == seconds
     assert 1 <= len(shared._results) <= 2 * shared.num_workers + 1
     shared.abandon(jobs)
 
@@ -107,9 +109,12 @@ def test_dead_worker_fails_its_job_alone_and_is_replaced(shared: WorkerPool) -> 
 
 def test_a_worker_that_died_idle_costs_no_job(shared: WorkerPool) -> None:
     """A worker that is killed while it has nothing to do is replaced before a job reaches it."""
-    for worker in {shared.call(who) for _ in range(4)}:
+    killed = {shared.call(who) for _ in range(4)}
+    for worker in killed:
         os.kill(worker, 9)
-    time.sleep(0.5)
+    for worker in shared._workers:
+        if worker.process.pid in killed:
+            worker.process.join(600)
     assert shared.map(square, [(3,), (4,)]) == [9, 16]
 
 
@@ -131,7 +136,7 @@ def test_close_lets_running_jobs_finish(tmp_path: Path) -> None:
     time.sleep(0.1)
     pool.submit(touch, tmp_path / "queued", 0.0)
     processes = [worker.process for worker in pool._workers]
-    pool.close(drain_seconds=20)
+    pool.close(drain_seconds=600)
     assert [path.name for path in tmp_path.iterdir()] == ["running"]
     assert not any(process.is_alive() for process in processes)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_same_logits
 from extras import load_with
 from families import LABELS, examples_of, load_family, random_state, task_of
 
@@ -55,9 +56,9 @@ def test_saved_adapter_loads_with_plain_peft(
     plain = PeftModel.from_pretrained(base, tmp_path).eval()
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        torch.testing.assert_close(plain(**inputs).logits, expected, atol=1e-6, rtol=1e-5)
+        assert_same_logits(plain(**inputs).logits, expected)
         merged = plain.merge_and_unload()
-        torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-5, rtol=1e-4)
+        assert_same_logits(merged(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize(("rslora", "scaling"), [(False, 3.0), (True, 6.0)])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import KERNELS, environment
+from processors import KERNELS, environment
 from transformers import AutoModel, AutoTokenizer
 
 from fedslm.config import ModelConfig
@@ -18,7 +18,6 @@ from fedslm.models import base
 from fedslm.models.base import DEMO_DIRECTORY, base_sha256, resolve
 from fedslm.models.demo_large import demo_large
 
-pytestmark = pytest.mark.kernels
 SHA256 = "0e375218257aa9be6926814074b111eef5ae8db013d6c20e170735d83036d17f"
 """Of this version of the package, on every machine; a new embedded base or ``_MADE`` gives another."""
 

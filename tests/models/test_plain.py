@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from closeness import assert_same_logits
 from extras import load_with, random_deltas, random_whole
 from families import LABELS, examples_of, task_of
 
@@ -76,9 +77,9 @@ def test_peft_alone_loads_what_was_saved(
     inputs = {key: value for key, value in batch.items() if key.endswith(("input_ids", "mask"))}
     loaded = PeftModel.from_pretrained(fresh_base(directory, name), tmp_path).eval()
     with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).logits, expected, atol=2e-5, rtol=1e-4)
+        assert_same_logits(loaded(**inputs).logits, expected)
         merged = loaded.merge_and_unload()
-        torch.testing.assert_close(merged(**inputs).logits, expected, atol=5e-5, rtol=1e-4)
+        assert_same_logits(merged(**inputs).logits, expected)
         bare = merged(**{**inputs, "input_ids": inputs["input_ids"].flip(0)}).logits
     assert not torch.allclose(bare, expected, atol=1e-2)
 
@@ -98,7 +99,7 @@ def test_the_plain_adapter_attaches_as_what_it_says(
     examples, task = examples_of(4, name=name), task_of(name)
     with torch.no_grad():
         ours, theirs = forward(model, task, examples)[0], forward(again, task, examples)[0]
-    torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=1e-4)
+    assert_same_logits(theirs, ours)
 
 
 def test_what_is_plain_stays_as_it_is(

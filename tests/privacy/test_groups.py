@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from pace import patient
 
 from fedslm.errors import PrivacyError
 from fedslm.privacy.accounting import adaptive_epsilon, affordable_steps, epsilon, group_epsilon
@@ -140,7 +141,7 @@ def test_after_the_first_event_the_order_of_events_does_not_matter() -> None:
     assert adaptive_epsilon([first, second], DELTA, 4.0) < one
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(patient(30))
 def test_a_cheap_first_event_is_filtered_in_time() -> None:
     """A first event that a budget pays for millions of times does not stop the node for minutes."""
     assert adaptive_epsilon([Event(0.001, 5.0, 1), RUN], DELTA, 4.0) >= epsilon([RUN], DELTA)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pace import patient
 from scipy import stats
 
 from fedslm.errors import PrivacyError
@@ -382,7 +383,7 @@ def test_a_clients_plan_charges_a_step_a_round() -> None:
     assert not hasattr(plan, "batches")
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(patient(30))
 @pytest.mark.parametrize("rounds", [8_000, 10**9])
 def test_a_plan_that_is_costly_to_check_is_refused_at_once(rounds: int) -> None:
     """A hostile plan of many rounds is refused by the cheap accountant, or by the number of its steps."""

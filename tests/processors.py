@@ -1,7 +1,7 @@
 """Other processors on this one: which kernels the libraries may use, and a test run under each of them.
 
-``python tests/kernels.py [options of pytest]`` runs the tests marked ``kernels`` in random order under each
-capability that this processor has. Only torch, MKL, oneDNN, OpenBLAS and NumPy choose by these variables; the
+``python tests/processors.py [options of pytest]`` runs :data:`SENSITIVE` in random order under each capability
+that this processor has. Only torch, MKL, oneDNN, OpenBLAS and NumPy choose by these variables; the
 C library's own choice stays the processor's.
 """
 
@@ -11,7 +11,29 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
+HERE = Path(__file__).parent
+SENSITIVE = (
+    "test_agreement.py",
+    "distillation/test_distil.py",
+    "distillation/test_losses.py",
+    "distillation/test_planted_facts.py",
+    "federation/test_rounds.py",
+    "models/test_adapter.py",
+    "models/test_delta.py",
+    "models/test_demo_large.py",
+    "models/test_eva.py",
+    "models/test_families.py",
+    "models/test_initial.py",
+    "models/test_plain.py",
+    "models/test_quantized.py",
+    "training/test_every_loss.py",
+    "training/test_local.py",
+    "training/test_steps.py",
+    "training/test_units.py",
+)
+"""Files whose figures kernels can move: what is learned, tolerances of floats, hashes that machines compare."""
 _NUMPY = ("X86_V3", "X86_V4", "AVX512_ICL", "AVX512_SPR", "FMA3", "AVX2", "AVX512F")
 KERNELS: dict[str, dict[str, str]] = {
     "default": {
@@ -68,7 +90,7 @@ def why_not(kernels: str, best: str) -> str:
 
 
 def main(options: list[str]) -> int:
-    """Runs the marked tests under each capability; the first failing status, else 0."""
+    """Runs the sensitive files under each capability; the first failing status, else 0."""
     best, status = native(), 0
     for kernels in KERNELS:
         if why := why_not(kernels, best):
@@ -77,7 +99,8 @@ def main(options: list[str]) -> int:
         seed = random.SystemRandom().randrange(2**32)
         order = ["-p", "randomly", f"--randomly-seed={seed}"]
         print(f"kernels {kernels}: random order, --randomly-seed={seed}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "kernels", *order, *options]
+        files = [str(HERE / file) for file in SENSITIVE]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *order, *files, *options]
         status = status or subprocess.run(command, env=environment(kernels), check=False).returncode
     return status
 
