@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 from tiny import PRIVATE
+from typer.testing import CliRunner
 
+from fedslm.cli import app
 from fedslm.config import Config, to_toml
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.privacy.accounting import epsilon
@@ -295,8 +297,18 @@ def test_bad_input_is_a_clear_error(
 ) -> None:
     """Each kind of bad input ends the command with 2 and one clear message, without a traceback."""
     path = write(make_config(**sections), tmp_path / "c.toml")
-    process = start("simulate", str(path), cwd=tmp_path)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2
-    assert message in err
+    result = CliRunner().invoke(app, ["simulate", str(path)], env={"COLUMNS": "200"})
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_bad_input_ends_a_process_with_2(make_config: MakeConfig, tmp_path: Path) -> None:
+    """What the shell sees of it: status 2, one message on standard error, no traceback."""
+    config = make_config(data={"source": "/no/such/data"})
+    process = start("simulate", str(write(config, tmp_path / "c.toml")), cwd=tmp_path)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (2, "")
+    assert "no such file or directory" in err
     assert "Traceback" not in err
