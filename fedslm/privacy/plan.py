@@ -139,7 +139,9 @@ class PrivatePlan(ABC):
         )
 
     def verify(self) -> Accounts:
-        """Checks with three accountants that all rounds cost at most ``epsilon``.
+        """Checks with three accountants that all rounds cost at most ``epsilon``, up to rounding.
+
+        Server and nodes check the same plan on different processors: :func:`accounting.within`.
 
         Raises:
             PrivacyError: They cost more, or the accountants disagree.

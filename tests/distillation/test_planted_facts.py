@@ -62,7 +62,8 @@ def proof_of(config_in: Callable[..., Config], directory: Path, seed: int) -> di
         rank=8,
     )
     signs = about_signs(parts)
-    question = Question(signs, signs + parts["probe"], resamples=1000, ceiling=False)
+    heard = [row for row in signs if row["group"] == "mentioned"]
+    question = Question(heard, signs + parts["probe"], resamples=1000, ceiling=False)
     asked = prepare(open_run(directory / "run"), lesson)
     return dict(distil(asked, directory / "out", Told(), question)["proof"])
 

@@ -376,6 +376,14 @@ def test_a_text_that_is_no_plan_is_refused(text: str) -> None:
         from_json(text)
 
 
+def test_another_processor_may_round_an_epsilon_otherwise() -> None:
+    """A node accepts a plan that its own figure exceeds by 1e-10 of the budget, and none by 1e-7."""
+    cost = accounting.epsilon(PLAN.run_events, PLAN.delta)
+    dataclasses.replace(PLAN, epsilon=cost * (1 - 1e-10)).verify()
+    with pytest.raises(PrivacyError, match="costs epsilon"):
+        dataclasses.replace(PLAN, epsilon=cost * (1 - 1e-7)).verify()
+
+
 def test_a_clients_plan_charges_a_step_a_round() -> None:
     """With the client as the unit a round is one sampled Gaussian release, and nothing runs it."""
     plan = ClientPlan(8.0, 1e-5, 1.0, noise_multiplier=1.1, sample_rate=0.1, rounds=50)
