@@ -76,8 +76,8 @@ def test_private_training_lowers_the_loss(
     """With next to no noise, many full steps fit too: the gradient has the right sign and size."""
     task, examples = task_of("classification"), owned(16)
     units = 16 if plan.unit == "record" else 6
-    plan = replace(plan, noise_multiplier=1e-3, sample_rate=1.0, normaliser=units, steps_per_round=40)
-    descent = TRAINING.model_copy(update={"optimizer": "sgd", "learning_rate": 1.0})
+    plan = replace(plan, noise_multiplier=1e-3, sample_rate=1.0, normaliser=units, steps_per_round=80)
+    descent = TRAINING.model_copy(update={"optimizer": "sgd", "learning_rate": 0.5})
     trained = train(model, task, examples, plan, descent, work)
     before = task.metrics(count(model, task, examples, work.adapter, 8))["loss"]
     after = task.metrics(count(model, task, examples, work.adapter.merged(trained), 8))["loss"]
