@@ -9,7 +9,9 @@ FedslmError
 │   ├── BudgetExceeded   the release would exceed the client's budget
 │   ├── PolicyRefused    the node's own policy does not allow what the server asks
 │   └── LedgerError      the ledger is unreadable, inconsistent or cannot be written
+│       └── RolledBack   the ledger lacks lines that a server has seen
 ├── FederationError      the run cannot go on (no clients, too many failed rounds)
+│   └── Unanswered       the SuperLink did not answer a call within its time; the round can go on
 └── RunError             a run directory cannot be created, resumed or written
 """
 
@@ -80,8 +82,16 @@ class LedgerError(PrivacyError):
     """The ledger is unreadable, inconsistent or cannot be written."""
 
 
+class RolledBack(LedgerError):
+    """The ledger lacks lines that a server has seen; the text holds public values alone."""
+
+
 class FederationError(FedslmError):
     """The run cannot go on."""
+
+
+class Unanswered(FederationError):
+    """The SuperLink did not answer a call within its time; the round can go on without the answer."""
 
 
 class RunError(FedslmError):

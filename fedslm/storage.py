@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,52 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """Reads a text file that somebody else may have written.
+
+    Args:
+        path: The file.
+        most_bytes: Its largest size; no more is read.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is larger, or no UTF-8.
+    """
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"it has more than {most_bytes} bytes")
+    return content.decode("utf-8")
+
+
+def read_lines(path: Path, most_bytes: int) -> Iterator[bytes]:
+    """Yields a file's lines with their ends, one at a time; what has no end is cut to the longest.
+
+    Args:
+        path: The file.
+        most_bytes: Longest line; no more of it is kept.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: A line that has an end is longer.
+    """
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(most_bytes + 1):
+            number += 1
+            if len(line) > most_bytes and (line.endswith(b"\n") or _has_end(file)):
+                raise ValueError(f"line {number} has more than {most_bytes} bytes")
+            yield line[:most_bytes]
+
+
+def _has_end(file: BinaryIO) -> bool:
+    """Whether another line end follows; leaves the file behind it, or at its end."""
+    while piece := file.read(1 << 16):
+        if b"\n" in piece:
+            return True
+    return False
 
 
 def save_adapter(path: Path, state: AdapterState) -> None:

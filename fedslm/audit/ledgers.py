@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +13,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fedslm.errors import LedgerError, PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.accounting import Accounts
-from fedslm.privacy.chain import HEAD_SUFFIX, Chain, check_head, read_chain, read_head
+from fedslm.privacy.chain import HEAD_SUFFIX, LONGEST_LINE, Chain, check_head, read_chain, read_head
 from fedslm.privacy.keys import public_hex
 from fedslm.privacy.statement import Statement, read_statement
 from fedslm.records import Event
+from fedslm.storage import read_lines
 
 LEDGER_FILE = "ledger.jsonl"
 
@@ -158,10 +160,10 @@ def read_statements(path: Path, key: Ed25519PublicKey) -> tuple[Statement, ...]:
         LedgerError: The file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path, LONGEST_LINE)
         statements = [read_statement(json.loads(line)["statement"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, PrivacyError) as error:
-        raise LedgerError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, PrivacyError) as error:
+        raise LedgerError(f"{path} cannot be read: {str(error)[:200]}") from error
     return tuple(each for each in statements if each.public_key == public_hex(key))
 
 
@@ -211,12 +213,17 @@ def _check_statement(
         check_head(path, chain, statement.index, statement.head_sha256)
     except LedgerError as error:
         found.wrong.append(f"{name}: {error}")
-    charged = tuple(
+    if chain.root(statement.index + 1) != statement.root_sha256:
+        found.wrong.append(f"{name} has another Merkle root than the ledger")
+    lines = chain.entries[: statement.index + 1]
+    charged = Counter(
         entry.charge.event
-        for entry in chain.entries[: statement.index + 1]
+        for entry in lines
         if entry.charge is not None and entry.charge.run == statement.run
     )
-    if charged != statement.events or chain.opening.unit != statement.unit:
+    in_all = sum(entry.charge is not None for entry in lines)
+    same = charged == dict(statement.charged) and in_all == statement.charges
+    if not same or chain.opening.unit != statement.unit:
         found.wrong.append(f"{name} says other charges than the ledger")
     if statement.release_sha256 not in released:
         found.wrong.append(f"{name} is for a release that the ledger does not hold")

@@ -21,6 +21,7 @@ from fedslm.errors import LedgerError, PrivacyError, RunError
 from fedslm.federation.attestation import ATTESTATION, code_fingerprint
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.node import LEDGER
+from fedslm.federation.spends import standings_of_run
 from fedslm.privacy import accounting
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
@@ -78,11 +79,8 @@ def audit_run(
     privacy = config.privacy
     if privacy.unit == "none" or privacy.delta is None:
         raise PrivacyError(f"{path} was trained without privacy: epsilon is infinite")
-    statements = directory.statements()
-    clients = [
-        _client(directory, index, [s for c, s in statements if c == index])
-        for index in range(config.federation.num_clients)
-    ]
+    statements, indices = directory.statements(), range(config.federation.num_clients)
+    clients = [_client(directory, each, [s for c, s in statements if c == each]) for each in indices]
     findings = [
         f"{client.name}: {finding}"
         for client in clients
@@ -105,6 +103,7 @@ def audit_run(
         "clients": [_describe(client, privacy.delta) for client in clients],
         "other_runs": [str(other) for other in others],
         "groups": _groups(worst, privacy.delta, group_sizes) if privacy.unit == "record" else [],
+        "standings": _standings(directory, findings),
         "self_test": _attestation(directory),
         "distillations": _distilled(directory, findings),
         "empirical": _empirical(clients, privacy) if empirical else None,
@@ -114,6 +113,15 @@ def audit_run(
         audit["findings"].append("the attack with canaries found more than was proven: stop training")
     _write(directory.path, audit)
     return audit
+
+
+def _standings(directory: RunDirectory, findings: list[str]) -> dict[str, Any]:
+    """What real nodes spent over all runs; adds those that are out to the findings."""
+    found = standings_of_run(directory.path)
+    findings += [
+        f"{name} is out since {each.since}: {each.out}" for name, each in found.items() if each.out
+    ]
+    return {name: asdict(each) for name, each in found.items()}
 
 
 def _distilled(directory: RunDirectory, findings: list[str]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +17,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fedslm.errors import LedgerError, PrivacyError
 from fedslm.privacy.keys import is_signed, public_hex, signature_of
+from fedslm.privacy.merkle import root_of
 from fedslm.records import Event
+from fedslm.storage import read_lines, read_text
 
 GENESIS = "0" * 64
 ADJACENCY = "add-or-remove-one"
 HEAD_SUFFIX = ".head"
+LONGEST_LINE, _MOST_HEAD_BYTES = 1 << 16, 4096
 _NO_ENTRY = (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError)
 ADAPTER, METRIC = "adapter", "metric"  # what a charge can be for
 
@@ -130,6 +133,16 @@ class Chain:
         """The events of all charges."""
         return tuple(charge.event for charge in self.charges)
 
+    @property
+    def leaves(self) -> list[bytes]:
+        """Hashes of all lines, in order: the leaves of the ledger's Merkle tree."""
+        hashes = [entry.previous for entry in self.entries[1:]]
+        return [bytes.fromhex(each) for each in (*hashes, self.head)] if self.entries else []
+
+    def root(self, size: int | None = None) -> str:
+        """Root (hexadecimal) of the Merkle tree over the first ``size`` lines, or over all."""
+        return root_of(self.leaves[:size]).hex()
+
 
 def encode(key: Ed25519PrivateKey, entry: Entry) -> bytes:
     """Writes an entry as one signed line."""
@@ -156,17 +169,27 @@ def read_chain(path: Path, key: Ed25519PublicKey) -> Chain:
         * Lines missing at the end are seen if the head (beside the file, or saved elsewhere) is known:
           :func:`check_head`.
 
+        * A line of more than 64 KiB is refused; no more of it is read.
+
     Raises:
         LedgerError: The file cannot be read or was changed.
     """
+    entries: list[Entry] = []
+    head, torn = GENESIS, False
+
+    def lines() -> Iterator[bytes]:
+        nonlocal head, torn
+        for line in read_lines(path, LONGEST_LINE) if path.exists() else ():
+            torn = not line.endswith(b"\n")
+            if not torn:
+                yield line[:-1]
+                head = line_hash(line[:-1])
+
     try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
+        entries.extend(_entries(path, lines(), key))
+    except (OSError, ValueError) as error:
         raise LedgerError(f"the ledger {path} cannot be read: {error}") from error
-    lines = whole_lines(content)
-    entries = tuple(_entries(path, lines, key))
-    head = line_hash(lines[-1]) if lines else GENESIS
-    return Chain(entries, head, torn=not content.endswith(b"\n") and bool(content))
+    return Chain(tuple(entries), head, torn)
 
 
 def read_head(path: Path) -> tuple[int, str] | None:
@@ -178,7 +201,7 @@ def read_head(path: Path) -> tuple[int, str] | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path, _MOST_HEAD_BYTES))
         index, sha256 = values["index"], values["sha256"]
         if not (isinstance(index, int) and index >= -1 and isinstance(sha256, str)):
             raise ValueError("it names no line")
@@ -203,14 +226,14 @@ def check_head(path: Path, chain: Chain, index: int, sha256: str) -> None:
         raise LedgerError(f"the ledger {path} was rewritten: entry {index} is not what was seen before")
 
 
-def _entries(path: Path, lines: list[bytes], key: Ed25519PublicKey) -> Iterator[Entry]:
+def _entries(path: Path, lines: Iterable[bytes], key: Ed25519PublicKey) -> Iterator[Entry]:
     """Yields entries, checking the links between them."""
     previous, open_reservations = GENESIS, set[int]()
     for index, line in enumerate(lines):
         try:
             entry = _parse(line, public_hex(key))
         except _NO_ENTRY as error:
-            text = f"the ledger {path} cannot be read at line {index + 1}: {error}"
+            text = f"the ledger {path} cannot be read at line {index + 1}: {str(error)[:200]}"
             raise LedgerError(text) from error
         linked = entry.index == index and entry.previous == previous
         if not linked or (entry.opening is not None) != (index == 0):

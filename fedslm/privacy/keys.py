@@ -16,9 +16,11 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, hmac, serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from filelock import FileLock, Timeout
 
 from fedslm.errors import LedgerError
+from fedslm.storage import read_text
 
 PRIVATE_KEY = "ledger-key.pem"
 PUBLIC_KEY = "ledger-key.pub.pem"
@@ -26,6 +28,7 @@ _COMMITMENT_KEY = "commitment.key"
 _COMMITMENT_BYTES = 32
 _LOCK_SECONDS = 30.0
 _OTHERS = 0o077
+_MOST_BYTES = 1 << 16
 
 
 def signing_key(directory: Path) -> Ed25519PrivateKey:
@@ -34,14 +37,31 @@ def signing_key(directory: Path) -> Ed25519PrivateKey:
     Raises:
         LedgerError: The key cannot be made or read, is no Ed25519 key, or others can read it.
     """
-    content = _secret(directory / PRIVATE_KEY, _new_private_key)
+    path = directory / PRIVATE_KEY
+    key = _as_private(path, _secret(path, new_private_key))
+    _publish(directory / PUBLIC_KEY, public_pem(key.public_key()))
+    return key
+
+
+def private_key(path: Path) -> Ed25519PrivateKey:
+    """Reads a private key from a PEM file.
+
+    Raises:
+        LedgerError: It is missing, is no Ed25519 key, or others can read it.
+    """
+    if not path.exists():
+        raise LedgerError(f"{path} is missing")
+    return _as_private(path, _secret(path, new_private_key))
+
+
+def _as_private(path: Path, content: bytes) -> Ed25519PrivateKey:
+    """A PEM file's content as a private key."""
     try:
         key = serialization.load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise LedgerError(f"{directory / PRIVATE_KEY} is not a key: {error}") from error
+        raise LedgerError(f"{path} is not a key: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise LedgerError(f"{directory / PRIVATE_KEY} is not an Ed25519 key")
-    _publish(directory / PUBLIC_KEY, public_pem(key.public_key()))
+        raise LedgerError(f"{path} is not an Ed25519 key")
     return key
 
 
@@ -55,7 +75,7 @@ def read_public_key(source: Path | str) -> Ed25519PublicKey:
     try:
         if re.fullmatch(r"[0-9a-fA-F]{64}", text):
             return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text))
-        key = serialization.load_pem_public_key(Path(source).read_bytes())
+        key = serialization.load_pem_public_key(read_text(Path(source), _MOST_BYTES).encode())
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise LedgerError(f"{source} is not a public key: {error}") from error
     if not isinstance(key, Ed25519PublicKey):
@@ -90,6 +110,21 @@ def is_signed(key: Ed25519PublicKey, values: Mapping[str, Any], signature: objec
 def sha256_of(values: Any) -> str:
     """Hash of JSON values."""
     return hashlib.sha256(_canonical(values)).hexdigest()
+
+
+def masked(key: bytes, name: str, content: bytes) -> bytes:
+    """Content under a keystream (ChaCha20); the same call gives it back.
+
+    It hides nothing from whoever has the key, which travels beside it: it makes bytes, and so their
+    hashes, ones that nobody can know beforehand.
+
+    Args:
+        key: 32 random bytes, new for each message.
+        name: What the content is; two contents of one message have two names.
+        content: Any bytes.
+    """
+    nonce = hashlib.sha256(name.encode()).digest()[:16]
+    return Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor().update(content)
 
 
 def data_commitment(directory: Path, rows: Iterable[Mapping[str, Any]]) -> str:
@@ -137,8 +172,8 @@ def _canonical(values: Any) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _new_private_key() -> bytes:
-    """A fresh signing key as PEM."""
+def new_private_key() -> bytes:
+    """A fresh Ed25519 key as PEM."""
     return Ed25519PrivateKey.generate().private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,

@@ -19,7 +19,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from filelock import FileLock, Timeout
 
-from fedslm.errors import BudgetExceeded, LedgerError, PolicyRefused, RunError
+from fedslm.errors import BudgetExceeded, LedgerError, PolicyRefused, RolledBack, RunError
 from fedslm.privacy import accounting
 from fedslm.privacy.chain import (
     ADAPTER,
@@ -38,6 +38,7 @@ from fedslm.privacy.chain import (
     whole_lines,
 )
 from fedslm.privacy.keys import public_hex
+from fedslm.privacy.merkle import consistency_proof
 from fedslm.privacy.statement import Statement, signed
 from fedslm.records import Event, PrivacySpent
 from fedslm.storage import write_text
@@ -202,6 +203,29 @@ class Ledger:
             LedgerError: Nothing was ever charged.
         """
         return signed(self._key, self.read(), run=run, round=round, release_sha256=release_sha256)
+
+    def extension(self, seen: Sequence[tuple[int, str]]) -> list[list[str]]:
+        """Proofs that this ledger extends what a server has seen of it.
+
+        Args:
+            seen: Number of lines and Merkle root (hexadecimal) at each time.
+
+        Returns:
+            One proof for each: hashes, hexadecimal.
+
+        Raises:
+            RolledBack: The ledger is shorter than what was seen, or its first lines are others.
+        """
+        chain = self.read()
+        for size, root in seen:
+            if not 0 <= size <= len(chain.entries) or chain.root(size) != root:
+                raise RolledBack(
+                    f"this node's ledger has {len(chain.entries)} lines, and the server has seen other "
+                    f"ones up to line {size}: it was deleted, or restored from an older copy. Restore "
+                    f"the latest copy, or ask the server's operator for `fedslm provision readmit`"
+                )
+        leaves = chain.leaves
+        return [[each.hex() for each in consistency_proof(leaves, size)] for size, _ in seen]
 
     def _opening(self) -> Opening:
         """The first line of a new ledger."""

@@ -29,6 +29,7 @@ from fedslm.records import Event, is_count, is_number
 Records = NDArray[np.int64]
 Batch = list[Records]  # one array of record indices for each unit in the sample
 METRIC_SENSITIVITY = math.sqrt(2.0)  # a unit moves (sum of scores, number of units) by at most (1, 1)
+_LONGEST = 4096  # characters of a plan
 _LEAST_CLIP_NORM = 1e-6  # far below, float32 cannot clip
 
 
@@ -314,6 +315,8 @@ def from_json(text: str) -> ExamplePlan | PatientPlan | NoPrivacy:
     NoPrivacy(batch_size=4, steps_per_round=2)
     """
     kinds = {kind.unit: kind for kind in (ExamplePlan, PatientPlan, NoPrivacy)}
+    if len(text) > _LONGEST:
+        raise PrivacyError(f"the plan is longer than {_LONGEST} characters")
     try:
         values = json.loads(text)
         unit = values.pop("unit")
@@ -322,5 +325,5 @@ def from_json(text: str) -> ExamplePlan | PatientPlan | NoPrivacy:
     except PrivacyError:
         raise
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
-        raise PrivacyError(f"the plan cannot be read: {error}") from error
-    raise PrivacyError(f"the plan names an unknown unit {unit!r}")
+        raise PrivacyError(f"the plan cannot be read: {str(error)[:100]}") from error
+    raise PrivacyError(f"the plan names an unknown unit {str(unit)[:40]!r}")

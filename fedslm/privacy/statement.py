@@ -1,18 +1,25 @@
-"""What a node tells the server of its spending: signed, and bound to one release."""
+"""What a node tells the server of its spending: signed, bound to one release, at most 2 kB."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedslm.errors import LedgerError, PrivacyError
+from fedslm.privacy import accounting
 from fedslm.privacy.chain import Chain
 from fedslm.privacy.keys import is_signed, public_hex, signature_of
-from fedslm.records import Event
+from fedslm.records import Event, is_count, is_number
+
+_MOST_BYTES, _MOST_CHARGES, _MOST_KINDS = 8192, 100_000, 32
+
+LONGEST_STATEMENT, _MOST = 8_192, 10**12
 
 
 @dataclass(frozen=True)
@@ -23,11 +30,16 @@ class Statement:
         run: Identifier of the run.
         round: Round of the run.
         unit: Whose participation the charges protect.
-        events: Everything that this run has charged so far.
+        charged: Each different event that this run has charged so far, and how often; sorted.
         release_sha256: Hash of the released adapter.
         ledger_id: Random identifier of the ledger.
         index: Position of the ledger's last line.
         head_sha256: Hash of that line: a saved head, against which a rollback shows.
+        root_sha256: Root of the Merkle tree over the hashes of all lines
+            (:mod:`fedslm.privacy.merkle`).
+        charges: Number of charges in the ledger, over all runs.
+        epsilon: Epsilon of all of them at ``delta``: what the node has spent in its lifetime.
+        delta: The delta of this run's budget.
         public_key: Ed25519 key (hexadecimal).
         signature: Over all of the above.
     """
@@ -35,13 +47,27 @@ class Statement:
     run: str
     round: int
     unit: str
-    events: tuple[Event, ...]
+    charged: tuple[tuple[Event, int], ...]
     release_sha256: str
     ledger_id: str
     index: int
     head_sha256: str
+    root_sha256: str
+    charges: int
+    epsilon: float
+    delta: float
     public_key: str
     signature: str = ""
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """Every charge of this run; equal ones stand beside each other."""
+        return tuple(event for event, count in self.charged for _ in range(count))
+
+    @property
+    def num_charged(self) -> int:
+        """Number of charges of this run."""
+        return sum(count for _, count in self.charged)
 
     def to_json(self) -> str:
         """Serialises the statement."""
@@ -50,7 +76,9 @@ class Statement:
     def follows(self, earlier: Statement) -> bool:
         """True if this can come after ``earlier`` from the same ledger.
 
-        The ledger has only grown, and a later round was charged for.
+        The ledger has only grown, nothing that was charged is gone, and a later round was charged for.
+        That the lines before are the same ones is shown by a proof of extension
+        (:func:`fedslm.privacy.merkle.extends`), not here.
         """
         same = (self.public_key, self.ledger_id, self.unit, self.run) == (
             earlier.public_key,
@@ -59,32 +87,48 @@ class Statement:
             earlier.run,
         )
         grown = self.index > earlier.index or (
-            self.index == earlier.index and self.head_sha256 == earlier.head_sha256
+            (self.index, self.head_sha256, self.root_sha256, self.charges, self.charged)
+            == (
+                earlier.index,
+                earlier.head_sha256,
+                earlier.root_sha256,
+                earlier.charges,
+                earlier.charged,
+            )
         )
-        kept = self.events[: len(earlier.events)] == earlier.events
-        paid = self.round <= earlier.round or len(self.events) > len(earlier.events)
+        now = dict(self.charged)
+        kept = all(now.get(event, 0) >= count for event, count in earlier.charged)
+        kept = kept and self.charges >= earlier.charges
+        paid = self.round <= earlier.round or self.num_charged > earlier.num_charged
         return same and grown and kept and paid
 
 
 def signed(
     key: Ed25519PrivateKey, chain: Chain, *, run: str, round: int, release_sha256: str
 ) -> Statement:
-    """States what a ledger holds for a run.
+    """States what a ledger holds for a run, and how much it holds in all.
 
     Raises:
         LedgerError: The ledger is empty.
+        PrivacyError: Epsilon cannot be computed.
     """
     if chain.opening is None:
         raise LedgerError("an empty ledger has nothing to state")
+    own = [charge for charge in chain.charges if charge.run == run]
+    delta = max((charge.delta for charge in own or chain.charges), default=0.5)
     statement = Statement(
         run=run,
         round=round,
         unit=chain.opening.unit,
-        events=tuple(charge.event for charge in chain.charges if charge.run == run),
+        charged=_counted(charge.event for charge in own),
         release_sha256=release_sha256,
         ledger_id=chain.opening.ledger_id,
         index=len(chain.entries) - 1,
         head_sha256=chain.head,
+        root_sha256=chain.root(),
+        charges=len(chain.charges),
+        epsilon=accounting.epsilon(chain.events, delta),
+        delta=delta,
         public_key=public_hex(key.public_key()),
     )
     return replace(statement, signature=signature_of(key, _values(statement)))
@@ -94,27 +138,71 @@ def read_statement(text: str) -> Statement:
     """Reads a statement and checks its signature against the key that it names.
 
     Raises:
-        PrivacyError: It is not a statement, or was not signed by that key.
+        PrivacyError: It is not a statement, was not signed by that key, or is longer than 8 KiB.
     """
+    if not isinstance(text, str) or len(text) > LONGEST_STATEMENT:
+        raise PrivacyError(f"the spend statement is no text of at most {LONGEST_STATEMENT} characters")
     try:
         values: dict[str, Any] = json.loads(text)
-        values["events"] = tuple(Event(**event) for event in values["events"])
+        values["charged"] = tuple(_read_counted(values["charged"]))
         statement = Statement(**values)
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(statement.public_key))
-        numbers = (statement.round, statement.index)
-        if not all(isinstance(number, int) for number in numbers):
-            raise ValueError("round and index must be whole numbers")
+        _check(statement)
         if not is_signed(key, _values(statement), statement.signature):
             raise ValueError("the signature does not match")
     except PrivacyError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise PrivacyError(f"the spend statement cannot be used: {error}") from error
+        raise PrivacyError(f"the spend statement cannot be used: {str(error)[:100]}") from error
     return statement
+
+
+def _counted(events: Iterable[Event]) -> tuple[tuple[Event, int], ...]:
+    """Different events and how often each is there, sorted."""
+    counts = Counter(events)
+    return tuple(sorted(counts.items(), key=lambda each: (*vars(each[0]).values(),)))
+
+
+def _read_counted(values: Any) -> list[tuple[Event, int]]:
+    """What :func:`_values` writes for ``charged``."""
+    if not isinstance(values, list) or len(values) > _MOST_KINDS:
+        raise ValueError(f"charged must list at most {_MOST_KINDS} different events")
+    found = [(Event(*event), count) for *event, count in values]
+    counts = [count for _, count in found]
+    if not all(map(is_count, counts)) or sum(counts) > _MOST_CHARGES:
+        raise ValueError(f"counts must be from 1, and at most {_MOST_CHARGES} together")
+    if len({event for event, _ in found}) != len(found):
+        raise ValueError("an event is listed twice")
+    return found
+
+
+def _check(statement: Statement) -> None:
+    """Types and ranges of what a signature is over: a key may sign anything."""
+    whole = (statement.round, statement.index, statement.charges)
+    if any(type(number) is not int or not 0 <= number <= _MOST for number in whole):
+        raise ValueError("round, index and charges must be whole numbers from 0 to 10^12")
+    if not (is_number(statement.epsilon) and statement.epsilon >= 0):
+        raise ValueError("epsilon must be a finite number >= 0")
+    if not (is_number(statement.delta) and 0 < statement.delta < 1):
+        raise ValueError("delta must be in (0, 1)")
+    texts = ("run", "unit", "release_sha256", "ledger_id", "head_sha256", "root_sha256", "public_key")
+    if not all(isinstance(getattr(statement, name), str) for name in texts):
+        raise ValueError(f"{', '.join(texts)} must be text")
+    for name, digits in (("ledger_id", 32), ("head_sha256", 64), ("root_sha256", 64)):
+        if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", getattr(statement, name)):
+            raise ValueError(f"{name} must be {digits} hexadecimal digits")
+    if not statement.num_charged <= statement.charges <= statement.index:
+        raise ValueError("the run has more charges than the ledger, or the ledger more than lines")
+    if len(statement.to_json()) > LONGEST_STATEMENT:
+        raise ValueError(f"it is longer than {LONGEST_STATEMENT} characters")
 
 
 def _values(statement: Statement) -> Mapping[str, Any]:
     """Everything but the signature."""
     values = asdict(statement)
     del values["signature"]
-    return {**values, "events": [asdict(event) for event in statement.events]}
+    charged = [
+        [event.sample_rate, event.noise_multiplier, event.steps, count]
+        for event, count in statement.charged
+    ]
+    return {**values, "charged": charged}

@@ -179,6 +179,7 @@ def _privacy(config: Config, charged: dict[str, tuple[Event, ...]]) -> dict[str,
         "epsilon": epsilon,
         "delta": delta if spent else None,
         "overlapping": overlapping,
+        "is_deployed": config.engine.nodes is not None,
     }
 
 

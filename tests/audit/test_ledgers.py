@@ -182,3 +182,22 @@ def test_any_tampering_is_a_finding(data: st.DataObject) -> None:
                 changed = b"".join([*lines[: line + 1], *lines[line:]])
         ledger.path.write_bytes(changed)
         assert not audit(node).sound
+
+
+@pytest.mark.parametrize(
+    "line",
+    [" " * (1 << 16) + "{}", "[" * 50_000, '{"statement": 7}', '{"statement": "%s"}' % ("x" * 9000)],
+)
+def test_statements_are_read_up_to_a_limit(tmp_path: Path, line: str) -> None:
+    """A line that is too long, too deep or no statement is an error of one line."""
+    path = tmp_path / "statements.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(LedgerError, match="cannot be read") as caught:
+        read_statements(path, keys.signing_key(tmp_path).public_key())
+    assert len(str(caught.value)) < 500
+
+
+def test_a_public_key_is_read_up_to_a_limit() -> None:
+    """A path that gives zeros for ever is no key."""
+    with pytest.raises(LedgerError, match="more than 65536 bytes"):
+        keys.read_public_key("/dev/zero")

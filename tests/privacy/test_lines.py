@@ -10,7 +10,7 @@ import pytest
 from ledgers import FILLED, FILLED_LINES, KEY, filled, lines_of
 
 from fedslm.errors import LedgerError
-from fedslm.privacy.chain import line_hash, read_chain
+from fedslm.privacy.chain import HEAD_SUFFIX, LONGEST_LINE, line_hash, read_chain, read_head
 from fedslm.privacy.keys import signature_of
 
 
@@ -107,3 +107,23 @@ def test_a_ledger_without_an_opening_is_refused(path: Path) -> None:
     path.write_bytes(line)
     with pytest.raises(LedgerError, match="changed at line 1"):
         read_chain(path, KEY.public_key())
+
+
+def test_a_line_that_is_too_long_is_refused(path: Path) -> None:
+    """A line of more than 64 KiB is refused; without an end it is a crash's, and left out."""
+    whole = path.read_bytes()
+    for padding in (LONGEST_LINE - 2, LONGEST_LINE, 5 * LONGEST_LINE):
+        path.write_bytes(whole + b" " * padding + b"{}\n")
+        with pytest.raises(LedgerError, match=f"line {FILLED_LINES + 1} has more than {LONGEST_LINE}"):
+            read_chain(path, KEY.public_key())
+        path.write_bytes(whole + b" " * padding + b"{}")
+        found = read_chain(path, KEY.public_key())
+        assert (len(found.entries), found.torn) == (FILLED_LINES, True)
+
+
+def test_a_head_that_is_too_long_is_refused(path: Path) -> None:
+    """A head is a few bytes: more are not read."""
+    head = path.with_name(path.name + HEAD_SUFFIX)
+    head.write_text(" " * 4096 + head.read_text())
+    with pytest.raises(LedgerError, match="more than 4096 bytes"):
+        read_head(head)

@@ -10,10 +10,23 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledgers import DELTA, EVENT, FILLED_LINES, KEY, OTHER, OTHER_KEY, filled, reserve
+from ledgers import (
+    AMPLE,
+    DELTA,
+    EVENT,
+    FILLED,
+    FILLED_LINES,
+    KEY,
+    OTHER,
+    OTHER_KEY,
+    charge,
+    filled,
+    reserve,
+)
 
 from fedslm.errors import LedgerError, PrivacyError
-from fedslm.privacy.chain import Chain, check_head
+from fedslm.privacy import accounting
+from fedslm.privacy.chain import METRIC, Chain, check_head
 from fedslm.privacy.keys import public_hex
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.statement import Statement, read_statement, signed
@@ -51,8 +64,12 @@ def test_a_statement_says_what_the_ledger_holds(ledger: Ledger) -> None:
     found, chain = state(ledger, round=7), ledger.read()
     assert chain.opening is not None
     assert (found.run, found.round, found.unit, found.release_sha256) == ("run", 7, "record", "release")
-    assert found.events == (EVENT, EVENT, OTHER, OTHER) == ledger.events("run")
+    assert sorted(found.events, key=str) == sorted(ledger.events("run"), key=str)
+    assert found.charged == ((OTHER, 2), (EVENT, 2))
     assert state(ledger, run="another").events == (OTHER,)
+    assert (found.charges, found.num_charged) == (5, 4)
+    assert found.epsilon == accounting.epsilon([*FILLED, OTHER], DELTA) == ledger.spent(DELTA).epsilon
+    assert (found.delta, found.root_sha256) == (DELTA, chain.root())
     assert state(ledger, run="unknown").events == ()
     assert (found.ledger_id, found.index) == (chain.opening.ledger_id, FILLED_LINES)
     assert (found.head_sha256, found.public_key) == (chain.head, public_hex(KEY.public_key()))
@@ -75,11 +92,15 @@ def test_an_empty_ledger_states_nothing(tmp_path: Path) -> None:
 
 def other_value(name: str) -> st.SearchStrategy[Any]:
     """Something that may stand in a field."""
-    if name == "events":
-        return st.lists(_EVENTS, max_size=5).map(lambda each: [dataclasses.asdict(e) for e in each])
-    if name in ("round", "index"):
+    if name == "charged":
+        return st.lists(_EVENTS, max_size=5).map(
+            lambda each: [[*dataclasses.asdict(event).values(), 1] for event in each]
+        )
+    if name in ("epsilon", "delta"):
+        return st.floats(0.0, 1.0)
+    if name in ("round", "index", "charges"):
         return st.integers(-5, 1000)
-    if name in ("head_sha256", "public_key", "signature"):
+    if name in ("head_sha256", "root_sha256", "public_key", "signature"):
         return st.binary(min_size=32, max_size=64).map(bytes.hex)
     return st.text(max_size=20)
 
@@ -98,23 +119,65 @@ def test_the_signature_is_over_every_field(stated: Statement, name: str, data: s
             read_statement(json.dumps(changed))
 
 
-@pytest.mark.parametrize("name", ["sample_rate", "noise_multiplier", "steps"])
-@pytest.mark.parametrize("position", range(4))
-def test_no_charge_can_be_made_cheaper(stated: Statement, position: int, name: str) -> None:
-    """A rate, a noise or a number of steps that was changed in one charge breaks the signature."""
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("position", range(2))
+def test_no_charge_can_be_made_cheaper(stated: Statement, position: int, place: int) -> None:
+    """A rate, a noise, a number of steps or a count that was changed breaks the signature."""
     values = json.loads(stated.to_json())
-    values["events"][position][name] = {"sample_rate": 0.01, "noise_multiplier": 9.0, "steps": 1}[name]
+    values["charged"][position][place] = (0.01, 9.0, 1, 1)[place]
     with pytest.raises(PrivacyError, match="signature does not match"):
         read_statement(json.dumps(values))
 
 
 def test_no_charge_can_be_left_out(stated: Statement) -> None:
-    """A charge that is dropped, doubled or moved breaks the signature."""
+    """A kind of charge that is dropped, replaced or moved breaks the signature."""
     values = json.loads(stated.to_json())
-    events = values["events"]
-    for changed in (events[1:], [*events, events[0]], [events[3], *events[1:3], events[0]], []):
+    first, second = values["charged"]
+    for changed in ([first], [second, first], [first, [0.5, 1.0, 1, 1]], []):
         with pytest.raises(PrivacyError, match="signature does not match"):
-            read_statement(json.dumps({**values, "events": changed}))
+            read_statement(json.dumps({**values, "charged": changed}))
+
+
+@pytest.mark.parametrize(
+    "charged",
+    [
+        [[0.05, 3.0, 10, 100_001]],
+        [[0.05, 3.0, 10, 1], [0.05, 3.0, 10, 1]],
+        [[0.05, 3.0, 10, 0]],
+        [[0.05, 3.0, 10, True]],
+        [[0.05, 3.0, 10]],
+        [[0.05, 3.0, 10, 1, 1]],
+        [[0.05 + n / 100, 3.0, 10, 1] for n in range(33)],
+    ],
+    ids=lambda each: str(each)[:30],
+)
+def test_charges_are_bounded(stated: Statement, charged: list[Any]) -> None:
+    """At most 32 different kinds and 100,000 charges, each kind once, whoever signed for more."""
+    from fedslm.privacy.keys import signature_of
+
+    values = {**json.loads(stated.to_json()), "charged": charged}
+    del values["signature"]
+    signed_for = {**values, "signature": signature_of(KEY, values)}
+    with pytest.raises(PrivacyError, match="cannot be used"):
+        read_statement(json.dumps(signed_for))
+
+
+def test_a_statement_stays_small(tmp_path: Path) -> None:
+    """After two hundred rounds with a metric it has 2 kB at most, as after the first."""
+    ledger = Ledger(tmp_path / "ledger.jsonl", KEY)
+    for number in range(1, 201):
+        charges = [charge(OTHER, round=number, request_sha256=f"{number}")] * 2
+        charges[1] = dataclasses.replace(charges[0], purpose=METRIC, event=EVENT)
+        ledger.reserve(charges, AMPLE)
+    found = state(ledger, round=200)
+    assert found.num_charged == 400
+    assert len(found.to_json()) <= 2000
+
+
+def test_a_statement_that_is_too_long_is_not_parsed(stated: Statement) -> None:
+    """More than 8 KiB are refused by their length."""
+    with pytest.raises(PrivacyError, match="at most 8192 characters"):
+        read_statement(stated.to_json() + " " * 8192)
 
 
 def test_another_key_signs_for_itself_alone(stated: Statement) -> None:
@@ -148,7 +211,7 @@ def test_a_statement_with_something_missing_or_of_another_type_is_refused(
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "{", "5", "null", "[]", "{}", '"text"', '{"events": 5}', '{"events": []}'),
+        *("", "{", "5", "null", "[]", "{}", '"text"', '{"charged": 5}', '{"charged": []}'),
         "[" * 100_000,
     ],
     ids=lambda text: text[:20] or "empty",
@@ -160,15 +223,10 @@ def test_a_text_that_is_no_statement_is_refused(text: str) -> None:
 
 
 def test_nothing_but_public_values_leaves(stated: Statement) -> None:
-    """A statement holds constants, identifiers and hashes: neither a delta of data nor a file name."""
+    """A statement holds constants, counts, identifiers and hashes: no file name, nothing computed from records."""
     values = json.loads(stated.to_json())
     assert set(values) == set(FIELDS)
-    assert {key for event in values["events"] for key in event} == {
-        "sample_rate",
-        "noise_multiplier",
-        "steps",
-    }
-    assert str(DELTA) not in stated.to_json()
+    assert all(type(each) in (int, float) for kind in values["charged"] for each in kind)
     assert "jsonl" not in stated.to_json()
 
 
@@ -199,9 +257,11 @@ def test_a_later_round_has_to_be_paid(ledger: Ledger) -> None:
     [
         {"index": 2},
         {"head_sha256": "f" * 64},
-        {"events": (EVENT,)},
-        {"events": (EVENT, OTHER, EVENT, OTHER)},
-        {"events": ()},
+        {"root_sha256": "f" * 64},
+        {"charged": ((OTHER, 2), (EVENT, 1))},
+        {"charged": ((EVENT, 4),)},
+        {"charged": ()},
+        {"charges": 3},
         {"ledger_id": "0" * 32},
         {"unit": "patient"},
         {"run": "another"},
@@ -221,5 +281,6 @@ def test_fewer_charges_in_a_longer_ledger_do_not_follow(stated: Statement) -> No
     """A ledger that grew does not forget: charges that are gone show in spite of a larger index."""
     longer = dataclasses.replace(stated, index=stated.index + 5, head_sha256="f" * 64)
     assert longer.follows(stated)
-    assert not dataclasses.replace(longer, events=stated.events[:-1]).follows(stated)
-    assert not dataclasses.replace(longer, events=stated.events[1:]).follows(stated)
+    assert not dataclasses.replace(longer, charged=stated.charged[:-1]).follows(stated)
+    assert not dataclasses.replace(longer, charged=stated.charged[1:]).follows(stated)
+    assert not dataclasses.replace(longer, charges=stated.charges - 1).follows(stated)

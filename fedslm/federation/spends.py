@@ -1,0 +1,348 @@
+"""What each admitted node's ledger was last seen to hold, over all runs: no spend is forgotten.
+
+The file lies beside the server's list of nodes. It is written, and synced, before a round counts.
+
+Formal guarantees:
+    * A statement is believed only if its ledger extends everything that the server has seen of this
+      ledger key before, in whatever run: a deleted, replaced or restored ledger is found out by the
+      first statement that follows, since a Merkle proof binds the lines before.
+    * A node that failed once is out: it is not asked, and nothing of it counts, until the operator lets
+      it in again (:func:`readmit`) with a reason, which is kept for the audit.
+    * A node that shows one ledger to one run and another to a second run that goes on beside it is
+      found out as soon as either asks again: each point that was seen must be extended.
+    * Nothing is taken from the node but hashes and counts, all signed with its admitted ledger key.
+
+What a node spent and never stated (its reply was lost, or it was asked by another server) shows as soon
+as it states again: charges and epsilon are those of its whole ledger.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fedslm.errors import RunError
+from fedslm.federation.envelopes import MOST_SEEN
+from fedslm.privacy.merkle import extends
+from fedslm.privacy.statement import Statement
+from fedslm.storage import write_text
+
+SPENDS = "spends.json"
+STANDING = "standing.json"  # in a run's directory: what was known of its nodes after its last round
+_LOCK_SECONDS = 30.0
+_LONGEST_REASON = 300
+_MOST_RUNS = 64
+_NEARLY = 0.98  # another version of an accountant may be a little tighter
+
+
+@dataclass(frozen=True)
+class Readmission:
+    """One time that an operator let a node in again.
+
+    Attributes:
+        at: When, ISO 8601, UTC.
+        reason: The operator's words.
+        was_out_for: Why the node was out.
+        ledger_id: Ledger that was seen before; empty if none was.
+        charges: Number of its charges.
+        epsilon: What was spent by it, as it was stated.
+        delta: At this delta.
+    """
+
+    at: str
+    reason: str
+    was_out_for: str
+    ledger_id: str
+    charges: int
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the server knows of one ledger key.
+
+    Attributes:
+        ledger_id: Identifier of the ledger; empty before the first statement.
+        seen: Every (lines, Merkle root) that the next statement must extend; one, unless runs go on
+            beside one another.
+        charges: Number of charges in the ledger, over all runs and servers, as stated.
+        epsilon: Epsilon of all of them.
+        delta: At this delta.
+        runs: Run to the charges that were stated for it, of the latest runs.
+        older: Charges of the runs before those.
+        out: Why the node is out; empty if it is not.
+        since: When it was put out, ISO 8601, UTC.
+        readmissions: Each time that it was let in again.
+    """
+
+    ledger_id: str = ""
+    seen: tuple[tuple[int, str], ...] = ()
+    charges: int = 0
+    epsilon: float = 0.0
+    delta: float = 0.5
+    runs: Mapping[str, int] = field(default_factory=dict)
+    older: int = 0
+    out: str = ""
+    since: str = ""
+    readmissions: tuple[Readmission, ...] = ()
+
+
+@dataclass
+class Spends:
+    """The register of one server.
+
+    Attributes:
+        path: The file.
+    """
+
+    path: Path
+    _standings: dict[str, Standing] = field(default_factory=dict)
+    _news: dict[str, Standing] = field(default_factory=dict)
+
+    def standing(self, key: str) -> Standing:
+        """What is known of a ledger key now."""
+        return self._news.get(key) or self._standings.get(key) or Standing()
+
+    def refresh(self) -> None:
+        """Reads what other runs, or the operator, wrote.
+
+        Raises:
+            RunError: The file cannot be read: then nobody is believed.
+        """
+        self._standings = dict(read_standings(self.path))
+        self._news.clear()
+
+    def believe(
+        self,
+        statement: Statement,
+        asked: Sequence[tuple[int, str]],
+        proofs: Sequence[Sequence[str]],
+    ) -> str | None:
+        """Takes note of a statement whose signature and admitted key were checked.
+
+        Args:
+            statement: The statement.
+            asked: What the request said that the server had seen.
+            proofs: One for each of ``asked``.
+
+        Returns:
+            Why the node is out from now on; None if the statement extends what was seen.
+        """
+        known, new = self.standing(statement.public_key), (statement.index + 1, statement.root_sha256)
+        runs, older = _with_run(known, statement)
+        problem = known.out or _problem(
+            replace(known, runs=runs, older=older), statement, asked, proofs
+        )
+        if problem is not None:
+            self.put_out(statement.public_key, problem)
+            return problem
+        open_points = [point for point in known.seen if point not in asked and point != new]
+        self._news[statement.public_key] = replace(
+            known,
+            ledger_id=statement.ledger_id,
+            seen=(*open_points, new),
+            charges=max(known.charges, statement.charges),
+            epsilon=statement.epsilon,
+            delta=statement.delta,
+            runs=runs,
+            older=older,
+        )
+        return None
+
+    def put_out(self, key: str, reason: str) -> None:
+        """Puts a node out; a node that is out already stays so for its first reason."""
+        known = self.standing(key)
+        if not known.out:
+            out = "".join(each if each.isprintable() else " " for each in reason[:_LONGEST_REASON])
+            self._news[key] = replace(known, out=out, since=_now())
+
+    def save(self) -> None:
+        """Writes what was learned, beside what other runs wrote meanwhile; synced when it returns.
+
+        Raises:
+            RunError: It cannot be written: the round must not count.
+        """
+        if not self._news:
+            return
+        with _locked(self.path):
+            current = dict(read_standings(self.path))
+            for key, news in self._news.items():
+                current[key] = _merged(self._standings.get(key, Standing()), current.get(key), news)
+            _write(self.path, current)
+        self._standings = current
+        self._news.clear()
+
+
+def read_standings(path: Path) -> Mapping[str, Standing]:
+    """Ledger key to what is known of it.
+
+    Raises:
+        RunError: The file cannot be read.
+    """
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["ledgers"]
+        return {key: _standing(each) for key, each in values.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path} cannot be read: {error}; restore it from a backup: without it a node could deny "
+            f"what it spent"
+        ) from error
+
+
+def readmit(path: Path, key: str, reason: str) -> Standing:
+    """Lets a node in again that was put out; whatever ledger it has now is the new beginning.
+
+    Args:
+        path: The register.
+        key: The node's ledger key.
+        reason: The operator's words; kept for the audit.
+
+    Returns:
+        What was known of the node.
+
+    Raises:
+        RunError: The node is not out, there is no reason, or the file cannot be written.
+    """
+    if not reason.strip():
+        raise RunError("readmission needs a reason: the audit shows it")
+    with _locked(path):
+        current = dict(read_standings(path))
+        known = current.get(key, Standing())
+        if not known.out:
+            raise RunError("the node is not out: nothing to readmit; see `fedslm server status`")
+        again = Readmission(
+            at=_now(),
+            reason=reason.strip()[:_LONGEST_REASON],
+            was_out_for=known.out,
+            ledger_id=known.ledger_id,
+            charges=known.charges,
+            epsilon=known.epsilon,
+            delta=known.delta,
+        )
+        current[key] = Standing(readmissions=(*known.readmissions, again))
+        _write(path, current)
+    return known
+
+
+def standings_of_run(directory: Path) -> dict[str, Standing]:
+    """Name to standing of a run's nodes, as its last round left them; empty for a simulation.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    path = directory / STANDING
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {name: _standing(each["standing"]) for name, each in values.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+
+
+def _problem(
+    known: Standing,
+    statement: Statement,
+    asked: Sequence[tuple[int, str]],
+    proofs: Sequence[Sequence[str]],
+) -> str | None:
+    """Why a statement cannot come after what was seen; None if it can."""
+    if known.ledger_id and statement.ledger_id != known.ledger_id:
+        return "its ledger was replaced by another one"
+    if statement.charges < known.charges:
+        return f"its ledger had {known.charges} charges and has {statement.charges}: it was rolled back"
+    if statement.charges < known.older + sum(known.runs.values()):
+        return f"its ledger has {statement.charges} charges, and it stated more of them for its runs"
+    longest = max((size for size, _ in known.seen), default=0)
+    if statement.charges > known.charges and statement.index < longest:
+        return "its ledger has more charges than before, but not more lines"
+    if statement.delta == known.delta and statement.epsilon < known.epsilon * _NEARLY:
+        return f"its epsilon was {known.epsilon:.3f} and is {statement.epsilon:.3f} at the same delta"
+    if len(proofs) != len(asked):
+        return "it does not prove that its ledger extends what was seen before"
+    new = (statement.index + 1, _bytes(statement.root_sha256))
+    for (size, root), proof in zip(asked, proofs, strict=True):
+        if not extends((size, _bytes(root)), new, [_bytes(each) for each in proof]):
+            return (
+                f"its ledger does not extend the {size} lines that were seen before: it was rolled back"
+            )
+    return None
+
+
+def _with_run(known: Standing, statement: Statement) -> tuple[dict[str, int], int]:
+    """Charges by run, with those of a statement; the oldest runs are only counted."""
+    runs, older = dict(known.runs), known.older
+    runs[statement.run] = max(runs.pop(statement.run, 0), statement.num_charged)
+    while len(runs) > _MOST_RUNS:
+        older += runs.pop(next(iter(runs)))
+    return runs, older
+
+
+def _merged(before: Standing, current: Standing | None, news: Standing) -> Standing:
+    """What this run learned, and what another run or the operator wrote since it was read."""
+    if current is None or current == before:
+        return news
+    others = [point for point in current.seen if point not in before.seen and point not in news.seen]
+    seen = (*others, *news.seen)
+    out, since = (current.out, current.since) if current.out else (news.out, news.since)
+    if len(seen) > MOST_SEEN and not out:
+        out, since = f"more than {MOST_SEEN} runs saw its ledger at different points", _now()
+    return replace(
+        news,
+        seen=seen[-MOST_SEEN:],
+        charges=max(current.charges, news.charges),
+        runs={**current.runs, **news.runs},
+        readmissions=current.readmissions,
+        out=out,
+        since=since,
+    )
+
+
+def _standing(values: Mapping[str, Any]) -> Standing:
+    """Reads one entry."""
+    seen = tuple((int(size), str(root)) for size, root in values["seen"])
+    again = tuple(Readmission(**each) for each in values["readmissions"])
+    return Standing(**{**values, "seen": seen, "readmissions": again})
+
+
+def _bytes(text: str) -> bytes:
+    """Hexadecimal digits as bytes; none if they are no such digits, which no hash equals."""
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        return b""
+
+
+def _write(path: Path, standings: Mapping[str, Standing]) -> None:
+    """Replaces the file atomically, and waits until it is on disk."""
+    values = {key: asdict(each) for key, each in sorted(standings.items())}
+    write_text(path, json.dumps({"ledgers": values}, indent=2) + "\n")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other processes out between reading and writing."""
+    lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except (Timeout, OSError) as error:
+        raise RunError(f"{path} cannot be locked: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _now() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
