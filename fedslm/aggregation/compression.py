@@ -59,6 +59,21 @@ class Packing:
         chosen = stream(seed, "mask", round_number, key).choice(size, kept, replace=False)
         return np.sort(chosen).astype(np.int64)
 
+    @property
+    def number_types(self) -> tuple[str, ...]:
+        """What tensors look like on the wire, in the words of safetensors."""
+        return {"float32": ("F32",), "bfloat16": ("U16",), "int8": ("I8", "F32")}[self.upload]
+
+    def bytes_of(self, size: int) -> int:
+        """Bytes on the wire of one tensor with so many values."""
+        kept = size if self.keep_fraction == 1 else max(1, round(self.keep_fraction * size))
+        return {"float32": 4 * kept, "bfloat16": 2 * kept, "int8": kept + 4}[self.upload]
+
+    def keys_of(self, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+        """Names of the arrays that a message has for these tensors."""
+        scales = {f"{_SCALE}{key}" for key in shapes} if self.upload == "int8" else set()
+        return set(shapes) | scales
+
     def pack(self, state: AdapterState) -> Packed:
         """Packs what :func:`compress` gave.
 
@@ -91,8 +106,7 @@ class Packing:
             return AdapterState(packed)
         if shapes is None:
             raise FederationError("a packed update needs the shapes that are expected")
-        scales = {f"{_SCALE}{key}" for key in shapes} if self.upload == "int8" else set()
-        if set(packed) != set(shapes) | scales:
+        if set(packed) != self.keys_of(shapes):
             raise FederationError("the packed update has other tensors than were asked for")
         tensors: dict[str, FloatArray] = {}
         for key, shape in shapes.items():
