@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedslm.cli.console import Overrides, clear_errors, keep_private, load_config
+from fedslm.cli.console import ERRORS, Overrides, clear_errors, keep_private, load_config
+
+if TYPE_CHECKING:
+    from fedslm.deployment.control import Control
 
 provision_app = typer.Typer(
     help="The server operator's: certificates, and which nodes are let in.", no_args_is_help=True
@@ -18,28 +23,67 @@ provision_app = typer.Typer(
 Server = Annotated[
     Path, typer.Option("--server", metavar="DIR", help="The server's directory (federation.toml).")
 ]
+_WAIT_SECONDS = 60.0
+
+
+@contextmanager
+def reached(server: Path, seconds: float = _WAIT_SECONDS) -> Iterator[Control]:
+    """A connection to the server; says once on standard error that it waits for one that is coming up.
+
+    Raises:
+        FederationError: The server is not there by then.
+    """
+    from fedslm.deployment.control import connected
+
+    def say() -> None:
+        text = f"waiting up to {seconds:g} s for the server in {server}"
+        ERRORS.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    with connected(server) as control:
+        control.wait(seconds, say)
+        yield control
+
+
+def warn_of_certificates(server: Path) -> None:
+    """Says on standard error which of the server's certificates end before long."""
+    from fedslm.deployment.certificates import server_warnings
+
+    for warning in server_warnings(server):
+        text = f"warning: {warning}"
+        ERRORS.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 @provision_app.command("init")
 def init(
     file: Annotated[Path, typer.Argument(help="federation.toml.", metavar="FEDERATION")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of a new federation; default: federation.")
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", help="Name or address that nodes reach; default: this machine's name."),
+    ] = None,
 ) -> None:
-    """Make the certificate authority and the server's certificate, beside federation.toml.
+    """Make the authority and the server's certificate, and federation.toml if there is none.
 
-    Example: `fedslm provision init federation/federation.toml`
+    Example: `fedslm provision init federation/federation.toml --name triage --host fed.example.org`
     """
     with clear_errors():
         from fedslm.deployment.authority import SERVER, certify, expires
         from fedslm.deployment.settings import FEDERATION_FILE
+        from fedslm.deployment.starters import write_federation
         from fedslm.errors import ConfigError, Problem
 
         if file.name != FEDERATION_FILE:
             raise ConfigError([Problem(str(file), f"the file must be called {FEDERATION_FILE}")])
         keep_private()
+        if write_federation(file, name, host):
+            typer.echo(f"wrote {file}: look at host and port, which nodes must be able to reach")
         certify(file.parent)
         end = expires(file.parent / SERVER)
         typer.echo(
-            f"made authority.crt, server.crt (until {end:%Y-%m-%d}) and their keys in {file.parent}"
+            f"made authority.crt, server.crt (until {end:%Y-%m-%d}), their keys and operator.key in "
+            f"{file.parent}"
         )
         typer.echo(
             "keep authority.key offline if you can: it is needed by `fedslm provision renew` alone"
@@ -57,6 +101,7 @@ def renew(server: Server = Path()) -> None:
         from fedslm.deployment.authority import SERVER, expires
 
         authority.renew(server)
+        warn_of_certificates(server)
         typer.echo(f"{server / SERVER} is valid until {expires(server / SERVER):%Y-%m-%d}")
 
 
@@ -97,27 +142,26 @@ def admit(
         typer.Option("--fingerprint", help="Refuse the request unless its key has this fingerprint."),
     ] = None,
 ) -> None:
-    """Let a node in, and write what it is to be told. The server must be up.
+    """Let a node in, and write what it is to be told. A server that is coming up is waited for.
 
     Compare the fingerprint with the node's operator over another way, such as the telephone.
 
     Example: `fedslm provision admit north.request.json --server federation`
     """
     with clear_errors():
-        from fedslm.deployment import enrolment
-        from fedslm.deployment.authority import AUTHORITY
-        from fedslm.deployment.control import connected
+        from fedslm.deployment import admission, enrolment
         from fedslm.errors import RunError
 
         found = enrolment.fingerprint(enrolment.read_request(request)["node_key"])
         if expected is not None and expected != found:
-            raise RunError(f"{request} is refused: its fingerprint is {found}, not {expected}")
-        with connected(server) as control:
-            node, admission = enrolment.admit(server, request, control.register)
-        typer.echo(f"admitted {node.name} as client {node.client}; fingerprint {found}")
-        typer.echo(f"send back: {admission}")
-        authority = enrolment.fingerprint((server / AUTHORITY).read_text(encoding="utf-8"))
-        typer.echo(f"and tell them, over another way, the authority's fingerprint: {authority}")
+            raise RunError(
+                f"{request} is refused: its fingerprint is not {expected}; ask its sender again"
+            )
+        with reached(server) as control:
+            node, told = admission.admit(server, request, control.register)
+        typer.echo(f"admitted {node.name}; fingerprint {found}")
+        typer.echo(f"send back (confidential): {told}")
+        _say_fingerprint(server)
 
 
 @provision_app.command("revoke")
@@ -125,17 +169,73 @@ def revoke(
     name: Annotated[str, typer.Argument(help="The node's name.", metavar="NAME")],
     server: Server = Path(),
 ) -> None:
-    """Shut a node out. The server must be up.
+    """Revoke a node. A server that is coming up is waited for.
+
+    A run under way goes on without it.
 
     Example: `fedslm provision revoke north --server federation`
     """
     with clear_errors():
-        from fedslm.deployment import enrolment
-        from fedslm.deployment.control import connected
+        from fedslm.deployment import admission
 
-        with connected(server) as control:
-            node = enrolment.revoke(server, name, control.unregister)
-        typer.echo(f"{node.name} is shut out; client {node.client} is free")
+        with reached(server) as control:
+            node = admission.revoke(server, name, control.unregister)
+        typer.echo(f"{node.name} is revoked: its key is never admitted again")
+
+
+@provision_app.command("readmit")
+def readmit(
+    name: Annotated[str, typer.Argument(help="The node's name.", metavar="NAME")],
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why it is let in again; the audit shows it.")
+    ],
+    server: Server = Path(),
+) -> None:
+    """Let a node in again whose ledger did not continue what the server had seen.
+
+    Find out first, with the node's operator, why: what was spent before still counts for the people in
+    its data, whatever its ledger says now.
+
+    Example: `fedslm provision readmit north --reason "disk lost, ledger restored from the backup of May
+    2"`
+    """
+    with clear_errors():
+        from fedslm.deployment import admission
+
+        known = admission.readmit(server, name, reason)
+        typer.echo(f"{name} takes part again; it was out since {known.since}: {known.out}")
+        if known.charges:
+            typer.echo(
+                f"before, its ledger had {known.charges} charges, epsilon {known.epsilon:.3f} at "
+                f"delta={known.delta:g}: this counts no more here, but it was spent"
+            )
+
+
+@provision_app.command("rekey")
+def rekey(server: Server = Path()) -> None:
+    """Make a new operator's key, and admissions that tell the nodes of it. Stop all runs first.
+
+    Until a node has accepted its new admission (`fedslm node accept … --replace`), it refuses every
+    request.
+
+    Example: `fedslm provision rekey --server federation`
+    """
+    with clear_errors():
+        from fedslm.deployment import admission
+
+        keep_private()
+        for path in admission.rekey(server):
+            typer.echo(f"send (confidential): {path}")
+        _say_fingerprint(server)
+        typer.echo("each node runs `fedslm node accept … --replace --fingerprint …` and is restarted")
+
+
+def _say_fingerprint(server: Path) -> None:
+    """Says what operators compare over another way."""
+    from fedslm.deployment.admission import federation_fingerprint
+
+    found = federation_fingerprint(server)
+    typer.echo(f"and tell them, over a separate channel, the federation's fingerprint: {found}")
 
 
 @provision_app.command("list")
@@ -145,12 +245,11 @@ def list_nodes(server: Server = Path()) -> None:
     Example: `fedslm provision list --server federation`
     """
     with clear_errors():
-        from fedslm.deployment.enrolment import admitted_nodes, fingerprint
+        from fedslm.deployment.admission import admitted_nodes
+        from fedslm.deployment.enrolment import fingerprint
 
-        table = Table("name", "client", "fingerprint", "admitted", "")
+        table = Table("name", "fingerprint", "admitted", "")
         for node in admitted_nodes(server):
             state = "revoked" if node.revoked else ""
-            table.add_row(
-                escape(node.name), str(node.client), fingerprint(node.node_key), node.admitted_at, state
-            )
+            table.add_row(escape(node.name), fingerprint(node.node_key), node.admitted_at, state)
         Console().print(table)

@@ -1,8 +1,9 @@
 """An offline certificate authority, and the server's certificate.
 
 The authority's key never leaves the directory that it was made in; it is needed for a new server
-certificate alone, and may lie on a stick in a drawer otherwise. Nodes have keys of their own and no
-certificate: the server knows their public keys.
+certificate alone, and may be kept offline otherwise. Nodes have keys of their own and no certificate:
+the server knows their public keys. The operator's key signs every request to a node, so it stays with
+the server.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedslm.deployment.settings import read_federation
-from fedslm.errors import ConfigError, Problem, RunError
+from fedslm.errors import ConfigError, LedgerError, Problem, RunError
+from fedslm.federation.trust import OPERATOR_KEY
+from fedslm.privacy import keys
 
 AUTHORITY_KEY, AUTHORITY = "authority.key", "authority.crt"
 SERVER_KEY, SERVER = "server.key", "server.crt"
@@ -27,7 +30,7 @@ _CLOCK_SKEW = timedelta(minutes=5)
 
 
 def certify(server: Path) -> None:
-    """Makes the authority and the server's certificate.
+    """Makes the authority, the operator's key and the server's certificate.
 
     Raises:
         ConfigError: ``federation.toml`` is wrong.
@@ -35,7 +38,29 @@ def certify(server: Path) -> None:
     """
     federation = read_federation(server)
     create_authority(server, federation.name, federation.authority_days)
+    rekey(server)
     renew(server)
+
+
+def rekey(server: Path) -> None:
+    """Makes the operator's key, which signs requests (Ed25519, mode 0600); replaces an old one.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    write_private(server / OPERATOR_KEY, keys.new_private_key())
+
+
+def operator_public(server: Path) -> str:
+    """The public half (hexadecimal) of the operator's key.
+
+    Raises:
+        RunError: The key cannot be read.
+    """
+    try:
+        return keys.public_hex(keys.private_key(server / OPERATOR_KEY).public_key())
+    except LedgerError as error:
+        raise RunError(f"{error}; `fedslm provision rekey` makes a new one") from error
 
 
 def renew(server: Path) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from numpy.typing import NDArray
+from flwr.app import ConfigRecord, RecordDict
 
 from fedslm.aggregation.compression import WHOLE, Packing
 from fedslm.aggregation.methods import method_of
@@ -27,14 +26,21 @@ from fedslm.config import (
     TrainingConfig,
 )
 from fedslm.errors import FederationError
+from fedslm.federation import bounds
+from fedslm.federation.envelopes import MOST_SEEN, seen_of
+from fedslm.federation.tensors import arrays_of, from_arrays, record_of
+from fedslm.privacy.merkle import MOST_HASHES
+from fedslm.privacy.statement import LONGEST_STATEMENT
 from fedslm.records import AdapterState
 
 _LARGEST_METRIC = 1e12
+_KEY_BYTES, _STATES = 32, ("adapter", "control", "frozen")
+_LONGEST_EXTENSION = 64 * 1024
 HELLO = "query.hello"
 TRAIN = "train"
 MEASURE = "evaluate"
-_TENSORS = "tensors"
-Status = Literal["ok", "refused", "failed"]
+Status = Literal["ok", "refused", "failed", "rolled-back"]
+_STATUSES = frozenset(get_args(Status))
 
 _SECTIONS = {
     "model": ModelConfig,
@@ -46,6 +52,30 @@ _SECTIONS = {
     "compression": CompressionConfig,
     "personalization": PersonalizationConfig,
 }
+_LARGEST_SEED, _MOST_LABELS, _MOST_NAMES = (1 << 63) - 1, 10_000, 10_000
+_LONGEST_NAME, _LONGEST_HASH = 200, 64
+_LONGEST_TEXTS = {
+    "run_id": _LONGEST_NAME,
+    "directory": 4096,
+    "version": 64,
+    "plan": 4096,
+    "config_sha256": _LONGEST_HASH,
+    "base_sha256": _LONGEST_HASH,
+    "frozen_sha256": _LONGEST_HASH,
+}
+_REPLY_KEYS = frozenset(
+    {
+        "status",
+        "round",
+        "reason",
+        "delta_sha256",
+        "base_sha256",
+        "weight",
+        "statement",
+        "extension",
+        "salt",
+    }
+)
 _NOTHING = AdapterState({})
 
 
@@ -100,11 +130,30 @@ class Setup:
 
     @classmethod
     def from_json(cls, text: str) -> Setup:
-        """Reads what :meth:`to_json` wrote."""
-        values = json.loads(text)
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            FederationError: It is too long, has other fields, or one is out of its bounds.
+        """
+        values = bounds.parsed(text, bounds.MOST_SETUP_BYTES, "the setup")
+        bounds.exactly(values, (field.name for field in dataclasses.fields(cls)), "the setup")
+        found: dict[str, Any] = {
+            "seed": bounds.count(values, "seed", 0, _LARGEST_SEED),
+            "labels": bounds.texts(values, "labels", _MOST_LABELS, _LONGEST_NAME),
+        }
+        for key, longest in _LONGEST_TEXTS.items():
+            found[key] = bounds.text(values, key, longest)
         for section, model in _SECTIONS.items():
-            values[section] = model(**values[section])
-        return cls(**{**values, "labels": tuple(values["labels"])})
+            bounds.moderate(values[section], section)
+            try:
+                found[section] = model(**values[section])
+            except (ValueError, TypeError) as error:
+                problem = bounds.cut(error, 160)
+                raise FederationError(f"the setup's {section} cannot be read: {problem}") from error
+        for key in ("target_modules", "client_ranks"):
+            if len(getattr(found["lora"], key)) > _MOST_NAMES:
+                raise FederationError(f"lora.{key} must have at most {_MOST_NAMES} values")
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -118,6 +167,8 @@ class Request:
         turn: Which factors are trained: rounds that moved the adapter so far, and one.
         control: SCAFFOLD's server control variate; empty without it.
         frozen: The tensors that no round changes, for a node that may not have them; else empty.
+        seen: What the server has seen of the node's ledger (lines, Merkle root): the reply proves that
+            the ledger extends it.
     """
 
     setup: Setup
@@ -126,30 +177,46 @@ class Request:
     turn: int = 1
     control: AdapterState = _NOTHING
     frozen: AdapterState = _NOTHING
+    seen: tuple[tuple[int, str], ...] = ()
 
     def to_records(self) -> RecordDict:
-        """Packs the request."""
+        """Packs the request.
+
+        Flower names objects by their hashes, and believes whoever announces a name first: so each
+        packing has a key of its own, and no hash can be known before it is sent.
+        """
+        key = secrets.token_bytes(_KEY_BYTES)
         values = ConfigRecord({"setup": self.setup.to_json(), "round": self.round, "turn": self.turn})
-        return RecordDict(
-            {
-                "request": values,
-                "adapter": to_arrays(self.adapter),
-                "control": to_arrays(self.control),
-                "frozen": to_arrays(self.frozen),
-            }
-        )
+        values["key"] = key.hex()
+        records = RecordDict({"request": values})
+        for name in _STATES:
+            if state := getattr(self, name):
+                records[name] = record_of(state.tensors, (key, name))
+        return records
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Request:
-        """Unpacks a request."""
+        """Unpacks a request.
+
+        Raises:
+            FederationError: It has other records or values than a request, or one is out of its bounds.
+        """
+        bounds.records(records, configs=("request",), arrays=(), perhaps=_STATES)
         values, arrays = records.config_records["request"], records.array_records
+        bounds.exactly(values, ("setup", "round", "turn", "key"), "the request")
+        key = _key_of(values)
+        states = {
+            name: from_arrays(arrays[name], (key, name)) if name in arrays else _NOTHING
+            for name in _STATES
+        }
         return cls(
-            Setup.from_json(str(values["setup"])),
-            int(str(values["round"])),
-            from_arrays(arrays["adapter"]),
-            int(str(values["turn"])),
-            from_arrays(arrays["control"]),
-            from_arrays(arrays["frozen"]),
+            Setup.from_json(bounds.text(values, "setup", bounds.MOST_SETUP_BYTES)),
+            bounds.count(values, "round", 1, bounds.MOST_ROUNDS),
+            states["adapter"],
+            bounds.count(values, "turn", 1, bounds.MOST_ROUNDS),
+            states["control"],
+            states["frozen"],
+            seen_of(records),
         )
 
     @property
@@ -169,7 +236,8 @@ class Reply:
     """What a client answers.
 
     Attributes:
-        status: ok, refused (budget, policy, version) or failed.
+        status: ok, refused (budget, policy, version), failed, or rolled-back (the node's ledger lacks
+            lines that the server has seen).
         round: The round that was asked.
         reason: Why not ok; coarse under privacy.
         delta: What was trained and is sent, minus where it started; None unless ok.
@@ -177,6 +245,8 @@ class Reply:
         base_sha256: Hash of the base model that the client used.
         weight: Weight in the mean; 1 under privacy.
         statement: Signed spend statement (JSON); empty without privacy.
+        extension: Proofs that the node's ledger extends what the server has seen of it, one for each
+            of the request's ``seen``.
         metric: Noisy (sum of scores, number of units) on the client's data; None if none was asked.
         num_bytes: Bytes of tensors that came; 0 at the client.
     """
@@ -189,6 +259,7 @@ class Reply:
     base_sha256: str = ""
     weight: float = 1.0
     statement: str = ""
+    extension: tuple[tuple[str, ...], ...] = ()
     metric: tuple[float, float] | None = None
     num_bytes: int = 0
 
@@ -198,18 +269,20 @@ class Reply:
             {
                 "status": self.status,
                 "round": self.round,
-                "reason": self.reason,
+                "reason": bounds.cut(self.reason, bounds.LONGEST_REASON - 1),
                 "delta_sha256": self.delta_sha256,
                 "base_sha256": self.base_sha256,
                 "weight": self.weight,
                 "statement": self.statement,
+                "extension": json.dumps(self.extension),
+                "salt": secrets.token_hex(16),  # no refusal can be foreseen by another node
             }
         )
         if self.metric is not None:
             values["metric"] = list(self.metric)
         records = RecordDict({"reply": values})
         if self.delta is not None:
-            records["delta"] = _record(packing.pack(self.delta))
+            records["delta"] = record_of(packing.pack(self.delta))
         return records
 
     @classmethod
@@ -230,27 +303,45 @@ class Reply:
             FederationError: It is not a reply.
         """
         try:
-            values = dict(records.config_records["reply"])
-            packed = records.array_records.get("delta")
-            arrays = None if packed is None else _arrays(packed)
-            status, metric = str(values["status"]), values.get("metric")
-            if status not in ("ok", "refused", "failed"):
-                raise ValueError(f"unknown status {status!r}")
-            return cls(
-                status=status,  # type: ignore[arg-type]
-                round=int(str(values["round"])),
-                reason=str(values["reason"]),
-                delta=None if arrays is None else packing.unpack(arrays, shapes),
-                delta_sha256=str(values["delta_sha256"]),
-                base_sha256=str(values["base_sha256"]),
-                weight=float(str(values["weight"])),
-                statement=str(values["statement"]),
-                metric=None if metric is None else _pair(metric),
-                num_bytes=sum(each.nbytes for each in (arrays or {}).values()),
-            )
+            return cls._from(records, packing, shapes)
         except Exception as error:  # bytes from outside: whatever they do, they are not a reply
-            reason = f"{type(error).__name__}: {error}"
+            reason = bounds.cut(f"{type(error).__name__}: {error}")
             raise FederationError(f"the reply cannot be read: {reason}") from error
+
+    @classmethod
+    def _from(
+        cls, records: RecordDict, packing: Packing, shapes: Mapping[str, tuple[int, ...]] | None
+    ) -> Reply:
+        """Unpacks a reply; anything may be raised."""
+        bounds.records(records, configs=("reply",), arrays=(), perhaps=("delta",))
+        values, packed = records.config_records["reply"], records.array_records.get("delta")
+        bounds.exactly(values, _REPLY_KEYS, "the reply", perhaps=("metric",))
+        status, metric = bounds.text(values, "status", _LONGEST_NAME), values.get("metric")
+        if status not in _STATUSES:
+            raise ValueError(f"unknown status {status!r}")
+        most = None if shapes is None else most_bytes(packing, shapes)
+        arrays = None if packed is None else arrays_of(packed, packing.number_types, most)
+        if not _is_moderate(values["weight"]):
+            raise ValueError("weight must be a number up to 10^12")
+        return cls(
+            status=status,  # type: ignore[arg-type]
+            round=bounds.count(values, "round", 0, bounds.MOST_ROUNDS),
+            reason=bounds.text(values, "reason", bounds.LONGEST_REASON),
+            delta=None if arrays is None else packing.unpack(arrays, shapes),
+            delta_sha256=bounds.text(values, "delta_sha256", _LONGEST_HASH),
+            base_sha256=bounds.text(values, "base_sha256", _LONGEST_HASH),
+            weight=float(values["weight"]),  # type: ignore[arg-type]
+            statement=bounds.text(values, "statement", LONGEST_STATEMENT),
+            extension=proofs_of(values["extension"]),
+            metric=None if metric is None else _pair(metric),
+            num_bytes=sum(each.nbytes for each in (arrays or {}).values()),
+        )
+
+
+def most_bytes(packing: Packing, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of a reply's tensors with these shapes, at most."""
+    values = sum(packing.bytes_of(math.prod(shape)) for shape in shapes.values())
+    return bounds.most_tensor_bytes(packing.keys_of(shapes), values)
 
 
 def status_of_reply(records: RecordDict) -> str:
@@ -259,9 +350,30 @@ def status_of_reply(records: RecordDict) -> str:
     return "other" if values is None else str(values.get("status", "other"))
 
 
+def _key_of(values: Mapping[str, Any]) -> bytes:
+    """The key of a request's tensors."""
+    try:
+        key = bytes.fromhex(bounds.text(values, "key", 2 * _KEY_BYTES))
+    except ValueError as error:
+        raise FederationError("key must be hexadecimal digits") from error
+    if len(key) != _KEY_BYTES:
+        raise FederationError(f"key must have {_KEY_BYTES} bytes")
+    return key
+
+
+def proofs_of(text: object) -> tuple[tuple[str, ...], ...]:
+    """What :class:`Reply` writes for ``extension``."""
+    found = bounds.parsed(text, _LONGEST_EXTENSION, "extension")
+    if type(found) is not list or len(found) > MOST_SEEN:
+        raise FederationError(f"extension must be at most {MOST_SEEN} proofs")
+    return tuple(
+        bounds.texts({"extension": proof}, "extension", MOST_HASHES, _LONGEST_HASH) for proof in found
+    )
+
+
 def _is_moderate(value: object) -> bool:
     """True for a number that sums of do not overflow."""
-    return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= _LARGEST_METRIC
+    return type(value) in (int, float) and abs(value) <= _LARGEST_METRIC  # type: ignore[arg-type]
 
 
 def _pair(values: object) -> tuple[float, float]:
@@ -269,43 +381,3 @@ def _pair(values: object) -> tuple[float, float]:
     if not isinstance(values, list) or len(values) != 2 or not all(map(_is_moderate, values)):
         raise ValueError("a metric is two numbers up to 10^12")
     return float(values[0]), float(values[1])
-
-
-def to_arrays(state: AdapterState) -> ArrayRecord:
-    """Packs tensors whole."""
-    return _record(state.tensors)
-
-
-def from_arrays(record: ArrayRecord) -> AdapterState:
-    """Unpacks tensors.
-
-    Raises:
-        ModelError: A tensor is not float32.
-        FederationError: They cannot be read.
-    """
-    return AdapterState(_arrays(record))
-
-
-def _record(tensors: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    """All tensors as one array: with real nodes, Flower makes at least two requests for each array."""
-    from safetensors.numpy import save
-
-    if not tensors:
-        return ArrayRecord({})
-    content = save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
-    return ArrayRecord({_TENSORS: Array("uint8", (len(content),), "safetensors", content)})
-
-
-def _arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
-    """What :func:`_record` packed."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    if not record:
-        return {}
-    if set(record) != {_TENSORS}:
-        raise FederationError(f"tensors come as one array called {_TENSORS!r}")
-    try:
-        return dict(load(record[_TENSORS].data))
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise FederationError(f"the tensors cannot be read: {error}") from error

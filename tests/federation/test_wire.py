@@ -22,8 +22,9 @@ from fedslm.config import (
     TaskConfig,
     TrainingConfig,
 )
-from fedslm.errors import FederationError, ModelError
-from fedslm.federation.wire import Reply, Request, Setup, from_arrays, to_arrays
+from fedslm.errors import FederationError
+from fedslm.federation.tensors import from_arrays, to_arrays
+from fedslm.federation.wire import Reply, Request, Setup
 from fedslm.privacy.plan import NoPrivacy
 from fedslm.records import AdapterState
 
@@ -112,7 +113,7 @@ def test_arrays_round_trip() -> None:
 
 def test_other_number_types_are_refused() -> None:
     """What is not float32 is not converted."""
-    with pytest.raises(ModelError, match="float64"):
+    with pytest.raises(FederationError, match="must be F32"):
         from_arrays(as_record(save({"a": np.zeros(2)})))
 
 
@@ -148,8 +149,25 @@ def test_a_reply_needs_every_value(key: str) -> None:
     [
         ("status", "fine"),
         ("status", ""),
+        ("status", 7),
+        ("status", "ok" * 200),
         ("round", 1.5),
         ("round", "x"),
+        ("round", "1"),
+        ("round", True),
+        ("round", -1),
+        ("round", 1_000_001),
+        ("reason", "x" * 1_001),
+        ("reason", 7),
+        ("delta_sha256", "0" * 65),
+        ("base_sha256", "0" * 65),
+        ("statement", "x" * 8_193),
+        ("weight", "1.0"),
+        ("weight", True),
+        ("weight", math.nan),
+        ("weight", 1e13),
+        ("weight", [1.0]),
+        ("more", "x"),
         ("weight", "heavy"),
         ("weight", b"\0"),
         ("weight", ""),
@@ -206,3 +224,28 @@ def test_tensors_that_cannot_be_read_are_refused(record: ArrayRecord) -> None:
     assert Reply.from_records(RecordDict({**REPLY.to_records(), "delta": as_record(_GOOD)})).delta
     with pytest.raises(FederationError, match="cannot be read"):
         Reply.from_records(RecordDict({**REPLY.to_records(), "delta": record}))
+
+
+def test_no_object_of_a_request_can_be_foreseen() -> None:
+    """Flower believes whoever announces an object's name first: the same request never has one name twice."""
+    request = Request(SETUP, 3, ADAPTER, frozen=ADAPTER)
+    names = [set(get_all_nested_objects(request.to_records())) for _ in range(2)]
+    assert not names[0] & names[1]
+    again = Request.from_records(request.to_records())
+    assert again.adapter.sha256() == again.frozen.sha256() == ADAPTER.sha256()
+    assert not again.control
+
+
+def test_no_refusal_can_be_foreseen() -> None:
+    """Two replies that say the same have no record in common."""
+    names = [set(get_all_nested_objects(Reply("refused", 3, "why").to_records())) for _ in range(2)]
+    assert not names[0] & names[1]
+
+
+@pytest.mark.parametrize("key", ["", "zz" * 32, "00" * 31, 7, "00" * 33])
+def test_a_key_that_is_none(key: Any) -> None:
+    """A request whose tensors cannot be read is refused."""
+    records = Request(SETUP, 3, ADAPTER).to_records()
+    records["request"]["key"] = key
+    with pytest.raises(FederationError, match="key"):
+        Request.from_records(records)

@@ -1,0 +1,362 @@
+"""Which nodes are let in, and what they are told: the server's list, and admissions.
+
+An admission says where the server is, how to know it, and with which key its operator signs requests;
+it is signed with that key. The federation's fingerprint, which operators compare over another way, is
+of the authority's certificate and the operator's key together; the operator's signature covers the rest
+of an admission.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+import fedslm
+from fedslm.deployment import authority
+from fedslm.deployment.authority import AUTHORITY, operator_public, write_private
+from fedslm.deployment.bundle import bundle, sha256_of
+from fedslm.deployment.enrolment import (
+    MAX_BYTES,
+    UNUSABLE,
+    fingerprint,
+    node_key,
+    public_text,
+    read_request,
+    short,
+)
+from fedslm.deployment.settings import FederationFile, read_federation
+from fedslm.errors import LedgerError, RunError
+from fedslm.federation import spends
+from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.spends import Standing
+from fedslm.federation.trust import OPERATOR_KEY
+from fedslm.privacy import keys
+from fedslm.storage import read_text, write_text
+
+ADMISSION, NODES = "admission.json", "nodes.json"
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
+_LOCK_SECONDS = 30.0
+_MAX_LIST_BYTES, _LARGEST = 64 << 20, (1 << 64) - 1
+_PUBLIC_KEY = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """One line of the server's list of nodes.
+
+    Attributes:
+        name: The node's name.
+        node_id: Its number at the SuperLink.
+        node_key: Its public key, SSH text.
+        ledger_key: The public key that signs its ledger, hexadecimal.
+        admitted_at: When.
+        revoked: True if it is shut out.
+    """
+
+    name: str
+    node_id: int
+    node_key: str
+    ledger_key: str
+    admitted_at: str
+    revoked: bool = False
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What a node is told.
+
+    Attributes:
+        federation: The federation's name.
+        address: Host and port of the server.
+        authority: The certificate that the server is known by, PEM.
+        operator_key: Public half (Ed25519, hexadecimal) of the key that signs requests.
+        node_id: The node's number at the SuperLink.
+        node_key: The node's public key that was admitted.
+        bundle_sha256: Hash of the application bundle that the server sends.
+        version: The server's version of fedslm.
+        signature: Of all of the above, by the operator's key. It is checked when the admission is
+            accepted.
+    """
+
+    federation: str
+    address: str
+    authority: str
+    operator_key: str
+    node_id: int
+    node_key: str
+    bundle_sha256: str
+    version: str
+    signature: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """What the server's operator reads to the node's over the telephone."""
+        return fingerprint(self.authority + self.operator_key)
+
+
+def admitted_nodes(directory: Path) -> list[Admitted]:
+    """The server's list of nodes.
+
+    Raises:
+        RunError: It cannot be read.
+    """
+    path = directory / NODES
+    if not path.exists():
+        return []
+    try:
+        return [Admitted(**node) for node in json.loads(read_text(path, _MAX_LIST_BYTES))["nodes"]]
+    except UNUSABLE as error:
+        raise RunError(f"{path} is no list of nodes: {short(error)}") from error
+
+
+def admit(directory: Path, request: Path, register: Any) -> tuple[Admitted, Path]:
+    """Lets a node in.
+
+    Args:
+        directory: The server's directory.
+        request: The node's request.
+        register: Registers (public key, name) with the SuperLink and gives the node's number.
+
+    Returns:
+        The node, and the admission's file, to be sent back.
+
+    Raises:
+        RunError: The request is wrong, or the name or a key is taken.
+        FederationError: The SuperLink refuses.
+    """
+    asked, nodes = read_request(request), admitted_nodes(directory)
+    for node in nodes:
+        taken = {"name": asked["name"] == node.name and not node.revoked}
+        taken |= {"node_key": asked["node_key"] == node.node_key}
+        taken |= {"ledger_key": asked["ledger_key"] == node.ledger_key and not node.revoked}
+        if node.revoked and asked["node_key"] == node.node_key:
+            raise RunError(f"{request} is refused: its key was revoked; enrol without that node-key")
+        if any(taken.values()):
+            which = ", ".join(key for key, is_taken in taken.items() if is_taken)
+            raise RunError(
+                f"{request} is refused: node {node.name!r} is admitted with the same {which}; its "
+                f"admission is {_admission_of(directory, node.name)}"
+            )
+    found = Admitted(
+        name=asked["name"],
+        node_id=register(asked["node_key"], asked["name"]),
+        node_key=asked["node_key"],
+        ledger_key=asked["ledger_key"],
+        admitted_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    with _locked(directory):  # the list may have changed while the SuperLink was waited for
+        _write(directory, [*admitted_nodes(directory), found])
+    return found, write_admission(directory, found)
+
+
+def revoke(directory: Path, name: str, unregister: Any) -> Admitted:
+    """Shuts a node out; its name is free again.
+
+    Args:
+        directory: The server's directory.
+        name: The node's name.
+        unregister: Unregisters a node's number with the SuperLink.
+
+    Raises:
+        RunError: There is no such node.
+        FederationError: The SuperLink refuses.
+    """
+    for node in admitted_nodes(directory):
+        if node.name == name and not node.revoked:
+            unregister(node.node_id)
+            gone = replace(node, revoked=True)
+            with _locked(directory):
+                now = admitted_nodes(directory)
+                _write(directory, [gone if each == node else each for each in now])
+            return gone
+    raise RunError(f"there is no admitted node {name!r}; see `fedslm provision list`")
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keeps other commands out between reading and writing the list."""
+    lock = FileLock(directory / f"{NODES}.lock", timeout=_LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except (Timeout, OSError) as error:
+        raise RunError(f"{directory / NODES} cannot be locked: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write(directory: Path, nodes: list[Admitted]) -> None:
+    """Writes the list of nodes."""
+    content = {"nodes": [asdict(node) for node in nodes]}
+    write_text(directory / NODES, json.dumps(content, indent=2))
+
+
+def write_admission(directory: Path, node: Admitted) -> Path:
+    """Writes what a node is told.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    federation = read_federation(directory)
+    values = Admission(
+        federation=federation.name,
+        address=address_of(federation),
+        authority=(directory / AUTHORITY).read_text(encoding="utf-8"),
+        operator_key=operator_public(directory),
+        node_id=node.node_id,
+        node_key=node.node_key,
+        bundle_sha256=sha256_of(bundle()),
+        version=fedslm.__version__,
+    )
+    path = _admission_of(directory, node.name)
+    signature = keys.signature_of(keys.private_key(directory / OPERATOR_KEY), _signed_part(values))
+    content = json.dumps(asdict(replace(values, signature=signature)), indent=2)
+    write_private(path, content.encode())
+    return path
+
+
+def _admission_of(directory: Path, name: str) -> Path:
+    """Where a node's admission is written."""
+    return directory / "admissions" / f"{name}.admission.json"
+
+
+def federation_fingerprint(directory: Path) -> str:
+    """Fingerprint of the authority and the operator's key together.
+
+    Raises:
+        RunError: One cannot be read.
+    """
+    try:
+        certificate = (directory / AUTHORITY).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{directory / AUTHORITY} cannot be read: {error}") from error
+    return fingerprint(certificate + operator_public(directory))
+
+
+def rekey(directory: Path) -> list[Path]:
+    """Makes a new operator's key, and the admissions that tell the nodes of it.
+
+    Returns:
+        The admissions of all admitted nodes, to be sent to them.
+
+    Raises:
+        RunError: A run is under way, or something cannot be written.
+    """
+    for run in (directory / "runs").glob("*/config.json"):
+        with RunDirectory(run.parent, "").locked():  # a run that goes on signs with the old key
+            pass
+    authority.rekey(directory)
+    nodes = [node for node in admitted_nodes(directory) if not node.revoked]
+    return [write_admission(directory, node) for node in nodes]
+
+
+def readmit(directory: Path, name: str, reason: str) -> Standing:
+    """Lets a node in again that was put out for its ledger.
+
+    Returns:
+        What was known of it.
+
+    Raises:
+        RunError: There is no such node, it is not out, or there is no reason.
+    """
+    for node in admitted_nodes(directory):
+        if node.name == name and not node.revoked:
+            return spends.readmit(directory / spends.SPENDS, node.ledger_key, reason)
+    raise RunError(f"there is no admitted node {name!r}; see `fedslm provision list`")
+
+
+def _signed_part(admission: Admission) -> dict[str, Any]:
+    """What an admission's signature is over."""
+    values = asdict(admission)
+    del values["signature"]
+    return {**values, "purpose": "fedslm admission, version 1"}
+
+
+def accept(
+    directory: Path, admission: Path, *, expected: str | None = None, replaces: bool = False
+) -> Admission:
+    """Puts an admission into the node's directory, if it is for this node.
+
+    The fingerprint is of the authority and the operator's key; the operator's signature covers the
+    rest. So compare the fingerprint with the server's operator over another way, and nothing else is
+    left to trust.
+
+    Args:
+        directory: The node's own.
+        admission: What came back.
+        expected: The federation's fingerprint that it must have; None: whatever it has.
+        replaces: Take another authority, or another operator's key, than was accepted before.
+
+    Raises:
+        RunError: It is none, is not signed by the key that it names, is for another node's key, or has
+            another authority or operator's key than before.
+    """
+    found = read_admission(admission)
+    if found.node_key != public_text(node_key(directory)):
+        raise RunError(f"{admission} is for another node's key")
+    if not _is_signed_by_its_operator(found):
+        raise RunError(
+            f"{admission} is refused: it is not signed with the operator's key that it names"
+        )
+    if expected is not None and expected != found.fingerprint:
+        raise RunError(
+            f"{admission} is refused: the federation's fingerprint is not {expected}; ask the "
+            f"server's operator again"
+        )
+    if (directory / ADMISSION).exists() and not replaces:
+        before = read_admission(directory / ADMISSION)
+        if before.fingerprint != found.fingerprint:
+            raise RunError(
+                f"{admission} has another authority or operator's key than before (fingerprint "
+                f"{found.fingerprint}, was {before.fingerprint}); if the operator confirms: --replace"
+            )
+    write_private(directory / ADMISSION, json.dumps(asdict(found), indent=2).encode())
+    return found
+
+
+def _is_signed_by_its_operator(admission: Admission) -> bool:
+    """True if the operator's key that an admission names has signed it."""
+    try:
+        key = keys.read_public_key(admission.operator_key)
+    except LedgerError:
+        return False
+    return keys.is_signed(key, _signed_part(admission), admission.signature)
+
+
+def read_admission(path: Path) -> Admission:
+    """Reads an admission.
+
+    Raises:
+        RunError: It is none.
+    """
+    try:
+        found = Admission(**json.loads(read_text(path, MAX_BYTES)))
+        for key, value in vars(found).items():
+            if type(value) is not (int if key == "node_id" else str):
+                raise ValueError(f"{key} is {str(value)[:40]!r}")
+        if not 0 <= found.node_id <= _LARGEST or not _ADDRESS.fullmatch(found.address):
+            raise ValueError("node_id is out of range, or the address is no host and port")
+        if not _PUBLIC_KEY.fullmatch(found.operator_key):
+            raise ValueError("operator_key is not 64 hexadecimal digits")
+        return found
+    except UNUSABLE as error:
+        raise RunError(f"{path} is no admission: {short(error)}") from error
+
+
+def address_of(federation: FederationFile) -> str:
+    """Host and port that nodes reach.
+
+    >>> address_of(FederationFile(name="f", host="::1"))
+    '[::1]:8443'
+    """
+    host = f"[{federation.host}]" if ":" in federation.host else federation.host
+    return f"{host}:{federation.port}"

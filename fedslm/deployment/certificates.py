@@ -1,0 +1,112 @@
+"""When certificates end, said in time; and what TLS errors may mean where a clock is wrong."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from fedslm.deployment.authority import AUTHORITY, SERVER, expires
+from fedslm.errors import FederationError, RunError
+
+WARNING_DAYS = 30
+_REACH_SECONDS = 10.0
+_BY_THE_CLOCK = ("certificate is not yet valid", "certificate has expired")
+
+
+def ending(what: str, end: datetime, remedy: str) -> str:
+    """A warning of a certificate that ends within 30 days, or has ended; empty for any other.
+
+    Args:
+        what: Whose certificate it is, such as "the server's certificate".
+        end: When it ends.
+        remedy: What to do, and who.
+    """
+    left = end - datetime.now(UTC)
+    if left >= timedelta(days=WARNING_DAYS):
+        return ""
+    when = f"ends in {left.days} days" if left > timedelta(0) else "has ended"
+    return f"{what} {when}, on {end:%Y-%m-%d}: {remedy}"
+
+
+def server_warnings(server: Path) -> list[str]:
+    """Warnings of the certificates in a server's directory; a file that cannot be read gives none here.
+
+    Whoever uses such a file says what is wrong with it.
+    """
+    remedies = {
+        SERVER: ("the server's certificate", "run `fedslm provision renew`, then restart the server"),
+        AUTHORITY: (
+            "the authority's certificate",
+            "make a new federation directory in time; every node must accept the new authority",
+        ),
+    }
+    found = []
+    for name, (what, remedy) in remedies.items():
+        try:
+            found.append(ending(what, expires(server / name), remedy))
+        except RunError:
+            continue
+    return [warning for warning in found if warning]
+
+
+def node_warnings(address: str, authority: str) -> list[str]:
+    """Warnings of the server's certificate, as the server shows it, and of the authority's.
+
+    Args:
+        address: Host and port of the server.
+        authority: The certificate that the server is known by, PEM.
+
+    Raises:
+        FederationError: The server cannot be reached, or is not who the authority says.
+    """
+    operator = "the server's operator"
+    found = (
+        ending(
+            "the server's certificate",
+            end_at_server(address, authority),
+            f"{operator} must run `fedslm provision renew` and restart the server",
+        ),
+        ending(
+            "the authority's certificate",
+            x509.load_pem_x509_certificate(authority.encode()).not_valid_after_utc,
+            f"ask {operator} for a new admission",
+        ),
+    )
+    return [warning for warning in found if warning]
+
+
+def end_at_server(address: str, authority: str) -> datetime:
+    """When the certificate ends that a server shows, which the authority vouches for.
+
+    Raises:
+        FederationError: The server cannot be reached, or is not who the authority says.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    context = ssl.create_default_context(cadata=authority)
+    try:
+        with (
+            socket.create_connection((host, int(port)), _REACH_SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname=host) as connection,
+        ):
+            shown = connection.getpeercert(binary_form=True)
+    except OSError as error:
+        raise FederationError(f"{address} cannot be reached: {with_clock(error)}") from error
+    return x509.load_der_x509_certificate(shown or b"").not_valid_after_utc
+
+
+def with_clock(error: Exception) -> str:
+    """An error's text; if a certificate is too young or too old, also this machine's time.
+
+    >>> with_clock(OSError("no route"))
+    'no route'
+    """
+    text = str(error)
+    if not any(each in text for each in _BY_THE_CLOCK):
+        return text
+    now = datetime.now(UTC)
+    return f"{text}; this machine's clock may be wrong: it says {now:%Y-%m-%d %H:%M} UTC"

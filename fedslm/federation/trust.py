@@ -1,0 +1,178 @@
+"""What a server in a real federation signs, whom it believes, and who is out: one object for one run.
+
+A simulation has none of it: its clients are the server's own processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from flwr.app import Message, RecordDict
+
+from fedslm.errors import FederationError, FedslmError, LedgerError
+from fedslm.federation.envelopes import Asked, content_sha256, enclosed, is_answer
+from fedslm.federation.roster import Registered, revoked_keys
+from fedslm.federation.spends import SPENDS, STANDING, Spends, Standing
+from fedslm.federation.wire import Request, proofs_of
+from fedslm.privacy.keys import private_key, read_public_key
+from fedslm.privacy.statement import read_statement
+from fedslm.storage import write_text
+
+logger = logging.getLogger(__name__)
+OPERATOR_KEY = "operator.key"
+REVOKED = "the node was revoked"
+
+
+@dataclass
+class Trust:
+    """Signs a run's requests and holds its replies against the nodes that were admitted.
+
+    Attributes:
+        roster: Client index to node.
+        listed: The server's list of nodes; its directory holds the operator's key and the register.
+        directory: The run's directory: gets a copy of its nodes' standing, for the audit.
+    """
+
+    roster: Mapping[int, Registered]
+    listed: Path
+    directory: Path
+    _asked: dict[int, tuple[str, tuple[tuple[int, str], ...]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            self._key = private_key(self.listed.parent / OPERATOR_KEY)
+            self._public = {
+                client: read_public_key(node.ledger_key) for client, node in self.roster.items()
+            }
+        except LedgerError as error:
+            raise FederationError(
+                f"{error}; `fedslm provision init` makes the operator's key"
+            ) from error
+        self.spends = Spends(self.listed.parent / SPENDS)
+        self.spends.refresh()
+
+    def active(self) -> list[int]:
+        """Node ids of those that are neither revoked nor out."""
+        shut_out = self.shut_out(list(self.roster))
+        return [node.node_id for client, node in self.roster.items() if client not in shut_out]
+
+    def needed(self, min_clients: int | None) -> int:
+        """How many nodes the run waits for before it begins, or goes on after a restart.
+
+        Args:
+            min_clients: What the config says; None: all that are active.
+
+        Raises:
+            FederationError: Fewer are active, or none is.
+        """
+        active, least = len(self.active()), min_clients or 1
+        if active < least:
+            raise FederationError(
+                f"{active} of the run's {len(self.roster)} nodes are neither revoked nor out; "
+                f"federation.min_clients={least} is the least: see `fedslm server status`"
+            )
+        return min_clients or active
+
+    def shut_out(self, clients: list[int]) -> dict[int, str]:
+        """Which clients are not asked now, and why; both files are read anew."""
+        self.spends.refresh()
+        revoked = revoked_keys(self.listed, dict(self.roster))
+        found = {}
+        for client in clients:
+            node = self.roster[client]
+            standing = self.spends.standing(node.ledger_key)
+            if node.ledger_key in revoked:
+                found[client] = REVOKED
+            elif standing.out:
+                found[client] = (
+                    f"out since {standing.since}: {standing.out}; `fedslm provision readmit "
+                    f"{node.name} --reason …` lets it in again"
+                )
+        return found
+
+    def signed(
+        self,
+        contents: Mapping[int, RecordDict],
+        grid_run: int,
+        request: Request,
+        kind_and_seconds: tuple[str, float],
+    ) -> dict[int, RecordDict]:
+        """Adds each client's own signed envelope to its content.
+
+        Args:
+            contents: Client index to content; contents that are one object are hashed once.
+            grid_run: Flower's number of the run.
+            request: What is asked.
+            kind_and_seconds: The message's type, and how long it is good for.
+        """
+        kind, seconds = kind_and_seconds
+        asked = Asked(request.setup.run_id, grid_run, request.round, kind, seconds)
+        hashes = {id(content): content_sha256(content) for content in contents.values()}
+        found = {}
+        for client, content in contents.items():
+            key = self.roster[client].ledger_key
+            seen = self.spends.standing(key).seen
+            envelope = asked.envelope(key, client, hashes[id(content)], seen)
+            found[client], name = enclosed(content, envelope, self._key)
+            self._asked[client] = (name, seen)
+        return found
+
+    def is_proven(self, client: int, reply: Message) -> bool:
+        """Whether a reply was signed by the admitted node as the answer to the last request.
+
+        Flower's own errors (a node that went away) have no content and no author; they count as failed
+        whoever made them.
+        """
+        if reply.has_error():
+            return True
+        asked = self._asked.get(client)
+        return asked is not None and is_answer(reply.content, asked[0], self._public[client])
+
+    def problem_of(self, client: int, reply: Message) -> str | None:
+        """Holds a proven reply's statement against everything that was seen of its ledger.
+
+        That comes before anything else of the reply is judged: what was spent counts, whatever becomes
+        of the update.
+
+        Returns:
+            Why the node is out from now on; None if nothing speaks against it.
+        """
+        node = self.roster[client]
+        if reply.has_error() or (values := reply.content.config_records.get("reply")) is None:
+            return None
+        if values.get("status") == "rolled-back":
+            self.spends.put_out(node.ledger_key, "it says that its ledger was rolled back")
+            return None
+        try:
+            statement = read_statement(str(values.get("statement", "")))
+            extension = proofs_of(values.get("extension"))
+        except FedslmError:
+            return None  # there is none, or the reply is refused for it
+        if statement.public_key != node.ledger_key:
+            return "the spend statement is not signed with the ledger key that was admitted"
+        problem = self.spends.believe(statement, self._asked[client][1], extension)
+        if problem is None:
+            return None
+        logger.error("%s is out: %s", node.name, problem)
+        return f"the node is out: {problem}; `fedslm provision readmit {node.name} --reason …`"
+
+    def save(self) -> None:
+        """Writes what was learned, and the run's copy; synced when it returns, so the round may count.
+
+        Raises:
+            RunError: It cannot be written.
+        """
+        self.spends.save()
+        write_text(self.directory / STANDING, json.dumps(self._standings(), indent=2) + "\n")
+
+    def _standings(self) -> dict[str, object]:
+        """Name to standing, for the nodes of this run."""
+        found: dict[str, object] = {}
+        for node in self.roster.values():
+            standing: Standing = self.spends.standing(node.ledger_key)
+            found[node.name] = {"ledger_key": node.ledger_key, "standing": asdict(standing)}
+        return found
