@@ -7,27 +7,32 @@ message goes to this node's own fedslm, in a worker that keeps its base model.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, Message
 
 import fedslm
 from fedslm.deployment.bundle import sha256_of
+from fedslm.deployment.fleet import NotKnown
 from fedslm.errors import FederationError
+from fedslm.federation.inflating import Limits, inflated, objects_of
+from fedslm.federation.lifetime import exchange_seconds
 
 logger = logging.getLogger(__name__)
 _NOT_APPROVED, _LONGEST = 7, 32
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 30.0
 _REACH_SECONDS, _DAY_SECONDS = 10.0, 86_400.0
+_PIECE_BYTES = 5 << 20
+_LATEST_SECONDS, _LONGEST_NAME = 1e11, 128
+_METADATA = ("run_id", "src_node_id", "dst_node_id", "message_type", "group_id", "created_at", "ttl")
 _FETCHED_SECONDS = 5.0  # the server asks for replies every second or two
 Answer = Callable[[Message, int], Message]
 GoesOn = Callable[[float], bool]
@@ -53,6 +58,11 @@ class Link:
     _bundles: dict[int, tuple[str, str]] = field(default_factory=dict)
     _replied: float | None = None
 
+    @property
+    def limits(self) -> Limits:
+        """What a message may have: pieces of 5 MiB, and a few objects around them."""
+        return Limits(self.most_bytes, most_objects=min(4096, 64 + self.most_bytes // _PIECE_BYTES))
+
     def serve(self, answer: Answer, goes_on: GoesOn, poll_seconds: float) -> None:
         """Answers messages, one at a time, until it is told to stop; a message under way is finished.
 
@@ -68,11 +78,14 @@ class Link:
             goes_on: Waits for so many seconds, or shorter; False to end.
             poll_seconds: How long to wait, at most, when there is nothing to do: a server that just got
                 an answer is likely to ask again.
+
+        Raises:
+            NotKnown: The server does not know this node's key any more.
         """
         import httpx
         from flwr.supercore.run import RunNotRunningException
 
-        wait_seconds, heard = 0.0, time.monotonic()
+        wait_seconds, heard, breaks = 0.0, time.monotonic(), 0
         while goes_on(wait_seconds):
             wait_seconds = poll_seconds
             try:
@@ -81,10 +94,18 @@ class Link:
                 else:
                     idle_seconds = time.monotonic() - heard
                     wait_seconds = min(poll_seconds, max(_SHORTEST_WAIT_SECONDS, idle_seconds / 5))
+                breaks = 0
             except RunNotRunningException:  # Flower's own; it passes by Exception
                 logger.warning("a message is dropped: its run is over")
             except httpx.TransportError as error:
-                logger.warning("the server cannot be reached: %s", error)
+                level = logging.DEBUG if breaks else logging.WARNING
+                logger.log(level, "the server cannot be reached: %s; trying again", error)
+                wait_seconds = max(poll_seconds, min(2.0**breaks, _LONGEST_WAIT_SECONDS))
+                breaks = min(breaks + 1, 5)
+            except NotKnown:
+                raise
+            except FederationError as error:
+                logger.warning("a message is refused: %s", error)
             except Exception:  # the server is outside: whatever comes from it, the node goes on
                 logger.exception("a message could not be answered")
         if self._replied is not None:
@@ -96,21 +117,28 @@ class Link:
         if received is None:
             return False
         outline, tree = received
-        outline.metadata.__dict__["_message_id"] = tree.object_id
         metadata = outline.metadata
-        patience = Patience(until_of(metadata.created_at, metadata.ttl), goes_on)
+        check_outline(outline)
+        limits = self.limits
+        identifiers = objects_of(tree, limits)
+        metadata.__dict__["_message_id"] = tree.object_id
+        patience = Patience(until_of(metadata.created_at, seconds_of(metadata.ttl)), goes_on)
         reply = patience.call(lambda: self._refused(outline, metadata.run_id))
         if reply is None:
-            reply = answer(self._pulled(tree, metadata.run_id, patience), metadata.run_id)
+            contents = self._pulled(identifiers, metadata.run_id, patience)
+            patience.call(lambda: self.calls[6](metadata.run_id, tree.object_id))
+            message = inflated(tree.object_id, contents, limits)
+            _check_same(message, outline)
+            reply = answer(message, metadata.run_id)
         patience.call(lambda: self._send(reply, metadata.run_id))
         self._replied = time.monotonic()
         return True
 
-    def _pulled(self, tree: Any, run_id: int, patience: Patience) -> Message:
-        """A message with all its objects, if they are not too large."""
-        from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+    def _pulled(self, identifiers: list[str], run_id: int, patience: Patience) -> dict[str, bytes]:
+        """A message's objects, if all together are not too large."""
+        from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
-        _, _, _, _, pull_object, _, confirm = self.calls
+        pull_object = self.calls[4]
         pulled_bytes = 0
 
         def pull(identifier: str) -> bytes:
@@ -119,17 +147,15 @@ class Link:
             pulled_bytes += len(content)
             if pulled_bytes > self.most_bytes:
                 raise FederationError(f"a message has more than message_mb={self.most_bytes >> 20} MiB")
+            if hashlib.sha256(content).hexdigest() != identifier:
+                raise FederationError("an object of a message is another than its identifier says")
             return content
 
-        message = pull_and_inflate_object_from_tree(
-            tree,
+        return pull_objects(
+            identifiers,
             pull,
-            lambda identifier: patience.call(lambda: confirm(run_id, identifier)),
-            return_type=Message,
             initial_backoff=_SHORTEST_WAIT_SECONDS,  # the server tells of a message before all is there
         )
-        message.metadata.__dict__["_message_id"] = tree.object_id
-        return message
 
     def _refused(self, outline: Message, run_id: int) -> Message | None:
         """The answer to a message of a bundle that is not approved; None if it is."""
@@ -208,6 +234,45 @@ class Patience:
                 wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
 
 
+def check_outline(outline: Message) -> None:
+    """Refuses a message whose metadata no honest server writes, before anything of it is pulled.
+
+    Raises:
+        FederationError: A time is no time, a name is too long, or it brings content of its own.
+    """
+    metadata = outline.metadata
+    times = {"created_at": metadata.created_at, "ttl": metadata.ttl}
+    for key, value in times.items():
+        if not (math.isfinite(value) and 0 < value <= _LATEST_SECONDS):
+            raise FederationError(f"a message's {key}={value!r} must be in (0, {_LATEST_SECONDS:g}] s")
+    for key in ("message_type", "group_id", "reply_to_message_id"):
+        if len(getattr(metadata, key)) > _LONGEST_NAME:
+            raise FederationError(f"a message's {key} is longer than {_LONGEST_NAME} characters")
+    if outline.has_content() and len(outline.content):
+        raise FederationError("a message's outline brings records: they come as objects")
+
+
+def _check_same(message: Message, outline: Message) -> None:
+    """Refuses a message that says something else of itself than its outline did.
+
+    Its identifier is set to the outline's: it names what the reply answers.
+    """
+    inner, outer = message.metadata, outline.metadata
+    for key in _METADATA:
+        if getattr(inner, key) != getattr(outer, key):
+            raise FederationError(f"a message's {key} is another than its outline's")
+    inner.__dict__["_message_id"] = outer.message_id
+
+
+def seconds_of(ttl: float) -> float:
+    """How long a message is worked on: as long as its exchange may take, but a day at most.
+
+    >>> seconds_of(60.0), seconds_of(-1.0), seconds_of(float("nan")), seconds_of(1e300)
+    (60.0, 0.0, 86400.0, 86400.0)
+    """
+    return min(exchange_seconds(max(0.0, ttl)), _DAY_SECONDS) if math.isfinite(ttl) else _DAY_SECONDS
+
+
 def until_of(created_at: float, ttl: float) -> float:
     """When a message is of no use any more: what the server says, but within a day.
 
@@ -242,59 +307,3 @@ def is_there(address: str, authority: str) -> bool:
     except OSError as error:
         logger.debug("%s cannot be reached: %s", address, error)
         return False
-
-
-def step_in(address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, node_id: int) -> None:
-    """Has the server forget an earlier process of this node: one that was killed said no goodbye.
-
-    Else the server takes the node for connected, refuses it, and waits for its answers, for a minute.
-    What the server says to it does not matter: whoever connects then hears what is wrong.
-
-    Args:
-        address: Host and port.
-        authority: The certificate that the server is known by, PEM.
-        key: The node's key.
-        node_id: The node's number at the SuperLink.
-    """
-    import httpx
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-
-    interceptors: list[Any] = [
-        RuntimeVersionHttpInterceptor(component_name="fedslm"),
-        NodeAuthHttpInterceptor(key, key.public_key()),
-    ]
-    with (
-        FleetHttpClient.from_server_address(
-            address, insecure=False, root_certificates=authority, interceptors=interceptors
-        ) as client,
-        suppress(httpx.HTTPError, RuntimeError),
-    ):
-        client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
-
-
-@contextmanager
-def connected(
-    address: str, authority: bytes, key: ec.EllipticCurvePrivateKey
-) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Connects to a SuperLink, and stays known there by heartbeats; waits while it is not there.
-
-    Args:
-        address: Host and port.
-        authority: The certificate that the server is known by, PEM.
-        key: The node's key.
-
-    Yields:
-        The node's number, and Flower's functions for it: what a :class:`Link` is made of.
-    """
-    from flwr.supernode.fleet_http_connection import http_request_response
-
-    with http_request_response(
-        address,
-        insecure=False,
-        root_certificates=authority,
-        authentication_keys=(key, key.public_key()),
-    ) as (node_id, *calls):
-        yield node_id, tuple(calls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 import threading
@@ -9,11 +10,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedslm.deployment import authority, link
+from fedslm.deployment.bundle import sha256_of
+from fedslm.errors import FederationError
+from fedslm.federation.local_grid import LocalGrid
+from fedslm.federation.workers import InlinePool
 
 
 @contextmanager
@@ -94,3 +101,94 @@ def test_a_node_that_is_to_stop_has_no_patience() -> None:
     for ttl in (1e12, float("inf"), float("nan")):
         assert link.until_of(time.time(), ttl) <= time.time() + 86_400
     assert link.until_of(100.0, 50.0) == 150.0
+
+
+def message(**changes: object) -> Message:
+    """What a server sends, with some of its metadata changed."""
+    made = Message(RecordDict({"x": ConfigRecord({"a": 1})}), 2, "train", ttl=60.0, group_id="1")
+    for key, value in changes.items():
+        made.metadata.__dict__[f"_{key}"] = value
+    return made
+
+
+def answered(inner: Message, outline: Message, most_bytes: int = 1 << 20) -> list[Message]:
+    """What a node takes of a server's message, whose outline may say something else."""
+    from flwr.app.message import remove_content_from_message
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+
+    objects = {key: each.deflate() for key, each in get_all_nested_objects(inner).items()}
+    queue = [(remove_content_from_message(outline), get_object_tree(inner))]
+    taken: list[Message] = []
+
+    def answer(asked: Message, _: int) -> Message:
+        taken.append(asked)
+        return Message(RecordDict({}), reply_to=asked)
+
+    calls = (
+        lambda: queue.pop() if queue else None,
+        lambda *_: (set(), "session"),
+        lambda _: SimpleNamespace(fab_hash="x", fab_version="1"),
+        lambda *_: SimpleNamespace(content=b"bundle"),
+        lambda _, identifier: objects[identifier],
+        lambda *_: None,
+        lambda *_: None,
+    )
+    approved = frozenset({sha256_of(b"bundle")})
+    node = link.Link(2, calls, approved, most_bytes)
+    node._answered(answer, lambda _: True)
+    return taken
+
+
+WRONG_METADATA = {
+    "ttl NaN": {"ttl": float("nan")},
+    "ttl infinite": {"ttl": float("inf")},
+    "ttl negative": {"ttl": -1.0},
+    "ttl huge": {"ttl": 1e300},
+    "created NaN": {"created_at": float("nan")},
+    "created negative": {"created_at": -1.0},
+    "created huge": {"created_at": 1e300},
+    "long group": {"group_id": "x" * 129},
+    "long type": {"message_type": "train." + "x" * 200},
+    "long reply": {"reply_to_message_id": "x" * 129},
+}
+
+
+@pytest.mark.parametrize("changes", WRONG_METADATA.values(), ids=WRONG_METADATA)
+def test_metadata_that_no_honest_server_writes(changes: dict[str, object]) -> None:
+    """Times that are none and names that are too long: refused before anything is pulled or computed."""
+    LocalGrid(1, InlinePool())  # tells Flower who sends
+    with pytest.raises(FederationError, match="a message's"):
+        answered(message(**changes), message(**changes))
+
+
+def test_a_message_is_what_its_outline_says() -> None:
+    """An honest one is taken, by its outline's identifier; one that says something else is refused."""
+    LocalGrid(1, InlinePool())
+    honest = message()
+    (taken,) = answered(honest, honest)
+    assert taken.metadata.message_id == honest.object_id
+    for changes in ({"ttl": 61.0}, {"group_id": "2"}, {"dst_node_id": 3}, {"message_type": "evaluate"}):
+        other = message(created_at=honest.metadata.created_at, **changes)
+        with pytest.raises(FederationError, match="is another than its outline's"):
+            answered(other, honest)
+
+
+def test_objects_are_held_to_the_largest_message() -> None:
+    """Beyond message_mb nothing more is pulled, and objects are what their identifiers say."""
+    LocalGrid(1, InlinePool())
+    large = message()
+    large.content["y"] = ArrayRecord({"a": Array("uint8", (3 << 20,), "safetensors", bytes(3 << 20))})
+    with pytest.raises(FederationError, match="more than message_mb=1 MiB"):
+        answered(large, large)
+    assert len(answered(large, large, 4 << 20)) == 1
+
+
+def test_how_long_a_message_is_worked_on() -> None:
+    """A worker is waited for as long as the server says, but a day at most, whatever number that is."""
+    for ttl in (math.nan, math.inf, 1e300, 10**300):
+        assert link.seconds_of(ttl) == 86_400.0
+    assert (link.seconds_of(-1.0), link.seconds_of(-math.inf), link.seconds_of(60.0)) == (
+        0.0,
+        86_400.0,
+        60.0,
+    )
