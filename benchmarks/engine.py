@@ -170,7 +170,7 @@ def write_inputs(path: Path, config_path: Path, run: Path, rounds: int) -> None:
     from fedslm.data import shards
     from fedslm.models.initial import initial_state
     from fedslm.models.loaded import load
-    from fedslm.privacy.plan import calibrated
+    from fedslm.privacy.calibration import calibrated
     from fedslm.rng import stream
     from fedslm.tasks import build
 

@@ -206,7 +206,8 @@ class RoundRecord:
         bytes_down: Bytes of tensors sent to clients in this round.
         bytes_up: Bytes of tensors received from clients in this round.
         seconds: Wall time of the round.
-        reasons: One line for each client that is not in the aggregate.
+        reasons: One line for each client that is not in the aggregate: its name, and why.
+        left_out: Index of each of these clients, in the same order; empty in runs of older versions.
         private_metric: Mean score of the round's start on the clients' own data, from noisy releases;
             None if none was asked.
     """
@@ -225,4 +226,5 @@ class RoundRecord:
     bytes_up: int
     seconds: float
     reasons: tuple[str, ...] = field(default=())
+    left_out: tuple[int, ...] = field(default=())
     private_metric: float | None = None

@@ -20,8 +20,8 @@ from fedslm.distillation.following import check_asked, distil_if_asked, follower
 from fedslm.errors import DataError, FedslmError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.local_grid import LocalGrid
-from fedslm.federation.population import registered
 from fedslm.federation.public_model import export
+from fedslm.federation.roster import roster_of
 from fedslm.federation.rounds import Federation, Observer, Outcome
 from fedslm.federation.workers import InlinePool, Pool, WorkerPool
 from fedslm.models.base import check_early
@@ -120,7 +120,12 @@ def _written(config: Config, directory: RunDirectory) -> shards.Shards:
     """The run's data on disk: shared out in a simulation, the public part with real nodes."""
     data, task, seed = config.data, config.task, config.run.seed
     if config.engine.nodes is not None:
-        nodes = registered(Path(config.engine.nodes), config.federation.num_clients)
+        nodes = roster_of(
+            directory.path,
+            Path(config.engine.nodes),
+            names=config.federation.nodes,
+            num_clients=config.federation.num_clients,
+        )
         names = tuple(node.name for node in nodes.values())
         return shards.write_public(directory.data, data, task, names=names, seed=seed)
     return shards.write(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -185,6 +186,25 @@ def schema() -> None:
     Example: `fedslm config schema > schema.json`
     """
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+class Kind(StrEnum):
+    """Configs that can be printed to start from."""
+
+    deployed = "deployed"
+
+
+@config_app.command("example")
+def example(
+    kind: Annotated[Kind, typer.Argument(help="deployed: a run on real nodes.", metavar="KIND")],
+) -> None:
+    """Print a commented configuration to start from.
+
+    Example: `fedslm config example deployed > triage.toml`
+    """
+    from fedslm.deployment.starters import deployed_config
+
+    typer.echo(deployed_config(), nl=False)
 
 
 @config_app.command("show")

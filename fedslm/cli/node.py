@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import sys
 import threading
 import time
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedslm.cli.console import LogForm, LogFormat, clear_errors, keep_private
+from fedslm.cli.console import ERRORS, LogForm, LogFormat, clear_errors, keep_private
 
-_GRACE_SECONDS = 5.0
+if TYPE_CHECKING:
+    pass
+
+_GRACE_SECONDS, _ASK_SECONDS = 5.0, 3.0
+
+
+class StartProfile(StrEnum):
+    """Profiles that a node can start with."""
+
+    hospital = "hospital"
+    phone = "phone"
+
+
+class StartUnit(StrEnum):
+    """Units that a node's policy can start with."""
+
+    record = "record"
+    patient = "patient"
+
+
 node_app = typer.Typer(help="The node operator's: enrol, check, run.", no_args_is_help=True)
 Directory = Annotated[Path, typer.Argument(help="The node's own directory.", metavar="DIR")]
 
@@ -22,16 +42,33 @@ Directory = Annotated[Path, typer.Argument(help="The node's own directory.", met
 def enroll(
     directory: Directory,
     name: Annotated[str, typer.Option("--name", help="The node's name.")],
+    profile: Annotated[
+        StartProfile, typer.Option("--profile", help="What kind of machine this is.")
+    ] = StartProfile.hospital,
+    source: Annotated[
+        str | None,
+        typer.Option("--source", help="The records: a file, a directory or a database URL."),
+    ] = None,
+    unit: Annotated[
+        StartUnit | None,
+        typer.Option("--unit", help="Weakest unit of its policy; default: the profile's own."),
+    ] = None,
 ) -> None:
     """Make this node's keys, which never leave it, and a request for the server's operator.
 
-    Example: `fedslm node enroll north --name north`
+    Writes node.toml and policy.toml too, unless they are there: no file is overwritten.
+
+    Example: `fedslm node enroll north --name north --source /srv/north/notes.jsonl`
     """
     with clear_errors():
         from fedslm.deployment import enrolment
+        from fedslm.deployment.starters import Start, write_node_files
 
         keep_private()
         request = enrolment.enroll(directory, name)
+        start = Start(name, profile.value, source, None if unit is None else unit.value)
+        for path, edit in write_node_files(directory, start).items():
+            typer.echo(f"wrote {path}: {edit}")
         found = enrolment.fingerprint(enrolment.read_request(request)["node_key"])
         typer.echo(f"send to the server's operator: {request}")
         typer.echo(f"and tell them, over another way, the fingerprint: {found}")
@@ -43,24 +80,26 @@ def accept(
     admission: Annotated[Path, typer.Argument(help="What the server's operator sent back.")],
     expected: Annotated[
         str | None,
-        typer.Option("--fingerprint", help="Refuse it unless its authority has this fingerprint."),
+        typer.Option("--fingerprint", help="Refuse it unless the federation has this fingerprint."),
     ] = None,
     replaces: Annotated[
-        bool, typer.Option("--replace", help="Take another authority than before.")
+        bool, typer.Option("--replace", help="Take another authority or operator's key than before.")
     ] = False,
 ) -> None:
     """Take what the server's operator sent back.
 
-    Compare the authority's fingerprint with the server's operator over another way.
+    Compare the federation's fingerprint with the server's operator over a separate channel.
 
     Example: `fedslm node accept north north.admission.json --fingerprint 1a2b-3c4d-5e6f-7a8b`
     """
     with clear_errors():
-        from fedslm.deployment import enrolment
+        from fedslm.deployment.admission import accept as accepted
 
-        found = enrolment.accept(directory, admission, expected=expected, replaces=replaces)
-        typer.echo(f"client {found.client} of {found.federation!r} at {found.address}")
-        typer.echo(f"the authority's fingerprint: {enrolment.fingerprint(found.authority)}")
+        found = accepted(directory, admission, expected=expected, replaces=replaces)
+        typer.echo(f"admitted to {found.federation!r} at {found.address}")
+        typer.echo(f"the federation's fingerprint: {found.fingerprint}")
+        if replaces:
+            typer.echo("restart `fedslm node up`: a running node keeps its earlier admission")
 
 
 @node_app.command("check")
@@ -73,11 +112,19 @@ def check(directory: Directory) -> None:
         from fedslm.deployment.node import open_node
         from fedslm.deployment.preflight import preflight
 
+        keep_private()
         good = True
-        for each in preflight(open_node(directory)):
+        for each in preflight(open_node(directory), _begins):
             good = good and each.is_good
-            typer.echo(f"{'ok ' if each.is_good else 'NO '} {each.name}: {each.detail}")
+            word = "NO" if not each.is_good else "warning" if each.warns else "ok"
+            typer.echo(f"{word}: {each.detail}")
         raise typer.Exit(0 if good else 1)
+
+
+def _begins(name: str) -> None:
+    """Says what is looked at; the result follows on the same line."""
+    typer.echo(f"checking {name} ... ", nl=False)
+    sys.stdout.flush()
 
 
 @node_app.command("up")
@@ -91,29 +138,29 @@ def up(
 ) -> None:
     """Run this node until Ctrl-C.
 
+    Ends with 1 and one line if the server does not know this node's key (any more).
+
     Example: `fedslm node up north`
     """
     with clear_errors():
         from fedslm.cli.server import until_stopped
         from fedslm.deployment import node
+        from fedslm.deployment.fleet import NotKnown
         from fedslm.deployment.journal import log_to_stderr
 
         keep_private()
         log_to_stderr(log_format)
         ready = node.open_node(directory, profile)
+        typer.echo(f"{ready.file.name}: reading records ...")
         count = node.import_records(ready)
         typer.echo(f"{ready.file.name}: {count} records; connecting to {ready.admission.address}")
         stop = until_stopped()
-        threading.excepthook = _say_why
         threading.Thread(target=_leave, args=(stop,), daemon=True).start()
-        node.run_node(ready, stop)
-
-
-def _say_why(what: threading.ExceptHookArgs) -> None:
-    """Says in a line why Flower's heartbeats ended."""
-    text = str(what.exc_value)
-    reason = "the server does not know this node's key: it was revoked" if "401" in text else text
-    logging.getLogger(__name__).error("heartbeats ended: %s", reason)
+        try:
+            node.run_node(ready, stop)
+        except NotKnown as error:
+            ERRORS.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+            raise typer.Exit(1) from None
 
 
 def _leave(stop: threading.Event) -> None:

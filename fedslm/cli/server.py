@@ -25,9 +25,9 @@ from fedslm.cli.console import (
     keep_private,
     load_config,
 )
-from fedslm.cli.provision import Server
+from fedslm.cli.provision import Server, reached, warn_of_certificates
 
-_WAIT_SECONDS = 60.0
+_STATUS_SECONDS = 6.0
 server_app = typer.Typer(
     help="The server operator's: processes, and runs on real nodes.", no_args_is_help=True
 )
@@ -48,6 +48,7 @@ def up(
 
         keep_private()
         log_to_stderr(log_format)
+        warn_of_certificates(directory)
         serve(directory, until_stopped())
 
 
@@ -70,17 +71,27 @@ def run(
     """
     with clear_errors():
         from fedslm.deployment import runs
-        from fedslm.deployment.control import STOPPED, connected
+        from fedslm.deployment.control import STOPPED
 
         loaded = load_config(config, overrides)
-        stop = until_stopped()
-        with connected(server) as control:
-            control.wait(_WAIT_SECONDS)
+        shown = runs.last_round(runs.directory_of(server, loaded)) if resume else 0
+
+        def tell(record: dict[str, Any]) -> None:
+            if record["round"] > shown:  # earlier ones were told of before the run was interrupted
+                _tell(record)
+
+        with reached(server) as control:
+            stop = until_stopped()  # until here Ctrl-C ends this command
             run_id, directory = runs.start(control, server, loaded, resume=resume)
             ERRORS.print(f"run {run_id}: {directory}", highlight=False, soft_wrap=True)
-            status = runs.follow(control, run_id, directory, _tell, stop)
+            ERRORS.print("waiting for the nodes and the first round", highlight=False)
+            status = runs.follow(control, run_id, directory, tell, stop)
         if not status.startswith("finished"):
-            ERRORS.print("the run goes on; watch it with: fedslm server status", highlight=False)
+            ERRORS.print(
+                f"the run goes on; watch it with: fedslm server status --server {server}",
+                highlight=False,
+                soft_wrap=True,
+            )
             return
         if as_json:
             typer.echo(json.dumps({"run": run_id, "status": status, "directory": str(directory)}))
@@ -102,24 +113,30 @@ def status(server: Server = Path(), as_json: Json = False) -> None:
     Example: `fedslm server status --server federation`
     """
     with clear_errors():
-        from fedslm.deployment.control import connected
         from fedslm.deployment.status import status_of
 
-        with connected(server) as control:
-            control.wait(_WAIT_SECONDS / 6)
+        warn_of_certificates(server)
+        with reached(server, _STATUS_SECONDS) as control:
             found = status_of(server, control.nodes())
         if as_json:
             typer.echo(json.dumps(asdict(found)))
             return
-        nodes = Table("node", "client", "status", "since (UTC)", "ε of run", "left")
+        nodes = Table("node", "status", "since (UTC)", "ε of run", "left", "ε of all runs")
         for node in found.nodes:
-            budget = (_number(node.epsilon_spent), _number(node.epsilon_left))
-            there = (node.name, str(node.client), node.status, _short(node.last_seen))
-            nodes.add_row(*map(escape, there), *budget)
+            budget = (node.epsilon_spent, node.epsilon_left, node.lifetime_epsilon)
+            there = (node.name, "out" if node.out else node.status, _short(node.last_seen))
+            nodes.add_row(*map(escape, there), *map(_number, budget))
         Console().print(nodes)
         for node in found.nodes:
+            if node.out:
+                command = f"fedslm provision readmit {node.name} --server {server} --reason …"
+                text = f"{node.name} is out {node.out}; to let it in again: {command}"
+                Console().print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+            if node.readmissions:
+                text = f"{node.name}: readmitted {node.readmissions} times; ε of before is in the audit"
+                Console().print(text, highlight=False, markup=False, soft_wrap=True)
             if node.reason:
-                text = f"{node.name} was left out in {node.reason}"
+                text = f"{node.name} was left out of run {found.runs[0].name} in {node.reason}"
                 Console().print(text, highlight=False, markup=False, soft_wrap=True)
         runs = Table("run", "state", "round", "nodes", "refused", "failed", "late", "ε")
         for run in found.runs:
@@ -150,7 +167,7 @@ def logs(
         for path in found:
             typer.echo(f"== {path}")
             for line in last_lines(path, lines):
-                typer.echo(line)
+                typer.echo("".join(each if each.isprintable() else " " for each in line))
 
 
 @server_app.command("stop")

@@ -220,6 +220,8 @@ class FederationConfig(Section):
 
     num_clients: int = Field(5, ge=1)
     """Number of clients; the first round waits until exactly so many are there."""
+    nodes: Names = ()
+    """Names of the admitted nodes that take part (`fedslm server run`); absent: all of them."""
     clients_per_round: OptionalCount = Field(None, ge=1)
     """Cohort size; absent means all. Chosen by seed and round, and no privacy is claimed for it."""
     rounds: int = Field(10, ge=1)

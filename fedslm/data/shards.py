@@ -130,6 +130,12 @@ def write_public(
     return shards
 
 
+def client_names(directory: Path) -> tuple[str, ...]:
+    """What a run's clients are called, by index; empty if its data directory does not say."""
+    found = _read_index(directory / "shards.json")
+    return () if found is None else found.names
+
+
 def write_own(directory: Path, rows: Dataset, client: int, columns: Sequence[str] = ()) -> None:
     """Writes one node's own records, as :func:`read_client` reads them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,13 @@ from cryptography.hazmat.primitives import serialization
 
 from fedslm.deployment.authority import AUTHORITY
 from fedslm.deployment.bundle import bundle, sha256_of
+from fedslm.deployment.certificates import with_clock
 from fedslm.deployment.settings import read_federation
 from fedslm.errors import FederationError
 
 COMPLETED, STOPPED = "finished:completed", "finished:stopped"
-_POLL_SECONDS = 0.5
+FINISHED = "finished"
+_POLL_SECONDS, _LATEST_RUNS = 0.5, 20
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,12 @@ class Control:
         with _explained("unregister the node"):
             self.client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float, on_wait: Callable[[], None] = lambda: None) -> None:
         """Waits for a SuperLink that is only coming up.
+
+        Args:
+            seconds: How long at most.
+            on_wait: Is called once, if it is not there yet.
 
         Raises:
             FederationError: It is not there by then.
@@ -85,6 +91,8 @@ class Control:
             except FederationError:
                 if time.monotonic() > deadline:
                     raise
+                on_wait()
+                on_wait = _nothing
                 time.sleep(_POLL_SECONDS)
 
     def nodes(self) -> list[SeenNode]:
@@ -153,8 +161,35 @@ class Control:
             runs = self.client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
         if run_id not in runs:
             raise FederationError(f"the SuperLink knows no run {run_id}")
-        status = runs[run_id].status
-        return f"{status.status}:{status.sub_status}" if status.sub_status else str(status.status)
+        return _status_of(runs[run_id])
+
+    def living(self, directory: Path) -> dict[int, str]:
+        """The latest runs that are recorded in a directory and have not ended: number to status.
+
+        Raises:
+            FederationError: The SuperLink is not there.
+        """
+        from flwr.common.serde import user_config_from_proto
+        from flwr.proto.control_pb2 import ListRunsRequest
+
+        with _explained("list the runs"):
+            runs = self.client.ListRuns(ListRunsRequest(limit=_LATEST_RUNS)).run_dict
+        return {
+            int(number): _status_of(run)
+            for number, run in sorted(runs.items())
+            if user_config_from_proto(run.override_config).get("run.directory") == str(directory)
+            and not _status_of(run).startswith(FINISHED)
+        }
+
+
+def _status_of(run: Any) -> str:
+    """What a run does, in one word or two."""
+    status = run.status
+    return f"{status.status}:{status.sub_status}" if status.sub_status else str(status.status)
+
+
+def _nothing() -> None:
+    """It was said already."""
 
 
 @contextmanager
@@ -196,5 +231,6 @@ def _explained(what: str) -> Iterator[None]:
         raise FederationError(f"the SuperLink would not {what}: {text}") from error
     except httpx.HTTPError as error:
         raise FederationError(
-            f"the SuperLink does not answer, to {what}: {error}; is `fedslm server up` running?"
+            f"the SuperLink does not answer, to {what}: {with_clock(error)}; "
+            f"is `fedslm server up` running?"
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedslm.config import Config
 from fedslm.data.shards import write_parquet
 from fedslm.data.sharing import share_out
-from fedslm.deployment import enrolment
+from fedslm.deployment import admission, enrolment
 from fedslm.deployment.authority import certify
 from fedslm.deployment.control import connected
 from fedslm.deployment.server import running
@@ -60,8 +60,8 @@ def make_lab(directory: Path, config: Config, *, port: int, inner_port: int) -> 
     with running(server, threading.Event()), connected(server) as control:
         for node in nodes:
             request = enrolment.enroll(node, node.name)
-            _, admission = enrolment.admit(server, request, control.register)
-            enrolment.accept(node, admission)
+            _, told = admission.admit(server, request, control.register)
+            admission.accept(node, told)
     return nodes
 
 

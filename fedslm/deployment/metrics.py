@@ -40,7 +40,7 @@ class NodeCounts:
     """What a node has done since it started.
 
     Attributes:
-        answers: Kind of answer (ok, refused, failed, error) to how many.
+        answers: Kind of answer (ok, refused, failed, error, not-believed) to how many.
         is_connected: Whether it is connected now.
         last_message: Unix time of the last message; 0 if there was none.
     """
@@ -53,6 +53,11 @@ class NodeCounts:
         """Counts one answer."""
         self.last_message = time.time()
         self.answers["error" if reply.has_error() else status_of_reply(reply.content)] += 1
+
+    def count_unbelieved(self) -> None:
+        """Counts an instruction that was not the operator's."""
+        self.last_message = time.time()
+        self.answers["not-believed"] += 1
 
     @contextmanager
     def connected(self) -> Iterator[None]:
@@ -118,6 +123,11 @@ def server_figures(directory: Path) -> Iterator[Metric]:
     yield _gauge("certificate_expiry_seconds", "Unix time at which the certificate ends", {(): end})
     with connected(directory) as control:
         status = status_of(directory, control.nodes())
+    yield from of_status(status)
+
+
+def of_status(status: FederationStatus) -> Iterator[Metric]:
+    """Figures of what `fedslm server status` says: nothing else is read for them."""
     yield from _of_nodes(status)
     yield from _of_latest_run(status)
 
@@ -147,6 +157,10 @@ def _of_nodes(status: FederationStatus) -> Iterator[Metric]:
     yield _gauge("node_online", "1 if the SuperLink sees the node", online, ("node",))
     left = {(n.name,): n.epsilon_left for n in status.nodes if n.epsilon_left is not None}
     yield _gauge("node_run_epsilon_left", "Of the latest run's budget, as signed", left, ("node",))
+    spent = {(n.name,): n.lifetime_epsilon for n in status.nodes if n.lifetime_epsilon is not None}
+    yield _gauge("node_lifetime_epsilon", "Over all runs, as signed last", spent, ("node",))
+    out = {(node.name,): float(bool(node.out)) for node in status.nodes}
+    yield _gauge("node_out", "1 if the node is out until it is readmitted", out, ("node",))
 
 
 def _of_latest_run(status: FederationStatus) -> Iterator[Metric]:

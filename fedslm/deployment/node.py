@@ -10,25 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedslm.data import shards
 from fedslm.data.sources import load
+from fedslm.deployment.admission import ADMISSION, Admission, read_admission
 from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.conditions import Attendance
-from fedslm.deployment.enrolment import ADMISSION, Admission, node_key, read_admission
+from fedslm.deployment.enrolment import node_key
+from fedslm.deployment.fleet import connected, step_in
+from fedslm.deployment.instructions import Instructions
 from fedslm.deployment.journal import keep_small
-from fedslm.deployment.link import Link, connected, is_there, step_in
+from fedslm.deployment.link import Link, is_there, seconds_of
 from fedslm.deployment.metrics import NodeCounts, node_figures, served
 from fedslm.deployment.settings import NodeFile, read_node
-from fedslm.errors import DataError, RunError
+from fedslm.errors import DataError, FederationError, RunError
+from fedslm.federation.attestation import is_attested
+from fedslm.federation.envelopes import Envelope
 from fedslm.federation.local_grid import handle, wait_for
-from fedslm.federation.node import deployed_config
+from fedslm.federation.node import OWN_SHARD, deployed_config
 from fedslm.federation.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
 _DATA, _LOG = "data", "node.log"
 _AGAIN_SECONDS = 2.0
+_NOT_BELIEVED = 6  # an error code that Flower does not use
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,9 @@ class Ready:
         """Hashes of the application bundles that may run: this version's, and the operator's list."""
         return frozenset({sha256_of(bundle()), *self.file.approved_bundles})
 
-    def context(self, node_id: int, run_id: int) -> Context:
-        """What a message is answered with: nothing of it comes from the server."""
-        config = deployed_config(self.directory, self.directory / _DATA, self.admission.client)
+    def context(self, node_id: int, run_id: int, client: int) -> Context:
+        """What a message is answered with; the server says only the node's index in the run."""
+        config = deployed_config(self.directory, self.directory / _DATA, client)
         return Context(run_id, node_id, config, RecordDict(), {})
 
 
@@ -91,7 +97,7 @@ def import_records(ready: Ready) -> int:
     if missing:
         there = ", ".join(rows.column_names)
         raise DataError(f"columns={missing} of node.toml are not in the records; there are {there}")
-    shards.write_own(ready.directory / _DATA, rows, ready.admission.client, file.columns)
+    shards.write_own(ready.directory / _DATA, rows, OWN_SHARD, file.columns)
     return len(rows)
 
 
@@ -105,6 +111,8 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
 
     Raises:
         RunError: The node's key cannot be read, or another process runs this node.
+        NotKnown: The server does not know this node's key.
+        FederationError: The server refuses the node, or has another certificate.
     """
     counts = NodeCounts()
     attendance = Attendance(ready.file.conditions, ready.directory)
@@ -113,7 +121,7 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
         keep_small(ready.directory / _LOG)
         return not stop.wait(seconds) and attendance.takes_part()
 
-    was_there = True
+    was_there, has_met = True, False
     with (
         _alone(ready.directory),
         served(ready.file.metrics_port, lambda: node_figures(ready.directory, counts)),
@@ -124,9 +132,11 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
                 continue
             found = is_there(ready.admission.address, ready.admission.authority)
             if found:
-                _take_part(ready, counts, goes_on)
-            elif was_there:
-                logger.warning("%s cannot be reached; tried again", ready.admission.address)
+                has_met = True
+                found = _took_part(ready, counts, goes_on)
+            elif was_there:  # at the start it may only be coming up
+                level = logging.WARNING if has_met else logging.INFO
+                logger.log(level, "%s cannot be reached; tried again", ready.admission.address)
             was_there = found
             stop.wait(_AGAIN_SECONDS)
 
@@ -145,25 +155,69 @@ def _alone(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+def _took_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool]) -> bool:
+    """Takes part; False if the connection could not be made."""
+    import httpx
+
+    try:
+        _take_part(ready, counts, goes_on)
+    except httpx.TransportError as error:
+        logger.warning("%s does not answer: %s; tried again", ready.admission.address, error)
+        return False
+    return True
+
+
 def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool]) -> None:
     """Connects, answers as long as it goes on, and disconnects."""
     address, authority = ready.admission.address, ready.admission.authority.encode()
-    key = node_key(ready.directory)
+    key, instructions = node_key(ready.directory), Instructions(ready.directory, ready.admission)
     step_in(address, authority, key, ready.admission.node_id)
+    _say_what_comes(ready)
     with workers(ready) as next_worker, connected(address, authority, key) as found:
         link = Link(*found, ready.approved, ready.file.message_mb << 20)
         logger.info("connected to %s as node %d", address, link.node_id)
 
         def answer(message: Message, run_id: int) -> Message:
+            try:
+                believed = instructions.believed(message, run_id)
+            except FederationError as error:
+                logger.error("run %d: an instruction is refused: %s", run_id, error)
+                counts.count_unbelieved()
+                return Message(Error(code=_NOT_BELIEVED, reason=str(error)), reply_to=message)
             with next_worker() as pool:
-                job = pool.submit(handle, message, ready.context(link.node_id, run_id))
-                reply = wait_for(pool, job, message, message.metadata.ttl)
+                context = ready.context(link.node_id, run_id, believed.envelope.client)
+                job = pool.submit(handle, message, context)
+                reply = wait_for(pool, job, message, seconds_of(message.metadata.ttl))
             counts.count(reply)
-            return reply
+            _say_what_was_done(believed.envelope, reply)
+            return instructions.signed(reply, message, believed)
 
         with counts.connected():
             link.serve(answer, goes_on, ready.file.poll_seconds)
     logger.info("disconnected from %s", address)
+
+
+def _say_what_was_done(envelope: Envelope, reply: Message) -> None:
+    """Tells this node's operator what the server asked for, and what became of it."""
+    if reply.has_error():
+        done, reason = "error", str(reply.error.reason)
+    else:
+        values = reply.content.config_records.get("reply", ConfigRecord())
+        done, reason = str(values.get("status", "answered")), str(values.get("reason", ""))
+    text = f"{done}: {reason}" if reason else done
+    level = logging.WARNING if reason else logging.INFO
+    logger.log(level, "run %s, round %d, %s: %s", envelope.run, envelope.round, envelope.kind, text)
+
+
+def _say_what_comes(ready: Ready) -> None:
+    """Says what takes a while from here on."""
+    logger.info("starting the worker")
+    if not is_attested(ready.directory):
+        logger.info(
+            "this code has not passed its self-test in %s yet: it runs before the first private round, "
+            "and takes some ten seconds (`fedslm node check` runs it beforehand)",
+            ready.directory,
+        )
 
 
 @contextmanager

@@ -14,11 +14,14 @@ from pathlib import Path
 
 from fedslm.config import ModelConfig
 from fedslm.deployment.bundle import bundle, sha256_of
+from fedslm.deployment.certificates import WARNING_DAYS, node_warnings, with_clock
 from fedslm.deployment.conditions import reason_against
+from fedslm.deployment.enrolment import node_key
+from fedslm.deployment.fleet import check_key
 from fedslm.deployment.node import Ready, import_records
 from fedslm.errors import FedslmError, RunError
 from fedslm.federation.attestation import attest
-from fedslm.federation.node import LEDGER
+from fedslm.federation.node import LEDGER, RELEASE
 from fedslm.models.base import base_sha256, resolve
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key, signing_key
@@ -37,31 +40,51 @@ class Check:
         name: What was looked at.
         is_good: Whether the node can start.
         detail: What was found, or what to do.
+        warns: True if it can start, but something is to be done before long.
     """
 
     name: str
     is_good: bool
     detail: str
+    warns: bool = False
 
 
-def preflight(ready: Ready) -> Iterator[Check]:
-    """Looks at everything that would stop the node later; yields each result as it comes."""
-    yield _check("version and bundle", lambda: _version(ready))
-    yield _check("policy", lambda: _policy(ready.directory))
-    yield _check("keys and ledger", lambda: _ledger(ready.directory))
-    yield _check("records", lambda: _records(ready))
-    yield _check("base models", lambda: _bases(ready.directory))
-    yield _check("disk", lambda: _disk(ready.directory))
-    yield _check("memory", lambda: _memory(ready))
-    yield _check("conditions", lambda: _conditions(ready))
-    yield _check("server and clock", lambda: _server(ready))
-    yield _check("self-test", lambda: _self_test(ready.directory))
+class _Warning(Exception):
+    """The check is good, but something is to be done before long."""
+
+
+def preflight(ready: Ready, on_start: Callable[[str], None] = lambda name: None) -> Iterator[Check]:
+    """Looks at everything that would stop the node later; yields each result as it comes.
+
+    Args:
+        ready: The node.
+        on_start: Is given each check's name before it begins: some take a while.
+    """
+    looks: dict[str, Callable[[], str]] = {
+        "version and bundle": lambda: _version(ready),
+        "policy": lambda: _policy(ready.directory),
+        "keys and ledger": lambda: _ledger(ready.directory),
+        "records": lambda: _records(ready),
+        "base models": lambda: _bases(ready.directory),
+        "disk": lambda: _disk(ready.directory),
+        "memory": lambda: _memory(ready),
+        "conditions": lambda: _conditions(ready),
+        "server and clock": lambda: _server(ready),
+        "certificates": lambda: _certificates(ready),
+        "key at the server": lambda: _key(ready),
+        "self-test": lambda: _self_test(ready.directory),
+    }
+    for name, look in looks.items():
+        on_start(name)
+        yield _check(name, look)
 
 
 def _check(name: str, look: Callable[[], str]) -> Check:
     """One result; whatever goes wrong is the result."""
     try:
         return Check(name, True, look())
+    except _Warning as warning:
+        return Check(name, True, str(warning), warns=True)
     except FedslmError as error:
         return Check(name, False, str(error))
     except Exception as error:  # an odd machine is a result, not a crash
@@ -88,6 +111,11 @@ def _ledger(directory: Path) -> str:
     """The keys are this owner's alone, and the ledger is whole."""
     signing_key(directory)
     path = directory / LEDGER
+    if not path.exists() and (directory / RELEASE).exists():
+        raise RunError(
+            f"{path} is missing, but this node has trained before: restore the ledger and its head "
+            f"from the latest backup; the next run finds out"
+        )
     if not path.exists():
         return "no ledger yet"
     chain = read_chain(path, read_public_key(directory / PUBLIC_KEY))
@@ -151,7 +179,8 @@ def _server(ready: Ready) -> str:
     try:
         answer = httpx.get(f"https://{ready.admission.address}/", verify=context, timeout=_SECONDS)
     except httpx.HTTPError as error:
-        raise RunError(f"{ready.admission.address} cannot be reached: {error}") from error
+        text = f"{ready.admission.address} cannot be reached: {with_clock(error)}"
+        raise RunError(text) from error
     date = answer.headers.get("date")
     if date is None:
         return f"{ready.admission.address} is there"
@@ -160,6 +189,22 @@ def _server(ready: Ready) -> str:
         raise RunError(f"this clock is {skew:+.0f} s off the server's: set it by NTP")
     late = f", {skew:+.0f} s apart: set the clock by NTP" if abs(skew) > _SKEW_SECONDS else ""
     return f"{ready.admission.address} is there{late}"
+
+
+def _certificates(ready: Ready) -> str:
+    """None of the certificates that this node relies on ends before long."""
+    warnings = node_warnings(ready.admission.address, ready.admission.authority)
+    if warnings:
+        raise _Warning("; ".join(warnings))
+    return f"neither the server's nor the authority's ends within {WARNING_DAYS} days"
+
+
+def _key(ready: Ready) -> str:
+    """The server knows this node's key."""
+    admission = ready.admission
+    key = node_key(ready.directory)
+    check_key(admission.address, admission.authority.encode(), key, admission.node_id)
+    return "the server knows it"
 
 
 def _self_test(directory: Path) -> str:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from fedslm.config import Config
-from fedslm.deployment.control import COMPLETED, Control
-from fedslm.deployment.enrolment import NODES
-from fedslm.errors import RunError
-from fedslm.federation.checkpoint import ERROR
-from fedslm.federation.population import registered
+from fedslm.deployment.admission import NODES
+from fedslm.deployment.control import COMPLETED, FINISHED, Control
+from fedslm.errors import FederationError, RunError
+from fedslm.federation.checkpoint import ERROR, RunDirectory
+from fedslm.federation.roster import chosen_nodes
+from fedslm.federation.spends import SPENDS, Standing, read_standings
 from fedslm.storage import write_text
 
-_POLL_SECONDS = 0.5
-_FINISHED = "finished"
+logger = logging.getLogger(__name__)
+_POLL_SECONDS, _TURN_SECONDS = 0.5, 10.0
+_LOST_SECONDS = 120.0  # the SuperLink takes a minute to notice that a run's process was killed
+_ENDING_SECONDS = 60.0  # a run's process learns within half a minute that it was stopped
+_OUTAGE_SECONDS = 120.0
 _PATHS = (
     *("data.source", "data.evaluation_source", "data.public_source"),
     *("task.labels_file", "model.base"),
@@ -56,47 +66,140 @@ def _is_here(text: str) -> bool:
 def start(control: Control, server: Path, config: Config, *, resume: bool) -> tuple[int, Path]:
     """Starts a run, or continues one whose server was lost.
 
+    Formal guarantees:
+        * Nothing is started, and nothing of an earlier start is overwritten, while the run is alive: a
+          process holds its directory, or the SuperLink says that it has not ended. From the start at
+          the SuperLink on it says so; two starts at once take turns.
+
     Returns:
         The SuperLink's number of the run, and the run's directory.
 
     Raises:
-        RunError: There is such a run already, or none to continue.
+        RunError: The run is alive, there is such a run already, or none to continue.
         FederationError: The SuperLink refuses, or is not there.
     """
     directory = directory_of(server, config)
-    if (directory / ERROR).exists() and not (directory / "checkpoint" / "state.json").exists():
-        shutil.rmtree(directory)  # it failed before it began: nothing of it is worth keeping
     exists = (directory / "config.json").exists()
-    if exists and not resume:
-        raise RunError(f"{directory} exists; continue it with --resume, or set another run.name")
-    if resume and not exists:
-        raise RunError(f"{directory} holds no run to continue")
-    if (directory / "report.json").exists():
-        raise RunError(f"{directory} is finished: see {directory / 'report.md'}")
-    registered(server / NODES, config.federation.num_clients)
-    run_id = control.start(overrides_of(server, config))
-    write_text(_started(directory), str(run_id))
+    with _turn(directory):
+        _refuse_living(control, directory, seconds=_LOST_SECONDS if resume and exists else 0.0)
+        if (directory / ERROR).exists() and not (directory / "checkpoint" / "state.json").exists():
+            shutil.rmtree(directory)  # it failed before it began: nothing of it is worth keeping
+        exists = (directory / "config.json").exists()
+        if exists and not resume:
+            raise RunError(f"{directory} exists; continue it with --resume, or set another run.name")
+        if resume and not exists:
+            raise RunError(f"{directory} holds no run to continue")
+        if (directory / "report.json").exists():
+            raise RunError(f"{directory} is finished: see {directory / 'report.md'}")
+        if not exists:
+            _check_nodes(server, config)
+        (directory / ERROR).unlink(missing_ok=True)  # what it says is of an earlier attempt
+        run_id = control.start(overrides_of(server, config))
+        write_text(_started(directory), str(run_id))
     return run_id, directory
 
 
-def stop(control: Control, directory: Path) -> None:
-    """Stops a run; it can be continued.
+@contextmanager
+def _turn(directory: Path) -> Iterator[None]:
+    """Lets one start at a time touch a run.
 
     Raises:
-        RunError: Nobody started it here.
+        RunError: Another one is under way.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory.with_name(f".{directory.name}.start"), timeout=_TURN_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"another `fedslm server run` is starting {directory.name}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse_living(control: Control, directory: Path, *, seconds: float) -> None:
+    """Refuses to touch a run that is alive.
+
+    A SuperLink notices only after a minute that the process of a run was killed: if it says that a run
+    goes on, but nobody holds its directory, one of the two is waited for.
+
+    Raises:
+        RunError: A process holds the directory, or the SuperLink says that the run goes on.
+    """
+    deadline, told = time.monotonic() + seconds, False
+    while True:
+        found, held = _living(control, directory), _is_held(directory)
+        if not found and not held:
+            return
+        if (found and held) or time.monotonic() > deadline:
+            break
+        if not told:
+            logger.warning("%s looks alive; waiting to see whether it is", directory.name)
+        told = True
+        time.sleep(_POLL_SECONDS)
+    state = " and ".join(f"run {number} is {status}" for number, status in found.items())
+    number = _number(directory)
+    state = state or f"the process of run {number if number else 'of another start'} has not ended yet"
+    raise RunError(
+        f"{directory.name} is alive: {state}. See it with `fedslm server status`; stop it with "
+        f"`fedslm server stop {directory.name}` before you start or continue it"
+    )
+
+
+def _living(control: Control, directory: Path) -> dict[int, str]:
+    """What the SuperLink knows of a run that has not ended: number to status."""
+    found, number = control.living(directory), _number(directory)
+    if number is not None and number not in found:
+        try:
+            status = control.status(number)
+        except FederationError:  # it answered a moment ago: it does not know that number
+            return found
+        if not status.startswith(FINISHED):
+            return {**found, number: status}
+    return found
+
+
+def _is_held(directory: Path) -> bool:
+    """Whether a process runs in a run's directory."""
+    if not (directory / "config.json").exists():
+        return False
+    try:
+        with RunDirectory(directory, "").locked():
+            return False
+    except RunError:
+        return True
+
+
+def stop(control: Control, directory: Path) -> None:
+    """Stops a run, and waits until its process has ended; it can be continued.
+
+    Raises:
+        RunError: Nobody started it here, it is not running, or its process does not end.
         FederationError: The SuperLink refuses, or is not there.
     """
-    try:
-        run_id = int(_started(directory).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{directory} is no run that was started here") from error
-    control.stop(run_id)
+    name, number = directory.name, _number(directory)
+    found = _living(control, directory.absolute())
+    if not found and number is None:
+        raise RunError(f"{directory} is no run that was started here")
+    if not found and not _is_held(directory):
+        raise RunError(f"{name} is not running; `fedslm server status` says how it ended")
+    for each in found:
+        control.stop(each)
+    deadline = time.monotonic() + _ENDING_SECONDS
+    while _is_held(directory):
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{name} is stopped at the SuperLink, but its process still runs after "
+                f"{_ENDING_SECONDS:g} s; look at `fedslm server logs`, and end it"
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 def follow(
     control: Control, run_id: int, directory: Path, on_round: OnRound, stop: threading.Event
 ) -> str:
-    """Tells of each round until the run is over.
+    """Tells of each round until the run is over; waits while the SuperLink is started again.
 
     Args:
         control: The SuperLink.
@@ -109,17 +212,55 @@ def follow(
         The last status.
 
     Raises:
-        FederationError: The SuperLink is gone.
+        FederationError: The SuperLink has not answered for two minutes.
     """
-    shown = 0
+    lines, status, since = _Lines(directory / "rounds.jsonl"), "", None
     while True:
-        status = control.status(run_id)
-        rounds = _rounds(directory)
-        for record in rounds[shown:]:
+        try:
+            status, since = control.status(run_id), None
+        except FederationError as error:
+            if since is None:
+                logger.warning("the SuperLink does not answer; waiting")
+                since = time.monotonic()
+            if time.monotonic() > since + _OUTAGE_SECONDS:
+                raise FederationError(
+                    f"the SuperLink has not answered for {_OUTAGE_SECONDS:g} s, and run {run_id} may "
+                    f"still go on: {error}. Once it answers, `fedslm server status` says how the run "
+                    f"is; continue it with --resume only if it is failed or interrupted"
+                ) from error
+        for record in lines.new():
             on_round(record)
-        shown = len(rounds)
-        if status.startswith(_FINISHED) or stop.wait(_POLL_SECONDS):
+        if status.startswith(FINISHED) or stop.wait(_POLL_SECONDS):
             return status
+
+
+@dataclass
+class _Lines:
+    """A file of JSON lines that grows; each line is read once."""
+
+    path: Path
+    _position: int = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Whole lines that were written since the last call."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._position)
+                content = file.read()
+        except OSError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._position += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def last_round(directory: Path) -> int:
+    """The last round that a run's checkpoint holds; 0 without one: a resumed run goes on after it."""
+    try:
+        text = (directory / "checkpoint" / "state.json").read_text(encoding="utf-8")
+        return int(json.loads(text)["round"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def failure_of(directory: Path) -> str:
@@ -140,16 +281,27 @@ def _started(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.run")
 
 
-def _rounds(directory: Path) -> list[dict[str, Any]]:
-    """Lines of the rounds so far."""
+def _number(directory: Path) -> int | None:
+    """The SuperLink's number of the latest start of a run; None if nobody started it here."""
     try:
-        lines = (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break  # it is being written
-    return found
+        return int(_started(directory).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _check_nodes(server: Path, config: Config) -> None:
+    """Refuses a new run before it begins if too few of its nodes can take part.
+
+    Raises:
+        FederationError: The nodes do not fit the config, or too many are out.
+    """
+    federation = config.federation
+    nodes = chosen_nodes(server / NODES, federation.nodes, federation.num_clients)
+    standings = read_standings(server / SPENDS)
+    out = [node.name for node in nodes.values() if standings.get(node.ledger_key, Standing()).out]
+    least = federation.min_clients or 1
+    if len(nodes) - len(out) < least:
+        raise FederationError(
+            f"{', '.join(out)} must be readmitted first (fedslm provision readmit): "
+            f"{len(nodes) - len(out)} nodes are left, and federation.min_clients={least} is the least"
+        )

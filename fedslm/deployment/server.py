@@ -1,8 +1,8 @@
-"""The server's processes: Flower's SuperLink and launcher on loopback, a reverse proxy in front.
+"""The server's processes: a guarded SuperLink and its launcher on loopback, a reverse proxy in front.
 
-Nodes reach the Fleet API through the proxy and nothing else. The Control API, which has no
-authentication of its own, and the Runtime API stay on loopback: whoever has an account on the server's
-machine can reach them, so give none away.
+Nodes reach the Fleet API through the proxy and the guard, and nothing else. The Control API, which has
+no authentication of its own, and the Runtime API stay on loopback: whoever has an account on the
+server's machine can reach them, so give none away.
 """
 
 from __future__ import annotations
@@ -10,76 +10,38 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from fedslm.deployment import proxy
 from fedslm.deployment.authority import AUTHORITY, SERVER, SERVER_KEY, expires, write_private
-from fedslm.deployment.journal import keep_small
+from fedslm.deployment.database import tidy
+from fedslm.deployment.journal import keep_small, last_lines
 from fedslm.deployment.metrics import served, server_figures
 from fedslm.deployment.settings import FederationFile, read_federation
 from fedslm.errors import RunError
-from fedslm.storage import write_text
 
 logger = logging.getLogger(__name__)
-_SECRET, _STATE, LOGS = "launcher.secret", "state", "logs"
+_SECRET, _STATE, LOGS, _DATABASE = "launcher.secret", "state", "logs", "superlink.db"
 _START_SECONDS, _STOP_SECONDS, _WATCH_SECONDS = 60.0, 10.0, 0.5
+_RESTART_SECONDS, _SHORT_SECONDS, _MOST_SHORT_LIVES = 5.0, 60.0, 5
+_LISTENING = "0A"  # the state of a listening socket in /proc/PID/net/tcp
 _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-_PROXY = """# Made by `fedslm server up`. Nodes reach /v1/fleet/ and nothing else.
-daemon off;
-pid {state}/proxy.pid;
-error_log {logs}/proxy-errors.log warn;
-worker_processes 1;
-events {{ worker_connections 1024; }}
-http {{
-  map $status $unusual {{ ~^2 0; default 1; }}  # nodes ask every second: what went well is no news
-  access_log {logs}/proxy.log combined if=$unusual;
-  client_body_temp_path {state}/proxy-body;
-  proxy_temp_path {state}/proxy-temp;
-  fastcgi_temp_path {state}/proxy-fastcgi;
-  uwsgi_temp_path {state}/proxy-uwsgi;
-  scgi_temp_path {state}/proxy-scgi;
-  server_tokens off;
-  upstream superlink {{
-    server 127.0.0.1:{inner_port};
-    keepalive 64;
-  }}
-  server {{
-    listen {port} ssl;
-    ssl_certificate {directory}/{certificate};
-    ssl_certificate_key {directory}/{key};
-    ssl_protocols TLSv1.2 TLSv1.3;
-    client_max_body_size 64m;
-    location /v1/fleet/ {{
-      proxy_pass https://superlink;
-      proxy_set_header Connection "";
-      proxy_set_header X-Forwarded-For $remote_addr;
-      proxy_set_header X-Forwarded-Proto https;
-      proxy_ssl_trusted_certificate {directory}/{authority};
-      proxy_ssl_verify on;
-      proxy_ssl_name localhost;
-      proxy_http_version 1.1;
-      proxy_request_buffering off;
-      proxy_buffering off;
-      proxy_read_timeout 120s;
-    }}
-    location / {{ return 403; }}
-  }}
-}}
-"""
 
 
 @dataclass(frozen=True)
@@ -111,11 +73,10 @@ def children(directory: Path) -> list[Child]:
     (directory / LOGS).mkdir(exist_ok=True)
     if not (directory / _SECRET).exists():
         write_private(directory / _SECRET, secrets.token_hex(32).encode())
-    proxy = _proxy(directory, federation)
     return [
         Child("superlink", _superlink(directory, federation)),
         Child("launcher", _launcher(directory, federation)),
-        Child("proxy", (proxy, "-c", str(state / "proxy.conf"), "-p", str(state))),
+        Child("proxy", proxy.prepare(directory, state, directory / LOGS, federation)),
     ]
 
 
@@ -124,7 +85,8 @@ def serve(directory: Path, stop: threading.Event) -> None:
 
     Raises:
         ConfigError: As :func:`children`.
-        RunError: As :func:`children`, or a process does not come up.
+        RunError: As :func:`children`, the server is up already, a port is taken, or a process does not
+            come up or stay up.
     """
     port = read_federation(directory).metrics_port
     with (
@@ -144,18 +106,23 @@ def running(directory: Path, stop: threading.Event) -> Iterator[Callable[[], Non
         stop: Set to give up while they come up.
 
     Yields:
-        What starts dead ones again and keeps logs small: to be called often.
+        What starts dead ones again and keeps logs small: to be called often. It raises RunError if one
+        ends again and again.
 
     Raises:
         ConfigError: As :func:`children`.
-        RunError: As :func:`children`, or a process does not come up.
+        RunError: As :func:`serve`.
     """
     directory = directory.expanduser().absolute()
     federation = read_federation(directory)
     listening = {"superlink": federation.inner_port, "proxy": federation.port}
     with ExitStack() as stack:
         processes = []
-        for child in children(directory):
+        stack.enter_context(_alone(directory))
+        made = children(directory)
+        _check_ports(federation)
+        tidy(directory / _STATE / _DATABASE)
+        for child in made:
             processes.append(stack.enter_context(_Running(directory, child).kept()))
             if child.name in listening:
                 _wait_until_listening(processes[-1], listening[child.name], stop)
@@ -181,7 +148,7 @@ class _Running:
             "PATH": programs,
         }  # the launcher looks for Flower's
         self._environment = {**os.environ, **_ENVIRONMENT, **own}
-        self._started = 0.0
+        self._started, self._short_lives = 0.0, 0
         self.process = self._start()
 
     @contextmanager
@@ -193,11 +160,27 @@ class _Running:
             self.stop()
 
     def restart_if_dead(self) -> None:
-        """Starts it again, at most once in five seconds."""
-        if self.process.poll() is not None and time.monotonic() - self._started > 5:
-            code = self.process.returncode
-            logger.error("%s ended with %s; it is started again", self._child.name, code)
-            self.process = self._start()
+        """Starts it again, at most once in five seconds.
+
+        Raises:
+            RunError: It did not live for a minute, five times in a row.
+        """
+        age = time.monotonic() - self._started
+        if self.process.poll() is None or age <= _RESTART_SECONDS:
+            return
+        code, name = self.process.returncode, self._child.name
+        self._short_lives = self._short_lives + 1 if age < _SHORT_SECONDS else 1
+        if self._short_lives >= _MOST_SHORT_LIVES:
+            raise RunError(f"{name} ended {self._short_lives} times in a row: {self.last_words()}")
+        logger.error("%s ended with %s; it is started again", name, code)
+        self.process = self._start()
+
+    def last_words(self) -> str:
+        """The end of its log, in one line."""
+        with suppress(OSError):
+            lines = [line.strip() for line in last_lines(self._log, 3)]
+            return f"{' / '.join(filter(None, lines))} (in {self._log})"
+        return f"see {self._log}"
 
     def stop(self) -> None:
         """Asks it to stop, then makes it."""
@@ -230,15 +213,16 @@ class _Running:
 
 
 def _superlink(directory: Path, federation: FederationFile) -> tuple[str, ...]:
-    """Flower's SuperLink: on loopback, with TLS, node keys and a database on disk."""
+    """Flower's SuperLink behind our guard: on loopback, with TLS, node keys and a database on disk."""
     return (
-        _flower("flower-superlink"),
+        *(sys.executable, "-P", "-m", "fedslm.deployment.guard", str(federation.message_mb)),
+        "flower-superlink",
         *("--host", "127.0.0.1", "--port", str(federation.inner_port)),
         *("--ssl-ca-certfile", str(directory / AUTHORITY)),
         *("--ssl-certfile", str(directory / SERVER)),
         *("--ssl-keyfile", str(directory / SERVER_KEY)),
         "--enable-supernode-auth",
-        *("--database", str(directory / _STATE / "superlink.db")),
+        *("--database", str(directory / _STATE / _DATABASE)),
         *("--isolation", "process"),
         *("--superexec-auth-secret-file", str(directory / _SECRET)),
         "--disable-runtime-dependency-installation",
@@ -255,25 +239,6 @@ def _launcher(directory: Path, federation: FederationFile) -> tuple[str, ...]:
     )
 
 
-def _proxy(directory: Path, federation: FederationFile) -> str:
-    """Writes the proxy's configuration; gives its program."""
-    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-    if program is None:
-        raise RunError("nginx is not installed; on Debian: apt-get install nginx-light")
-    values: Mapping[str, object] = {
-        "state": directory / _STATE,
-        "logs": directory / LOGS,
-        "directory": directory,
-        "certificate": SERVER,
-        "key": SERVER_KEY,
-        "authority": AUTHORITY,
-        "port": federation.port,
-        "inner_port": federation.inner_port,
-    }
-    write_text(directory / _STATE / "proxy.conf", _PROXY.format(**values))
-    return program
-
-
 def _check_certificate(directory: Path) -> None:
     """Refuses a certificate that nodes would refuse."""
     end = expires(directory / SERVER)
@@ -283,17 +248,69 @@ def _check_certificate(directory: Path) -> None:
         )
 
 
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Makes sure that one process runs a directory's server."""
+    lock = FileLock(directory / "server.lock", timeout=0)
+    try:
+        lock.acquire()
+    except (Timeout, OSError) as error:
+        reason = "another process runs it" if isinstance(error, Timeout) else str(error)
+        raise RunError(f"the server in {directory} cannot be started: {reason}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_ports(federation: FederationFile) -> None:
+    """Refuses ports that another program has."""
+    ports = {"port": ("", federation.port), "inner_port": ("127.0.0.1", federation.inner_port)}
+    for key, address in ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+                probe.listen(1)
+            except OSError as error:
+                raise RunError(
+                    f"{key}={address[1]} cannot be listened on: {error.strerror}; stop the program "
+                    f"that has it, or set another {key} in federation.toml"
+                ) from error
+
+
 def _wait_until_listening(running: _Running, port: int, stop: threading.Event) -> None:
-    """Waits until a port is open."""
+    """Waits until a process of ours has a port open; whoever else answers there does not count."""
     deadline = time.monotonic() + _START_SECONDS
     while not stop.is_set():
-        with socket.socket() as probe:
-            probe.settimeout(1.0)
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
         if running.process.poll() is not None or time.monotonic() > deadline:
-            raise RunError(f"{running.process.args!r} does not listen on port {port}; see its log")
+            raise RunError(f"nothing of ours listens on port {port}: {running.last_words()}")
+        if _listens(running.process.pid, port):
+            return
         stop.wait(0.2)
+
+
+def _listens(process: int, port: int) -> bool:
+    """Whether a process has a port open, by the system's own tables where there are some."""
+    if not Path("/proc/self/net/tcp").exists():
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+    own = set()
+    try:
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            with suppress(OSError):
+                own.add(str(descriptor.readlink()))
+        lines = [
+            line.split()
+            for table in ("tcp", "tcp6")
+            for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]
+        ]
+    except OSError:
+        return False
+    return any(
+        state == _LISTENING and int(local.rpartition(":")[2], 16) == port and f"socket:[{inode}]" in own
+        for _, local, _, state, *_, inode in (line[:10] for line in lines)
+    )
 
 
 def _flower(name: str) -> str:

@@ -46,6 +46,8 @@ class FederationFile(_File):
     """Loopback port of the SuperLink behind the proxy: keep it closed to the world."""
     metrics_port: int | None = Field(None, ge=1, le=65535)
     """Loopback port for Prometheus (/metrics); absent: none."""
+    message_mb: int = Field(1024, ge=1)
+    """Largest reply that is taken from a node."""
     also_known_as: list[str] = []
     """Further names and addresses that the server's certificate is for."""
     certificate_days: int = Field(365, ge=1, le=3650)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedslm.config import Config
+from fedslm.deployment.admission import Admitted, admitted_nodes
 from fedslm.deployment.control import SeenNode
-from fedslm.deployment.enrolment import Admitted, admitted_nodes
 from fedslm.errors import FedslmError
 from fedslm.federation.checkpoint import ERROR, RunDirectory
+from fedslm.federation.participation import reasons_of
+from fedslm.federation.roster import clients_of
+from fedslm.federation.spends import SPENDS, Standing, read_standings
 from fedslm.privacy import accounting
 from fedslm.privacy.statement import Statement
 from fedslm.records import RoundRecord
 
 RUNS = "runs"
-_OF_CLIENT = re.compile(r"client (\d+): (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,29 @@ class NodeStatus:
 
     Attributes:
         name: Its name.
-        client: Its index in the population.
+        client: Its index in the latest run; None if it has no part in it.
         status: online, offline, registered (never came) or unknown (to this SuperLink).
         last_seen: When it came or went last, as the SuperLink wrote it.
         epsilon_spent: Of the latest run, by what the node signed; None if it signed nothing.
         epsilon_left: Of the latest run's budget; None if it signed nothing.
         reason: Why it was not in the aggregate, the last time that it was not in the latest run.
+        lifetime_epsilon: Of its whole ledger, over all runs, as it last stated; None if it never did.
+        lifetime_delta: At this delta.
+        out: Since when and why it is out, until it is readmitted; empty if it is not.
+        readmissions: Times that it was readmitted.
     """
 
     name: str
-    client: int
+    client: int | None
     status: str
     last_seen: str
     epsilon_spent: float | None = None
     epsilon_left: float | None = None
     reason: str = ""
+    lifetime_epsilon: float | None = None
+    lifetime_delta: float | None = None
+    out: str = ""
+    readmissions: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,8 @@ class RunStatus:
 
     Attributes:
         name: Name of its directory.
-        state: finished, ended early (too few replies), running, failed, or interrupted (for --resume).
+        state: finished, ended early (too few replies), failed (an error, or no node took part in any
+            round), running, or interrupted (for --resume).
         round: Last finished round.
         rounds: Rounds asked for.
         completed: Updates in the last round's aggregate.
@@ -91,13 +101,17 @@ def status_of(server: Path, seen: Sequence[SeenNode]) -> FederationStatus:
     Raises:
         RunError: The list of nodes cannot be read.
     """
-    directories = run_directories(server)
     known = {node.node_id: node for node in seen}
-    begun = [path for path in directories if (path / "rounds.jsonl").exists()]
-    latest = _opened(begun[0]) if begun else None
-    nodes = [_node(node, known, latest) for node in admitted_nodes(server) if not node.revoked]
-    runs = [_run(path) for path in directories]
-    return FederationStatus(tuple(nodes), tuple(run for run in runs if run is not None))
+    runs = [run for path in run_directories(server) if (run := _read(path)) is not None]
+    latest = next((run for run in runs if run.records), None)
+    left = _Left.of(latest) if latest is not None else _Left({}, {}, {})
+    standings = read_standings(server / SPENDS)
+    nodes = [
+        _with_standing(_node(node, known, left), standings.get(node.ledger_key, Standing()))
+        for node in admitted_nodes(server)
+        if not node.revoked
+    ]
+    return FederationStatus(tuple(nodes), tuple(_run(run) for run in runs))
 
 
 def run_directories(server: Path) -> list[Path]:
@@ -106,67 +120,85 @@ def run_directories(server: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path / "config.json").stat().st_mtime, reverse=True)
 
 
-def _opened(path: Path) -> tuple[RunDirectory, Config] | None:
+@dataclass(frozen=True)
+class _Read:
+    """A run's directory, read once for one answer."""
+
+    directory: RunDirectory
+    config: Config
+    records: list[RoundRecord]
+
+
+@dataclass(frozen=True)
+class _Left:
+    """A run's budgets and clients by ledger key, and why clients were left out the last time."""
+
+    budgets: dict[str, tuple[float, float]]
+    reasons: dict[int, str]
+    clients: dict[str, int]
+
+    @classmethod
+    def of(cls, run: _Read) -> _Left:
+        """Of one run: of each node the last statement alone is read."""
+        privacy, budgets = run.config.privacy, {}
+        if privacy.delta is not None and privacy.epsilon is not None:
+            for statement, told in _last_statements(run.directory):
+                spent = accounting.epsilon(statement.events, privacy.delta) if told is None else told
+                budgets[statement.public_key] = spent, max(0.0, privacy.epsilon - spent)
+        reasons = {
+            client: f"round {record.round}: {reason}"
+            for record in run.records
+            for client, reason in reasons_of(record).items()
+        }
+        return cls(budgets, reasons, clients_of(run.directory.path))
+
+
+def _last_statements(directory: RunDirectory) -> list[tuple[Statement, float | None]]:
+    """Each node's last statement; none if the checkpoint is damaged."""
+    try:
+        return list(directory.last_statements().values())
+    except FedslmError:
+        return []
+
+
+def _read(path: Path) -> _Read | None:
     """A run's directory; None if it is damaged."""
     try:
-        return RunDirectory.open(path)
+        directory, config = RunDirectory.open(path)
+        return _Read(directory, config, directory.records())
     except FedslmError:
         return None
 
 
-def _node(
-    node: Admitted, known: dict[int, SeenNode], latest: tuple[RunDirectory, Config] | None
-) -> NodeStatus:
+def _node(node: Admitted, known: dict[int, SeenNode], left: _Left) -> NodeStatus:
     """One node, with what it signed and was refused for in the latest run."""
     seen = known.get(node.node_id, SeenNode(node.node_id, "unknown", ""))
-    found = NodeStatus(node.name, node.client, seen.status, seen.last_seen)
-    if latest is None:
-        return found
-    directory, config = latest
-    try:
-        signed = [each for _, each in directory.statements() if each.public_key == node.ledger_key]
-        reason = _reason(directory.records(), node.client)
-    except FedslmError:
-        return found
-    spent, left = _budget(config, signed)
-    return NodeStatus(node.name, node.client, seen.status, seen.last_seen, spent, left, reason)
+    spent, rest = left.budgets.get(node.ledger_key, (None, None))
+    client = left.clients.get(node.ledger_key)
+    reason = "" if client is None else left.reasons.get(client, "")
+    return NodeStatus(node.name, client, seen.status, seen.last_seen, spent, rest, reason)
 
 
-def _budget(config: Config, statements: list[Statement]) -> tuple[float | None, float | None]:
-    """Epsilon spent and left of a run, by a node's last statement."""
-    privacy = config.privacy
-    if not statements or privacy.delta is None or privacy.epsilon is None:
-        return None, None
-    spent = accounting.epsilon(statements[-1].events, privacy.delta)
-    return spent, max(0.0, privacy.epsilon - spent)
+def _with_standing(node: NodeStatus, standing: Standing) -> NodeStatus:
+    """Adds what the server knows of a node's ledger over all runs."""
+    return replace(
+        node,
+        lifetime_epsilon=standing.epsilon if standing.charges else None,
+        lifetime_delta=standing.delta if standing.charges else None,
+        out=f"since {standing.since}: {standing.out}" if standing.out else "",
+        readmissions=len(standing.readmissions),
+    )
 
 
-def _reason(records: list[RoundRecord], client: int) -> str:
-    """Why a client was left out, the last time."""
-    for record in reversed(records):
-        for text in record.reasons:
-            found = _OF_CLIENT.fullmatch(text)
-            if found is not None and int(found[1]) == client:
-                return f"round {record.round}: {found[2]}"
-    return ""
-
-
-def _run(path: Path) -> RunStatus | None:
-    """One run; None if it is damaged."""
-    opened = _opened(path)
-    if opened is None:
-        return None
-    directory, config = opened
-    try:
-        records = directory.records()
-    except FedslmError:
-        return None
+def _run(run: _Read) -> RunStatus:
+    """One run."""
+    records = run.records
     last = records[-1] if records else None
     return RunStatus(
-        name=path.name,
-        state=_state(directory),
+        name=run.directory.path.name,
+        state=_state(run),
         round=last.round if last else 0,
-        rounds=config.federation.rounds,
+        rounds=run.config.federation.rounds,
         completed=last.completed if last else 0,
         cohort=last.cohort if last else 0,
         refused=sum(record.refused for record in records),
@@ -176,11 +208,14 @@ def _run(path: Path) -> RunStatus | None:
     )
 
 
-def _state(directory: RunDirectory) -> str:
-    """What a run does."""
+def _state(run: _Read) -> str:
+    """What a run does: error.txt is of its latest attempt, since each attempt begins by removing it."""
+    directory = run.directory
     try:
         report = json.loads((directory.path / "report.json").read_text(encoding="utf-8"))
-        return "ended early" if report.get("stopped") else "finished"
+        if not report.get("stopped"):
+            return "finished"
+        return "ended early" if any(record.completed for record in run.records) else "failed"
     except (OSError, ValueError, AttributeError):
         pass
     try:

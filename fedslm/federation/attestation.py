@@ -43,11 +43,17 @@ def attest(directory: Path) -> None:
         with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
             if _passed_with(path) == fingerprint:
                 return
+            logger.info("the self-test runs: some ten seconds of one core")
             values = {"fingerprint": fingerprint, "time": int(time.time()), "checks": _self_test()}
             write_text(path, json.dumps(values) + "\n")
     except (OSError, RunError, Timeout) as error:
         logger.exception("the self-test's result cannot be kept")
         raise PolicyRefused("this node cannot record its self-test, so it trains nothing") from error
+
+
+def is_attested(directory: Path) -> bool:
+    """Whether this code has passed the self-test here before: :func:`attest` does not run it then."""
+    return _passed_with(directory / ATTESTATION) == code_fingerprint()
 
 
 @lru_cache(maxsize=1)

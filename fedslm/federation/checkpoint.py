@@ -34,6 +34,7 @@ from fedslm.storage import load_adapter, save_adapter, write_text
 
 ERROR = "error.txt"
 _PARTS = ("moving", "memory", "control")
+_BLOCK_BYTES = 4096
 _LOCK_SECONDS = 1.0  # whoever only asks whether a run is going on holds it for a moment
 
 
@@ -48,6 +49,7 @@ class Checkpoint:
         metrics: Public metrics of the adapter.
         failed_in_row: Rounds without enough replies, up to this one.
         statements: Client index to the last spend statement that it signed.
+        epsilons: Client index to epsilon by that statement; empty without privacy.
     """
 
     round: int
@@ -56,6 +58,7 @@ class Checkpoint:
     metrics: Mapping[str, float]
     failed_in_row: int = 0
     statements: Mapping[int, Statement] = field(default_factory=dict)
+    epsilons: Mapping[int, float] = field(default_factory=dict)
 
     def after(self, record: RoundRecord, **changes: Any) -> Checkpoint:
         """The state after one more round."""
@@ -193,6 +196,7 @@ class RunDirectory:
             "metrics": dict(checkpoint.metrics),
             "failed_in_row": checkpoint.failed_in_row,
             "statements": {k: v.to_json() for k, v in checkpoint.statements.items()},
+            "epsilons": dict(checkpoint.epsilons),
         }
         write_text(directory / "state.json", json.dumps(values, indent=2))
         for old in directory.glob("*.safetensors"):
@@ -222,13 +226,41 @@ class RunDirectory:
                 metrics=values["metrics"],
                 failed_in_row=int(values["failed_in_row"]),
                 statements=statements,
+                epsilons=_epsilons(values),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, FedslmError) as error:
             raise RunError(f"the checkpoint in {directory} is damaged: {error}") from error
-        records = [record for record in self.records() if record.round <= checkpoint.round]
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
-        write_text(self.path / "rounds.jsonl", lines)
+        self._forget_after(checkpoint.round)
         return checkpoint
+
+    def last_statements(self) -> dict[int, tuple[Statement, float | None]]:
+        """Client to the last spend statement that it signed, and epsilon by it; empty before the first.
+
+        Epsilon is None if the checkpoint does not hold it.
+
+        Raises:
+            RunError: The checkpoint is damaged.
+        """
+        if not self.has_checkpoint:
+            return {}
+        path = self.path / "checkpoint" / "state.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            epsilons = _epsilons(values)
+            return {
+                int(client): (read_statement(text), epsilons.get(int(client)))
+                for client, text in values["statements"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, PrivacyError) as error:
+            raise RunError(f"the checkpoint in {path.parent} is damaged: {error}") from error
+
+    def _forget_after(self, round: int) -> None:
+        """Removes the lines of later rounds, and a torn one; leaves a file alone that has none."""
+        path, records = self.path / "rounds.jsonl", self.records()
+        kept = [record for record in records if record.round <= round]
+        is_whole = path.exists() and _torn_bytes(path) == 0
+        if kept != records or not is_whole:
+            write_text(path, "".join(json.dumps(asdict(record)) + "\n" for record in kept))
 
     def records(self) -> list[RoundRecord]:
         """Reads ``rounds.jsonl``; a torn last line is left out."""
@@ -237,7 +269,7 @@ class RunDirectory:
         lines = text[: text.rfind("\n") + 1].splitlines()
         try:
             values = [json.loads(line) for line in lines]
-            return [RoundRecord(**{**item, "reasons": tuple(item["reasons"])}) for item in values]
+            return [_record(item) for item in values]
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(f"{path} is damaged: {error}") from error
 
@@ -268,15 +300,40 @@ class RunDirectory:
         """Appends synced lines to a file; a torn last line of an earlier crash is dropped."""
         path = self.path / name
         try:
-            with path.open("a+b") as file:
-                file.seek(0)
-                content = file.read()
-                file.truncate(content.rfind(b"\n") + 1)
+            torn = _torn_bytes(path) if path.exists() else 0
+            if torn:
+                os.truncate(path, path.stat().st_size - torn)
+            with path.open("ab") as file:
                 file.write("".join(f"{line}\n" for line in lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error}") from error
+
+
+def _torn_bytes(path: Path) -> int:
+    """Bytes after a file's last newline: 0 unless a crash tore a line. Reads the end alone."""
+    with path.open("rb") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            begin = max(0, end - _BLOCK_BYTES)
+            file.seek(begin)
+            found = file.read(end - begin).rfind(b"\n")
+            if found >= 0:
+                return size - (begin + found + 1)
+            end = begin
+    return size
+
+
+def _epsilons(values: Mapping[str, Any]) -> dict[int, float]:
+    """Client to epsilon, of a checkpoint; empty in one of an older version."""
+    return {int(client): float(epsilon) for client, epsilon in values.get("epsilons", {}).items()}
+
+
+def _record(values: Mapping[str, Any]) -> RoundRecord:
+    """A round's line; older versions wrote none of ``left_out``."""
+    reasons, left_out = tuple(values["reasons"]), tuple(values.get("left_out", ()))
+    return RoundRecord(**{**values, "reasons": reasons, "left_out": left_out})
 
 
 def _server_state(directory: Path, values: Mapping[str, Any]) -> ServerState:

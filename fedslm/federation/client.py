@@ -13,7 +13,7 @@ import fedslm
 from fedslm.aggregation.methods import trained_keys
 from fedslm.data.columns import needed
 from fedslm.data.shards import declared_columns
-from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError
+from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError, RolledBack
 from fedslm.factors import delta_keys, key_of, layers_of
 from fedslm.federation.attestation import attest
 from fedslm.federation.loading import model_for
@@ -66,6 +66,9 @@ def train(message: Message, context: Context) -> Message:
         round_number = request.round
         reply = _answer(request, Node.of(context, request.setup.directory))
         return Message(reply.to_records(request.packing), reply_to=message)
+    except RolledBack as error:
+        logger.error("round %d: %s", round_number, error)
+        reply = Reply("rolled-back", round_number, reason=str(error))
     except (BudgetExceeded, PolicyRefused, FederationError) as error:  # these hold public values only
         logger.warning("round %d is refused: %s", round_number, error)
         reply = Reply("refused", round_number, reason=str(error))
@@ -139,6 +142,7 @@ def _answer_privately(
 
     _verify(plan)
     ledger, charges = node.ledger(plan.unit), _charges(request, node, plan)
+    ledger.extension(request.seen)  # before anything is charged: a ledger that lost lines takes no more
     again = node.kept(ledger.released(charges[0].request_sha256))
     if again is not None:
         return _reply(request, model, again, ledger=ledger)
@@ -266,6 +270,7 @@ def _reply(
         base_sha256=model.base_sha256,
         weight=weight,
         statement="" if ledger is None else ledger.statement(run, number, delta_sha256).to_json(),
+        extension=() if ledger is None else tuple(map(tuple, ledger.extension(request.seen))),
         metric=release.metric,
     )
 

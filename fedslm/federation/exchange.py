@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedslm.errors import Unanswered
+from fedslm.federation.fetch import Fetch
+from fedslm.federation.inflating import Limits
+from fedslm.federation.lifetime import lifetime_of
 from fedslm.federation.population import pull
+from fedslm.federation.replies import expected_shapes
+from fedslm.federation.steady import Steady
+from fedslm.federation.trust import Trust
 from fedslm.federation.update import NO_FROZEN
-from fedslm.federation.wire import Reply, Request
-from fedslm.privacy.statement import read_statement
+from fedslm.federation.wire import Reply, Request, most_bytes
 from fedslm.records import AdapterState
 
-_PATIENCE_SECONDS, _POLL_SECONDS = 45.0, 0.2
-_GRACE_SECONDS = 30.0  # replies that came in time must not expire while an earlier client is waited for
+logger = logging.getLogger(__name__)
+_PATIENCE_SECONDS, _POLL_SECONDS, _GRACE_SECONDS = 45.0, 0.2, 30.0
+_RECORD_BYTES, _PIECE_BYTES, _RECORDS = 1 << 17, 5 << 20, 8
 
 
 @dataclass
@@ -29,7 +38,7 @@ class Exchange:
         seconds: How long one exchange may take; a reply that comes later is dropped.
         frozen: What a node may not have yet: sent until it has answered once; empty in a simulation,
             whose clients read it from the run directory.
-        keys: Client index to the ledger key that was admitted; empty in a simulation.
+        trust: Signs requests, and says which replies and nodes are believed; None in a simulation.
         away: Nodes that are not waited for until the grid sees them again.
         bytes_down: Bytes of tensors sent so far.
     """
@@ -38,42 +47,80 @@ class Exchange:
     nodes: Mapping[int, int]
     seconds: float
     frozen: AdapterState = field(default_factory=lambda: AdapterState({}))
-    keys: Mapping[int, str] = field(default_factory=dict)
+    trust: Trust | None = None
     away: frozenset[int] = frozenset()
     bytes_down: int = 0
 
     def __post_init__(self) -> None:
         self._have: set[int] = set()
+        self._steady = Steady(self.grid)
 
     def replies(
         self, request: Request, clients: list[int], kind: str
-    ) -> Iterator[tuple[int, Message | None]]:
-        """Yields each reply in the order of the clients; None for one that is late, or is not there.
+    ) -> Iterator[tuple[int, Message | str | None]]:
+        """Yields each reply in the order of the clients.
 
-        A fixed order makes the sum reproducible; replies that came earlier wait at the grid. Nodes that
-        the grid does not see are not asked: they would only keep the others waiting.
+        None stands for a reply that is late, or a node that is not there; a text says why a node was
+        not asked, or why its reply is not believed. A fixed order makes the sum reproducible; replies
+        that came earlier wait at the grid. Nodes that the grid does not see are not asked: they would
+        only keep the others waiting. If the SuperLink does not answer until the deadline, everybody is
+        late.
         """
         deadline = time.monotonic() + self.seconds
-        seen = self._seen(clients)
-        asked = [client for client in clients if self.nodes[client] in seen]
-        contents = self._contents(request)
-        for client in asked:
-            lacking = client not in self._have
-            self.bytes_down += request.num_bytes + lacking * self.frozen.num_bytes
-        messages = [
-            Message(
-                contents[client in self._have],
-                self.nodes[client],
-                kind,
-                ttl=self.seconds + _GRACE_SECONDS + len(asked),
-                group_id=str(request.round),
-            )
-            for client in asked
-        ]
-        identifiers = dict(zip(asked, self.grid.push_messages(messages), strict=True))
+        shut_out = {} if self.trust is None else self.trust.shut_out(clients)
+        try:
+            wanted = [client for client in clients if client not in shut_out]
+            sent = self._sent(request, wanted, kind, deadline)
+        except Unanswered as error:
+            logger.warning("the round goes on without its nodes: %s", error)
+            sent = {}
+        identifiers = {client: identifier for identifier, (client, _) in sent.items()}
+        messages = {each: message for each, (_, message) in sent.items()}
+        take = self._taker(messages, deadline, _limits(request, clients))
         for client in clients:
             identifier = identifiers.get(client)
-            yield client, None if identifier is None else pull(self.grid, identifier, deadline)
+            reply = None if identifier is None else take(identifier)
+            if reply is None:
+                yield client, shut_out.get(client)
+            elif self.trust is not None and not self.trust.is_proven(client, reply):
+                yield client, "the reply is not signed for this request with the admitted ledger key"
+            else:
+                problem = None if self.trust is None else self.trust.problem_of(client, reply)
+                yield client, problem or reply
+
+    def _sent(
+        self, request: Request, clients: list[int], kind: str, deadline: float
+    ) -> dict[str, tuple[int, Message]]:
+        """Asks the clients whose nodes are there; gives each identifier with client and message."""
+        seen = self._seen(clients, deadline)
+        asked = [client for client in clients if self.nodes[client] in seen]
+        messages = self._messages(request, asked, kind)
+        if not messages:
+            return {}
+        try:
+            pushed = self._steady.call(lambda grid: list(grid.push_messages(messages)), deadline)
+        except Unanswered as error:  # some of it may have come: their replies count
+            logger.warning("not all requests were sent: %s", error)
+            pushed = [message.metadata.message_id for message in messages]
+        taken = zip(pushed, asked, messages, strict=True)
+        return {each: (client, message) for each, client, message in taken if each}
+
+    def _taker(
+        self, sent: Mapping[str, Message], deadline: float, limits: Limits
+    ) -> Callable[[str], Message | None]:
+        """What takes the reply to a message; None if it is late."""
+        if self._steady.is_remote:
+            return Fetch(self._steady, sent, deadline, limits).reply
+        return lambda identifier: pull(self.grid, identifier, deadline)
+
+    def save(self) -> None:
+        """Keeps what was learned of the nodes' spending; on disk when it returns.
+
+        Raises:
+            RunError: It cannot be written.
+        """
+        if self.trust is not None:
+            self.trust.save()
 
     def heard(self, client: int, answer: Reply | str) -> None:
         """Takes note of whether a node has the frozen tensors."""
@@ -84,21 +131,36 @@ class Exchange:
         elif NO_FROZEN in answer.reason:
             self._have.discard(client)
 
-    def is_signed(self, client: int, reply: Reply) -> bool:
-        """False if a reply's spend statement is signed with another key than was admitted."""
-        if not self.keys or not reply.statement:
-            return True
-        return read_statement(reply.statement).public_key == self.keys[client]
+    def _messages(self, request: Request, asked: list[int], kind: str) -> list[Message]:
+        """One message for each client that is asked, signed in a real federation."""
+        contents, ttl = self._contents(request), lifetime_of(self.seconds)
+        for client in asked:
+            lacking = client not in self._have
+            self.bytes_down += request.num_bytes + lacking * self.frozen.num_bytes
+        own = {client: contents[client in self._have] for client in asked}
+        if self.trust is not None:
+            good = (
+                self.seconds + _GRACE_SECONDS
+            )  # a node that comes back later does not train for nothing
+            own = self.trust.signed(own, self.grid.run.run_id, request, (kind, good))
+        return [
+            Message(own[client], self.nodes[client], kind, ttl=ttl, group_id=str(request.round))
+            for client in asked
+        ]
 
-    def _seen(self, clients: list[int]) -> set[int]:
+    def _seen(self, clients: list[int], deadline: float = math.inf) -> set[int]:
         """Nodes that the grid sees; those that it saw before are waited for, once, for a while.
 
         After a restart of the SuperLink nodes need a heartbeat to be seen again.
+
+        Raises:
+            Unanswered: The grid does not answer until the deadline.
         """
         wanted = {self.nodes[client] for client in clients}
-        give_up = time.monotonic() + min(_PATIENCE_SECONDS, self.seconds / 2)
+        give_up = None
         while True:
-            seen = set(self.grid.get_node_ids())
+            seen = self._steady.call(lambda grid: set(grid.get_node_ids()), deadline)
+            give_up = give_up or time.monotonic() + min(_PATIENCE_SECONDS, self.seconds / 2)
             self.away = self.away - seen
             missing = wanted - seen - self.away
             if not missing or time.monotonic() > give_up:
@@ -110,3 +172,11 @@ class Exchange:
         """The request for nodes that lack the frozen tensors, and for those that have them."""
         short = request.to_records()
         return (replace(request, frozen=self.frozen).to_records() if self.frozen else short), short
+
+
+def _limits(request: Request, clients: list[int]) -> Limits:
+    """How large a reply may be: the records, and the tensors that were asked for."""
+    most = max(
+        (most_bytes(request.packing, expected_shapes(request, client)) for client in clients), default=0
+    )
+    return Limits(most, record_bytes=_RECORD_BYTES, most_objects=_RECORDS + -(-most // _PIECE_BYTES))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Message
 
+from fedslm.federation import bounds
+
 _LOWER_IS_BETTER = ("loss", "perplexity")
-_LARGEST, _LONGEST_REASON = 1e12, 300
+_LARGEST, _MOST_METRICS, _LONGEST_NAME, _LONGEST_TEXT = 1e12, 100, 100, 16_384
 
 Metrics = dict[str, float]
 
@@ -34,17 +35,20 @@ class ClientMetrics:
 def read_metrics(message: Message) -> ClientMetrics | str | None:
     """What a client answered: metrics, why there are none, or None if it keeps them."""
     if message.has_error():
-        return f"error {message.error.code}: {message.error.reason}"[:_LONGEST_REASON]
+        return bounds.cut(f"error {message.error.code}: {message.error.reason}")
     try:
+        bounds.records(message.content, configs=("measured",), arrays=())
         values = message.content.config_records["measured"]
-        status, text = str(values["status"]), str(values["metrics"])
+        bounds.exactly(values, ("status", "metrics", "salt"), "the answer")
+        status = bounds.text(values, "status", bounds.LONGEST_REASON)
+        text = bounds.text(values, "metrics", _LONGEST_TEXT)
         if status != "ok":
-            return status[:_LONGEST_REASON]
-        found = ClientMetrics(**json.loads(text)) if text else None
+            return bounds.cut(status)
+        found = ClientMetrics(**bounds.parsed(text, _LONGEST_TEXT, "metrics")) if text else None
         if found is not None:
             _check(found)
     except Exception as error:  # bytes from outside: whatever they do, they are no metrics
-        return f"the metrics cannot be read: {error}"[:_LONGEST_REASON]
+        return bounds.cut(f"the metrics cannot be read: {error}")
     return found
 
 
@@ -79,8 +83,11 @@ def _check(found: ClientMetrics) -> None:
     numbers: Iterator[Any] = (
         value for part in (found.shared, found.personal) for value in part.values()
     )
-    if type(found.records) is not int or found.records < 0:
+    if type(found.records) is not int or not 0 <= found.records <= _LARGEST:
         raise ValueError("records must be a count")
+    names = [*found.shared, *found.personal]
+    if len(names) > _MOST_METRICS or any(len(name) > _LONGEST_NAME for name in names):
+        raise ValueError(f"there must be at most {_MOST_METRICS} metrics, with short names")
     if not all(isinstance(value, float) and abs(value) <= _LARGEST for value in numbers):
         raise ValueError(f"a metric must be a number up to {_LARGEST:g}")
 

@@ -29,7 +29,8 @@ from fedslm.privacy.policy import POLICY_FILE, Asked, NodePolicy, read_policy
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter, save_adapter, write_text
 
-LEDGER = "ledger.jsonl"
+LEDGER, RELEASE = "ledger.jsonl", "release.json"
+OWN_SHARD = 0  # a deployed node's data directory holds its records alone, whatever its index in a run
 _NODE_DIRECTORY, _DATA_DIRECTORY = "node-directory", "data-directory"
 _SIMULATED = {"partition-id", "num-partitions"}
 _DEPLOYED = {"partition-id", _NODE_DIRECTORY, _DATA_DIRECTORY}
@@ -41,7 +42,7 @@ def deployed_config(directory: Path, data: Path, client: int) -> dict[str, str |
     Args:
         directory: The node's own directory.
         data: Where its records are.
-        client: Its index in the population.
+        client: Its index in the run.
     """
     return {"partition-id": client, _NODE_DIRECTORY: str(directory), _DATA_DIRECTORY: str(data)}
 
@@ -106,6 +107,11 @@ class Node:
             f"a node's config must have exactly {', '.join(sorted(_DEPLOYED))}; this one has other keys"
         )
 
+    @property
+    def shard(self) -> int:
+        """Which of the clients in ``data`` this one is."""
+        return OWN_SHARD if self.deployed else self.client
+
     def policy(self) -> NodePolicy | None:
         """The policy, read anew; None in a simulation without one.
 
@@ -145,7 +151,7 @@ class Node:
     def keep(self, release: Release) -> None:
         """Keeps a release for a request that is sent again."""
         save_adapter(self.directory / "release.safetensors", release.delta)
-        write_text(self.directory / "release.json", json.dumps({"metric": release.metric}))
+        write_text(self.directory / RELEASE, json.dumps({"metric": release.metric}))
 
     def kept(self, hashes: dict[str, str]) -> Release | None:
         """The release with these hashes, if it is still there undamaged."""
@@ -153,7 +159,7 @@ class Node:
             return None
         try:
             delta = load_adapter(self.directory / "release.safetensors")
-            text = (self.directory / "release.json").read_text(encoding="utf-8")
+            text = (self.directory / RELEASE).read_text(encoding="utf-8")
             metric = json.loads(text)["metric"]
             release = Release(delta, None if metric is None else (metric[0], metric[1]))
         except (RunError, OSError, ValueError, KeyError, TypeError, IndexError):

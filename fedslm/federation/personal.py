@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import assert_never
@@ -21,6 +22,7 @@ from fedslm.aggregation.factor_methods import set_aside
 from fedslm.aggregation.methods import trained_keys
 from fedslm.errors import FederationError, PolicyRefused
 from fedslm.factors import delta_keys
+from fedslm.federation.bounds import LONGEST_REASON, cut
 from fedslm.federation.client import admitted
 from fedslm.federation.client_memory import file_name_of
 from fedslm.federation.fairness import ClientMetrics, Metrics
@@ -49,11 +51,14 @@ def measure(message: Message, context: Context) -> Message:
         node = Node.of(context, request.setup.directory)
         answer["metrics"] = _measured(request, node)
     except (PolicyRefused, FederationError) as error:  # these hold public values only
-        answer = {"status": str(error), "metrics": ""}
+        answer = {"status": cut(error, LONGEST_REASON - 1), "metrics": ""}
     except Exception:  # the edge of the client: details stay here
         logger.exception("measuring failed")
         answer = {"status": "failed; see the client's log", "metrics": ""}
-    return Message(RecordDict({"measured": ConfigRecord(dict(answer))}), reply_to=message)
+    return Message(
+        RecordDict({"measured": ConfigRecord({**answer, "salt": secrets.token_hex(16)})}),
+        reply_to=message,
+    )
 
 
 def _measured(request: Request, node: Node) -> str:

@@ -9,12 +9,12 @@ from flwr.app import Message
 from fedslm.aggregation.methods import rank_of_client, sent_keys
 from fedslm.aggregation.ranks import crop
 from fedslm.errors import FedslmError
+from fedslm.federation.bounds import cut
 from fedslm.federation.wire import Reply, Request
 from fedslm.privacy import accounting
 from fedslm.privacy.plan import Plan, PrivatePlan, from_json
 from fedslm.privacy.statement import Statement, read_statement
 
-_MOST_EVENTS = 100_000
 _LARGEST_VALUE = 1e4
 _LARGEST_WEIGHT = 2**31
 
@@ -31,7 +31,7 @@ def checked(message: Message, request: Request, client: int) -> Reply | str:
         The reply, or why it cannot be used.
     """
     if message.has_error():
-        return f"error {message.error.code}: {message.error.reason}"
+        return cut(f"error {message.error.code}: {message.error.reason}")
     shapes = expected_shapes(request, client)
     try:
         reply = Reply.from_records(message.content, request.packing, shapes)
@@ -81,12 +81,17 @@ def _problem_of_statement(plan: Plan, request: Request, reply: Reply) -> str | N
     asked = (request.setup.run_id, request.round, plan.unit, reply.delta_sha256)
     if (statement.run, statement.round, statement.unit, statement.release_sha256) != asked:
         return "the spend statement is for another release"
-    if len(statement.events) > _MOST_EVENTS or not set(plan.round_events) >= set(statement.events):
+    charged = dict(statement.charged)
+    if not set(plan.round_events) >= set(charged):
         return "the spend statement has charges that this plan does not make"
-    counts = [statement.events.count(event) for event in plan.round_events]
+    counts = [charged.get(event, 0) for event in plan.round_events]
+    if max(counts) > plan.rounds:
+        return "the spend statement has fewer or more charges than the plan allows"
     try:
         spent = accounting.epsilon(statement.events, plan.delta)
         allowed = min(counts) >= 1 and accounting.within(spent, plan.epsilon)
+        if not (statement.delta == plan.delta and accounting.within(spent, statement.epsilon)):
+            return "the spend statement has another delta, or less epsilon in all than in this run"
     except FedslmError as error:
         return str(error)
     return None if allowed else "the spend statement has fewer or more charges than the plan allows"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from flwr.serverapp import Grid
 
@@ -18,14 +17,19 @@ import fedslm
 from fedslm.aggregation.server import Aggregation, Round, ServerState
 from fedslm.config import Config
 from fedslm.data.poison import hostile_clients
+from fedslm.data.shards import client_names
 from fedslm.errors import FederationError
 from fedslm.federation import public_model
 from fedslm.federation.attacks import attacked
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
 from fedslm.federation.exchange import Exchange
 from fedslm.federation.fairness import ClientMetrics, read_metrics
-from fedslm.federation.population import check_keys, choose_cohort, gather, join, registered
+from fedslm.federation.participation import nobody
+from fedslm.federation.population import choose_cohort, gather, join
 from fedslm.federation.replies import checked, continued, expected_shapes
+from fedslm.federation.roster import Registered, roster_of
+from fedslm.federation.tally import Tally
+from fedslm.federation.trust import Trust
 from fedslm.federation.wire import MEASURE, TRAIN, Reply, Request, Setup
 from fedslm.federation.workers import Pool
 from fedslm.privacy import accounting
@@ -36,7 +40,6 @@ from fedslm.storage import load_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
 Follow = Callable[[int, Setup, AdapterState, frozenset[str]], AdapterState | None]
-_LONGEST_REASON = 300
 
 
 class Observer(Protocol):
@@ -84,11 +87,13 @@ class Told:
         setup: What clients are told.
         frozen: Tensors that no round changes at the server.
         aggregation: How rounds are put together.
+        names: What people call the clients, by index.
     """
 
     setup: Setup
     frozen: AdapterState
     aggregation: Aggregation
+    names: Mapping[int, str]
 
 
 @dataclass(frozen=True)
@@ -126,29 +131,32 @@ class Federation:
             RunError: A checkpoint could not be written; the previous one stays valid.
         """
         told, state = self._begin(config, plan, labels)
-        exchange = self._exchange(config, told, state)
+        exchange = self._exchange(config, told)
         self.observer.on_start(config, state)
         stopped = ""
         for number in range(state.round + 1, config.federation.rounds + 1):
+            if exchange.trust is not None:
+                exchange.trust.needed(config.federation.min_clients)
             state = self._round(config, told, state, exchange=exchange, number=number)
             if state.failed_in_row >= config.federation.max_failed_rounds:
                 stopped = f"{state.failed_in_row} rounds in a row had too few replies"
                 break
+        stopped = "; ".join(filter(None, [stopped, nobody(self.directory.records())]))
         measured = self._measured(config, told, state, exchange)
         return Outcome(told.setup, told.frozen, state, stopped, measured)
 
-    def _exchange(self, config: Config, told: Told, state: Checkpoint) -> Exchange:
+    def _exchange(self, config: Config, told: Told) -> Exchange:
         """Waits for the population: exactly the simulated clients, or enough of the admitted nodes."""
         federation, listed = config.federation, config.engine.nodes
         wait, deadline = federation.join_deadline_seconds, federation.round_deadline_seconds
         if listed is None:
             return Exchange(self.grid, join(self.grid, federation.num_clients, wait), deadline)
-        admitted = registered(Path(listed), federation.num_clients)
-        check_keys(admitted, state.statements)
-        nodes = {client: node.node_id for client, node in admitted.items()}
-        keys = {client: node.ledger_key for client, node in admitted.items()}
-        away = gather(self.grid, nodes, federation.min_clients or federation.num_clients, wait)
-        return Exchange(self.grid, nodes, deadline, told.frozen, keys, away)
+        roster = self._roster(config)
+        trust = Trust(roster, Path(listed), self.directory.path)
+        nodes = {client: node.node_id for client, node in roster.items()}
+        there = gather(self.grid, trust.active(), trust.needed(federation.min_clients), wait)
+        away = frozenset(nodes.values()) - there
+        return Exchange(self.grid, nodes, deadline, told.frozen, trust, away)
 
     def _measured(
         self, config: Config, told: Told, state: Checkpoint, exchange: Exchange
@@ -162,11 +170,13 @@ class Federation:
         request = Request(told.setup, number, server.moving, server.turn, server.control)
         measured = {}
         for client, reply in exchange.replies(request, sorted(exchange.nodes), MEASURE):
-            found = "late" if reply is None else read_metrics(reply)
+            found = (
+                "late" if reply is None else reply if isinstance(reply, str) else read_metrics(reply)
+            )
             if isinstance(found, ClientMetrics):
                 measured[client] = found
             elif found is not None:
-                logger.warning("client %d could not be measured: %s", client, found)
+                logger.warning("client %d could not be measured: %r", client, found)
         return measured
 
     def _begin(self, config: Config, plan: Plan, labels: tuple[str, ...]) -> tuple[Told, Checkpoint]:
@@ -195,7 +205,20 @@ class Federation:
             server = ServerState(description.moving, control=control)
             state = Checkpoint(0, server, metrics, metrics)
             self.directory.save(state)
-        return Told(setup, frozen, aggregation), state
+        return Told(setup, frozen, aggregation, self._names(config)), state
+
+    def _names(self, config: Config) -> dict[int, str]:
+        """What people call the clients: the names of admitted nodes, or those that the data give."""
+        if config.engine.nodes is None:
+            return dict(enumerate(client_names(self.directory.data)))
+        return {client: node.name for client, node in self._roster(config).items()}
+
+    def _roster(self, config: Config) -> dict[int, Registered]:
+        """The run's real nodes."""
+        federation, listed = config.federation, Path(str(config.engine.nodes))
+        return roster_of(
+            self.directory.path, listed, names=federation.nodes, num_clients=federation.num_clients
+        )
 
     def _say_what_is_cut(self, setup: Setup) -> None:
         """Warns of long public records: the private ones are likely to be as long."""
@@ -220,7 +243,7 @@ class Federation:
         cohort = choose_cohort(config.federation, config.run.seed, number)
         server, statements = state.server, dict(state.statements)
         request = Request(told.setup, number, server.moving, server.turn, server.control)
-        tally, sent_before = Tally(cohort=len(cohort)), exchange.bytes_down
+        tally, sent_before = Tally(len(cohort), told.names), exchange.bytes_down
         waiting = self.directory.path / "updates"
         with closing(Round(told.aggregation, server, cohort, waiting)) as aggregate:
             for client, answer in self._answers(config, exchange, request, cohort):
@@ -231,6 +254,7 @@ class Federation:
                     update = ClientUpdate(client, answer.delta, answer.weight)
                     aggregate.add(update)
                 self.observer.on_client(number, tally.done, len(cohort))
+            exchange.save()  # what was spent is on disk before the round counts
             tally.bytes_down = exchange.bytes_down - sent_before
             moved = self._followed(told, number, _finished(aggregate, config.federation.min_replies))
             signal_to_noise = _finite(aggregate.signal_to_noise())
@@ -249,7 +273,9 @@ class Federation:
             seconds=time.monotonic() - began,
         )
         failed = 0 if moved is not None else state.failed_in_row + 1
-        state = state.after(record, server=moved or server, failed_in_row=failed, statements=statements)
+        changes = {"failed_in_row": failed, "statements": statements}
+        epsilons = _epsilons(config, statements)
+        state = state.after(record, server=moved or server, epsilons=epsilons, **changes)
         self.directory.save(state, record)
         self.observer.on_round(record)
         return state
@@ -269,67 +295,14 @@ class Federation:
         attack, population = config.attack, config.federation.num_clients
         hostile = hostile_clients(attack, population, config.run.seed)
         for client, reply in exchange.replies(request, cohort, TRAIN):
-            if reply is not None and client in hostile:
-                reply = attacked(reply, request, attack, expected_shapes(request, client))
-            answer = "late" if reply is None else checked(reply, request, client)
-            if isinstance(answer, Reply) and not exchange.is_signed(client, answer):
-                answer = "the spend statement is not signed with the ledger key that was admitted"
+            if reply is None or isinstance(reply, str):
+                answer: Reply | str = "late" if reply is None else reply
+            else:
+                if client in hostile:
+                    reply = attacked(reply, request, attack, expected_shapes(request, client))
+                answer = checked(reply, request, client)
             exchange.heard(client, answer)
             yield client, answer
-
-
-@dataclass
-class Tally:
-    """Counts one round's answers."""
-
-    cohort: int
-    bytes_down: int = 0
-    bytes_up: int = 0
-
-    def __post_init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._reasons: list[str] = []
-        self._scores, self._units = 0.0, 0.0
-
-    @property
-    def done(self) -> int:
-        """Clients that answered, failed or came late."""
-        return self._counts.total()
-
-    def count(self, client: int, answer: Reply | str) -> None:
-        """Counts one answer."""
-        if isinstance(answer, Reply):
-            self._counts[answer.status] += 1
-            self.bytes_up += answer.num_bytes
-            reason = answer.reason
-            if answer.metric is not None:
-                self._scores, self._units = (
-                    self._scores + answer.metric[0],
-                    self._units + answer.metric[1],
-                )
-        else:
-            self._counts["late" if answer == "late" else "failed"] += 1
-            reason = answer
-        if reason:
-            reason = "".join(each if each.isprintable() else " " for each in reason[:_LONGEST_REASON])
-            self._reasons.append(f"client {client}: {reason}")
-            logger.warning("client %d: %s", client, reason)
-
-    def record(self, number: int, **values: Any) -> RoundRecord:
-        """The round's line."""
-        return RoundRecord(
-            round=number,
-            cohort=self.cohort,
-            completed=self._counts["ok"],
-            failed=self._counts["failed"],
-            late=self._counts["late"],
-            refused=self._counts["refused"],
-            bytes_down=self.bytes_down,
-            bytes_up=self.bytes_up,
-            reasons=tuple(self._reasons),
-            private_metric=self._scores / self._units if self._units >= 1 else None,
-            **values,
-        )
 
 
 def _setup(config: Config, plan: Plan, labels: tuple[str, ...], directory: RunDirectory) -> Setup:
@@ -361,6 +334,14 @@ def _network_epsilon(config: Config, statements: dict[int, Statement]) -> float 
         return None
     clients = [statement.events for statement in statements.values()]
     return accounting.network_epsilon(clients, privacy.delta, overlapping=privacy.overlapping)
+
+
+def _epsilons(config: Config, statements: dict[int, Statement]) -> dict[int, float]:
+    """Epsilon of each client so far, by what it stated; empty without privacy."""
+    privacy = config.privacy
+    if privacy.unit == "none" or privacy.delta is None:
+        return {}
+    return {k: accounting.epsilon(v.events, privacy.delta) for k, v in statements.items()}
 
 
 def _finished(aggregate: Round, min_replies: int) -> ServerState | None:

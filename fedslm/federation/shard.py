@@ -63,7 +63,7 @@ def _read(setup: Setup, node: Node) -> Shard:
     task, plan = build(setup.task, setup.data, setup.labels), from_json(setup.plan)
     unit = plan.unit_column if isinstance(plan, PatientPlan) else None
     columns = set(needed(setup.data, setup.task).values()) | ({unit} if unit is not None else set())
-    rows = shards.read_client(node.data, node.client, columns)
+    rows = shards.read_client(node.data, node.shard, columns)
     prepare = partial(task.prepare, tokenizer=model.tokenizer)
     prepare([])  # what is wrong with the tokenizer itself shows here, whatever the records
     lazy, fraction = setup.data.streaming, setup.data.validation_fraction

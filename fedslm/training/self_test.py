@@ -87,7 +87,7 @@ class SelfTest:
 
 
 def run_self_test() -> SelfTest:
-    """Tries every promise out; an exception counts as a failure."""
+    """Tries every promise out, with one thread; an exception counts as a failure."""
     began = time.monotonic()
     checks: list[tuple[str, Callable[[Bench], tuple[bool, str]]]] = [
         ("removing any one record moves the sum by at most the clip norm", _records),
@@ -100,8 +100,9 @@ def run_self_test() -> SelfTest:
         ("the metric moves by at most its sensitivity and has its noise", _metric),
         ("the ledger refuses what was changed or would exceed the budget", _ledger),
     ]
-    bench, results = Bench.load(), []
-    with _quiet():
+    results = []
+    with _quiet(), _one_thread():
+        bench = Bench.load()
         for name, check in checks:
             try:
                 passed, detail = check(bench)
@@ -119,6 +120,17 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         steps_logger.disabled = disabled
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Computes with one thread: between these tiny steps, others spin and cost most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _records(bench: Bench) -> tuple[bool, str]:

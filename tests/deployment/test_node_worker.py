@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
+import time
+from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 
-from fedslm.deployment.enrolment import Admission
-from fedslm.deployment.node import Ready, workers
+from fedslm.deployment.admission import Admission
+from fedslm.deployment.authority import AUTHORITY, create_authority
+from fedslm.deployment.node import Ready, run_node, workers
 from fedslm.deployment.settings import NodeFile
 
 
 def ready(directory: Path, *, warm: bool) -> Ready:
     """A node."""
-    admission = Admission("test", "127.0.0.1:1", "", 0, 7, "", "", "")
+    admission = Admission("test", "127.0.0.1:1", "", "", 7, "", "", "")
     return Ready(directory, NodeFile(name="north", source="demo", warm=warm), admission)
 
 
@@ -37,3 +42,28 @@ def test_a_cold_worker_is_nobodys_fork(tmp_path: Path) -> None:
     """Its parent is the node itself: no process that holds the imports stays between messages."""
     with workers(ready(tmp_path, warm=False)) as next_worker, next_worker() as pool:
         assert pool.call(os.getppid) == os.getpid()
+
+
+def test_a_server_that_is_not_up_yet_is_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node that starts before its server says so once, as information, and tries again until it is stopped."""
+    create_authority(tmp_path, "t", 2)
+    node_here = ready(tmp_path, warm=True)
+    known = replace(node_here.admission, authority=(tmp_path / AUTHORITY).read_text())
+    stop = threading.Event()
+    logger = logging.getLogger("fedslm.deployment.node")
+    logger.addHandler(caplog.handler)  # whatever an earlier test made of the loggers above
+    logger.propagate = False
+    with caplog.at_level(logging.INFO, logger.name):
+        node = threading.Thread(target=run_node, args=(replace(node_here, admission=known), stop))
+        node.start()
+        time.sleep(5)  # two tries and more
+        stop.set()
+        node.join(30)
+    logger.removeHandler(caplog.handler)
+    logger.propagate = True
+    assert not node.is_alive()
+    said = [(each.levelname, each.getMessage()) for each in caplog.records]
+    assert said.count(("INFO", "127.0.0.1:1 cannot be reached; tried again")) == 1
+    assert {level for level, _ in said} == {"INFO"}

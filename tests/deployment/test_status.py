@@ -12,12 +12,14 @@ from tiny import PRIVATE
 
 from fedslm import simulation
 from fedslm.config import Config
+from fedslm.deployment.admission import NODES
 from fedslm.deployment.control import SeenNode
-from fedslm.deployment.enrolment import NODES
 from fedslm.deployment.metrics import NodeCounts, node_figures
 from fedslm.deployment.status import status_of
 from fedslm.errors import RunError
-from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.checkpoint import ERROR, RunDirectory
+from fedslm.federation.roster import roster_of
+from fedslm.flower import _told
 from fedslm.privacy import accounting
 from fedslm.privacy.keys import PUBLIC_KEY, public_hex, read_public_key
 from fedslm.progress import Silent
@@ -34,11 +36,12 @@ def server(config_in: Callable[..., Config], tmp_path_factory: pytest.TempPathFa
     fields = {"node_key": "k", "admitted_at": "now", "revoked": False}
     keys = [read_public_key(root / f"runs/first/nodes/client-0000{i}" / PUBLIC_KEY) for i in range(3)]
     nodes = [
-        {"name": f"n{i}", "client": i, "node_id": 70 + i, "ledger_key": public_hex(key), **fields}
+        {"name": f"n{i}", "node_id": 70 + i, "ledger_key": public_hex(key), **fields}
         for i, key in enumerate(keys)
     ]
     nodes.append({**nodes[0], "name": "gone", "revoked": True})
     (root / NODES).write_text(json.dumps({"nodes": nodes}))
+    roster_of(root / "runs" / "first", root / NODES, names=(), num_clients=3)
     return root
 
 
@@ -82,6 +85,40 @@ def test_runs_by_their_state(server: Path, tmp_path: Path) -> None:
         assert status_of(tmp_path / "s", []).runs[0].state == "running"
 
 
+def test_a_run_in_which_nobody_took_part_has_failed(server: Path, tmp_path: Path) -> None:
+    """A run that stopped early ended early if somebody took part in it; else it failed."""
+    shutil.copytree(server, tmp_path / "s")
+    run = tmp_path / "s" / "runs" / "first"
+    (run / "report.json").write_text(json.dumps({"stopped": "too few"}))
+    assert status_of(tmp_path / "s", []).runs[0].state == "ended early"
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({**line, "completed": 0}) + "\n" for line in lines)
+    (run / "rounds.jsonl").write_text(text)
+    assert status_of(tmp_path / "s", []).runs[0].state == "failed"
+
+
+def test_an_old_error_names_no_state(server: Path, tmp_path: Path) -> None:
+    """A run that failed, was continued and killed is interrupted: each attempt removes the last one's error."""
+    shutil.copytree(server, tmp_path / "s")
+    run, _ = RunDirectory.open(tmp_path / "s" / "runs" / "first")
+    (run.path / "report.json").unlink()
+    with pytest.raises(RunError), _told(run):
+        raise RunError("boom")
+    assert "boom" in (run.path / ERROR).read_text()
+    assert status_of(tmp_path / "s", []).runs[0].state == "failed"
+    with pytest.raises(KeyboardInterrupt), _told(run):
+        raise KeyboardInterrupt
+    assert status_of(tmp_path / "s", []).runs[0].state == "interrupted"
+
+
+def test_status_reads_last_statements_alone(server: Path, tmp_path: Path) -> None:
+    """What every node has left is said without the file of all statements: it may be large, or damaged."""
+    shutil.copytree(server, tmp_path / "s")
+    (tmp_path / "s" / "runs" / "first" / "statements.jsonl").write_text("damaged\n")
+    assert status_of(tmp_path / "s", []).nodes == status_of(server, []).nodes
+    assert None not in [node.epsilon_left for node in status_of(tmp_path / "s", []).nodes]
+
+
 def test_the_last_reason_of_a_node(server: Path, tmp_path: Path) -> None:
     """A node's reason is the last one that names it, and a damaged run breaks nothing."""
     shutil.copytree(server, tmp_path / "s")
@@ -93,6 +130,17 @@ def test_the_last_reason_of_a_node(server: Path, tmp_path: Path) -> None:
     assert reasons == ["", "round 1: refused by the node's policy: epsilon", "round 1: late"]
     path.write_text("{}\n")
     assert [node.reason for node in status_of(tmp_path / "s", []).nodes] == ["", "", ""]
+
+
+def test_a_reason_that_names_the_node(server: Path, tmp_path: Path) -> None:
+    """A line that begins with a name belongs to the client beside it, whatever the name looks like."""
+    shutil.copytree(server, tmp_path / "s")
+    path = tmp_path / "s" / "runs" / "first" / "rounds.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0] |= {"reasons": ["client 1: late", "n1: error 2: gone"], "left_out": [2, 1]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reasons = [node.reason for node in status_of(tmp_path / "s", []).nodes]
+    assert reasons == ["", "round 1: error 2: gone", "round 1: late"]
 
 
 def test_without_a_list_of_nodes_that_can_be_read(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def record(number: int) -> RoundRecord:
 def statement(number: int) -> Statement:
     """What a node stated after a round."""
     key = Ed25519PrivateKey.from_private_bytes(b"0" * 32)
-    ledger = Opening("1d", "data", "record", ADJACENCY, public_hex(key.public_key()))
+    ledger = Opening("1d" * 16, "data", "record", ADJACENCY, public_hex(key.public_key()))
     charge = Charge(EVENT, ADAPTER, 1.0, 1e-5, "run", 1, "p", "q", "b", "c", "0.1.0", "d")
     entries = (
         Entry(0, "", 0, opening=ledger),

@@ -83,7 +83,7 @@ def test_a_node_that_stays_away_is_waited_for_once(
 def test_a_node_that_was_never_there_is_not_waited_for(grid: Coming) -> None:
     """Whoever was away when enough nodes had come is not waited for."""
     grid.hidden = {4: float("inf")}
-    away = gather(grid, NODES, 2, 600.0)
+    away = frozenset(NODES.values()) - gather(grid, NODES.values(), 2, 600.0)
     assert away == {4}
     began = time.monotonic()
     assert Exchange(grid, NODES, 600.0, away=away)._seen([0, 1, 2]) == {2, 3}
@@ -94,4 +94,4 @@ def test_too_few_nodes_come(grid: Coming) -> None:
     """The first round does not begin without the nodes that it needs."""
     grid.hidden = {4: float("inf")}
     with pytest.raises(FederationError, match="2 of the 3 nodes"):
-        gather(grid, NODES, 3, 0.2)
+        gather(grid, NODES.values(), 3, 0.2)

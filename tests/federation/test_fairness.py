@@ -18,7 +18,7 @@ GOOD = {"records": 3, "shared": {"accuracy": 0.5}, "personal": {"accuracy": 0.75
 def answer(status: str, text: str) -> Message:
     """A client's answer."""
     LocalGrid(1, InlinePool())  # tells Flower who sends
-    record = ConfigRecord({"status": status, "metrics": text})
+    record = ConfigRecord({"status": status, "metrics": text, "salt": "5a" * 16})
     return Message(RecordDict({"measured": record}), 2, "evaluate")
 
 
@@ -41,7 +41,7 @@ def test_good_metrics_are_read() -> None:
     assert read_metrics(answer("ok", json.dumps(GOOD))) == ClientMetrics(**GOOD)
     assert read_metrics(answer("ok", "")) is None
     assert read_metrics(answer("refused because", "")) == "refused because"
-    assert read_metrics(answer("x" * 1000, "")) == "x" * 300
+    assert read_metrics(answer("x" * 1000, "")) == "x" * 300 + "…"
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,10 @@ def test_good_metrics_are_read() -> None:
         [],
         {},
         {**GOOD, "records": -1},
+        {**GOOD, "records": 10**13},
+        {**GOOD, "shared": {str(number): 0.5 for number in range(101)}},
+        {**GOOD, "shared": {"x" * 101: 0.5}},
+        {**GOOD, "more": " " * 20_000},
         {**GOOD, "records": True},
         {**GOOD, "records": "3"},
         {**GOOD, "shared": {"accuracy": float("nan")}},

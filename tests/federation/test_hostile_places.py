@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from served import ask, context_of, first_request, with_plan, write_policy
 from tiny import PRIVATE
 
 from fedslm.config import Config
+from fedslm.data import shards
 from fedslm.errors import FederationError
-from fedslm.federation.node import Node
+from fedslm.federation.node import OWN_SHARD, Node
 from fedslm.federation.wire import Request
 
 
@@ -61,7 +63,11 @@ def test_data_that_changes_in_a_run_are_refused(honest: Request, node: Path, tmp
     request, context = honest, context_of(0, node)
     assert ask(request, context).status == "ok"
     before = (node / "ledger.jsonl").read_bytes()
-    reply = ask(replace(request, round=2), context_of(1, node))
+    others = shards.read_client(Path(request.setup.directory) / "data", 1)
+    shards.write_own(tmp_path / "others", Dataset.from_list(list(others)), OWN_SHARD)
+    elsewhere = context_of(0, node)
+    elsewhere.node_config["data-directory"] = str(tmp_path / "others")
+    reply = ask(replace(request, round=2), elsewhere)
     assert (reply.status, "data changed" in reply.reason) == ("refused", True)
     assert (node / "ledger.jsonl").read_bytes() == before
 

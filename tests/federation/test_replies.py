@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from served import ask, context_of, first_request, message_to, records_of, run_with
 from tiny import PRIVATE
 
@@ -20,7 +21,7 @@ from fedslm.federation.wire import Reply, Request
 from fedslm.privacy.keys import public_hex, signature_of, signing_key
 from fedslm.privacy.plan import from_json
 from fedslm.privacy.statement import Statement, _values, read_statement
-from fedslm.records import Event
+from fedslm.records import AdapterState, Event
 
 MakeConfig = Callable[..., Config]
 OTHER = Ed25519PrivateKey.from_private_bytes(b"7" * 32)
@@ -59,16 +60,36 @@ def verdict(reply: Reply, request: Request) -> Reply | str:
     return checked(message, request, 0)
 
 
-def test_only_what_was_asked_for_is_counted(request_of_a_run: Request, good: list[Reply]) -> None:
-    """Bytes are those of the update: a claim of 10^12 values in a record of its own changes nothing."""
+def test_only_what_was_asked_for_is_taken(request_of_a_run: Request, good: list[Reply]) -> None:
+    """A reply with a record of its own, such as a claim of 10^12 values, is no reply."""
     message = message_to(request_of_a_run, context_of(0))
     message.content = good[0].to_records()
-    junk = Array("float32", (2**31 - 1,) * 500, "numpy.ndarray", b"")
-    message.content["junk"] = ArrayRecord({"junk": junk})
     found = checked(message, request_of_a_run, 0)
     assert isinstance(found, Reply)
     assert found.delta is not None
     assert found.num_bytes == found.delta.num_bytes
+    junk = Array("float32", (2**31 - 1,) * 500, "numpy.ndarray", b"")
+    for record in (ArrayRecord({"junk": junk}), ConfigRecord({}), MetricRecord({})):
+        message.content = RecordDict({**good[0].to_records(), "junk": record})
+        assert "has an unknown 'junk'" in str(checked(message, request_of_a_run, 0))
+
+
+def test_a_reply_is_no_larger_than_its_shapes(request_of_a_run: Request, good: list[Reply]) -> None:
+    """The bytes of the tensors that were asked for, and little more, are read; a value more is not."""
+    delta = good[0].delta
+    assert delta is not None
+    key = next(iter(delta))
+    more = AdapterState({**delta.tensors, key: np.zeros((300, 300), np.float32)})
+    found = verdict(replace(good[0], delta=more), request_of_a_run)
+    assert isinstance(found, str)
+    assert "bytes, more than" in found
+
+
+def test_an_error_of_a_node_is_a_short_reason(request_of_a_run: Request) -> None:
+    """Whatever Flower's error says, the report holds a line of it."""
+    message = message_to(request_of_a_run, context_of(0))
+    failed = Message(Error(code=2, reason="x" * 10**6), reply_to=message)
+    assert len(str(checked(failed, request_of_a_run, 0))) <= 301
 
 
 def test_an_honest_reply_is_used(request_of_a_run: Request, good: list[Reply]) -> None:
@@ -89,10 +110,13 @@ LIES: list[tuple[str, dict[str, Any], str]] = [
     ("round", {"round": 2}, "is for another release"),
     ("unit", {"unit": "patient"}, "is for another release"),
     ("release", {"release_sha256": "0" * 64}, "is for another release"),
-    ("foreign", {"events": (FOREIGN,)}, "charges that this plan does not make"),
-    ("none", {"events": ()}, "fewer or more charges than the plan allows"),
-    ("word round", {"round": "1"}, "round and index must be whole numbers"),
-    ("half index", {"index": 1.5}, "round and index must be whole numbers"),
+    ("foreign", {"charged": ((FOREIGN, 1),)}, "charges that this plan does not make"),
+    ("none", {"charged": ()}, "fewer or more charges than the plan allows"),
+    ("word round", {"round": "1"}, "round, index and charges must be whole numbers"),
+    ("half index", {"index": 1.5}, "round, index and charges must be whole numbers"),
+    ("boolean round", {"round": True}, "round, index and charges must be whole numbers"),
+    ("negative index", {"index": -1}, "round, index and charges must be whole numbers"),
+    ("huge index", {"index": 10**30}, "round, index and charges must be whole numbers"),
 ]
 
 
@@ -117,8 +141,9 @@ def test_more_charges_than_the_budget_are_not_used(
     request_of_a_run: Request, good: list[Reply], key: Ed25519PrivateKey, count: int
 ) -> None:
     """Right events, but more of them than the budget pays for."""
-    events = read_statement(good[0].statement).events * count
-    found = verdict(signed_again(good[0], key, events=events), request_of_a_run)
+    ((event, _),) = read_statement(good[0].statement).charged
+    more = {"charged": ((event, count),), "charges": count, "index": 2 * count, "epsilon": 1e6}
+    found = verdict(signed_again(good[0], key, **more), request_of_a_run)
     assert found == "the spend statement has fewer or more charges than the plan allows"
 
 
@@ -128,12 +153,12 @@ def test_fewer_steps_than_planned_are_not_used(
     """A charge for half of a round's steps is another charge."""
     (event,) = read_statement(good[0].statement).events
     cheaper = replace(event, steps=event.steps // 2)
-    found = verdict(signed_again(good[0], key, events=(cheaper,)), request_of_a_run)
+    found = verdict(signed_again(good[0], key, charged=((cheaper, 1),)), request_of_a_run)
     assert found == "the spend statement has charges that this plan does not make"
 
 
 @pytest.mark.parametrize(
-    "field", ["run", "round", "unit", "release_sha256", "ledger_id", "index", "head_sha256", "events"]
+    "field", ["run", "round", "unit", "release_sha256", "ledger_id", "index", "head_sha256", "charged"]
 )
 def test_a_changed_statement_is_not_used(
     request_of_a_run: Request, good: list[Reply], field: str
@@ -143,8 +168,9 @@ def test_a_changed_statement_is_not_used(
     match values[field]:
         case int(number):
             values[field] = number + 1
-        case list(events):
-            values[field] = events * 2
+        case list(charged):
+            values[field] = [[*charged[0][:3], charged[0][3] + 1]]
+            values["charges"] += 1
         case text:
             values[field] = text[::-1]
     found = verdict(replace(good[0], statement=json.dumps(values)), request_of_a_run)
@@ -160,9 +186,9 @@ def test_a_changed_statement_is_not_used(
         "[]",
         "null",
         "7",
-        '{"events": 5}',
-        '{"events": [5]}',
-        '{"events": [{"sample_rate": 2, "noise_multiplier": 1, "steps": 1}]}',
+        '{"charged": 5}',
+        '{"charged": [5]}',
+        '{"charged": [[2, 1, 1, 1]]}',
         "[" * 100_000,
         '{"a":' * 100_000,
     ],
@@ -185,6 +211,15 @@ def test_a_statement_that_is_none_is_not_used(
 ) -> None:
     """Whatever stands in its place, the server gives a reason and goes on."""
     assert isinstance(verdict(replace(good[0], statement=text), request_of_a_run), str)
+
+
+@pytest.mark.parametrize("values", [{"delta": 1e-4}, {"epsilon": 0.0}], ids=str)
+def test_a_lifetime_that_is_less_than_the_run_is_not_used(
+    request_of_a_run: Request, good: list[Reply], key: Ed25519PrivateKey, values: dict[str, Any]
+) -> None:
+    """What a node has spent in all is stated at the run's delta, and is no less than in this run."""
+    found = verdict(signed_again(good[0], key, **values), request_of_a_run)
+    assert found == "the spend statement has another delta, or less epsilon in all than in this run"
 
 
 @pytest.mark.parametrize("public_key", ["", "zz", "00", 7, None, "0" * 63])
@@ -222,11 +257,12 @@ def answer(reply: Reply, request: Request) -> Message:
 
 
 ROLLED_BACK: list[tuple[str, dict[str, Any]]] = [
-    ("lower index", {"index": 1}),
+    ("lower index", {"index": 2}),
     ("same index, other head", {"index": 2, "head_sha256": "1" * 64}),
     ("other ledger", {"ledger_id": "0" * 32}),
-    ("forgotten charge", {"events": ()}),
-    ("other charges", {"events": (FOREIGN, FOREIGN)}),
+    ("forgotten charge", {"charged": ()}),
+    ("other charges", {"charged": ((FOREIGN, 2),)}),
+    ("fewer in all", {"charges": 0, "charged": ()}),
 ]
 
 
@@ -255,7 +291,7 @@ def test_a_new_round_needs_a_new_charge(good: list[Reply], key: Ed25519PrivateKe
     """A release of the next round with the charges of the last one was not paid for."""
     first, second = good
     statements = {0: read_statement(first.statement)}
-    unpaid = signed_again(second, key, events=read_statement(first.statement).events)
+    unpaid = signed_again(second, key, charged=read_statement(first.statement).charged)
     assert isinstance(continued(unpaid, statements, 0), str)
 
 
@@ -273,6 +309,7 @@ def test_a_lying_node_is_counted_and_left_out(make_config: MakeConfig) -> None:
     lines = records_of(config)
     assert [(line["completed"], line["failed"]) for line in lines] == [(3, 0), (2, 1), (3, 0)]
     assert lines[1]["reasons"] == [
-        "client 1: the spend statement does not continue this client's ledger: it was rolled back"
+        "site-1: the spend statement does not continue this client's ledger: it was rolled back"
     ]
+    assert lines[1]["left_out"] == [1]
     assert report["stopped"] == ""

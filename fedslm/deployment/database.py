@@ -1,0 +1,81 @@
+"""The SuperLink's database, made smaller before the SuperLink starts.
+
+Flower removes a run's messages and objects when somebody asks for a finished run, and never gives the
+room back. Before the SuperLink starts, and while nobody else has the file, what belongs to no run that
+can go on is removed, and the file is written anew (SQLite's VACUUM) if a quarter of it is empty.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+_MOST_SECONDS, _STEPS = 60.0, 100  # an object of 5 MiB is few of SQLite's steps
+_SMALLEST_BYTES, _EMPTY_SHARE, _LOG_SECONDS = 1 << 20, 0.25, 30 * 86_400.0
+_UNFINISHED = """(SELECT run.run_id FROM run JOIN task ON task.task_id = run.primary_task_id
+    WHERE task.finished_at IS NULL)"""
+_REMOVE = (
+    f"DELETE FROM message_ins WHERE run_id IS NULL OR run_id NOT IN {_UNFINISHED}",  # noqa: S608
+    f"DELETE FROM message_res WHERE run_id IS NULL OR run_id NOT IN {_UNFINISHED}",  # noqa: S608
+    f"DELETE FROM object_push_sessions WHERE run_id NOT IN {_UNFINISHED}",  # noqa: S608
+    f"DELETE FROM run_objects WHERE run_id NOT IN {_UNFINISHED}",  # noqa: S608
+    "DELETE FROM objects WHERE object_id NOT IN (SELECT object_id FROM run_objects)",
+    "DELETE FROM task_logs WHERE timestamp < :now - :log_seconds",
+    "DELETE FROM nonce_store WHERE expires_at < :now",
+)
+
+
+def tidy(path: Path, most_seconds: float = _MOST_SECONDS) -> None:
+    """Removes what finished runs have left, and gives the room back; skips what it cannot do.
+
+    Args:
+        path: The database; nothing happens if it is not there.
+        most_seconds: It stops after so long, with the database as it was before that step.
+    """
+    if not path.exists():
+        return
+    before, deadline = path.stat().st_size, time.monotonic() + most_seconds
+    try:
+        with closing(sqlite3.connect(path, timeout=1.0, isolation_level=None)) as database:
+            database.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS)
+            database.execute("PRAGMA foreign_keys = ON")
+            _remove(database)
+            _vacuum(database, path)
+    except (sqlite3.Error, OSError) as error:
+        logger.warning("%s is not made smaller: %s (most %g s)", path, error, most_seconds)
+        return
+    after = path.stat().st_size
+    if after < before:
+        logger.info("%s has %.1f MiB, %.1f before", path, after / (1 << 20), before / (1 << 20))
+
+
+def _remove(database: sqlite3.Connection) -> None:
+    """Removes all of it, or nothing."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        for statement in _REMOVE:
+            database.execute(statement, {"now": time.time(), "log_seconds": _LOG_SECONDS})
+    except sqlite3.Error:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
+
+
+def _vacuum(database: sqlite3.Connection, path: Path) -> None:
+    """Writes the file anew if that is worth its while, and there is room for a copy."""
+    (empty,), (pages,), (size,) = (
+        database.execute(f"PRAGMA {name}").fetchone()
+        for name in ("freelist_count", "page_count", "page_size")
+    )
+    if empty * size >= _SMALLEST_BYTES and empty >= _EMPTY_SHARE * pages:
+        needed = 2 * (pages - empty) * size
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError(f"the disk has less than {needed / (1 << 20):.0f} MiB free")
+        database.execute("VACUUM")
+    database.execute("PRAGMA wal_checkpoint(TRUNCATE)")

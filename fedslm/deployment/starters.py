@@ -1,0 +1,176 @@
+"""Files to start from: a node's settings and policy, the server's settings, a run on real nodes.
+
+Each has one source: the templates beside this module, and the example policy. What ``clients/`` and
+``server/`` hold for copying is the same text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedslm.data.database import holds_password, is_url
+from fedslm.deployment.settings import FEDERATION_FILE, NODE_FILE, Profile
+from fedslm.errors import ConfigError, Problem, RunError
+from fedslm.privacy.policy import EXAMPLE, POLICY_FILE
+
+NodeUnit = Literal["record", "patient"]
+UNITS: dict[Profile, NodeUnit] = {"hospital": "patient", "phone": "record"}
+_TEMPLATES = Path(__file__).parent / "templates"
+_COMMAND = "may-train"
+_EXECUTABLE = 0o700
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a node starts with.
+
+    Attributes:
+        name: The node's name.
+        profile: What kind of machine it is.
+        source: Its records: a file, a directory or a database URL; None: to be filled in.
+        unit: The weakest unit that its policy allows; None: the profile's own.
+    """
+
+    name: str
+    profile: Profile = "hospital"
+    source: str | None = None
+    unit: NodeUnit | None = None
+
+    @property
+    def has_patients(self) -> bool:
+        """Whether its records say whose they are."""
+        return (self.unit or UNITS[self.profile]) == "patient"
+
+
+def node_files(directory: Path, start: Start) -> dict[str, str]:
+    """File name to content of what a node's operator edits.
+
+    Args:
+        directory: The node's own, absolute.
+        start: What it starts with.
+
+    Raises:
+        RunError: The source is a URL that holds a password.
+    """
+    files = {NODE_FILE: _settings(directory, start), POLICY_FILE: _policy(start)}
+    if start.profile == "phone":
+        files[_COMMAND] = _template(_COMMAND)
+    return files
+
+
+def write_node_files(directory: Path, start: Start) -> dict[Path, str]:
+    """Writes a node's files that are not there yet; none is overwritten.
+
+    Returns:
+        Each file that was written, and which of its lines to edit.
+
+    Raises:
+        RunError: The source is a URL that holds a password, or a file cannot be written.
+    """
+    edit = {
+        NODE_FILE: "edit columns" if start.source else "edit source, query and columns",
+        POLICY_FILE: "edit epsilon, delta and base_models; read every line, it binds this node",
+        _COMMAND: "edit what it takes for charged and unmetered on this device",
+    }
+    if start.profile == "phone":
+        edit[NODE_FILE] = edit[NODE_FILE].replace(", query", "") + "; look at [conditions]"
+    written = {}
+    for name, content in node_files(directory.expanduser().absolute(), start).items():
+        if _write_new(directory / name, content):
+            written[directory / name] = edit[name]
+    if directory / _COMMAND in written:
+        (directory / _COMMAND).chmod(_EXECUTABLE)
+    return written
+
+
+def write_federation(path: Path, name: str | None = None, host: str | None = None) -> bool:
+    """Writes a ``federation.toml``, unless there is one; True if it was written.
+
+    Args:
+        path: The file.
+        name: Name of the federation.
+        host: Name or address that nodes reach; None: this machine's name.
+
+    Raises:
+        ConfigError: There is one already, and a name or a host was given.
+        RunError: It cannot be written.
+    """
+    if path.exists():
+        if name is not None or host is not None:
+            problem = f"{path} exists: edit it, or leave --name and --host out"
+            raise ConfigError([Problem(FEDERATION_FILE, problem)])
+        return False
+    text = _with_value(_template(FEDERATION_FILE), "name", name or "federation")
+    return _write_new(path, _with_value(text, "host", host or socket.gethostname()))
+
+
+def deployed_config() -> str:
+    """A commented config of a run on real nodes, which the example policy allows."""
+    return _template("deployed.toml")
+
+
+def _settings(directory: Path, start: Start) -> str:
+    """``node.toml``."""
+    text = _with_value(_template(f"{start.profile}-{NODE_FILE}"), "name", start.name)
+    text = text.replace("/var/lib/fedslm/north/", f"{directory}/")
+    if not start.has_patients:
+        text = text.replace('columns = ["text", "label", "patient"]', 'columns = ["text", "label"]')
+    elif start.profile == "phone":
+        text = text.replace('columns = ["text", "label"] ', 'columns = ["text", "label", "patient"] ')
+    if start.source is None:
+        return text
+    if not is_url(start.source):
+        text = re.sub(r'^query = """.*?^"""$', _commented, text, flags=re.MULTILINE | re.DOTALL)
+        return _with_value(text, "source", str(Path(start.source).expanduser().absolute()))
+    if holds_password(start.source):
+        raise RunError(
+            "--source holds a password: leave it out, and set FEDSLM_DATABASE_USER and "
+            "FEDSLM_DATABASE_PASSWORD for the node"
+        )
+    return _with_value(text, "source", start.source)
+
+
+def _policy(start: Start) -> str:
+    """``policy.toml``."""
+    text = EXAMPLE if start.profile == "hospital" else _template(f"phone-{POLICY_FILE}")
+    if start.unit in (None, UNITS[start.profile]):
+        return text
+    text = _with_value(text, "unit", str(start.unit))
+    if start.has_patients:
+        return re.sub(r"^(unit = .*)$", r'\1\nunit_column = "patient"', text, flags=re.MULTILINE)
+    text = re.sub(r"^unit_column = ", "# unit_column = ", text, flags=re.MULTILINE)
+    return re.sub(r"^max_records_per_unit = ", "# max_records_per_unit = ", text, flags=re.MULTILINE)
+
+
+def _template(name: str) -> str:
+    """A file beside this module."""
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _with_value(text: str, key: str, value: str) -> str:
+    """A text whose one line ``key = "…"`` has another value; its comment stays."""
+    line = f"{key} = {json.dumps(value, ensure_ascii=False)}"
+    return re.sub(rf'^{key} = "[^"\n]*"', lambda _: line, text, count=1, flags=re.MULTILINE)
+
+
+def _commented(found: re.Match[str]) -> str:
+    """Lines as comments."""
+    return "\n".join(f"# {line}" for line in found[0].splitlines())
+
+
+def _write_new(path: Path, content: str) -> bool:
+    """Writes a file unless it is there; True if it was written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error}") from error
+    return True

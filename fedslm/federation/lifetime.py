@@ -1,0 +1,29 @@
+"""How long a message lives: beyond its exchange, so that no complete reply expires."""
+
+from __future__ import annotations
+
+GRACE_SECONDS = 10.0  # how long a call after the deadline is tried again
+SWEEP_SECONDS = 60.0  # how long replies that were complete by the deadline are still taken
+_SESSION_SECONDS = 180.0  # flwr.supercore.constant.OBJECT_PUSH_SESSION_TTL_SECONDS
+
+
+def lifetime_of(seconds: float) -> float:
+    """Time to live of the messages of an exchange: no complete reply expires before it is taken.
+
+    Args:
+        seconds: How long the exchange may take.
+
+    >>> lifetime_of(100.0)
+    350.0
+    """
+    return seconds + _SESSION_SECONDS + GRACE_SECONDS + SWEEP_SECONDS
+
+
+def exchange_seconds(lifetime: float) -> float:
+    """How long an exchange may take, by its messages' time to live; a shorter one is taken as it is.
+
+    >>> exchange_seconds(lifetime_of(100.0)), exchange_seconds(30.0)
+    (100.0, 30.0)
+    """
+    seconds = lifetime - lifetime_of(0.0)
+    return seconds if seconds > 0 else lifetime

@@ -1,0 +1,46 @@
+"""Whether anybody took part in a run, and if not, why."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from fedslm.records import RoundRecord
+
+_OF_CLIENT = re.compile(r"client (\d+): (.*)", re.DOTALL)
+_MOST_CLIENTS, _LONGEST = 5, 200
+
+
+def nobody(records: Sequence[RoundRecord]) -> str:
+    """Why a run of real or simulated nodes came to nothing.
+
+    Args:
+        records: All rounds of the run.
+
+    Returns:
+        The most frequent reason of each of the first clients, one a line; empty if a client took part
+        in a round, or if there was no round.
+    """
+    if not records or any(record.completed for record in records):
+        return ""
+    reasons: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for text in (text for record in records for text in record.reasons):
+        name, _, reason = text.partition(": ")
+        reasons[name][reason] += 1
+    lines = [f"no node took part in any of the {len(records)} rounds"]
+    for name in list(reasons)[:_MOST_CLIENTS]:
+        ((reason, count),) = reasons[name].most_common(1)
+        lines.append(f"{name}, {count} times: {reason[:_LONGEST]}")
+    if len(reasons) > _MOST_CLIENTS:
+        lines.append(f"and {len(reasons) - _MOST_CLIENTS} more clients")
+    return "\n".join(lines)
+
+
+def reasons_of(record: RoundRecord) -> dict[int, str]:
+    """Client to the reason why it was not in a round's aggregate."""
+    if record.left_out:
+        reasons = (text.partition(": ")[2] for text in record.reasons)
+        return dict(zip(record.left_out, reasons, strict=False))
+    found = (_OF_CLIENT.fullmatch(text) for text in record.reasons)
+    return {int(match[1]): match[2] for match in found if match is not None}

@@ -1,0 +1,120 @@
+"""Calls to a grid that end: a failed one is tried again for a while, and never for longer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from flwr.serverapp import Grid
+
+from fedslm.errors import Unanswered
+
+logger = logging.getLogger(__name__)
+_SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.25, 5.0
+_SHORTEST_CALL_SECONDS, _LONGEST_CALL_SECONDS = 1.0, 30.0
+_SERVER_ERROR, _UNAUTHORIZED, _FORBIDDEN = 500, 401, 403
+T = TypeVar("T")
+
+
+class Steady:
+    """A grid whose calls survive a restart of the SuperLink.
+
+    Flower's own grid tries a call again for ever if the connection fails, and ends the run at any other
+    error of the SuperLink. Here both are tried again until a time that the caller gives. Any other grid
+    is called once: its failures are not a network's.
+
+    Args:
+        grid: Where nodes are reached.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self._once = _without_retries(grid)
+        self._is_down = False
+
+    @property
+    def is_remote(self) -> bool:
+        """True if the grid is a SuperLink that is reached over HTTP."""
+        return self._once is not None
+
+    def call(self, what: Callable[[Any], T], until: float) -> T:
+        """Calls a grid, again and again while the SuperLink is away or answers with a 5xx.
+
+        A SuperLink that ends the run (401, 403) is obeyed as Flower obeys it.
+
+        Args:
+            what: Is given the grid; may be repeated.
+            until: When to give up, as ``time.monotonic`` counts; one call at least is made.
+
+        Returns:
+            What ``what`` returns.
+
+        Raises:
+            Unanswered: There was no answer until then.
+        """
+        if self._once is None:
+            return what(self.grid)
+        wait_seconds = _SHORTEST_WAIT_SECONDS
+        while True:
+            _limit(self._once, until - time.monotonic())
+            try:
+                result = what(self._once)
+            except Exception as error:  # judged by _is_passing: whatever does not pass is raised
+                if _ends_the_run(error):
+                    return what(self.grid)
+                if not _is_passing(error):
+                    raise
+                if time.monotonic() >= until:
+                    raise Unanswered(f"the SuperLink does not answer: {error}") from error
+                self._note(error)
+            else:
+                self._is_down = False
+                return result
+            time.sleep(max(0.0, min(wait_seconds, until - time.monotonic())))
+            wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
+
+    def _note(self, error: Exception) -> None:
+        """Logs the first failure of an outage."""
+        if not self._is_down:
+            logger.warning("the SuperLink does not answer; a call is tried again: %s", error)
+        self._is_down = True
+
+
+def _without_retries(grid: Grid) -> Any:
+    """A second connection of Flower's own grid, which tries nothing again; None for other grids."""
+    from flwr.superlink.grid import HttpGrid
+
+    if not isinstance(grid, HttpGrid):
+        return None
+    once = copy.copy(grid)
+    once._client, once._retry_invoker = None, None  # type: ignore[assignment]
+    return once
+
+
+def _limit(once: Any, seconds: float) -> None:
+    """Has calls time out when there is no use in waiting longer."""
+    seconds = min(_LONGEST_CALL_SECONDS, max(_SHORTEST_CALL_SECONDS, seconds))
+    once._runtime_client._client.timeout = seconds
+
+
+def _is_passing(error: Exception) -> bool:
+    """True if the same call may succeed a little later."""
+    import httpx
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= _SERVER_ERROR
+    return isinstance(error, httpx.TransportError | ObjectPushError)
+
+
+def _ends_the_run(error: Exception) -> bool:
+    """True if the SuperLink says that this run is over."""
+    import httpx
+
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (
+        _UNAUTHORIZED,
+        _FORBIDDEN,
+    )

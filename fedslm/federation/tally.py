@@ -1,0 +1,86 @@
+"""What came of a round: its answers counted, and why each of the others is missing."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedslm.federation.wire import Reply
+from fedslm.records import RoundRecord
+
+logger = logging.getLogger(__name__)
+_LONGEST_REASON, _LONGEST_NAME = 300, 64
+
+
+@dataclass
+class Tally:
+    """Counts one round's answers.
+
+    Attributes:
+        cohort: Number of clients asked.
+        names: What people call them, by index; one without a name is called "client N".
+        bytes_down: Bytes of tensors sent to them.
+        bytes_up: Bytes of tensors received from them.
+    """
+
+    cohort: int
+    names: Mapping[int, str] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    def __post_init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._reasons: list[str] = []
+        self._left_out: list[int] = []
+        self._scores, self._units = 0.0, 0.0
+
+    @property
+    def done(self) -> int:
+        """Clients that answered, failed or came late."""
+        return self._counts.total()
+
+    def count(self, client: int, answer: Reply | str) -> None:
+        """Counts one answer."""
+        if isinstance(answer, Reply):
+            self._counts["refused" if answer.status == "rolled-back" else answer.status] += 1
+            self.bytes_up += answer.num_bytes
+            reason = answer.reason
+            if answer.metric is not None:
+                self._scores, self._units = (
+                    self._scores + answer.metric[0],
+                    self._units + answer.metric[1],
+                )
+        else:
+            self._counts["late" if answer == "late" else "failed"] += 1
+            reason = answer
+        if reason:
+            name = _printable(self.names.get(client, f"client {client}"), _LONGEST_NAME)
+            line = f"{name}: {_printable(reason, _LONGEST_REASON)}"
+            self._reasons.append(line)
+            self._left_out.append(client)
+            logger.warning("%s", line)
+
+    def record(self, number: int, **values: Any) -> RoundRecord:
+        """The round's line."""
+        return RoundRecord(
+            round=number,
+            cohort=self.cohort,
+            completed=self._counts["ok"],
+            failed=self._counts["failed"],
+            late=self._counts["late"],
+            refused=self._counts["refused"],
+            bytes_down=self.bytes_down,
+            bytes_up=self.bytes_up,
+            reasons=tuple(self._reasons),
+            left_out=tuple(self._left_out),
+            private_metric=self._scores / self._units if self._units >= 1 else None,
+            **values,
+        )
+
+
+def _printable(text: str, longest: int) -> str:
+    """The beginning of a text, as one line."""
+    return "".join(each if each.isprintable() else " " for each in text[:longest])
