@@ -20,6 +20,7 @@ SENSITIVE = (
     "distillation/test_losses.py",
     "distillation/test_planted_facts.py",
     "federation/test_rounds.py",
+    "inference/test_bootstrap.py",
     "models/test_adapter.py",
     "models/test_delta.py",
     "models/test_demo_large.py",

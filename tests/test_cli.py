@@ -60,7 +60,15 @@ def test_help_lists_the_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("simulate",), ("demo",), ("config",), ("config", "show"), ("config", "check")]
+    "command",
+    [
+        ("simulate",),
+        ("demo",),
+        ("config",),
+        ("config", "show"),
+        ("config", "check"),
+        ("config", "example"),
+    ],
 )
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
     """Each command explains itself."""

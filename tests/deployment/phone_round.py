@@ -16,8 +16,7 @@ def main() -> None:
     node_directory, message_file, reply_file = map(Path, sys.argv[1:4])
     if len(sys.argv) > 4:
         (Path(sys.argv[4]) / "cgroup.procs").write_text(str(os.getpid()))
-    import flwr.supernode.fleet_http_connection  # noqa: F401  (what a connected node has in memory)
-
+    import fedslm.deployment.fleet  # noqa: F401  (what a connected node has in memory)
     from fedslm.deployment import node
     from fedslm.federation.local_grid import handle, wait_for
 
@@ -27,7 +26,7 @@ def main() -> None:
     with node.worker(ready) as pool:
         replies = []
         for _ in range(2):  # the second time from a warm worker; the same request: its release is kept
-            job = pool.submit(handle, message, ready.context(5, 1))
+            job = pool.submit(handle, message, ready.context(5, 1, 0))
             replies.append(wait_for(pool, job, message, 600.0))
     reply_file.write_bytes(pickle.dumps(replies))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedslm.deployment import authority, enrolment
+from fedslm.deployment import admission, authority, enrolment
 
 
 def admitted_node(root: Path, node_toml: str, port: int = 8443) -> Path:
@@ -14,7 +14,8 @@ def admitted_node(root: Path, node_toml: str, port: int = 8443) -> Path:
     directory.mkdir()
     (server / "federation.toml").write_text(f'name = "t"\nhost = "127.0.0.1"\nport = {port}\n')
     authority.create_authority(server, "t", 2)
-    _, admission = enrolment.admit(server, enrolment.enroll(directory, "n"), lambda *_: 5)
-    enrolment.accept(directory, admission)
+    authority.rekey(server)
+    _, told = admission.admit(server, enrolment.enroll(directory, "n"), lambda *_: 5)
+    admission.accept(directory, told)
     (directory / "node.toml").write_text(node_toml, encoding="utf-8")
     return directory

@@ -22,7 +22,7 @@ import pytest
 
 from fedslm.config import Config
 from fedslm.data.shards import read_client
-from fedslm.deployment import control, enrolment, runs
+from fedslm.deployment import admission, control, runs
 from fedslm.errors import FederationError
 from fedslm.federation.node import LEDGER
 from fedslm.privacy.chain import Chain, read_chain
@@ -322,7 +322,7 @@ def federation(
 
 def change_admission(node: Path, **changes: str) -> None:
     """Changes what a node was told."""
-    path = node / enrolment.ADMISSION
+    path = node / admission.ADMISSION
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 

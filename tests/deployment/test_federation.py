@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import ssl
@@ -14,14 +15,15 @@ from typing import Any
 
 import httpx
 import pytest
-from sites import NAMES, Site, eventually, federation, fedslm, ledger_of, moving, rounds_of
+from sites import FEDSLM, NAMES, Site, eventually, federation, fedslm, ledger_of, moving, rounds_of
 from tiny import PRIVATE
 
 import fedslm as fedslm_package
 from fedslm import simulation
-from fedslm.config import Config
-from fedslm.deployment import control, enrolment
+from fedslm.config import Config, to_toml
+from fedslm.deployment import admission, control, enrolment
 from fedslm.deployment.authority import AUTHORITY
+from fedslm.deployment.fleet import UNKNOWN_KEY
 from fedslm.progress import Silent
 from fedslm.storage import load_adapter
 
@@ -91,7 +93,7 @@ def test_a_private_run_is_charged_at_the_nodes(site: Site, make: MakeConfig) -> 
 
 def test_nodes_reach_the_fleet_api_alone(site: Site) -> None:
     """From where nodes are, /v1/control and /v1/runtime are refused; the Fleet API wants a known key."""
-    address = json.loads((site.root / "north" / enrolment.ADMISSION).read_text())["address"]
+    address = json.loads((site.root / "north" / admission.ADMISSION).read_text())["address"]
     context = ssl.create_default_context(cafile=str(site.server / AUTHORITY))
     for path, codes in {
         "/v1/control/list-runs": {403},
@@ -101,7 +103,17 @@ def test_nodes_reach_the_fleet_api_alone(site: Site) -> None:
         "/v1/fleet/%2e%2e/control/list-runs": {403},
         "/v1//control/list-runs": {403},
         "/docs": {403},
-        "/v1/fleet/pull-messages": {400, 401, 403, 415, 422},
+        "/v1/fleet/pull-messages%23": {403},
+        "/v1/fleet/pull-messages%3Fx": {403},
+        "/v1/fleet/pull-messages?x=1": {403},
+        "/v1/fleet/%70ull-messages": {403},
+        "/v1/fleet//pull-messages": {403},
+        "/v1/fleet/pull-messages/": {403},
+        "/v1/fleet/pull-messages;x": {403},
+        "/v1/fleet/register-node": {403},
+        "/v1/fleet/unregister-node": {403},
+        "/v1/fleet/": {403},
+        "/v1/fleet/pull-messages": {401},
     }.items():
         answer = httpx.post(f"https://{address}{path}", verify=context, content=b"", timeout=10)
         assert answer.status_code in codes, (path, answer.status_code)
@@ -222,11 +234,81 @@ def test_a_lost_server_is_resumed(site: Site, make: MakeConfig) -> None:
     assert one.sha256() == other.sha256()
 
 
+def test_resuming_tells_of_new_rounds_alone(site: Site, make: MakeConfig) -> None:
+    """`server run --resume` prints the rounds after the checkpoint, each once, and names who was left out."""
+    config = make("again", federation={"rounds": 6, "min_clients": 2}, training={"local_steps": 150})
+    path = site.root / "again.toml"
+    path.write_text(to_toml(config))
+    words = ("server", "run", path, "--server", site.server)
+    site.start("again", *words)
+    directory = site.server / "runs" / "again"
+    eventually(lambda: len(rounds_of(directory)) >= 1, "a first round")
+    fedslm("server", "stop", "again", "--server", site.server)
+    eventually(lambda: site.processes["again"].poll() is not None, "the watcher ends")
+    site.processes.pop("again")
+    done = len(rounds_of(directory))
+    site.stop("south")
+    eventually(lambda: not site.online("south"), "south is offline")
+    said = told(*words, "--resume")
+    assert [int(each) for each in re.findall(r"^round (\d+): ", said, re.MULTILINE)] == list(
+        range(done + 1, 7)
+    )
+    assert len(re.findall(r"^  south: late$", said, re.MULTILINE)) == 6 - done
+    assert "client" not in said
+    (south,) = [node for node in site.status()["nodes"] if node["name"] == "south"]
+    assert south["reason"] == "round 6: late"
+    assert "south: late" in (directory / "report.md").read_text()
+    site.start_node("south")
+
+
+def told(*words: str | Path) -> str:
+    """What a command that ends well says on standard error."""
+    done = subprocess.run(
+        [FEDSLM, *map(str, words)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 def test_a_revoked_node_is_shut_out(site: Site) -> None:
-    """Revoked, a node is refused with a reason, and does not come back. The last test: it stays out."""
-    fedslm("provision", "revoke", "west", "--server", site.server)
+    """Revoked while it runs, a node ends with one line and code 1; it does not come back. The last test."""
+    known = fedslm("node", "check", site.root / "west")
+    assert "checking key at the server ... ok: the server knows it" in known
+    assert site.online("west")  # a check takes no running node's place
+    site.stop("server")
+    site.start("revoke", "provision", "revoke", "west", "--server", site.server)
+    eventually(lambda: "waiting up to 60 s for the server" in site.log("revoke"), "it waits")
+    site.start_server()
+    eventually(lambda: site.processes["revoke"].poll() is not None, "west is revoked")
+    assert site.processes.pop("revoke").returncode == 0
+    assert site.log("revoke").count("waiting") == 1
+    assert "west is revoked" in site.log("revoke")
+
     eventually(lambda: site.processes["west"].poll() is not None, "west ends")
-    site.processes.pop("west")
-    site.start("west", "node", "up", site.root / "west")
-    eventually(lambda: site.processes["west"].poll() is not None, "west ends again")
-    assert site.processes.pop("west").returncode != 0
+    assert site.processes.pop("west").returncode == 1
+    assert site.log("west").splitlines()[-1] == UNKNOWN_KEY
+    assert site.log("west").count(UNKNOWN_KEY) == 1
+
+    again = subprocess.run(
+        [FEDSLM, "node", "up", site.root / "west"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert again.returncode == 1
+    assert [line for line in again.stderr.splitlines() if not is_information(line)] == [UNKNOWN_KEY]
+    found = fedslm("node", "check", site.root / "west", code=1)
+    assert f"checking key at the server ... NO: {UNKNOWN_KEY}" in found
+    assert found.count("NO: ") == 1
+    assert all(is_private(path) for path in (site.root / "west" / "data").rglob("*"))
+
+
+def is_information(line: str) -> bool:
+    """Whether a line of a log in JSON is no warning and no error."""
+    return line.startswith("{") and json.loads(line)["level"] == "info"
+
+
+def is_private(path: Path) -> bool:
+    """Whether nobody but its owner may do anything with a file."""
+    return not path.stat().st_mode & 0o077

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from test_cli import run
 
 import fedslm
-from fedslm.deployment import enrolment
+from fedslm.deployment import authority, enrolment
+from fedslm.deployment.admission import Admission
 from fedslm.deployment.authority import AUTHORITY, SERVER, SERVER_KEY, certify
 from fedslm.deployment.bundle import bundle, sha256_of
-from fedslm.deployment.enrolment import Admission
+from fedslm.deployment.certificates import node_warnings, server_warnings
 from fedslm.deployment.node import Ready, open_node
 from fedslm.deployment.preflight import Check, preflight
 from fedslm.federation.node import LEDGER
@@ -44,6 +47,9 @@ def answering(directory: Path, skew: timedelta) -> Iterator[int]:
             self.send_response_only(403)
             self.send_header("Date", format_datetime(datetime.now(UTC) + skew, usegmt=True))
             self.end_headers()
+
+        def do_POST(self) -> None:
+            self.do_GET()
 
         def log_message(self, *_: object) -> None:
             """Says nothing."""
@@ -77,7 +83,7 @@ def node(server: Path, tmp_path: Path) -> Iterator[Ready]:
             federation="test",
             address=f"127.0.0.1:{port}",
             authority=(server / AUTHORITY).read_text(),
-            client=0,
+            operator_key="ab" * 32,
             node_id=7,
             node_key=enrolment.public_text(enrolment.node_key(directory)),
             bundle_sha256=sha256_of(bundle()),
@@ -87,12 +93,12 @@ def node(server: Path, tmp_path: Path) -> Iterator[Ready]:
         yield open_node(directory)
 
 
-def checks(node: Ready) -> dict[str, Check]:
-    """All checks by name, but for the self-test, which has tests of its own and takes long."""
+def checks(node: Ready, last: str = "server and clock") -> dict[str, Check]:
+    """Checks by name, up to one: the self-test has tests of its own, and a key is asked of a real server."""
     found = {}
     for check in preflight(node):
         found[check.name] = check
-        if check.name == "server and clock":
+        if check.name == last:
             break
     return found
 
@@ -194,3 +200,95 @@ def test_no_server(node: Ready) -> None:
     check = checks(gone)["server and clock"]
     assert not check.is_good
     assert "127.0.0.1:1 cannot be reached" in check.detail
+
+
+def test_each_check_is_named_before_it_begins(node: Ready) -> None:
+    """Who watches knows what is waited for: a check is announced, then it runs, then its result comes."""
+    said: list[str] = []
+    node = without("notes.jsonl")(node)
+    for check in preflight(node, lambda name: said.append(f"checking {name}")):
+        said.append(check.name)
+        if check.name == "records":
+            break
+    names = ("version and bundle", "policy", "keys and ledger", "records")
+    assert said == [each for name in names for each in (f"checking {name}", name)]
+
+
+@contextmanager
+def clock_of_the_authority(days: int) -> Iterator[None]:
+    """The authority's machine has another date, in whole days."""
+
+    class Elsewhere(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) + timedelta(days=days)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(authority, "datetime", Elsewhere)
+        yield
+
+
+def issued(server: Path, directory: Path, clock: int, days: int) -> Path:
+    """A copy of the server with a certificate that was made for so many days, by such a clock."""
+    shutil.copytree(server, directory)
+    with clock_of_the_authority(clock):
+        authority.issue_server(directory, ["127.0.0.1"], days)
+    return directory
+
+
+@pytest.mark.parametrize(("days", "warns"), [(29, True), (32, False)])
+def test_a_certificate_that_ends_soon(
+    node: Ready, server: Path, tmp_path: Path, days: int, warns: bool
+) -> None:
+    """Thirty days before it ends, whoever relies on it is told: the node by its check, the server's operator."""
+    directory = issued(server, tmp_path / "soon", 0, days)
+    with answering(directory, timedelta(0)) as port:
+        there = replace(node, admission=replace(node.admission, address=f"127.0.0.1:{port}"))
+        check = checks(there, "certificates")["certificates"]
+    assert (check.is_good, check.warns) == (True, warns)
+    assert ("`fedslm provision renew`" in check.detail) == warns
+    assert bool(server_warnings(directory)) == warns
+    if warns:
+        assert f"ends in {days - 1} days" in check.detail
+        assert check.detail.split(":")[0] == server_warnings(directory)[0].split(":")[0]
+
+
+def test_an_authority_that_ends_soon(tmp_path: Path) -> None:
+    """The authority's end is warned of too, at both sides, and by `fedslm provision renew`."""
+    directory = tmp_path / "server"
+    directory.mkdir()
+    text = 'name = "t"\nhost = "127.0.0.1"\nauthority_days = 20\n'
+    (directory / "federation.toml").write_text(text)
+    certify(directory)
+    with answering(directory, timedelta(0)) as port:
+        found = node_warnings(f"127.0.0.1:{port}", (directory / AUTHORITY).read_text())
+    assert [each.split(" ends in ")[0] for each in found] == [
+        "the server's certificate",
+        "the authority's certificate",
+    ]
+    renewed = run("provision", "renew", "--server", str(directory))
+    assert renewed.exit_code == 0
+    for warning in server_warnings(directory):
+        assert f"warning: {warning}" in renewed.stderr
+
+
+@pytest.mark.parametrize(("clock", "days", "reason"), [(2, 9, "not yet valid"), (-40, 20, "expired")])
+def test_a_clock_that_may_be_wrong(
+    node: Ready, server: Path, tmp_path: Path, clock: int, days: int, reason: str
+) -> None:
+    """A certificate that is too young or too old: the error says that this clock may be wrong, and its time."""
+    with answering(issued(server, tmp_path / "odd", clock, days), timedelta(0)) as port:
+        there = replace(node, admission=replace(node.admission, address=f"127.0.0.1:{port}"))
+        found = checks(there, "key at the server")
+    for name in ("server and clock", "certificates", "key at the server"):
+        assert not found[name].is_good
+        assert reason in found[name].detail
+        now = datetime.now(UTC)
+        assert f"this machine's clock may be wrong: it says {now:%Y-%m-%d %H:}" in found[name].detail
+
+
+def test_whoever_else_answers_says_nothing_of_the_key(node: Ready) -> None:
+    """An answer that no SuperLink gives is no proof that the key is known: the check says no."""
+    check = checks(node, "key at the server")["key at the server"]
+    assert not check.is_good
+    assert "the server answers 403 to GetRun" in check.detail

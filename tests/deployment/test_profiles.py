@@ -269,8 +269,8 @@ def test_the_units_commands_work_in_their_sandboxes(server: Path, notes: Path, t
     check = inside(NODE_UNIT, node, *setting(NODE_UNIT, "ExecStartPre").split())
     said = check.communicate(timeout=SECONDS)[0]
     assert check.returncode == 0, said
-    assert "ok  self-test: passed" in said
-    assert len(re.findall(r"^ok ", said, re.MULTILINE)) == 10
+    assert "checking self-test ... ok: passed" in said
+    assert len(re.findall(r"^checking .* \.\.\. ok: ", said, re.MULTILINE)) == 12
 
     assert not is_connected(server)
     process = inside(NODE_UNIT, node, *setting(NODE_UNIT, "ExecStart").split())

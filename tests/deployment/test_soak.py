@@ -56,8 +56,7 @@ def test_thirty_rounds_with_random_kills(
         assert ended() == control.COMPLETED
         lines = rounds_of(directory)
         for name in NODES:
-            index = NODES.index(name)
-            lost = sum(any(f"client {index}:" in why for why in line["reasons"]) for line in lines)
+            lost = sum(any(why.startswith(f"{name}: ") for why in line["reasons"]) for line in lines)
             charged = {charge.round for charge in ledger_of(site.root / name).charges}
             assert len(charged) >= ROUNDS - lost
     growth = {name: grown(values) for name, values in sizes.items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mutations as broken
 import pytest
+import torch
 from mutations import cut_at, fixed_size, rate_times, sampler_of
 
 from fedslm.privacy import accounting, chain
@@ -23,6 +25,7 @@ EMPTY = "an empty sample releases noise and is charged"
 SEEDS = "no seed repeats noise or samples"
 ACCOUNTANTS = "three accountants agree"
 METRIC = "the metric moves by at most its sensitivity and has its noise"
+SECONDS = 20.0
 LEDGER = "the ledger refuses what was changed or would exceed the budget"
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
@@ -128,6 +131,23 @@ def test_sound_code_passes() -> None:
     assert names <= {check.name for check in result.checks}
     assert all(check.detail for check in result.checks)
     assert result.seconds > 0
+
+
+def test_it_computes_with_one_thread(patch: pytest.MonkeyPatch) -> None:
+    """Whatever the process computes with: one thread during the test, at most 20 s of CPU, and as before after it."""
+    seen: list[int] = []
+    checked = self_test._noise
+
+    def noise(bench: Bench) -> tuple[bool, str]:
+        seen.append(torch.get_num_threads())
+        return checked(bench)
+
+    patch.setattr(self_test, "_noise", noise)
+    torch.set_num_threads(2)
+    began = time.process_time()
+    assert run_self_test().passed
+    assert time.process_time() - began <= SECONDS
+    assert (seen, torch.get_num_threads()) == ([1], 2)
 
 
 @pytest.mark.parametrize("name", cases(IN_GRADIENTS))
