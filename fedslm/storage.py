@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from fedslm.errors import RunError
@@ -60,6 +61,31 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(lock: Path, seconds: float, problem: str) -> Iterator[None]:
+    """Keeps other processes out.
+
+    Args:
+        lock: The lock's file; it stays.
+        seconds: How long another process is waited for.
+        problem: What to say if it still has the lock.
+
+    Raises:
+        RunError: Another process has the lock, or the file cannot be written.
+    """
+    held = FileLock(lock, timeout=seconds)
+    try:
+        held.acquire()
+    except Timeout:
+        raise RunError(problem) from None
+    except OSError as error:
+        raise RunError(f"{lock} cannot be locked: {error}") from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def read_text(path: Path, most_bytes: int) -> str:

@@ -10,7 +10,7 @@ from tiny import disk_full
 
 from fedslm.errors import RunError
 from fedslm.records import AdapterState
-from fedslm.storage import expand, load_adapter, replacing, save_adapter, write_text
+from fedslm.storage import expand, load_adapter, locked, replacing, save_adapter, write_text
 
 _BITS = np.array([0.0, -0.0, np.nan, np.inf, 1e-45, 3.4e38], np.float32)
 
@@ -150,3 +150,25 @@ def test_a_missing_adapter_is_refused(tmp_path: Path) -> None:
     """A file that is not there is an error with its path."""
     with pytest.raises(RunError, match=r"a\.safetensors cannot be read"):
         load_adapter(tmp_path / "a.safetensors")
+
+
+def test_a_lock_is_held_by_one_and_given_back(tmp_path: Path) -> None:
+    """Whoever comes second is told so; after the first has ended, or failed, it is free."""
+    lock = tmp_path / "list.lock"
+
+    def fail() -> None:
+        with locked(lock, 0.0, "free"):
+            with pytest.raises(RunError, match="in use"), locked(lock, 0.0, "in use"):
+                pass
+            raise ValueError("fails")
+
+    with pytest.raises(ValueError, match="fails"):
+        fail()
+    with locked(lock, 0.0, "not free"):
+        pass
+
+
+def test_a_lock_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    """A directory stands where the lock's file should be."""
+    with pytest.raises(RunError, match="cannot be locked"), locked(tmp_path, 0.0, "in use"):
+        pass

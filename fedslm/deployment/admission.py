@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 import fedslm
 from fedslm.deployment import authority
@@ -39,7 +36,7 @@ from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.spends import Standing
 from fedslm.federation.trust import OPERATOR_KEY
 from fedslm.privacy import keys
-from fedslm.storage import read_text, write_text
+from fedslm.storage import locked, read_text, write_text
 
 ADMISSION, NODES = "admission.json", "nodes.json"
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
@@ -180,18 +177,10 @@ def revoke(directory: Path, name: str, unregister: Any) -> Admitted:
     raise RunError(f"there is no admitted node {name!r}; see `fedslm provision list`")
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _locked(directory: Path) -> AbstractContextManager[None]:
     """Keeps other commands out between reading and writing the list."""
-    lock = FileLock(directory / f"{NODES}.lock", timeout=_LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except (Timeout, OSError) as error:
-        raise RunError(f"{directory / NODES} cannot be locked: {error}") from error
-    try:
-        yield
-    finally:
-        lock.release()
+    problem = f"{directory / NODES} is in use by another process; try again"
+    return locked(directory / f"{NODES}.lock", _LOCK_SECONDS, problem)
 
 
 def _write(directory: Path, nodes: list[Admitted]) -> None:

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedslm.data import shards
@@ -30,6 +29,7 @@ from fedslm.federation.envelopes import Envelope
 from fedslm.federation.local_grid import handle, wait_for
 from fedslm.federation.node import OWN_SHARD, deployed_config
 from fedslm.federation.workers import WorkerPool
+from fedslm.storage import locked
 
 logger = logging.getLogger(__name__)
 _DATA, _LOG = "data", "node.log"
@@ -122,8 +122,9 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
         return not stop.wait(seconds) and attendance.takes_part()
 
     was_there, has_met = True, False
+    taken = f"another process runs the node in {ready.directory}"
     with (
-        _alone(ready.directory),
+        locked(ready.directory / "node.lock", 0.0, taken),
         served(ready.file.metrics_port, lambda: node_figures(ready.directory, counts)),
     ):
         while not stop.is_set():
@@ -139,20 +140,6 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
                 logger.log(level, "%s cannot be reached; tried again", ready.admission.address)
             was_there = found
             stop.wait(_AGAIN_SECONDS)
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Keeps a second process of this node out."""
-    lock = FileLock(directory / "node.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunError(f"another process runs the node in {directory}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _took_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool]) -> bool:

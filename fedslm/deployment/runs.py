@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fedslm.config import Config
 from fedslm.deployment.admission import NODES
 from fedslm.deployment.control import COMPLETED, FINISHED, Control
@@ -22,7 +20,7 @@ from fedslm.errors import FederationError, RunError
 from fedslm.federation.checkpoint import ERROR, RunDirectory
 from fedslm.federation.roster import chosen_nodes
 from fedslm.federation.spends import SPENDS, Standing, read_standings
-from fedslm.storage import write_text
+from fedslm.storage import locked, write_text
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS, _TURN_SECONDS = 0.5, 10.0
@@ -107,15 +105,9 @@ def _turn(directory: Path) -> Iterator[None]:
         RunError: Another one is under way.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory.with_name(f".{directory.name}.start"), timeout=_TURN_SECONDS)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunError(f"another `fedslm server run` is starting {directory.name}") from None
-    try:
+    problem = f"another `fedslm server run` is starting {directory.name}"
+    with locked(directory.with_name(f".{directory.name}.start"), _TURN_SECONDS, problem):
         yield
-    finally:
-        lock.release()
 
 
 def _refuse_living(control: Control, directory: Path, *, seconds: float) -> None:

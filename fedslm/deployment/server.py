@@ -17,12 +17,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from fedslm.deployment import proxy
 from fedslm.deployment.authority import AUTHORITY, SERVER, SERVER_KEY, expires, write_private
@@ -31,6 +29,7 @@ from fedslm.deployment.journal import keep_small, last_lines
 from fedslm.deployment.metrics import served, server_figures
 from fedslm.deployment.settings import FederationFile, read_federation
 from fedslm.errors import RunError
+from fedslm.storage import locked
 
 logger = logging.getLogger(__name__)
 _SECRET, _STATE, LOGS, _DATABASE = "launcher.secret", "state", "logs", "superlink.db"
@@ -248,19 +247,10 @@ def _check_certificate(directory: Path) -> None:
         )
 
 
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def _alone(directory: Path) -> AbstractContextManager[None]:
     """Makes sure that one process runs a directory's server."""
-    lock = FileLock(directory / "server.lock", timeout=0)
-    try:
-        lock.acquire()
-    except (Timeout, OSError) as error:
-        reason = "another process runs it" if isinstance(error, Timeout) else str(error)
-        raise RunError(f"the server in {directory} cannot be started: {reason}") from error
-    try:
-        yield
-    finally:
-        lock.release()
+    problem = f"the server in {directory} cannot be started: another process runs it"
+    return locked(directory / "server.lock", 0.0, problem)
 
 
 def _check_ports(federation: FederationFile) -> None:

@@ -22,15 +22,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fedslm import config as configuration
 from fedslm.aggregation.server import ServerState
 from fedslm.config import Config
 from fedslm.errors import ConfigError, FedslmError, PrivacyError, RunError
 from fedslm.privacy.statement import Statement, read_statement
 from fedslm.records import AdapterState, RoundRecord, is_count, is_number
-from fedslm.storage import load_adapter, save_adapter, write_text
+from fedslm.storage import load_adapter, locked, save_adapter, write_text
 
 ERROR = "error.txt"
 _PARTS = ("moving", "memory", "control")
@@ -140,15 +138,9 @@ class RunDirectory:
         Raises:
             RunError: Another process runs here.
         """
-        lock = FileLock(self.path / ".lock", timeout=_LOCK_SECONDS)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RunError(f"{self.path} is in use by another process") from None
-        try:
+        problem = f"{self.path} is in use by another process"
+        with locked(self.path / ".lock", _LOCK_SECONDS, problem):
             yield
-        finally:
-            lock.release()
 
     @property
     def has_checkpoint(self) -> bool:

@@ -19,20 +19,18 @@ as it states again: charges and epsilon are those of its whole ledger.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fedslm.errors import RunError
 from fedslm.federation.envelopes import MOST_SEEN
 from fedslm.privacy.merkle import extends
 from fedslm.privacy.statement import Statement
-from fedslm.storage import write_text
+from fedslm.storage import locked, write_text
 
 SPENDS = "spends.json"
 STANDING = "standing.json"  # in a run's directory: what was known of its nodes after its last round
@@ -297,10 +295,13 @@ def _merged(before: Standing, current: Standing | None, news: Standing) -> Stand
     out, since = (current.out, current.since) if current.out else (news.out, news.since)
     if len(seen) > MOST_SEEN and not out:
         out, since = f"more than {MOST_SEEN} runs saw its ledger at different points", _now()
+    latest = max(news, current, key=lambda each: each.charges)  # epsilon goes with its charges
     return replace(
         news,
         seen=seen[-MOST_SEEN:],
-        charges=max(current.charges, news.charges),
+        charges=latest.charges,
+        epsilon=latest.epsilon,
+        delta=latest.delta,
         runs={**current.runs, **news.runs},
         readmissions=current.readmissions,
         out=out,
@@ -329,18 +330,10 @@ def _write(path: Path, standings: Mapping[str, Standing]) -> None:
     write_text(path, json.dumps({"ledgers": values}, indent=2) + "\n")
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> AbstractContextManager[None]:
     """Keeps other processes out between reading and writing."""
-    lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except (Timeout, OSError) as error:
-        raise RunError(f"{path} cannot be locked: {error}") from error
-    try:
-        yield
-    finally:
-        lock.release()
+    problem = f"{path} is in use by another process; try again"
+    return locked(path.with_name(f"{path.name}.lock"), _LOCK_SECONDS, problem)
 
 
 def _now() -> str:

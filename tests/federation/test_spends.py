@@ -179,6 +179,26 @@ def test_two_runs_beside_each_other(spends: Spends, ledger: Ledger) -> None:
     assert len(read_standings(spends.path)[ME].seen) == 1
 
 
+def test_the_later_statement_is_kept_whoever_saves_last(spends: Spends, ledger: Ledger) -> None:
+    """A run that saves an earlier statement after another run's later one lowers no epsilon."""
+    other = Spends(spends.path)
+    assert told(spends, ledger) is None
+    spends.save()
+    other.refresh()
+    asked = other.standing(ME).seen
+    spend(ledger, 2)
+    earlier = ledger.statement("run", 2, "release")
+    assert spends.believe(earlier, asked, ledger.extension(asked)) is None
+    spend(ledger, 1, run="second")
+    later = ledger.statement("second", 1, "release")
+    assert other.believe(later, asked, ledger.extension(asked)) is None
+    other.save()
+    spends.save()
+    kept = read_standings(spends.path)[ME]
+    assert later.epsilon > earlier.epsilon
+    assert (kept.charges, kept.epsilon, kept.delta) == (3, later.epsilon, later.delta)
+
+
 def test_a_ledger_shown_in_two_forms_is_found_out(
     tmp_path: Path, spends: Spends, ledger: Ledger
 ) -> None:
