@@ -85,18 +85,32 @@ def end_at_server(address: str, authority: str) -> datetime:
     Raises:
         FederationError: The server cannot be reached, or is not who the authority says.
     """
+    try:
+        shown = certificate_at(address, authority)
+    except OSError as error:
+        raise FederationError(f"{address} cannot be reached: {with_clock(error)}") from error
+    return x509.load_der_x509_certificate(shown).not_valid_after_utc
+
+
+def certificate_at(address: str, authority: str) -> bytes:
+    """The certificate (DER) that a server shows, which the authority vouches for.
+
+    Args:
+        address: Host and port.
+        authority: The certificate that the server is known by, PEM.
+
+    Raises:
+        ssl.SSLCertVerificationError: The server is not who the authority says.
+        OSError: It cannot be reached.
+    """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     context = ssl.create_default_context(cadata=authority)
-    try:
-        with (
-            socket.create_connection((host, int(port)), _REACH_SECONDS) as plain,
-            context.wrap_socket(plain, server_hostname=host) as connection,
-        ):
-            shown = connection.getpeercert(binary_form=True)
-    except OSError as error:
-        raise FederationError(f"{address} cannot be reached: {with_clock(error)}") from error
-    return x509.load_der_x509_certificate(shown or b"").not_valid_after_utc
+    with (
+        socket.create_connection((host, int(port)), _REACH_SECONDS) as plain,
+        context.wrap_socket(plain, server_hostname=host) as connection,
+    ):
+        return connection.getpeercert(binary_form=True) or b""
 
 
 def with_clock(error: Exception) -> str:

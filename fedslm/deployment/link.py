@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import socket
 import ssl
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from flwr.app import Error, Message
 
 import fedslm
 from fedslm.deployment.bundle import sha256_of
+from fedslm.deployment.certificates import certificate_at
 from fedslm.deployment.fleet import NotKnown
 from fedslm.errors import FederationError
 from fedslm.federation.inflating import Limits, inflated, objects_of
@@ -29,7 +29,7 @@ from fedslm.federation.lifetime import exchange_seconds
 logger = logging.getLogger(__name__)
 _NOT_APPROVED, _LONGEST = 7, 32
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 30.0
-_REACH_SECONDS, _DAY_SECONDS = 10.0, 86_400.0
+_DAY_SECONDS = 86_400.0
 _PIECE_BYTES = 5 << 20
 _LATEST_SECONDS, _LONGEST_NAME = 1e11, 128
 _METADATA = ("run_id", "src_node_id", "dst_node_id", "message_type", "group_id", "created_at", "ttl")
@@ -293,17 +293,11 @@ def is_there(address: str, authority: str) -> bool:
         address: Host and port.
         authority: The certificate that the server is known by, PEM.
     """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    context = ssl.create_default_context(cadata=authority)
     try:
-        with (
-            socket.create_connection((host, int(port)), _REACH_SECONDS) as plain,
-            context.wrap_socket(plain, server_hostname=host),
-        ):
-            return True
+        certificate_at(address, authority)
     except ssl.SSLCertVerificationError:
         return True
     except OSError as error:
         logger.debug("%s cannot be reached: %s", address, error)
         return False
+    return True
