@@ -8,14 +8,11 @@ import threading
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fedslm.cli.console import ERRORS, LogForm, LogFormat, clear_errors, keep_private
-
-if TYPE_CHECKING:
-    pass
 
 _GRACE_SECONDS, _ASK_SECONDS = 5.0, 3.0
 

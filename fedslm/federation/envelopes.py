@@ -329,5 +329,7 @@ def _read(text: str) -> Envelope:
         if len(found.seen) > MOST_SEEN or found.client > _MOST_CLIENT or len(found.nonce) != 32:
             raise ValueError("a value is out of its range")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise FederationError(f"the instruction's envelope cannot be read: {error}") from error
+        raise FederationError(
+            f"the instruction's envelope cannot be read: {str(error)[:100]}"
+        ) from error
     return found

@@ -12,6 +12,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedslm.errors import Unanswered
+from fedslm.federation.envelopes import Asked
 from fedslm.federation.fetch import Fetch
 from fedslm.federation.inflating import Limits
 from fedslm.federation.lifetime import lifetime_of
@@ -139,10 +140,10 @@ class Exchange:
             self.bytes_down += request.num_bytes + lacking * self.frozen.num_bytes
         own = {client: contents[client in self._have] for client in asked}
         if self.trust is not None:
-            good = (
-                self.seconds + _GRACE_SECONDS
-            )  # a node that comes back later does not train for nothing
-            own = self.trust.signed(own, self.grid.run.run_id, request, (kind, good))
+            seconds = self.seconds + _GRACE_SECONDS  # later than that a node would train for nothing
+            grid_run = self.grid.run.run_id
+            asked_for = Asked(request.setup.run_id, grid_run, request.round, kind, seconds)
+            own = self.trust.signed(own, asked_for)
         return [
             Message(own[client], self.nodes[client], kind, ttl=ttl, group_id=str(request.round))
             for client in asked

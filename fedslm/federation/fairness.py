@@ -40,6 +40,7 @@ def read_metrics(message: Message) -> ClientMetrics | str | None:
         bounds.records(message.content, configs=("measured",), arrays=())
         values = message.content.config_records["measured"]
         bounds.exactly(values, ("status", "metrics", "salt"), "the answer")
+        bounds.text(values, "salt", bounds.LONGEST_REASON)
         status = bounds.text(values, "status", bounds.LONGEST_REASON)
         text = bounds.text(values, "metrics", _LONGEST_TEXT)
         if status != "ok":

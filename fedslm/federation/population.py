@@ -58,12 +58,8 @@ def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:
             raise FederationError(f"node {node} cannot take part: {reason}")
         values = dict(reply.content.config_records.get("hello", {}))
         bounds.exactly(values, ("version", "client"), f"the answer of node {node}")
-        version, client = values.get("version"), values.get("client")
-        known = set(values) == {"version", "client"}
-        if (
-            not (known and isinstance(client, int) and not isinstance(client, bool))
-            or version != fedslm.__version__
-        ):
+        version, client = values["version"], values["client"]
+        if type(client) is not int or version != fedslm.__version__:
             said = f"{bounds.cut(version, 40)} as client {bounds.cut(client, 40)}"
             raise FederationError(f"node {node} runs fedslm {said}, the server {fedslm.__version__}")
         if client in nodes:

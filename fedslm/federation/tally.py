@@ -49,10 +49,8 @@ class Tally:
             self.bytes_up += answer.num_bytes
             reason = answer.reason
             if answer.metric is not None:
-                self._scores, self._units = (
-                    self._scores + answer.metric[0],
-                    self._units + answer.metric[1],
-                )
+                self._scores += answer.metric[0]
+                self._units += answer.metric[1]
         else:
             self._counts["late" if answer == "late" else "failed"] += 1
             reason = answer

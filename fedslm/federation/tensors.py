@@ -51,7 +51,7 @@ def arrays_of(
     most_bytes: int | None = None,
     mask: Mask | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """What :func:`_record` packed."""
+    """What :func:`record_of` packed."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 

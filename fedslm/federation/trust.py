@@ -17,7 +17,7 @@ from fedslm.errors import FederationError, FedslmError, LedgerError
 from fedslm.federation.envelopes import Asked, content_sha256, enclosed, is_answer
 from fedslm.federation.roster import Registered, revoked_keys
 from fedslm.federation.spends import SPENDS, STANDING, Spends, Standing
-from fedslm.federation.wire import Request, proofs_of
+from fedslm.federation.wire import proofs_of
 from fedslm.privacy.keys import private_key, read_public_key
 from fedslm.privacy.statement import read_statement
 from fedslm.storage import write_text
@@ -94,23 +94,13 @@ class Trust:
                 )
         return found
 
-    def signed(
-        self,
-        contents: Mapping[int, RecordDict],
-        grid_run: int,
-        request: Request,
-        kind_and_seconds: tuple[str, float],
-    ) -> dict[int, RecordDict]:
+    def signed(self, contents: Mapping[int, RecordDict], asked: Asked) -> dict[int, RecordDict]:
         """Adds each client's own signed envelope to its content.
 
         Args:
             contents: Client index to content; contents that are one object are hashed once.
-            grid_run: Flower's number of the run.
-            request: What is asked.
-            kind_and_seconds: The message's type, and how long it is good for.
+            asked: What is signed for all of them.
         """
-        kind, seconds = kind_and_seconds
-        asked = Asked(request.setup.run_id, grid_run, request.round, kind, seconds)
         hashes = {id(content): content_sha256(content) for content in contents.values()}
         found = {}
         for client, content in contents.items():
