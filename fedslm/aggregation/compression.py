@@ -213,7 +213,7 @@ def _decode(key: str, packed: Mapping[str, NDArray[Any]], upload: UploadName, co
             scale = packed[f"{_SCALE}{key}"]
             good = scale.dtype == np.float32 and scale.shape == (1,)
             if not (good and _SMALLEST <= float(scale[0]) <= _LARGEST):
-                raise FederationError(f"the scale of packed {key} is no scale")
+                raise FederationError(f"the scale of packed {key} is not a scale")
             values: FloatArray = array.astype(np.float32) * scale[0]
             return values
         case _:

@@ -86,7 +86,7 @@ def init(
             f"{file.parent}"
         )
         typer.echo(
-            "keep authority.key offline if you can: it is needed by `fedslm provision renew` alone"
+            "keep authority.key offline if you can: it is needed only by `fedslm provision renew`"
         )
 
 
@@ -203,11 +203,11 @@ def readmit(
         from fedslm.deployment import admission
 
         known = admission.readmit(server, name, reason)
-        typer.echo(f"{name} takes part again; it was out since {known.since}: {known.out}")
+        typer.echo(f"{name} takes part again; it had been out since {known.since}: {known.out}")
         if known.charges:
             typer.echo(
                 f"before, its ledger had {known.charges} charges, epsilon {known.epsilon:.3f} at "
-                f"delta={known.delta:g}: this counts no more here, but it was spent"
+                f"delta={known.delta:g}: the server no longer counts this, but it was spent"
             )
 
 

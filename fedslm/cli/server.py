@@ -88,7 +88,7 @@ def run(
             status = runs.follow(control, run_id, directory, tell, stop)
         if not status.startswith("finished"):
             ERRORS.print(
-                f"the run goes on; watch it with: fedslm server status --server {server}",
+                f"the run continues; watch it with: fedslm server status --server {server}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -111,7 +111,7 @@ def admitted_nodes(directory: Path) -> list[Admitted]:
     try:
         return [Admitted(**node) for node in json.loads(read_text(path, _MAX_LIST_BYTES))["nodes"]]
     except UNUSABLE as error:
-        raise RunError(f"{path} is no list of nodes: {short(error)}") from error
+        raise RunError(f"{path} is not a list of nodes: {short(error)}") from error
 
 
 def admit(directory: Path, request: Path, register: Any) -> tuple[Admitted, Path]:
@@ -333,12 +333,12 @@ def read_admission(path: Path) -> Admission:
             if type(value) is not (int if key == "node_id" else str):
                 raise ValueError(f"{key} is {str(value)[:40]!r}")
         if not 0 <= found.node_id <= _LARGEST or not _ADDRESS.fullmatch(found.address):
-            raise ValueError("node_id is out of range, or the address is no host and port")
+            raise ValueError("node_id is out of range, or the address is not a host and port")
         if not _PUBLIC_KEY.fullmatch(found.operator_key):
             raise ValueError("operator_key is not 64 hexadecimal digits")
         return found
     except UNUSABLE as error:
-        raise RunError(f"{path} is no admission: {short(error)}") from error
+        raise RunError(f"{path} is not an admission: {short(error)}") from error
 
 
 def address_of(federation: FederationFile) -> str:

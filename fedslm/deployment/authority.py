@@ -146,7 +146,7 @@ def read_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} is no certificate: {error}") from error
+        raise RunError(f"{path} is not a certificate: {error}") from error
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -175,9 +175,9 @@ def _authority(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certif
         content = (directory / AUTHORITY_KEY).read_bytes()
         key = serialization.load_pem_private_key(content, password=None)
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{directory / AUTHORITY_KEY} is no key: {error}") from error
+        raise RunError(f"{directory / AUTHORITY_KEY} is not a key: {error}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise RunError(f"{directory / AUTHORITY_KEY} is no elliptic-curve key")
+        raise RunError(f"{directory / AUTHORITY_KEY} is not an elliptic-curve key")
     return key, read_certificate(directory / AUTHORITY)
 
 
@@ -222,7 +222,7 @@ def _general_name(name: str) -> x509.GeneralName:
     try:
         return x509.DNSName(name)
     except ValueError as error:
-        problem = f"value {name!r} is no name and no address: {error}"
+        problem = f"value {name!r} is neither a name nor an address: {error}"
         raise ConfigError([Problem("host", problem)]) from error
 
 

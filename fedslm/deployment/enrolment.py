@@ -91,9 +91,9 @@ def node_key(directory: Path) -> ec.EllipticCurvePrivateKey:
             raise RunError(f"{path} can be read by others; run: chmod 600 {path}")
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise RunError(f"{path} is no key: {error}; run `fedslm node enroll`") from error
+        raise RunError(f"{path} is not a key: {error}; run `fedslm node enroll`") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise RunError(f"{path} is no elliptic-curve key; run `fedslm node enroll`")
+        raise RunError(f"{path} is not an elliptic-curve key; run `fedslm node enroll`")
     return key
 
 
@@ -145,7 +145,7 @@ def read_request(path: Path) -> dict[str, str]:
     except InvalidSignature as error:
         raise RunError(f"{path} is refused: the node key's signature is wrong") from error
     except (*UNUSABLE, LedgerError) as error:
-        raise RunError(f"{path} is no enrolment request: {short(error)}") from error
+        raise RunError(f"{path} is not an enrolment request: {short(error)}") from error
     return content
 
 

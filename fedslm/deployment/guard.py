@@ -102,7 +102,7 @@ class Guard:
             raise Refused(405, "a node sends POST requests")
         headers = scope["headers"]
         if not _HOST.fullmatch(_header(headers, b"host")):
-            raise Refused(400, "the host header is no host")
+            raise Refused(400, "the host header is not a host")
         if any(name == b"transfer-encoding" for name, _ in headers):
             raise Refused(411, "a body has a stated length")
         text = _header(headers, b"content-length")

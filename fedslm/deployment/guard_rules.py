@@ -269,7 +269,7 @@ class Rules:
         """
         found = self.records.instruction(request.message_object_id)
         if not _is_for(found, node, request.run_id):
-            raise Refused(403, "message_object_id is no instruction for this node in this run")
+            raise Refused(403, "message_object_id is not an instruction for this node in this run")
         is_whole = not self.records.lacks_objects(request.message_object_id)
         _require(is_whole, "an instruction is confirmed when all of it has come")
 
@@ -279,13 +279,13 @@ class Rules:
         Raises:
             Refused: It does not name one.
         """
-        _require(_NAME.fullmatch(request.hash_str) is not None, "hash_str is no SHA-256")
+        _require(_NAME.fullmatch(request.hash_str) is not None, "hash_str is not a SHA-256")
 
     def _check_against_instruction(self, metadata: Any, node: int) -> None:
         """Refuses what is no answer to a stored instruction for this node."""
         found = self.records.instruction(metadata.reply_to_message_id)
         if found is None or not _is_for(found, node, metadata.run_id):
-            raise Refused(403, "reply_to_message_id is no instruction for this node in this run")
+            raise Refused(403, "reply_to_message_id is not an instruction for this node in this run")
         times = (metadata.created_at, metadata.ttl, metadata.created_at + metadata.ttl)
         _require(all(map(math.isfinite, times)), "created_at and ttl must be finite")
         _require(metadata.ttl > 0 and metadata.created_at > 0, "created_at and ttl must be positive")
@@ -349,7 +349,7 @@ def _names_of(tree: Any, most: int) -> list[str]:
         names.append(node.object_id)
         _require(len(names) + len(waiting) + len(node.children) <= most, f"more than {most} objects")
         _require(depth <= fleet_api.DEEPEST, f"an object tree deeper than {fleet_api.DEEPEST}")
-        _require(_NAME.fullmatch(node.object_id) is not None, "an object's name is no SHA-256")
+        _require(_NAME.fullmatch(node.object_id) is not None, "an object's name is not a SHA-256")
         children = {child.object_id for child in node.children}
         _require(len(children) == len(node.children), "an object has one child twice")
         waiting.extend((child, depth + 1) for child in node.children)

@@ -137,7 +137,7 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
                 found = _took_part(ready, counts, goes_on)
             elif was_there:  # at the start it may only be coming up
                 level = logging.WARNING if has_met else logging.INFO
-                logger.log(level, "%s cannot be reached; tried again", ready.admission.address)
+                logger.log(level, "%s cannot be reached; retrying", ready.admission.address)
             was_there = found
             stop.wait(_AGAIN_SECONDS)
 
@@ -149,7 +149,7 @@ def _took_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool
     try:
         _take_part(ready, counts, goes_on)
     except httpx.TransportError as error:
-        logger.warning("%s does not answer: %s; tried again", ready.admission.address, error)
+        logger.warning("%s does not answer: %s; retrying", ready.admission.address, error)
         return False
     return True
 

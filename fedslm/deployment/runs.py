@@ -173,7 +173,7 @@ def stop(control: Control, directory: Path) -> None:
     name, number = directory.name, _number(directory)
     found = _living(control, directory.absolute())
     if not found and number is None:
-        raise RunError(f"{directory} is no run that was started here")
+        raise RunError(f"{directory} is not a run that was started here")
     if not found and not _is_held(directory):
         raise RunError(f"{name} is not running; `fedslm server status` says how it ended")
     for each in found:

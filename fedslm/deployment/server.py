@@ -171,7 +171,7 @@ class _Running:
         self._short_lives = self._short_lives + 1 if age < _SHORT_SECONDS else 1
         if self._short_lives >= _MOST_SHORT_LIVES:
             raise RunError(f"{name} ended {self._short_lives} times in a row: {self.last_words()}")
-        logger.error("%s ended with %s; it is started again", name, code)
+        logger.error("%s ended with %s; restarting it", name, code)
         self.process = self._start()
 
     def last_words(self) -> str:

@@ -1,7 +1,7 @@
 """What a message may hold at most: everything from outside is held against this before it is parsed.
 
 Formal guarantees:
-    * JSON is parsed from a text of a bounded length alone; NaN and infinities are refused.
+    * JSON is parsed from a text of bounded length only; NaN and infinities are refused.
     * Tensors are allocated after their header was checked: their number, names, number types and
       shapes, and that their sizes add up to the bytes that came.
     * Whatever is wrong is a FederationError of at most 300 characters.
@@ -62,7 +62,7 @@ def parsed(text: object, most: int, what: str) -> Any:
 
 def _refuse(name: str) -> None:
     """NaN and infinities are no JSON."""
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def text(values: Mapping[str, Any], key: str, longest: int) -> str:
@@ -162,7 +162,7 @@ def moderate(values: Any, what: str, depth: int = 4) -> None:
         case _:
             good = False
     if not good:
-        raise FederationError(f"{what} is too large, or is no value of a config")
+        raise FederationError(f"{what} is too large, or is not a value of a config")
 
 
 def tensor_bytes(
@@ -217,9 +217,9 @@ def _check_header(content: bytes, number_types: frozenset[str]) -> None:
     try:
         header = parsed(raw.decode("utf-8"), _HEADER_BYTES, "the tensors' header")
     except UnicodeDecodeError as error:
-        raise FederationError("the tensors' header is no text") from error
+        raise FederationError("the tensors' header is not text") from error
     if type(header) is not dict:
-        raise FederationError("the tensors' header is no list of tensors")
+        raise FederationError("the tensors' header is not a list of tensors")
     claimed = sum(_claimed(key, entry, number_types) for key, entry in header.items())
     if claimed != len(content) - 8 - length:
         raise FederationError("the tensors' header claims other sizes than there are bytes")

@@ -127,4 +127,4 @@ def _listed(path: Path) -> list[dict[str, Any]]:
             node["revoked"] = bool(node["revoked"])
         return nodes
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FederationError(f"{path} is no list of admitted nodes: {cut(error)}") from error
+        raise FederationError(f"{path} is not a list of admitted nodes: {cut(error)}") from error

@@ -141,7 +141,9 @@ def read_statement(text: str) -> Statement:
         PrivacyError: It is not a statement, was not signed by that key, or is longer than 8 KiB.
     """
     if not isinstance(text, str) or len(text) > LONGEST_STATEMENT:
-        raise PrivacyError(f"the spend statement is no text of at most {LONGEST_STATEMENT} characters")
+        raise PrivacyError(
+            f"the spend statement is not a text of at most {LONGEST_STATEMENT} characters"
+        )
     try:
         values: dict[str, Any] = json.loads(text)
         values["charged"] = tuple(_read_counted(values["charged"]))

@@ -86,7 +86,7 @@ def test_what_is_no_request_is_refused(tmp_path: Path, content: str) -> None:
     """With an error of ours."""
     path = tmp_path / "request.json"
     path.write_text(content)
-    with pytest.raises(RunError, match="no enrolment request"):
+    with pytest.raises(RunError, match="not an enrolment request"):
         enrolment.read_request(path)
 
 
@@ -278,7 +278,7 @@ def test_an_admission_has_the_right_types(
     """A number that is a path, or an address that is none, is no admission."""
     _, told = admission.admit(server, enrolment.enroll(tmp_path / "north", "north"), register)
     told.write_text(json.dumps({**json.loads(told.read_text()), **changes}))
-    with pytest.raises(RunError, match="is no admission"):
+    with pytest.raises(RunError, match="is not an admission"):
         admission.accept(tmp_path / "north", told)
 
 

@@ -677,7 +677,7 @@ def test_a_bundle_is_asked_for_by_its_hash(world: World, name: str) -> None:
     """Flower logs what was asked for: nothing of a node's own words gets there."""
     (node, *_) = world.nodes
     request = GetFabRequest(node=Node(node_id=node.node_id), hash_str=name, run_id=world.run)
-    refused(node.send("get-fab", request), 400, "no SHA-256")
+    refused(node.send("get-fab", request), 400, "not a SHA-256")
 
 
 def test_an_instruction_is_pulled_as_it_was(world: World) -> None:

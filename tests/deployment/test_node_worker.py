@@ -65,5 +65,5 @@ def test_a_server_that_is_not_up_yet_is_no_warning(
     logger.propagate = True
     assert not node.is_alive()
     said = [(each.levelname, each.getMessage()) for each in caplog.records]
-    assert said.count(("INFO", "127.0.0.1:1 cannot be reached; tried again")) == 1
+    assert said.count(("INFO", "127.0.0.1:1 cannot be reached; retrying")) == 1
     assert {level for level, _ in said} == {"INFO"}

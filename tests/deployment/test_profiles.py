@@ -237,7 +237,7 @@ def server(tmp_path: Path) -> Iterator[Path]:
     finally:
         process.terminate()
         said = process.communicate(timeout=SECONDS)[0]
-    assert "started again" not in said
+    assert "restarting it" not in said
 
 
 def test_a_sandbox_holds(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_reason_that_names_the_node(server: Path, tmp_path: Path) -> None:
 def test_without_a_list_of_nodes_that_can_be_read(tmp_path: Path) -> None:
     """A damaged list of nodes is said to be so."""
     (tmp_path / NODES).write_text("[]")
-    with pytest.raises(RunError, match="no list of nodes"):
+    with pytest.raises(RunError, match="not a list of nodes"):
         status_of(tmp_path, [])
 
 

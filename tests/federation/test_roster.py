@@ -55,7 +55,7 @@ def test_another_number_of_nodes(tmp_path: Path, count: int) -> None:
 @pytest.mark.parametrize("changes", [{"ledger_key": None, "node_id": "x"}, {"node_id": None}])
 def test_a_damaged_list(tmp_path: Path, changes: dict[str, Any]) -> None:
     """A list that cannot be read is no list."""
-    with pytest.raises(FederationError, match="no list of admitted nodes"):
+    with pytest.raises(FederationError, match="not a list of admitted nodes"):
         chosen_nodes(listed(tmp_path / "nodes.json", **changes), (), 2)
 
 
