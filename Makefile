@@ -14,13 +14,13 @@ demo: $(VENV)/.installed
 	$(BIN)/fedslm demo --directory runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not real and not federation" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not real and not federation" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-real: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "real and not slow" --timeout 1200
 
 test-federation: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m "federation and not slow" --timeout 600
+	$(BIN)/python -m pytest -q -m "federation and not slow" -n 2 --dist loadfile --no-loadscope-reorder --timeout 600
 
 # What another processor may compute otherwise, under the kernels of three.
 test-kernels: $(VENV)/.installed
