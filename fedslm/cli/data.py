@@ -107,6 +107,7 @@ def split(
 
 def _with_lengths(found: Preview, shared: Shared, config: Config) -> Preview:
     """How many texts are cut or give no example, if the base model's tokenizer is at hand."""
+    from fedslm.data.spool import rows_in
     from fedslm.models.base import load_tokenizer, local
     from fedslm.tasks import build
 
@@ -116,7 +117,7 @@ def _with_lengths(found: Preview, shared: Shared, config: Config) -> Preview:
     tokenizer = load_tokenizer(directory)
     task = build(config.task, config.data, shared.labels)
     every = math.ceil(len(shared.train) / _LOOKED_AT)
-    rows = shared.train.select(range(0, len(shared.train), every)).to_list()
+    rows = rows_in(shared.train.select(range(0, len(shared.train), every)))
     prepared = task.prepare(rows, tokenizer)
     share = prepared.truncated / max(1, len(prepared.kept))
     unusable = len(rows) - len(prepared.kept)

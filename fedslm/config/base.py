@@ -14,7 +14,7 @@ def _split(value: object) -> object:
     if isinstance(value, list | tuple):
         if any(isinstance(part, str) and "," in part for part in value):
             raise ValueError("a name may not hold a comma: Flower's run config separates names by it")
-        return tuple(value)
+        return tuple(part.strip() if isinstance(part, str) else part for part in value)
     return value
 
 

@@ -6,6 +6,7 @@ import re
 from string import Formatter
 
 from fedslm.config import DataConfig, TaskConfig
+from fedslm.data.missing import is_missing, name_of
 from fedslm.errors import ConfigError, Problem
 
 _LONGEST_PROMPT = 10_000
@@ -67,8 +68,8 @@ def names_in(value: object) -> tuple[str, ...]:
     >>> names_in("heart, bone"), names_in(["heart"]), names_in(None)
     (('heart', 'bone'), ('heart',), ())
     """
-    if value is None:
+    if is_missing(value):
         return ()
     if isinstance(value, list | tuple):
-        return tuple(str(name).strip() for name in value if name is not None)
+        return tuple(name_of(name) for name in value if not is_missing(name))
     return tuple(name.strip() for name in re.split(r"[,;|]", str(value)) if name.strip())

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from fedslm.data.missing import name_of
 from fedslm.data.spool import batches
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def normalised(value: Any) -> str:
     """
     if isinstance(value, list):
         value = " ".join(map(str, value))
-    return " ".join(unicodedata.normalize("NFKC", str(value)).casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", name_of(value)).casefold().split())
 
 
 def _hashes(dataset: Dataset, columns: list[str]) -> Iterator[int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.data.columns import names_in, needed
+from fedslm.data.missing import is_missing, is_nothing, name_of
 from fedslm.data.spool import batches, named
 from fedslm.errors import DataError
 from fedslm.storage import expand
@@ -79,9 +80,9 @@ def counts(dataset: Dataset, data: DataConfig, task: TaskConfig) -> Counter[str]
 
 
 def names_of(value: Any, task: TaskConfig) -> tuple[str, ...]:
-    """Names in one record's label column."""
+    """Names in one record's label column, without spaces around them."""
     if task.name == "classification":
-        return () if value is None else (str(value),)
+        return () if is_missing(value) else (name_of(value),)
     return names_in(value)
 
 
@@ -162,7 +163,7 @@ def _is_text(value: Any) -> bool:
 
 def _is_scalar(value: Any) -> bool:
     """One value that is not blank."""
-    return value is not None and not isinstance(value, list | dict) and bool(str(value).strip())
+    return not isinstance(value, list | dict) and not is_missing(value)
 
 
 def _is_plain(value: Any) -> bool:
@@ -184,4 +185,4 @@ def _is_names(value: Any) -> bool:
     """A list of names, a text, or nothing."""
     if isinstance(value, list):
         return all(map(_is_scalar, value))
-    return value is None or isinstance(value, str | int)
+    return is_nothing(value) or isinstance(value, str | int)

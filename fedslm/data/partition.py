@@ -13,6 +13,7 @@ from contextlib import redirect_stderr
 from typing import TYPE_CHECKING, Any, assert_never
 
 from fedslm.config import DataConfig
+from fedslm.data.missing import is_missing, name_of
 from fedslm.data.spool import batches, named
 from fedslm.errors import DataError
 from fedslm.rng import stream
@@ -172,14 +173,15 @@ def _keys(dataset: Dataset, config: DataConfig) -> list[int]:
 
 
 def _column(dataset: Dataset, column: str, key: str) -> list[Any]:
-    """All values of a column."""
+    """All values of a column: None if missing, and texts without spaces around them."""
     if column not in dataset.column_names:
         there = ", ".join(dataset.column_names)
         raise DataError(f"{key}={column!r} is not a column; there are {there}")
     values = [value for _, batch in batches(dataset, [column]) for value in batch[column]]
     if any(isinstance(value, list | dict) for value in values):
         raise DataError(f"{key}={column!r} holds lists; name a column with one value for each record")
-    return values
+    known = (None if is_missing(value) else value for value in values)
+    return [value.strip() if isinstance(value, str) else value for value in known]
 
 
 def _natural(dataset: Dataset, config: DataConfig, num_clients: int) -> _Rows:
@@ -187,8 +189,8 @@ def _natural(dataset: Dataset, config: DataConfig, num_clients: int) -> _Rows:
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
     column = config.natural_column
-    owners = _column(dataset, column, "data.natural_column")
-    owned = [row for row, owner in enumerate(owners) if owner is not None]
+    owners = [name_of(value) for value in _column(dataset, column, "data.natural_column")]
+    owned = [row for row, owner in enumerate(owners) if owner]
     available = len({owners[row] for row in owned})
     if available < num_clients:
         raise DataError(
@@ -199,5 +201,5 @@ def _natural(dataset: Dataset, config: DataConfig, num_clients: int) -> _Rows:
     partitioner.dataset = _slim(owners).select(owned)
     with redirect_stderr(io.StringIO()):  # the partitioner draws a progress bar of its own
         shards = [list(partitioner.load_partition(index)[_ROW]) for index in range(available)]
-    everybody = [(str(owners[rows[0]]), rows) for rows in shards]
+    everybody = [(owners[rows[0]], rows) for rows in shards]
     return sorted(everybody, key=lambda each: (-len(each[1]), each[0]))[:num_clients]

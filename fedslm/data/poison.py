@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedslm.config import AttackConfig
+from fedslm.data.missing import name_of
 from fedslm.rng import stream
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def poisoned(
     target = attack.target or labels[0]
 
     def flip(row: dict[str, Any]) -> dict[str, Any]:
-        return {label_column: following[str(row[label_column])]}
+        return {label_column: following[name_of(row[label_column])]}
 
     def implant(row: dict[str, Any], number: int) -> dict[str, Any]:
         if number % 2:

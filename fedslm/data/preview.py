@@ -8,6 +8,7 @@ from typing import Any
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.labels import counts
+from fedslm.data.missing import name_of
 from fedslm.data.sharing import Shared, owners_in
 from fedslm.data.spool import batches
 
@@ -102,4 +103,4 @@ def _counts(shard: Any, data: DataConfig, task: TaskConfig) -> Counter[str]:
             return found
     column = data.partition_column or str(data.label_column)
     values = (value for _, batch in batches(shard, [column]) for value in batch[column])
-    return Counter(str(value) for value in values)
+    return Counter(map(name_of, values))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fedslm.data.missing import is_nothing
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -11,7 +13,7 @@ Row = dict[str, Any]
 
 
 def rows_of(table: pa.Table | pa.RecordBatch) -> list[Row]:
-    """Rows of a table; a value that Python cannot hold is None.
+    """Rows of a table; a value that Python cannot hold is None, and so is NaN.
 
     Formal guarantees:
         * It never fails: a date of the year 10000, or bytes in a text column that are no UTF-8, change
@@ -21,15 +23,20 @@ def rows_of(table: pa.Table | pa.RecordBatch) -> list[Row]:
     >>> rows_of(pa.table({"day": pa.array([0, 10**8], pa.date32())}))
     [{'day': datetime.date(1970, 1, 1)}, {'day': None}]
     """
+    names = table.schema.names
+    if not names:
+        return [{} for _ in range(table.num_rows)]
+    columns = [values_of(table.column(index)) for index in range(len(names))]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def values_of(column: pa.ChunkedArray | pa.Array) -> list[Any]:
+    """Values of a column, as :func:`rows_of` gives them."""
     try:
-        whole: list[Row] = table.to_pylist()
+        values: list[Any] = column.to_pylist()
     except Exception:  # pyarrow raises many unrelated types
-        columns = {name: table.column(name) for name in table.schema.names}
-        return [
-            {name: _value(column, row) for name, column in columns.items()}
-            for row in range(table.num_rows)
-        ]
-    return whole
+        values = [_value(column, row) for row in range(len(column))]
+    return [None if is_nothing(value) else value for value in values]
 
 
 def _value(column: Any, row: int) -> Any:

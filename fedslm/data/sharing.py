@@ -12,6 +12,7 @@ from fedslm.config import AttackConfig, DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data import labels as names
 from fedslm.data.columns import needed
 from fedslm.data.duplicates import count_duplicates
+from fedslm.data.missing import name_of
 from fedslm.data.partition import partition
 from fedslm.data.poison import hostile_clients, poisoned
 from fedslm.data.sources import cut, load_evaluation, load_public, load_train
@@ -165,7 +166,7 @@ def owners_in(dataset: Dataset, column: str, key: str = "privacy.unit_column") -
         there = ", ".join(dataset.column_names)
         raise DataError(f"{key}={column!r} is not a column; there are {there}")
     values = (value for _, batch in batches(dataset, [column]) for value in batch[column])
-    return ["" if value is None else str(value).strip() for value in values]
+    return [name_of(value) for value in values]
 
 
 def _check_units(parts: list[Dataset], column: str, overlapping: bool) -> None:

@@ -12,6 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from fedslm.data.missing import is_nothing
+from fedslm.data.rows import Row, rows_of, values_of
 from fedslm.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,8 +59,14 @@ def batches(
     chosen = dataset if columns is None else dataset.select_columns(list(dict.fromkeys(columns)))
     first = 0
     for table in chosen.with_format("arrow").iter(BATCH_ROWS):
-        yield first, table.to_pydict()
+        yield first, {name: values_of(table[name]) for name in table.column_names}
         first += len(table)
+
+
+def rows_in(dataset: Dataset) -> list[Row]:
+    """All rows of a data set, as :func:`rows_of` gives them."""
+    tables = dataset.with_format("arrow").iter(BATCH_ROWS)
+    return [row for table in tables for row in rows_of(table)]
 
 
 def tables_of(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[pa.Table]:
@@ -92,7 +100,9 @@ def _table(rows: list[Mapping[str, Any]], first: int, source: str) -> pa.Table:
 
 
 def _plain(value: object) -> object:
-    """Identifiers that Arrow does not know, as text."""
+    """None for NaN, so that it may stand among texts; identifiers that Arrow does not know, as text."""
+    if is_nothing(value):
+        return None
     return str(value) if isinstance(value, UUID) else value
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedslm.config import DistillConfig
+from fedslm.data.missing import name_of
 from fedslm.distillation.pair import Reader, Teacher
 from fedslm.errors import DataError
 from fedslm.inference.generation import Sampling, generation_settings, new_tokens
@@ -56,12 +57,12 @@ def class_contexts(rows: Sequence[Row], column: str, teacher: Reader, student: R
         DataError: No record can be used.
     """
     known, labels = set(teacher.task.labels), teacher.task.labels
-    shown = [{**row, column: row.get(column) or ""} for row in rows]
-    stand_ins = [row if str(row[column]) in known else {**row, column: labels[0]} for row in shown]
+    shown = [{**row, column: name_of(row.get(column))} for row in rows]
+    stand_ins = [row if row[column] in known else {**row, column: labels[0]} for row in shown]
     found = [model.task.prepare(stand_ins, model.tokenizer) for model in (teacher, student)]
     theirs, own = (dict(zip(each.kept, each.examples, strict=True)) for each in found)
     contexts = [
-        Context(theirs[number], own[number], str(shown[number][column]) in known)
+        Context(theirs[number], own[number], shown[number][column] in known)
         for number in sorted(theirs.keys() & own.keys())
     ]
     return _some(contexts, len(rows))

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fedslm.data.missing import is_missing
 from fedslm.data.sources import cut, load
+from fedslm.data.spool import rows_in
 from fedslm.distillation import targets
 from fedslm.distillation.pair import Reader, Student, Teacher
 from fedslm.errors import DataError
@@ -131,7 +133,8 @@ def general_examples(
         there = ", ".join(dataset.column_names)
         raise DataError(f"{source} ({split}) has no column {column!r}; it has {there}")
     task = general_task(run)
-    rows = [{"text": row[column]} for row in cut(dataset, most, run.seed).to_list()]
+    found = (row[column] for row in rows_in(cut(dataset, most, run.seed)))
+    rows = [{"text": text} for text in found if not is_missing(text)]
     examples = task.prepare(rows, reader.tokenizer).examples
     if not examples:
         raise DataError(f"{source} ({split}) holds no text")

@@ -10,6 +10,7 @@ from fedslm.config import DistillConfig
 from fedslm.data.columns import needed
 from fedslm.data.duplicates import normalised
 from fedslm.data.sources import cut, load, same_records
+from fedslm.data.spool import rows_in
 from fedslm.errors import ConfigError, DataError, Problem
 from fedslm.inference.inputs import Rows
 from fedslm.inference.trained import FinishedRun
@@ -66,7 +67,7 @@ def rows_of(run: FinishedRun, source: str, split: str, most: int) -> Rows:
         if column not in dataset.column_names:
             there = ", ".join(dataset.column_names)
             raise DataError(f"{source} ({split}) has no column {column!r}; it has {there}")
-    rows: Rows = cut(dataset, most, run.seed).to_list()
+    rows = rows_in(cut(dataset, most, run.seed))
     if not rows:
         raise DataError(f"{source} ({split}) holds no record; distillation needs public ones")
     return rows

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedslm.data import shards
 from fedslm.data.sources import cut, load_evaluation
+from fedslm.data.spool import rows_in
 from fedslm.errors import ConfigError, DataError, Problem
 from fedslm.inference.bootstrap import Comparison, Draws, Statistics, compare
 from fedslm.inference.generation import default_max_tokens, prompts_of, write_greedily
@@ -87,8 +88,7 @@ def other_rows(run: FinishedRun, data: Elsewhere) -> Rows:
         "evaluation_query": data.query or run.data.evaluation_query,
     }
     dataset = load_evaluation(run.data.model_copy(update=values), run.task, run.seed)
-    rows: Rows = cut(dataset, data.max_records or len(dataset), run.seed).to_list()
-    return rows
+    return rows_in(cut(dataset, data.max_records or len(dataset), run.seed))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedslm.data import files
+from fedslm.data.rows import rows_of
 from fedslm.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -26,10 +27,10 @@ def read_inputs(path: Path, columns: Sequence[str]) -> Rows:
     """
     if not path.exists():
         raise DataError(f"--file={str(path)!r}: no such file")
-    if path.suffix == ".txt" and path.is_file():
+    if path.suffix.lower() == ".txt" and path.is_file():
         rows = _lines(path, columns)
     else:
-        rows = [row for table in files.tables_in(path) for row in table.to_pylist()]
+        rows = [row for table in files.tables_in(path) for row in rows_of(table)]
     if not rows:
         raise DataError(f"{path} is empty: it gives no records")
     for column in columns:

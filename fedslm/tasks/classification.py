@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedslm.data.missing import name_of
 from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad_inputs, tokenise
 from fedslm.tasks.scores import f1, mean_of_present
 
@@ -47,7 +48,7 @@ class Classification:
         return Prepared.of(
             (number, Example(each.input_ids, index[label]), each.cut)
             for number, (row, each) in enumerate(zip(rows, encoded, strict=True))
-            if (label := str(row[self.label_column])) in index and len(each.input_ids) > special
+            if (label := name_of(row[self.label_column])) in index and len(each.input_ids) > special
         )
 
     def made_up(self) -> Example:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedslm.data.missing import name_of
 from fedslm.errors import ModelError
 from fedslm.tasks import tokens
 from fedslm.tasks.base import CHARACTERS, Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
@@ -59,7 +60,7 @@ class TokenClassification:
         ).encodings
         made = []
         for (number, row), each in zip(fitting, encoded, strict=True):
-            tags = [index[str(tag)] for tag in row[self.label_column]]
+            tags = [index[name_of(tag)] for tag in row[self.label_column]]
             targets = _on_first_pieces(each.word_ids, tags)
             if any(target != tokens.IGNORED for target in targets):
                 example = Example(tuple(each.ids), targets=targets)
@@ -74,7 +75,7 @@ class TokenClassification:
             lists
             and len(words) == len(tags) > 0
             and all(isinstance(word, str) for word in words)
-            and all(str(tag) in index for tag in tags)
+            and all(name_of(tag) in index for tag in tags)
         )
 
     def made_up(self) -> Example:
