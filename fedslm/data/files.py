@@ -5,60 +5,18 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fedslm.data.splits import FORMATS, format_of, is_gzip, texts_in
 from fedslm.data.spool import BATCH_ROWS, tables_of
 from fedslm.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-_COMPRESSED = (".jsonl", ".json", ".csv", ".tsv")
-
-
-def format_of(path: Path) -> str | None:
-    """The format that a name ends with, also before .gz; None if it is no data file.
-
-    >>> format_of(Path("train.jsonl.gz")), format_of(Path("train.parquet")), format_of(Path("a.txt"))
-    ('.jsonl', '.parquet', None)
-    """
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    known = _COMPRESSED if path.name.endswith(".gz") else FORMATS
-    return suffix if suffix in known else None
-
-
-def files_of(directory: Path, split: str) -> list[Path]:
-    """Where a split lies in a directory.
-
-    It may be a file SPLIT.jsonl.gz, SPLIT.csv, …, files SPLIT-00000-of-00002.parquet, …, a folder
-    SPLIT/ of text files, or the directory itself if it holds nothing but text files.
-
-    Raises:
-        DataError: There is no such split; lists what there is.
-    """
-    files = sorted(file for file in directory.iterdir() if format_of(file) is not None)
-    pieces = re.compile(rf"{re.escape(split)}-\d+-of-\d+")
-    named = [file for file in files if file.name.split(".")[0] == split]
-    if found := named[:1] or [file for file in files if pieces.fullmatch(file.name.split(".")[0])]:
-        return found
-    if is_text_folder(directory / split):
-        return [directory / split]
-    folders = sorted(each.name + "/" for each in directory.iterdir() if is_text_folder(each))
-    if not files and any(directory.glob("*.txt")):
-        return [directory]
-    there = ", ".join([*(file.name for file in files), *folders]) or "no data files"
-    raise DataError(f"data.source={str(directory)!r} has no split {split!r}; found {there}")
-
-
-def is_text_folder(path: Path) -> bool:
-    """True for a folder of text files, or of folders (one for each label) of text files."""
-    return path.is_dir() and (any(path.glob("*.txt")) or any(path.glob("*/*.txt")))
 
 
 def tables_in(path: Path) -> Iterator[pa.Table]:
@@ -83,7 +41,7 @@ def tables_in(path: Path) -> Iterator[pa.Table]:
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a text file, with their ends."""
-    opened: IO[bytes] = gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # type: ignore[assignment]  # noqa: SIM115
+    opened: IO[bytes] = gzip.open(path) if is_gzip(path) else path.open("rb")  # type: ignore[assignment]  # noqa: SIM115
     with opened as file:
         for number, line in enumerate(file, 1):
             try:
@@ -219,8 +177,8 @@ def _sound(tables: Iterable[pa.Table], path: Path) -> Iterator[pa.Table]:
 
 def _texts(folder: Path) -> Iterator[pa.Table]:
     """Text files: text, file and, where they lie in folders, the folder's name as the label."""
-    labelled = any(folder.glob("*/*.txt"))
-    files = sorted({*folder.glob("*.txt"), *folder.glob("*/*.txt")})
+    files = texts_in(folder)
+    labelled = any(file.parent != folder for file in files)
 
     def rows() -> Iterator[dict[str, Any]]:
         for file in files:

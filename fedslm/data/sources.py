@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.data import database, demo, facts, files, hub
 from fedslm.data.columns import needed
+from fedslm.data.splits import files_of, format_of, texts_in
 from fedslm.data.spool import BATCH_ROWS, spool
 from fedslm.errors import DataError
 from fedslm.rng import stream
@@ -109,8 +110,9 @@ def _places(source: str, split: str, query: str | None) -> dict[str, str]:
     path = Path(source)
     if not path.exists():
         return {f"{source}:{split}": f"{source}:{split}"}
-    found = files.files_of(path, split) if path.is_dir() else [path]
-    each = [file for one in found for file in ([one] if one.is_file() else one.rglob("*.txt"))]
+    each = [
+        file for one in files_of(path, split) for file in (texts_in(one) if one.is_dir() else [one])
+    ]
     return {f"{file.stat().st_dev}:{file.stat().st_ino}": str(file.resolve()) for file in each}
 
 
@@ -158,7 +160,7 @@ def load(
         return spool(database.tables_from(expanded, query, key), scratch, f"the result of {key}")
     path = Path(expanded)
     if path.exists():
-        found = files.files_of(path, split) if path.is_dir() else [path]
+        found = files_of(path, split)
         return spool(chain.from_iterable(map(files.tables_in, found)), scratch, str(found[0]))
     if "$" in expanded:
         raise DataError(f"data.source={source!r}: a variable in it is not set in the environment")
@@ -172,9 +174,7 @@ def load(
 
 def _is_path(source: str, path: Path) -> bool:
     """True for what cannot be a name on the hub."""
-    return (
-        source.startswith(_LIKE_PATHS) or files.format_of(path) is not None or not hub.is_name(source)
-    )
+    return source.startswith(_LIKE_PATHS) or format_of(path) is not None or not hub.is_name(source)
 
 
 def _load_demo(source: str, split: str, seed: int) -> Dataset:
