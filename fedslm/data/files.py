@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fedslm.data.splits import FORMATS, format_of, is_gzip, texts_in
-from fedslm.data.spool import BATCH_ROWS, tables_of
+from fedslm.data.spool import BATCH_ROWS, first_bad, tables_of
 from fedslm.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def tables_in(path: Path) -> Iterator[pa.Table]:
         yield from _READERS[kind](path)
     except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
         raise DataError(f"{path} cannot be read as {kind.removeprefix('.')}: {error}") from error
+    except UnicodeDecodeError as error:  # of what a reader decodes itself there is a better error
+        raise DataError(f"{path}: the name of a column is not UTF-8 ({error}); rename it") from error
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -97,7 +99,7 @@ def _table(path: Path) -> Iterator[pa.Table]:
     limit = csv.field_size_limit(sys.maxsize)
     try:
         reader = csv.reader(_lines(path), delimiter=separator, strict=True)
-        header = _header(reader, path)
+        header = _header(reader, path, separator)
         schema = pa.schema([(name, pa.string()) for name in header])
         rows: list[list[str | None]] = []
         for number, row in enumerate(_records(reader, header, path), 1):
@@ -106,17 +108,41 @@ def _table(path: Path) -> Iterator[pa.Table]:
                 yield pa.table(list(zip(*rows, strict=True)), schema=schema)
                 rows = []
         if rows:
-            yield pa.table([list(column) for column in zip(*rows, strict=True)], schema=schema)
+            yield pa.table(list(zip(*rows, strict=True)), schema=schema)
     finally:
         csv.field_size_limit(limit)
 
 
-def _header(reader: Any, path: Path) -> list[str]:
+def _header(reader: Any, path: Path, separator: str) -> list[str]:
     """Names of the columns."""
-    header = [name.strip() for name in next(reader, [])]
+    names: list[str] = next(reader, [])
+    header = [name.strip() for name in names]
+    if len(names) > 1 and all(name != name.lstrip() for name in names[1:]):
+        raise DataError(
+            f"{path}: in the first line a space follows each {separator!r}; remove the spaces after "
+            f"the separators, in all lines"
+        )
+    if len(header) == 1 and (other := _other_separator(header[0], separator)):
+        raise DataError(
+            f"{path}: the first line is one column, {header[0]!r}: its names are separated by "
+            f"{other!r}, not by {separator!r}; save it with {separator!r}"
+        )
+    if len(header) > 1 and not header[0] and all(header[1:]):
+        raise DataError(
+            f"{path}: the first column has no name, as an index that pandas writes; save the file with "
+            f"index=False, or give the column a name"
+        )
     if not all(header) or len(set(header)) < len(header) or not header:
         raise DataError(f"{path}: the first line must name each column, once; it is {header}")
     return header
+
+
+def _other_separator(line: str, separator: str) -> str:
+    """What separates the names in a line, if not the format's own separator; empty if nothing does."""
+    for other in (";", "\t", "|", ","):
+        if other != separator and sum(bool(name.strip()) for name in line.split(other)) > 1:
+            return other
+    return ""
 
 
 def _records(reader: Any, header: list[str], path: Path) -> Iterator[list[str]]:
@@ -128,9 +154,11 @@ def _records(reader: Any, header: list[str], path: Path) -> Iterator[list[str]]:
                 continue
             number += 1
             if len(row) != len(header):
+                spaced = any(field.lstrip()[:1] == '"' for field in row)
+                remedy = "remove the spaces before quotes" if spaced else "leave none out"
                 raise DataError(
                     f"{path}, row {number} (line {reader.line_num}) has {len(row)} fields, the header "
-                    f"has {len(header)}: quote fields that hold the separator, leave none out"
+                    f"has {len(header)}: quote fields that hold the separator, {remedy}"
                 )
             yield row
     except csv.Error as error:
@@ -162,17 +190,29 @@ def _arrow(path: Path) -> Iterator[pa.Table]:
 
 
 def _sound(tables: Iterable[pa.Table], path: Path) -> Iterator[pa.Table]:
-    """Refuses tables with texts that are no UTF-8: they would fail much later."""
-    import pyarrow as pa
-
+    """Refuses texts that are no UTF-8, naming row and column: they would fail much later."""
     first = 0
     for table in tables:
-        try:
-            table.validate(full=True)
-        except pa.ArrowException as error:
-            raise DataError(f"{path}, from row {first} on: {error}") from None
+        for name in table.column_names:
+            _check(table[name], f"column {name!r} of {path}", first)
         yield table
         first += len(table)
+
+
+def _check(column: pa.ChunkedArray, name: str, first: int) -> None:
+    """Refuses a column that Arrow finds damaged, and says where."""
+    import pyarrow as pa
+
+    def damage(count: int) -> str:
+        try:
+            column.slice(0, count).validate(full=True)
+        except pa.ArrowException as error:
+            return str(error)
+        return ""
+
+    if problem := damage(len(column)):
+        row = first + first_bad(len(column), lambda count: not damage(count))
+        raise DataError(f"row {row}, {name}: {problem}; write texts as UTF-8")
 
 
 def _texts(folder: Path) -> Iterator[pa.Table]:

@@ -231,7 +231,7 @@ def _with_names(table: pa.Table, column: str, names: list[str]) -> pa.Table:
         return names[index] if index is not None and 0 <= index < len(names) else None
 
     values = table[column].to_pylist()
-    is_list = pa.types.is_list(table.schema.field(column).type)
+    is_list = pa.types.is_nested(table.schema.field(column).type)
     kind = pa.list_(pa.string()) if is_list else pa.string()
     named = pa.array([name(value) for value in values], kind)
     position = table.column_names.index(column)

@@ -5,7 +5,8 @@ The file is unlinked as soon as it is mapped: private rows leave no copy behind,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,11 +92,10 @@ def _table(rows: list[Mapping[str, Any]], first: int, source: str) -> pa.Table:
         values = [_plain(row.get(name)) for row in rows]
         try:
             columns[str(name)] = pa.array(values)
+            str(name).encode()
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-            reason = _mixture(values, first) or str(error)
-            raise DataError(
-                f"{source}: column {name!r} cannot be read: {reason}; give it one type"
-            ) from None
+            reason = _mixture(values, first) or _odd_value(values, first, error)
+            raise DataError(f"{source}: column {name!r} cannot be read: {reason}") from None
     return pa.table(columns)
 
 
@@ -106,6 +106,37 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, UUID) else value
 
 
+def _odd_value(values: list[Any], first: int, error: Exception) -> str:
+    """The row whose value is the first that does not fit, or that the name does not; shows no value."""
+    import pyarrow as pa
+
+    def is_fit(count: int) -> bool:
+        try:
+            pa.array(values[:count])
+        except Exception:  # as the caller's
+            return False
+        return True
+
+    if is_fit(len(values)):
+        return "its name is not Unicode text; rename it"
+    row = first_bad(len(values), is_fit)
+    remedy = "write it as Unicode text" if isinstance(error, UnicodeError) else "give it one type"
+    return f"row {first + row}: {error}; {remedy}"
+
+
+def first_bad(count: int, is_good: Callable[[int], bool]) -> int:
+    """Index of the first of some values with which their beginning is no longer good.
+
+    Args:
+        count: Number of values; all of them together are not good.
+        is_good: Says whether so many values from the first on are good.
+
+    >>> first_bad(9, lambda count: count <= 4)
+    4
+    """
+    return bisect_left(range(1, count), True, key=lambda number: not is_good(number))
+
+
 def _mixture(values: list[Any], first: int) -> str:
     """Which types the rows hold; empty if it is one."""
     rows: dict[str, list[int]] = {}
@@ -114,7 +145,8 @@ def _mixture(values: list[Any], first: int) -> str:
             rows.setdefault(type(value).__name__, []).append(number)
     if len(rows) < 2:
         return ""
-    return " and ".join(f"{kind} ({named(numbers)})" for kind, numbers in rows.items())
+    kinds = " and ".join(f"{kind} ({named(numbers)})" for kind, numbers in rows.items())
+    return f"{kinds}; give it one type"
 
 
 def named(rows: list[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,23 @@ def test_lists_of_class_indices_become_tags(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(content, features=features).to_parquet(str(path))
     data = DataConfig(source=str(path), text_column="tokens", label_column="ner")
     assert list(sources.load_train(data, TAGS, 0)["ner"]) == [["B-x", "O"], [None]]
+
+
+@pytest.mark.parametrize("kind", ["list", "large list", "list of two"])
+def test_class_indices_in_any_list_become_names(tmp_path: Path, kind: str) -> None:
+    """The names are read from lists of every kind that Arrow has."""
+    names = datasets.ClassLabel(names=["O", "B-x"])
+    tags = {
+        "list": datasets.List(names),
+        "large list": datasets.LargeList(names),
+        "list of two": datasets.List(names, length=2),
+    }
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner": tags[kind]})
+    content = {"tokens": [["a", "b"], ["c", "d"]], "ner": [[1, 0], [0, -1]]}
+    path = tmp_path / "train.parquet"
+    datasets.Dataset.from_dict(content, features=features).to_parquet(str(path))
+    data = DataConfig(source=str(path), text_column="tokens", label_column="ner")
+    assert list(sources.load_train(data, TAGS, 0)["ner"]) == [["B-x", "O"], ["O", None]]
 
 
 def test_text_files_are_records(tmp_path: Path) -> None:
@@ -168,7 +186,20 @@ def test_texts_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     table = pa.table({"text": broken})
     with pa.ipc.new_file(str(tmp_path / "train.arrow"), table.schema) as writer:
         writer.write_table(table)
-    assert "UTF8" in refusal(tmp_path / "train.arrow")
+    assert "row 1, column 'text'" in (text := refusal(tmp_path / "train.arrow"))
+    assert "UTF8" in text
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    """A file's name, and a column's, that are no Unicode text are errors with the record or the file."""
+    (tmp_path / "texts").mkdir()
+    for name in (b"a.txt", b"na\xefve.txt"):
+        (Path(os.fsdecode(os.fsencode(tmp_path / "texts") + b"/" + name))).write_text("a note")
+    assert "column 'file' cannot be read: row 1: " in refusal(tmp_path / "texts")
+    table = pa.table([["a"]], schema=pa.schema([pa.field(b"te\xefxt", pa.string())]))
+    with pa.ipc.new_file(str(tmp_path / "train.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert "the name of a column is not UTF-8" in refusal(tmp_path / "train.arrow")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +211,11 @@ def test_texts_that_are_not_utf8_are_named(tmp_path: Path) -> None:
         ("\n\n", "is empty"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n', "int (rows 0) and str (rows 1)"),
         ('{"text": "a", "tags": ["x", 1]}\n', "'tags' cannot be read"),
-        ('{"text": "\\ud800"}\n', "'text' cannot be read"),
+        ('{"text": "a"}\n{"text": "\\ud800"}\n', "'text' cannot be read: row 1: 'utf-8' codec"),
+        ('{"text": "a"}\n{"text": "a", "tags": ["\\udcff"]}\n', "'tags' cannot be read: row 1"),
+        ('{"text": "a"}\n{"te\\udcffxt": "b"}\n', "column 'te\\udcffxt' cannot be read: its name"),
+        ('{"tags": ["x"]}\n{"tags": []}\n{"tags": [1]}\n', "'tags' cannot be read: row 2: "),
+        ('{"id": 1}\n{"id": 100000000000000000000}\n', "'id' cannot be read: row 1: "),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, content: str, part: str) -> None:
@@ -196,6 +231,39 @@ def test_types_that_change_late_are_named(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text("\n".join(lines))
     assert "from row 1000 on hold another type" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("a.csv", "text;label\na note;x\n", ["'text;label'", "separated by ';', not by ','"]),
+        ("a.csv", "text\tlabel\na, note\tx\n", ["separated by '\\t', not by ','"]),
+        ("a.tsv", "text,label\na note,x\n", ["separated by ',', not by '\\t'"]),
+        ("a.csv", ",text,label\n0,a note,x\n", ["the first column has no name", "index=False"]),
+        ("a.csv", 'text, label\n"a, note", "x"\n', ["a space follows each ','", "remove the spaces"]),
+        (
+            "a.csv",
+            'label,text\nx, "a, note"\n',
+            ["row 1 (line 2) has 3 fields", "spaces before quotes"],
+        ),
+    ],
+)
+def test_a_table_of_another_form_is_named(
+    tmp_path: Path, name: str, content: str, parts: list[str]
+) -> None:
+    """Another separator, an index or spaces behind the separator: it is said what it is, and a remedy."""
+    path = tmp_path / name
+    path.write_text(content)
+    text = refusal(path)
+    for part in parts:
+        assert part in text
+
+
+def test_a_table_of_one_column_is_read(tmp_path: Path) -> None:
+    """One name is one column, whatever its values hold; a space in a name separates nothing."""
+    path = tmp_path / "notes.csv"
+    path.write_text('clinical note\n"pain; left | right"\n" ""no"" fever"\n')
+    assert rows_of(path) == [{"clinical note": "pain; left | right"}, {"clinical note": ' "no" fever'}]
 
 
 @pytest.mark.parametrize("header", ["text,text", "text,,label", ""])

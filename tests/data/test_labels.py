@@ -11,6 +11,8 @@ import pytest
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.sharing import Shared, share_out
 from fedslm.errors import DataError
+from fedslm.models.base import DEMO_DIRECTORY, load_tokenizer
+from fedslm.tasks import build
 
 Rows = list[dict[str, Any]]
 CLASSES: Rows = [{"text": f"note {n}", "label": "ab"[n % 2]} for n in range(6)]
@@ -76,6 +78,23 @@ def test_a_private_name_that_is_not_public_is_refused(
     with pytest.raises(DataError, match="the training split has labels") as caught:
         shared(tmp_path, TaskConfig(name=name), rows, public)
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["classification", "multi-label", "token-classification"])
+@pytest.mark.parametrize("where", ["config", "split"])
+def test_spaces_around_a_label_are_not_part_of_it(tmp_path: Path, name: Any, where: str) -> None:
+    """In every task "a " is the class "a", and no such record is left out of training."""
+    labels = ["a ", "O\t", " a", "O"]
+    rows: Rows = [{"text": "chest pain", "label": label} for label in labels]
+    if name != "classification":
+        rows = [{"text": row["text"], "label": [row["label"]] * 2} for row in rows]
+    if name == "token-classification":
+        rows = [{**row, "text": ["chest", "pain"]} for row in rows]
+    given = TaskConfig(name=name, labels=[" O", "a "] if where == "config" else ())
+    found = shared(tmp_path, given, rows, rows)
+    assert found.labels == ("O", "a")
+    task = build(given, DataConfig(source="x"), found.labels)
+    assert len(task.prepare(rows, load_tokenizer(DEMO_DIRECTORY)).kept) == 4
 
 
 def test_names_come_from_a_public_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
