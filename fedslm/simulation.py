@@ -17,7 +17,7 @@ from fedslm import contradictions
 from fedslm.config import Config
 from fedslm.data import shards
 from fedslm.distillation.following import check_asked, distil_if_asked, follower
-from fedslm.errors import DataError, FedslmError, RunError
+from fedslm.errors import DataError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.local_grid import LocalGrid
 from fedslm.federation.public_model import export
@@ -34,6 +34,7 @@ from fedslm.tasks import build
 
 logger = logging.getLogger(__name__)
 _DRAIN_SECONDS = 120.0
+_LOG = "clients.log"
 
 
 def simulate(config: Config, observer: Observer) -> dict[str, Any]:
@@ -56,12 +57,22 @@ def simulate(config: Config, observer: Observer) -> dict[str, Any]:
     directory = RunDirectory.create(path, config)
     try:
         report = _run(config, directory, observer)
-    except FedslmError:
+    except Exception:
         if not directory.has_checkpoint:
-            shutil.rmtree(directory.path)  # nothing happened yet: the corrected call may use the name
+            _discard(directory)  # nothing happened yet: the corrected call may use the name
         raise
     distil_if_asked(directory.path, config.distill)
     return report
+
+
+def _discard(directory: RunDirectory) -> None:
+    """Removes a run directory; what its clients logged is kept beside it."""
+    log = directory.path / _LOG
+    if log.exists() and log.stat().st_size:
+        kept = directory.path.with_name(f"{directory.path.name}.{_LOG}")
+        log.replace(kept)
+        logger.warning("no round was run, so %s is removed; its log is %s", directory.path, kept)
+    shutil.rmtree(directory.path, ignore_errors=True)
 
 
 def resume(path: Path, observer: Observer, expected: Config | None = None) -> dict[str, Any]:
@@ -207,7 +218,7 @@ def _pool(config: Config, directory: RunDirectory) -> Pool:
         return InlinePool(threads=threads)
     if workers < 0:
         workers = min(os.cpu_count() or 1, config.federation.num_clients)
-    return WorkerPool(workers, threads=threads, log=directory.path / "clients.log")
+    return WorkerPool(workers, threads=threads, log=directory.path / _LOG)
 
 
 def _check_sizes(config: Config, data: shards.Shards) -> None:

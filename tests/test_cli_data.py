@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_cli import DEMO, assert_clear, run, tiny
 from tiny import PRIVATE
+
+from fedslm.config import Config
+from fedslm.federation.checkpoint import RunDirectory
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +161,77 @@ def test_bad_data_is_one_clear_message(
     assert_clear(result, "DataError", *parts)
     assert len(result.stderr) < 1000
     assert not (tmp_path / "run").exists()
+
+
+def source_of(directory: Path, kind: str) -> None:
+    """Writes a source that a run cannot use."""
+    meta = pa.array([[("k", "v")]] * len(GOOD), pa.map_(pa.string(), pa.string()))
+    lines = [json.dumps(row) + "\n" for row in GOOD]
+    (directory / "test.jsonl").write_text("".join(lines[:4]))
+    match kind:
+        case "a map":
+            table = pa.table({"text": [row["text"] for row in GOOD], "label": meta})
+            pq.write_table(table, directory / "train.parquet")
+        case "parts":
+            for number in (1, 2):
+                (directory / f"train.part{number}.jsonl").write_text("".join(lines))
+        case "a piece":
+            (directory / "train-00000-of-00002.jsonl").write_text("".join(lines))
+        case "NaN":
+            missing = json.dumps({"text": "a note", "label": float("nan")})
+            (directory / "train.jsonl").write_text("".join(lines) + missing)
+        case _:
+            (directory / "train.csv").write_text("text;label\na note;a\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("a map", ["column 'label' holds map<string, string>", "convert it"]),
+        ("parts", ["train.part1.jsonl, train.part2.jsonl", "keep one"]),
+        ("a piece", ["lacks 1 of 2 pieces", "train-00000-of-00002.jsonl"]),
+        ("NaN", ["no label in column 'label' (rows 20)", "remove them"]),
+        ("semicolons", ["separated by ';'", "save it with ','"]),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_one_clear_message(
+    tmp_path: Path, kind: str, parts: list[str]
+) -> None:
+    """Whatever the format: exit code 2, what is wrong, the remedy, and no run directory left behind."""
+    (tmp_path / "notes").mkdir()
+    source_of(tmp_path / "notes", kind)
+    values = [f"data.source={tmp_path / 'notes'}", "data.partition=iid"]
+    assert_clear(run("simulate", DEMO, *tiny(tmp_path / "run", *values)), "DataError", *parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_a_column_that_nobody_reads_stops_no_run(tmp_path: Path) -> None:
+    """Beside the columns that a run reads, Parquet may hold whatever it can."""
+    columns = {key: [row[key] for row in GOOD] for key in GOOD[0]}
+    meta = pa.array([[("k", "v")]] * len(GOOD), pa.map_(pa.string(), pa.string()))
+    for split in ("train", "test"):
+        pq.write_table(pa.table({**columns, "meta": meta}), tmp_path / f"{split}.parquet")
+    values = [f"data.source={tmp_path}", "data.partition=iid"]
+    result = run("simulate", DEMO, *tiny(tmp_path / "run", *values))
+    assert result.exit_code == 0, result.stderr
+
+
+def test_an_error_before_the_first_round_leaves_the_log_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is raised, the run directory is gone, the clients' log is beside it, and is named."""
+    from fedslm import simulation
+
+    def fails(config: Config, directory: RunDirectory) -> None:
+        (directory.path / "clients.log").write_text("what a client said")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(simulation, "_written", fails)
+    result = run("simulate", DEMO, *tiny(tmp_path / "run"))
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.clients.log"]
+    assert (tmp_path / "run.clients.log").read_text() == "what a client said"
+    assert str(tmp_path / "run.clients.log") in caplog.text
 
 
 def test_a_run_reports_what_is_in_both_splits(tmp_path: Path) -> None:

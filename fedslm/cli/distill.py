@@ -123,7 +123,7 @@ def _question(
     asked: Asked, places: list[tuple[str | None, str]], seeds: int, resamples: int, *, ceiling: bool
 ) -> Question:
     """What is to be proved: on the run's own test records unless others are named."""
-    from fedslm.distillation.proof import Question
+    from fedslm.distillation.proof import GROUP, Question
     from fedslm.inference.evaluation import Elsewhere, other_rows
 
     (test, test_split), (probe, probe_split) = places
@@ -131,7 +131,7 @@ def _question(
     if test is not None:
         tests = other_rows(run, Elsewhere(test, test_split))
     if probe is not None:
-        probed = other_rows(run, Elsewhere(probe, probe_split))
+        probed = other_rows(run, Elsewhere(probe, probe_split, optional=frozenset({GROUP})))
     return Question(tests, probed, asked.general, seeds, resamples, ceiling)
 
 

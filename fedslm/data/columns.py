@@ -1,13 +1,19 @@
-"""Which columns a task reads."""
+"""Which columns are read."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from string import Formatter
+from typing import TYPE_CHECKING
 
-from fedslm.config import DataConfig, TaskConfig
+from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.missing import is_missing, name_of
-from fedslm.errors import ConfigError, Problem
+from fedslm.errors import ConfigError, DataError, Problem
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _LONGEST_PROMPT = 10_000
 
@@ -37,6 +43,82 @@ def needed(data: DataConfig, task: TaskConfig) -> dict[str, str]:
     if task.name == "preference":
         columns["data.rejected_column"] = str(data.rejected_column)
     return columns
+
+
+def needed_to_share(data: DataConfig, privacy: PrivacyConfig) -> dict[str, str]:
+    """Columns that say whose a record of a simulation is, as :func:`needed` gives them.
+
+    >>> needed_to_share(DataConfig(source="demo", partition="natural"), PrivacyConfig(unit="none"))
+    {'data.natural_column': 'client'}
+    """
+    columns = {}
+    if data.partition == "natural":
+        columns["data.natural_column"] = data.natural_column
+    if data.partition_column is not None:
+        columns["data.partition_column"] = data.partition_column
+    elif data.partition in ("dirichlet", "shard") and data.label_column is not None:
+        columns["data.label_column"] = data.label_column
+    if privacy.unit == "patient" and privacy.unit_column is not None:
+        columns["privacy.unit_column"] = privacy.unit_column
+    return columns
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The columns that are read of a source; whatever another one holds, nobody is stopped by it.
+
+    Attributes:
+        needed: What a column is for (a dotted key) to the column; None: all columns are read.
+        optional: Columns that are read if they are there.
+        source: What it is a column of, for errors.
+        there: Names that were met so far.
+    """
+
+    needed: Mapping[str, str] | None = None
+    optional: frozenset[str] = frozenset()
+    source: str = "the data"
+    there: dict[str, None] = field(default_factory=dict)
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        """Those of some names that are read, in order.
+
+        Raises:
+            DataError: One of them stands there twice.
+        """
+        met = list(names)
+        self.there.update(dict.fromkeys(met))
+        chosen = [name for name in met if self.needed is None or name in self.columns]
+        for name in chosen:
+            if chosen.count(name) > 1:
+                raise DataError(f"{self.source} has two columns {name!r}; rename one of them")
+        return chosen
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that are wanted by name."""
+        return tuple(dict.fromkeys([*(self.needed or {}).values(), *sorted(self.optional)]))
+
+    def fit(self, table: pa.Table) -> pa.Table:
+        """A table's columns that are read; what is wanted, but not there, is null."""
+        import pyarrow as pa
+
+        chosen = self.of(table.column_names)
+        fields = [table.schema.field(name) for name in chosen]
+        fields += [pa.field(name, pa.null()) for name in self.columns if name not in chosen]
+        columns = [table[each.name] if each.name in chosen else pa.nulls(len(table)) for each in fields]
+        return pa.table(columns, schema=pa.schema(fields, metadata=table.schema.metadata))
+
+    def check(self) -> None:
+        """Refuses data that lack a needed column.
+
+        Raises:
+            DataError: Names it, what it is for, and the columns that there are.
+        """
+        for key, column in (self.needed or {}).items():
+            if column not in self.there:
+                raise DataError(
+                    f"{key}={column!r} is not a column of {self.source}; it has {', '.join(self.there)}"
+                )
 
 
 def placeholders(prompt: str) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+from fedslm.data.columns import Wanted
 from fedslm.data.spool import BATCH_ROWS, tables_of
 from fedslm.errors import DataError
 
@@ -60,13 +61,14 @@ def refuse_password(source: str) -> None:
         raise DataError(f"the database's URL holds a password; set {PASSWORD} in the environment")
 
 
-def tables_from(source: str, query: str, key: str) -> Iterator[pa.Table]:
+def tables_from(source: str, query: str, key: str, wanted: Wanted | None = None) -> Iterator[pa.Table]:
     """Runs a query and reads its rows in pieces.
 
     Args:
         source: URL without a password, such as ``postgresql+psycopg://host:5432/notes``.
         query: One SQL statement that gives rows.
         key: Dotted key of the query, for errors.
+        wanted: Columns to read; None: all.
 
     Raises:
         DataError: The URL, its driver, the connection or the query is not usable, or gives no rows. No
@@ -76,7 +78,7 @@ def tables_from(source: str, query: str, key: str) -> Iterator[pa.Table]:
         raise DataError(
             f"the database's URL holds a password; set {PASSWORD} in the environment instead"
         )
-    return tables_of(_rows(source, query, key), f"the result of {key}")
+    return tables_of(_rows(source, query, key), f"the result of {key}", wanted or Wanted())
 
 
 def _rows(source: str, query: str, key: str) -> Iterator[Mapping[str, Any]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fedslm.data.columns import Wanted
 from fedslm.data.splits import FORMATS, format_of, is_gzip, texts_in
 from fedslm.data.spool import BATCH_ROWS, first_bad, tables_of
 from fedslm.errors import DataError
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def tables_in(path: Path) -> Iterator[pa.Table]:
+def tables_in(path: Path, wanted: Wanted | None = None) -> Iterator[pa.Table]:
     """Reads a file, or a folder of text files, in pieces.
+
+    Args:
+        path: The file or folder.
+        wanted: Columns to read; None: all.
 
     Raises:
         DataError: It is damaged, not UTF-8, ragged or of no known format; names the file and the row.
@@ -34,7 +39,7 @@ def tables_in(path: Path) -> Iterator[pa.Table]:
     try:
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{path} is empty")
-        yield from _READERS[kind](path)
+        yield from _READERS[kind](path, wanted or Wanted())
     except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
         raise DataError(f"{path} cannot be read as {kind.removeprefix('.')}: {error}") from error
     except UnicodeDecodeError as error:  # of what a reader decodes itself there is a better error
@@ -56,9 +61,9 @@ def _lines(path: Path) -> Iterator[str]:
             yield text.removeprefix("\ufeff") if number == 1 else text
 
 
-def _json(path: Path) -> Iterator[pa.Table]:
+def _json(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
     """JSON lines, or one list of records."""
-    return tables_of(_json_rows(path), str(path))
+    return tables_of(_json_rows(path), str(path), wanted)
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -91,7 +96,7 @@ def _record(value: Any, path: Path, what: str, number: int) -> dict[str, Any]:
     return value
 
 
-def _table(path: Path) -> Iterator[pa.Table]:
+def _table(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
     """CSV or TSV; every value is a text, so that "007" stays what it is, and blank is null."""
     import pyarrow as pa
 
@@ -105,10 +110,10 @@ def _table(path: Path) -> Iterator[pa.Table]:
         for number, row in enumerate(_records(reader, header, path), 1):
             rows.append([value or None for value in row])
             if number % BATCH_ROWS == 0:
-                yield pa.table(list(zip(*rows, strict=True)), schema=schema)
+                yield wanted.fit(pa.table(list(zip(*rows, strict=True)), schema=schema))
                 rows = []
         if rows:
-            yield pa.table(list(zip(*rows, strict=True)), schema=schema)
+            yield wanted.fit(pa.table(list(zip(*rows, strict=True)), schema=schema))
     finally:
         csv.field_size_limit(limit)
 
@@ -165,17 +170,18 @@ def _records(reader: Any, header: list[str], path: Path) -> Iterator[list[str]]:
         raise DataError(f"{path}, row {number + 1} (line {reader.line_num}): {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[pa.Table]:
+def _parquet(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
     """Parquet, with the metadata that names classes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        batches = file.iter_batches(BATCH_ROWS)
-        yield from _sound((pa.Table.from_batches([batch]) for batch in batches), path)
+        names = wanted.of(file.schema_arrow.names)
+        batches = file.iter_batches(BATCH_ROWS, columns=names or None)
+        yield from _sound((wanted.fit(pa.Table.from_batches([batch])) for batch in batches), path)
 
 
-def _arrow(path: Path) -> Iterator[pa.Table]:
+def _arrow(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
     """An Arrow IPC file or stream."""
     import pyarrow as pa
 
@@ -186,7 +192,7 @@ def _arrow(path: Path) -> Iterator[pa.Table]:
         except pa.ArrowInvalid:
             file.seek(0)
             batches = pa.ipc.open_stream(file)
-        yield from _sound((pa.Table.from_batches([batch]) for batch in batches), path)
+        yield from _sound((wanted.fit(pa.Table.from_batches([batch])) for batch in batches), path)
 
 
 def _sound(tables: Iterable[pa.Table], path: Path) -> Iterator[pa.Table]:
@@ -215,7 +221,7 @@ def _check(column: pa.ChunkedArray, name: str, first: int) -> None:
         raise DataError(f"row {row}, {name}: {problem}; write texts as UTF-8")
 
 
-def _texts(folder: Path) -> Iterator[pa.Table]:
+def _texts(folder: Path, wanted: Wanted) -> Iterator[pa.Table]:
     """Text files: text, file and, where they lie in folders, the folder's name as the label."""
     files = texts_in(folder)
     labelled = any(file.parent != folder for file in files)
@@ -226,10 +232,10 @@ def _texts(folder: Path) -> Iterator[pa.Table]:
             label = file.parent.name if file.parent != folder else None
             yield {**row, "label": label} if labelled else row
 
-    return tables_of(rows(), str(folder))
+    return tables_of(rows(), str(folder), wanted)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[pa.Table]]] = {
+_READERS: dict[str, Callable[[Path, Wanted], Iterator[pa.Table]]] = {
     ".jsonl": _json,
     ".json": _json,
     ".csv": _table,

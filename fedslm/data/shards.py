@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, overload
 from fedslm.config import AttackConfig, DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.rows import Row, rows_of
 from fedslm.data.sharing import NO_ATTACK, Shared, load_what_is_public, share_out
-from fedslm.data.spool import BATCH_ROWS
+from fedslm.data.spool import BATCH_ROWS, parquet
 from fedslm.errors import DataError
 from fedslm.storage import write_text
 
@@ -298,7 +298,7 @@ def write_parquet(path: Path, parts: list[Dataset]) -> None:
 
     temporary = path.with_suffix(".partial")
     tables = [part.with_format("arrow")[:] for part in parts]
-    with pq.ParquetWriter(temporary, tables[0].schema) as writer:
+    with parquet(path), pq.ParquetWriter(temporary, tables[0].schema) as writer:
         for table in tables:
             writer.write_table(table, row_group_size=max(1, len(table)))
     temporary.replace(path)

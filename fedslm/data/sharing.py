@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedslm.config import AttackConfig, DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data import labels as names
-from fedslm.data.columns import needed
+from fedslm.data.columns import needed, needed_to_share
 from fedslm.data.duplicates import count_duplicates
 from fedslm.data.missing import name_of
 from fedslm.data.partition import partition
@@ -118,7 +118,7 @@ def share_out(
     Raises:
         DataError: Anything about the data that would stop a client later.
     """
-    train = load_train(data, task, seed, scratch)
+    train = load_train(data, task, seed, scratch, more=needed_to_share(data, privacy))
     public = load_what_is_public(data, task, seed, scratch)
     labels = public.labels
     names.check(train, data, task, "training")

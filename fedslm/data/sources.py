@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.data import database, demo, facts, files, hub
-from fedslm.data.columns import needed
+from fedslm.data.columns import Wanted, needed
 from fedslm.data.splits import files_of, format_of, texts_in
 from fedslm.data.spool import BATCH_ROWS, spool
 from fedslm.errors import DataError
@@ -22,20 +23,30 @@ if TYPE_CHECKING:
 _LIKE_PATHS = (".", "~", "/", "$")
 
 
-def load_train(config: DataConfig, task: TaskConfig, seed: int, scratch: Path | None = None) -> Dataset:
-    """Loads the split that the clients share: private.
+def load_train(
+    config: DataConfig,
+    task: TaskConfig,
+    seed: int,
+    scratch: Path | None = None,
+    *,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> Dataset:
+    """Loads the split that the clients share: private. Only the needed columns are read.
 
     Args:
         config: Where the data is.
         task: Says which columns are needed.
         seed: Seed of the demo data; other sources do not use it.
         scratch: Directory for memory-mapped copies; None: the system's temporary directory.
+        more: What further columns are for (a dotted key) to the column.
 
     Raises:
         DataError: Source, split or a needed column is missing, or a record cannot be read.
     """
-    dataset = load(config.source, config.train_split, config.train_query, seed=seed, scratch=scratch)
-    return with_columns(dataset, config, task, scratch)
+    wanted = Wanted({**needed(config, task), **more})
+    split, query = config.train_split, config.train_query
+    dataset = load(config.source, split, query, seed=seed, scratch=scratch, wanted=wanted)
+    return _with_class_names(dataset, config.label_column, scratch)
 
 
 def load_evaluation(
@@ -45,8 +56,9 @@ def load_evaluation(
     scratch: Path | None = None,
     *,
     beside_private: bool = True,
+    optional: frozenset[str] = frozenset(),
 ) -> Dataset:
-    """Loads the public split that the server evaluates on.
+    """Loads the public split that the server evaluates on. Only the needed columns are read.
 
     Args:
         config: Where the data is.
@@ -54,6 +66,7 @@ def load_evaluation(
         seed: Seed of the demo data.
         scratch: As :func:`load_train`.
         beside_private: Whether the private split is here too (a simulation): it must be another.
+        optional: Further columns to read; null where they are not there.
 
     Raises:
         DataError: As :func:`load_train`, or it is the private split.
@@ -62,8 +75,9 @@ def load_evaluation(
     split, query = config.evaluation_split, config.evaluation_query
     if beside_private:
         _check_public(config, source, split, query, key="evaluation")
-    dataset = load(source, split, query, key="data.evaluation_query", seed=seed, scratch=scratch)
-    return with_columns(dataset, config, task, scratch)
+    wanted, key = Wanted(needed(config, task), optional), "data.evaluation_query"
+    dataset = load(source, split, query, key=key, seed=seed, scratch=scratch, wanted=wanted)
+    return _with_class_names(dataset, config.label_column, scratch)
 
 
 def load_public(
@@ -87,8 +101,9 @@ def load_public(
     split = config.public_split or config.train_split
     if beside_private:
         _check_public(config, source, split, None, key="public")
-    dataset = load(source, split, key="data.public_source", seed=seed, scratch=scratch)
-    return with_columns(dataset, config, task, scratch)
+    wanted, key = Wanted(needed(config, task)), "data.public_source"
+    dataset = load(source, split, key=key, seed=seed, scratch=scratch, wanted=wanted)
+    return _with_class_names(dataset, config.label_column, scratch)
 
 
 def _check_public(config: DataConfig, source: str, split: str, query: str | None, *, key: str) -> None:
@@ -137,6 +152,7 @@ def load(
     key: str = "data.train_query",
     seed: int = 0,
     scratch: Path | None = None,
+    wanted: Wanted | None = None,
 ) -> Dataset:
     """Loads one split of a source as it is.
 
@@ -147,21 +163,25 @@ def load(
         key: Dotted key of the query, for errors.
         seed: Seed of the demo data.
         scratch: As :func:`load_train`.
+        wanted: Columns to read; None: all.
 
     Raises:
         DataError: As :func:`load_train`.
     """
+    wanted = wanted or Wanted()
     if source in ("demo", facts.NAME):
-        return _load_demo(source, split, seed)
+        return _chosen(_load_demo(source, split, seed), wanted)
     expanded = expand(source)
     if database.is_url(expanded):
         if query is None:
             raise DataError(f"{key} is missing: a database needs the query that gives the rows")
-        return spool(database.tables_from(expanded, query, key), scratch, f"the result of {key}")
+        tables = database.tables_from(expanded, query, key, wanted)
+        return spool(_checked(tables, wanted), scratch, f"the result of {key}")
     path = Path(expanded)
     if path.exists():
         found = files_of(path, split)
-        return spool(chain.from_iterable(map(files.tables_in, found)), scratch, str(found[0]))
+        tables = (table for each in found for table in files.tables_in(each, wanted))
+        return spool(_checked(tables, wanted), scratch, str(found[0]))
     if "$" in expanded:
         raise DataError(f"data.source={source!r}: a variable in it is not set in the environment")
     if _is_path(expanded, path):
@@ -169,7 +189,21 @@ def load(
             f"data.source={source!r}: no such file or directory ({path.absolute()}); a data set of the "
             f"hub is OWNER/NAME"
         )
-    return hub.load(source, split)
+    return _chosen(hub.load(source, split), wanted)
+
+
+def _checked(tables: Iterable[pa.Table], wanted: Wanted) -> Iterator[pa.Table]:
+    """Tables, and an error at their end if a needed column was in none."""
+    yield from tables
+    if wanted.there:
+        wanted.check()
+
+
+def _chosen(dataset: Dataset, wanted: Wanted) -> Dataset:
+    """The columns of a data set that are wanted."""
+    chosen = wanted.of(dataset.column_names)
+    wanted.check()
+    return dataset.select_columns(chosen)
 
 
 def _is_path(source: str, path: Path) -> bool:
@@ -191,19 +225,8 @@ def _load_demo(source: str, split: str, seed: int) -> Dataset:
     return Dataset.from_list(parts[split])
 
 
-def with_columns(
-    dataset: Dataset, config: DataConfig, task: TaskConfig, scratch: Path | None = None
-) -> Dataset:
-    """Checks that the needed columns are there and turns class indices into names.
-
-    Raises:
-        DataError: A column is not there; lists those that are.
-    """
-    there = ", ".join(dataset.column_names)
-    for key, column in needed(config, task).items():
-        if column not in dataset.column_names:
-            raise DataError(f"{key}={column!r} is not a column of the data; it has {there}")
-    label = config.label_column
+def _with_class_names(dataset: Dataset, label: str | None, scratch: Path | None) -> Dataset:
+    """Turns class indices in the label column into names."""
     if label is None or (names := _class_names(dataset, label)) is None:
         return dataset
     tables = dataset.with_format("arrow").iter(BATCH_ROWS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedslm.data.holdout import record_name
 from fedslm.data.sharing import owners_in
-from fedslm.data.spool import BATCH_ROWS, batches, named
+from fedslm.data.spool import BATCH_ROWS, batches, named, parquet
 from fedslm.errors import DataError
 from fedslm.rng import stream
 from fedslm.storage import replacing
@@ -99,7 +99,7 @@ def _write(dataset: Dataset, is_test: list[bool], paths: list[Path]) -> None:
     with ExitStack() as stack:
         temporaries = [stack.enter_context(replacing(path)) for path in paths]
         schema = dataset.with_format("arrow")[:1].schema
-        with ExitStack() as files:
+        with parquet(paths[0]), ExitStack() as files:
             train, test = (files.enter_context(pq.ParquetWriter(each, schema)) for each in temporaries)
             for table in dataset.with_format("arrow").iter(BATCH_ROWS):
                 mask = pa.array(is_test[first : first + len(table)])

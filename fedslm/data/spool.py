@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from fedslm.data.columns import Wanted
 from fedslm.data.missing import is_nothing
 from fedslm.data.rows import Row, rows_of, values_of
 from fedslm.errors import DataError
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH_ROWS = 1000
-_SHOWN_ROWS = 5
+_SHOWN_ROWS, _SHOWN_CHARACTERS = 5, 60
 
 
 def spool(tables: Iterable[pa.Table], scratch: Path | None, source: str) -> Dataset:
@@ -34,18 +36,38 @@ def spool(tables: Iterable[pa.Table], scratch: Path | None, source: str) -> Data
         source: What they come from, for errors.
 
     Raises:
-        DataError: There are no rows, or two tables do not fit together.
+        DataError: There are no rows, two tables do not fit together, or a column has a type that a data
+            set cannot hold.
     """
-    from datasets import Dataset
-
     try:
         with TemporaryDirectory(dir=scratch, prefix="spool-", ignore_cleanup_errors=True) as directory:
             path = _write(tables, Path(directory), source)
             if path is None:
                 raise DataError(f"{source} is empty: it gives no records")
-            return Dataset.from_file(str(path))
+            return _mapped(path, source)
     except OSError as error:
         raise DataError(f"{source} cannot be copied to disk: {error}") from error
+
+
+def _mapped(path: Path, source: str) -> Dataset:
+    """A file as a data set; names the column that it cannot hold."""
+    import pyarrow as pa
+    from datasets import Dataset, Features
+
+    try:
+        return Dataset.from_file(str(path))
+    except Exception as error:  # datasets raises many unrelated types
+        with pa.memory_map(str(path)) as file:
+            fields = list(pa.ipc.open_stream(file).schema)
+        for each in fields:
+            try:
+                Features.from_arrow_schema(pa.schema([each]))
+            except Exception:
+                raise DataError(
+                    f"{source}: column {each.name!r} holds {str(each.type)[:_SHOWN_CHARACTERS]}, which "
+                    f"cannot be read; convert it to texts, numbers or lists of them, or remove it"
+                ) from error
+        raise DataError(f"{source} cannot be read: {error}") from error
 
 
 def batches(
@@ -70,8 +92,26 @@ def rows_in(dataset: Dataset) -> list[Row]:
     return [row for table in tables for row in rows_of(table)]
 
 
-def tables_of(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[pa.Table]:
-    """Gathers rows into tables.
+@contextmanager
+def parquet(path: Path) -> Iterator[None]:
+    """Writing Parquet: a type that it cannot hold is an error of ours.
+
+    Raises:
+        DataError: With what Arrow says of the column.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{path} cannot be written: {error}; convert the column to texts, numbers or lists of "
+            f"them, or remove it"
+        ) from error
+
+
+def tables_of(rows: Iterable[Mapping[str, Any]], source: str, wanted: Wanted) -> Iterator[pa.Table]:
+    """Gathers rows into tables of the columns that are wanted.
 
     Raises:
         DataError: A column holds values of types that do not go together; names the rows.
@@ -79,16 +119,17 @@ def tables_of(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[pa.Tab
     iterator = iter(rows)
     first = 0
     while batch := list(islice(iterator, BATCH_ROWS)):
-        yield _table(batch, first, source)
+        names = wanted.of(dict.fromkeys(key for row in batch for key in row))
+        yield _table(batch, dict.fromkeys([*names, *wanted.columns]), first, source)
         first += len(batch)
 
 
-def _table(rows: list[Mapping[str, Any]], first: int, source: str) -> pa.Table:
+def _table(rows: list[Mapping[str, Any]], names: Iterable[str], first: int, source: str) -> pa.Table:
     """One table; absent values are null."""
     import pyarrow as pa
 
     columns = {}
-    for name in dict.fromkeys(key for row in rows for key in row):
+    for name in names:
         values = [_plain(row.get(name)) for row in rows]
         try:
             columns[str(name)] = pa.array(values)

@@ -12,6 +12,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedslm.data import shards
+from fedslm.data.columns import Wanted
 from fedslm.data.sources import load
 from fedslm.deployment.admission import ADMISSION, Admission, read_admission
 from fedslm.deployment.bundle import bundle, sha256_of
@@ -86,16 +87,18 @@ def open_node(directory: Path, profile: str | None = None) -> Ready:
 def import_records(ready: Ready) -> int:
     """Copies the node's records to where training reads them; gives their number.
 
-    They are copied at every start: a run keeps to the data that it began with, by their commitment.
+    They are copied at every start: a run keeps to the data that it began with, by their commitment. Of
+    declared columns no other is read.
 
     Raises:
         DataError: They cannot be read.
     """
     file = ready.file
-    rows = load(file.source, file.split, file.query or None, scratch=ready.directory)
-    missing = sorted(set(file.columns) - set(rows.column_names))
+    wanted = Wanted({}, frozenset(file.columns)) if file.columns else Wanted()
+    rows = load(file.source, file.split, file.query or None, scratch=ready.directory, wanted=wanted)
+    missing = sorted(set(file.columns) - wanted.there.keys())
     if missing:
-        there = ", ".join(rows.column_names)
+        there = ", ".join(wanted.there)
         raise DataError(f"columns={missing} of node.toml are not in the records; there are {there}")
     shards.write_own(ready.directory / _DATA, rows, OWN_SHARD, file.columns)
     return len(rows)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fedslm.data.columns import Wanted
 from fedslm.data.missing import is_missing
 from fedslm.data.sources import cut, load
 from fedslm.data.spool import rows_in
@@ -127,10 +128,11 @@ def general_examples(
     Raises:
         DataError: It cannot be read or has no usable text.
     """
-    dataset = load(source, split, key="distill.general_source", seed=run.seed)
-    column = run.data.text_column if run.data.text_column in dataset.column_names else "text"
-    if column not in dataset.column_names:
-        there = ", ".join(dataset.column_names)
+    wanted = Wanted({}, frozenset({run.data.text_column, "text"}))
+    dataset = load(source, split, key="distill.general_source", seed=run.seed, wanted=wanted)
+    column = run.data.text_column if run.data.text_column in wanted.there else "text"
+    if column not in wanted.there:
+        there = ", ".join(wanted.there)
         raise DataError(f"{source} ({split}) has no column {column!r}; it has {there}")
     task = general_task(run)
     found = (row[column] for row in rows_in(cut(dataset, most, run.seed)))

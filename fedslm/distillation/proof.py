@@ -33,7 +33,7 @@ _WHAT = {
 }
 LOWER_IS_BETTER = ("loss",)
 MOST_PERPLEXITY = 0.02
-_GROUP = "group"
+GROUP = "group"
 _FEWEST_RESAMPLES = 1000
 
 
@@ -208,7 +208,7 @@ def _probe(workshop: Workshop, adapters: Adapters, rows: Rows, headline: str) ->
     if not rows:
         return {"probe": {}, "probe_groups": []}
     tests = tests_of(rows, workshop.teacher.reader, workshop.student.reader)
-    groups = [str(row.get(_GROUP) or "all") for row in tests.rows]
+    groups = [str(row.get(GROUP) or "all") for row in tests.rows]
     names = sorted(set(groups))
     found = _statistics(workshop, adapters, tests, {})
     probe = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedslm.config import DistillConfig
-from fedslm.data.columns import needed
+from fedslm.data.columns import Wanted, needed
 from fedslm.data.duplicates import normalised
 from fedslm.data.sources import cut, load, same_records
 from fedslm.data.spool import rows_in
@@ -17,6 +17,7 @@ from fedslm.inference.trained import FinishedRun
 from fedslm.tasks.base import Row
 
 MOST_OVERLAP = 0.01
+_LABEL = "data.label_column"
 _RUN_OF_WORDS = 13
 _WORD = re.compile(r"\w+")
 
@@ -61,12 +62,10 @@ def rows_of(run: FinishedRun, source: str, split: str, most: int) -> Rows:
             f"{source} ({split}) is the private training split: what is learned from it directly is "
             f"covered by no ε; give public records"
         )
-    dataset = load(source, split, key="distill.source", seed=run.seed)
-    columns = text_columns(run)
-    for column in columns:
-        if column not in dataset.column_names:
-            there = ", ".join(dataset.column_names)
-            raise DataError(f"{source} ({split}) has no column {column!r}; it has {there}")
+    columns = needed(run.data, run.task)
+    label = frozenset({columns.pop(_LABEL)} if _LABEL in columns else ())
+    wanted = Wanted(columns, label, f"{source} ({split})")
+    dataset = load(source, split, key="distill.source", seed=run.seed, wanted=wanted)
     rows = rows_in(cut(dataset, most, run.seed))
     if not rows:
         raise DataError(f"{source} ({split}) holds no record; distillation needs public ones")
@@ -75,8 +74,7 @@ def rows_of(run: FinishedRun, source: str, split: str, most: int) -> Rows:
 
 def text_columns(run: FinishedRun) -> list[str]:
     """Columns that a model reads, without the label."""
-    label = "data.label_column"
-    return [column for key, column in needed(run.data, run.task).items() if key != label]
+    return [column for key, column in needed(run.data, run.task).items() if key != _LABEL]
 
 
 def without_overlap(

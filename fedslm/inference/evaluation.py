@@ -68,12 +68,14 @@ class Elsewhere:
         split: As ``data.evaluation_split``; None: the run's.
         query: As ``data.evaluation_query``; None: the run's.
         max_records: A seeded sample of so many; None: all.
+        optional: Further columns to read; None where they are not there.
     """
 
     source: str
     split: str | None = None
     query: str | None = None
     max_records: int | None = None
+    optional: frozenset[str] = frozenset()
 
 
 def other_rows(run: FinishedRun, data: Elsewhere) -> Rows:
@@ -87,7 +89,8 @@ def other_rows(run: FinishedRun, data: Elsewhere) -> Rows:
         "evaluation_split": data.split or run.data.evaluation_split,
         "evaluation_query": data.query or run.data.evaluation_query,
     }
-    dataset = load_evaluation(run.data.model_copy(update=values), run.task, run.seed)
+    config, optional = run.data.model_copy(update=values), data.optional
+    dataset = load_evaluation(config, run.task, run.seed, optional=optional)
     return rows_in(cut(dataset, data.max_records or len(dataset), run.seed))
 
 

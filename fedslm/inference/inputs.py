@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedslm.data import files
+from fedslm.data.columns import Wanted
 from fedslm.data.rows import rows_of
 from fedslm.errors import DataError
 
@@ -30,15 +31,9 @@ def read_inputs(path: Path, columns: Sequence[str]) -> Rows:
     if path.suffix.lower() == ".txt" and path.is_file():
         rows = _lines(path, columns)
     else:
-        rows = [row for table in files.tables_in(path) for row in rows_of(table)]
+        rows = _records(path, columns)
     if not rows:
         raise DataError(f"{path} is empty: it gives no records")
-    for column in columns:
-        if column not in rows[0]:
-            raise DataError(
-                f"{path} has no column {column!r}; it has {', '.join(rows[0])}. Rename it, or use a "
-                f".txt file with one text on each line"
-            )
     return rows
 
 
@@ -64,6 +59,19 @@ def words_in(text: str) -> list[tuple[int, int]]:
     ['2.5', 'mg', '/', 'd', 'of', 'B', '-', '12', '.']
     """
     return [match.span() for match in _WORD.finditer(text)]
+
+
+def _records(path: Path, columns: Sequence[str]) -> Rows:
+    """The columns that are needed of each record."""
+    wanted = Wanted({}, frozenset(columns))
+    rows = [row for table in files.tables_in(path, wanted) for row in rows_of(table)]
+    for column in columns:
+        if rows and column not in wanted.there:
+            raise DataError(
+                f"{path} has no column {column!r}; it has {', '.join(wanted.there)}. Rename it, or use "
+                f"a .txt file with one text on each line"
+            )
+    return rows
 
 
 def _lines(path: Path, columns: Sequence[str]) -> Rows:

@@ -33,6 +33,11 @@ def rows(size: int, labels: str = "ab") -> Rows:
     ]
 
 
+def columns(content: Rows, *names: str) -> Rows:
+    """Some columns of rows."""
+    return [{name: row[name] for name in names} for row in content]
+
+
 def write(
     tmp_path: Path,
     train: Rows,
@@ -57,14 +62,16 @@ def write(
 
 
 def test_a_client_reads_its_own_rows(tmp_path: Path) -> None:
-    """Each client's file part has exactly the rows of its shard, with all columns."""
+    """Each client's file part has exactly the rows of its shard, with the columns that a run reads."""
     written = write(tmp_path, rows(31), rows(4), partition="natural")
     assert written.names == ("site-0", "site-1", "site-2")
     assert written.sizes == (11, 10, 10)
     for client, name in enumerate(written.names):
-        expected = [row for row in rows(31) if row["client"] == name]
+        expected = [
+            row for row in columns(rows(31), "text", "label", "client") if row["client"] == name
+        ]
         assert shards.read_client(tmp_path / "data", client) == expected
-    assert shards.read_evaluation(tmp_path / "data") == rows(4)
+    assert shards.read_evaluation(tmp_path / "data") == columns(rows(4), "text", "label")
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet"])
@@ -265,7 +272,7 @@ def test_patients_that_are_numbers_are_taken(tmp_path: Path) -> None:
 
 def test_a_unit_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """A missing column is named, with those that are there, before anything is written."""
-    message = r"privacy\.unit_column='pseudonym' is not a column; there are .*patient"
+    message = r"privacy\.unit_column='pseudonym' is not a column of the data; it has .*patient"
     with pytest.raises(DataError, match=message):
         write(tmp_path, patients(18, ["a"]), rows(4), privacy=patient("pseudonym"))
     assert not (tmp_path / "data").exists()

@@ -23,6 +23,7 @@ ROWS: Rows = [
     {"text": 'she said "no"\nand left', "label": "other", "client": None},
     {"text": "naïve café – 37,5 °C", "label": "heart", "client": "b"},
 ]
+NEEDED: Rows = [{key: row[key] for key in ("text", "label")} for row in ROWS]
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,8 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path, ending: str) -> None:
     """Every format gives the rows with their columns, quotes, line breaks, accents and blanks."""
     path = tmp_path / f"notes{ending}"
     WRITERS[ending](path, ROWS)
-    assert load_train(config(path)).to_list() == ROWS
+    assert sources.load(str(path), "train").to_list() == ROWS
+    assert load_train(config(path)).to_list() == NEEDED
 
 
 @pytest.mark.parametrize("ending", WRITERS)
@@ -92,8 +94,8 @@ def test_a_directory_gives_its_splits(tmp_path: Path, ending: str) -> None:
     WRITERS[ending](tmp_path / f"test{ending}", ROWS[:1])
     WRITERS[ending](tmp_path / f"training{ending}", ROWS[:2])
     (tmp_path / "README.md").write_text("hello")
-    assert load_train(config(tmp_path)).to_list() == ROWS
-    assert load_evaluation(config(tmp_path)).to_list() == ROWS[:1]
+    assert load_train(config(tmp_path)).to_list() == NEEDED
+    assert load_evaluation(config(tmp_path)).to_list() == NEEDED[:1]
     assert len(load_train(config(tmp_path, train_split="training"))) == 2
 
 
@@ -103,7 +105,7 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     write_jsonl(path, ROWS)
     assert len(load_train(config(path))) == 3
     write_jsonl(path, ROWS[:2])
-    assert load_train(config(path)).to_list() == ROWS[:2]
+    assert load_train(config(path)).to_list() == NEEDED[:2]
 
 
 def test_evaluation_may_come_from_elsewhere(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_evaluation_may_come_from_elsewhere(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "public.jsonl", ROWS[:1])
     data = config(tmp_path / "private.jsonl", evaluation_source=str(tmp_path / "public.jsonl"))
     assert len(load_train(data)) == 3
-    assert load_evaluation(data).to_list() == ROWS[:1]
+    assert load_evaluation(data).to_list() == NEEDED[:1]
 
 
 def test_evaluation_is_cut_repeatably(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_bad_input_is_refused_with_a_remedy(
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read"):
         open_run(tmp_path / "run")
     (tmp_path / "empty.jsonl").write_text('{"other": "x"}\n')
-    with pytest.raises(DataError, match="has no column 'text'; it has other"):
+    with pytest.raises(DataError, match=r"'text' is not a column of .*; it has other"):
         prepare(run, settings(**{**good, "source": str(tmp_path / "empty.jsonl")}))
 
 

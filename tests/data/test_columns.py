@@ -1,0 +1,174 @@
+"""Tests of which columns are read: what nobody reads stops nobody."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
+from fedslm.data import shards
+from fedslm.data.columns import Wanted, needed_to_share
+from fedslm.data.sources import load, load_evaluation, load_train
+from fedslm.data.split import split_in_two
+from fedslm.errors import DataError
+from fedslm.inference.inputs import read_inputs
+
+TASK = TaskConfig(name="classification")
+COLUMNS = {"text": ["a", "b", "c", "d"], "label": ["x", "y", "x", "y"]}
+ROWS = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*COLUMNS.values(), strict=True)]
+
+
+def odd(kind: str) -> pa.Array:
+    """Values of a type that training data do not have."""
+    match kind:
+        case "map":
+            return pa.array([[("k", "v")]] * 4, pa.map_(pa.string(), pa.string()))
+        case "union":
+            return pa.UnionArray.from_dense(
+                pa.array([0] * 4, pa.int8()), pa.array(range(4), pa.int32()), [pa.array([1, 2, 3, 4])]
+            )
+        case "not UTF-8":
+            return pa.array([b"na\xefve"] * 4, pa.binary()).view(pa.string())
+        case _:
+            return pa.array([[]] * 4, pa.list_(pa.struct([])))
+
+
+def write_parquet(directory: Path, split: str) -> None:
+    """A Parquet file with a map."""
+    pq.write_table(pa.table({**COLUMNS, "meta": odd("map")}), directory / f"{split}.parquet")
+
+
+def write_arrow(kind: str) -> Callable[[Path, str], None]:
+    """An Arrow file with a column of some kind."""
+
+    def write(directory: Path, split: str) -> None:
+        table = pa.table({"meta": odd(kind), **COLUMNS})
+        with pa.ipc.new_file(str(directory / f"{split}.arrow"), table.schema) as writer:
+            writer.write_table(table)
+
+    return write
+
+
+def write_json(directory: Path, split: str) -> None:
+    """JSON lines with a column of no one type."""
+    metas: list[Any] = [{"k": 1}, "text", [1, "two"], "\ud800"]
+    lines = (json.dumps({**row, "meta": meta}) for row, meta in zip(ROWS, metas, strict=True))
+    (directory / f"{split}.jsonl").write_text("\n".join(lines))
+
+
+WRITERS = {
+    "parquet": write_parquet,
+    "jsonl": write_json,
+    **{kind: write_arrow(kind) for kind in ("map", "union", "not UTF-8", "struct")},
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_column_that_nobody_reads_stops_nobody(tmp_path: Path, kind: str) -> None:
+    """A column of any type or content stands beside the ones that a run, or a question, needs."""
+    for split in ("train", "test"):
+        WRITERS[kind](tmp_path, split)
+    config = DataConfig(source=str(tmp_path))
+    assert load_train(config, TASK, 0).to_list() == ROWS
+    assert load_evaluation(config, TASK, 0).to_list() == ROWS
+    (path,) = tmp_path.glob("test.*")
+    assert read_inputs(path, ["text"]) == [{"text": row["text"]} for row in ROWS]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_column_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
+    """Where all columns are asked for, or this one, it is an error of ours that names the column."""
+    WRITERS[kind](tmp_path, "train")
+    with pytest.raises(DataError, match=r"\bmeta\b|cannot be written"):
+        split_in_two(load(str(tmp_path), "train"), tmp_path / "out", unit=None, fraction=0.5, seed=0)
+    assert not (tmp_path / "out" / "train.parquet").exists()
+
+
+def test_a_database_gives_the_needed_columns(tmp_path: Path) -> None:
+    """A query may give columns whose values are of no one type, if nobody reads them."""
+    connection = sqlite3.connect(tmp_path / "notes.db")
+    connection.execute("CREATE TABLE notes (text TEXT, label TEXT, meta)")
+    values = [
+        (row["text"], row["label"], meta) for row, meta in zip(ROWS, [1, "x", b"y", 2.5], strict=True)
+    ]
+    connection.executemany("INSERT INTO notes VALUES (?, ?, ?)", values)
+    connection.commit()
+    connection.close()
+    data = DataConfig(source=f"sqlite:///{tmp_path / 'notes.db'}", train_query="SELECT * FROM notes")
+    assert load_train(data, TASK, 0).to_list() == ROWS
+    with pytest.raises(DataError, match="column 'meta' cannot be read"):
+        load(data.source, "train", data.train_query)
+
+
+def test_no_row_is_lost_before_a_late_column(tmp_path: Path) -> None:
+    """Rows that have none of the needed columns are rows: they are counted, and refused by number."""
+    lines = [{"other": 1}] * 1000 + [{"text": "late", "label": "x"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = load_train(DataConfig(source=str(tmp_path)), TASK, 0)
+    assert len(found) == 1001
+    assert found[0] == {"text": None, "label": None}
+    for number, table in enumerate([{"other": [1, 2]}, COLUMNS]):
+        pq.write_table(pa.table(table), tmp_path / f"some-0000{number}-of-00002.parquet")
+    rows = load_train(DataConfig(source=str(tmp_path), train_split="some"), TASK, 0).to_list()
+    assert rows == [{"text": None, "label": None}] * 2 + ROWS
+
+
+@pytest.mark.parametrize(
+    ("data", "privacy", "wanted"),
+    [
+        ({}, {"unit": "record"}, {}),
+        ({"partition": "natural"}, {"unit": "none"}, {"data.natural_column": "client"}),
+        ({"partition": "shard"}, {"unit": "none"}, {"data.label_column": "label"}),
+        (
+            {"partition": "dirichlet", "partition_column": "ward"},
+            {"unit": "patient", "unit_column": "who"},
+            {"data.partition_column": "ward", "privacy.unit_column": "who"},
+        ),
+    ],
+)
+def test_whose_a_record_is_is_read(
+    data: dict[str, Any], privacy: dict[str, Any], wanted: dict[str, str]
+) -> None:
+    """The columns that clients and units come from are needed, and only where they are asked for."""
+    config = DataConfig(source="x", **data)
+    assert needed_to_share(config, PrivacyConfig(**privacy)) == wanted
+
+
+def test_a_run_keeps_the_needed_columns_only(tmp_path: Path) -> None:
+    """What a run copies to disk holds nothing that it does not read."""
+    privacy = PrivacyConfig(unit="patient", unit_column="patient", max_records_per_unit=2)
+    config = DataConfig(source="demo", partition="natural")
+    shards.write(tmp_path, config, TASK, privacy=privacy, num_clients=5, seed=0)
+    assert set(shards.read_client(tmp_path, 0)[0]) == {"text", "label", "client", "patient"}
+    assert set(shards.read_evaluation(tmp_path)[0]) == {"text", "label"}
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """Of two columns of one name neither is chosen; an unread one may stand twice."""
+    twice = pa.table([["a"], ["b"], ["x"]], names=["text", "text", "label"])
+    other = pa.table([["a"], ["x"], [1], [2]], names=["text", "label", "meta", "meta"])
+    with pytest.raises(DataError, match="has two columns 'text'"):
+        Wanted({"data.text_column": "text"}).fit(twice)
+    assert Wanted({"data.text_column": "text"}).fit(other).to_pylist() == [{"text": "a"}]
+    for name, table in (("twice", twice), ("other", other)):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match="has two columns 'text'"):
+        load_train(DataConfig(source=str(tmp_path / "twice.parquet")), TASK, 0)
+    assert len(load_train(DataConfig(source=str(tmp_path / "other.parquet")), TASK, 0)) == 1
+
+
+def test_categories_are_texts(tmp_path: Path) -> None:
+    """A column of categories, as pandas writes it, is a column of texts, in all pieces of a split."""
+    for number, labels in enumerate([["x", "y"], ["z", "x"]]):
+        table = pa.table({"text": ["a", "b"], "label": pa.array(labels).dictionary_encode()})
+        pq.write_table(table, tmp_path / f"train-0000{number}-of-00002.parquet")
+    found = load_train(DataConfig(source=str(tmp_path)), TASK, 0)
+    assert [row["label"] for row in found.to_list()] == ["x", "y", "z", "x"]
+    split_in_two(found, tmp_path / "out", unit=None, fraction=0.5, seed=0)
