@@ -107,7 +107,7 @@ class Seen:
 
 def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """All values in one float64 vector on the CPU."""
-    return torch.cat([tensor.detach().double().cpu().flatten() for tensor in tensors])
+    return torch.cat([tensor.detach().cpu().double().flatten() for tensor in tensors])
 
 
 def example(length: int, target: int = 0) -> Example:

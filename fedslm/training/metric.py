@@ -15,6 +15,8 @@ from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
 from fedslm.training.batches import forward
 
+_GRID = 2**32  # scores are counted in its parts: whole numbers add up without rounding
+
 
 def noisy_metric(
     model: LoadedModel,
@@ -27,9 +29,9 @@ def noisy_metric(
 
     Formal guarantees:
         * Adding or removing one unit moves the two numbers by at most √2 (L2) before noise: a unit adds
-          the mean score of its records, in [0, 1], and 1. Noise has standard deviation
-          √2 · ``plan.metric_noise_multiplier``: this is the Gaussian mechanism that
-          ``plan.metric_event`` charges.
+          the mean score of its records, in [0, 1] and rounded to 2^-32, and 1; the sums are exact.
+          Noise has standard deviation √2 · ``plan.metric_noise_multiplier``: this is the Gaussian
+          mechanism that ``plan.metric_event`` charges.
         * A record that cannot be scored, or whose logits or score are not finite, counts as 0.
 
     Args:
@@ -55,7 +57,8 @@ def noisy_metric(
     ):
         unit = example.owner if plan.unit == "patient" else str(number)
         by_unit.setdefault(unit, []).append(score)
-    exact = (sum(sum(scores) / len(scores) for scores in by_unit.values()), float(len(by_unit)))
+    parts = sum(round(_GRID * sum(scores) / len(scores)) for scores in by_unit.values())
+    exact = (parts / _GRID, float(len(by_unit)))
     noise = GaussianNoise().draw((2,), plan.metric_noise_multiplier * METRIC_SENSITIVITY)
     return exact[0] + float(noise[0]), exact[1] + float(noise[1])
 

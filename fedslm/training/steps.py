@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)  # the client's own log
+_ROOM = 1 - 2.0**-20  # of the clip norm; the rest is for rounding
 
 
 class Step(Protocol):
@@ -73,8 +74,10 @@ class PrivateStep:
         * The pre-noise sum moves by at most ``plan.clip_norm`` (L2, over all trained parameters
           jointly) when one unit is added or removed: the gradients of a unit's records are summed and
           clipped once, losses are not coupled. Each unit has a pass of its own, so that nothing else
-          shapes its gradient; with ``plan.batched`` this holds up to rounding.
-        * Clipping is done in float32, whatever the precision of the base.
+          shapes its gradient; with ``plan.batched`` this holds up to the rounding of shared passes.
+        * The bound includes the rounding of clip and sum for up to 2^16 units in a sample, however they
+          are cut into micro-batches; :func:`clipped_sum` says what holds beyond. Gradients are float32,
+          whatever the precision of the base; norm, clip and sum are float64.
         * A record whose gradient is not finite or cannot be computed contributes exactly zero.
         * An empty batch adds the same noise as any other.
         * Noise is secure randomness, a stream of its own for each round; it is added in float64.
@@ -203,30 +206,75 @@ def private_optimizer(optimizer: torch.optim.Optimizer, plan: PrivatePlan) -> DP
 
 
 def with_noise(optimizer: type[DPOptimizer]) -> type[DPOptimizer]:
-    """Opacus' optimizer with noise from :class:`fedslm.privacy.gaussian.GaussianNoise`.
+    """Opacus' optimizer with its two weak places replaced: the sum, and the noise.
 
-    torch's own CPU generator keeps 32 bits of its seed: few enough to try them all.
+    Opacus adds clipped gradients up in float32, where n crafted ones let a single unit move the sum by
+    C(1 + n²·2⁻²⁶): see :func:`clipped_sum`. torch's own CPU generator keeps 32 bits of its seed, few
+    enough to try them all: see :class:`fedslm.privacy.gaussian.GaussianNoise`. When a step is taken,
+    and what the noisy sum is divided by, are Opacus'.
     """
     from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
     class NoisyOptimizer(optimizer):  # type: ignore[misc]
-        """Clips and sums as Opacus does; draws noise from secure randomness."""
+        """Clips and sums in float64; draws noise from secure randomness."""
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             self._noise = GaussianNoise()
 
+        def clip_and_accumulate(self) -> None:
+            """Adds a micro-batch's clipped gradients to the sum, once."""
+            totals = clipped_sum(self.grad_samples, self.max_grad_norm)
+            for parameter, total in zip(self.params, totals, strict=True):
+                _check_processed_flag(parameter.grad_sample)
+                before = parameter.summed_grad
+                parameter.summed_grad = total if before is None else before + total
+                _mark_as_processed(parameter.grad_sample)
+
         def add_noise(self) -> None:
-            """Adds noise to each summed gradient, once."""
+            """Adds noise to each summed gradient, once, and rounds to the parameter's precision."""
             stddev = self.noise_multiplier * self.max_grad_norm
             for parameter in self.params:
                 _check_processed_flag(parameter.summed_grad)
                 noise = torch.from_numpy(self._noise.draw(tuple(parameter.shape), stddev))
-                exact = parameter.summed_grad.detach().cpu().double() + noise
-                parameter.grad = exact.to(parameter.summed_grad).view_as(parameter)
+                noisy = parameter.summed_grad.cpu() + noise
+                parameter.grad = noisy.to(parameter).view_as(parameter)
                 _mark_as_processed(parameter.summed_grad)
 
     return NoisyOptimizer
+
+
+def clipped_sum(samples: Sequence[torch.Tensor], clip_norm: float) -> list[torch.Tensor]:
+    """Clips each unit's gradient over all tensors together, and adds the units up, in float64.
+
+    Formal guarantees:
+        * Let a sample hold n <= 2^16 units with finite float32 gradients of d <= 2^32 numbers, cut into
+          micro-batches in any way, and let the results be added in float64. Whatever the gradients are,
+          adding or removing one unit moves the total by at most ``clip_norm`` = C (L2), rounding
+          included. For n < 2^26 it moves by at most C(1 + (n² + d)·2⁻⁵³).
+
+    With u = 2⁻⁵³: squares of float32 are exact in float64, so the computed norm is right to
+    ((d - 1)/2 + 1)·u; the clip norm's room, the quotient and the product round once each. A clipped
+    gradient is therefore no longer than (1 - 2⁻²⁰)·C·(1 + (d/2 + 4)·u). An addition whose result holds
+    k units rounds by at most u·k·C: adding n units up, in whatever order, errs by at most
+    (n² + n)/2·u·C, and the n - 1 of a neighbour by (n² - n)/2·u·C. One unit moves the total by at most
+    (1 - 2⁻²⁰ + (n² + d/2 + 4)·u)·C to first order in u, and n² + d/2 + 4 is well below 2^33.
+
+    Args:
+        samples: One tensor of shape (units, ...) for each parameter.
+        clip_norm: C.
+
+    Returns:
+        The sum for each parameter, float64; on the CPU if the device has no float64.
+    """
+    squares = sum(_double(sample).flatten(1).square().sum(dim=1) for sample in samples)
+    factors = (clip_norm * _ROOM / torch.as_tensor(squares).sqrt()).clamp(max=1.0)
+    return [torch.einsum("i,i...", factors, _double(sample)) for sample in samples]
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in float64, which Apple's GPUs do not have."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).detach().double()
 
 
 def sum_by_unit(samples: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:

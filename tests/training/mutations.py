@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from opacus.optimizers import DPOptimizer
 
 from fedslm.errors import LedgerError
 from fedslm.privacy import accounting, chain
@@ -21,7 +20,7 @@ from fedslm.training.bench import AdversarialTask
 Patch = pytest.MonkeyPatch
 
 DRAW, BERNOULLI = GaussianNoise.draw, SecureStream.bernoulli
-CLIP, CALL, SUM = DPOptimizer.clip_and_accumulate, steps.PrivateStep.__call__, steps.sum_by_unit
+CLIP, CALL, SUM = steps.clipped_sum, steps.PrivateStep.__call__, steps.sum_by_unit
 LOSS = AdversarialTask.per_example_loss
 BATCHES = {plan: plan.batches for plan in (ExamplePlan, PatientPlan)}
 PLD, NO_GRADIENTS = accounting._pld, steps.PrivateStep._no_gradients
@@ -71,7 +70,7 @@ def noise_repeated_in_each_step(patch: Patch) -> None:
                     super().add_noise()
                     self.kept = [p.grad - p.summed_grad for p in self.params]
                 for p, noise in zip(self.params, self.kept, strict=True):
-                    p.grad = p.summed_grad + noise
+                    p.grad = (p.summed_grad + noise).to(p)
 
         return Repeating
 
@@ -150,26 +149,16 @@ def seeded_sampler(patch: Patch) -> None:
 
 def no_clipping(patch: Patch) -> None:
     """Gradients are added up as they are."""
-
-    def clip_and_accumulate(self: Any) -> None:
-        kept, self.max_grad_norm = self.max_grad_norm, 1e9
-        CLIP(self)
-        self.max_grad_norm = kept
-
-    patch.setattr(DPOptimizer, "clip_and_accumulate", clip_and_accumulate)
+    patch.setattr(steps, "clipped_sum", lambda samples, clip_norm: CLIP(samples, 1e9))
 
 
 def clipping_by_tensor(patch: Patch) -> None:
     """Each tensor is clipped by itself, so that all together are longer than the clip norm."""
-
-    def clip_and_accumulate(self: Any) -> None:
-        for p in self.params:
-            norms = p.grad_sample.flatten(1).norm(dim=1)
-            factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1)
-            total = torch.einsum("i,i...", factors, p.grad_sample)
-            p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
-
-    patch.setattr(DPOptimizer, "clip_and_accumulate", clip_and_accumulate)
+    patch.setattr(
+        steps,
+        "clipped_sum",
+        lambda samples, clip_norm: [CLIP([sample], clip_norm)[0] for sample in samples],
+    )
 
 
 def clipping_by_record(patch: Patch) -> None:

@@ -32,6 +32,7 @@ from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.records import Event
 from fedslm.tasks.base import Example, Task
+from fedslm.training import metric
 from fedslm.training.batches import forward
 from fedslm.training.metric import noisy_metric
 
@@ -98,6 +99,23 @@ def test_records_add_their_score_and_one(family: Family, exactly) -> None:
     expected = sum(score(family, each) for each in examples)
     assert 0 < expected < len(examples)
     assert exactly(examples, PLANS[0]) == pytest.approx((expected, 11.0))
+
+
+def test_scores_add_up_exactly(family: Family, exactly, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One record moves the sum of scores by at most 1, also among scores made for float64's rounding."""
+    half = 2**11
+    filling = [
+        0.5,
+        *[1.0] * (half - 1),
+    ]  # then each score is rounded up once the sum reaches a power of two
+    rising = [half * 2.0**-53 * (1 + 2.0**-20)] * half
+    moved = []
+    for scores in ([1.0, *filling, *rising], [*filling, *rising]):
+        monkeypatch.setattr(metric, "_scores", lambda *_, scores=scores: scores)
+        moved.append(exactly(examples_of(1) * len(scores), PLANS[0])[0])
+    one_by_one = [np.add.accumulate([*one, *filling, *rising])[-1] for one in ([1.0], [])]
+    assert one_by_one[0] - one_by_one[1] > 1
+    assert moved[0] - moved[1] == 1
 
 
 def test_patients_add_their_mean_and_one(family: Family, exactly) -> None:
