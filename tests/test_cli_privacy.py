@@ -94,9 +94,24 @@ def test_the_table_for_people() -> None:
         assert part in result.stdout
 
 
+def test_a_client_is_planned_for_the_rounds_that_it_joins(tmp_path: Path) -> None:
+    """With the client as the unit no sample rate counts, a config's neither, and a round is one release."""
+    asked = ("--unit", "client", "--noise-multiplier", "5")
+    found = json.loads(
+        run("budget", "plan", *asked, "--delta", "1e-5", "--rounds", "10", "--json").stdout
+    )
+    assert found["epsilon"] == pytest.approx(accounting.epsilon([Event(1.0, 5.0, 10)], 1e-5), rel=1e-9)
+    assert (found["sample_rate"], found["steps"], found["rounds"]) == (1.0, 10, 10)
+    of_config = json.loads(run("budget", "plan", DEMO, *asked, "--json").stdout)
+    assert (of_config["sample_rate"], of_config["steps"], of_config["rounds"]) == (1.0, 10, 10)
+    assert of_config["epsilon"] == pytest.approx(found["epsilon"], rel=1e-9)
+    assert "sampling hides nobody" in run("budget", "plan", DEMO, *asked).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
+        (("--epsilon", "3", "--steps", "10", "--unit", "client"), "sampling hides nobody"),
         (("--epsilon", "3"), "give steps"),
         (("--steps", "10"), "give epsilon"),
         (("--epsilon", "-1", "--steps", "10"), "epsilon=-1"),

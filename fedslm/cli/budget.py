@@ -39,10 +39,12 @@ def plan(
     ] = None,
     delta: Annotated[float | None, typer.Option(help="Failure probability.")] = None,
     sample_rate: Annotated[
-        float | None, typer.Option(help="Chance of a unit to join a step (client: a round).")
+        float | None, typer.Option(help="Chance of a unit to join a step (client: not needed).")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Noisy steps of the whole run.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="In place of --steps.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="In place of --steps; client: the most that one joins.")
+    ] = None,
     local_steps: Annotated[int | None, typer.Option(help="Steps in a round.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Units in a step, for the signal.")] = None,
     clients: Annotated[int | None, typer.Option(help="Clients, for the signal.")] = None,
@@ -82,10 +84,12 @@ def _question(given: dict[str, Any], config: Config | None) -> Question:
         known.pop("noise_multiplier", None)  # another budget asks for another noise
     if given["noise_multiplier"] is not None and given["epsilon"] is None:
         known.pop("epsilon", None)
-    known |= {name: value for name, value in given.items() if value is not None}
-    unit = known.get("unit", "record")
+    unit = given["unit"] or known.get("unit", "record")
     if unit not in get_args(Unit) or unit == "none":
         raise PrivacyError(f"unit={unit!r} must be record, patient or client")
+    if unit == "client":
+        known = _of_clients(known)
+    known |= {name: value for name, value in given.items() if value is not None}
     missing = [f"--{key.replace('_', '-')}" for key in ("sample_rate", "delta") if key not in known]
     if missing:
         raise PrivacyError(f"{' and '.join(missing)} must be given, or a CONFIG that has them")
@@ -121,13 +125,25 @@ def _from_config(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def _of_clients(known: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a config's plan, with the client as the unit: one release for each round.
+
+    A client may be in every cohort, and cohorts are public: its sample rate is 1.
+    """
+    cohort = {"batch_size": known["clients"]} if "clients" in known else {}
+    kept = ("epsilon", "delta", "noise_multiplier", "rounds")
+    return {key: known[key] for key in kept if key in known} | cohort | {"sample_rate": 1.0}
+
+
 def _print(found: Answer, plot: Path | None) -> None:
     """The answer, a table of epsilon over the rounds, and warnings."""
     console = Console()
+    work = f"{found.steps} steps in {found.rounds} rounds at sample rate {found.sample_rate:g}"
+    if found.unit == "client":
+        work = f"it joins {found.rounds} rounds; cohorts are public, so sampling hides nobody"
     console.print(
         f"noise [bold]{found.noise_multiplier:g}[/bold], ε = [bold]{found.epsilon:.3f}[/bold] "
-        f"at δ = {found.delta:g} for one {found.unit}: {found.steps} steps in {found.rounds} rounds at "
-        f"sample rate {found.sample_rate:g}",
+        f"at δ = {found.delta:g} for one {found.unit}: {work}",
         highlight=False,
     )
     accounts = found.accounts

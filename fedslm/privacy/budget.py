@@ -21,9 +21,10 @@ class Question:
     """What is known; of steps, epsilon and noise_multiplier two are enough.
 
     Attributes:
-        sample_rate: Probability in (0, 1] with which a unit joins a step.
+        sample_rate: Probability in (0, 1] with which a unit joins a step; 1 for a client, since cohorts
+            are public and hide nobody.
         delta: In (0, 1).
-        steps: Noisy steps of the whole run, >= 1.
+        steps: Noisy steps of the whole run, >= 1; for a client, the most rounds that it joins.
         epsilon: Budget, > 0.
         noise_multiplier: Noise standard deviation / clip norm, > 0.
         steps_per_round: >= 1.
@@ -134,6 +135,12 @@ def _noise_and_steps(question: Question) -> tuple[float, int]:
     epsilon, noise, steps = question.epsilon, question.noise_multiplier, question.steps
     if question.steps_per_round < 1 or question.clients < 1:
         raise PrivacyError("steps_per_round and clients must be >= 1")
+    if question.unit == "client" and (question.sample_rate, question.steps_per_round) != (1, 1):
+        raise PrivacyError(
+            f"sample_rate={question.sample_rate} and steps_per_round={question.steps_per_round} must "
+            f"be 1 for unit='client': cohorts are drawn from a public seed, so sampling hides nobody; "
+            f"give the most rounds that one client joins instead"
+        )
     if steps is None:
         if epsilon is None or noise is None:
             raise PrivacyError(

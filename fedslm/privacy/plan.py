@@ -30,7 +30,7 @@ Records = NDArray[np.int64]
 Batch = list[Records]  # one array of record indices for each unit in the sample
 METRIC_SENSITIVITY = math.sqrt(2.0)  # a unit moves (sum of scores, number of units) by at most (1, 1)
 _LONGEST = 4096  # characters of a plan
-_LEAST_CLIP_NORM = 1e-6  # far below, float32 cannot clip
+_LEAST_CLIP_NORM = 1e-6  # far below, an update is lost in float32 parameters
 
 
 class Plan(Protocol):
@@ -233,13 +233,17 @@ class ClientPlan:
     Nothing runs it yet: somebody has to sum the updates and add the noise without seeing them, which is
     what secure aggregation is for. ``fedslm budget plan --unit client`` calibrates it.
 
+    Formal guarantees:
+        * Zero-out adjacency: a client's updates are replaced by zero in all rounds that it joins. Each
+          such round is a Gaussian release. There is no amplification by sampling: cohorts are drawn
+          from a public seed, so that everybody knows who was in a round.
+
     Attributes:
         epsilon: Budget of each client over the whole run, > 0.
         delta: In (0, 1).
         clip_norm: Largest L2 norm of one client's update, > 0.
         noise_multiplier: Noise standard deviation of the sum / clip norm, > 0.
-        sample_rate: Probability in (0, 1] with which a client joins a round.
-        rounds: Number of rounds, >= 1.
+        rounds: Most rounds that one client joins, >= 1.
 
     References:
         McMahan et al. 2018 (arXiv 1710.06963).
@@ -251,13 +255,12 @@ class ClientPlan:
     delta: float
     clip_norm: float
     noise_multiplier: float
-    sample_rate: float
     rounds: int
 
     @property
     def round_events(self) -> tuple[Event, ...]:
-        """The charge of one round."""
-        return (Event(self.sample_rate, self.noise_multiplier, 1),)
+        """The charge of one round that a client joins."""
+        return (Event(1.0, self.noise_multiplier, 1),)
 
 
 @dataclass(frozen=True)

@@ -385,9 +385,9 @@ def test_another_processor_may_round_an_epsilon_otherwise() -> None:
 
 
 def test_a_clients_plan_charges_a_step_a_round() -> None:
-    """With the client as the unit a round is one sampled Gaussian release, and nothing runs it."""
-    plan = ClientPlan(8.0, 1e-5, 1.0, noise_multiplier=1.1, sample_rate=0.1, rounds=50)
-    assert plan.round_events == (Event(0.1, 1.1, 1),)
+    """With the client as the unit a round is one Gaussian release, never sampled; nothing runs it."""
+    plan = ClientPlan(8.0, 1e-5, 1.0, noise_multiplier=1.1, rounds=50)
+    assert plan.round_events == (Event(1.0, 1.1, 1),)
     assert not hasattr(plan, "batches")
 
 

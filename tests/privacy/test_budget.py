@@ -1,0 +1,49 @@
+"""What a budget buys a whole client: no amplification by sampling, against closed forms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from fedslm.errors import PrivacyError
+from fedslm.privacy.budget import Question, answer
+
+CLIENT = Question(1.0, 1e-5, steps=50, noise_multiplier=8.0, unit="client")
+
+
+def gaussian_epsilon(noise: float, releases: int, delta: float) -> float:
+    """Epsilon of Gaussian releases of sensitivity 1 (Balle and Wang 2018, theorem 8; Dong et al. 2022)."""
+    mu = math.sqrt(releases) / noise
+
+    def excess(epsilon: float) -> float:
+        near, far = norm.cdf(mu / 2 - epsilon / mu), norm.logcdf(-mu / 2 - epsilon / mu)
+        return float(near - math.exp(epsilon + far) - delta)
+
+    return float(brentq(excess, 0.0, 200.0, xtol=1e-9))
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(8.0, 50), (5.0, 10), (2.0, 1)])
+def test_a_clients_epsilon_is_that_of_the_rounds_that_it_joins(noise: float, rounds: int) -> None:
+    """The worst case, a client in all of its rounds: the closed form of so many Gaussian releases."""
+    found = answer(replace(CLIENT, steps=rounds, noise_multiplier=noise))
+    exact = gaussian_epsilon(noise, rounds, 1e-5)
+    assert exact <= found.epsilon <= exact + 0.01
+    assert (found.steps, found.rounds, found.sample_rate) == (rounds, rounds, 1.0)
+
+
+def test_a_clients_noise_pays_for_all_its_rounds() -> None:
+    """What is calibrated costs at most epsilon by the closed form, and a little less noise would not."""
+    found = answer(replace(CLIENT, noise_multiplier=None, epsilon=4.0))
+    assert gaussian_epsilon(found.noise_multiplier, 50, 1e-5) <= 4.0
+    assert gaussian_epsilon(found.noise_multiplier * 0.99, 50, 1e-5) > 4.0
+
+
+def test_sampling_buys_a_client_nothing() -> None:
+    """A sample rate below 1, or several steps in a round, is refused for a client: cohorts are public."""
+    for changed in (replace(CLIENT, sample_rate=0.1), replace(CLIENT, steps_per_round=5)):
+        with pytest.raises(PrivacyError, match="sampling hides nobody"):
+            answer(changed)
