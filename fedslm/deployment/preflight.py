@@ -18,7 +18,7 @@ from fedslm.deployment.certificates import WARNING_DAYS, node_warnings, with_clo
 from fedslm.deployment.conditions import reason_against
 from fedslm.deployment.enrolment import node_key
 from fedslm.deployment.fleet import check_key
-from fedslm.deployment.node import Ready, import_records
+from fedslm.deployment.node import Ready, import_records, worker
 from fedslm.errors import FedslmError, RunError
 from fedslm.federation.attestation import attest
 from fedslm.federation.node import LEDGER, RELEASE
@@ -72,7 +72,7 @@ def preflight(ready: Ready, on_start: Callable[[str], None] = lambda name: None)
         "server and clock": lambda: _server(ready),
         "certificates": lambda: _certificates(ready),
         "key at the server": lambda: _key(ready),
-        "self-test": lambda: _self_test(ready.directory),
+        "self-test": lambda: _self_test(ready),
     }
     for name, look in looks.items():
         on_start(name)
@@ -207,7 +207,8 @@ def _key(ready: Ready) -> str:
     return "the server knows it"
 
 
-def _self_test(directory: Path) -> str:
-    """This code keeps its promises on this machine."""
-    attest(directory)
+def _self_test(ready: Ready) -> str:
+    """This code keeps its promises on this machine, in a process like the one that will train."""
+    with worker(ready) as pool:
+        pool.call(attest, ready.directory)
     return "passed"

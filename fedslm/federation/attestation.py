@@ -9,11 +9,11 @@ import platform
 import time
 from functools import lru_cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-import fedslm
 from fedslm.errors import PolicyRefused, RunError
 from fedslm.storage import write_text
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 ATTESTATION = "self-test.json"
 _LOCK_SECONDS = 300.0
 _LIBRARIES = ("cryptography", "dp-accounting", "numpy", "opacus", "peft", "torch", "transformers")
+_READ = ("fedslm", "opacus", "dp_accounting")  # packages whose source carries the promise
 
 
 @lru_cache(maxsize=64)
@@ -28,8 +29,10 @@ def attest(directory: Path) -> None:
     """Runs the self-test unless this code has passed it here before.
 
     Formal guarantees:
-        * Returns only if the self-test has passed with this fedslm, these libraries and this machine's
-          architecture; anything else refuses.
+        * Returns only if the self-test has passed with this very source of fedslm, Opacus and
+          dp-accounting, these versions of the other libraries, this machine's architecture and CPU
+          kernels, and as many threads as this process computes with; anything else refuses. A torch
+          of the same version that was changed by hand is not noticed.
 
     Args:
         directory: Where the result is kept.
@@ -37,23 +40,27 @@ def attest(directory: Path) -> None:
     Raises:
         PolicyRefused: The self-test failed or could not be recorded.
     """
-    path, fingerprint = directory / ATTESTATION, code_fingerprint()
+    from fedslm.training.self_test import kernels
+
+    path, here = directory / ATTESTATION, (code_fingerprint(), kernels())
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
-            if _passed_with(path) == fingerprint:
+            if _passed_with(path) == here:
                 return
             logger.info("the self-test runs: some ten seconds of one core")
-            values = {"fingerprint": fingerprint, "time": int(time.time()), "checks": _self_test()}
-            write_text(path, json.dumps(values) + "\n")
+            checks = _self_test()
+            values = {"fingerprint": here[0], "kernels": here[1], "time": int(time.time())}
+            write_text(path, json.dumps({**values, "checks": checks}) + "\n")
     except (OSError, RunError, Timeout) as error:
         logger.exception("the self-test's result cannot be kept")
         raise PolicyRefused("this node cannot record its self-test, so it trains nothing") from error
 
 
 def is_attested(directory: Path) -> bool:
-    """Whether this code has passed the self-test here before: :func:`attest` does not run it then."""
-    return _passed_with(directory / ATTESTATION) == code_fingerprint()
+    """Whether this code has passed here before: with the same threads, :func:`attest` tests no more."""
+    passed = _passed_with(directory / ATTESTATION)
+    return passed is not None and passed[0] == code_fingerprint()
 
 
 @lru_cache(maxsize=1)
@@ -70,19 +77,31 @@ def _self_test() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def code_fingerprint() -> str:
-    """Hash of fedslm's source, the versions of its libraries, and the machine's architecture."""
+    """Hash of the source that carries the promise, versions of libraries, and the architecture."""
     digest = hashlib.sha256()
-    for path in sorted(Path(fedslm.__file__).parent.rglob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for package in _READ:
+        directory = _directory(package)
+        for path in sorted(directory.rglob("*.py")):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{package}/{path.relative_to(directory).as_posix()} {content}\0".encode())
     for library in _LIBRARIES:
         digest.update(f"{library}=={version(library)}\0".encode())
     digest.update(f"{platform.python_version()} {platform.machine()} {platform.system()}".encode())
     return digest.hexdigest()
 
 
-def _passed_with(path: Path) -> str | None:
-    """Fingerprint of the code that passed here; None if none did."""
+def _directory(package: str) -> Path:
+    """Where a package's source is; it is not imported."""
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise RunError(f"package={package} is not installed: install fedslm anew")
+    return Path(found.origin).parent
+
+
+def _passed_with(path: Path) -> tuple[str, str] | None:
+    """Fingerprint of the code that passed here, and the kernels that it ran on; None if none did."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return str(values["fingerprint"]), str(values["kernels"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

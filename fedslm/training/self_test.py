@@ -37,7 +37,7 @@ from fedslm.training.metric import noisy_metric
 from fedslm.training.steps import logger as steps_logger
 
 _CLIP_NORM = 0.05  # small, so that every gradient is clipped
-_SLACK = 1e-4  # float32 sums in batches of other shapes
+_SLACK = 1e-4  # float32 gradients of shared passes of other shapes
 _WIDE = 1e6  # large, so that none is
 _COUPLING = 1e-3
 _STEPS = 60
@@ -131,6 +131,12 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def kernels() -> str:
+    """What a step's last bits depend on besides code: the CPU's vector kernels and the threads."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{capability}, {torch.get_num_threads()} thread(s)"
 
 
 def _records(bench: Bench) -> tuple[bool, str]:

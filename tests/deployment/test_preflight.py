@@ -15,18 +15,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from test_cli import run
 
 import fedslm
 from fedslm.deployment import authority, enrolment
+from fedslm.deployment import preflight as preflight_module
 from fedslm.deployment.admission import Admission
 from fedslm.deployment.authority import AUTHORITY, SERVER, SERVER_KEY, certify
 from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.certificates import node_warnings, server_warnings
 from fedslm.deployment.node import Ready, open_node
 from fedslm.deployment.preflight import Check, preflight
+from fedslm.federation.attestation import ATTESTATION, code_fingerprint
 from fedslm.federation.node import LEDGER
 from fedslm.privacy.policy import EXAMPLE
+from fedslm.training.self_test import kernels
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,18 @@ def test_a_node_in_order(node: Ready) -> None:
     assert [check for check in found.values() if not check.is_good] == []
     assert found["records"].detail == "4 records can be read, with text, label, patient"
     assert "ε = 8" in found["policy"].detail
+
+
+@pytest.mark.slow  # a worker imports torch
+def test_the_self_test_counts_for_the_process_that_trains(node: Ready) -> None:
+    """It is looked at in a worker with the node's threads, not with those of the command."""
+    torch.set_num_threads(1)
+    values = {"fingerprint": code_fingerprint(), "kernels": kernels(), "time": 0, "checks": {}}
+    kept = json.dumps(values)
+    (node.directory / ATTESTATION).write_text(kept)
+    torch.set_num_threads(2)
+    assert preflight_module._self_test(node) == "passed"
+    assert (node.directory / ATTESTATION).read_text() == kept  # no new one was needed
 
 
 def changed(old: str, new: str, name: str) -> Callable[[Ready], Ready]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from served import ask, chain_of, context_of, first_request, write_policy
 from tiny import PRIVATE
 
@@ -249,6 +251,51 @@ def test_a_result_that_cannot_be_kept_refuses(
     assert (reply.status, "cannot record its self-test" in reply.reason) == ("refused", True)
     assert "/" not in reply.reason
     assert not (node / "ledger.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["threads", "kernels"])
+def test_another_way_to_compute_is_tested_anew(
+    counted: SelfTests,
+    requests: dict[str, Request],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    """The same code with other threads, or on a CPU with other kernels, has not passed here."""
+    node = write_policy(tmp_path / "node")
+    assert ask(requests["plain"], context_of(0, node)).status == "ok"
+    new_process()
+    if what == "threads":
+        torch.set_num_threads(torch.get_num_threads() + 1)
+    else:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+    assert ask(replace(requests["plain"], round=2), context_of(0, node)).status == "ok"
+    assert counted.ran == [True, True]
+    assert json.loads((node / attestation.ATTESTATION).read_text())["kernels"] == self_test.kernels()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "fedslm/training/steps.py",
+        "opacus/optimizers/optimizer.py",
+        "opacus/grad_sample/grad_sample_module.py",
+        "dp_accounting/pld/pld_privacy_accountant.py",
+    ],
+)
+def test_the_fingerprint_names_the_source_that_keeps_the_promise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str
+) -> None:
+    """One byte of the code that computes, or accounts for, a step: another fingerprint."""
+    package, _, inside = file.partition("/")
+    real, copy = attestation._directory, tmp_path / package
+    shutil.copytree(real(package), copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(attestation, "_directory", lambda name: copy if name == package else real(name))
+    fingerprint = attestation.code_fingerprint.__wrapped__
+    assert fingerprint() == attestation.code_fingerprint()
+    with (copy / inside).open("a") as source:
+        source.write("#")
+    assert fingerprint() != attestation.code_fingerprint()
 
 
 def test_the_fingerprint_names_code_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
