@@ -2,11 +2,13 @@
 
 FedSA's B and head, SCAFFOLD's control variate, and what compression lost. One file for each round that
 used it, two kept: a round that is asked again starts from where it started before.
+
+Without privacy these tensors are functions of the records, un-noised. So each run has a directory of
+its own (:meth:`fedslm.federation.node.Node.run_directory`), and none is read by another run or plan.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +18,6 @@ from fedslm.storage import load_adapter, save_adapter
 _KEPT = 2
 _ROOMS = ("local", "control", "error")
 _NOTHING = AdapterState({})
-
-
-def file_name_of(run_id: str) -> str:
-    """A run's name on a node's disk: its identifier comes from the server and may hold anything."""
-    return hashlib.sha256(run_id.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -43,12 +40,10 @@ class ClientMemory:
     """A client's memory of one run.
 
     Attributes:
-        directory: The node's own directory.
-        run_id: The run.
+        directory: The run's own, at this client.
     """
 
     directory: Path
-    run_id: str
 
     def before(self, round: int) -> Kept:
         """What was kept by the last round before this one."""
@@ -83,14 +78,9 @@ class ClientMemory:
 
     def _rounds(self) -> list[int]:
         """Rounds that left something."""
-        found = self.directory.glob(f"{self._prefix}*.safetensors")
-        return [int(path.stem.rsplit("-", 1)[1]) for path in found]
-
-    @property
-    def _prefix(self) -> str:
-        """What the names of a run's files begin with."""
-        return f"memory-{file_name_of(self.run_id)}-"
+        found = self.directory.glob("memory-*.safetensors")
+        return [int(path.stem.removeprefix("memory-")) for path in found]
 
     def _path(self, round: int) -> Path:
         """A round's file."""
-        return self.directory / f"{self._prefix}{round:05d}.safetensors"
+        return self.directory / f"memory-{round:05d}.safetensors"

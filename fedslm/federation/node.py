@@ -10,10 +10,12 @@ ledger-key.pem  .pub.pem     signs the ledger; the public half is for auditors
 commitment.key               makes data commitments that reveal nothing
 release.safetensors  .json   the last release, for a request that is sent again
 self-test.json               which code passed the self-test here
+runs/…                       what it keeps of each run, by a hash of the run's identifier and plan
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from fedslm.privacy.policy import POLICY_FILE, Asked, NodePolicy, read_policy
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter, save_adapter, write_text
 
-LEDGER, RELEASE = "ledger.jsonl", "release.json"
+LEDGER, RELEASE, RUNS = "ledger.jsonl", "release.json", "runs"
 OWN_SHARD = 0  # a deployed node's data directory holds its records alone, whatever its index in a run
 _NODE_DIRECTORY, _DATA_DIRECTORY = "node-directory", "data-directory"
 _SIMULATED = {"partition-id", "num-partitions"}
@@ -111,6 +113,20 @@ class Node:
     def shard(self) -> int:
         """Which of the clients in ``data`` this one is."""
         return OWN_SHARD if self.deployed else self.client
+
+    def run_directory(self, run_id: str, plan: str) -> Path:
+        """Where this node keeps what is of one run under one plan.
+
+        The server chooses a run's identifier, and may choose that of a run under another plan. So the
+        plan (with its unit) is part of the name, and nothing of a run without privacy is read by a
+        private one. The name is a whole SHA-256: nobody finds two runs of one name.
+
+        Args:
+            run_id: As the server says.
+            plan: The plan's JSON.
+        """
+        name = hashlib.sha256(json.dumps([run_id, plan]).encode()).hexdigest()
+        return self.directory / RUNS / name
 
     def policy(self) -> NodePolicy | None:
         """The policy, read anew; None in a simulation without one.

@@ -24,7 +24,6 @@ from fedslm.errors import FederationError, PolicyRefused
 from fedslm.factors import delta_keys
 from fedslm.federation.bounds import LONGEST_REASON, cut
 from fedslm.federation.client import admitted
-from fedslm.federation.client_memory import file_name_of
 from fedslm.federation.fairness import ClientMetrics, Metrics
 from fedslm.federation.loading import model_for
 from fedslm.federation.node import Node
@@ -92,8 +91,9 @@ def _both(request: Request, node: Node) -> ClientMetrics:
 
 
 def _own(request: Request, node: Node) -> Path:
-    """Where a run's personal adapter lies, for PEFT."""
-    return node.directory / "personal" / file_name_of(request.setup.run_id)
+    """Where a run's personal adapter is, for PEFT."""
+    name = node.run_directory(request.setup.run_id, request.setup.plan).name
+    return node.directory / "personal" / name
 
 
 def _metrics(setup: Setup, model: LoadedModel, shard: Shard, adapter: AdapterState) -> Metrics:

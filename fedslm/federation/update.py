@@ -1,7 +1,8 @@
 """From a request to what is sent: the start at the client's rank, local training, and its difference.
 
 Under privacy everything after local training reads noised values and public constants alone: it is
-post-processing and costs nothing.
+post-processing and costs nothing. What a client kept of earlier rounds is of the same run under the
+same private plan, and so noised and charged as well.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def start_of(request: Request, node: Node) -> Start:
     rank = rank_of_client(setup.lora, node.client)
     if rank < setup.lora.rank:
         whole = pad(crop(whole, rank), whole)
-    kept = ClientMemory(node.directory, setup.run_id).before(request.round)
+    kept = ClientMemory(node.run_directory(setup.run_id, setup.plan)).before(request.round)
     return Start(whole.merged(kept.local), kept)
 
 
@@ -87,7 +88,7 @@ def make_update(
         start.kept.control.plus(control) if start.kept.control else control,
         start.kept.error.merged(error),  # RoLoRA's other factor keeps its own
     )
-    ClientMemory(node.directory, setup.run_id).keep(request.round, kept)
+    ClientMemory(node.run_directory(setup.run_id, setup.plan)).keep(request.round, kept)
     return Release(delta)
 
 
