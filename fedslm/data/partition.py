@@ -13,7 +13,8 @@ from contextlib import redirect_stderr
 from typing import TYPE_CHECKING, Any, assert_never
 
 from fedslm.config import DataConfig
-from fedslm.data.missing import is_missing, name_of
+from fedslm.data.missing import is_missing
+from fedslm.data.owners import owner_of
 from fedslm.data.spool import batches, named
 from fedslm.errors import DataError
 from fedslm.rng import stream
@@ -189,7 +190,7 @@ def _natural(dataset: Dataset, config: DataConfig, num_clients: int) -> _Rows:
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
     column = config.natural_column
-    owners = [name_of(value) for value in _column(dataset, column, "data.natural_column")]
+    owners = [owner_of(value) for value in _column(dataset, column, "data.natural_column")]
     owned = [row for row, owner in enumerate(owners) if owner]
     available = len({owners[row] for row in owned})
     if available < num_clients:

@@ -9,7 +9,8 @@ from typing import Any
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.labels import counts
 from fedslm.data.missing import name_of
-from fedslm.data.sharing import Shared, owners_in
+from fedslm.data.owners import owners_in
+from fedslm.data.sharing import Shared
 from fedslm.data.spool import batches
 
 

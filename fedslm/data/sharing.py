@@ -12,11 +12,10 @@ from fedslm.config import AttackConfig, DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data import labels as names
 from fedslm.data.columns import needed, needed_to_share
 from fedslm.data.duplicates import count_duplicates
-from fedslm.data.missing import name_of
+from fedslm.data.owners import owners_in
 from fedslm.data.partition import partition
 from fedslm.data.poison import hostile_clients, poisoned
 from fedslm.data.sources import cut, load_evaluation, load_public, load_train
-from fedslm.data.spool import batches
 from fedslm.errors import DataError
 
 if TYPE_CHECKING:
@@ -149,24 +148,6 @@ def inputs(data: DataConfig, task: TaskConfig) -> list[str]:
     """Columns that a model is shown: all that a task reads but its targets."""
     targets = (data.label_column, data.rejected_column)
     return [column for column in dict.fromkeys(needed(data, task).values()) if column not in targets]
-
-
-def owners_in(dataset: Dataset, column: str, key: str = "privacy.unit_column") -> list[str]:
-    """Whose each record is; blank if it does not say.
-
-    Args:
-        dataset: Any.
-        column: Names the owner.
-        key: What named the column, for errors.
-
-    Raises:
-        DataError: There is no such column.
-    """
-    if column not in dataset.column_names:
-        there = ", ".join(dataset.column_names)
-        raise DataError(f"{key}={column!r} is not a column; there are {there}")
-    values = (value for _, batch in batches(dataset, [column]) for value in batch[column])
-    return [name_of(value) for value in values]
 
 
 def _check_units(parts: list[Dataset], column: str, overlapping: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedslm.data.holdout import record_name
-from fedslm.data.sharing import owners_in
+from fedslm.data.owners import owners_in
 from fedslm.data.spool import BATCH_ROWS, batches, named, parquet
 from fedslm.errors import DataError
 from fedslm.rng import stream

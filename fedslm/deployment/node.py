@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedslm.data import shards
 from fedslm.data.columns import Wanted
+from fedslm.data.owners import refuse_floats
 from fedslm.data.sources import load
 from fedslm.deployment.admission import ADMISSION, Admission, read_admission
 from fedslm.deployment.bundle import bundle, sha256_of
@@ -24,12 +25,13 @@ from fedslm.deployment.journal import keep_small
 from fedslm.deployment.link import Link, is_there, seconds_of
 from fedslm.deployment.metrics import NodeCounts, node_figures, served
 from fedslm.deployment.settings import NodeFile, read_node
-from fedslm.errors import DataError, FederationError, RunError
+from fedslm.errors import DataError, FederationError, PolicyRefused, RunError
 from fedslm.federation.attestation import is_attested
 from fedslm.federation.envelopes import Envelope
 from fedslm.federation.local_grid import handle, wait_for
 from fedslm.federation.node import OWN_SHARD, deployed_config
 from fedslm.federation.workers import WorkerPool
+from fedslm.privacy.policy import POLICY_FILE, read_policy
 from fedslm.storage import locked
 
 logger = logging.getLogger(__name__)
@@ -100,8 +102,19 @@ def import_records(ready: Ready) -> int:
     if missing:
         there = ", ".join(wanted.there)
         raise DataError(f"columns={missing} of node.toml are not in the records; there are {there}")
+    unit = _unit_column(ready.directory)
+    if unit in rows.column_names:
+        refuse_floats(rows, str(unit), f"unit_column of {POLICY_FILE}")
     shards.write_own(ready.directory / _DATA, rows, OWN_SHARD, file.columns)
     return len(rows)
+
+
+def _unit_column(directory: Path) -> str | None:
+    """The column that says whose a record is; None if the policy names none, or cannot be read."""
+    try:
+        return read_policy(directory / POLICY_FILE).unit_column
+    except PolicyRefused:  # every request is refused, and `fedslm node check` says why
+        return None
 
 
 def run_node(ready: Ready, stop: threading.Event) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
-from typing import Any
 
 from fedslm.data import shards
 from fedslm.data.columns import needed
 from fedslm.data.holdout import is_held_out, record_name
+from fedslm.data.owners import owner_of
 from fedslm.federation.loading import model_for
 from fedslm.federation.node import Node
 from fedslm.federation.wire import Setup
@@ -73,7 +73,7 @@ def _read(setup: Setup, node: Node) -> Shard:
         prepared = _prepared(prepare, piece)
         truncated += prepared.truncated
         for number, example in zip(prepared.kept, prepared.examples, strict=True):
-            owner = "" if unit is None else _owner(piece[number], unit)
+            owner = "" if unit is None else owner_of(piece[number].get(unit))
             if unit is not None and not owner:
                 continue
             held_out = fraction > 0 and is_held_out(
@@ -132,12 +132,6 @@ def _pieces(rows: Sequence[Row]) -> Iterator[tuple[int, list[Row]]]:
     while piece := list(islice(iterator, _PIECE_ROWS)):
         yield first, piece
         first += len(piece)
-
-
-def _owner(row: Mapping[str, Any], column: str) -> str:
-    """Whose a record is; empty if it does not say: such a record takes no part."""
-    value = row.get(column)
-    return "" if value is None else str(value).strip()
 
 
 def _log(client: int, unusable: int, truncated: int) -> None:

@@ -63,7 +63,7 @@ def test_a_row_holds_none_for_nan() -> None:
 def shared(directory: Path, ending: str, column: str, value: float | None, **data: Any) -> Shared:
     """Shares out numbers, the last of them missing, from a file."""
     rows = [
-        {"text": f"note {n}", "label": float(n % 2), "client": float(n % 2), "patient": float(n // 2)}
+        {"text": f"note {n}", "label": float(n % 2), "client": float(n % 2), "patient": n // 2}
         for n in range(8)
     ]
     for split, count in (("test", 2), ("train", 8)):
@@ -87,7 +87,7 @@ def shared(directory: Path, ending: str, column: str, value: float | None, **dat
     ("column", "data", "part"),
     [
         ("label", {}, r"no label in column 'label' \(rows 8\)"),
-        ("patient", {}, r"1 record\(s\) have no value in privacy\.unit_column='patient'"),
+        ("patient", {}, r"1 record\(s\) have no value in privacy\.unit_column='patient'|holds float64"),
         (
             "client",
             {"partition": "dirichlet", "partition_column": "client"},
@@ -98,7 +98,10 @@ def shared(directory: Path, ending: str, column: str, value: float | None, **dat
 def test_a_missing_number_is_refused_as_missing(
     tmp_path: Path, ending: str, value: float | None, column: str, data: dict[str, Any], part: str
 ) -> None:
-    """NaN in a label, an owner or a partition's column is what null is there, in JSON and Parquet."""
+    """NaN in a label, an owner or a partition's column is what null is there, in JSON and Parquet.
+
+    In Parquet it makes a column of integers one of floats, which may not be the unit.
+    """
     with pytest.raises(DataError, match=part):
         shared(tmp_path, ending, column, value, **data)
 
@@ -107,7 +110,7 @@ def test_a_missing_number_is_refused_as_missing(
 def test_a_record_without_a_client_is_left_out(tmp_path: Path, ending: str) -> None:
     """A natural client is never NaN: such records are of nobody, as those with null."""
     found = shared(tmp_path, ending, "client", NAN, partition="natural")
-    assert [(name, len(shard)) for name, shard in found.shards] == [("0.0", 4), ("1.0", 4)]
+    assert [(name, len(shard)) for name, shard in found.shards] == [("0", 4), ("1", 4)]
 
 
 def test_nan_may_stand_among_texts(tmp_path: Path) -> None:
@@ -132,7 +135,7 @@ def test_a_blank_names_no_client(blank: str) -> None:
     "values",
     [
         [date(2024, 5, 1), date(2024, 5, 2)],
-        [Decimal("1.50"), Decimal("2.50")],
+        [Decimal("1.5"), Decimal("2.5")],
         [b"a", b"b"],
         [True, False],
     ],

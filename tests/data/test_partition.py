@@ -99,6 +99,15 @@ def test_natural_clients_may_be_numbers() -> None:
     assert shards == {"0": ["0", "2", "4"], "1": ["1", "3"]}
 
 
+def test_nan_is_no_natural_client() -> None:
+    """Records whose client is NaN are in no shard; 12.0 is the client 12, also beside missing ones."""
+    rows = {"text": ["a", "b", "c", "d", "e"], "client": [12.0, float("nan"), 12.0, float("nan"), 7.0]}
+    shards = shared_out("natural", 2, data=Dataset.from_dict(rows), label_column=None)
+    assert shards == {"12": ["a", "c"], "7": ["e"]}
+    with pytest.raises(DataError, match="names 2 clients"):
+        shared_out("natural", 3, data=Dataset.from_dict(rows), label_column=None)
+
+
 @pytest.mark.parametrize(
     ("kind", "part"),
     [("iid", "use fewer clients"), ("dirichlet", "num_clients=301"), ("natural", "3 ")],

@@ -290,6 +290,14 @@ def test_a_record_of_nobody_is_refused(tmp_path: Path, blank: str | None, overla
     assert not (tmp_path / "data").exists()
 
 
+def test_patients_that_are_floats_are_refused(tmp_path: Path) -> None:
+    """A column of floats, as pandas makes of integers with gaps, is refused before anything is written."""
+    content = patients(18, [0.0, 1.0, 2.0, float("nan"), 4.0, 5.0])
+    with pytest.raises(DataError, match=r"unit_column='patient' holds float64.*integers or text"):
+        write(tmp_path, content, rows(4), partition="natural", privacy=patient())
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_patient_of_two_clients_is_refused_unless_announced(tmp_path: Path) -> None:
     """Units in several clients are counted and refused; with overlapping=true they are taken."""
     content = patients(18, ["p0", "p1", "p2", "p3", "p4", "p5"])

@@ -78,6 +78,11 @@ def test_both_files_have_somebody(
     [
         ([{"text": "a", "patient": "p"}] * 3, "patient", "only 1 unit"),
         ([{"text": "a", "patient": "p"}, {"text": "a", "patient": " "}], "patient", "rows 1"),
+        (
+            [{"text": "a", "patient": 1.0}, {"text": "a", "patient": None}],
+            "patient",
+            "--unit='patient' holds float64",
+        ),
         ([{"text": "a"}, {"text": "b"}], "patient", "--unit='patient' is not a column; there are text"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import ssl
 import threading
@@ -161,6 +162,13 @@ def torn(node: Ready) -> Ready:
     return node
 
 
+def floats(node: Ready) -> Ready:
+    """Names patients by numbers with a fraction."""
+    path = node.directory / "notes.jsonl"
+    path.write_text(re.sub(r'"p(\d)"', r"\1.0", path.read_text()))
+    return node
+
+
 def skewed(node: Ready) -> Ready:
     """The server runs another version."""
     return replace(node, admission=replace(node.admission, version="9.9", bundle_sha256="b" * 64))
@@ -175,6 +183,7 @@ FAULTS: dict[str, tuple[Callable[[Ready], Ready], str, str]] = {
     ),
     "no records": (without("notes.jsonl"), "records", "notes.jsonl"),
     "columns": (changed('"patient"]', '"ward"]', "node.toml"), "records", "columns=['ward']"),
+    "floats": (floats, "records", "unit_column of policy.toml='patient' holds float64"),
     "key": (readable, "keys and ledger", "ledger-key.pem"),
     "ledger": (torn, "keys and ledger", "ledger"),
     "version": (skewed, "version and bundle", "the server runs fedslm 9.9"),

@@ -9,15 +9,18 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from served import first_request
 from tiny import PATIENT, PRIVATE, make_rows, write_rows
 
 from fedslm.config import Config
+from fedslm.data import shards
 from fedslm.data.holdout import is_held_out, record_name
 from fedslm.data.shards import read_client
 from fedslm.federation import client
@@ -179,6 +182,31 @@ def test_a_shard_of_nothing_usable_is_no_failure(ask_of: Callable[..., Request])
     request = ask_of("run", privacy=PATIENT)
     setup = replace(request.setup, labels=("other", "names"))
     assert len(shard_of(setup, node_of(request)).trained) == 0
+
+
+def owners_at(request: Request, directory: Path, patients: list[Any]) -> list[str]:
+    """Whose examples a node has whose records have these values as patients."""
+    rows = [{**row, "patient": each} for row, each in zip(ROWS, patients, strict=False)]
+    shards.write_own(directory / "data", Dataset.from_list(rows), 0)
+    node = Node(directory, directory / "data", 0, deployed=True)
+    return list(owners_of(shard_of(request.setup, node).trained))
+
+
+def test_records_of_nobody_are_no_patient(ask_of: Callable[..., Request], tmp_path: Path) -> None:
+    """NaN, NaT and missing values are not one person: their records take no part, like those of None."""
+    request, nan = ask_of("run", privacy=PATIENT), float("nan")
+    assert owners_at(request, tmp_path / "floats", [1.0, nan, 2.0, None, nan]) == ["1", "2"]
+    day = datetime(2020, 1, 1)
+    assert len(owners_at(request, tmp_path / "times", [day, None, day])) == 2
+    assert owners_at(request, tmp_path / "texts", ["a", "", " ", None, "a"]) == ["a", "a"]
+
+
+def test_one_record_renames_nobody(ask_of: Callable[..., Request], tmp_path: Path) -> None:
+    """One record that turns the column into floats leaves all others with their owners."""
+    request, patients = ask_of("run", privacy=PATIENT), [1, 12, 12, 0]
+    plain = owners_at(request, tmp_path / "plain", patients)
+    assert plain == ["1", "12", "12", "0"]
+    assert owners_at(request, tmp_path / "odd", [*map(float, patients), 12.5]) == [*plain, "12.5"]
 
 
 def peaks(directory: Path, *sizes: int) -> dict[str, float]:

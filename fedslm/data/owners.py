@@ -1,0 +1,84 @@
+"""Whose a record is: how a value of the unit's column names somebody."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+from fedslm.data.missing import name_of
+from fedslm.data.spool import batches
+from fedslm.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_EXACT = 2**53  # from here on a float stands for several whole numbers
+
+
+def owner_of(value: object) -> str:
+    """Whose a record is, as text; empty if its value names nobody: such a record takes no part.
+
+    Formal guarantees:
+        * It depends on the value only, and never fails.
+        * NULL, NaN, NaT, infinity and blank text name nobody. A text such as "nan" is a name.
+        * A number has one name in every type of column: a record that makes a column of integers one
+          of floats, or of decimals with more digits, renames nobody else.
+        * A float from 2^53 on, which may be the rounded number of several people, names nobody.
+
+    >>> [owner_of(value) for value in (" p7 ", 12, 12.0, Decimal("12.00"), 0, 12.5)]
+    ['p7', '12', '12', '12', '0', '12.5']
+    >>> [owner_of(value) for value in (None, float("nan"), float("inf"), 2.0**53, "  ")]
+    ['', '', '', '', '']
+    """
+    if isinstance(value, float):
+        if not (math.isfinite(value) and abs(value) < _EXACT):
+            return ""
+        value = Decimal(str(float(value)))
+    if isinstance(value, Decimal):
+        return _digits(value) if value.is_finite() else ""
+    return name_of(value)
+
+
+def _digits(value: Decimal) -> str:
+    """A number without an exponent, and without zeros at the end of its fraction."""
+    text = format(value, "f") if value else "0"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def refuse_floats(dataset: Dataset, column: str, key: str) -> None:
+    """Refuses a column of units that are floats: rounding may give two people one number.
+
+    Args:
+        dataset: Any that has the column.
+        column: Names the owner.
+        key: What named the column, for errors.
+
+    Raises:
+        DataError: It holds floats.
+    """
+    dtype = str(getattr(dataset.features[column], "dtype", ""))
+    if dtype.startswith("float"):
+        raise DataError(
+            f"{key}={column!r} holds {dtype}, which may round two people to one number; save it as "
+            f'integers or text (in pandas: astype("Int64"), which keeps missing values missing)'
+        )
+
+
+def owners_in(dataset: Dataset, column: str, key: str = "privacy.unit_column") -> list[str]:
+    """Whose each record is; empty if it does not say.
+
+    Args:
+        dataset: Any.
+        column: Names the owner.
+        key: What named the column, for errors.
+
+    Raises:
+        DataError: There is no such column, or it holds floats.
+    """
+    if column not in dataset.column_names:
+        there = ", ".join(dataset.column_names)
+        raise DataError(f"{key}={column!r} is not a column; there are {there}")
+    refuse_floats(dataset, column, key)
+    values = (value for _, batch in batches(dataset, [column]) for value in batch[column])
+    return [owner_of(value) for value in values]
