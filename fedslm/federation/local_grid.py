@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from uuid import uuid4
@@ -13,12 +14,17 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedslm.federation import client, personal
 from fedslm.federation.wire import HELLO, MEASURE, TRAIN
-from fedslm.federation.workers import Failure, Pool
+from fedslm.federation.workers import Failure, Pool, WorkerDied
 
+logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _SERVER_NODE_ID = 1
 _CLIENT_RAISED = 2
 _CLIENT_DIED = 8
+_REASONS = {
+    _CLIENT_RAISED: "the client raised an error; see its log",
+    _CLIENT_DIED: "the client's worker died; see its log",
+}
 
 
 class LocalGrid(Grid):
@@ -145,10 +151,13 @@ def wait_for(pool: Pool, job: int, message: Message, seconds: float) -> Message:
 
 
 def reply_of(message: Message, result: object) -> Message:
-    """Unwraps a worker's result, or turns its failure into Flower's error message."""
+    """Unwraps a worker's result, or turns its failure into Flower's error message.
+
+    What leaves of a failure is one fixed text for its kind: an exception's own text may quote a record.
+    """
     if isinstance(result, Failure):
-        code = _CLIENT_RAISED if result.error is None else _CLIENT_DIED
-        reason = str(result.error or result.details.strip().splitlines()[-1])
-        return Message(Error(code=code, reason=reason), reply_to=message)
+        code = _CLIENT_DIED if isinstance(result.error, WorkerDied) else _CLIENT_RAISED
+        logger.error("%s", result.details or result.error)
+        return Message(Error(code=code, reason=_REASONS[code]), reply_to=message)
     reply: Message = result[0]  # type: ignore[index]
     return reply

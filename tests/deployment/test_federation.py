@@ -215,7 +215,7 @@ def test_a_dead_worker_is_an_answer(site: Site, make: MakeConfig) -> None:
     assert ended() == control.COMPLETED
     lines = rounds_of(directory)
     assert [line["completed"] for line in lines] == [3, 2, 3]
-    assert "a worker died" in lines[1]["reasons"][0]
+    assert "worker died" in lines[1]["reasons"][0]
 
 
 def test_a_lost_server_is_resumed(site: Site, make: MakeConfig) -> None:
