@@ -14,8 +14,10 @@ columns.json               at a real node: the columns that its operator declare
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +28,7 @@ from fedslm.data.rows import Row, rows_of
 from fedslm.data.sharing import NO_ATTACK, Shared, load_what_is_public, share_out
 from fedslm.data.spool import BATCH_ROWS, parquet
 from fedslm.errors import DataError
-from fedslm.storage import write_text
+from fedslm.storage import replacing, write_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -196,6 +198,42 @@ def read_client(directory: Path, client: int, columns: Set[str] | None = None) -
     if folder.is_dir():
         return StoredRows(folder, client, columns)
     return _read_row_group(directory / "train.parquet", client, columns)
+
+
+def holds(directory: Path, client: int) -> bool:
+    """Whether :func:`read_client` finds a client there."""
+    return (directory / _file_of(directory, client)).exists()
+
+
+def pin(directory: Path, client: int, target: Path, *, linked: bool) -> None:
+    """Keeps a client's records as they are now, for their owner only, whatever replaces them.
+
+    Args:
+        directory: As :func:`read_client`.
+        client: Index of the client.
+        target: A directory that :func:`read_client` then reads.
+        linked: Whether the file is only ever replaced, never written into (:func:`write_own` does so):
+            then its bytes are shared, where the disk can do that, and not copied.
+
+    Raises:
+        RunError: They cannot be kept.
+    """
+    file = _file_of(directory, client)
+    with replacing(target / file) as temporary:
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        if linked:
+            with suppress(OSError):
+                os.link(directory / file, temporary)
+        if not temporary.exists():
+            shutil.copyfile(directory / file, temporary)
+        temporary.chmod(0o600)
+
+
+def _file_of(directory: Path, client: int) -> Path:
+    """Where a client's records are in a directory."""
+    return (
+        Path("train", _file_name(client)) if (directory / "train").is_dir() else Path("train.parquet")
+    )
 
 
 def read_evaluation(directory: Path) -> list[Row]:

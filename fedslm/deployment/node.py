@@ -28,6 +28,7 @@ from fedslm.deployment.settings import NodeFile, read_node
 from fedslm.errors import DataError, FederationError, PolicyRefused, RunError
 from fedslm.federation.attestation import is_attested
 from fedslm.federation.envelopes import Envelope
+from fedslm.federation.kept_runs import remove_old
 from fedslm.federation.local_grid import handle, wait_for
 from fedslm.federation.node import OWN_SHARD, deployed_config
 from fedslm.federation.workers import WorkerPool
@@ -89,8 +90,8 @@ def open_node(directory: Path, profile: str | None = None) -> Ready:
 def import_records(ready: Ready) -> int:
     """Copies the node's records to where training reads them; gives their number.
 
-    They are copied at every start: a run keeps to the data that it began with, by their commitment. Of
-    declared columns no other is read.
+    They are copied at every start, for runs that begin from then on; a run under way keeps those that
+    it began with (:mod:`fedslm.federation.kept_runs`). Of declared columns no other is read.
 
     Raises:
         DataError: They cannot be read.
@@ -106,6 +107,7 @@ def import_records(ready: Ready) -> int:
     if unit in rows.column_names:
         refuse_floats(rows, str(unit), f"unit_column of {POLICY_FILE}")
     shards.write_own(ready.directory / _DATA, rows, OWN_SHARD, file.columns)
+    remove_old(ready.directory)
     return len(rows)
 
 

@@ -16,6 +16,7 @@ from fedslm.data.shards import declared_columns
 from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError, RolledBack
 from fedslm.factors import delta_keys, key_of, layers_of
 from fedslm.federation.attestation import attest
+from fedslm.federation.kept_runs import forget_records, with_own_records
 from fedslm.federation.loading import model_for
 from fedslm.federation.node import Node, Release
 from fedslm.federation.shard import shard_of
@@ -58,7 +59,10 @@ def train(message: Message, context: Context) -> Message:
         * A reply holds noised tensors, a noised metric if one is allowed, a signed statement of what
           was charged, public hashes and public constants. A refusal states values of plan and policy;
           a failure is one fixed sentence.
-        * The same request again gets the same bytes, free of charge.
+        * A run keeps the records that it began with at a deployed node, so that neither a reply nor a
+          refusal depends on records that come and go while it is under way
+          (:mod:`fedslm.federation.kept_runs`).
+        * The same request again gets the same bytes, free of charge, and no record is read for it.
     """
     round_number = 0
     try:
@@ -128,6 +132,7 @@ def _answer(request: Request, node: Node) -> Reply:
     model = model_for(setup)
     if isinstance(plan, PrivatePlan):
         return _answer_privately(request, node, plan, model)
+    node = with_own_records(setup, node, has_begun=False)
     examples = shard_of(setup, node).trained
     release = make_update(request, node, plan, model, examples)
     weight = float(len(examples)) if setup.aggregation.weights == "records" else 1.0
@@ -141,9 +146,9 @@ def _answer_privately(
     from fedslm.training.checks import check_private_model
 
     _verify(plan)
-    ledger, charges = node.ledger(plan.unit), _charges(request, node, plan)
+    ledger = node.ledger(plan.unit)
     ledger.extension(request.seen)  # before anything is charged: a ledger that lost lines takes no more
-    again = node.kept(ledger.released(charges[0].request_sha256))
+    again = node.kept(ledger.released(_request_sha256(request)))
     if again is not None:
         return _reply(request, model, again, ledger=ledger)
     if request.control:
@@ -154,6 +159,9 @@ def _answer_privately(
     _check_adapter(start_of(request, node).adapter, model)
     _rehearsed(request.setup)
     attest(node.directory if node.deployed else node.directory.parent)
+    charged = _rounds_charged(request, ledger, plan)
+    node = with_own_records(request.setup, node, has_begun=charged > 0)
+    charges = _charges(request, node, plan)
     reserved = ledger.reserve(charges, node.limits(plan))
     release = make_update(request, node, plan, model, shard_of(request.setup, node).trained)
     if plan.metric_event is not None:
@@ -161,7 +169,27 @@ def _answer_privately(
     node.keep(release)
     for index, charge in zip(reserved, charges, strict=True):
         ledger.commit(index, release.hashes()[charge.purpose])
+    if charged + 1 == plan.rounds:
+        forget_records(request.setup, node)
     return _reply(request, model, release, ledger=ledger)
+
+
+def _rounds_charged(request: Request, ledger: Ledger, plan: PrivatePlan) -> int:
+    """How many rounds this run was charged for under its plan so far.
+
+    Raises:
+        BudgetExceeded: All that the plan pays for.
+    """
+    of_run = (request.setup.run_id, _plan_sha256(request.setup), ADAPTER)
+    charged = sum(
+        (charge.run, charge.plan_sha256, charge.purpose) == of_run for charge in ledger.read().charges
+    )
+    if charged >= plan.rounds:
+        raise BudgetExceeded(
+            f"budget exhausted: this run was charged for {charged} rounds here, and its plan pays for "
+            f"{plan.rounds}"
+        )
+    return charged
 
 
 def _check_adapter(whole: AdapterState, model: LoadedModel) -> None:
@@ -224,7 +252,7 @@ def _charges(request: Request, node: Node, plan: ExamplePlan | PatientPlan) -> l
         delta=plan.delta,
         run=setup.run_id,
         round=request.round,
-        plan_sha256=hashlib.sha256(setup.plan.encode()).hexdigest(),
+        plan_sha256=_plan_sha256(setup),
         request_sha256=_request_sha256(request),
         base_sha256=setup.base_sha256,
         config_sha256=setup.config_sha256,
@@ -238,6 +266,11 @@ def _charges(request: Request, node: Node, plan: ExamplePlan | PatientPlan) -> l
         training,
         replace(training, event=metric, purpose=METRIC, clip_norm=METRIC_SENSITIVITY),
     ]
+
+
+def _plan_sha256(setup: Setup) -> str:
+    """Names a plan in the ledger."""
+    return hashlib.sha256(setup.plan.encode()).hexdigest()
 
 
 def _metric(

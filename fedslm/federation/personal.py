@@ -25,6 +25,7 @@ from fedslm.factors import delta_keys
 from fedslm.federation.bounds import LONGEST_REASON, cut
 from fedslm.federation.client import admitted
 from fedslm.federation.fairness import ClientMetrics, Metrics
+from fedslm.federation.kept_runs import with_own_records
 from fedslm.federation.loading import model_for
 from fedslm.federation.node import Node
 from fedslm.federation.shard import Shard, shard_of
@@ -64,6 +65,7 @@ def _measured(request: Request, node: Node) -> str:
     """Measures; the answer's text is empty under privacy."""
     plan = admitted(request, node)
     if not isinstance(plan, PrivatePlan):
+        node = with_own_records(request.setup, node, has_begun=False)
         return json.dumps(asdict(_both(request, node)))
     if node.deployed:
         return ""

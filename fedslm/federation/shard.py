@@ -35,7 +35,7 @@ class Shard:
         trained: What is trained on.
         measured: What the noisy metric is measured on: held out, if ``data.validation_fraction`` says
             so, else what is trained on.
-        commitment: Keyed hash of all its records; empty without privacy.
+        commitment: Keyed hash of all its records, with all columns; empty without privacy.
     """
 
     trained: Sequence[Example]
@@ -63,6 +63,7 @@ def _read(setup: Setup, node: Node) -> Shard:
     task, plan = build(setup.task, setup.data, setup.labels), from_json(setup.plan)
     unit = plan.unit_column if isinstance(plan, PatientPlan) else None
     columns = set(needed(setup.data, setup.task).values()) | ({unit} if unit is not None else set())
+    commitment = _commitment(node) if isinstance(plan, PrivatePlan) else ""
     rows = shards.read_client(node.data, node.shard, columns)
     prepare = partial(task.prepare, tokenizer=model.tokenizer)
     prepare([])  # what is wrong with the tokenizer itself shows here, whatever the records
@@ -85,8 +86,12 @@ def _read(setup: Setup, node: Node) -> Shard:
         for side in sides.values()
     )
     _log(node.client, len(rows) - len(trained) - len(validated), truncated)
-    commitment = data_commitment(node.directory, rows) if isinstance(plan, PrivatePlan) else ""
     return Shard(trained, validated if fraction > 0 else trained, commitment)
+
+
+def _commitment(node: Node) -> str:
+    """Keyed hash of a client's whole records: the columns that a server asks for do not change it."""
+    return data_commitment(node.directory, shards.read_client(node.data, node.shard))
 
 
 _only = lru_cache(maxsize=1)(_read)

@@ -83,6 +83,8 @@ class Ledger:
           been chosen after seeing earlier releases, the lifetime budget is held by a Rényi filter as
           well. A server that lets its second plan depend on the first one's releases can reach twice
           the delta: one for stopping under the first plan, one for going on.
+        * That the data changed is a LedgerError, for the node's own log: a server that read of it would
+          learn that a record was admitted or withdrawn.
         * A file with a changed, reordered or missing line is refused, and so is one that is shorter
           than the head beside it. A torn last line is left out: no release can have followed it.
 
@@ -156,7 +158,8 @@ class Ledger:
         Raises:
             BudgetExceeded: A limit would be exceeded; nothing was charged.
             PolicyRefused: The run was begun with another plan; nothing was charged.
-            LedgerError: The charges could not be written; nothing may be released.
+            LedgerError: The run was begun with other data, or the charges could not be written; nothing
+                may be released.
         """
         with self._locked():
             chain = self.read()
@@ -287,7 +290,7 @@ def _check_limits(chain: Chain, charges: Sequence[Charge], limits: Limits) -> No
     if any(charge.plan_sha256 != first.plan_sha256 for charge in of_run):
         raise PolicyRefused("this run was begun with another plan; a plan does not change within a run")
     if any(charge.dataset_commitment != first.dataset_commitment for charge in of_run):
-        raise PolicyRefused("the data changed since this run began; a run is over one data set")
+        raise LedgerError("the records of this run are not those that it began with")
     new = [charge.event for charge in charges]
     _check_budget([*(charge.event for charge in of_run), *new], limits.run, "the run")
     if limits.lifetime is not None:

@@ -188,12 +188,15 @@ def test_a_node_that_is_away_is_left_out(site: Site, make: MakeConfig) -> None:
 
 
 def test_a_killed_node_comes_back_as_itself(site: Site, make: MakeConfig) -> None:
-    """A node is killed (-9) in mid-round and started again: same identity, same ledger, in the next round."""
+    """Killed (-9) in mid-round and started again with other records: same identity, ledger and run."""
     before = ledger_of(site.root / "west").charges
     config = make("killed", privacy=PRIVATE, training={"local_steps": 60}, federation={"rounds": 3})
     with site.running(config) as (directory, ended):
         eventually(lambda: len(rounds_of(directory)) == 1 and site.is_training("west"), "round 2")
         site.stop("west", signal.SIGKILL)
+        notes = site.root / "west" / "notes.jsonl"
+        with notes.open("a") as file:  # of no known label: later runs train on what they trained on
+            file.write(json.dumps({"text": "admitted meanwhile", "label": "other"}) + "\n")
         site.start("west", "node", "up", site.root / "west")
         eventually(lambda: bool(ended()), "the end")
     assert ended() == control.COMPLETED
@@ -201,6 +204,7 @@ def test_a_killed_node_comes_back_as_itself(site: Site, make: MakeConfig) -> Non
     after = ledger_of(site.root / "west").charges
     assert after[: len(before)] == before
     assert [charge.round for charge in after[len(before) :]] in ([1, 2, 3], [1, 3])
+    assert len({charge.dataset_commitment for charge in after[len(before) :]}) == 1
     twice = fedslm("node", "up", site.root / "west", code=1)
     assert "another process runs the node" in twice
 

@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 from served import ask, context_of, first_request, with_plan, write_policy
 from tiny import PRIVATE
 
 from fedslm.config import Config
-from fedslm.data import shards
 from fedslm.errors import FederationError
-from fedslm.federation.node import OWN_SHARD, Node
+from fedslm.federation.node import Node
 from fedslm.federation.wire import Request
 
 
@@ -56,20 +54,6 @@ def test_the_server_does_not_choose_the_data(honest: Request, tmp_path: Path) ->
     context = context_of(0, write_policy(tmp_path / "node"))
     context.node_config["data-directory"] = str(tmp_path)
     assert Node.of(context, honest.setup.directory).data == tmp_path
-
-
-def test_data_that_changes_in_a_run_are_refused(honest: Request, node: Path, tmp_path: Path) -> None:
-    """Another data set under the same run and ledger is refused, and nothing is charged for it."""
-    request, context = honest, context_of(0, node)
-    assert ask(request, context).status == "ok"
-    before = (node / "ledger.jsonl").read_bytes()
-    others = shards.read_client(Path(request.setup.directory) / "data", 1)
-    shards.write_own(tmp_path / "others", Dataset.from_list(list(others)), OWN_SHARD)
-    elsewhere = context_of(0, node)
-    elsewhere.node_config["data-directory"] = str(tmp_path / "others")
-    reply = ask(replace(request, round=2), elsewhere)
-    assert (reply.status, "data changed" in reply.reason) == ("refused", True)
-    assert (node / "ledger.jsonl").read_bytes() == before
 
 
 def test_dropout_is_refused(honest: Request, node: Path) -> None:

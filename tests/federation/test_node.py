@@ -150,6 +150,7 @@ def test_an_operators_directory_is_the_only_place(requests: dict[str, Request], 
         "release.safetensors",
         "release.json",
         "self-test.json",
+        "runs",
     }
 
 

@@ -277,6 +277,17 @@ def test_a_plan_does_not_change_within_a_run(path: Path) -> None:
     reserve(ledger, plan_sha256="second", run="other")
 
 
+def test_the_data_do_not_change_within_a_run(path: Path) -> None:
+    """Other data under the same run charge nothing, and are not a refusal, whose text a server reads."""
+    ledger = Ledger(path, KEY)
+    reserve(ledger, dataset_commitment="first")
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match="not those that it began with"):
+        reserve(ledger, dataset_commitment="second")
+    assert path.read_bytes() == before
+    reserve(ledger, run="another", dataset_commitment="second")
+
+
 def test_rounds_of_a_day_are_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round is one charge of an adapter; the next is refused until the first is a day old."""
     ledger, now, limits = Ledger(path, KEY), time.time(), Limits(AMPLE.run, rounds_per_day=2)
