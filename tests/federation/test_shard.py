@@ -137,6 +137,24 @@ def test_nobody_decides_for_another(ask_of: Callable[..., Request], unit: str) -
         assert left <= {each.input_ids for each in getattr(before, name)}
 
 
+def test_a_record_with_a_column_of_its_own_moves_nobody(
+    ask_of: Callable[..., Request], tmp_path: Path
+) -> None:
+    """One record brings a column that the server asks for, and makes another one floats: all others stay."""
+    request = ask_of("run", data={"validation_fraction": 0.5}, privacy={**PRIVATE, **METRIC})
+    task = request.setup.task.model_copy(update={"prompt": "{text} {allergy} {age}"})
+    setup = replace(request.setup, task=task)
+    rows = [{"text": row["text"], "label": row["label"], "age": n} for n, row in enumerate(ROWS)]
+    odd = {"text": "odd", "label": "heart", "age": 0.5, "allergy": {"nuts": 1}}
+    sides = []
+    for name, content in (("all", rows), ("and one more", [*rows, odd])):
+        shards.write_own(tmp_path / name, Dataset.from_list(content), 0)
+        found = shard_of(setup, Node(tmp_path / "node", tmp_path / name, 0, deployed=True))
+        sides.append([{each.input_ids for each in side} for side in (found.trained, found.measured)])
+    assert all(before <= after for before, after in zip(*sides, strict=True))
+    assert all(sides[0])
+
+
 def test_what_is_held_out_is_never_trained_on(ask_of: Callable[..., Request]) -> None:
     """Training with a share held out is training without those records, bit for bit."""
     rows = [{**row, "client": "one"} for row in ROWS]
