@@ -203,12 +203,10 @@ def most_new_tokens(run: FinishedRun) -> int:
 def _continued(prompt: Tokens, new: Tokens, writer: Teacher) -> Example | None:
     """A prompt with its continuation, cut to the longest length; None if nothing is left to learn."""
     longest = writer.trained.run.task.max_length
-    end = writer.tokenizer.eos_token_id
     if not isinstance(writer.task, Instruction):
         ids = (*prompt, *new)[:longest]
         return Example(ids) if len(ids) > 1 else None
-    answer = new if end is None else (*new, int(end))
-    answer = answer[: longest - len(prompt)]
+    answer = (*new, *writer.task.prompts.ending(writer.tokenizer))[: longest - len(prompt)]
     if not answer:
         return None
     return Example((*prompt, *answer), targets=(*(IGNORED,) * len(prompt), *answer))

@@ -16,6 +16,7 @@ from fedslm.inference.texts import continuation, prompt_tokens
 from fedslm.inference.trained import FinishedRun, Trained, computing
 from fedslm.rng import seed_of
 from fedslm.tasks.base import Tokens, tokenise
+from fedslm.tasks.chat import end_token
 from fedslm.tasks.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ def generation_settings(model: LoadedModel, sampling: Sampling) -> GenerationCon
     tokenizer = model.tokenizer
     network: Any = model.adapter.network
     own = getattr(network.generation_config, "eos_token_id", None)
-    ends = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
+    ends = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id, end_token(tokenizer)}
     draws = sampling.temperature > 0
     return GenerationConfig(
         max_new_tokens=sampling.max_tokens,
@@ -329,6 +330,7 @@ class _Listener:
 
     def __init__(self, trained: Trained, prompt: Prompt, on_text: OnText) -> None:
         self._trained, self._prompt, self._on_text = trained, prompt, on_text
+        self._ends = generation_settings(trained.model, Sampling(1)).eos_token_id
         self._tokens: list[int] = []
         self._shown = ""
         self._began = False
@@ -346,8 +348,7 @@ class _Listener:
 
     def _show(self, *, whole: bool) -> None:
         """Hands on what is new; half a character waits for its other half."""
-        ends = generation_settings(self._trained.model, Sampling(1)).eos_token_id
-        text = _text_of(self._trained, self._prompt, _until_end(self._tokens, ends))
+        text = _text_of(self._trained, self._prompt, _until_end(self._tokens, self._ends))
         if not whole:
             text = text.rstrip("\ufffd \n")
         if text.startswith(self._shown):

@@ -12,6 +12,7 @@ from fedslm.models import families
 from fedslm.models.adapter import AttachedAdapter, attach
 from fedslm.models.base import base_sha256, device_of, load_base, load_tokenizer, resolve
 from fedslm.models.networks import checkpoint_activations
+from fedslm.tasks.chat import frame_of
 
 if TYPE_CHECKING:
     import torch
@@ -58,11 +59,7 @@ def load(
     directory = resolve(model)
     families.check(families.configuration(directory), lora.target_modules, private=False)
     tokenizer = load_tokenizer(directory)
-    if task.prompt_format == "chat" and not tokenizer.chat_template:
-        raise ModelError(
-            f'task.prompt_format="chat", but the tokenizer of {model.base!r} has no chat template; use '
-            f'"plain" or "auto"'
-        )
+    _check_template(model, task, tokenizer)
     network = load_base(model, task, num_labels, tokenizer)
     adapter = attach(network, lora, core=core)
     if model.gradient_checkpointing:
@@ -70,3 +67,15 @@ def load(
     return LoadedModel(
         adapter, tokenizer, device_of(model), base_sha256(directory), getattr(torch, model.dtype)
     )
+
+
+def _check_template(model: ModelConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a chat template that is not there, or that cannot write an answer."""
+    if task.prompt_format == "chat" and not tokenizer.chat_template:
+        raise ModelError(
+            f'task.prompt_format="chat", but the tokenizer of {model.base!r} has no chat template; use '
+            f'"plain" or "auto"'
+        )
+    chats = task.name in ("instruction", "preference") and task.prompt_format != "plain"
+    if chats and tokenizer.chat_template:
+        frame_of(tokenizer)

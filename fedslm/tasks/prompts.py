@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.data.columns import placeholders
-from fedslm.tasks import tokens
+from fedslm.tasks import chat, tokens
 from fedslm.tasks.base import CHARACTERS, Encoded, Example, Row, Tokens, tokenise
 
 if TYPE_CHECKING:
@@ -43,27 +43,53 @@ class Prompts:
     def of(cls, task: TaskConfig, data: DataConfig) -> Prompts:
         """The prompts that a config describes."""
         template = task.prompt or f"{{{data.text_column}}}"
-        return cls(template, task.prompt_format, task.max_length, task.max_target_length)
+        style = "plain" if task.name == "seq2seq" else task.prompt_format
+        return cls(template, style, task.max_length, task.max_target_length)
 
     def text(self, row: Row) -> str:
         """The prompt of a row, before any chat template."""
         room = CHARACTERS * self.max_length
         return self.template.format_map({key: _bounded(_text(row[key]), room) for key in row})
 
+    def is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether prompts are put to a model by the tokenizer's chat template."""
+        return self.format == "chat" or (self.format == "auto" and bool(tokenizer.chat_template))
+
     def tokens(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
-        """Token ids of prompts, uncut, ready for a completion to follow."""
-        if self.format == "chat" or (self.format == "auto" and tokenizer.chat_template):
-            texts = [_chat(text, tokenizer) for text in texts]
+        """Token ids of prompts, uncut, ready for a completion to follow.
+
+        Raises:
+            ModelError: The chat template cannot be used.
+        """
+        if self.is_chat(tokenizer):
+            texts = [_asked(text, tokenizer) for text in texts]
             return [each.input_ids for each in _bare(texts, tokenizer)]
         ended = [each.input_ids for each in tokenise(texts, tokenizer, _UNCUT)]
         end = tokenizer.eos_token_id
         return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in ended]
 
     def completions(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
-        """Token ids of completions, uncut, each with an end token."""
-        end = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-        room = CHARACTERS * self.max_length
-        return [(*each.input_ids, *end) for each in _bare([text[:room] for text in texts], tokenizer)]
+        """Token ids of completions, uncut, each ended: as the chat template ends a turn, or by EOS.
+
+        Raises:
+            ModelError: The chat template cannot be used.
+        """
+        end, room = self.ending(tokenizer), CHARACTERS * self.max_length
+        texts = [text[:room] for text in texts]
+        if self.is_chat(tokenizer):
+            begin = chat.frame_of(tokenizer).begin
+            texts = [f"{begin}{text.strip()}" for text in texts]
+        return [(*each.input_ids, *end) for each in _bare(texts, tokenizer)]
+
+    def ending(self, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+        """Token ids behind a completion; none if nothing ends one.
+
+        Raises:
+            ModelError: The chat template cannot be used.
+        """
+        if self.is_chat(tokenizer) and (end := chat.frame_of(tokenizer).end):
+            return _bare([end], tokenizer)[0].input_ids
+        return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
     def join(self, prompt: Tokens, completion: Tokens) -> tuple[Example, bool]:
         """Puts a completion behind a prompt, and says whether either was cut.
@@ -87,11 +113,9 @@ def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Enco
     return tokenise(texts, tokenizer, _UNCUT, add_special_tokens=False)
 
 
-def _chat(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _asked(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """One user's turn in the tokenizer's own chat format, up to where the answer begins."""
-    turn = [{"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return str(rendered)
+    return chat.rendered([{"role": "user", "content": text}], tokenizer, asks=True)
 
 
 def _bounded(text: str, room: int) -> str:

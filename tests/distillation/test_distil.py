@@ -15,6 +15,7 @@ from pairs import FEW, Interrupted, Stops, Told, public, settings, student
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedslm.distillation import contexts
 from fedslm.distillation.distil import Asked, distil, prepare
 from fedslm.distillation.pair import load_student, load_teacher
 from fedslm.errors import ConfigError, DataError, ModelError, RunError
@@ -98,6 +99,21 @@ def test_peft_loads_what_was_learned(
     ours.model.adapter.write(load_adapter(tmp_path / "out" / "adapter" / "adapter_model.safetensors"))
     assert torch.allclose(ours.model.adapter.network(input_ids=tokens).logits, after, atol=1e-5)
     assert report["metrics"]["student after"] != report["metrics"]["student before"]
+
+
+def test_a_written_answer_ends_as_training_ended_answers(
+    finished_run: Finished, places: dict[str, Path]
+) -> None:
+    """Behind what the teacher writes stands what the chat template ends a turn with."""
+    plan = asked(finished_run, places, "instruction").plan
+    teacher = load_teacher(plan.run, plan.settings)
+    try:
+        teacher.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}[MASK]{% endfor %}"
+        example = contexts._continued((5, 6), (7,), teacher)
+    finally:
+        teacher.tokenizer.chat_template = None
+    assert example is not None
+    assert example.input_ids == (5, 6, 7, teacher.tokenizer.mask_token_id)
 
 
 def test_an_untuned_teacher_leaves_the_student_alone(

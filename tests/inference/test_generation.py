@@ -14,7 +14,14 @@ import torch
 from fedslm.errors import ConfigError, DataError
 from fedslm.inference import generation
 from fedslm.inference.evaluation import own_rows
-from fedslm.inference.generation import Prompt, Sampling, prompts_of, write, write_greedily
+from fedslm.inference.generation import (
+    Prompt,
+    Sampling,
+    generation_settings,
+    prompts_of,
+    write,
+    write_greedily,
+)
 from fedslm.inference.texts import continuation, prompt_tokens
 from fedslm.inference.trained import Trained, load_trained, open_run
 from fedslm.tasks.base import Tokens
@@ -127,6 +134,21 @@ def test_a_chat_template_is_used_as_in_training(finished_run: Finished) -> None:
     expected = tokenizer("[CLS] note: chest pain plan: [SEP]", add_special_tokens=False)["input_ids"]
     assert list(prompt.tokens) == expected
     assert prompt.text == "note: chest pain plan:"
+
+
+def test_writing_stops_where_the_chat_template_ends_a_turn(finished_run: Finished) -> None:
+    """The token that training put behind an answer is among those that end a text."""
+    trained = open_(finished_run, "instruction")
+    tokenizer = trained.model.tokenizer
+    before = generation_settings(trained.model, Sampling(MOST)).eos_token_id or []
+    try:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.role }} {{ m.content }}[MASK]{% endfor %}"
+        )
+        after = generation_settings(trained.model, Sampling(MOST)).eos_token_id
+    finally:
+        tokenizer.chat_template = None
+    assert set(after) - set(before) == {tokenizer.mask_token_id}
 
 
 @pytest.mark.parametrize("kind", ["causal-lm", "seq2seq"])

@@ -169,6 +169,21 @@ def test_a_chat_template_that_is_not_there(family_directory: Callable[[str, str]
         load(ModelConfig(base=str(family_directory("llama", "causal-lm"))), LoraConfig(), task, 0)
 
 
+def test_a_chat_template_that_cannot_be_used(tmp_path: Path) -> None:
+    """It is refused when the base is loaded, unless prompts are plain or there are none."""
+    write_base(tmp_path, "llama", "causal-lm")
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    tokenizer.save_pretrained(tmp_path)
+    base, lora = ModelConfig(base=str(tmp_path)), LoraConfig()
+    for name in ("instruction", "preference"):
+        task = TaskConfig(name=name, max_length=32)  # type: ignore[arg-type]
+        with pytest.raises(ModelError, match=r'task\.prompt_format="plain"'):
+            load(base, lora, task, 0)
+        load(base, lora, task.model_copy(update={"prompt_format": "plain"}), 0)
+    load(base, lora, TaskConfig(name="causal-lm", max_length=32), 0)
+
+
 def test_a_tokenizer_without_any_padding_token(tmp_path: Path) -> None:
     """Neither a padding, an end nor an unknown token: padding cannot be made up."""
     import transformers

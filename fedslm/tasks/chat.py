@@ -1,0 +1,96 @@
+"""A tokenizer's chat template: how it writes turns, and what it puts around an assistant's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedslm.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Turn = dict[str, str]  # "role" and "content"
+_MARK = "\ue000"  # stands for an answer; of the private-use area, so no text means anything by it
+_LONGEST_REASON = 200
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a template puts around an assistant's answer.
+
+    Attributes:
+        begin: Between the generation prompt and the answer: a space, mostly nothing.
+        end: From the answer to the first special token behind it; empty if the template has none.
+    """
+
+    begin: str
+    end: str
+
+
+def rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, asks: bool) -> str:
+    """Turns in the tokenizer's own format; a template that can reason is told not to.
+
+    Args:
+        turns: In order.
+        tokenizer: With a chat template.
+        asks: Whether the text ends where an answer begins.
+
+    Raises:
+        ModelError: The template does not parse, or refuses these turns.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            list(turns), tokenize=False, add_generation_prompt=asks, enable_thinking=False
+        )
+    except Exception as error:  # a template is the base's own program: it raises what it likes
+        first = (str(error).splitlines() or [""])[0][:_LONGEST_REASON]
+        roles = ", ".join(dict.fromkeys(turn["role"] for turn in turns))
+        raise ModelError(
+            f"the tokenizer's chat template cannot write turns of {roles}: {type(error).__name__}: "
+            f'{first}; set task.prompt_format="plain"'
+        ) from error
+    return str(text)
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What the tokenizer's template puts around an answer, tried out on turns of nobody's.
+
+    Raises:
+        ModelError: The template cannot be used.
+    """
+    question = {"role": "user", "content": "Why?"}
+    asked = rendered([question], tokenizer, asks=True)
+    answer = {"role": "assistant", "content": _MARK}
+    whole = rendered([question, answer], tokenizer, asks=False)
+    if whole.count(_MARK) != 1:
+        raise ModelError(
+            f"the tokenizer's chat template writes an answer {whole.count(_MARK)} times, not once; set "
+            f'task.prompt_format="plain"'
+        )
+    before, _, after = whole.partition(_MARK)
+    begin = before[len(asked) :] if before.startswith(asked) else ""
+    return Frame(begin, _up_to_special(after, tokenizer))
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that ends an assistant's turn; None if no usable template names one."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        end = frame_of(tokenizer).end
+    except ModelError:
+        return None
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+    return int(ids[-1]) if ids else None
+
+
+def _up_to_special(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The beginning of a text up to and with its first special token; empty without one."""
+    special = [each.content for each in tokenizer.added_tokens_decoder.values() if each.special]
+    found = [(text.index(each), -len(each)) for each in special if each in text]
+    if not found:
+        return ""
+    start, negative = min(found)
+    return text[: start - negative]
