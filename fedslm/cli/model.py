@@ -229,7 +229,9 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["quantization"] != "none":
         stored = f"{found['quantization']}, computed in {found['dtype']}"
     needs = found["memory_bytes"]
-    parts = ", ".join(f"{name} {readable(needs[name])}" for name in needs if name != "total")
+    parts = ", ".join(
+        f"{name} {readable(needs[name])}" for name in needs if name not in ("evaluation", "total")
+    )
     has = found["device_bytes"]
     methods = ", ".join(f"{name} {readable(size)}" for name, size in found["bytes_by_method"].items())
     guess = ", a guess: set task.labels" if found["classes_assumed"] else ""
@@ -249,6 +251,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("the cohort's", f"{readable(found['bytes_per_round'])} for {found['cohort']} clients"),
         ("memory to train", f"about {readable(needs['total'])}: {parts}"),
+        ("to evaluate", f"about {readable(needs['evaluation'])} of logits, before and after training"),
         ("in a simulation", f"{found['processes']} such worker(s), each with its libraries"),
         ("this machine", f"{readable(has) if has else 'unknown'} ({found['device']})"),
     ]

@@ -22,12 +22,13 @@ from fedslm.models.loaded import LoadedModel
 from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
 from fedslm.tasks.causal_lm import CausalLM
+from fedslm.tasks.passes import passes
 from fedslm.training.batches import forward
 from fedslm.training.evaluation import statistics
 
-_BATCH_SIZE = 32
 _PIECE_EXAMPLES = 256
 _MOST_GENERAL = 500
+_SPEAKERS = 3  # models whose logits a pass of proxy-tuning holds
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def measure(
     parts = []
     for start in range(0, len(examples), _PIECE_EXAMPLES):
         piece = examples[start : start + _PIECE_EXAMPLES]
-        parts.append(statistics(model, task, piece, adapter, _BATCH_SIZE))
+        parts.append(statistics(model, task, piece, adapter))
         on_progress(start + len(piece), len(examples))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -101,10 +102,11 @@ def measure_decoding(
     References:
         Liu et al. 2024, Tuning Language Models by Proxy (arXiv 2401.08565).
     """
-    order = sorted(range(len(examples)), key=lambda at: examples[at].length)
+    order: list[int] = []
     parts: dict[str, list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]] = {}
-    for start in range(0, len(order), _BATCH_SIZE):
-        chosen = [examples[at] for at in order[start : start + _BATCH_SIZE]]
+    for numbers in passes(examples, _SPEAKERS * vocabulary):
+        order += numbers
+        chosen = [examples[at] for at in numbers]
         with torch.no_grad():
             teacher.trained.model.adapter.write(teacher.tuned)
             tuned, _ = forward(teacher.trained.model, teacher.task, chosen)

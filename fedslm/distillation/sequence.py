@@ -35,6 +35,7 @@ from fedslm.storage import write_text
 from fedslm.tasks import tokens
 from fedslm.tasks.base import Example, Tokens
 from fedslm.tasks.instruction import Instruction
+from fedslm.tasks.passes import passes, width_of
 from fedslm.tasks.prompts import Prompts
 from fedslm.training.batches import forward
 
@@ -42,7 +43,6 @@ _TEMPERATURE = 0.7
 _KEPT = 0.5  # of the teacher's texts
 _REPLAYED = 0.2  # of what is learned
 _EXTREME = 4.0  # median absolute deviations
-_BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,12 @@ def _mean_log_probabilities(
     model: LoadedModel, task: Instruction, examples: Sequence[Example]
 ) -> NDArray[np.float64]:
     """Mean log-probability of each example's target tokens, shape (examples,)."""
-    found = []
-    for start in range(0, len(examples), _BATCH_SIZE):
+    found = np.empty(len(examples))
+    for chosen in passes(examples, width_of(task, model.vocabulary)):
         with torch.no_grad():
-            logits, batch = forward(model, task, examples[start : start + _BATCH_SIZE])
-            found.append(-task.per_example_loss(logits, batch).double().cpu().numpy())
-    return np.concatenate(found)
+            logits, batch = forward(model, task, [examples[at] for at in chosen])
+            found[chosen] = -task.per_example_loss(logits, batch).double().cpu().numpy()
+    return found
 
 
 def _for_student(written: Written, student: Student) -> Example:

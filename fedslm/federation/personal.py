@@ -40,7 +40,6 @@ from fedslm.storage import write_text
 from fedslm.tasks import build
 
 logger = logging.getLogger(__name__)
-_BATCH_SIZE = 32
 
 
 def measure(message: Message, context: Context) -> Message:
@@ -103,7 +102,7 @@ def _metrics(setup: Setup, model: LoadedModel, shard: Shard, adapter: AdapterSta
     from fedslm.training.evaluation import count
 
     task = build(setup.task, setup.data, setup.labels)
-    sums = count(model, task, shard.measured, adapter, _BATCH_SIZE)
+    sums = count(model, task, shard.measured, adapter)
     return dict(task.metrics(sums)) if sums else {}
 
 

@@ -27,8 +27,6 @@ from fedslm.records import AdapterState
 from fedslm.tasks import build
 from fedslm.tasks.base import Prepared
 
-_EVALUATION_BATCH_SIZE = 32
-
 
 @dataclass(frozen=True)
 class Description:
@@ -103,7 +101,7 @@ def count(setup: Setup, adapter: AdapterState, part: int, parts: int) -> dict[st
     model = model_for(setup)
     task = build(setup.task, setup.data, setup.labels)
     examples = _public(setup).examples[part::parts]
-    return count_examples(model, task, examples, adapter, _EVALUATION_BATCH_SIZE)
+    return count_examples(model, task, examples, adapter)
 
 
 def export(setup: Setup, adapter: AdapterState, directory: Path) -> None:

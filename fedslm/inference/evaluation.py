@@ -25,7 +25,6 @@ Advance = Callable[[int], None]
 RESAMPLES = 2000
 _FEWEST_RESAMPLES = 1000
 _PIECE_EXAMPLES = 256
-_BATCH_SIZE = 32
 _WITH_REFERENCES = ("instruction", "seq2seq")
 
 
@@ -184,7 +183,7 @@ def _statistics(
     parts = []
     for start in range(0, len(examples), _PIECE_EXAMPLES):
         piece = examples[start : start + _PIECE_EXAMPLES]
-        parts.append(statistics(trained.model, trained.task, piece, adapter, _BATCH_SIZE))
+        parts.append(statistics(trained.model, trained.task, piece, adapter))
         advance(len(piece))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

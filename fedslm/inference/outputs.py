@@ -10,18 +10,16 @@ from numpy.typing import NDArray
 
 from fedslm.inference.trained import Trained, computing
 from fedslm.tasks.base import Example, Tokens, pad_inputs
+from fedslm.tasks.passes import passes, width_of
 from fedslm.training.batches import forward
-
-_BATCH_SIZE = 32
 
 
 def logits_of(trained: Trained, examples: Sequence[Example]) -> list[NDArray[np.float32]]:
     """Logits of each example, in order: (classes,), or (tokens, classes) where words are tagged."""
     found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(examples)
-    order = sorted(range(len(examples)), key=lambda number: examples[number].length)
+    width = width_of(trained.task, trained.model.vocabulary)
     with torch.inference_mode():
-        for start in range(0, len(order), _BATCH_SIZE):
-            chosen = order[start : start + _BATCH_SIZE]
+        for chosen in passes(examples, width):
             logits, _ = forward(trained.model, trained.task, [examples[at] for at in chosen])
             for at, row in zip(chosen, logits.float().cpu().numpy(), strict=True):
                 found[at] = row
@@ -38,8 +36,15 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 def next_chances(trained: Trained, sequences: Sequence[Tokens]) -> NDArray[np.float64]:
     """Probabilities of the next token, shape (sequences, vocabulary)."""
     model = trained.model
-    batch = pad_inputs(sequences, int(model.tokenizer.pad_token_id))
-    with computing(model):
-        logits = model.adapter.network(**{k: each.to(model.device) for k, each in batch.items()}).logits
-    last = [logits[row, len(ids) - 1].float().cpu().numpy() for row, ids in enumerate(sequences)]
-    return np.stack([softmax(each) for each in last])
+    found = np.empty((len(sequences), 0))
+    for chosen in passes([Example(ids) for ids in sequences], model.vocabulary):
+        batch = pad_inputs([sequences[at] for at in chosen], int(model.tokenizer.pad_token_id))
+        with computing(model):
+            inputs = {key: each.to(model.device) for key, each in batch.items()}
+            logits = model.adapter.network(**inputs).logits
+        for row, at in enumerate(chosen):
+            shares = softmax(logits[row, len(sequences[at]) - 1].float().cpu().numpy())
+            if not found.size:
+                found = np.empty((len(sequences), len(shares)))
+            found[at] = shares
+    return found

@@ -20,6 +20,7 @@ from fedslm.factors import key_of, part_of
 from fedslm.models.loaded import LoadedModel
 from fedslm.records import AdapterState, FloatArray
 from fedslm.tasks.base import INPUTS, Example, Task, Tensors
+from fedslm.tasks.passes import passes, width_of
 
 _WIDEST = 4096
 _MOMENTS_BYTES = 512 << 20  # held at a time; more layers take further passes
@@ -131,9 +132,9 @@ def _moments(
         model.adapter.disabled(),
         _watched(group, moments, masks),
     ):
-        for start in range(0, len(examples), _BATCH_SIZE):
+        for chosen in passes(examples, width_of(task, model.vocabulary), _BATCH_SIZE):
             collated = task.collate(
-                examples[start : start + _BATCH_SIZE], int(model.tokenizer.pad_token_id)
+                [examples[number] for number in chosen], int(model.tokenizer.pad_token_id)
             )
             batch = _told_apart({key: each.to(model.device) for key, each in collated.items()})
             masks[:] = _masks(batch)

@@ -13,6 +13,7 @@ from fedslm.config import LoraConfig, ModelConfig, TaskConfig, TrainingConfig
 from fedslm.models import families, networks
 from fedslm.models.adapter import attach
 from fedslm.models.base import device_of
+from fedslm.tasks.passes import MOST_EXAMPLES, MOST_LOGITS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +22,9 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _FLOAT = 4
 _SCALE_OF_4_BITS = 1 / 64 + 4 / (64 * 256)  # a byte for 64 values, a float for 256 of those
 _HIDDEN_STATES, _WIDE_STATES, _LOGITS = 14, 4, 5  # kept for each layer, for each layer, once
+_EVALUATED = (
+    3  # copies of the logits at once: they, their logarithms, and what a kernel makes on its way
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Footprint:
         targets: Name of an adapted layer to how many there are.
         heads: Names of new heads, which are trained from nothing.
         activation_bytes: Kept for the backward pass of one record of the longest length; rough.
+        evaluation_bytes: Logits and their copies in one pass of an evaluation; rough.
     """
 
     model_type: str
@@ -48,6 +53,7 @@ class Footprint:
     targets: dict[str, int]
     heads: tuple[str, ...]
     activation_bytes: int
+    evaluation_bytes: int
 
 
 def footprint(
@@ -86,6 +92,7 @@ def footprint(
         targets=dict(sorted(Counter(adapted).items())),
         heads=heads,
         activation_bytes=_activations(network, model, task),
+        evaluation_bytes=_evaluation(network, task, num_labels),
     )
 
 
@@ -99,6 +106,7 @@ class Memory:
         optimizer: Gradients, sums and the optimizer's state.
         gradients: One gradient for each record of a pass (private training).
         activations: Of one pass; rough.
+        evaluation: Of one pass over public records, in place of the last three; rough.
     """
 
     base: int
@@ -106,11 +114,13 @@ class Memory:
     optimizer: int
     gradients: int
     activations: int
+    evaluation: int
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.base + self.adapter + self.optimizer + self.gradients + self.activations
+        """The most at once: a process trains or evaluates."""
+        training = self.optimizer + self.gradients + self.activations
+        return self.base + self.adapter + max(training, self.evaluation)
 
 
 def memory(
@@ -140,6 +150,7 @@ def memory(
         optimizer=_FLOAT * copies * values,
         gradients=_FLOAT * values * records if private else 0,
         activations=sizes.activation_bytes * records,
+        evaluation=sizes.evaluation_bytes,
     )
 
 
@@ -232,3 +243,15 @@ def _activations(network: Any, model: ModelConfig, task: TaskConfig) -> int:
     if task.name == "seq2seq":
         logits = written * int(config.vocab_size)
     return round(rows * (length * values * size + _LOGITS * logits * _FLOAT))
+
+
+def _evaluation(network: Any, task: TaskConfig, num_labels: int) -> int:
+    """Bytes of one evaluation pass's logits with their copies, by :mod:`fedslm.tasks.passes`.
+
+    Without gradients a layer's activations go with the next layer.
+    """
+    length, width = task.max_length, num_labels or int(network.config.vocab_size)
+    if task.name == "preference":
+        width *= 4  # two answers, each with and without the adapter
+    one = length * width
+    return _EVALUATED * _FLOAT * max(one, min(MOST_EXAMPLES * one, MOST_LOGITS))

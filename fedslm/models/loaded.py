@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError
@@ -36,6 +36,12 @@ class LoadedModel:
     device: torch.device
     base_sha256: str
     dtype: torch.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that a language model tells apart: logits of one position."""
+        config: Any = self.adapter.network.config
+        return int(config.vocab_size)
 
 
 @lru_cache(maxsize=1)

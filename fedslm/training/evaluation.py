@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedslm.models.loaded import LoadedModel
 from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
+from fedslm.tasks.passes import MOST_EXAMPLES, passes, width_of
 from fedslm.training.batches import forward
 
 Statistics = dict[str, NDArray[np.float64]]
@@ -21,7 +22,7 @@ def statistics(
     task: Task,
     examples: Sequence[Example],
     adapter: AdapterState,
-    batch_size: int,
+    batch_size: int = MOST_EXAMPLES,
 ) -> Statistics:
     """The task's statistics of each example.
 
@@ -30,19 +31,20 @@ def statistics(
         task: What is measured.
         examples: Any number.
         adapter: The whole adapter.
-        batch_size: Examples in one forward pass.
+        batch_size: Most examples in one forward pass, as :func:`fedslm.tasks.passes.passes`.
 
     Returns:
         Name to an array of shape (examples, …), in the order of the examples; empty without examples.
     """
     model.adapter.write(adapter)
     model.adapter.network.eval()
-    order = sorted(range(len(examples)), key=lambda number: examples[number].length)
+    width = width_of(task, model.vocabulary)
+    order: list[int] = []
     parts: dict[str, list[NDArray[np.float64]]] = {}
     with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chosen = [examples[number] for number in order[start : start + batch_size]]
-            logits, batch = forward(model, task, chosen)
+        for chosen in passes(examples, width, batch_size):
+            order += chosen
+            logits, batch = forward(model, task, [examples[number] for number in chosen])
             for name, values in task.statistics(logits, batch).items():
                 parts.setdefault(name, []).append(values.cpu().double().numpy())
     back = np.argsort(order)
@@ -54,7 +56,7 @@ def count(
     task: Task,
     examples: Sequence[Example],
     adapter: AdapterState,
-    batch_size: int,
+    batch_size: int = MOST_EXAMPLES,
 ) -> Statistics:
     """Adds the task's statistics up over examples.
 
@@ -63,7 +65,7 @@ def count(
         task: What is measured.
         examples: Any number.
         adapter: The whole adapter.
-        batch_size: Examples in one forward pass.
+        batch_size: As :func:`statistics`.
 
     Returns:
         Sums, for :meth:`fedslm.tasks.base.Task.metrics`; empty without examples.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from families import example_of, labels_of, load_family, random_state, ready, task_of
+from kinds import KINDS
+from kinds import example_of as kind_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedslm.aggregation.methods import trained_keys
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig, TrainingConfig
@@ -15,6 +19,7 @@ from fedslm.errors import ModelError
 from fedslm.models.footprint import footprint, memory, parameters
 from fedslm.models.loaded import LoadedModel
 from fedslm.training.batches import forward
+from fedslm.training.evaluation import count
 
 CASES = [
     ("bert", "classification", "mean"),
@@ -37,6 +42,29 @@ def frozen(model: LoadedModel) -> list[torch.nn.Parameter]:
     own = {id(parameter) for parameter in model.adapter.parameters.values()}
     named = model.adapter.network.named_parameters()
     return [p for name, p in named if id(p) not in own and ".original_module." not in name]
+
+
+class Peak(TorchDispatchMode):
+    """Follows the bytes of all tensors that are made inside and not yet gone."""
+
+    bytes = 0
+
+    def __enter__(self) -> Peak:
+        self._there: dict[int, int] = {}
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __torch_dispatch__(  # type: ignore[no-untyped-def]
+        self, func, types, args=(), kwargs=None
+    ):
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(each, torch.Tensor):
+                storage = each.untyped_storage()
+                if storage.data_ptr() not in self._there:
+                    self._there[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self._there.pop, storage.data_ptr(), None)
+        self.bytes = max(self.bytes, sum(self._there.values()))
+        return made
 
 
 def packed_bytes(parameter: torch.nn.Parameter) -> int:
@@ -106,6 +134,24 @@ def test_activations_are_right_within_a_factor_of_two(tmp_path: Path) -> None:
         assert 0.5 < estimate / sum(kept.values()) < 2, architecture
 
 
+@pytest.mark.parametrize("name", ["causal-lm", "instruction", "preference"])
+def test_an_evaluation_takes_what_is_said(
+    name: str, family_directory: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pass over many records holds at most, tensor by tensor, is right within a factor of two."""
+    for module in ("tasks.passes", "models.footprint"):
+        monkeypatch.setattr(f"fedslm.{module}.MOST_LOGITS", 1 << 18)
+    directory = family_directory("llama", "causal-lm")
+    config = task_config(name, "native")
+    estimate = footprint(directory, ModelConfig(base=str(directory)), LORA, config, 0).evaluation_bytes
+    assert estimate < 32 * 32 * 1744 * 4  # one copy of 32 records' logits
+    model = load_family(directory, "causal-lm")
+    examples = [kind_of(name, (5, 6, 7, 8) * 8, at) for at in range(12)]
+    with Peak() as peak:
+        count(model, KINDS[name], examples, random_state(model))
+    assert 0.5 < estimate / peak.bytes < 2
+
+
 def test_checkpointing_and_shorter_texts_need_less(
     family_directory: Callable[[str, str], Path],
 ) -> None:
@@ -141,9 +187,9 @@ def test_memory_adds_up(family_directory: Callable[[str, str], Path]) -> None:
     assert needs.optimizer == 4 * 4 * values
     assert needs.gradients == 5 * 4 * values
     assert needs.activations == 5 * sizes.activation_bytes
-    assert needs.total == sum(
-        (needs.base, needs.adapter, needs.optimizer, needs.gradients, needs.activations)
-    )
+    assert needs.evaluation == sizes.evaluation_bytes
+    training = needs.optimizer + needs.gradients + needs.activations
+    assert needs.total == needs.base + needs.adapter + max(training, needs.evaluation)
     plain = memory(
         sizes, sizes.shapes, trained, TrainingConfig(optimizer="sgd"), records=5, private=False
     )

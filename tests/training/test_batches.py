@@ -10,6 +10,7 @@ import pytest
 from families import alone, examples_of, load_family, random_state, task_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import KINDS, example_of
 
 from fedslm.tasks.base import Example
 from fedslm.training.batches import micro_batches
@@ -78,6 +79,29 @@ def test_evaluation_does_not_depend_on_the_batch_size(
         for name in one:
             np.testing.assert_allclose(other[name], one[name], rtol=1e-5, err_msg=name)
     assert count(model, task, [], adapter, 4) == {}
+
+
+@pytest.mark.parametrize("name", ["causal-lm", "instruction", "preference"])
+def test_an_evaluation_holds_few_logits_at_once(
+    name: str, family_directory: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many records there are, no pass exceeds the bound, and the sums are the same."""
+    model, task = load_family(family_directory("llama", "causal-lm"), "causal-lm"), KINDS[name]
+    examples, adapter = [example_of(name, (5, 6, 7, 8), at) for at in range(32)], random_state(model)
+    whole = count(model, task, examples, adapter)
+    most, seen = 40 * model.vocabulary, []
+    monkeypatch.setattr("fedslm.tasks.passes.MOST_LOGITS", most)
+    hook = model.adapter.network.register_forward_hook(
+        lambda *given: seen.append(given[2].logits.numel())
+    )
+    try:
+        found = count(model, task, examples, adapter)
+    finally:
+        hook.remove()
+    held = seen if name != "preference" else [a + b for a, b in zip(seen[::2], seen[1::2], strict=True)]
+    assert max(held) == most
+    for key, value in whole.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=key)
 
 
 def test_a_batch_of_nothing_has_no_pieces() -> None:

@@ -1,0 +1,41 @@
+"""Which examples share a pass without gradients: what it holds is bounded, whatever the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fedslm.tasks.base import Example, Task
+
+MOST_EXAMPLES = 32
+MOST_LOGITS = 1 << 24  # 64 MiB in float32, for each copy that a metric makes
+
+
+def passes(examples: Sequence[Example], width: int, size: int = MOST_EXAMPLES) -> Iterator[list[int]]:
+    """Numbers of the examples that share a pass, short ones first.
+
+    Args:
+        examples: Any number.
+        width: From :func:`width_of`.
+        size: Most examples in a pass. There are fewer where their padded tokens times ``width`` would
+            exceed :data:`MOST_LOGITS`, and always one.
+
+    >>> list(passes([Example((1,) * 512), Example((1,) * 256), Example((1,))], 2**15))
+    [[2, 1], [0]]
+    """
+    lengths = [example.length for example in examples]
+    part: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        values = (len(part) + 1) * lengths[number] * width  # all are padded to the last, the longest
+        if part and (len(part) == size or values > MOST_LOGITS):
+            yield part
+            part = []
+        part.append(number)
+    if part:
+        yield part
+
+
+def width_of(task: Task, vocabulary: int) -> int:
+    """Logits of one token of an example: its classes, or the vocabulary in each row that it needs."""
+    if task.labels:
+        return len(task.labels)
+    return vocabulary * task.rows_per_example * (2 if task.uses_base else 1)
