@@ -69,8 +69,6 @@ OWNERS = {
         "federation.attestation",
         "distillation.distil",
     },
-    "seqeval": {"tasks"},
-    "rouge_score": {"inference"},
     "scipy": {"training.self_test", "training.canaries", "distillation.losses"},
     "safetensors": {"storage", "inference.export", "federation.tensors"},
     "flwr": {"federation", "flower", "simulation", "deployment"},

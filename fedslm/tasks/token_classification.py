@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedslm.data.missing import name_of
 from fedslm.errors import ModelError
@@ -131,15 +131,28 @@ class TokenClassification:
 
 
 def entities(tags: Sequence[str]) -> set[Entity]:
-    """Kind, first and last word of each entity, as seqeval (and CoNLL) reads tags.
+    """Kind, first and last word of each entity, as CoNLL's scorer reads tags that follow no rule too.
+
+    Tags are O, B (begins), I (inside), E (ends) and S (one word), each with its kind.
+
+    References:
+        Tjong Kim Sang and De Meulder 2003, Introduction to the CoNLL-2003 shared task; seqeval's
+        default mode.
 
     >>> sorted(entities(["B-Drug", "I-Drug", "O", "B-Pain"]))
     [('Drug', 0, 1), ('Pain', 3, 3)]
     """
-    from seqeval.metrics.sequence_labeling import get_entities
-
-    found: Any = get_entities(list(tags))
-    return {(str(kind), int(first), int(last)) for kind, first, last in found}
+    found: set[Entity] = set()
+    begin, before, kind_before = 0, "O", ""
+    for at, tag in enumerate([*tags, "O"]):
+        now, kind = tag[0], tag[1:].split("-", 1)[-1] or "_"
+        other = kind != kind_before
+        if before in "ES" or (before in "BI" and now in "BSO") or (before not in "O." and other):
+            found.add((kind_before, begin, at - 1))
+        if now in "BS" or (before in "ESO" and now in "EI") or (now not in "O." and other):
+            begin = at
+        before, kind_before = now, kind
+    return found
 
 
 def _on_first_pieces(words: Sequence[int | None], tags: Sequence[int]) -> tuple[int, ...]:

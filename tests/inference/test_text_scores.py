@@ -1,25 +1,48 @@
-"""Tests of ROUGE and exact match, by hand and against the library."""
+"""Tests of ROUGE and exact match, by hand and against recorded scores of rouge_score."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from rouge_score.rouge_scorer import RougeScorer
 
 from fedslm.inference.text_scores import ROUGE, text_metrics, text_statistics
 
-WRITTEN = ["the patient has a fracture", "no fever", "", "chest pains radiating"]
-RIGHT = ["patient has a wrist fracture", "no fever", "stable", "chest pain radiates left"]
+# written, reference, and the F-measures of rouge_score 0.1.2 with its stemmer (ROUGE-1, -2, -L)
+RECORDED = [
+    (
+        "the patient has a fracture",
+        "patient has a wrist fracture",
+        (0.8000000000000002, 0.5, 0.8000000000000002),
+    ),
+    ("no fever", "no fever", (1.0, 1.0, 1.0)),
+    ("", "stable", (0.0, 0.0, 0.0)),
+    (
+        "chest pains radiating",
+        "chest pain radiates left",
+        (0.8571428571428571, 0.8, 0.8571428571428571),
+    ),
+    (
+        "Give 2.5 mg/d of B-12; recheck in two weeks.",
+        "B12 2.5mg daily, re-check after 2 weeks",
+        (0.1904761904761905, 0.0, 0.1904761904761905),
+    ),
+    ("fever fever fever and coughing", "coughs and fever", (0.7499999999999999, 0.0, 0.25)),
+    ("naïve Ärzte", "naive arzte", (0.0, 0.0, 0.0)),
+    ("the cat the cat the dog", "the dog the cat", (0.8, 0.5, 0.6)),
+    (
+        "What is asthma? Asthma is a chronic disease of the airways.",
+        "Asthma is a disease that affects your lungs; airways become inflamed.",
+        (0.45454545454545453, 0.20000000000000004, 0.45454545454545453),
+    ),
+]
+WRITTEN, RIGHT = ([case[at] for case in RECORDED[:4]] for at in (0, 1))
 
 
-def test_scores_are_the_library_s() -> None:
-    """Each example has rouge_score's own F-measure."""
-    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-    found = text_statistics(WRITTEN, RIGHT)
-    for name in ROUGE:
-        expected = [scorer.score(b, a)[name].fmeasure for a, b in zip(WRITTEN, RIGHT, strict=True)]
-        assert found[name].tolist() == expected
-    assert len(set(found["rougeL"].tolist())) == 4
+def test_scores_are_those_of_the_package_that_papers_use() -> None:
+    """Each example has the F-measure that rouge_score 0.1.2 gave for it."""
+    found = text_statistics([case[0] for case in RECORDED], [case[1] for case in RECORDED])
+    for at, name in enumerate(ROUGE):
+        assert found[name].tolist() == pytest.approx([case[2][at] for case in RECORDED], abs=1e-12)
 
 
 @pytest.mark.parametrize(
