@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from fedslm.config import DataConfig, TaskConfig
 from fedslm.data.columns import names_in, needed
 from fedslm.data.missing import is_missing, is_nothing, name_of
 from fedslm.data.spool import batches, named
+from fedslm.data.values import described, is_value, text_in
 from fedslm.errors import DataError
 from fedslm.storage import expand
 
@@ -94,23 +96,28 @@ def check(dataset: Dataset, data: DataConfig, task: TaskConfig, part: str) -> No
     """
     if len(dataset) == 0:
         raise DataError(f"the {part} split is empty")
-    columns = list(dict.fromkeys(needed(data, task).values()))
-    wrong: dict[str, list[int]] = {}
+    columns = {column: key for key, column in needed(data, task).items()}
+    wrong: dict[tuple[str, str, str], list[int]] = {}
     for first, values in batches(dataset, columns):
-        for column in columns:
-            demand, unlike = _demand(column, data, task)
+        for column, key in columns.items():
+            demand = _demand(column, data, task)
             for row, value in enumerate(values[column], first):
-                if not demand(value):
-                    wrong.setdefault(f"{unlike} {column!r}", []).append(row)
+                if not demand.fits(value):
+                    found, remedy = described(value)
+                    holds = f"have no {demand.wanted} in column {column!r}"
+                    if found != "nothing":
+                        holds, remedy = f"{holds}, but {found}", demand.remedy or remedy
+                    wrong.setdefault((f"{key}={column!r}: ", holds, remedy), []).append(row)
         if task.name == "token-classification":
             words, tags = values[data.text_column], values[str(data.label_column)]
+            holds = "have words and tags of different lengths in"
+            holds = f"{holds} {data.text_column!r} and {data.label_column!r}"
             for row, pair in enumerate(zip(words, tags, strict=True), first):
                 if all(isinstance(each, list) for each in pair) and len(pair[0]) != len(pair[1]):
-                    what = f"have words and tags of different lengths in {data.text_column!r} and"
-                    wrong.setdefault(f"{what} {data.label_column!r}", []).append(row)
-    for what, rows in wrong.items():
+                    wrong.setdefault(("", holds, "give each word one tag"), []).append(row)
+    for (key, holds, remedy), rows in wrong.items():
         raise DataError(
-            f"{len(rows)} record(s) of the {part} split {what} ({named(rows)}); remove them"
+            f"{key}{len(rows)} record(s) of the {part} split {holds} ({named(rows)}); {remedy}"
         )
 
 
@@ -141,34 +148,39 @@ def check_known(
         )
 
 
-def _demand(column: str, data: DataConfig, task: TaskConfig) -> tuple[Callable[[Any], bool], str]:
-    """What a column's values must be, and how a record is called whose value is not."""
+@dataclass(frozen=True)
+class _Demand:
+    """What a column's values must be.
+
+    Attributes:
+        fits: Whether a value is so.
+        wanted: In words.
+        remedy: What to do about another value; empty: what that value itself suggests.
+    """
+
+    fits: Callable[[Any], bool]
+    wanted: str
+    remedy: str = ""
+
+
+def _demand(column: str, data: DataConfig, task: TaskConfig) -> _Demand:
+    """What a task demands of a column."""
     if task.name == "token-classification":
         if column == data.text_column:
-            return _is_words, "have no list of words in column"
-        return _is_tags, "have no list of tags in column"
+            return _Demand(_is_words, "list of words", "give a list of one text for each word")
+        return _Demand(_is_tags, "list of tags", "give a list of one tag for each word")
     if column == data.label_column and task.name == "classification":
-        return _is_scalar, "have no label in column"
+        return _Demand(_is_text, "label", 'name one class, or use task.name="multi-label"')
     if column == data.label_column and task.name == "multi-label":
-        return _is_names, "have neither a list nor a text of labels in column"
+        return _Demand(_is_names, "list or text of labels", "give a list of names")
     if task.prompt is not None and column not in (data.label_column, data.rejected_column):
-        return _is_plain, "have a list where the prompt takes a value, in column"
-    return _is_text, "have no text in column"
+        return _Demand(is_value, "single value for the prompt")
+    return _Demand(_is_text, "text")
 
 
 def _is_text(value: Any) -> bool:
-    """A text that is not blank."""
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_scalar(value: Any) -> bool:
-    """One value that is not blank."""
-    return not isinstance(value, list | dict) and not is_missing(value)
-
-
-def _is_plain(value: Any) -> bool:
-    """One value or none."""
-    return not isinstance(value, list | dict)
+    """A text that is not blank, or a number or date that is meant as one."""
+    return bool(text_in(value).strip())
 
 
 def _is_words(value: Any) -> bool:
@@ -178,11 +190,11 @@ def _is_words(value: Any) -> bool:
 
 def _is_tags(value: Any) -> bool:
     """A list of values, each of them there."""
-    return isinstance(value, list) and all(map(_is_scalar, value))
+    return isinstance(value, list) and all(map(_is_text, value))
 
 
 def _is_names(value: Any) -> bool:
     """A list of names, a text, or nothing."""
     if isinstance(value, list):
-        return all(map(_is_scalar, value))
+        return all(map(_is_text, value))
     return is_nothing(value) or isinstance(value, str | int)

@@ -10,6 +10,7 @@ from typing import Any
 from fedslm.data import files
 from fedslm.data.columns import Wanted
 from fedslm.data.rows import rows_of
+from fedslm.data.values import described, is_value, text_in
 from fedslm.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -41,14 +42,13 @@ def text_of(row: dict[str, Any], column: str, number: int) -> str:
     """A row's text; nothing for a missing one.
 
     Raises:
-        DataError: The column holds lists.
+        DataError: The column holds lists, objects or bytes.
     """
     value = row[column]
-    if isinstance(value, list | tuple | dict):
-        raise DataError(
-            f"row {number}: column {column!r} holds a {type(value).__name__}; a text is needed"
-        )
-    return "" if value is None else str(value)
+    if not is_value(value):
+        found, remedy = described(value)
+        raise DataError(f"row {number}: column {column!r} holds {found}; a text is needed: {remedy}")
+    return text_in(value)
 
 
 def words_in(text: str) -> list[tuple[int, int]]:

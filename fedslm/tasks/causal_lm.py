@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedslm.data.values import text_in
 from fedslm.tasks import tokens
 from fedslm.tasks.base import (
     Encoded,
@@ -45,7 +46,7 @@ class CausalLM:
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """Tokenises texts; one with fewer than two tokens has nothing to predict."""
         shortest = max(2, tokenizer.num_special_tokens_to_add() + 1)
-        texts = [str(row[self.text_column]) for row in rows]
+        texts = [text_in(row[self.text_column]) for row in rows]
         encoded = tokenise(texts, tokenizer, self.max_length)
         return Prepared.of(
             (number, Example(each.input_ids, targets=_words(text, each)), each.cut)

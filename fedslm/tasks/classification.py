@@ -43,7 +43,7 @@ class Classification:
         """
         index = {label: position for position, label in enumerate(self.labels)}
         special = tokenizer.num_special_tokens_to_add()
-        texts = [str(row[self.text_column]) for row in rows]
+        texts = [text_in(row[self.text_column]) for row in rows]
         encoded = tokenise(texts, tokenizer, self.max_length)
         return Prepared.of(
             (number, Example(each.input_ids, index[label]), each.cut)

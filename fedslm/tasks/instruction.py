@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedslm.data.values import text_in
 from fedslm.tasks import tokens
 from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
 from fedslm.tasks.prompts import Prompts
@@ -35,7 +36,7 @@ class Instruction:
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """Tokenises prompts and completions; a record without a completion is skipped."""
         asked = self.prompts.tokens([self.prompts.text(row) for row in rows], tokenizer)
-        texts = [str(row[self.completion_column] or "") for row in rows]
+        texts = [text_in(row[self.completion_column]) for row in rows]
         answers = self.prompts.completions(texts, tokenizer)
         made = []
         for number, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedslm.data.columns import names_in
+from fedslm.data.values import text_in
 from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, Tokens, pad_inputs, tokenise
 from fedslm.tasks.scores import f1, mean_of_present
 
@@ -38,7 +39,7 @@ class MultiLabel:
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """Tokenises texts; a record with an unknown label is skipped, for it alone decides."""
         special = tokenizer.num_special_tokens_to_add()
-        texts = [str(row[self.text_column]) for row in rows]
+        texts = [text_in(row[self.text_column]) for row in rows]
         encoded = tokenise(texts, tokenizer, self.max_length)
         return Prepared.of(
             (number, Example(each.input_ids, targets=targets), each.cut)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedslm.data.values import text_in
 from fedslm.tasks import tokens
 from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
 from fedslm.tasks.prompts import Prompts
@@ -46,7 +47,7 @@ class Preference:
         """Tokenises both answers; a record without either, or with equal ones, is skipped."""
         asked = self.prompts.tokens([self.prompts.text(row) for row in rows], tokenizer)
         columns = (self.chosen_column, self.rejected_column)
-        texts = [[str(row[column] or "") for row in rows] for column in columns]
+        texts = [[text_in(row[column]) for row in rows] for column in columns]
         better, worse = (self.prompts.completions(each, tokenizer) for each in texts)
         made = []
         for number, prompt in enumerate(asked):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.data.columns import placeholders
+from fedslm.data.values import text_in
 from fedslm.tasks import chat, tokens
 from fedslm.tasks.base import CHARACTERS, Encoded, Example, Row, Tokens, tokenise
 
@@ -49,7 +50,7 @@ class Prompts:
     def text(self, row: Row) -> str:
         """The prompt of a row, before any chat template."""
         room = CHARACTERS * self.max_length
-        return self.template.format_map({key: _bounded(_text(row[key]), room) for key in row})
+        return self.template.format_map({key: _bounded(text_in(row[key]), room) for key in row})
 
     def is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether prompts are put to a model by the tokenizer's chat template."""
@@ -121,8 +122,3 @@ def _asked(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _bounded(text: str, room: int) -> str:
     """A text, or the beginning and the end of a very long one."""
     return text if len(text) <= room else text[: room // 2] + text[-(room - room // 2) :]
-
-
-def _text(value: object) -> str:
-    """A column's value as text; nothing for a missing one."""
-    return "" if value is None else str(value)

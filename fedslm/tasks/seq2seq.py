@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedslm.data.values import text_in
 from fedslm.tasks import tokens
 from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs, tokenise
 from fedslm.tasks.prompts import Prompts
@@ -38,7 +39,7 @@ class Seq2Seq:
         """Tokenises sources and targets; a record without either is skipped."""
         special = tokenizer.num_special_tokens_to_add()
         sources = tokenise([self.prompts.text(row) for row in rows], tokenizer, self.prompts.max_length)
-        texts = [str(row[self.target_column] or "") for row in rows]
+        texts = [text_in(row[self.target_column]) for row in rows]
         targets = self.prompts.completions(texts, tokenizer)
         most = self.prompts.max_target_length or self.prompts.max_length
         return Prepared.of(

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
+from fedslm.data.labels import check
 from fedslm.data.sharing import Shared, share_out
 from fedslm.errors import DataError
 from fedslm.models.base import DEMO_DIRECTORY, load_tokenizer
@@ -150,6 +152,51 @@ def test_a_record_that_lacks_something_is_named(
         assert part in str(caught.value)
         assert f"1 record(s) of the {bad} split" in str(caught.value)
         assert "(rows 3)" in str(caught.value)
+
+
+TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("causal-lm", b"chest pain", "but bytes (rows 0); decode them"),
+        ("seq2seq", {"id": 1, "body": "x"}, "but an object with id, body (rows 0); put its text"),
+        ("classification", TURNS, 'but turns of a conversation (rows 0); task.name="instruction"'),
+        ("causal-lm", [{"from": "human", "value": "Why?"}], "but turns of a conversation (rows 0)"),
+        ("seq2seq", ["a", "b"], "but a list of str values (rows 0); join each list into one text"),
+        ("instruction", [], "but an empty list (rows 0); remove them"),
+        ("causal-lm", {"0": "a", "1": "b"}, "pandas writes columns (rows 0); write it with to_json("),
+        ("causal-lm", None, "no text in column 'text' (rows 0); remove them"),
+        ("causal-lm", float("nan"), "no text in column 'text' (rows 0); remove them"),
+    ],
+)
+def test_another_type_is_named_with_its_own_way_out(name: Any, value: Any, part: str) -> None:
+    """What is there is said, and what to do about it; only what is missing is to be removed."""
+    rows = Dataset.from_list([{"text": value, "label": "a"}])
+    with pytest.raises(DataError) as caught:
+        check(rows, DataConfig(source="x"), TaskConfig(name=name), "training")
+    start = "data.text_column='text': 1 record(s) of the training split have no text in column 'text'"
+    assert str(caught.value).startswith(start)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [[1, 2], [0, 1], [2.5, 0.1], [True, False]], ids=str)
+@pytest.mark.parametrize(
+    "name", ["classification", "causal-lm", "instruction", "seq2seq", "preference"]
+)
+def test_a_number_is_text_where_text_is_meant(name: Any, values: list[Any]) -> None:
+    """Codes, counts and yes or no are read as they are written; 0 is an answer too."""
+    rows = [{"text": value, "label": value, "worse": "x"} for value in values]
+    data = DataConfig(source="x", rejected_column="worse" if name == "preference" else None)
+    task = TaskConfig(name=name)
+    check(Dataset.from_list(rows), data, task, "training")
+    made = build(task, data, tuple(map(str, values)) if name == "classification" else ())
+    as_text = [{"text": str(value), "label": str(value), "worse": "x"} for value in values]
+    tokenizer = load_tokenizer(DEMO_DIRECTORY)
+    found = made.prepare(rows, tokenizer)
+    assert found.kept == (0, 1)
+    assert found == made.prepare(as_text, tokenizer)
 
 
 def test_words_that_are_one_text_are_refused(tmp_path: Path) -> None:

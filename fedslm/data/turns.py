@@ -1,0 +1,84 @@
+"""Conversations as TRL writes them (role, content) and as ShareGPT does (from, value)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Turn = dict[str, str]  # "role" (system, user, assistant, tool) and "content"
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+}
+_KEYS = (("role", "content"), ("from", "value"))
+
+
+def is_turns(value: Any) -> bool:
+    """Whether a value looks like a conversation, though perhaps one with turns that cannot be read."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(isinstance(each, Mapping) and _keys_of(each) is not None for each in value)
+    )
+
+
+def turns_of(value: Any) -> tuple[Turn, ...]:
+    """Turns with text, in order; empty if the value is no conversation, or one with an unknown role.
+
+    >>> turns_of([{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}])[1]
+    {'role': 'assistant', 'content': 'So.'}
+    """
+    if not is_turns(value):
+        return ()
+    found = [_turn(each) for each in value]
+    read = tuple(turn for turn in found if turn is not None)
+    return tuple(turn for turn in read if turn["content"].strip()) if len(read) == len(found) else ()
+
+
+def answered(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
+    """What stands before the last answer, and that answer; what follows it is left out.
+
+    Returns:
+        Everything and "" if no assistant speaks.
+    """
+    for at in reversed(range(len(turns))):
+        if turns[at]["role"] == "assistant":
+            return turns[:at], turns[at]["content"]
+    return turns, ""
+
+
+def _keys_of(turn: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Names of a turn's two fields."""
+    return next((keys for keys in _KEYS if keys[0] in turn and keys[1] in turn), None)
+
+
+def _turn(value: Mapping[str, Any]) -> Turn | None:
+    """One turn; None if its role is not known or its content is not text."""
+    keys = _keys_of(value)
+    if keys is None:
+        return None
+    role, content = _ROLES.get(str(value[keys[0]]).strip().lower()), _content(value[keys[1]])
+    return None if role is None or content is None else {"role": role, "content": content}
+
+
+def _content(value: Any) -> str | None:
+    """A turn's text, also where it comes as a list of parts; None for pictures and the like."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list):
+        return None
+    parts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else None

@@ -1,0 +1,56 @@
+"""What one value of a record is: a text, a number that is meant as one, or something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedslm.data.missing import is_nothing
+from fedslm.data.turns import is_turns
+
+_NO_TEXT = (list, tuple, dict, set, bytes, bytearray, memoryview)
+
+
+def text_in(value: Any) -> str:
+    """A value as text: numbers and dates as they are written; nothing where there is no text.
+
+    >>> text_in("a"), text_in(0), text_in(None), text_in(float("nan")), text_in(["a"]), text_in(b"a")
+    ('a', '0', '', '', '', '')
+    """
+    if isinstance(value, _NO_TEXT) or is_nothing(value):
+        return ""
+    return str(value)
+
+
+def is_value(value: Any) -> bool:
+    """Whether it is one value, or none: not a list, an object or bytes."""
+    return not isinstance(value, _NO_TEXT)
+
+
+def described(value: Any) -> tuple[str, str]:
+    """What a value is that is not the one wanted, and what to do about it.
+
+    >>> described(b"a")
+    ('bytes', 'decode them to text first')
+    """
+    if isinstance(value, bytes | bytearray | memoryview):
+        return "bytes", "decode them to text first"
+    if is_turns(value):
+        return "turns of a conversation", 'task.name="instruction" and "preference" read them'
+    if isinstance(value, dict) and value and all(str(key).isdecimal() for key in value):
+        return (
+            "a table by row numbers, as pandas writes columns",
+            'write it with to_json(path, orient="records", lines=True)',
+        )
+    if isinstance(value, dict):
+        return (
+            f"an object with {', '.join(map(str, list(value)[:5]))}",
+            "put its text into a column",
+        )
+    if isinstance(value, list | tuple) and not value:
+        return "an empty list", "remove them"
+    if isinstance(value, list | tuple):
+        inner = type(next((each for each in value if each is not None), None)).__name__
+        return f"a list of {inner} values", "join each list into one text, or name another column"
+    if not text_in(value).strip():
+        return "nothing", "remove them"
+    return "a text" if isinstance(value, str) else f"a {type(value).__name__}", "name another column"
