@@ -243,7 +243,8 @@ def _database(config: Config) -> Iterator[Problem]:
 def _task(config: Config) -> Iterator[Problem]:
     """What the task needs from the data, and what only some tasks have."""
     task, data, name = config.task, config.data, f"task.name={config.task.name!r}"
-    if task.name != "causal-lm" and data.label_column is None:
+    whole = task.name == "instruction" and task.prompt is None  # conversations hold their answers
+    if task.name != "causal-lm" and not whole and data.label_column is None:
         yield Problem("data.label_column", f"is required with {name}")
     if task.name == "preference" and data.rejected_column is None:
         yield Problem("data.rejected_column", f"is required with {name}: the worse answer's column")

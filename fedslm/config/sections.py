@@ -112,9 +112,11 @@ class DataConfig(Section):
     evaluation_query: OptionalText = None
     """SQL that gives the public evaluation rows, if they come from a database."""
     text_column: str = "text"
-    """Column with the input: text, list of words (token-classification), prompt or document."""
+    """Column with the input: text, list of words (token-classification), prompt, document, or a
+    conversation's turns (instruction, preference)."""
     label_column: OptionalText = "label"
-    """Column with the target: class, classes, tags, completion, summary or preferred answer."""
+    """Column with the target: class, classes, tags, completion, summary or preferred answer; "" where
+    conversations in text_column hold it (instruction)."""
     rejected_column: OptionalText = None
     """Column with the rejected answer (preference)."""
     streaming: bool = False

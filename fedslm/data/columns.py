@@ -38,7 +38,7 @@ def needed(data: DataConfig, task: TaskConfig) -> dict[str, str]:
     columns = {"data.text_column": data.text_column}
     if task.prompt is not None:
         columns = {f"task.prompt {{{name}}}": name for name in placeholders(task.prompt)}
-    if task.name != "causal-lm":
+    if task.name != "causal-lm" and not (task.name == "instruction" and data.label_column is None):
         columns["data.label_column"] = str(data.label_column)
     if task.name == "preference":
         columns["data.rejected_column"] = str(data.rejected_column)

@@ -12,6 +12,7 @@ from fedslm.config import DataConfig, TaskConfig
 from fedslm.data.columns import names_in, needed
 from fedslm.data.missing import is_missing, is_nothing, name_of
 from fedslm.data.spool import batches, named
+from fedslm.data.turns import answered, turns_of
 from fedslm.data.values import described, is_value, text_in
 from fedslm.errors import DataError
 from fedslm.storage import expand
@@ -175,12 +176,27 @@ def _demand(column: str, data: DataConfig, task: TaskConfig) -> _Demand:
         return _Demand(_is_names, "list or text of labels", "give a list of names")
     if task.prompt is not None and column not in (data.label_column, data.rejected_column):
         return _Demand(is_value, "single value for the prompt")
+    if task.name == "instruction" and data.label_column is None:
+        remedy = "name the column with the answers in data.label_column"
+        return _Demand(_is_answered, "conversation with an answer", remedy)
+    if task.name in ("instruction", "preference"):
+        return _Demand(_is_text_or_turns, "text")
     return _Demand(_is_text, "text")
 
 
 def _is_text(value: Any) -> bool:
     """A text that is not blank, or a number or date that is meant as one."""
     return bool(text_in(value).strip())
+
+
+def _is_text_or_turns(value: Any) -> bool:
+    """A text, or turns that can be read."""
+    return _is_text(value) or bool(turns_of(value))
+
+
+def _is_answered(value: Any) -> bool:
+    """Turns that can be read, with one of an assistant."""
+    return bool(answered(turns_of(value))[1])
 
 
 def _is_words(value: Any) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fedslm.data.missing import is_nothing
-from fedslm.data.turns import is_turns
+from fedslm.data.turns import is_turns, turns_of
 
+ROLES = "system, user (human), assistant (gpt) and tool"
 _NO_TEXT = (list, tuple, dict, set, bytes, bytearray, memoryview)
 
 
@@ -34,6 +35,8 @@ def described(value: Any) -> tuple[str, str]:
     """
     if isinstance(value, bytes | bytearray | memoryview):
         return "bytes", "decode them to text first"
+    if is_turns(value) and not turns_of(value):
+        return "turns without text, or of an unknown role", f"roles are {ROLES}; contents are texts"
     if is_turns(value):
         return "turns of a conversation", 'task.name="instruction" and "preference" read them'
     if isinstance(value, dict) and value and all(str(key).isdecimal() for key in value):

@@ -133,17 +133,17 @@ def beginnings(rows: Sequence[Row], run: FinishedRun, reader: Reader) -> list[Be
         return [
             Beginning(each.input_ids[: max(1, each.length // 4)], each) for each in prepared.examples
         ]
-    column = str(run.data.label_column)
-    filled = [{**row, column: row.get(column) or ""} for row in rows]
+    column = run.data.label_column
+    filled = rows if column is None else [{**row, column: row.get(column)} for row in rows]
     whole = task.prepare(filled, reader.tokenizer)
     ended = dict(zip(whole.kept, whole.examples, strict=True))
-    texts = [task.prompts.text(row) for row in filled]
-    asked = task.prompts.tokens(texts, reader.tokenizer)
+    said = [task.prompts.said(row, column) for row in filled]
+    asked = task.prompts.asked(said, reader.tokenizer)
     room = run.task.max_length - 1
     return [
-        Beginning(_fitted(ids, room), ended.get(at))
-        for at, (ids, text) in enumerate(zip(asked, texts, strict=True))
-        if ids and text.strip()
+        Beginning(_fitted(prompt.ids, room), ended.get(at))
+        for at, (prompt, each) in enumerate(zip(asked, said, strict=True))
+        if prompt.ids and any(turn["content"].strip() for turn in each.turns)
     ]
 
 

@@ -110,7 +110,7 @@ def student_contexts(written: Sequence[Written], student: Student, run: Finished
 
 def as_instruction(run: FinishedRun) -> Instruction:
     """A loss on what follows a prompt alone, whatever the run's task was."""
-    return Instruction(Prompts.of(run.task, run.data), str(run.data.label_column))
+    return Instruction(Prompts.of(run.task, run.data), run.data.label_column)
 
 
 def learner_of(student: Student, run: FinishedRun) -> Student:

@@ -10,6 +10,7 @@ import numpy as np
 from fedslm.data import shards
 from fedslm.data.sources import cut, load_evaluation
 from fedslm.data.spool import rows_in
+from fedslm.data.values import is_value
 from fedslm.errors import ConfigError, DataError, Problem
 from fedslm.inference.bootstrap import Comparison, Draws, Statistics, compare
 from fedslm.inference.generation import default_max_tokens, prompts_of, write_greedily
@@ -19,6 +20,7 @@ from fedslm.inference.trained import FinishedRun, OnProgress, Trained
 from fedslm.records import AdapterState
 from fedslm.rng import stream
 from fedslm.tasks.base import Example
+from fedslm.tasks.prompts import Prompts
 from fedslm.training.evaluation import statistics
 
 Advance = Callable[[int], None]
@@ -193,7 +195,12 @@ def _text_statistics(
 ) -> Statistics:
     """Scores of the text that is written for each row."""
     trained.model.adapter.write(adapter)
-    most = default_max_tokens(trained)
+    most, run = default_max_tokens(trained), trained.run
+    prompts = Prompts.of(run.task, run.data)
+    said = [prompts.said(row, run.data.label_column) for row in rows]
+    if run.task.prompt is None:
+        column = run.data.text_column
+        pairs = zip(rows, said, strict=True)  # of a conversation, what stands before the answer
+        rows = [row if is_value(row[column]) else {column: list(one.turns)} for row, one in pairs]
     written = write_greedily(trained, prompts_of(trained, rows, most), most, advance)
-    column = str(trained.run.data.label_column)
-    return text_statistics(written, [str(row[column]) for row in rows])
+    return text_statistics(written, [each.answer for each in said])

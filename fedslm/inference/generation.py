@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedslm.data.columns import placeholders
+from fedslm.data.turns import turns_of
 from fedslm.errors import ConfigError, DataError, Problem
 from fedslm.inference.inputs import Rows, text_of
 from fedslm.inference.texts import continuation, prompt_tokens
@@ -17,7 +18,7 @@ from fedslm.inference.trained import FinishedRun, Trained, computing
 from fedslm.rng import seed_of
 from fedslm.tasks.base import Tokens, tokenise
 from fedslm.tasks.chat import end_token
-from fedslm.tasks.prompts import Prompts
+from fedslm.tasks.prompts import Prompts, Said
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -124,8 +125,9 @@ def prompts_of(trained: Trained, rows: Rows, max_tokens: int) -> list[Prompt]:
         DataError: A prompt is empty.
     """
     check_task(trained.run)
-    texts, task = _texts(trained, rows), trained.run.task
-    tokenizer = trained.model.tokenizer
+    task, tokenizer = trained.run.task, trained.model.tokenizer
+    said = [_said(trained, row, number) for number, row in enumerate(rows, 1)]
+    texts = ["\n\n".join(turn["content"] for turn in each.turns) for each in said]
     if task.name == "seq2seq":
         encoded = tokenise(texts, tokenizer, task.max_length)
         made = [Prompt(text, e.input_ids, e.cut) for text, e in zip(texts, encoded, strict=True)]
@@ -134,25 +136,29 @@ def prompts_of(trained: Trained, rows: Rows, max_tokens: int) -> list[Prompt]:
         if task.name == "causal-lm":
             tokens = [prompt_tokens(text, tokenizer) for text in texts]
         else:
-            tokens = Prompts.of(task, trained.run.data).tokens(texts, tokenizer)
+            asked = Prompts.of(task, trained.run.data).asked(said, tokenizer)
+            tokens = [each.ids for each in asked]
         made = [_fitted(text, ids, room) for text, ids in zip(texts, tokens, strict=True)]
     for number, prompt in enumerate(made, 1):
         if not prompt.tokens:
-            raise DataError(f"prompt {number} is empty; write something")
+            raise DataError(
+                f"prompt {number} is empty, or the chat template refuses its turns; write something"
+            )
     return made
 
 
-def _texts(trained: Trained, rows: Rows) -> list[str]:
-    """What each row says, before any chat template."""
-    columns = prompt_columns(trained.run)
-    values = [
-        {column: text_of(row, column, number) for column in columns}
-        for number, row in enumerate(rows, 1)
-    ]
-    if trained.run.task.name == "causal-lm":
-        return [value[columns[0]] for value in values]
-    prompts = Prompts.of(trained.run.task, trained.run.data)
-    return [prompts.text(value) for value in values]
+def _said(trained: Trained, row: dict[str, Any], number: int) -> Said:
+    """What a row says, before any chat template; an answer at a conversation's end is left out."""
+    columns, task = prompt_columns(trained.run), trained.run.task
+    chats = task.name in ("instruction", "preference") and task.prompt is None
+    if chats and (turns := turns_of(row[columns[0]])):
+        while turns and turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+        return Said(turns)
+    values = {column: text_of(row, column, number) for column in columns}
+    prompts = Prompts.of(task, trained.run.data)
+    text = values[columns[0]] if task.name == "causal-lm" else prompts.text(values)
+    return Said(({"role": "user", "content": text},))
 
 
 def _fitted(text: str, ids: Tokens, room: int) -> Prompt:

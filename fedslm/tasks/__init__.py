@@ -35,7 +35,7 @@ def build(task: TaskConfig, data: DataConfig, labels: tuple[str, ...]) -> Task:
         case "causal-lm":
             return CausalLM(text, task.max_length)
         case "instruction":
-            return Instruction(Prompts.of(task, data), target)
+            return Instruction(Prompts.of(task, data), data.label_column)
         case "seq2seq":
             return Seq2Seq(Prompts.of(task, data), target)
         case "preference":

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedslm.data.turns import Turn
 from fedslm.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turn = dict[str, str]  # "role" and "content"
 _MARK = "\ue000"  # stands for an answer; of the private-use area, so no text means anything by it
 _LONGEST_REASON = 200
 
@@ -27,6 +27,19 @@ class Frame:
 
     begin: str
     end: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a conversation's text.
+
+    Attributes:
+        text: As the template writes it.
+        learned: Whether it is an assistant's text with the end of its turn.
+    """
+
+    text: str
+    learned: bool
 
 
 def rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, asks: bool) -> str:
@@ -72,6 +85,56 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
     before, _, after = whole.partition(_MARK)
     begin = before[len(asked) :] if before.startswith(asked) else ""
     return Frame(begin, _up_to_special(after, tokenizer))
+
+
+def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """A conversation up to where the next answer begins, cut where each earlier answer begins and ends.
+
+    Formal guarantees:
+        * Joined, the segments are the template's own text (answers without the space around them).
+        * What is learned of a turn is the assistant's text and what ends the turn, nothing else.
+
+    Args:
+        turns: In order; a system's turn joins the first user's if the template refuses it.
+        tokenizer: With a chat template.
+
+    Raises:
+        ModelError: The template cannot be used, or refuses these turns.
+    """
+    answers = [turn["content"].strip() for turn in turns if turn["role"] == "assistant"]
+    pieces = _asked([_marked(turn) for turn in turns], tokenizer).split(_MARK)
+    if len(pieces) != len(answers) + 1:
+        raise ModelError(
+            "the tokenizer's chat template does not write each answer once; set "
+            'task.prompt_format="plain"'
+        )
+    frame = frame_of(tokenizer) if answers else Frame("", "")
+    found, begin = [], ""
+    for number, piece in enumerate(pieces):
+        if number:
+            end = frame.end if piece.startswith(frame.end) else ""
+            found.append(Segment(f"{begin}{answers[number - 1]}{end}", learned=True))
+            piece = piece.removeprefix(end)
+        begin = frame.begin if number < len(answers) and piece.endswith(frame.begin) else ""
+        found.append(Segment(piece.removesuffix(begin), learned=False))
+    return [each for each in found if each.text]
+
+
+def _marked(turn: Turn) -> Turn:
+    """A turn whose content is a mark if an assistant speaks, and holds none else."""
+    content = _MARK if turn["role"] == "assistant" else turn["content"].replace(_MARK, "\ufffd")
+    return {**turn, "content": content}
+
+
+def _asked(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Turns up to where an answer begins, with the system's turn where the template takes it."""
+    try:
+        return rendered(turns, tokenizer, asks=True)
+    except ModelError:
+        if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
+            raise
+    both = "\n\n".join(turn["content"] for turn in turns[:2])
+    return rendered([{"role": "user", "content": both}, *turns[2:]], tokenizer, asks=True)
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedslm.data.missing import name_of
+from fedslm.data.values import text_in
 from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad_inputs, tokenise
 from fedslm.tasks.scores import f1, mean_of_present
 

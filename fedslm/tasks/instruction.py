@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedslm.data.values import text_in
 from fedslm.tasks import tokens
 from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
 from fedslm.tasks.prompts import Prompts
@@ -20,13 +19,15 @@ if TYPE_CHECKING:
 class Instruction:
     """Instruction tuning of a causal model; ``targets`` of an example are the completion's tokens.
 
+    A conversation is one example: its answers are all learned, and its loss is their tokens' mean.
+
     Attributes:
         prompts: How a row becomes a prompt.
-        completion_column: Column with the completion.
+        completion_column: Column with the completion; None: conversations end with it.
     """
 
     prompts: Prompts
-    completion_column: str
+    completion_column: str | None
 
     labels = ()
     rows_per_example = 1
@@ -35,12 +36,12 @@ class Instruction:
 
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """Tokenises prompts and completions; a record without a completion is skipped."""
-        asked = self.prompts.tokens([self.prompts.text(row) for row in rows], tokenizer)
-        texts = [text_in(row[self.completion_column]) for row in rows]
-        answers = self.prompts.completions(texts, tokenizer)
+        said = [self.prompts.said(row, self.completion_column) for row in rows]
+        asked = self.prompts.asked(said, tokenizer)
+        answers = self.prompts.completions([each.answer for each in said], tokenizer)
         made = []
         for number, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
-            if prompt and texts[number].strip():
+            if prompt.ids and said[number].answer.strip():
                 made.append((number, *self.prompts.join(prompt, answer)))
         return Prepared.of(made)
 

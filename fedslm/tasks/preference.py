@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fedslm.data.values import text_in
 from fedslm.tasks import tokens
 from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
-from fedslm.tasks.prompts import Prompts
+from fedslm.tasks.prompts import Asked, Prompts
 
 if TYPE_CHECKING:
     import torch
@@ -44,17 +43,19 @@ class Preference:
     headline = "accuracy"
 
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-        """Tokenises both answers; a record without either, or with equal ones, is skipped."""
-        asked = self.prompts.tokens([self.prompts.text(row) for row in rows], tokenizer)
+        """Tokenises both answers; a record without either, with equal ones or two prompts goes."""
         columns = (self.chosen_column, self.rejected_column)
-        texts = [[text_in(row[column]) for row in rows] for column in columns]
-        better, worse = (self.prompts.completions(each, tokenizer) for each in texts)
+        said = [[self.prompts.said(row, column) for row in rows] for column in columns]
+        asked = [_unlearned(each) for each in self.prompts.asked(said[0], tokenizer)]
+        better, worse = (
+            self.prompts.completions([each.answer for each in side], tokenizer) for side in said
+        )
         made = []
-        for number, prompt in enumerate(asked):
-            pair = (texts[0][number].strip(), texts[1][number].strip())
+        for number, (prompt, good, bad) in enumerate(zip(asked, *said, strict=True)):
             chosen, cut = self.prompts.join(prompt, better[number])
             rejected, cut_too = self.prompts.join(prompt, worse[number])
-            if prompt and all(pair) and chosen != rejected:
+            there = prompt.ids and good.answer.strip() and bad.answer.strip()
+            if there and good.turns == bad.turns and chosen != rejected:
                 made.append((number, replace(chosen, rejected=rejected), cut or cut_too))
         return Prepared.of(made)
 
@@ -105,6 +106,11 @@ class Preference:
             "margin": float(sums["margin"]) / records,
             "loss": float(sums["loss"]) / records,
         }
+
+
+def _unlearned(prompt: Asked) -> Asked:
+    """A prompt whose earlier answers are none of the two that are compared."""
+    return replace(prompt, targets=(tokens.IGNORED,) * len(prompt.ids))
 
 
 def _log_likelihoods(logits: torch.Tensor, batch: Tensors) -> torch.Tensor:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.data.columns import placeholders
-from fedslm.data.values import text_in
+from fedslm.data.turns import Turn, answered, turns_of
+from fedslm.data.values import is_value, text_in
+from fedslm.errors import ModelError
 from fedslm.tasks import chat, tokens
 from fedslm.tasks.base import CHARACTERS, Encoded, Example, Row, Tokens, tokenise
 
@@ -16,6 +18,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNCUT = 1_000_000
+_BETWEEN = "\n\n"  # turns without a chat template
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a row says.
+
+    Attributes:
+        turns: What is put to a model; a plain prompt is one user's turn. Empty if it cannot be read.
+        answer: What the model should answer.
+    """
+
+    turns: tuple[Turn, ...]
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt in tokens.
+
+    Attributes:
+        ids: Uncut, ready for an answer to follow; empty if a prompt cannot be put to the model.
+        targets: The same where an assistant spoke before, with the end of its turn; else ignored.
+    """
+
+    ids: Tokens
+    targets: Tokens
 
 
 @dataclass(frozen=True)
@@ -56,15 +85,85 @@ class Prompts:
         """Whether prompts are put to a model by the tokenizer's chat template."""
         return self.format == "chat" or (self.format == "auto" and bool(tokenizer.chat_template))
 
-    def tokens(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
-        """Token ids of prompts, uncut, ready for a completion to follow.
+    def said(self, row: Row, column: str | None) -> Said:
+        """A row as turns and an answer.
 
-        Raises:
-            ModelError: The chat template cannot be used.
+        Args:
+            row: Its prompt is a template's text, or the text column: a text, or turns as TRL and
+                ShareGPT write them.
+            column: With the answer: a text, or turns, which bring their own prompt if anybody but an
+                assistant speaks in them. None: the prompt's last assistant's turn is the answer.
         """
+        turns = self._turns(row)
+        if column is None:
+            return Said(*answered(turns))
+        own = turns_of(row[column])
+        if not own:
+            return Said(turns, text_in(row[column]))
+        before, answer = answered(own)
+        whole = any(turn["role"] != "assistant" for turn in before)
+        return Said(before if whole else (*turns, *before), answer)
+
+    def _turns(self, row: Row) -> tuple[Turn, ...]:
+        """A row's prompt."""
+        names = placeholders(self.template)
+        if self.template == f"{{{names[0]}}}" and not is_value(value := row[names[0]]):
+            return self._within(turns_of(value))
+        return ({"role": "user", "content": self.text(row)},)
+
+    def _within(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        """The last turns for which there may be room, and a system's turn before them."""
+        room = CHARACTERS * self.max_length
+        bounded = [{**turn, "content": _bounded(turn["content"], room)} for turn in turns]
+        first, used = len(bounded), 0
+        while first and (used := used + len(bounded[first - 1]["content"])) <= room:
+            first -= 1
+        first = min(first, len(bounded) - 1) if bounded else 0
+        while 0 < first < len(bounded) and bounded[first]["role"] != "user":
+            first += 1
+        opening = bounded[:1] if first and bounded[0]["role"] == "system" else []
+        return (*opening, *bounded[first:])
+
+    def asked(self, said: Sequence[Said], tokenizer: PreTrainedTokenizerBase) -> list[Asked]:
+        """Prompts in tokens; without any if the chat template refuses the turns.
+
+        Formal guarantees:
+            * Whether a prompt has tokens depends on its own turns, the tokenizer and the config alone.
+        """
+        cut = [self._segments(each.turns, tokenizer) for each in said]
+        texts = [segment.text for segments in cut for segment in segments]
+        pieces = iter([each.input_ids for each in _bare(texts, tokenizer)])
         if self.is_chat(tokenizer):
-            texts = [_asked(text, tokenizer) for text in texts]
-            return [each.input_ids for each in _bare(texts, tokenizer)]
+            return [_joined([(next(pieces), each.learned) for each in segments]) for segments in cut]
+        firsts = iter(self._beginnings([each[0].text for each in cut if each], tokenizer))
+        end = self.ending(tokenizer)
+        found = []
+        for segments in cut:
+            made = [(next(pieces), each.learned) for each in segments]
+            made = [((*ids, *end) if learned else ids, learned) for ids, learned in made]
+            found.append(_joined([(next(firsts), False), *made[1:]] if made else []))
+        return found
+
+    def _segments(
+        self, turns: tuple[Turn, ...], tokenizer: PreTrainedTokenizerBase
+    ) -> list[chat.Segment]:
+        """A prompt's text, cut where an assistant's turns begin and end; nothing if it has none."""
+        if self.is_chat(tokenizer):
+            try:
+                return chat.segments(turns, tokenizer) if turns else []
+            except ModelError:  # this record alone: loading refuses a template that is of no use
+                return []
+        if len(turns) == 1:
+            return [chat.Segment(turns[0]["content"], learned=False)]
+        found: list[chat.Segment] = []
+        for turn in turns:
+            speaks = turn["role"] == "assistant"
+            text = turn["content"].strip() if speaks else f"{turn['content']}{_BETWEEN}"
+            found.append(chat.Segment(text, learned=speaks))
+        return found if not found or not found[0].learned else [chat.Segment("", False), *found]
+
+    def _beginnings(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+        """Token ids of texts, with what begins one and without what ends one."""
         ended = [each.input_ids for each in tokenise(texts, tokenizer, _UNCUT)]
         end = tokenizer.eos_token_id
         return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in ended]
@@ -92,21 +191,21 @@ class Prompts:
             return _bare([end], tokenizer)[0].input_ids
         return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
-    def join(self, prompt: Tokens, completion: Tokens) -> tuple[Example, bool]:
+    def join(self, prompt: Asked, completion: Tokens) -> tuple[Example, bool]:
         """Puts a completion behind a prompt, and says whether either was cut.
 
         A long completion loses its end: it may take ``max_target_length`` tokens, or else what the
         prompt leaves, but at least half. A prompt that is then too long keeps its first token and its
         end: there the question stands, and what a chat template puts before the answer. ``targets`` are
-        the completion's tokens alone.
+        the completion's tokens, and those of earlier answers.
         """
-        most = self.max_target_length or max(self.max_length // 2, self.max_length - len(prompt))
+        length = len(prompt.ids)
+        most = self.max_target_length or max(self.max_length // 2, self.max_length - length)
         answer = completion[: min(most, self.max_length - 1)]
         room = self.max_length - len(answer)
-        asked = prompt if len(prompt) <= room else (*prompt[:1], *prompt[len(prompt) - room + 1 :])
-        targets = (*((tokens.IGNORED,) * len(asked)), *answer)
-        cut = len(asked) + len(answer) < len(prompt) + len(completion)
-        return Example((*asked, *answer), targets=targets), cut
+        asked, targets = (_fitted(each, room) for each in (prompt.ids, prompt.targets))
+        cut = len(asked) + len(answer) < length + len(completion)
+        return Example((*asked, *answer), targets=(*targets, *answer)), cut
 
 
 def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
@@ -114,9 +213,18 @@ def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Enco
     return tokenise(texts, tokenizer, _UNCUT, add_special_tokens=False)
 
 
-def _asked(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """One user's turn in the tokenizer's own chat format, up to where the answer begins."""
-    return chat.rendered([{"role": "user", "content": text}], tokenizer, asks=True)
+def _joined(pieces: Sequence[tuple[Tokens, bool]]) -> Asked:
+    """Pieces one after another."""
+    ids = tuple(token for piece, _ in pieces for token in piece)
+    targets = tuple(
+        token if learned else tokens.IGNORED for piece, learned in pieces for token in piece
+    )
+    return Asked(ids, targets)
+
+
+def _fitted(prompt: Tokens, room: int) -> Tokens:
+    """A prompt, or its first token and its end."""
+    return prompt if len(prompt) <= room else (*prompt[:1], *prompt[len(prompt) - room + 1 :])
 
 
 def _bounded(text: str, room: int) -> str:

@@ -21,6 +21,7 @@ from fedslm.inference.evaluation import Asked, Elsewhere, Evaluation, evaluate, 
 from fedslm.inference.generation import prompts_of, write_greedily
 from fedslm.inference.text_scores import ROUGE
 from fedslm.inference.trained import Trained, load_trained, open_run
+from fedslm.tasks import build
 
 Finished = Callable[[str], Path]
 FEW = Asked(resamples=1000)
@@ -125,6 +126,32 @@ def test_records_that_cannot_be_used_give_no_figure(finished_run: Finished) -> N
     trained = open_(finished_run, "classification")
     with pytest.raises(DataError, match="none of 2 record"):
         measured(trained, [{"text": "a", "label": "liver"}, {"text": "", "label": "heart"}])
+
+
+def test_answers_of_conversations_are_scored(finished_run: Finished) -> None:
+    """The prompt is all that stands before the last answer, and that answer is the reference."""
+    trained = open_(finished_run, "instruction")
+    data = trained.run.data.model_copy(update={"label_column": None})
+    task = trained.run.task.model_copy(update={"prompt": None})
+    run = replace(trained.run, data=data, task=task)
+    trained = replace(trained, run=run, task=build(task, data, ()))
+    user, assistant = ([{"role": role, "content": "fever"}] for role in ("user", "assistant"))
+    asked = [
+        [*user, *assistant, {"role": "user", "content": row["text"]}]
+        for row in own_rows(trained.run)[:6]
+    ]
+    prompts = prompts_of(trained, [{"text": turns} for turns in asked], 64)
+    texts = write_greedily(trained, prompts, 64, lambda more: None)
+    rows = [
+        {"text": [*turns, {"role": "assistant", "content": text}]}
+        for turns, text in zip(asked, texts, strict=True)
+        if text
+    ]
+    assert rows
+    assert prompts_of(trained, rows[:1], 64)[0] in prompts  # an answer at the end is left out
+    found = evaluate(trained, rows, lambda *_: None, Asked(1000, len(rows)))
+    assert found.written == len(rows)
+    assert found.metrics["exact_match"].tuned.value == 1.0
 
 
 @pytest.mark.parametrize("kind", ["instruction", "seq2seq"])

@@ -86,10 +86,11 @@ def test_the_chat_template_is_used_where_there_is_one(tokenizer: PreTrainedToken
     plain = tokenizer("chest pain")["input_ids"][:-1]
     for format_, expected in [("auto", rendered), ("chat", rendered), ("plain", plain)]:
         prompts = Prompts("{text}", format_, 64, 16)  # type: ignore[arg-type]
-        (ids,) = prompts.tokens(["chest pain"], tokenizer)
-        assert list(ids) == list(expected), format_
+        (asked,) = prompts.asked([prompts.said(ROW, "answer")], tokenizer)
+        assert list(asked.ids) == list(expected), format_
     tokenizer.chat_template = None
-    assert list(Prompts("{text}", "auto", 64, 16).tokens(["chest pain"], tokenizer)[0]) == plain
+    prompts = Prompts("{text}", "auto", 64, 16)
+    assert list(prompts.asked([prompts.said(ROW, "answer")], tokenizer)[0].ids) == plain
 
 
 def test_what_is_too_long_is_cut_where_it_hurts_least(tokenizer: PreTrainedTokenizerBase) -> None:
