@@ -246,7 +246,8 @@ def _task(config: Config) -> Iterator[Problem]:
     whole = task.name == "instruction" and task.prompt is None  # conversations hold their answers
     if task.name != "causal-lm" and not whole and data.label_column is None:
         yield Problem("data.label_column", f"is required with {name}")
-    if task.name == "preference" and data.rejected_column is None:
+    names_none = task.format == "auto" and data.text_column == "text" and data.label_column == "label"
+    if task.name == "preference" and data.rejected_column is None and not names_none:
         yield Problem("data.rejected_column", f"is required with {name}: the worse answer's column")
     if task.name != "preference" and data.rejected_column is not None:
         yield Problem("data.rejected_column", f'is for task.name="preference", not {name}')

@@ -18,7 +18,7 @@ from fedslm.federation.rounds import Federation, Outcome
 from fedslm.federation.workers import InlinePool
 from fedslm.privacy.plan import Plan
 from fedslm.progress import Bar
-from fedslm.simulation import federate, serve
+from fedslm.simulation import federate, serve, with_layout
 from fedslm.storage import write_text
 
 
@@ -39,7 +39,7 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
     """
     config = configuration.from_flat(run_config)
     contradictions.check(config)
-    config = config.resolved()
+    config = with_layout(config.resolved())
     named = config.run.directory
     path = Path(named or f"~/.fedslm/runs/{config.run.name}-{run_id}").expanduser()
     if not path.is_absolute():

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from fedslm import contradictions
 from fedslm.config import Config
 from fedslm.data import shards
+from fedslm.data.layouts import laid_out
 from fedslm.distillation.following import check_asked, distil_if_asked, follower
 from fedslm.errors import DataError, RunError
 from fedslm.federation.checkpoint import RunDirectory
@@ -52,7 +53,7 @@ def simulate(config: Config, observer: Observer) -> dict[str, Any]:
     """
     contradictions.check(config)
     check_asked(config.distill)
-    config = config.resolved()
+    config = with_layout(config.resolved())
     path = Path(config.run.directory or Path("runs") / config.run.name)
     directory = RunDirectory.create(path, config)
     try:
@@ -90,6 +91,16 @@ def resume(path: Path, observer: Observer, expected: Config | None = None) -> di
     report = _run(config, directory, observer)
     distil_if_asked(directory.path, config.distill)
     return report
+
+
+def with_layout(config: Config) -> Config:
+    """The config with the columns that the public split has, where it names none.
+
+    Raises:
+        DataError: The public split cannot be read.
+    """
+    data, task = laid_out(config.data, config.task, config.run.seed)
+    return config.model_copy(update={"data": data, "task": task})
 
 
 def serve(

@@ -111,7 +111,16 @@ def test_without_privacy_nothing_is_required() -> None:
             "task.pooling",
             "is for classification",
         ),
-        ([("task.name", "preference")], "data.rejected_column", "is required"),
+        (
+            [("task.name", "preference"), ("data.text_column", "question")],
+            "data.rejected_column",
+            "is required",
+        ),
+        (
+            [("task.name", "preference"), ("task.format", "columns")],
+            "data.rejected_column",
+            "is required",
+        ),
         ([("data.rejected_column", "worse")], "data.rejected_column", "classification"),
         ([("task.name", "instruction"), ("task.labels", ["a", "b"])], "task.labels", "instruction"),
         ([("task.name", "seq2seq"), ("task.labels_file", "x")], "task.labels_file", "seq2seq"),

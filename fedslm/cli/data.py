@@ -42,8 +42,9 @@ def preview(
     with clear_errors():
         from fedslm.data.preview import look
         from fedslm.data.sharing import share_out
+        from fedslm.simulation import with_layout
 
-        loaded = load_config(config, overrides)
+        loaded = with_layout(load_config(config, overrides))
         shared = share_out(
             loaded.data,
             loaded.task,

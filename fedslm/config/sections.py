@@ -157,6 +157,9 @@ class TaskConfig(Section):
     """Classifier input: the architecture's own (CLS/pooler, last token) or the masked mean."""
     prompt: OptionalText = None
     """Prompt with columns in braces, such as "Question: {text}"; absent means the text column alone."""
+    format: Literal["auto", "columns"] = "auto"
+    """auto: a writing task that names no columns takes those that the public split has (messages,
+    conversations, prompt and completion, Alpaca's, …); columns: as they are named."""
     prompt_format: Literal["auto", "chat", "plain"] = "auto"
     """chat: by the tokenizer's chat template; plain: without; auto: chat where there is a template."""
     beta: float = Field(0.1, gt=0)

@@ -145,9 +145,10 @@ def share_out(
 
 
 def inputs(data: DataConfig, task: TaskConfig) -> list[str]:
-    """Columns that a model is shown: all that a task reads but its targets."""
+    """Columns that a model is shown: all that a task reads but its targets, unless these hold both."""
     targets = (data.label_column, data.rejected_column)
-    return [column for column in dict.fromkeys(needed(data, task).values()) if column not in targets]
+    columns = dict.fromkeys(needed(data, task).values())
+    return [column for column in columns if column not in targets] or [data.text_column]
 
 
 def _check_units(parts: list[Dataset], column: str, overlapping: bool) -> None:

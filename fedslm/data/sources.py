@@ -206,6 +206,22 @@ def _chosen(dataset: Dataset, wanted: Wanted) -> Dataset:
     return dataset.select_columns(chosen)
 
 
+def column_names(config: DataConfig, seed: int) -> list[str]:
+    """Names of the public evaluation split's columns; of a file no more than its beginning is read.
+
+    Raises:
+        DataError: As :func:`load_evaluation`.
+    """
+    source, split = config.evaluation_source or config.source, config.evaluation_split
+    path = Path(expand(source))
+    if not database.is_url(expand(source)) and path.exists():
+        found = files.files_of(path, split) if path.is_dir() else [path]
+        first = next(files.tables_in(found[0]), None)
+        return [] if first is None else list(first.column_names)
+    query = config.evaluation_query
+    return list(load(source, split, query, key="data.evaluation_query", seed=seed).column_names)
+
+
 def _is_path(source: str, path: Path) -> bool:
     """True for what cannot be a name on the hub."""
     return source.startswith(_LIKE_PATHS) or format_of(path) is not None or not hub.is_name(source)

@@ -91,7 +91,7 @@ def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[
     """A conversation up to where the next answer begins, cut where each earlier answer begins and ends.
 
     Formal guarantees:
-        * Joined, the segments are the template's own text (answers without the space around them).
+        * Joined, the segments are the template's own text of the turns without the space around them.
         * What is learned of a turn is the assistant's text and what ends the turn, nothing else.
 
     Args:
@@ -122,7 +122,8 @@ def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[
 
 def _marked(turn: Turn) -> Turn:
     """A turn whose content is a mark if an assistant speaks, and holds none else."""
-    content = _MARK if turn["role"] == "assistant" else turn["content"].replace(_MARK, "\ufffd")
+    content = turn["content"].strip().replace(_MARK, "\ufffd")
+    content = _MARK if turn["role"] == "assistant" else content
     return {**turn, "content": content}
 
 

@@ -144,3 +144,37 @@ def check_adapter(config: Config, report: dict[str, Any]) -> None:
     with torch.inference_mode():
         expected = own.adapter.network(**inputs).logits
         assert torch.equal(plain(**inputs).logits, expected)
+
+
+def test_conversations_run_as_they_come(
+    make_config: MakeConfig, family_directory: FamilyDirectory, tmp_path: Path
+) -> None:
+    """A data set of turns needs no column named: it trains privately, and the run's config names them."""
+    roles = ("user", "assistant", "user", "assistant")
+    for split, seed in (("train", 0), ("test", 1)):
+        write_rows(
+            tmp_path / f"{split}.jsonl",
+            [
+                {
+                    "messages": [
+                        {"role": role, "content": text}
+                        for role, text in zip(roles, (row["text"], row["answer"]) * 2, strict=True)
+                    ],
+                    "client": row["client"],
+                }
+                for row in rows_of(30, seed)
+            ],
+        )
+    config = make_config(
+        model={"base": str(family_directory("llama", "instruction"))},
+        lora={"target_modules": ["all-linear"]},
+        data={"source": str(tmp_path)},
+        task={"name": "instruction", "pooling": "native", "max_length": 64},
+        privacy=PRIVATE,
+        federation={"rounds": 1},
+    )
+    report = simulation.simulate(config, Silent())
+    assert report["failures"] == []
+    assert report["metrics_after"]["loss"] != report["metrics_before"]["loss"]
+    written = (Path(str(config.run.directory)) / "config.toml").read_text()
+    assert 'text_column = "messages"\nlabel_column = ""' in written

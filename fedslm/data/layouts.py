@@ -1,0 +1,93 @@
+"""Columns that fine-tuning data sets usually have, so that no config needs to name them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedslm.config import DataConfig, TaskConfig
+from fedslm.data.sources import column_names
+from fedslm.errors import DataError
+
+_PLAIN = ("instruction", "seq2seq")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Columns, and what a config says of them.
+
+    Attributes:
+        tasks: Names of the tasks that can read them.
+        columns: All that there must be.
+        data: Keys of ``data`` to values.
+        prompt: Of the task; None: the text column.
+    """
+
+    tasks: tuple[str, ...]
+    columns: tuple[str, ...]
+    data: Mapping[str, str | None] = field(default_factory=dict)
+    prompt: str | None = None
+
+
+_ANSWERS = {"label_column": "chosen", "rejected_column": "rejected"}
+LAYOUTS = (
+    Layout(("preference",), ("prompt", "chosen", "rejected"), {**_ANSWERS, "text_column": "prompt"}),
+    Layout(("preference",), ("chosen", "rejected"), {**_ANSWERS, "text_column": "chosen"}),
+    *(
+        Layout(("instruction",), (name,), {"text_column": name, "label_column": None})
+        for name in ("messages", "conversations")
+    ),
+    Layout(
+        _PLAIN,
+        ("prompt", "completion"),
+        {"text_column": "prompt", "label_column": "completion"},
+    ),
+    Layout(
+        _PLAIN,
+        ("instruction", "input", "output"),
+        {"label_column": "output"},
+        "{instruction}\n\n{input}\n\n",
+    ),
+    Layout(
+        _PLAIN,
+        ("instruction", "output"),
+        {"label_column": "output"},
+        "{instruction}\n\n",
+    ),
+)
+
+
+def laid_out(data: DataConfig, task: TaskConfig, seed: int) -> tuple[DataConfig, TaskConfig]:
+    """The two sections with the columns that the data has, where they name none themselves.
+
+    Of the data the names of the public split's columns are looked at, nothing else.
+
+    Args:
+        data: Sources and columns; what names a column itself is left as it is.
+        task: With ``format``.
+        seed: Of the demo data.
+
+    Raises:
+        DataError: The public split cannot be read, or a preference's columns are not known.
+    """
+    named = [key for key in ("text_column", "label_column") if _is_named(data, key)]
+    may = task.format == "auto" and task.prompt is None and data.rejected_column is None and not named
+    if not may or task.name not in {name for layout in LAYOUTS for name in layout.tasks}:
+        return data, task
+    there = column_names(data, seed)
+    if not {data.text_column, data.label_column} <= set(there):
+        for layout in LAYOUTS:
+            if task.name in layout.tasks and set(layout.columns) <= set(there):
+                found = {"prompt": layout.prompt}
+                return data.model_copy(update=dict(layout.data)), task.model_copy(update=found)
+    if task.name == "preference":
+        raise DataError(
+            f"data.rejected_column is missing: the public split has {', '.join(there)}, not prompt, "
+            f"chosen and rejected; name the columns of the prompt and of both answers"
+        )
+    return data, task
+
+
+def _is_named(data: DataConfig, key: str) -> bool:
+    """Whether a config names another column than it would without."""
+    return bool(getattr(data, key) != DataConfig.model_fields[key].default)
