@@ -51,7 +51,7 @@ STOREYS = {
 OWNERS = {
     "prometheus_client": {"deployment.metrics"},
     "pydantic": {"config", "privacy.policy", "deployment.settings"},
-    "tomllib": {"config", "privacy.policy", "deployment.settings"},
+    "tomllib": {"config"},
     "datasets": {"data"},
     "flwr_datasets": {"data"},
     "pyarrow": {"data"},

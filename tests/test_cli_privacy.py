@@ -14,6 +14,7 @@ from tiny import PRIVATE
 from fedslm import simulation
 from fedslm.config import Config
 from fedslm.privacy import accounting
+from fedslm.privacy.policy import EXAMPLE
 from fedslm.progress import Bar
 from fedslm.records import Event
 
@@ -141,8 +142,23 @@ def test_the_example_policy_can_be_used(tmp_path: Path) -> None:
     result = run("policy", "check", str(path))
     assert result.exit_code == 0
     assert "ε = 8" in result.stdout
-    path.write_text('unit = "patient"\n')
-    assert_clear(run("policy", "check", str(path)), "PolicyRefused", "epsilon", "delta")
+
+
+def test_a_wrong_policy_is_explained(tmp_path: Path) -> None:
+    """Every problem, with file, dotted key, value, bound, what the key says, and what was meant."""
+    path = tmp_path / "policy.toml"
+    lines = [each for each in EXAMPLE.splitlines() if not each.startswith(("delta", "epsilon"))]
+    path.write_text("\n".join([*lines, "epsilon = -1.0", "max_round = 5"]))
+    result = run("policy", "check", str(path))
+    assert_clear(result, "ConfigError", "3 problems")
+    said = [line.strip() for line in result.stderr.splitlines()]
+    assert any(
+        line.startswith("policy.toml: epsilon: value -1.0: should be greater than 0; it says: Budget")
+        for line in said
+    )
+    assert any(line.startswith("policy.toml: delta: is missing") for line in said)
+    assert "policy.toml: max_round: is not known; did you mean 'max_rounds'?" in said
+    assert_clear(run("policy", "check", str(tmp_path / "no.toml")), "ConfigError", "no such file")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,9 @@ from tiny import BASE, changed, problems
 
 from fedslm import contradictions
 from fedslm.config import Config, from_flat, from_mapping, from_toml, to_toml, with_overrides
+from fedslm.deployment.settings import read_federation, read_node
 from fedslm.errors import ConfigError
+from fedslm.privacy.policy import EXAMPLE, read_policy
 
 ROOT = Path(__file__).parents[1]
 SIMULATIONS = sorted((ROOT / "simulations").rglob("*.toml"))
@@ -326,6 +328,41 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, mess
     with pytest.raises(ConfigError, match=message) as caught:
         from_toml(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    """A file that an editor on Windows wrote is read as any other: a config, and the files of a deployment."""
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(from_mapping(BASE)), encoding="utf-8-sig")
+    assert from_toml(path) == from_mapping(BASE)
+    (tmp_path / "federation.toml").write_text('name = "f"\nhost = "h"\n', encoding="utf-8-sig")
+    assert read_federation(tmp_path).host == "h"
+    (tmp_path / "node.toml").write_text('name = "n"\nsource = "s"\n', encoding="utf-8-sig")
+    assert read_node(tmp_path).source == "s"
+    (tmp_path / "policy.toml").write_text(EXAMPLE, encoding="utf-8-sig")
+    assert read_policy(tmp_path / "policy.toml").unit == "patient"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "metrics_port = 0",
+            "node.toml: metrics_port: value 0: should be greater than or equal to 1; it says: ",
+        ),
+        ("thread = 2", "node.toml: thread: is not known; did you mean 'threads'?"),
+        ('profile = "fone"', "did you mean 'phone'?; it says: What kind of machine this is"),
+        ("[conditions]\nhour = 2", "node.toml: conditions.hour: is not known; did you mean 'hours'?"),
+    ],
+)
+def test_files_of_a_deployment_are_explained_as_a_config_is(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    """File, dotted key, value, bound, meaning, and the nearest key or value."""
+    (tmp_path / "node.toml").write_text(f'name = "n"\nsource = "s"\n{line}\n')
+    with pytest.raises(ConfigError) as caught:
+        read_node(tmp_path)
+    assert message in str(caught.value)
 
 
 def test_a_directory_is_no_config(tmp_path: Path) -> None:

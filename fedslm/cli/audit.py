@@ -48,10 +48,10 @@ def ledger(
         from fedslm.audit.ledgers import Evidence, audit_ledger, read_statements
         from fedslm.audit.ledgers import as_json as values_of
         from fedslm.privacy.keys import read_public_key
-        from fedslm.privacy.policy import read_policy
+        from fedslm.privacy.policy import open_policy
 
         key = read_public_key(public_key)
-        allowed = None if policy is None else read_policy(policy)
+        allowed = None if policy is None else open_policy(policy)
         evidence = Evidence(
             heads=tuple(head),
             statements=() if statements is None else read_statements(statements, key),

@@ -32,9 +32,9 @@ def check(path: Annotated[Path, typer.Argument(help="A policy file.", metavar="P
     Example: `fedslm policy check policy.toml`
     """
     with clear_errors():
-        from fedslm.privacy.policy import read_policy
+        from fedslm.privacy.policy import open_policy
 
-        policy = read_policy(path)
+        policy = open_policy(path)
         typer.echo(
             f"{path}: ok; at most ε = {policy.epsilon:g} at δ = {policy.delta:g} for one {policy.unit} "
             f"over the lifetime of the data set"

@@ -14,15 +14,17 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from fedslm.config.base import Section
 from fedslm.config.sections import Config
 from fedslm.errors import ConfigError, Problem
 
 S = TypeVar("S", bound=Section)
+F = TypeVar("F", bound=BaseModel)
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
@@ -73,13 +75,39 @@ def from_toml(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: The file is missing, is not TOML, or does not validate.
     """
+    return from_mapping(with_overrides(_read_toml(Path(path)), overrides))
+
+
+def read_file(path: Path, kind: type[F], instead: Mapping[str, object] = {}) -> F:
+    """Reads a TOML file that is not a run's config, such as ``policy.toml``.
+
+    Args:
+        path: The file.
+        kind: What its keys are.
+        instead: Values in place of the file's.
+
+    Raises:
+        ConfigError: It is missing, is not TOML, or does not validate: everything that is wrong, each
+            with the file's name, the dotted key, the value, the bound and what the key says.
+    """
+    values = {**_read_toml(path), **instead}
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return kind.model_validate(values)
+    except ValidationError as error:
+        found = [_problem(detail, kind) for detail in error.errors()]
+        named = [": ".join(filter(None, (path.name, each.key))) for each in found]
+        problems = [Problem(key, each.message) for key, each in zip(named, found, strict=True)]
+        raise ConfigError(problems) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's values; editors on Windows put a byte order mark first, which is left out."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError([Problem(str(path), "no such file")]) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError([Problem(str(path), f"cannot be read as TOML: {error}")]) from None
-    return from_mapping(with_overrides(values, overrides))
 
 
 def from_flat(values: Mapping[str, Any]) -> Config:
@@ -153,23 +181,25 @@ _REFUSED = {
 }
 
 
-def _problem(detail: Mapping[str, Any]) -> Problem:
+def _problem(detail: Mapping[str, Any], kind: type[BaseModel] = Config) -> Problem:
     """Turns one pydantic error into key, value, bound and remedy."""
     location = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
-    key = ".".join(location[:2])
+    key = ".".join(location[:2] if kind is Config else (p for p in location if not p.isdigit()))
     match detail["type"]:
-        case "missing" if len(location) == 1:
+        case _ if not location:
+            message = detail["msg"].removeprefix("Value error, ")
+        case "missing" if kind is Config and len(location) == 1:
             message = f"is missing; add a [{key}] section"
         case "missing":
             message = "is missing and has no default"
-        case "extra_forbidden" if key in _REFUSED:
+        case "extra_forbidden" if kind is Config and key in _REFUSED:
             message = f"is not supported: {_REFUSED[key]}; leave it out"
         case "extra_forbidden":
-            message = f"is not known{_did_you_mean(location)}"
+            message = f"is not known{_did_you_mean(location, kind)}"
         case _:
             shown = json.dumps(detail["input"], default=str)
             message = f"value {shown}: {detail['msg'].removeprefix('Input ')}{_or_this(detail)}"
-    remedy = _REMEDIES.get(key)
+    remedy = _REMEDIES.get(key) if kind is Config else _meaning(location, kind)
     return Problem(key, f"{message}; {remedy}" if remedy else message)
 
 
@@ -181,11 +211,25 @@ def _or_this(detail: Mapping[str, Any]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def _did_you_mean(location: list[str]) -> str:
+def _did_you_mean(location: list[str], kind: type[BaseModel]) -> str:
     """Names the nearest known key."""
-    fields = Config.model_fields
-    if len(location) > 1:
-        section = fields[location[0]].annotation
-        fields = section.model_fields  # type: ignore[union-attr]
+    fields = _beside(location, kind)
     nearest = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(fields)}"
+
+
+def _meaning(location: list[str], kind: type[BaseModel]) -> str:
+    """What a key of a file says: the first sentence of its description."""
+    field = _beside(location, kind).get(location[-1]) if location else None
+    first = ((field.description if field else None) or "").replace("\n", " ").split(". ")[0]
+    return f"it says: {first.rstrip('.')}" if first else ""
+
+
+def _beside(location: list[str], kind: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The keys of the section that a key stands in."""
+    fields = kind.model_fields
+    for name in location[:-1]:
+        annotation = fields[name].annotation if name in fields else None
+        kinds = [each for each in (annotation, *get_args(annotation)) if hasattr(each, "model_fields")]
+        fields = kinds[0].model_fields if kinds else {}
+    return fields

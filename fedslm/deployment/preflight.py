@@ -25,7 +25,7 @@ from fedslm.federation.node import LEDGER, RELEASE
 from fedslm.models.base import base_sha256, resolve
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key, signing_key
-from fedslm.privacy.policy import ANY, POLICY_FILE, read_policy
+from fedslm.privacy.policy import ANY, POLICY_FILE, open_policy
 
 _SKEW_SECONDS, _TOO_MUCH_SECONDS = 30.0, 240.0  # the server refuses five minutes
 _LEAST_BYTES = 1 << 30
@@ -103,7 +103,7 @@ def _version(ready: Ready) -> str:
 
 def _policy(directory: Path) -> str:
     """What the node allows."""
-    policy = read_policy(directory / POLICY_FILE)
+    policy = open_policy(directory / POLICY_FILE)
     return f"at most ε = {policy.epsilon:g} at δ = {policy.delta:g} for one {policy.unit}"
 
 
@@ -131,7 +131,7 @@ def _records(ready: Ready) -> str:
 
 def _bases(directory: Path) -> str:
     """The base models that the policy names are here, or can be fetched, and are allowed."""
-    policy = read_policy(directory / POLICY_FILE)
+    policy = open_policy(directory / POLICY_FILE)
     if ANY in policy.base_names:
         return "the policy names none; a run's is looked for when it is asked for"
     found = {name: base_sha256(resolve(ModelConfig(base=name))) for name in policy.base_names}

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from fedslm.errors import ConfigError, Problem
+from fedslm.config import read_file
 
 FEDERATION_FILE, NODE_FILE = "federation.toml", "node.toml"
 Profile = Literal["hospital", "phone"]
@@ -127,16 +124,13 @@ class NodeFile(_File):
         return conditions
 
 
-_Any = TypeVar("_Any", bound=_File)
-
-
 def read_federation(directory: Path) -> FederationFile:
     """Reads a server directory's ``federation.toml``.
 
     Raises:
         ConfigError: It is missing or wrong; every problem at once.
     """
-    return _read(directory / FEDERATION_FILE, FederationFile)
+    return read_file(directory / FEDERATION_FILE, FederationFile)
 
 
 def read_node(directory: Path, profile: str | None = None) -> NodeFile:
@@ -149,24 +143,5 @@ def read_node(directory: Path, profile: str | None = None) -> NodeFile:
     Raises:
         ConfigError: It is missing or wrong; every problem at once.
     """
-    return _read(directory / NODE_FILE, NodeFile, {} if profile is None else {"profile": profile})
-
-
-def _read(path: Path, model: type[_Any], instead: Mapping[str, str] = {}) -> _Any:
-    """Reads and checks a file, some of whose values are replaced."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError([Problem(path.name, f"cannot be read: {error}")]) from error
-    try:
-        return model(**{**values, **instead})
-    except ValidationError as error:
-        raise ConfigError(
-            [
-                Problem(
-                    f"{path.name}: {'.'.join(map(str, each['loc']))}",
-                    each["msg"].removeprefix("Value error, "),
-                )
-                for each in error.errors()
-            ]
-        ) from error
+    instead = {} if profile is None else {"profile": profile}
+    return read_file(directory / NODE_FILE, NodeFile, instead)

@@ -5,16 +5,15 @@ The file lies on the node, is read anew for every request, and no message can se
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from fedslm.config import Names, OptionalCount, OptionalNumber, OptionalText, Section
-from fedslm.errors import PolicyRefused
+from fedslm.config import Names, OptionalCount, OptionalNumber, OptionalText, Section, read_file
+from fedslm.errors import ConfigError, PolicyRefused
 from fedslm.privacy.ledger import Limits
 from fedslm.privacy.plan import NoPrivacy, PatientPlan, PrivatePlan
 
@@ -180,22 +179,34 @@ class NodePolicy(Section):
             yield f"metric_noise_multiplier {noise:g} is below {bound if bound is not None else 'any'}"
 
 
+def open_policy(path: Path) -> NodePolicy:
+    """Reads a policy file for the node's own operator: errors show what is in it.
+
+    Raises:
+        ConfigError: It is missing, unreadable or invalid: everything that is wrong.
+    """
+    return read_file(path, NodePolicy)
+
+
 def read_policy(path: Path) -> NodePolicy:
-    """Reads a policy file.
+    """Reads a policy file on behalf of a server.
 
     Raises:
         PolicyRefused: It is missing, unreadable or invalid: then nothing is allowed. The message holds
-            no path beyond the file's name, since the server sees it.
+            no path beyond the file's name and no value, since the server sees it.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-        return NodePolicy.model_validate(values)
-    except FileNotFoundError:
-        raise PolicyRefused(f"this node has no {path.name}, so it trains nothing") from None
-    except ValidationError as error:
-        keys = ", ".join(sorted({".".join(map(str, each["loc"])) for each in error.errors()}))
-        text = f"the node's {path.name} is invalid ({keys}), so it trains nothing"
-        raise PolicyRefused(text) from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        text = f"the node's {path.name} cannot be read, so it trains nothing"
-        raise PolicyRefused(text) from error
+        return open_policy(path)
+    except ConfigError as error:
+        raise PolicyRefused(f"{_without_values(path, error)}, so it trains nothing") from error
+
+
+def _without_values(path: Path, error: ConfigError) -> str:
+    """What is wrong with a policy, as far as a server may know it."""
+    if not path.exists():
+        return f"this node has no {path.name}"
+    keys = sorted({problem.key for problem in error.problems} - {str(path)})
+    if not keys:
+        return f"the node's {path.name} cannot be read"
+    named = ", ".join(key.removeprefix(f"{path.name}: ") for key in keys)
+    return f"the node's {path.name} is invalid ({named})"
