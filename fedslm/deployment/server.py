@@ -26,7 +26,7 @@ from fedslm.deployment import proxy
 from fedslm.deployment.authority import AUTHORITY, SERVER, SERVER_KEY, expires, write_private
 from fedslm.deployment.database import tidy
 from fedslm.deployment.journal import keep_small, last_lines
-from fedslm.deployment.metrics import served, server_figures
+from fedslm.deployment.metrics import LOOPBACK, served, server_figures
 from fedslm.deployment.settings import FederationFile, read_federation
 from fedslm.errors import RunError
 from fedslm.storage import locked
@@ -125,7 +125,8 @@ def running(directory: Path, stop: threading.Event) -> Iterator[Callable[[], Non
             processes.append(stack.enter_context(_Running(directory, child).kept()))
             if child.name in listening:
                 _wait_until_listening(processes[-1], listening[child.name], stop)
-        logger.info("the server is up: nodes reach %s:%d", federation.host, federation.port)
+        if not stop.is_set():
+            logger.info("the server is up: nodes reach %s:%d", federation.host, federation.port)
 
         def mend() -> None:
             for process in processes:
@@ -255,7 +256,9 @@ def _alone(directory: Path) -> AbstractContextManager[None]:
 
 def _check_ports(federation: FederationFile) -> None:
     """Refuses ports that another program has."""
-    ports = {"port": ("", federation.port), "inner_port": ("127.0.0.1", federation.inner_port)}
+    ports = {"port": ("", federation.port), "inner_port": (LOOPBACK, federation.inner_port)}
+    if federation.metrics_port is not None:
+        ports["metrics_port"] = (LOOPBACK, federation.metrics_port)
     for key, address in ports.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -284,7 +287,7 @@ def _listens(process: int, port: int) -> bool:
     """Whether a process has a port open, by the system's own tables where there are some."""
     if not Path("/proc/self/net/tcp").exists():
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
+            return probe.connect_ex((LOOPBACK, port)) == 0
     own = set()
     try:
         for descriptor in Path(f"/proc/{process}/fd").iterdir():

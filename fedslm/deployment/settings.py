@@ -52,6 +52,14 @@ class FederationFile(_File):
     authority_days: int = Field(3650, ge=1, le=36500)
     """How long the certificate authority is valid."""
 
+    @model_validator(mode="after")
+    def _has_a_port_for_each(self) -> FederationFile:
+        """Refuses one port for two: the second that starts would find it taken."""
+        ports = [each for each in (self.port, self.inner_port, self.metrics_port) if each is not None]
+        if len(set(ports)) < len(ports):
+            raise ValueError("port, inner_port and metrics_port must differ; change one of them")
+        return self
+
 
 class Conditions(_File):
     """When a node takes part; all that is written down must hold."""

@@ -15,7 +15,8 @@ from test_cli import run
 
 from fedslm.deployment import authority, server
 from fedslm.deployment.server import Child, _alone, _listens, _Running, _wait_until_listening
-from fedslm.errors import RunError
+from fedslm.deployment.settings import read_federation
+from fedslm.errors import ConfigError, RunError
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o755], ids=["not executable", "no interpreter"])
@@ -42,19 +43,18 @@ def test_a_status_without_a_server_is_said_soon(tmp_path: Path) -> None:
     assert "is `fedslm server up` running?" in " ".join(done.stderr.split())
 
 
-def server_directory(root: Path, port: int, inner_port: int) -> Path:
+def server_directory(root: Path, **ports: int) -> Path:
     """A server's directory with its certificates."""
-    (root / "federation.toml").write_text(
-        f'name = "t"\nhost = "127.0.0.1"\nport = {port}\ninner_port = {inner_port}\n'
-    )
+    lines = "".join(f"{key} = {port}\n" for key, port in ports.items())
+    (root / "federation.toml").write_text(f'name = "t"\nhost = "127.0.0.1"\n{lines}')
     authority.certify(root)
     return root
 
 
-@pytest.mark.parametrize("taken", ["port", "inner_port"])
+@pytest.mark.parametrize("taken", ["port", "inner_port", "metrics_port"])
 def test_a_taken_port_is_an_error_at_once(tmp_path: Path, taken: str) -> None:
     """Another program answers on a port: `server up` says which and how to go on, and starts nothing."""
-    ports = {"port": free_port(), "inner_port": free_port()}
+    ports = {"port": free_port(), "inner_port": free_port(), "metrics_port": free_port()}
     directory = server_directory(tmp_path, **ports)
     with socket.create_server(("127.0.0.1", ports[taken])):
         said = fedslm("server", "up", directory, code=1)
@@ -64,9 +64,18 @@ def test_a_taken_port_is_an_error_at_once(tmp_path: Path, taken: str) -> None:
     assert not (directory / "logs" / "superlink.log").exists()
 
 
+@pytest.mark.parametrize(("first", "second"), [("port", "inner_port"), ("inner_port", "metrics_port")])
+def test_one_port_for_two_is_refused(tmp_path: Path, first: str, second: str) -> None:
+    """The server's ports differ: one that is written twice is an error of federation.toml."""
+    lines = f"{first} = 9\n{second} = 9\n"
+    (tmp_path / "federation.toml").write_text(f'name = "t"\nhost = "127.0.0.1"\n{lines}')
+    with pytest.raises(ConfigError, match="port, inner_port and metrics_port must differ"):
+        read_federation(tmp_path)
+
+
 def test_a_directory_has_one_server(tmp_path: Path) -> None:
     """While somebody runs a directory's server, a second start is refused, before it looks at the ports."""
-    directory = server_directory(tmp_path, free_port(), free_port())
+    directory = server_directory(tmp_path, port=free_port(), inner_port=free_port())
     with _alone(directory):
         said = fedslm("server", "up", directory, code=1)
     assert "another process runs it" in said
