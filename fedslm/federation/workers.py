@@ -12,14 +12,17 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from fedslm.errors import FederationError, FedslmError
@@ -32,6 +35,7 @@ _PRELOADED = (
     "fedslm.models.peft_library",
     "pyarrow.parquet",
 )
+_HIDING = threading.Lock()
 _START_METHOD = "forkserver" if sys.platform != "win32" else "spawn"
 
 T = TypeVar("T")
@@ -198,7 +202,8 @@ class WorkerPool:
         process = context.Process(  # type: ignore[attr-defined]
             target=_work, args=arguments, daemon=True
         )
-        process.start()
+        with _without_script():
+            process.start()
         there.close()
         return _Worker(process, here)
 
@@ -289,6 +294,22 @@ class InlinePool:
 Pool = WorkerPool | InlinePool
 
 
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Hides the user's script from a process that starts.
+
+    It needs nothing of it, and would run it from the top: without ``if __name__ == "__main__"`` that
+    starts the same run once more.
+    """
+    with _HIDING:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
+
+
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Runs a function; a result is wrapped, so that it is never mistaken for "not yet"."""
     try:
@@ -325,7 +346,8 @@ def _work(pipe: Connection, threads: int, log: Path | None, memory_mb: int | Non
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if log is not None:
         form = "%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"
-        logging.basicConfig(filename=log, level=logging.WARNING, format=form, force=True)
+        options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "force": True}
+        logging.basicConfig(filename=log, level=logging.WARNING, format=form, **options)
         logging.captureWarnings(True)
     _set_threads(threads)
     while True:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +52,16 @@ def sleep(seconds: float) -> float:
     """A long job."""
     time.sleep(seconds)
     return seconds
+
+
+SCRIPT = """
+import os
+from fedslm.federation.workers import WorkerPool
+print("begins", flush=True)
+pool = WorkerPool(1, is_forked={is_forked})
+print(pool.call(os.getppid) > 0, pool.call(os.getpid) != os.getpid(), flush=True)
+pool.close()
+"""
 
 
 def touch(path: Path, seconds: float) -> None:
@@ -153,3 +165,12 @@ def test_inline_pool_has_the_same_interface() -> None:
     assert {name for name in dir(InlinePool) if name[0] != "_"} == {
         name for name in dir(WorkerPool) if name[0] != "_"
     }
+
+
+@pytest.mark.parametrize("is_forked", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_script_needs_no_guard(tmp_path: Path, is_forked: bool) -> None:
+    """A script without ``if __name__ == "__main__"`` starts workers: they do not run it again."""
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT.format(is_forked=is_forked))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, "begins\nTrue True\n"), done.stderr
