@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
         check_asked(config.distill)
         report = serve(config, directory, make)
         distil_if_asked(directory.path, config.distill)
-    print(f"fedslm: report in {directory.path}", flush=True)
+    print(f"fedslm: report in {directory.path}", file=sys.stderr, flush=True)
     if report["stopped"]:
         error = RunError(f"stopped early: {report['stopped']}")
         write_text(directory.path / ERROR, str(error))

@@ -40,12 +40,23 @@ def replacing(path: Path) -> Iterator[Path]:
 def expand(path: str) -> str:
     """Puts the home directory for ``~`` and the environment's values for ``$NAME``.
 
-    A variable that is not set stays as it is: whoever asks refuses a text that still holds a "$".
+    A variable that is not set stays as it is, and so does all if a value is not text: whoever asks
+    refuses what still holds a "$".
 
     >>> expand("$FEDSLM_NOT_SET/notes")
     '$FEDSLM_NOT_SET/notes'
     """
-    return os.path.expandvars(os.path.expanduser(path))
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    return expanded if is_text(expanded) else path
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8; what came from the system as other bytes cannot.
+
+    >>> is_text("é"), is_text(os.fsdecode(bytes([0xE9])))
+    (True, False)
+    """
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _sync(path: Path) -> None:

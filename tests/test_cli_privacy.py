@@ -10,8 +10,10 @@ import pytest
 from click.testing import Result
 from test_cli import DEMO, assert_clear, run
 from tiny import PRIVATE
+from typer.testing import CliRunner
 
 from fedslm import simulation
+from fedslm.cli import app
 from fedslm.config import Config
 from fedslm.privacy import accounting
 from fedslm.privacy.policy import EXAMPLE
@@ -142,6 +144,14 @@ def test_the_example_policy_can_be_used(tmp_path: Path) -> None:
     result = run("policy", "check", str(path))
     assert result.exit_code == 0
     assert "ε = 8" in result.stdout
+
+
+def test_an_audit_ends_well_on_every_console(finished: Path) -> None:
+    """A console that cannot show ε gets it escaped, and the exit code of the audit."""
+    arguments = ["audit", "run", str(finished), "--no-empirical"]
+    result = CliRunner(charset="ascii").invoke(app, arguments, env={"TERM": "dumb"})
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("\\u03b5 = ")
 
 
 def test_a_wrong_policy_is_explained(tmp_path: Path) -> None:

@@ -15,7 +15,17 @@ import fedslm
 from fedslm import config as configuration
 from fedslm.cli.audit import audit_app
 from fedslm.cli.budget import budget_app
-from fedslm.cli.console import ERRORS, ConfigPath, Json, Overrides, clear_errors, load_config
+from fedslm.cli.console import (
+    DEPLOY,
+    ERRORS,
+    PRIVACY,
+    TRAIN,
+    ConfigPath,
+    Json,
+    Overrides,
+    clear_errors,
+    load_config,
+)
 from fedslm.cli.data import data_app
 from fedslm.cli.distill import distill_app
 from fedslm.cli.inference import inference_app
@@ -23,6 +33,7 @@ from fedslm.cli.methods import methods_app
 from fedslm.cli.model import model_app
 from fedslm.cli.node import node_app
 from fedslm.cli.policy import policy_app
+from fedslm.cli.program import Program
 from fedslm.cli.provision import provision_app
 from fedslm.cli.server import server_app
 from fedslm.config import Config
@@ -30,21 +41,24 @@ from fedslm.models.base import check_early
 from fedslm.storage import expand
 
 app = typer.Typer(
+    cls=Program,
     help="Federated, privacy-preserving fine-tuning of small language models.",
     no_args_is_help=True,
+    suggest_commands=False,  # click suggests since 8.4
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 config_app = typer.Typer(help="Look at and check a configuration.", no_args_is_help=True)
-app.add_typer(config_app, name="config")
-app.add_typer(data_app, name="data")
-app.add_typer(budget_app, name="budget")
-app.add_typer(policy_app, name="policy")
-app.add_typer(model_app, name="model")
-app.add_typer(audit_app, name="audit")
-app.add_typer(provision_app, name="provision")
-app.add_typer(server_app, name="server")
-app.add_typer(node_app, name="node")
+app.add_typer(config_app, name="config", rich_help_panel=TRAIN)
+app.add_typer(data_app, name="data", rich_help_panel=TRAIN)
+app.add_typer(budget_app, name="budget", rich_help_panel=PRIVACY)
+app.add_typer(policy_app, name="policy", rich_help_panel=PRIVACY)
+app.add_typer(model_app, name="model", rich_help_panel=TRAIN)
+app.add_typer(audit_app, name="audit", rich_help_panel=PRIVACY)
+app.add_typer(provision_app, name="provision", rich_help_panel=DEPLOY)
+app.add_typer(server_app, name="server", rich_help_panel=DEPLOY)
+app.add_typer(node_app, name="node", rich_help_panel=DEPLOY)
 app.add_typer(methods_app)  # without a name: its command stands beside these
 app.add_typer(inference_app)
 app.add_typer(distill_app)
@@ -73,7 +87,7 @@ def main(
     logging.getLogger("fedslm").setLevel(logging.WARNING)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def simulate(
     config: Annotated[
         Path | None, typer.Argument(help="A TOML file; may be left out with --resume.")
@@ -159,7 +173,7 @@ def _finish(report: dict[str, Any], as_json: bool) -> None:
             console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def demo(
     directory: Annotated[
         Path, typer.Option(help="Where the three runs are written.", metavar="DIRECTORY")

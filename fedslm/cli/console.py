@@ -18,6 +18,7 @@ from fedslm.config import Config
 from fedslm.errors import ConfigError, DataError, FedslmError, ModelError
 
 ERRORS = Console(stderr=True)
+TRAIN, USE, PRIVACY, DEPLOY = "Train", "Use", "Privacy", "Deploy"  # panels of `fedslm --help`
 
 
 class LogForm(StrEnum):

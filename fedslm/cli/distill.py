@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedslm.cli.answers import print_table
-from fedslm.cli.console import ERRORS, Json, Overrides, clear_errors
+from fedslm.cli.console import ERRORS, TRAIN, Json, Overrides, clear_errors
 
 if TYPE_CHECKING:
     from fedslm.distillation.distil import Asked
@@ -26,7 +26,7 @@ _INTERRUPTED = 130
 _GIGA = 1e9
 
 
-@distill_app.command()
+@distill_app.command(rich_help_panel=TRAIN)
 def distill(
     run: Annotated[Path, typer.Argument(help="A finished run's directory.", metavar="RUN")],
     student: Annotated[

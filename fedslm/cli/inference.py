@@ -17,7 +17,7 @@ from fedslm.cli.answers import (
     say_where,
     write_answers,
 )
-from fedslm.cli.console import ERRORS, Json, clear_errors
+from fedslm.cli.console import ERRORS, USE, Json, clear_errors
 
 if TYPE_CHECKING:
     from fedslm.inference.generation import Prompt
@@ -35,7 +35,7 @@ Device = Annotated[
 ]
 
 
-@inference_app.command()
+@inference_app.command(rich_help_panel=USE)
 def predict(
     run: Run,
     text: Annotated[list[str], typer.Option(help="A text; may be repeated.")] = [],  # noqa: B006
@@ -74,7 +74,7 @@ def predict(
                 write_answers(out, shown)
             elif as_json:
                 for answer in shown:
-                    typer.echo(json.dumps(answer, ensure_ascii=False))
+                    typer.echo(json.dumps(answer))
             else:
                 answered = list(shown)
         if out is not None:
@@ -83,7 +83,7 @@ def predict(
             print_answers(answered)
 
 
-@inference_app.command()
+@inference_app.command(rich_help_panel=USE)
 def generate(
     run: Run,
     prompt: Annotated[list[str], typer.Option(help="A prompt; may be repeated.")] = [],  # noqa: B006
@@ -130,12 +130,12 @@ def generate(
                 write_answers(out, answers)
             else:
                 for answer in answers:
-                    typer.echo(json.dumps(answer, ensure_ascii=False))
+                    typer.echo(json.dumps(answer))
         if out is not None:
             say_where(out, len(prompts), as_json)
 
 
-@inference_app.command()
+@inference_app.command(rich_help_panel=USE)
 def evaluate(
     run: Run,
     data: Annotated[
@@ -191,7 +191,7 @@ def evaluate(
             print_table(title, tables.COLUMNS, tables.rows_of(found), notes)
 
 
-@inference_app.command()
+@inference_app.command(rich_help_panel=USE)
 def export(
     run: Run,
     out: Annotated[Path, typer.Option(help="A new directory.", metavar="DIR")],

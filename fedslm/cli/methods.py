@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedslm.cli.console import Json, clear_errors
+from fedslm.cli.console import TRAIN, Json, clear_errors
 
 methods_app = typer.Typer()
 
 
-@methods_app.command("methods")
+@methods_app.command("methods", rich_help_panel=TRAIN)
 def methods(
     as_json: Json = False,
     as_markdown: Annotated[

@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote
 from fedslm.data.columns import Wanted
 from fedslm.data.spool import BATCH_ROWS, tables_of
 from fedslm.errors import DataError
+from fedslm.storage import is_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -153,6 +154,9 @@ def _url(source: str) -> URL:
             raise DataError(f"data.source={source!r}: no such file; a path begins with sqlite:////")
         name = f"file:{quote(str(Path(url.database).absolute()))}"
         return url.set(database=name, query={"mode": "ro", "uri": "true"})
+    for name in (USER, PASSWORD):
+        if not is_text(os.environ.get(name, "")):
+            raise DataError(f"{name} is not text; set it in UTF-8")
     return url.set(
         username=os.environ.get(USER) or url.username, password=os.environ.get(PASSWORD) or None
     )

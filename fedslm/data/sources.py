@@ -183,7 +183,9 @@ def load(
         tables = (table for each in found for table in files.tables_in(each, wanted))
         return spool(_checked(tables, wanted), scratch, str(found[0]))
     if "$" in expanded:
-        raise DataError(f"data.source={source!r}: a variable in it is not set in the environment")
+        raise DataError(
+            f"data.source={source!r}: a variable in it is not set in the environment, or not to text"
+        )
     if _is_path(expanded, path):
         raise DataError(
             f"data.source={source!r}: no such file or directory ({path.absolute()}); a data set of the "

@@ -25,10 +25,10 @@ from typing import Any
 from fedslm import config as configuration
 from fedslm.aggregation.server import ServerState
 from fedslm.config import Config
-from fedslm.errors import ConfigError, FedslmError, PrivacyError, RunError
+from fedslm.errors import ConfigError, FedslmError, PrivacyError, Problem, RunError
 from fedslm.privacy.statement import Statement, read_statement
 from fedslm.records import AdapterState, RoundRecord, is_count, is_number
-from fedslm.storage import load_adapter, locked, save_adapter, write_text
+from fedslm.storage import is_text, load_adapter, locked, save_adapter, write_text
 
 ERROR = "error.txt"
 _PARTS = ("moving", "memory", "control")
@@ -81,9 +81,13 @@ class RunDirectory:
         """Makes a new run directory.
 
         Raises:
+            ConfigError: Its path is not text.
             RunError: It exists and is not empty, or cannot be written.
         """
         path = path.expanduser().absolute()
+        if not is_text(str(path)):
+            message = f"{str(path)!a} is not UTF-8; rename its directory, or name another"
+            raise ConfigError([Problem("run.directory", message)])
         try:
             path.mkdir(parents=True, exist_ok=True)
             occupied = any(path.iterdir())

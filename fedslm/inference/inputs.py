@@ -12,6 +12,7 @@ from fedslm.data.columns import Wanted
 from fedslm.data.rows import rows_of
 from fedslm.data.values import described, is_value, text_in
 from fedslm.errors import DataError
+from fedslm.storage import is_text
 
 Rows = list[dict[str, Any]]
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+|[^\w\s]")
@@ -42,13 +43,16 @@ def text_of(row: dict[str, Any], column: str, number: int) -> str:
     """A row's text; nothing for a missing one.
 
     Raises:
-        DataError: The column holds lists, objects or bytes.
+        DataError: The column holds lists, objects, bytes, or text that UTF-8 cannot write.
     """
     value = row[column]
     if not is_value(value):
         found, remedy = described(value)
         raise DataError(f"row {number}: column {column!r} holds {found}; a text is needed: {remedy}")
-    return text_in(value)
+    text = text_in(value)
+    if not is_text(text):
+        raise DataError(f"row {number}: column {column!r} holds half a character; write it in UTF-8")
+    return text
 
 
 def words_in(text: str) -> list[tuple[int, int]]:

@@ -71,7 +71,9 @@ def local(model: ModelConfig) -> Path | None:
         return demo_large.demo_large(DEMO_DIRECTORY, base_sha256(DEMO_DIRECTORY))
     text = expand(model.base)
     if "$" in text:
-        raise ModelError(f"model.base={model.base!r}: the environment does not set that variable")
+        raise ModelError(
+            f"model.base={model.base!r}: the environment does not set that variable, or not to text"
+        )
     path = Path(text)
     if path.is_dir():
         if not (path / "config.json").exists():

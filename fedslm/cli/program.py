@@ -1,0 +1,64 @@
+"""The root of all commands: what must hold before any of them reads its arguments."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from typer.core import TyperArgument, TyperGroup
+from typer.models import ArgumentInfo
+
+from fedslm.storage import is_text
+
+
+class Program(TyperGroup):
+    """The root group.
+
+    click 8.5 gave arguments a help of their own, and sets it to nothing after typer 0.20 has set it:
+    every argument's help is put back here, from where it is declared.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for command in _commands(self):
+            _restore_help(command)
+
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        """Runs a command; a character that the console cannot show is escaped, as on standard error."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*arguments, **settings)
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Refuses bytes that are no text: neither a model nor a file of ours could hold them."""
+        for each in arguments:
+            if not is_text(each):
+                message = f"{each!a} is not text in this console's encoding; write it in UTF-8"
+                raise click.UsageError(f"{message}, and rename a file whose name is not", context)
+        return super().parse_args(context, arguments)
+
+
+def _commands(group: click.Group) -> Iterator[click.Command]:
+    """All commands, at any depth."""
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from _commands(command)
+        else:
+            yield command
+
+
+def _restore_help(command: click.Command) -> None:
+    """Gives arguments without a help the one that their annotation declares."""
+    lost = [each for each in command.params if isinstance(each, TyperArgument) and not each.help]
+    if not lost or command.callback is None:
+        return
+    declared = inspect.signature(command.callback, eval_str=True).parameters
+    for argument in lost:
+        for each in getattr(declared[argument.name].annotation, "__metadata__", ()):
+            if isinstance(each, ArgumentInfo):
+                argument.help = each.help
