@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -143,6 +144,20 @@ def _has_end(file: BinaryIO) -> bool:
         if b"\n" in piece:
             return True
     return False
+
+
+def with_usual_modes(directory: Path) -> None:
+    """Gives a directory's weights the mode that any new file has here.
+
+    safetensors writes files that only their owner can read, whatever the others are. Where the umask
+    keeps new files private, they stay so.
+    """
+    probe = directory / f".{os.getpid()}.probe"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for weights in directory.glob("*.safetensors"):
+        weights.chmod(stat.S_IMODE(mode))
 
 
 def save_adapter(path: Path, state: AdapterState) -> None:

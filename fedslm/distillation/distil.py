@@ -56,7 +56,7 @@ from fedslm.models.base import base_sha256, resolve
 from fedslm.models.plain import save_plain
 from fedslm.records import AdapterState
 from fedslm.reporting import distillation as reporting
-from fedslm.storage import write_text
+from fedslm.storage import with_usual_modes, write_text
 from fedslm.tasks.base import Example
 
 DIRECTORY, REPORT = "distilled", "distill.json"
@@ -174,6 +174,7 @@ def distil(
         report["seconds"] = time.monotonic() - began
         save_plain(student.model.adapter, adapter, student.lora, path / "adapter")
         student.tokenizer.save_pretrained(path / "adapter")
+        with_usual_modes(path / "adapter")
         reporting.write(path, report, reporting.Sections(student.config, asked.plan.run.task))
         _tidy(path)
         return report

@@ -24,6 +24,7 @@ from fedslm.models.loaded import LoadedModel
 from fedslm.models.plain import save_plain
 from fedslm.privacy.plan import PrivatePlan, from_json
 from fedslm.records import AdapterState
+from fedslm.storage import with_usual_modes
 from fedslm.tasks import build
 from fedslm.tasks.base import Prepared
 
@@ -109,6 +110,7 @@ def export(setup: Setup, adapter: AdapterState, directory: Path) -> None:
     model = model_for(setup)
     save_plain(model.adapter, adapter, setup.lora, directory)
     model.tokenizer.save_pretrained(directory)
+    with_usual_modes(directory)
 
 
 def truncated(setup: Setup) -> tuple[int, int]:

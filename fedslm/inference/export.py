@@ -15,7 +15,7 @@ from fedslm.inference.trained import FinishedRun
 from fedslm.models.loaded import load
 from fedslm.models.pooling import MeanPoolingClassifier
 from fedslm.reporting.render import render
-from fedslm.storage import write_text
+from fedslm.storage import with_usual_modes, write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,6 +102,7 @@ def _new_directory(target: Path) -> Iterator[Path]:
             raise RunError(f"{target} exists and is not empty; choose another --out")
         temporary.mkdir(parents=True)
         yield temporary
+        with_usual_modes(temporary)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{target} cannot be written: {error}") from error

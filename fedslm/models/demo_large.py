@@ -20,7 +20,7 @@ import numpy as np
 from fedslm.errors import ModelError, RunError
 from fedslm.records import AdapterState, FloatArray
 from fedslm.rng import reproducible_bytes
-from fedslm.storage import load_tensors, save_adapter, write_text
+from fedslm.storage import load_tensors, save_adapter, with_usual_modes, write_text
 
 NAME = "demo-large"
 _WIDER = 2
@@ -48,6 +48,7 @@ def demo_large(small: Path, sha256: str) -> Path:
         made = Path(tempfile.mkdtemp(dir=target.parent))
         try:
             _build(small, made)
+            with_usual_modes(made)
             made.chmod(0o755)
             made.rename(target)
         except (OSError, RunError):

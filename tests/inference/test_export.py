@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -297,3 +298,22 @@ def test_another_base_is_never_merged(finished_run: Finished, tmp_path: Path) ->
     with pytest.raises(ModelError, match="fits that base alone"):
         export_merged(open_run(finished_run("causal-lm"), base=other), tmp_path / "out", "float32")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_weights_are_as_readable_as_their_neighbours(
+    umask: int, mode: int, finished_run: Finished, tmp_path: Path
+) -> None:
+    """Every exported file has the mode of any new file, weights too; where new files are private, so are they."""
+    run = open_run(finished_run("classification"))
+    before = os.umask(umask)
+    try:
+        export_merged(run, tmp_path / "merged", "float32")
+        export_adapter(run, tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()}
+    assert modes == dict.fromkeys(modes, mode)
+    assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_mode & 0o777 == mode
+    inside = {path.stat().st_mode & 0o777 for path in run.adapter_directory.iterdir()}
+    assert inside == {0o666 & ~before}
