@@ -13,6 +13,7 @@ FedslmError
 ├── FederationError      the run cannot go on (no clients, too many failed rounds)
 │   └── Unanswered       the SuperLink did not answer a call within its time; the round can go on
 └── RunError             a run directory cannot be created, resumed or written
+    └── Refused          a key, a fingerprint or a signature is not the one that is expected
 """
 
 from __future__ import annotations
@@ -96,3 +97,7 @@ class Unanswered(FederationError):
 
 class RunError(FedslmError):
     """A run directory cannot be created, resumed or written."""
+
+
+class Refused(RunError):
+    """A key, a fingerprint or a signature is not the one that is expected."""

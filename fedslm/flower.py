@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from fedslm import config as configuration
 from fedslm import contradictions
 from fedslm.distillation.following import check_asked, distil_if_asked, follower
-from fedslm.errors import RunError
+from fedslm.errors import FedslmError, RunError
 from fedslm.federation.checkpoint import ERROR, RunDirectory
 from fedslm.federation.rounds import Federation, Outcome
 from fedslm.federation.workers import InlinePool
@@ -72,5 +72,6 @@ def _told(directory: RunDirectory) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        write_text(directory.path / ERROR, f"{type(error).__name__}: {error}")
+        kind = "" if isinstance(error, FedslmError) else f"{type(error).__name__}: "
+        write_text(directory.path / ERROR, f"{kind}{error}")
         raise

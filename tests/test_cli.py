@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 import fedslm
 from fedslm import config as configuration
+from fedslm import errors
 from fedslm.cli import app
+from fedslm.cli.console import code_of
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "simulations" / "demo.toml")
@@ -40,12 +42,12 @@ def tiny(run_directory: Path, *more: str) -> list[str]:
 
 
 def assert_clear(result: Result, kind: str, *parts: str) -> None:
-    """An error of ours: its exit status, name and text on standard error, and no traceback."""
+    """An error of ours: its exit code, and its text on standard error; neither class name nor traceback."""
     assert isinstance(result.exception, SystemExit)
-    given = ("ConfigError", "DataError", "ModelError")
-    assert result.exit_code == (2 if kind in given else 1)
+    assert result.exit_code == code_of(getattr(errors, kind))
     assert result.stdout == ""
-    assert f"error: {kind}" in result.stderr
+    assert "error: " in result.stderr
+    assert kind not in result.stderr
     assert "Traceback" not in result.output
     for part in parts:
         assert part in result.stderr

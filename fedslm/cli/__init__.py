@@ -18,6 +18,7 @@ from fedslm.cli.budget import budget_app
 from fedslm.cli.console import (
     DEPLOY,
     ERRORS,
+    INTERRUPTED,
     PRIVACY,
     TRAIN,
     ConfigPath,
@@ -62,8 +63,6 @@ app.add_typer(node_app, name="node", rich_help_panel=DEPLOY)
 app.add_typer(methods_app)  # without a name: its command stands beside these
 app.add_typer(inference_app)
 app.add_typer(distill_app)
-
-_INTERRUPTED = 130
 
 
 def _version(wanted: bool) -> None:
@@ -139,7 +138,7 @@ def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
         )
         hint = f"interrupted; continue with: fedslm simulate --resume {directory}"
         ERRORS.print(hint, highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     finally:
         bar.close()
 

@@ -11,12 +11,22 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from fedslm import config as configuration
 from fedslm import contradictions
 from fedslm.config import Config
-from fedslm.errors import ConfigError, DataError, FedslmError, ModelError
+from fedslm.errors import (
+    ConfigError,
+    DataError,
+    FedslmError,
+    LedgerError,
+    ModelError,
+    PrivacyError,
+    Refused,
+)
 
+FINE, FAILED, INPUT, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130  # the table is in the README
 ERRORS = Console(stderr=True)
 TRAIN, USE, PRIVACY, DEPLOY = "Train", "Use", "Privacy", "Deploy"  # panels of `fedslm --help`
 
@@ -42,14 +52,20 @@ Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on st
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Prints our own errors without a traceback; ends with 2 if what was given is at fault, else 1."""
+    """Prints our own errors without a traceback, and ends with their exit code."""
     try:
         yield
     except FedslmError as error:
-        ERRORS.print(f"[red bold]error:[/red bold] {type(error).__name__}", highlight=False)
-        ERRORS.print(str(error), highlight=False, markup=False, soft_wrap=True)
-        is_input = isinstance(error, ConfigError | DataError | ModelError)
-        raise typer.Exit(2 if is_input else 1) from None
+        text = Text.assemble(("error: ", "red bold"), str(error))
+        ERRORS.print(text, highlight=False, soft_wrap=True)
+        raise typer.Exit(code_of(type(error))) from None
+
+
+def code_of(kind: type[FedslmError]) -> int:
+    """The exit code of an error: whether what was given is at fault, it was refused, or it failed."""
+    if issubclass(kind, ConfigError | DataError | ModelError | LedgerError):
+        return INPUT
+    return REFUSED if issubclass(kind, PrivacyError | Refused) else FAILED
 
 
 def keep_private() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedslm.cli.answers import print_table
-from fedslm.cli.console import ERRORS, TRAIN, Json, Overrides, clear_errors
+from fedslm.cli.console import ERRORS, INTERRUPTED, TRAIN, Json, Overrides, clear_errors
 
 if TYPE_CHECKING:
     from fedslm.distillation.distil import Asked
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 distill_app = typer.Typer()
 
-_INTERRUPTED = 130
 _GIGA = 1e9
 
 
@@ -209,7 +208,7 @@ def _watching(target: Path) -> Iterator[Watcher]:
                 markup=False,
                 soft_wrap=True,
             )
-            raise typer.Exit(_INTERRUPTED) from None
+            raise typer.Exit(INTERRUPTED) from None
 
 
 class _Stages:

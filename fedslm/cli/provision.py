@@ -150,11 +150,11 @@ def admit(
     """
     with clear_errors():
         from fedslm.deployment import admission, enrolment
-        from fedslm.errors import RunError
+        from fedslm.errors import Refused
 
         found = enrolment.fingerprint(enrolment.read_request(request)["node_key"])
         if expected is not None and expected != found:
-            raise RunError(
+            raise Refused(
                 f"{request} is refused: its fingerprint is not {expected}; ask its sender again"
             )
         with reached(server) as control:

@@ -30,7 +30,7 @@ from fedslm.deployment.enrolment import (
     short,
 )
 from fedslm.deployment.settings import FederationFile, read_federation
-from fedslm.errors import LedgerError, RunError
+from fedslm.errors import LedgerError, Refused, RunError
 from fedslm.federation import spends
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.spends import Standing
@@ -126,7 +126,8 @@ def admit(directory: Path, request: Path, register: Any) -> tuple[Admitted, Path
         The node, and the admission's file, to be sent back.
 
     Raises:
-        RunError: The request is wrong, or the name or a key is taken.
+        Refused: The name or a key is taken or revoked, or a signature is wrong.
+        RunError: The request is none.
         FederationError: The SuperLink refuses.
     """
     asked, nodes = read_request(request), admitted_nodes(directory)
@@ -135,10 +136,10 @@ def admit(directory: Path, request: Path, register: Any) -> tuple[Admitted, Path
         taken |= {"node_key": asked["node_key"] == node.node_key}
         taken |= {"ledger_key": asked["ledger_key"] == node.ledger_key and not node.revoked}
         if node.revoked and asked["node_key"] == node.node_key:
-            raise RunError(f"{request} is refused: its key was revoked; enrol without that node-key")
+            raise Refused(f"{request} is refused: its key was revoked; enrol without that node-key")
         if any(taken.values()):
             which = ", ".join(key for key, is_taken in taken.items() if is_taken)
-            raise RunError(
+            raise Refused(
                 f"{request} is refused: node {node.name!r} is admitted with the same {which}; its "
                 f"admission is {_admission_of(directory, node.name)}"
             )
@@ -286,25 +287,24 @@ def accept(
         replaces: Take another authority, or another operator's key, than was accepted before.
 
     Raises:
-        RunError: It is none, is not signed by the key that it names, is for another node's key, or has
-            another authority or operator's key than before.
+        Refused: It is not signed by the key that it names, is for another node's key, or has another
+            authority or operator's key than before.
+        RunError: It is none.
     """
     found = read_admission(admission)
     if found.node_key != public_text(node_key(directory)):
-        raise RunError(f"{admission} is for another node's key")
+        raise Refused(f"{admission} is for another node's key")
     if not _is_signed_by_its_operator(found):
-        raise RunError(
-            f"{admission} is refused: it is not signed with the operator's key that it names"
-        )
+        raise Refused(f"{admission} is refused: it is not signed with the operator's key that it names")
     if expected is not None and expected != found.fingerprint:
-        raise RunError(
+        raise Refused(
             f"{admission} is refused: the federation's fingerprint is not {expected}; ask the "
             f"server's operator again"
         )
     if (directory / ADMISSION).exists() and not replaces:
         before = read_admission(directory / ADMISSION)
         if before.fingerprint != found.fingerprint:
-            raise RunError(
+            raise Refused(
                 f"{admission} has another authority or operator's key than before (fingerprint "
                 f"{found.fingerprint}, was {before.fingerprint}); if the operator confirms: --replace"
             )

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import fedslm
 from fedslm.deployment.authority import write_private
-from fedslm.errors import LedgerError, RunError
+from fedslm.errors import LedgerError, Refused, RunError
 from fedslm.privacy import keys
 from fedslm.storage import read_text, write_text
 
@@ -122,7 +122,8 @@ def read_request(path: Path) -> dict[str, str]:
     """Reads a request whose signatures show that its sender has both private keys.
 
     Raises:
-        RunError: It is none, or a signature is wrong.
+        Refused: The node key's signature is wrong.
+        RunError: It is none.
     """
     try:
         content: dict[str, Any] = json.loads(read_text(path, MAX_BYTES))
@@ -143,7 +144,7 @@ def read_request(path: Path) -> dict[str, str]:
         if not keys.is_signed(ledger, content, signatures["ledger"]):
             raise ValueError("the ledger key's signature is wrong")
     except InvalidSignature as error:
-        raise RunError(f"{path} is refused: the node key's signature is wrong") from error
+        raise Refused(f"{path} is refused: the node key's signature is wrong") from error
     except (*UNUSABLE, LedgerError) as error:
         raise RunError(f"{path} is not an enrolment request: {short(error)}") from error
     return content
