@@ -10,7 +10,7 @@ from fedslm.aggregation.robust import required_clients
 from fedslm.config import Config
 from fedslm.data.columns import placeholders
 from fedslm.data.database import PASSWORD, USER, holds_password, is_url
-from fedslm.errors import ConfigError, Problem
+from fedslm.errors import ConfigError, Problem, plural
 from fedslm.storage import expand
 
 WITH_LABELS = ("classification", "multi-label", "token-classification")
@@ -94,7 +94,7 @@ def _federation(config: Config) -> Iterator[Problem]:
         )
         yield Problem("federation.min_clients", message)
     elif federation.min_replies > cohort:
-        message = f"value {federation.min_replies} exceeds the cohort of {cohort} clients"
+        message = f"value {federation.min_replies} exceeds the cohort of {plural(cohort, 'client')}"
         yield Problem("federation.min_replies", message)
 
 

@@ -50,9 +50,8 @@ class ConfigError(FedslmError):
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = "\n".join(f"  {problem}" for problem in problems)
-        super().__init__(f"{count} in the configuration\n{lines}")
+        super().__init__(f"{plural(len(problems), 'problem')} in the configuration\n{lines}")
 
 
 class DataError(FedslmError):
@@ -101,3 +100,12 @@ class RunError(FedslmError):
 
 class Refused(RunError):
     """A key, a fingerprint or a signature is not the one that is expected."""
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> plural(1, "record"), plural(3000, "record")
+    ('1 record', '3000 records')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

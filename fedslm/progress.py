@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 from fedslm.config import Config
+from fedslm.errors import plural
 from fedslm.records import RoundRecord
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Bar:
         cohort = config.federation.clients_per_round or config.federation.num_clients
         first = ", ".join(f"{key} {value:.4f}" for key, value in done.metrics.items())
         self._console.print(
-            f"[bold]{config.run.name}[/bold]: {config.federation.num_clients} clients, "
+            f"[bold]{config.run.name}[/bold]: {plural(config.federation.num_clients, 'client')}, "
             f"round {done.round} of {self._rounds}; public split: {first}"
         )
         self._progress = Progress(

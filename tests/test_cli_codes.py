@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from fedslm import errors
 from fedslm.cli import app, console
-from fedslm.errors import FedslmError
+from fedslm.errors import FedslmError, plural
 
 HEX = "0" * 64
 CODES = {
@@ -131,3 +131,9 @@ def test_a_refusal_ends_with_3(tmp_path: Path) -> None:
     result = run("provision", "admit", request, "--fingerprint", "1a2b-3c4d")
     assert (result.exit_code, result.stdout) == (3, "")
     assert "its fingerprint is not 1a2b-3c4d" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "0 records"), (1, "1 record"), (2, "2 records")])
+def test_one_is_not_many(number: int, words: str) -> None:
+    """A count and its noun agree."""
+    assert plural(number, "record") == words

@@ -125,6 +125,15 @@ def test_split_says_what_it_wrote(tmp_path: Path) -> None:
     assert as_json["test_units"] == 4
 
 
+def test_one_record_is_not_many(tmp_path: Path) -> None:
+    """Numbers and their nouns agree in what is printed."""
+    (tmp_path / "two.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    options = ("--fraction", "0.5", "--out", str(tmp_path / "out"))
+    result = run("data", "split", str(tmp_path / "two.jsonl"), *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("parquet: 1 record\n") == 2
+
+
 def test_split_refuses_a_password_and_a_share_of_all(tmp_path: Path) -> None:
     """A URL with a password is refused without showing it; a share must be one."""
     out = ("--out", str(tmp_path / "out"))

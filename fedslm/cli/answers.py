@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedslm.cli.console import ERRORS
+from fedslm.errors import plural
 
 Rows = list[dict[str, Any]]
 _SHOWN_CHARACTERS = 60
@@ -63,7 +64,9 @@ def _cell(value: object) -> object:
 
 def say_where(out: Path, count: int, as_json: bool) -> None:
     """Where the answers are."""
-    typer.echo(json.dumps({"out": str(out), "rows": count}) if as_json else f"{out}: {count} rows")
+    typer.echo(
+        json.dumps({"out": str(out), "rows": count}) if as_json else f"{out}: {plural(count, 'row')}"
+    )
 
 
 def print_answers(answers: Rows) -> None:

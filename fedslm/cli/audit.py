@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedslm.cli.console import ERRORS, Json, clear_errors
+from fedslm.errors import plural
 
 if TYPE_CHECKING:
     from fedslm.audit.ledgers import LedgerAudit
@@ -148,8 +149,9 @@ def _print_ledger(found: LedgerAudit) -> None:
     console.print(f"{verdict}: ", found.path, highlight=False, soft_wrap=True)
     if found.entries:
         console.print(
-            f"{found.entries} lines, {found.charges} charges for one {found.unit} ({found.adjacency}), "
-            f"{found.open_reservations} of them released nothing; {len(found.runs)} run(s)",
+            f"{plural(found.entries, 'line')}, {plural(found.charges, 'charge')} for one "
+            f"{found.unit} ({found.adjacency}), {found.open_reservations} of them released "
+            f"nothing; {plural(len(found.runs), 'run')}",
             highlight=False,
         )
         console.print(f"head {found.head}", highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
+from fedslm.errors import plural
 
 if TYPE_CHECKING:
     from fedslm.data.preview import ClientView, Preview
@@ -57,7 +58,9 @@ def preview(
             from fedslm.reporting.preview import plot_preview
 
             kind = loaded.data.partition
-            plot_preview(plot, found, f"{loaded.run.name}: {len(found.clients)} clients, {kind}")
+            plot_preview(
+                plot, found, f"{loaded.run.name}: {plural(len(found.clients), 'client')}, {kind}"
+            )
         if as_json:
             typer.echo(json.dumps(found.to_json()))
         else:
@@ -97,12 +100,12 @@ def split(
             typer.echo(json.dumps(asdict(sides)))
             return
         console = Console()
-        of = "records" if unit is None else f"values of {unit}"
         for side, records, units in (
             ("train", sides.train_records, sides.train_units),
             ("test", sides.test_records, sides.test_units),
         ):
-            text = f"{out / side}.parquet: {records} records, {units} {of}"
+            text = f"{out / side}.parquet: {plural(records, 'record')}"
+            text += "" if unit is None else f", {plural(units, 'value')} of {unit}"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -128,7 +131,7 @@ def _with_lengths(found: Preview, shared: Shared, config: Config) -> Preview:
 def _print(found: Preview, config: Config, plot: Path | None) -> None:
     """A table of clients, and what else is worth knowing."""
     console = Console()
-    table = Table(title=f"{len(found.clients)} clients ({config.data.partition})")
+    table = Table(title=f"{plural(len(found.clients), 'client')} ({config.data.partition})")
     longest = max(len(client.name) for client in found.clients[:_MOST_CLIENTS])
     width = min(24, max(6, longest))
     table.add_column("client", overflow="ellipsis", no_wrap=True, min_width=width, max_width=24)
@@ -145,7 +148,9 @@ def _print(found: Preview, config: Config, plot: Path | None) -> None:
         table.add_row(*_cells(client, total, with_labels=bool(found.labels)))
     console.print(table)
     if len(found.clients) > _MOST_CLIENTS:
-        console.print(f"… and {len(found.clients) - _MOST_CLIENTS} more clients", highlight=False)
+        console.print(
+            f"… and {plural(len(found.clients) - _MOST_CLIENTS, 'more client')}", highlight=False
+        )
     for line in _remarks(found, config):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if plot is not None:
@@ -168,8 +173,8 @@ def _remarks(found: Preview, config: Config) -> list[str]:
     """Sizes, what is left out, what is cut, what is in both splits."""
     smallest = min(client.records for client in found.clients)
     lines = [
-        f"training: {found.records} records; the smallest client has {smallest}",
-        f"public evaluation: {found.evaluation_records} records",
+        f"training: {plural(found.records, 'record')}; the smallest client has {smallest}",
+        f"public evaluation: {plural(found.evaluation_records, 'record')}",
     ]
     if found.left_out:
         lines.append(f"left out: {found.left_out} training records belong to no client")
@@ -180,7 +185,9 @@ def _remarks(found: Preview, config: Config) -> list[str]:
         lines.append(f"lengths: not measured; {config.model.base} is not a local directory")
         return lines
     limit = f"task.max_length={config.task.max_length}"
-    lines.append(f"longer than {limit}: {found.cut_share:.1%} of {found.looked_at} records looked at")
+    lines.append(
+        f"longer than {limit}: {found.cut_share:.1%} of {plural(found.looked_at, 'record')} looked at"
+    )
     if found.unusable:
         lines.append(f"unusable: {found.unusable} of them give no tokens")
     return lines

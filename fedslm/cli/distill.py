@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedslm.cli.answers import print_table
 from fedslm.cli.console import ERRORS, INTERRUPTED, TRAIN, Json, Overrides, clear_errors
+from fedslm.errors import plural
 
 if TYPE_CHECKING:
     from fedslm.distillation.distil import Asked
@@ -165,7 +166,7 @@ def _estimated(asked: Asked, as_json: bool) -> None:
         ("student", f"{student:,} parameters, {found.trained:,} of its adapter are trained"),
         ("teacher", f"{teacher:,} parameters"),
         ("memory", f"about {total / _GIGA:.2f} GB on {found.device}"),
-        ("time", f"about {_duration(found.seconds)} for {plan.settings.steps} steps"),
+        ("time", f"about {_duration(found.seconds)} for {plural(plan.settings.steps, 'step')}"),
     ]
     print_table("", ("what", "how much"), rows, ["rough: half or twice as much is usual"])
     if found.device_bytes is not None and total > 0.9 * found.device_bytes:

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from fedslm.cli.console import ERRORS, LogForm, LogFormat, clear_errors, keep_private
+from fedslm.errors import plural
 
 _GRACE_SECONDS, _ASK_SECONDS = 5.0, 3.0
 
@@ -150,7 +151,9 @@ def up(
         ready = node.open_node(directory, profile)
         typer.echo(f"{ready.file.name}: reading records ...")
         count = node.import_records(ready)
-        typer.echo(f"{ready.file.name}: {count} records; connecting to {ready.admission.address}")
+        typer.echo(
+            f"{ready.file.name}: {plural(count, 'record')}; connecting to {ready.admission.address}"
+        )
         stop = until_stopped()
         threading.Thread(target=_leave, args=(stop,), daemon=True).start()
         try:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedslm.cli.console import ERRORS, Overrides, clear_errors, keep_private, load_config
+from fedslm.errors import plural
 
 if TYPE_CHECKING:
     from fedslm.deployment.control import Control
@@ -126,7 +127,9 @@ def lab(
         loaded = load_config(config, overrides)
         nodes = make_lab(directory, loaded, port=port, inner_port=inner_port)
         again = "".join(f" --set {each}" for each in overrides)
-        typer.echo(f"made {len(nodes)} nodes and a server. Now, each in a terminal of its own:")
+        typer.echo(
+            f"made {plural(len(nodes), 'node')} and a server. Now, each in a terminal of its own:"
+        )
         typer.echo(f"  fedslm server up {directory / SERVER}")
         for node in nodes:
             typer.echo(f"  fedslm node up {directory / node.name}")
@@ -206,8 +209,9 @@ def readmit(
         typer.echo(f"{name} takes part again; it had been out since {known.since}: {known.out}")
         if known.charges:
             typer.echo(
-                f"before, its ledger had {known.charges} charges, epsilon {known.epsilon:.3f} at "
-                f"delta={known.delta:g}: the server no longer counts this, but it was spent"
+                f"before, its ledger had {plural(known.charges, 'charge')}, epsilon "
+                f"{known.epsilon:.3f} at delta={known.delta:g}: the server no longer counts this, "
+                f"but it was spent"
             )
 
 

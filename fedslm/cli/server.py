@@ -26,6 +26,7 @@ from fedslm.cli.console import (
     load_config,
 )
 from fedslm.cli.provision import Server, reached, warn_of_certificates
+from fedslm.errors import plural
 
 _STATUS_SECONDS = 6.0
 server_app = typer.Typer(
@@ -133,7 +134,8 @@ def status(server: Server = Path(), as_json: Json = False) -> None:
                 text = f"{node.name} is out {node.out}; to let it in again: {command}"
                 Console().print(text, style="red", highlight=False, markup=False, soft_wrap=True)
             if node.readmissions:
-                text = f"{node.name}: readmitted {node.readmissions} times; ε of before is in the audit"
+                again = f"readmitted {plural(node.readmissions, 'time')}"
+                text = f"{node.name}: {again}; ε of before is in the audit"
                 Console().print(text, highlight=False, markup=False, soft_wrap=True)
             if node.reason:
                 text = f"{node.name} was left out of run {found.runs[0].name} in {node.reason}"

@@ -16,7 +16,7 @@ from fedslm.config import DataConfig
 from fedslm.data.missing import is_missing
 from fedslm.data.owners import owner_of
 from fedslm.data.spool import batches, named
-from fedslm.errors import DataError
+from fedslm.errors import DataError, plural
 from fedslm.rng import stream
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def partition(
     """
     if config.partition != "natural" and len(dataset) < num_clients:
         raise DataError(
-            f"{len(dataset)} records cannot be shared out among "
+            f"{plural(len(dataset), 'record')} cannot be shared out among "
             f"federation.num_clients={num_clients}; use fewer clients"
         )
     shared = _rows(dataset, config, num_clients, seed)
@@ -144,7 +144,7 @@ def _shard(dataset: Dataset, config: DataConfig, num_clients: int, seed: int) ->
     shards = num_clients * config.shards_per_client
     if len(dataset) < shards:
         raise DataError(
-            f"{len(dataset)} records cannot be cut into {shards} shards; use fewer clients "
+            f"{plural(len(dataset), 'record')} cannot be cut into {shards} shards; use fewer clients "
             f"(federation.num_clients={num_clients}) or data.shards_per_client="
             f"{config.shards_per_client}"
         )
@@ -195,7 +195,7 @@ def _natural(dataset: Dataset, config: DataConfig, num_clients: int) -> _Rows:
     available = len({owners[row] for row in owned})
     if available < num_clients:
         raise DataError(
-            f"data.natural_column={column!r} names {available} clients, fewer than "
+            f"data.natural_column={column!r} names {plural(available, 'client')}, fewer than "
             f"federation.num_clients={num_clients}"
         )
     partitioner = NaturalIdPartitioner(partition_by=_KEY)

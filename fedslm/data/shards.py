@@ -27,7 +27,7 @@ from fedslm.config import AttackConfig, DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.rows import Row, rows_of
 from fedslm.data.sharing import NO_ATTACK, Shared, load_what_is_public, share_out
 from fedslm.data.spool import BATCH_ROWS, parquet
-from fedslm.errors import DataError
+from fedslm.errors import DataError, plural
 from fedslm.storage import replacing, write_text
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ class StoredRows(Sequence[Row]):
         path = folder / _file_name(client)
         if client < 0 or not path.exists():
             count = len(list(folder.glob("*.arrow")))
-            raise DataError(f"{folder} holds {count} clients; there is no client {client}")
+            raise DataError(f"{folder} holds {plural(count, 'client')}; there is no client {client}")
         try:
             self._file = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = map(self._file.get_batch, range(self._file.num_record_batches))
@@ -351,7 +351,9 @@ def _read_row_group(path: Path, index: int, columns: Set[str] | None = None) -> 
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not 0 <= index < file.num_row_groups:
-        raise DataError(f"{path} holds {file.num_row_groups} clients; there is no client {index}")
+        raise DataError(
+            f"{path} holds {plural(file.num_row_groups, 'client')}; there is no client {index}"
+        )
     known = file.schema_arrow.names
     chosen = known if columns is None else [name for name in known if name in columns]
     return rows_of(file.read_row_group(index, columns=chosen))

@@ -10,7 +10,7 @@ from pathlib import Path
 from cryptography import x509
 
 from fedslm.deployment.authority import AUTHORITY, SERVER, expires
-from fedslm.errors import FederationError, RunError
+from fedslm.errors import FederationError, RunError, plural
 
 WARNING_DAYS = 30
 _REACH_SECONDS = 10.0
@@ -28,7 +28,7 @@ def ending(what: str, end: datetime, remedy: str) -> str:
     left = end - datetime.now(UTC)
     if left >= timedelta(days=WARNING_DAYS):
         return ""
-    when = f"ends in {left.days} days" if left > timedelta(0) else "has ended"
+    when = f"ends in {plural(left.days, 'day')}" if left > timedelta(0) else "has ended"
     return f"{what} {when}, on {end:%Y-%m-%d}: {remedy}"
 
 

@@ -19,7 +19,7 @@ from fedslm.deployment.conditions import reason_against
 from fedslm.deployment.enrolment import node_key
 from fedslm.deployment.fleet import check_key
 from fedslm.deployment.node import Ready, import_records, worker
-from fedslm.errors import FedslmError, RunError
+from fedslm.errors import FedslmError, RunError, plural
 from fedslm.federation.attestation import attest
 from fedslm.federation.node import LEDGER, RELEASE
 from fedslm.models.base import base_sha256, resolve
@@ -119,12 +119,12 @@ def _ledger(directory: Path) -> str:
     if not path.exists():
         return "no ledger yet"
     chain = read_chain(path, read_public_key(directory / PUBLIC_KEY))
-    return f"a whole ledger of {len(chain.entries)} lines"
+    return f"a whole ledger of {plural(len(chain.entries), 'line')}"
 
 
 def _records(ready: Ready) -> str:
     """The records can be read, and have the columns that the operator declares."""
-    found = f"{import_records(ready)} records can be read"
+    found = f"{plural(import_records(ready), 'record')} can be read"
     columns = ", ".join(ready.file.columns)
     return f"{found}, with {columns}" if columns else f"{found}; declare their columns in node.toml"
 

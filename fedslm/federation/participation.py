@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from fedslm.errors import plural
 from fedslm.records import RoundRecord
 
 _OF_CLIENT = re.compile(r"client (\d+): (.*)", re.DOTALL)
@@ -28,10 +29,10 @@ def nobody(records: Sequence[RoundRecord]) -> str:
     for text in (text for record in records for text in record.reasons):
         name, _, reason = text.partition(": ")
         reasons[name][reason] += 1
-    lines = [f"no node took part in any of the {len(records)} rounds"]
+    lines = [f"no node took part in any of the {plural(len(records), 'round')}"]
     for name in list(reasons)[:_MOST_CLIENTS]:
         ((reason, count),) = reasons[name].most_common(1)
-        lines.append(f"{name}, {count} times: {reason[:_LONGEST]}")
+        lines.append(f"{name}, {plural(count, 'time')}: {reason[:_LONGEST]}")
     if len(reasons) > _MOST_CLIENTS:
         lines.append(f"and {len(reasons) - _MOST_CLIENTS} more clients")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from fedslm.aggregation.server import Aggregation, Round, ServerState
 from fedslm.config import Config
 from fedslm.data.poison import hostile_clients
 from fedslm.data.shards import client_names
-from fedslm.errors import FederationError
+from fedslm.errors import FederationError, plural
 from fedslm.federation import public_model
 from fedslm.federation.attacks import attacked
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
@@ -139,7 +139,7 @@ class Federation:
                 exchange.trust.needed(config.federation.min_clients)
             state = self._round(config, told, state, exchange=exchange, number=number)
             if state.failed_in_row >= config.federation.max_failed_rounds:
-                stopped = f"{state.failed_in_row} rounds in a row had too few replies"
+                stopped = f"{plural(state.failed_in_row, 'round')} in a row had too few replies"
                 break
         stopped = "; ".join(filter(None, [stopped, nobody(self.directory.records())]))
         measured = self._measured(config, told, state, exchange)

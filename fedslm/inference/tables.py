@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from fedslm.errors import plural
 from fedslm.inference.bootstrap import CONFIDENCE, Estimate
 from fedslm.inference.evaluation import Evaluation
 from fedslm.inference.trained import Trained
@@ -24,8 +25,8 @@ def rows_of(found: Evaluation) -> list[tuple[str, str, str, str]]:
 def notes_of(trained: Trained, found: Evaluation, resamples: int) -> list[str]:
     """What one must know to read the table."""
     notes = [
-        f"{found.records} records; in brackets {CONFIDENCE:.0%} intervals from {resamples} bootstrap "
-        f"resamples of them; differences are paired"
+        f"{plural(found.records, 'record')}; in brackets {CONFIDENCE:.0%} intervals from "
+        f"{resamples} bootstrap resamples of them; differences are paired"
     ]
     if trained.has_new_head:
         notes.append(
@@ -35,7 +36,9 @@ def notes_of(trained: Trained, found: Evaluation, resamples: int) -> list[str]:
     else:
         notes.append("base: the same model without the adapter")
     if found.written:
-        notes.append(f"ROUGE (F, stemmed) and exact match: texts written for {found.written} records")
+        notes.append(
+            f"ROUGE (F, stemmed) and exact match: texts written for {plural(found.written, 'record')}"
+        )
     if found.skipped:
         notes.append(f"{found.skipped} record(s) left out: no text, or a label unknown to the run")
     if found.truncated:
