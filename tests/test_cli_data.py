@@ -243,6 +243,20 @@ def test_an_error_before_the_first_round_leaves_the_log_alone(
     assert str(tmp_path / "run.clients.log") in caplog.text
 
 
+def test_check_with_data_finds_what_a_preview_finds(tmp_path: Path) -> None:
+    """With --data a check refuses what a preview refuses, and makes its remarks."""
+    source = ("--set", notes(tmp_path, GOOD, GOOD[:4]), "--set", "data.partition=iid")
+    missing = (*source, "--set", "data.label_column=diagnosis")
+    assert run("config", "check", DEMO, *missing).exit_code == 0
+    for command in (("config", "check", "--data"), ("data", "preview")):
+        result = run(*command, DEMO, *missing)
+        assert_clear(result, "DataError", "data.label_column='diagnosis' is not a column")
+    result = run("config", "check", DEMO, "--data", *source)
+    assert result.exit_code == 0
+    for part in ("training: 20 records", "duplicates: 4", "longer than task.max_length", "ok"):
+        assert part in result.stdout
+
+
 def test_a_run_reports_what_is_in_both_splits(tmp_path: Path) -> None:
     """The report of a run says how many training records the public split holds too."""
     (tmp_path / "notes").mkdir()

@@ -67,11 +67,28 @@ def test_bytes_are_those_of_a_real_round(tmp_path: Path) -> None:
         assert report[key] == pytest.approx(found["bytes_per_round"] / 2, rel=0.01)
 
 
-def test_info_for_people_names_a_guess() -> None:
-    """Without a list of classes only the data could tell how many there are, and they are not read."""
-    result = run("model", "info", DEMO, "--set", "model.quantization=int4")
+def test_info_counts_the_classes_of_the_public_split() -> None:
+    """Without a list of classes the public split says how many there are, as it does in a run."""
+    found = info()
+    assert (found["classes"], found["classes_assumed"]) == (6, False)
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        (
+            "data.source=some-owner/some-data",
+            "the public split is not on this machine; set task.labels",
+        ),
+        ("data.label_column=diagnosis", "data.label_column='diagnosis' is not a column"),
+    ],
+)
+def test_info_for_people_names_a_guess(override: str, why: str) -> None:
+    """Where the public split does not say it, or is not here, the number of classes is a guess, and why."""
+    options = ("--set", "model.quantization=int4", "--set", override)
+    result = run("model", "info", DEMO, *options)
     assert result.exit_code == 0, result.output
-    for part in ("BERT, proved", "a guess: set task.labels", "int4, computed in float32", "×4"):
+    for part in ("BERT, proved", "2, a guess", "int4, computed in float32", "×4", why):
         assert part in result.stdout
 
 

@@ -27,7 +27,7 @@ from fedslm.cli.console import (
     clear_errors,
     load_config,
 )
-from fedslm.cli.data import data_app
+from fedslm.cli.data import data_app, remarks, seen
 from fedslm.cli.distill import distill_app
 from fedslm.cli.inference import inference_app
 from fedslm.cli.methods import methods_app
@@ -231,8 +231,14 @@ def show(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @config_app.command("check")
-def check(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Say what is wrong with a configuration's keys and values; data are not looked at.
+def check(
+    config: ConfigPath,
+    overrides: Overrides = [],  # noqa: B006
+    data: Annotated[
+        bool, typer.Option("--data", help="Look at the data too, as `fedslm data preview` does.")
+    ] = False,
+) -> None:
+    """Say what is wrong with a configuration's keys and values, and with --data what is with its data.
 
     If the base model lies here, its config.json is: some architectures cannot be trained privately.
 
@@ -242,4 +248,6 @@ def check(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
         loaded = load_config(config, overrides)
         if loaded.model.base == "demo" or Path(expand(loaded.model.base)).is_dir():
             check_early(loaded.model, loaded.lora, private=loaded.privacy.unit != "none")
+        for line in remarks(seen(loaded), loaded) if data else ():
+            typer.echo(line)
         typer.echo(f"{config}: ok (sha256 {loaded.sha256()[:12]})")

@@ -41,19 +41,8 @@ def preview(
     Example: `fedslm data preview simulations/demo.toml --plot data.png`
     """
     with clear_errors():
-        from fedslm.data.preview import look
-        from fedslm.data.sharing import share_out
-        from fedslm.simulation import with_layout
-
-        loaded = with_layout(load_config(config, overrides))
-        shared = share_out(
-            loaded.data,
-            loaded.task,
-            loaded.privacy,
-            num_clients=loaded.federation.num_clients,
-            seed=loaded.run.seed,
-        )
-        found = _with_lengths(look(shared, loaded.data, loaded.task, loaded.privacy), shared, loaded)
+        loaded = load_config(config, overrides)
+        found = seen(loaded)
         if plot is not None:
             from fedslm.reporting.preview import plot_preview
 
@@ -109,6 +98,27 @@ def split(
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def seen(config: Config) -> Preview:
+    """What a config's data looks like.
+
+    Raises:
+        DataError: Anything about the data that would stop a client later.
+    """
+    from fedslm.data.preview import look
+    from fedslm.data.sharing import share_out
+    from fedslm.simulation import with_layout
+
+    config = with_layout(config)
+    shared = share_out(
+        config.data,
+        config.task,
+        config.privacy,
+        num_clients=config.federation.num_clients,
+        seed=config.run.seed,
+    )
+    return _with_lengths(look(shared, config.data, config.task, config.privacy), shared, config)
+
+
 def _with_lengths(found: Preview, shared: Shared, config: Config) -> Preview:
     """How many texts are cut or give no example, if the base model's tokenizer is at hand."""
     from fedslm.data.spool import rows_in
@@ -151,7 +161,7 @@ def _print(found: Preview, config: Config, plot: Path | None) -> None:
         console.print(
             f"… and {plural(len(found.clients) - _MOST_CLIENTS, 'more client')}", highlight=False
         )
-    for line in _remarks(found, config):
+    for line in remarks(found, config):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if plot is not None:
         console.print(f"  {plot}", highlight=False, markup=False, soft_wrap=True)
@@ -169,7 +179,7 @@ def _cells(client: ClientView, total: int, *, with_labels: bool) -> list[str]:
     return cells
 
 
-def _remarks(found: Preview, config: Config) -> list[str]:
+def remarks(found: Preview, config: Config) -> list[str]:
     """Sizes, what is left out, what is cut, what is in both splits."""
     smallest = min(client.records for client in found.clients)
     lines = [

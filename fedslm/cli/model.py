@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
+from fedslm.errors import DataError
 from fedslm.factors import key_of, layers_of
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def describe(config: Config) -> dict[str, Any]:
 
     private = config.privacy.unit != "none"
     check_early(config.model, config.lora, private=private)
-    classes, assumed = _classes(config)
+    classes, unknown = _classes(config)
+    guess = [f"{classes} classes are a guess: {unknown}"] if unknown else []
     directory = resolve_config(config.model)
     sizes = sizing.footprint(directory, config.model, config.lora, config.task, classes)
     records = _records(config)
@@ -79,7 +81,7 @@ def describe(config: Config) -> dict[str, Any]:
         "targets": sizes.targets,
         "heads": list(sizes.heads),
         "classes": classes,
-        "classes_assumed": assumed,
+        "classes_assumed": bool(guess),
         "method": config.aggregation.method,
         "trained_parameters": values,
         **_traffic(config, sizes),
@@ -88,21 +90,29 @@ def describe(config: Config) -> dict[str, Any]:
         "device": device,
         "device_bytes": machine_bytes,
         "processes": _processes(config),
-        "warnings": _warnings(config, sizes, needs, values, machine_bytes),
+        "warnings": guess + _warnings(config, sizes, needs, values, machine_bytes),
     }
 
 
-def _classes(config: Config) -> tuple[int, bool]:
-    """Number of classes, and whether it is a guess because only the data would tell."""
-    if config.task.name not in ("classification", "multi-label", "token-classification"):
-        return 0, False
-    if config.task.labels:
-        return len(config.task.labels), False
-    if config.task.labels_file is not None:
-        from fedslm.data.labels import read_file
+def _classes(config: Config) -> tuple[int, str]:
+    """Number of classes, and why it is a guess: nothing is fetched to find out."""
+    from fedslm.data.labels import read_file
+    from fedslm.data.sharing import load_what_is_public
+    from fedslm.data.sources import is_here
 
-        return len(read_file(config.task.labels_file)), False
-    return _ASSUMED_CLASSES, True
+    data, task = config.data, config.task
+    if task.name not in ("classification", "multi-label", "token-classification"):
+        return 0, ""
+    if task.labels:
+        return len(task.labels), ""
+    if task.labels_file is not None:
+        return len(read_file(task.labels_file)), ""
+    if not is_here(data.evaluation_source or data.source):
+        return _ASSUMED_CLASSES, "the public split is not on this machine; set task.labels"
+    try:
+        return len(load_what_is_public(data, task, config.run.seed).labels), ""
+    except DataError as error:
+        return _ASSUMED_CLASSES, str(error)
 
 
 def _records(config: Config) -> int:
@@ -234,7 +244,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     )
     has = found["device_bytes"]
     methods = ", ".join(f"{name} {readable(size)}" for name, size in found["bytes_by_method"].items())
-    guess = ", a guess: set task.labels" if found["classes_assumed"] else ""
+    guess = ", a guess" if found["classes_assumed"] else ""
     lines = [
         ("architecture", f"{found['model_type']} ({proved})"),
         ("parameters", f"{found['parameters']:,}"),

@@ -224,6 +224,11 @@ def column_names(config: DataConfig, seed: int) -> list[str]:
     return list(load(source, split, query, key="data.evaluation_query", seed=seed).column_names)
 
 
+def is_here(source: str) -> bool:
+    """Whether a source is the demo data or a local file or directory: nothing is fetched to read it."""
+    return source in ("demo", facts.NAME) or Path(expand(source)).exists()
+
+
 def _is_path(source: str, path: Path) -> bool:
     """True for what cannot be a name on the hub."""
     return source.startswith(_LIKE_PATHS) or format_of(path) is not None or not hub.is_name(source)
