@@ -31,7 +31,8 @@ from datetime import datetime
 from typing import Any
 
 from fedslm.deployment import fleet_api
-from fedslm.deployment.guard_rules import RULED, Records, Refused, Rules
+from fedslm.deployment.guard_records import Records
+from fedslm.deployment.guard_rules import RULED, Refused, Rules
 from fedslm.deployment.journal import JsonLines
 from fedslm.errors import RunError
 

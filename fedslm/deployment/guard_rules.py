@@ -11,17 +11,19 @@ and a passing case of each):
   finite numbers.
 - Its tree has at most ``fleet_api.most_objects`` objects, five levels, and hexadecimal SHA-256 names;
   none of them is the name of an instruction, or of another node's reply.
-- An object is pushed into a session that was opened for a reply of n. A session of before the guard's
-  start is taken from whoever names it first, which is a secret of 122 random bits. The objects of one
-  reply have at most ``message_mb`` MiB together, as counted since the guard started.
+- An object is pushed under a SHA-256 (names are kept and logged), into a session that was opened for a
+  reply of n. A session of before the guard's start is taken from whoever names it first, which is a
+  secret of 122 random bits. The objects of one reply have at most ``message_mb`` MiB together, as
+  counted since the guard started.
 - An object is pulled only if an instruction for n, in the run that the request names, contains it. Only
   an instruction for n, all of which has been uploaded, is confirmed: confirming deletes it.
 - A reply is announced at most 16 times; a bundle is asked for by its hash.
+- A node that asks for the next instruction is given one again, twice at most, that was given to it and
+  that it neither confirmed nor answered: its outline was lost when a connection or the SuperLink broke.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import threading
@@ -31,41 +33,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedslm.deployment import fleet_api
+from fedslm.deployment.guard_records import Records
 
 _SERVER = 1  # Flower's number of the SuperLink
 _REASON_BYTES, _TOLERANCE_SECONDS, _LONGEST_RUNTIME = 1024, 0.1, 1e9
-_COUNTED_REPLIES, _KNOWN_SESSIONS, _MOST_ANNOUNCEMENTS = 512, 4096, 16
+_COUNTED_REPLIES, _KNOWN_SESSIONS, _MOST_ANNOUNCEMENTS, _MOST_AGAIN = 512, 4096, 16, 2
 _NAME = re.compile(r"[0-9a-f]{64}")
-_INSTRUCTION = """SELECT run_id, dst_node_id, created_at, ttl, message_type, group_id
-    FROM message_ins WHERE message_id = :message"""
-_OF_OTHERS = """SELECT 1 AS found FROM message_ins
-    WHERE message_id IN (SELECT value FROM json_each(:names))
-    UNION ALL SELECT 1 FROM message_res
-    WHERE message_id IN (SELECT value FROM json_each(:names)) AND src_node_id != :node LIMIT 1"""
-_SESSION = """SELECT object_push_session_roots.root_object_id AS root, object_push_sessions.run_id
-    FROM object_push_sessions JOIN object_push_session_roots
-    ON object_push_session_roots.session_id = object_push_sessions.session_id
-    WHERE object_push_sessions.session_id = :session"""
-_PULLED = """WITH RECURSIVE contained(name) AS (
-        SELECT message_id FROM message_ins WHERE dst_node_id = :node AND run_id = :run
-        UNION SELECT object_children.child_id FROM object_children
-        JOIN contained ON object_children.parent_id = contained.name)
-    SELECT 1 AS found FROM contained WHERE name = :object LIMIT 1"""
-
-
-_LACKING = """WITH RECURSIVE contained(name) AS (
-        SELECT :message
-        UNION SELECT object_children.child_id FROM object_children
-        JOIN contained ON object_children.parent_id = contained.name)
-    SELECT 1 AS found FROM contained JOIN objects ON objects.object_id = contained.name
-    WHERE objects.is_available = 0 LIMIT 1"""
-
-
 RULED = (
-    *(fleet_api.PUSH_MESSAGES, fleet_api.PUSH_OBJECT),
+    *(fleet_api.PULL_MESSAGES, fleet_api.PUSH_MESSAGES, fleet_api.PUSH_OBJECT),
     *(fleet_api.PULL_OBJECT, fleet_api.CONFIRM, fleet_api.GET_BUNDLE),
 )
-"""Paths whose requests name more than the node itself, which Flower holds against the key."""
+"""Paths whose requests name more than the node itself, which Flower holds against the key, or have a
+rule of their own."""
 
 
 class Refused(Exception):
@@ -82,60 +61,6 @@ class Refused(Exception):
         self.status, self.reason = status, reason
 
 
-@dataclass(frozen=True)
-class Records:
-    """What the SuperLink has stored; nothing is written here.
-
-    Attributes:
-        state: Flower's LinkState.
-    """
-
-    state: Any
-
-    def node_of(self, key: bytes) -> int | None:
-        """The number of an admitted node by its public key (PEM); None if unknown or revoked."""
-        found: int | None = self.state.get_node_id_by_public_key(key)
-        return found
-
-    def instruction(self, message: str) -> Mapping[str, Any] | None:
-        """An instruction that is stored and was not answered to its sender; None if there is none."""
-        return self._one(_INSTRUCTION, message=message)
-
-    def session(self, session: str) -> Mapping[str, Any] | None:
-        """The run and the root object of an upload that is under way."""
-        return self._one(_SESSION, session=session)
-
-    def are_of_others(self, names: list[str], node: int) -> bool:
-        """Whether one of the names is an instruction's, or that of another node's reply."""
-        return self._one(_OF_OTHERS, names=json.dumps(names), node=_signed(node)) is not None
-
-    def may_pull(self, node: int, run: int, name: str) -> bool:
-        """Whether an instruction for the node, in the run, contains an object."""
-        found = self._one(_PULLED, node=_signed(node), run=_signed(run), object=name)
-        return found is not None
-
-    def lacks_objects(self, message: str) -> bool:
-        """Whether an object of an instruction is still to be uploaded."""
-        return self._one(_LACKING, message=message) is not None
-
-    def check(self) -> None:
-        """Asks each question once, so that a database of another shape is found at the start."""
-        for ask in (
-            lambda: self.node_of(b""),
-            lambda: self.instruction(""),
-            lambda: self.session(""),
-            lambda: self.are_of_others([""], 0),
-            lambda: self.may_pull(0, 0, ""),
-            lambda: self.lacks_objects(""),
-        ):
-            ask()
-
-    def _one(self, query: str, **values: Any) -> Mapping[str, Any] | None:
-        """The first row."""
-        rows = self.state.query(query, values)
-        return rows[0] if rows else None
-
-
 @dataclass
 class Rules:
     """The rules, and how much of each reply has come.
@@ -149,7 +74,8 @@ class Rules:
     message_mb: int
     _sessions: OrderedDict[str, tuple[int, int, str]] = field(default_factory=OrderedDict)
     _pieces: OrderedDict[str, dict[str, int]] = field(default_factory=OrderedDict)
-    _announcements: OrderedDict[tuple[int, str], int] = field(default_factory=OrderedDict)
+    _announcements: OrderedDict[str, int] = field(default_factory=OrderedDict)
+    _given: OrderedDict[str, int] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def check(self, path: str, body: bytes, node: int) -> None:
@@ -201,17 +127,24 @@ class Rules:
             uploaded = {root for owner, _, root in self._sessions.values() if owner != node}
         is_free = uploaded.isdisjoint(names) and not self.records.are_of_others(names, node)
         _require(is_free, "an object has another message's name")
-        self._announced(node, metadata.reply_to_message_id)
-
-    def _announced(self, node: int, instruction: str) -> None:
-        """Counts how often a reply is announced: each time holds the database's lock for a while."""
-        with self._lock:
-            count = self._announcements.pop((node, instruction), 0) + 1
-            self._announcements[node, instruction] = count
-            while len(self._announcements) > _KNOWN_SESSIONS:
-                self._announcements.popitem(last=False)
-        if count > _MOST_ANNOUNCEMENTS:
+        # each announcement holds the database's lock for a while
+        if self._times(self._announcements, metadata.reply_to_message_id) > _MOST_ANNOUNCEMENTS:
             raise Refused(429, f"a reply is announced at most {_MOST_ANNOUNCEMENTS} times")
+
+    def asked_message(self, request: Any, node: int) -> None:
+        """A question for the next instruction, which a node asks when it is done with the last one."""
+        for message in self.records.given(node):
+            if self._times(self._given, message) <= _MOST_AGAIN:
+                self.records.give_again(message)
+
+    def _times(self, counts: OrderedDict[str, int], instruction: str) -> int:
+        """Counts how often something has happened to an instruction, this time included."""
+        with self._lock:
+            count = counts.pop(instruction, 0) + 1
+            counts[instruction] = count
+            while len(counts) > _KNOWN_SESSIONS:
+                counts.popitem(last=False)
+        return count
 
     def pushed_object(self, request: Any, node: int) -> None:
         """A piece of a reply.
@@ -219,6 +152,7 @@ class Rules:
         Raises:
             Refused: Its session is not one of this node's replies, or the reply is too large.
         """
+        _require(_NAME.fullmatch(request.object_id) is not None, "object_id is not a SHA-256")
         known = self._sessions.get(request.session_id)
         if known is None and (found := self.records.session(request.session_id)) is not None:
             known = (node, _unsigned(found["run_id"]), str(found["root"]))
@@ -316,7 +250,7 @@ class Rules:
 def _rules(rules: Rules) -> dict[str, tuple[Any, Callable[[Any, int], None]]]:
     """Request type and rule of each of ``RULED``."""
     from flwr.proto.fab_pb2 import GetFabRequest
-    from flwr.proto.fleet_pb2 import PushMessagesRequest
+    from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
     from flwr.proto.message_pb2 import (
         ConfirmMessageReceivedRequest,
         PullObjectRequest,
@@ -324,6 +258,7 @@ def _rules(rules: Rules) -> dict[str, tuple[Any, Callable[[Any, int], None]]]:
     )
 
     return {
+        fleet_api.PULL_MESSAGES: (PullMessagesRequest, rules.asked_message),
         fleet_api.PUSH_MESSAGES: (PushMessagesRequest, rules.pushed_message),
         fleet_api.PUSH_OBJECT: (PushObjectRequest, rules.pushed_object),
         fleet_api.PULL_OBJECT: (PullObjectRequest, rules.pulled_object),
@@ -369,11 +304,6 @@ def _require(holds: bool, reason: str) -> None:
     """Refuses a request that does not keep a rule."""
     if not holds:
         raise Refused(400, reason)
-
-
-def _signed(number: int) -> int:
-    """A number as SQLite stores it."""
-    return number - (1 << 64) if number >= 1 << 63 else number
 
 
 def _unsigned(number: int) -> int:

@@ -70,8 +70,8 @@ class Link:
         reply of a node that it knows to be gone, but an error in its place.
 
         A message's tensors come and go in pieces of 5 MiB. If the connection breaks, it is tried again
-        until the message is of no use any more, and what is here already is not pulled again. (One gap
-        is Flower's: the server gives a message's outline out once, and the few bytes may be lost.)
+        until the message is of no use any more, and what is here already is not pulled again. If a
+        message's outline was lost on its way, the guard gives it again.
 
         Args:
             answer: Turns (message, run) into its reply; raises nothing.

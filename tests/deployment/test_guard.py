@@ -565,6 +565,25 @@ def test_a_piece_belongs_to_an_upload_of_its_node(world: World) -> None:
     assert PushObjectResponse.FromString(accepted(node.send("push-object", mine))).stored
 
 
+NO_HASHES = {
+    "empty": "",
+    "large": "x" * MIB,
+    "capitals": "A" * 64,
+    "short": "0" * 63,
+    "line": "0" * 64 + "\n",
+}
+
+
+@pytest.mark.parametrize("kind", NO_HASHES)
+def test_a_piece_is_named_by_a_hash(world: World, kind: str) -> None:
+    """The guard keeps the names of pieces, and Flower logs them: a node's own words are not a name."""
+    node = world.nodes[0]
+    made, pieces = uploading(world, node, 0.1, f"train.named_{kind}")
+    pieces[0].object_id = NO_HASHES[kind]
+    refused(node.send("push-object", pieces[0]), 400, "object_id is not a SHA-256")
+    assert not world.guard._rules._pieces.get(made.metadata.message_id)
+
+
 def test_an_upload_goes_on_when_its_outline_was_fetched(world: World) -> None:
     """The server's side of a run may take a reply's outline, and its row, before the pieces have come."""
     node, other = world.nodes
@@ -690,6 +709,36 @@ def test_an_instruction_is_pulled_as_it_was(world: World) -> None:
     world.nodes.remove(sender)
 
 
+def test_an_instruction_whose_outline_was_lost_is_given_again(world: World) -> None:
+    """Flower gives an outline once: if nobody heard it, the node's next questions get it again, twice."""
+    sender, other = world.add_node(), world.add_node()
+    request = PullMessagesRequest(node=Node(node_id=sender.node_id))
+
+    def pulled() -> list[str]:
+        found = PullMessagesResponse.FromString(accepted(sender.send("pull-messages", request)))
+        return [tree.object_id for tree in found.message_object_trees]
+
+    lost = world.instruct(sender, kind="train.lost").metadata.message_id
+    given = world.instruct(other, kind="train.given").metadata.message_id
+    assert [pulled() for _ in range(4)] == [[lost], [lost], [lost], []]
+    theirs = PullMessagesRequest(node=Node(node_id=other.node_id))
+    answer = PullMessagesResponse.FromString(accepted(other.send("pull-messages", theirs)))
+    assert [tree.object_id for tree in answer.message_object_trees] == [given]
+    confirmed, answered = (world.instruct(sender, kind=f"train.{kind}") for kind in ("done", "said"))
+    assert pulled() == [confirmed.metadata.message_id]
+    word = ConfirmMessageReceivedRequest(
+        node=Node(node_id=sender.node_id),
+        run_id=world.run,
+        message_object_id=confirmed.metadata.message_id,
+    )
+    accepted(sender.send("confirm-message-received", word))
+    assert pulled() == [answered.metadata.message_id]
+    accepted(sender.send("push-messages", sender.push(sender.reply(answered, said=1))))
+    assert pulled() == []
+    world.nodes.remove(sender)
+    world.nodes.remove(other)
+
+
 # ---- the guard itself
 
 
@@ -704,7 +753,7 @@ def test_a_guard_that_fails_lets_nothing_through(world: World) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         reached.set()
 
-    from fedslm.deployment.guard_rules import Records
+    from fedslm.deployment.guard_records import Records
 
     with pytest.raises(sqlite3.OperationalError):
         call(Guard(app, Records(Broken()), 8), world.nodes[0], Counted())
