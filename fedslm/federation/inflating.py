@@ -6,7 +6,9 @@ sent become any number of bytes.
 
 Formal guarantees:
     * Before an object is built, the sizes of all are known and within the limits: each record's own
-      bytes, and all arrays together with every piece counted as often as it is listed.
+      bytes, and all arrays together. A piece counts as often as an array lists it, and an array as
+      often as a record names it, and so on: whoever hashes the message goes through all of that.
+    * An array is made of pieces, and a record of arrays: an array of arrays is refused.
     * What cannot be built is a FederationError, whatever is wrong with it.
 """
 
@@ -27,6 +29,18 @@ _LONGEST_REASON = 200
 _KINDS = frozenset(
     {"Message", "RecordDict", "ArrayRecord", "ConfigRecord", "MetricRecord", "Array", "ArrayChunk"}
 )
+
+
+_RECORDS = ("ConfigRecord", "MetricRecord")  # those without arrays
+
+
+@dataclass(frozen=True)
+class _Head:
+    """An object's kind, the identifiers of its children, and where its body begins."""
+
+    kind: str
+    children: list[str]
+    end: int
 
 
 @dataclass(frozen=True)
@@ -95,24 +109,37 @@ def _check(contents: Mapping[str, bytes], limits: Limits) -> None:
     if len(contents) > limits.most_objects:
         raise FederationError(f"a message has more than {limits.most_objects} objects")
     heads = {key: _head(content) for key, content in contents.items()}
-    sizes = {key: len(contents[key]) - end for key, (kind, _, end) in heads.items()}
-    joined = 0
-    for key, (kind, children, end) in heads.items():
-        most = limits.record_bytes if kind == "ConfigRecord" else limits.head_bytes
-        if kind != "ArrayChunk" and len(contents[key]) > most:
-            raise FederationError(f"a {kind} of a message has more than {most} bytes")
-        if kind == "Array":
-            listed = json.loads(contents[key][end:])["arraychunk_ids"]
-            joined += sum(sizes[children[number]] for number in listed)
-        if joined > limits.most_bytes:
+    for key, head in heads.items():
+        most = limits.record_bytes if head.kind == "ConfigRecord" else limits.head_bytes
+        if head.kind != "ArrayChunk" and len(contents[key]) > most:
+            raise FederationError(f"a {head.kind} of a message has more than {most} bytes")
+    pieces = {key: head for key, head in heads.items() if head.kind == "ArrayChunk"}
+    sizes = {key: len(contents[key]) - head.end for key, head in pieces.items()}
+    for whole in ("Array", "ArrayRecord", "RecordDict"):
+        if whole == "RecordDict":
+            sizes |= {key: 0 for key, head in heads.items() if head.kind in _RECORDS}
+        sizes = {
+            key: sum(sizes[part] for part in _parts(head, contents[key]))
+            for key, head in heads.items()
+            if head.kind == whole
+        }
+        if sum(sizes.values()) > limits.most_bytes:
             raise FederationError(f"the arrays of a message have more than {limits.most_bytes} bytes")
 
 
-def _head(content: bytes) -> tuple[str, list[str], int]:
-    """An object's kind, the identifiers of its children, and where its body begins."""
+def _parts(head: _Head, content: bytes) -> list[str]:
+    """What an object is made of, as often as it says; its kind is one that has parts."""
+    body = json.loads(content[head.end :])
+    if head.kind == "Array":
+        return [head.children[number] for number in body["arraychunk_ids"]]
+    return list(body.values())
+
+
+def _head(content: bytes) -> _Head:
+    """Reads an object's head."""
     end = content.find(b"\0", 0, _LONGEST_HEAD)
     kind, _, rest = content[: max(0, end)].decode("ascii").partition(" ")
     children, _, _ = rest.partition(" ")
     if kind not in _KINDS:
         raise FederationError("an object of a message is of no known kind")
-    return kind, children.split(",") if children else [], end + 1
+    return _Head(kind, children.split(",") if children else [], end + 1)

@@ -85,6 +85,33 @@ def test_pieces_are_counted_as_often_as_they_are_listed() -> None:
     assert time.monotonic() - began < 20
 
 
+def test_an_array_of_arrays_is_refused() -> None:
+    """Flower joins an array that an array lists: 1 MiB that is listed 100 times is never joined."""
+    identifier, contents = taken_apart(zeros(1 << 18))
+    ((name, inner),) = ((k, each) for k, each in contents.items() if each.startswith(b"Array "))
+    body = json.dumps({**json.loads(inner.partition(b"\0")[2]), "arraychunk_ids": [0] * 100}).encode()
+    outer = f"Array {'f' * 64} {len(body)}\0".encode() + body
+
+    def refused() -> None:
+        with pytest.raises(FederationError, match="cannot be read"):
+            inflated(identifier, {**contents, "f" * 64: inner, name: outer}, LIMITS)
+
+    assert growth_of(refused) < 30
+
+
+@pytest.mark.parametrize("kind", ["ArrayRecord", "RecordDict"])
+def test_arrays_are_counted_as_often_as_they_are_named(kind: str) -> None:
+    """An array of 1 MiB that a message names 10^3 times would be hashed 10^3 times: it is refused."""
+    identifier, contents = taken_apart(zeros(1 << 18))
+
+    def many(body: bytes) -> bytes:
+        name = next(iter(json.loads(body).values()))
+        return json.dumps({str(number): name for number in range(1000)} | json.loads(body)).encode()
+
+    with pytest.raises(FederationError, match="the arrays of a message have more than 16777216 bytes"):
+        inflated(identifier, replaced(contents, kind, many), LIMITS)
+
+
 def test_records_have_bounds_of_their_own() -> None:
     """A ConfigRecord of 3 MB, and a list of names of 1 MB, are refused before they are parsed."""
     large = RecordDict({"x": ConfigRecord({"a": "b" * (3 << 20)})})
