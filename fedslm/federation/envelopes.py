@@ -10,7 +10,8 @@ Formal guarantees:
       Whether it was seen before is the caller's to keep
       (:class:`fedslm.deployment.instructions.Instructions`).
     * :func:`is_answer` returns True only if the reply's content was signed by the node's key as the
-      answer to exactly one request: the hash that is signed covers the request's random nonce.
+      answer to exactly one request: the hash that is signed covers the request's random nonce. It
+      raises nothing, whatever the reply holds.
     * A signature says which of the two it is for: none can be used as the other, nor as a ledger's
       line.
 
@@ -147,12 +148,12 @@ def content_sha256(records: RecordDict, own: str = ENVELOPE) -> str:
             add(_config_text(record))
         elif isinstance(record, ArrayRecord):
             add(b"arrays")
+            add(str(len(record)).encode())  # else a key could be read as the record's end
             for key in sorted(record):
                 array = record[key]
                 add(key.encode())
                 add(json.dumps([array.dtype, list(array.shape), array.stype]).encode())
                 add(array.data)
-            add(b"end")
         else:
             raise FederationError(f"record {name[:80]!r} is neither arrays nor config")
     return digest.hexdigest()
@@ -284,10 +285,10 @@ def is_answer(records: RecordDict, request: str, key: Ed25519PublicKey) -> bool:
         request: Hash of the request.
         key: The node's ledger key, as it was admitted.
     """
-    signature = _text_of(records, SEAL)
     try:
+        signature = _text_of(records, SEAL)
         values = _seal_values(request, content_sha256(records, SEAL))
-    except (FederationError, UnicodeError):
+    except Exception:  # records from outside: what cannot be hashed is not an answer
         return False
     return signature is not None and is_signed(key, values, signature)
 

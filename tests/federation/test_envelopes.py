@@ -109,6 +109,22 @@ def test_a_signature_is_over_the_whole_content(name: str, content: RecordDict) -
         open_(content)
 
 
+def test_no_two_contents_are_written_alike() -> None:
+    """An array called "end" is not the end of its record, with another record after it."""
+    one = array(shape=(6,), data=b"arrays")
+    name = json.dumps([one.dtype, list(one.shape), one.stype])
+    first = RecordDict({"A": ArrayRecord({"end": one})})
+    second = RecordDict({"A": ArrayRecord({}), name: ArrayRecord({})})
+    assert content_sha256(first) != content_sha256(second)
+
+
+def test_what_cannot_be_hashed_is_not_an_answer() -> None:
+    """One node's reply cannot end a run, whatever its records hold: here a number of 5,000 digits."""
+    reply = sealed(records(), "a" * 64, NODE)
+    reply["adapter"] = ArrayRecord({"w": array(shape=(10**5000,))})
+    assert not is_answer(reply, "a" * 64, NODE.public_key())
+
+
 def test_records_of_another_type_are_refused() -> None:
     """What the hash does not cover is not there."""
     with pytest.raises(FederationError, match="neither arrays nor config"):
