@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,8 @@ from flwr.app import Message
 from fedslm.federation import bounds
 
 _LOWER_IS_BETTER = ("loss", "perplexity")
-_LARGEST, _MOST_METRICS, _LONGEST_NAME, _LONGEST_TEXT = 1e12, 100, 100, 16_384
+_LARGEST, _MOST_METRICS, _LONGEST_TEXT = 1e12, 100, 16_384
+_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")  # a report holds it, as text and as a cell of a table
 
 Metrics = dict[str, float]
 
@@ -87,8 +89,8 @@ def _check(found: ClientMetrics) -> None:
     if type(found.records) is not int or not 0 <= found.records <= _LARGEST:
         raise ValueError("records must be a count")
     names = [*found.shared, *found.personal]
-    if len(names) > _MOST_METRICS or any(len(name) > _LONGEST_NAME for name in names):
-        raise ValueError(f"there must be at most {_MOST_METRICS} metrics, with short names")
+    if len(names) > _MOST_METRICS or not all(map(_NAME.fullmatch, names)):
+        raise ValueError(f"there must be at most {_MOST_METRICS} metrics, named by a word each")
     if not all(isinstance(value, float) and abs(value) <= _LARGEST for value in numbers):
         raise ValueError(f"a metric must be a number up to {_LARGEST:g}")
 
