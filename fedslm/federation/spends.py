@@ -9,7 +9,10 @@ Formal guarantees:
     * A node that failed once is out: it is not asked, and nothing of it counts, until the operator lets
       it in again (:func:`readmit`) with a reason, which is kept for the audit.
     * A node that shows one ledger to one run and another to a second run that goes on beside it is
-      found out as soon as either asks again: each point that was seen must be extended.
+      found out when the second one saves, if the charges of both are more than either ledger has, and
+      else as soon as either asks again: each point that was seen must be extended.
+    * Epsilon falls only where delta rises: a statement is held against every (delta, epsilon) that was
+      stated before and says more than it.
     * Nothing is taken from the node but hashes and counts, all signed with its admitted ledger key.
 
 What a node spent and never stated (its reply was lost, or it was asked by another server) shows as soon
@@ -36,7 +39,7 @@ SPENDS = "spends.json"
 STANDING = "standing.json"  # in a run's directory: what was known of its nodes after its last round
 _LOCK_SECONDS = 30.0
 _LONGEST_REASON = 300
-_MOST_RUNS = 64
+_MOST_RUNS, _MOST_STATED = 512, 16
 _NEARLY = 0.98  # another version of an accountant may be a little tighter
 
 
@@ -74,8 +77,9 @@ class Standing:
         charges: Number of charges in the ledger, over all runs and servers, as stated.
         epsilon: Epsilon of all of them.
         delta: At this delta.
+        stated: Each (delta, epsilon) that was stated for the whole ledger, the largest delta first;
+            those alone that no other one implies.
         runs: Run to the charges that were stated for it, of the latest runs.
-        older: Charges of the runs before those.
         out: Why the node is out; empty if it is not.
         since: When it was put out, ISO 8601, UTC.
         readmissions: Each time that it was let in again.
@@ -86,8 +90,8 @@ class Standing:
     charges: int = 0
     epsilon: float = 0.0
     delta: float = 0.5
+    stated: tuple[tuple[float, float], ...] = ()
     runs: Mapping[str, int] = field(default_factory=dict)
-    older: int = 0
     out: str = ""
     since: str = ""
     readmissions: tuple[Readmission, ...] = ()
@@ -135,10 +139,8 @@ class Spends:
             Why the node is out from now on; None if the statement extends what was seen.
         """
         known, new = self.standing(statement.public_key), (statement.index + 1, statement.root_sha256)
-        runs, older = _with_run(known, statement)
-        problem = known.out or _problem(
-            replace(known, runs=runs, older=older), statement, asked, proofs
-        )
+        runs = _with_run(known.runs, statement.run, statement.num_charged)
+        problem = known.out or _problem(replace(known, runs=runs), statement, asked, proofs)
         if problem is not None:
             self.put_out(statement.public_key, problem)
             return problem
@@ -150,8 +152,8 @@ class Spends:
             charges=max(known.charges, statement.charges),
             epsilon=statement.epsilon,
             delta=statement.delta,
+            stated=_strongest((*known.stated, (statement.delta, statement.epsilon))),
             runs=runs,
-            older=older,
         )
         return None
 
@@ -259,13 +261,19 @@ def _problem(
         return "its ledger was replaced by another one"
     if statement.charges < known.charges:
         return f"its ledger had {known.charges} charges and has {statement.charges}: it was rolled back"
-    if statement.charges < known.older + sum(known.runs.values()):
+    if statement.charges < sum(known.runs.values()):
         return f"its ledger has {statement.charges} charges, and it stated more of them for its runs"
     longest = max((size for size, _ in known.seen), default=0)
     if statement.charges > known.charges and statement.index < longest:
         return "its ledger has more charges than before, but not more lines"
-    if statement.delta == known.delta and statement.epsilon < known.epsilon * _NEARLY:
-        return f"its epsilon was {known.epsilon:.3f} and is {statement.epsilon:.3f} at the same delta"
+    for delta, epsilon in (*known.stated, (known.delta, known.epsilon)):
+        if statement.delta <= delta and statement.epsilon < epsilon * _NEARLY:
+            return (
+                f"its epsilon was {epsilon:.3f} at delta={delta:g} and is {statement.epsilon:.3f} at "
+                f"delta={statement.delta:g}"
+            )
+    if len(_strongest((*known.stated, (statement.delta, statement.epsilon)))) > _MOST_STATED:
+        return f"it stated epsilon at more than {_MOST_STATED} deltas"
     if len(proofs) != len(asked):
         return "it does not prove that its ledger extends what was seen before"
     new = (statement.index + 1, _bytes(statement.root_sha256))
@@ -277,13 +285,26 @@ def _problem(
     return None
 
 
-def _with_run(known: Standing, statement: Statement) -> tuple[dict[str, int], int]:
-    """Charges by run, with those of a statement; the oldest runs are only counted."""
-    runs, older = dict(known.runs), known.older
-    runs[statement.run] = max(runs.pop(statement.run, 0), statement.num_charged)
+def _with_run(before: Mapping[str, int], run: str, charges: int) -> dict[str, int]:
+    """Charges by run, with those that were stated for one; only the latest runs are kept."""
+    runs = dict(before)
+    runs[run] = max(runs.pop(run, 0), charges)
     while len(runs) > _MOST_RUNS:
-        older += runs.pop(next(iter(runs)))
-    return runs, older
+        runs.pop(next(iter(runs)))
+    return runs
+
+
+def _strongest(stated: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """The (delta, epsilon) that no other one implies: one does with a larger delta and epsilon.
+
+    >>> _strongest([(1e-5, 8.0), (1e-6, 7.0), (1e-6, 9.0), (1e-4, 2.0)])
+    ((0.0001, 2.0), (1e-05, 8.0), (1e-06, 9.0))
+    """
+    found: list[tuple[float, float]] = []
+    for delta, epsilon in sorted(stated, reverse=True):
+        if not found or epsilon > found[-1][1]:
+            found.append((delta, epsilon))
+    return tuple(found)
 
 
 def _merged(before: Standing, current: Standing | None, news: Standing) -> Standing:
@@ -291,29 +312,46 @@ def _merged(before: Standing, current: Standing | None, news: Standing) -> Stand
     if current is None or current == before:
         return news
     others = [point for point in current.seen if point not in before.seen and point not in news.seen]
-    seen = (*others, *news.seen)
-    out, since = (current.out, current.since) if current.out else (news.out, news.since)
-    if len(seen) > MOST_SEEN and not out:
-        out, since = f"more than {MOST_SEEN} runs saw its ledger at different points", _now()
+    seen, runs = (*others, *news.seen), current.runs
+    for run, charges in news.runs.items():
+        if before.runs.get(run) != charges:
+            runs = _with_run(runs, run, charges)
     latest = max(news, current, key=lambda each: each.charges)  # epsilon goes with its charges
+    out, since = (current.out, current.since) if current.out else (news.out, news.since)
+    if not out and (problem := _contradiction(seen, runs, latest)) is not None:
+        out, since = problem, _now()
     return replace(
         news,
         seen=seen[-MOST_SEEN:],
         charges=latest.charges,
         epsilon=latest.epsilon,
         delta=latest.delta,
-        runs={**current.runs, **news.runs},
+        stated=_strongest((*current.stated, *news.stated)),
+        runs=runs,
         readmissions=current.readmissions,
         out=out,
         since=since,
     )
 
 
+def _contradiction(
+    seen: Sequence[tuple[int, str]], runs: Mapping[str, int], latest: Standing
+) -> str | None:
+    """Why what two runs saw of one ledger cannot both be true; None if it can."""
+    if len(seen) > MOST_SEEN:
+        return f"more than {MOST_SEEN} runs saw its ledger at different points"
+    if (together := sum(runs.values())) > latest.charges:
+        return f"it showed two ledgers: one of {latest.charges} charges, and its runs have {together}"
+    return None
+
+
 def _standing(values: Mapping[str, Any]) -> Standing:
     """Reads one entry."""
     seen = tuple((int(size), str(root)) for size, root in values["seen"])
     again = tuple(Readmission(**each) for each in values["readmissions"])
-    return Standing(**{**values, "seen": seen, "readmissions": again})
+    stated = tuple((float(delta), float(epsilon)) for delta, epsilon in values.get("stated", ()))
+    kept = {key: value for key, value in values.items() if key != "older"}  # of earlier versions
+    return Standing(**{**kept, "seen": seen, "readmissions": again, "stated": stated})
 
 
 def _bytes(text: str) -> bytes:

@@ -294,14 +294,83 @@ def test_a_ledger_that_stands_still_while_it_is_charged(spends: Spends, ledger: 
     assert spends.standing(ME).runs == {"run": 1}
 
 
-def test_runs_are_counted_when_they_are_forgotten(spends: Spends, ledger: Ledger) -> None:
-    """The register keeps the latest runs by name, and the charges of all."""
-    for number in range(70):
+def test_an_old_run_that_comes_back_is_believed(
+    monkeypatch: pytest.MonkeyPatch, spends: Spends, ledger: Ledger
+) -> None:
+    """The register keeps the latest runs; those that it has forgotten and that resume count once."""
+    monkeypatch.setattr("fedslm.federation.spends._MOST_RUNS", 3)
+    for number in range(5):
         spend(ledger, 1, run=f"run-{number}")
         assert told(spends, ledger, 1, run=f"run-{number}") is None
-    known = spends.standing(ME)
-    assert len(known.runs) == 64
-    assert known.older + sum(known.runs.values()) == 70
+    assert list(spends.standing(ME).runs) == ["run-2", "run-3", "run-4"]
+    for name in ("run-0", "run-1"):
+        spend(ledger, 2, run=name)
+        assert told(spends, ledger, 2, run=name) is None
+
+
+def test_two_ledgers_are_found_out_without_another_question(
+    tmp_path: Path, spends: Spends, ledger: Ledger
+) -> None:
+    """The last replies to two runs, each from a copy of its own: together they charged more than either has."""
+    other = Spends(spends.path)
+    assert told(spends, ledger) is None
+    spends.save()
+    other.refresh()
+    twin, asked = copy(ledger, tmp_path / "twin"), other.standing(ME).seen
+    spend(ledger, 2)
+    spend(twin, 1, run="second")
+    assert spends.believe(ledger.statement("run", 2, "r"), asked, ledger.extension(asked)) is None
+    assert other.believe(twin.statement("second", 1, "r"), asked, twin.extension(asked)) is None
+    spends.save()
+    other.save()
+    assert "showed two ledgers" in read_standings(spends.path)[ME].out
+
+
+def test_epsilon_is_not_forgotten_at_another_delta(spends: Spends, ledger: Ledger) -> None:
+    """Less epsilon at a smaller delta is a contradiction, and so is a detour over a larger one."""
+    assert told(spends, ledger) is None
+    first = spends.standing(ME)
+    said = ledger.statement("run", 1, "release")
+    for delta, share in ((1e-6, 0.5), (1e-5, 0.5)):
+        fresh = Spends(spends.path, {ME: first})
+        assert (
+            fresh.believe(replace(said, delta=1e-4, epsilon=said.epsilon / 4), first.seen, [[]]) is None
+        )
+        wrong = replace(said, delta=delta, epsilon=said.epsilon * share)
+        assert "its epsilon was" in str(fresh.believe(wrong, fresh.standing(ME).seen, [[]]))
+    assert (
+        spends.believe(replace(said, delta=1e-6, epsilon=said.epsilon * 1.2), first.seen, [[]]) is None
+    )
+    spends.save()
+    kept = read_standings(spends.path)[ME].stated
+    assert kept == ((1e-5, said.epsilon), (1e-6, said.epsilon * 1.2))
+
+
+def test_a_node_cannot_fill_the_register_with_deltas(spends: Spends, ledger: Ledger) -> None:
+    """Each true run has one delta: whoever states many is out, and the register stays small."""
+    assert told(spends, ledger) is None
+    said, problem = ledger.statement("run", 1, "release"), None
+    for number in range(1, 40):
+        seen = spends.standing(ME).seen
+        more = replace(said, delta=said.delta / (1 + number), epsilon=said.epsilon * (1 + number))
+        problem = problem or spends.believe(more, seen, [[]])
+    assert "more than 16 deltas" in str(problem)
+    assert len(spends.standing(ME).stated) == 16
+
+
+def test_a_register_of_an_earlier_version_is_read(spends: Spends, ledger: Ledger) -> None:
+    """It counts forgotten runs, and knows one delta."""
+    assert told(spends, ledger) is None
+    spends.save()
+    values = json.loads(spends.path.read_text())
+    entry = values["ledgers"][ME]
+    del entry["stated"]
+    spends.path.write_text(json.dumps({"ledgers": {ME: {**entry, "older": 7}}}))
+    spends.refresh()
+    assert told(spends, ledger) is None
+    less = ledger.statement("run", 1, "release")
+    less = replace(less, epsilon=less.epsilon / 2)
+    assert spends.believe(less, spends.standing(ME).seen, [[]]) is not None
 
 
 def test_what_a_run_learned_is_not_lost_to_a_readmission(spends: Spends, ledger: Ledger) -> None:
