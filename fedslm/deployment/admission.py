@@ -130,7 +130,25 @@ def admit(directory: Path, request: Path, register: Any) -> tuple[Admitted, Path
         RunError: The request is none.
         FederationError: The SuperLink refuses.
     """
-    asked, nodes = read_request(request), admitted_nodes(directory)
+    asked = read_request(request)
+    with _locked(directory):  # nobody else gets the name or a key between the check and the list
+        nodes = admitted_nodes(directory)
+        _refuse_taken(directory, request, asked, nodes=nodes)
+        found = Admitted(
+            name=asked["name"],
+            node_id=register(asked["node_key"], asked["name"]),
+            node_key=asked["node_key"],
+            ledger_key=asked["ledger_key"],
+            admitted_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        _write(directory, [*nodes, found])
+    return found, write_admission(directory, found)
+
+
+def _refuse_taken(
+    directory: Path, request: Path, asked: dict[str, str], *, nodes: list[Admitted]
+) -> None:
+    """Refuses a name or a key that another node has, and a node's key that was revoked."""
     for node in nodes:
         taken = {"name": asked["name"] == node.name and not node.revoked}
         taken |= {"node_key": asked["node_key"] == node.node_key}
@@ -143,16 +161,6 @@ def admit(directory: Path, request: Path, register: Any) -> tuple[Admitted, Path
                 f"{request} is refused: node {node.name!r} is admitted with the same {which}; its "
                 f"admission is {_admission_of(directory, node.name)}"
             )
-    found = Admitted(
-        name=asked["name"],
-        node_id=register(asked["node_key"], asked["name"]),
-        node_key=asked["node_key"],
-        ledger_key=asked["ledger_key"],
-        admitted_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    with _locked(directory):  # the list may have changed while the SuperLink was waited for
-        _write(directory, [*admitted_nodes(directory), found])
-    return found, write_admission(directory, found)
 
 
 def revoke(directory: Path, name: str, unregister: Any) -> Admitted:

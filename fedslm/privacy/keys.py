@@ -31,6 +31,21 @@ _OTHERS = 0o077
 _MOST_BYTES = 1 << 16
 
 
+_SMALL_ORDER = frozenset(
+    bytes.fromhex(digits)
+    for digits in (
+        "00" * 32,
+        "01" + "00" * 31,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    )
+)
+"""Points of small order, but for the highest bit: for such a "key" anybody finds signatures."""
+
+
 def signing_key(directory: Path) -> Ed25519PrivateKey:
     """The node's signing key; made at first use, with the public key beside it.
 
@@ -69,18 +84,27 @@ def read_public_key(source: Path | str) -> Ed25519PublicKey:
     """Reads a public key from 64 hexadecimal digits, whatever files there are, or else from a PEM file.
 
     Raises:
-        LedgerError: It is neither.
+        LedgerError: It is neither, or one for which anybody can sign: its owner could deny everything.
     """
     text = str(source)
     try:
+        key: Any
         if re.fullmatch(r"[0-9a-fA-F]{64}", text):
-            return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text))
-        key = serialization.load_pem_public_key(read_text(Path(source), _MOST_BYTES).encode())
+            key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(text))
+        else:
+            key = serialization.load_pem_public_key(read_text(Path(source), _MOST_BYTES).encode())
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise LedgerError(f"{source} is not a public key: {error}") from error
     if not isinstance(key, Ed25519PublicKey):
         raise LedgerError(f"{source} is not an Ed25519 public key")
+    if _without_sign(key.public_bytes_raw()) in _SMALL_ORDER:
+        raise LedgerError(f"{source} is refused: anybody can sign for this key")
     return key
+
+
+def _without_sign(point: bytes) -> bytes:
+    """A point's bytes without the highest bit, which says the sign of its other coordinate."""
+    return bytes([*point[:31], point[31] & 0x7F])
 
 
 def public_hex(key: Ed25519PublicKey) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,44 @@ def test_names_and_keys_are_taken_once(server: Path, tmp_path: Path, register: A
         admission.admit(server, enrolment.enroll(tmp_path / "other", "north"), register)
     with pytest.raises(RunError, match="with the same node_key, ledger_key;"):
         admission.admit(server, enrolment.enroll(tmp_path / "north", "renamed"), register)
+
+
+def test_two_admissions_at_once(
+    server: Path, tmp_path: Path, register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody gets a ledger key that another admission, which waits for the SuperLink, is about to take."""
+    monkeypatch.setattr(admission, "_LOCK_SECONDS", 0.1)
+    first = enrolment.enroll(tmp_path / "north", "north")
+    shutil.copytree(tmp_path / "north", tmp_path / "twin")
+    (tmp_path / "twin" / enrolment.NODE_KEY).unlink()
+    second = enrolment.enroll(tmp_path / "twin", "twin")
+
+    def meanwhile(key: str, name: str) -> Any:
+        with pytest.raises(RunError, match="in use by another process"):
+            admission.admit(server, second, register)
+        return register(key, name)
+
+    admission.admit(server, first, meanwhile)
+    with pytest.raises(RunError, match="with the same ledger_key;"):
+        admission.admit(server, second, register)
+    assert [node.name for node in admission.admitted_nodes(server)] == ["north"]
+
+
+@pytest.mark.parametrize("digits", ["00" * 32, "01" + "00" * 31])
+def test_a_ledger_key_that_anybody_can_sign_for_is_refused(
+    server: Path, tmp_path: Path, register: Any, digits: str
+) -> None:
+    """Whoever is admitted with it could deny every statement: anybody could have made it."""
+    request = enrolment.enroll(tmp_path / "north", "north")
+    values = {**json.loads(request.read_text()), "ledger_key": digits}
+    del values["signatures"]
+    signed = enrolment.node_key(tmp_path / "north").sign(
+        enrolment._canonical(values), ec.ECDSA(hashes.SHA384())
+    )
+    signatures = {"node": signed.hex(), "ledger": "01" + "00" * 63}
+    request.write_text(json.dumps({**values, "signatures": signatures}))
+    with pytest.raises(RunError, match="anybody can sign for this key"):
+        admission.admit(server, request, register)
 
 
 def test_a_revoked_node_stays_out_and_its_name_is_free(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +19,7 @@ from ledgers import KEY, OTHER_KEY
 
 from fedslm.errors import LedgerError
 from fedslm.privacy.keys import (
+    _SMALL_ORDER,
     PRIVATE_KEY,
     PUBLIC_KEY,
     data_commitment,
@@ -137,6 +138,17 @@ def test_a_public_key_reads_from_hexadecimal_digits() -> None:
     digits = public_hex(KEY.public_key())
     assert len(digits) == 64
     assert read_public_key(digits) == read_public_key(digits.upper()) == KEY.public_key()
+
+
+def test_a_key_that_anybody_can_sign_for_is_refused() -> None:
+    """Each point of small order, with either sign: one signature, made without a key, fits some messages."""
+    for point in _SMALL_ORDER:
+        key = Ed25519PublicKey.from_public_bytes(point)
+        assert any(is_signed(key, {"a": number}, "01" + "00" * 63) for number in range(300)), point
+        for sign in (0, 0x80):
+            digits = bytes([*point[:31], point[31] | sign]).hex()
+            with pytest.raises(LedgerError, match="anybody can sign"):
+                read_public_key(digits)
 
 
 def test_a_file_cannot_stand_for_hexadecimal_digits(
