@@ -115,7 +115,8 @@ def audit_ledger(path: Path, key: Ed25519PublicKey, evidence: Evidence) -> Ledge
 
     Formal guarantees:
         * A sound result means: every line was signed by the key and follows the one before; every head
-          and statement that was given is in it; three accountants agree; the budget is kept.
+          and statement that was given is in it; the last statement of each run states no less epsilon
+          than the ledger cost until then; three accountants agree; the budget is kept.
 
     Args:
         path: The ledger, or the node directory that holds it.
@@ -195,6 +196,8 @@ def _check_completeness(
     released = {entry.release_sha256 for entry in chain.entries}
     for statement in evidence.statements:
         _check_statement(path, chain, statement, released, found)
+    for statement in {each.run: each for each in evidence.statements}.values():
+        _check_epsilon(chain, statement, found)
 
 
 def _check_statement(
@@ -227,6 +230,18 @@ def _check_statement(
         found.wrong.append(f"{name} says other charges than the ledger")
     if statement.release_sha256 not in released:
         found.wrong.append(f"{name} is for a release that the ledger does not hold")
+
+
+def _check_epsilon(chain: Chain, statement: Statement, found: _Findings) -> None:
+    """A statement's epsilon is of the whole ledger, over all runs, when it was made."""
+    lines = chain.entries[: statement.index + 1]
+    events = [entry.charge.event for entry in lines if entry.charge is not None]
+    spent = accounting.epsilon(events, statement.delta)
+    if not accounting.within(spent, statement.epsilon):
+        found.wrong.append(
+            f"the statement of round {statement.round} says epsilon={statement.epsilon:.3f}, and the "
+            f"ledger cost {spent:.3f} until then"
+        )
 
 
 def _spent(chain: Chain, evidence: Evidence, found: _Findings) -> Sequence[Spent]:

@@ -126,6 +126,17 @@ def test_statements(node: Path) -> None:
     assert "another ledger" in audit(node, Evidence(statements=(statement,))).findings[0]
 
 
+def test_a_statement_of_too_little_epsilon_is_a_finding(node: Path) -> None:
+    """A node that states less than its whole ledger cost is found out by whoever has the ledger."""
+    key = keys.signing_key(node)
+    ledger = Ledger(node / "ledger.jsonl", key)
+    true = ledger.statement("run-plan", 2, "release-2")
+    assert audit(node, Evidence(statements=(true,))).sound
+    less = replace(true, epsilon=accounting.epsilon([EVENT], DELTA))
+    (finding,) = audit(node, Evidence(statements=(true, less))).findings
+    assert f"says epsilon={less.epsilon:.3f}, and the ledger cost {true.epsilon:.3f}" in finding
+
+
 def test_statements_of_others_are_left_out(
     node: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
