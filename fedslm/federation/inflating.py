@@ -25,7 +25,7 @@ from fedslm.errors import FederationError
 
 _DEEPEST = 8
 _LONGEST_HEAD = 1 << 19  # an array of 7,000 pieces names them all
-_LONGEST_REASON = 200
+_LONGEST_REASON, _MOST_RECORDS = 200, 16
 _KINDS = frozenset(
     {"Message", "RecordDict", "ArrayRecord", "ConfigRecord", "MetricRecord", "Array", "ArrayChunk"}
 )
@@ -114,6 +114,8 @@ def _check(contents: Mapping[str, bytes], limits: Limits) -> None:
         if head.kind != "ArrayChunk" and len(contents[key]) > most:
             raise FederationError(f"a {head.kind} of a message has more than {most} bytes")
     pieces = {key: head for key, head in heads.items() if head.kind == "ArrayChunk"}
+    if sum(head.kind in _RECORDS for head in heads.values()) > _MOST_RECORDS:
+        raise FederationError(f"a message has more than {_MOST_RECORDS} records without arrays")
     sizes = {key: len(contents[key]) - head.end for key, head in pieces.items()}
     for whole in ("Array", "ArrayRecord", "RecordDict"):
         if whole == "RecordDict":

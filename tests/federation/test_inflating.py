@@ -112,6 +112,13 @@ def test_arrays_are_counted_as_often_as_they_are_named(kind: str) -> None:
         inflated(identifier, replaced(contents, kind, many), LIMITS)
 
 
+def test_a_message_has_few_records() -> None:
+    """Values of a ConfigRecord take many times the memory of their bytes: 17 records are refused."""
+    content = RecordDict({str(number): ConfigRecord({"a": number}) for number in range(17)})
+    with pytest.raises(FederationError, match="more than 16 records"):
+        inflated(*taken_apart(content), LIMITS)
+
+
 def test_records_have_bounds_of_their_own() -> None:
     """A ConfigRecord of 3 MB, and a list of names of 1 MB, are refused before they are parsed."""
     large = RecordDict({"x": ConfigRecord({"a": "b" * (3 << 20)})})
