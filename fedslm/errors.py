@@ -21,6 +21,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def printable(text: str, longest: int | None = None) -> str:
+    r"""What is shown of a text from outside: one line, which no terminal obeys.
+
+    Args:
+        text: The text.
+        longest: How much of it is shown; None: all.
+
+    >>> printable("a\nb\x1b[2J"), printable("abc", 2)
+    ('a b [2J', 'ab')
+    """
+    return "".join(each if each.isprintable() else " " for each in text[:longest])
+
+
 class FedslmError(Exception):
     """The base of all errors below; the command line prints it without a traceback."""
 

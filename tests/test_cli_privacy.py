@@ -16,6 +16,9 @@ from fedslm import simulation
 from fedslm.cli import app
 from fedslm.config import Config
 from fedslm.privacy import accounting
+from fedslm.privacy.chain import Charge
+from fedslm.privacy.keys import public_hex, signing_key
+from fedslm.privacy.ledger import Ledger, Limits
 from fedslm.privacy.policy import EXAMPLE
 from fedslm.progress import Bar
 from fedslm.records import Event
@@ -184,6 +187,22 @@ def audit_ledger(node: Path, *more: str) -> Result:
     """``fedslm audit ledger`` with the key beside the ledger."""
     key = str(node / "ledger-key.pub.pem")
     return run("audit", "ledger", str(node / "ledger.jsonl"), "--public-key", key, *more)
+
+
+def test_a_ledger_commands_no_terminal(tmp_path: Path) -> None:
+    """What a node wrote into its ledger is shown as text: no markup, no escapes."""
+    key = signing_key(tmp_path)
+    ledger = Ledger(tmp_path / "ledger.jsonl", key, unit="[/red]\x1b[2J")
+    values = dict.fromkeys(("plan_sha256", "base_sha256", "config_sha256", "dataset_commitment"), "x")
+    charge = Charge(
+        *(Event(0.05, 3.0, 10), "adapter", 1.0, 1e-5, "run", 1),
+        **{**values, "request_sha256": "r", "code_version": "0"},
+    )
+    ledger.reserve([charge], Limits(run=(100.0, 1e-5)))
+    found = run("audit", "ledger", str(ledger.path), "--public-key", public_hex(key.public_key()))
+    assert found.exit_code == 0, found.output
+    assert "for one [/red] [2J" in found.stdout
+    assert "\x1b" not in found.stdout
 
 
 def test_auditing_a_ledger(finished: Path, tmp_path: Path) -> None:

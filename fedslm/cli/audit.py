@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedslm.cli.console import ERRORS, Json, clear_errors
-from fedslm.errors import plural
+from fedslm.errors import plural, printable
 
 if TYPE_CHECKING:
     from fedslm.audit.ledgers import LedgerAudit
@@ -107,7 +107,8 @@ def run(
             for name in ("audit.md", "audit.html", "audit.json"):
                 console.print(f"  {path / name}", highlight=False, markup=False, soft_wrap=True)
         for finding in audit["findings"]:
-            ERRORS.print(f"finding: {finding}", style="red", highlight=False, markup=False)
+            text = f"finding: {printable(finding)}"
+            ERRORS.print(text, style="red", highlight=False, markup=False)
         if audit["findings"]:
             raise typer.Exit(1)
 
@@ -148,12 +149,12 @@ def _print_ledger(found: LedgerAudit) -> None:
     verdict = "[green]sound[/green]" if found.sound else "[red bold]not sound[/red bold]"
     console.print(f"{verdict}: ", found.path, highlight=False, soft_wrap=True)
     if found.entries:
-        console.print(
+        text = (
             f"{plural(found.entries, 'line')}, {plural(found.charges, 'charge')} for one "
             f"{found.unit} ({found.adjacency}), {found.open_reservations} of them released "
-            f"nothing; {plural(len(found.runs), 'run')}",
-            highlight=False,
+            f"nothing; {plural(len(found.runs), 'run')}"
         )
+        console.print(printable(text), highlight=False, markup=False)
         console.print(f"head {found.head}", highlight=False, soft_wrap=True)
     if found.spent:
         table = Table(title="ε spent, failed work included")
@@ -167,6 +168,6 @@ def _print_ledger(found: LedgerAudit) -> None:
             table.add_row(f"{spent.delta:g}", *row, left)
         console.print(table)
     for note in found.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {printable(note)}", highlight=False, markup=False)
     for finding in found.findings:
-        ERRORS.print(f"finding: {finding}", style="red", highlight=False, markup=False)
+        ERRORS.print(f"finding: {printable(finding)}", style="red", highlight=False, markup=False)

@@ -24,6 +24,7 @@ from fedslm.errors import (
     ModelError,
     PrivacyError,
     Refused,
+    printable,
 )
 
 FINE, FAILED, INPUT, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130  # the table is in the README
@@ -56,7 +57,8 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except FedslmError as error:
-        text = Text.assemble(("error: ", "red bold"), str(error))
+        said = "\n".join(map(printable, str(error).split("\n")))
+        text = Text.assemble(("error: ", "red bold"), said)
         ERRORS.print(text, highlight=False, soft_wrap=True)
         raise typer.Exit(code_of(type(error))) from None
 

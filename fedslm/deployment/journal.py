@@ -8,9 +8,25 @@ import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from fedslm.errors import printable
 
 _MOST_BYTES, _KEPT_BYTES = 10 << 20, 1 << 20
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class TextLines(logging.Formatter):
+    """One line for each record, and a traceback if any: what others wrote breaks no line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        """Writes a record's line."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """Writes a traceback."""
+        return "\n".join(map(printable, super().formatException(ei).splitlines()))
 
 
 class JsonLines(logging.Formatter):
@@ -26,7 +42,12 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             values["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(values, ensure_ascii=False)
+        return "".join(map(_escaped, json.dumps(values, ensure_ascii=False)))
+
+
+def _escaped(character: str) -> str:
+    """A character of a JSON text, such that a terminal shows it."""
+    return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
 def log_to_stderr(form: str) -> None:
@@ -37,7 +58,7 @@ def log_to_stderr(form: str) -> None:
     """
     is_text = form == "text" or (form == "auto" and sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(_TEXT) if is_text else JsonLines())
+    handler.setFormatter(TextLines(_TEXT) if is_text else JsonLines())
     for name, level in (("fedslm", logging.INFO), ("flwr", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedslm.errors import RunError
+from fedslm.errors import RunError, printable
 from fedslm.federation.envelopes import MOST_SEEN
 from fedslm.privacy.merkle import extends
 from fedslm.privacy.statement import Statement
@@ -161,7 +161,7 @@ class Spends:
         """Puts a node out; a node that is out already stays so for its first reason."""
         known = self.standing(key)
         if not known.out:
-            out = "".join(each if each.isprintable() else " " for each in reason[:_LONGEST_REASON])
+            out = printable(reason, _LONGEST_REASON)
             self._news[key] = replace(known, out=out, since=_now())
 
     def save(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedslm.errors import printable
 from fedslm.federation.wire import Reply
 from fedslm.records import RoundRecord
 
@@ -55,8 +56,8 @@ class Tally:
             self._counts["late" if answer == "late" else "failed"] += 1
             reason = answer
         if reason:
-            name = _printable(self.names.get(client, f"client {client}"), _LONGEST_NAME)
-            line = f"{name}: {_printable(reason, _LONGEST_REASON)}"
+            name = printable(self.names.get(client, f"client {client}"), _LONGEST_NAME)
+            line = f"{name}: {printable(reason, _LONGEST_REASON)}"
             self._reasons.append(line)
             self._left_out.append(client)
             logger.warning("%s", line)
@@ -77,8 +78,3 @@ class Tally:
             private_metric=self._scores / self._units if self._units >= 1 else None,
             **values,
         )
-
-
-def _printable(text: str, longest: int) -> str:
-    """The beginning of a text, as one line."""
-    return "".join(each if each.isprintable() else " " for each in text[:longest])

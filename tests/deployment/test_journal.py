@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedslm.deployment.journal import JsonLines, keep_small, last_lines
+from fedslm.deployment.journal import JsonLines, TextLines, keep_small, last_lines
 
 
 def test_a_record_is_one_json_line() -> None:
@@ -28,6 +28,19 @@ def test_a_record_is_one_json_line() -> None:
     )
     assert "ValueError" in values["traceback"]
     assert values["time"].endswith("+00:00")
+
+
+def test_what_others_wrote_commands_no_terminal() -> None:
+    """Escapes, C1 controls and marks of direction are shown, in JSON without loss, and break no line."""
+    text = "a\nb\x1b[2J\x9b31m\u202e\u2028c\U000e0001"
+    error = ValueError(text)
+    record = logging.LogRecord("fedslm", logging.ERROR, "f", 1, text, (), (ValueError, error, None))
+    line = JsonLines().format(record)
+    assert line.isprintable()
+    assert json.loads(line)["message"] == text
+    lines = TextLines("%(levelname)s %(message)s").format(record).split("\n")
+    assert lines[0] == "ERROR a b [2J 31m  c "
+    assert all(each.isprintable() for each in lines)
 
 
 def test_a_log_that_has_grown_is_cut(tmp_path: Path) -> None:
