@@ -5,7 +5,7 @@ Formal guarantees:
       11 MiB for an application bundle, 1 MiB for everything else, and ten minutes for each.
     * No redirect is followed and no compressed answer is unpacked.
     * Nothing that a server answers ends or interrupts this process: it becomes an exception, whose text
-      is bounded.
+      is bounded. Nothing that it answers to a heartbeat ends the heartbeats.
 """
 
 from __future__ import annotations
@@ -102,13 +102,20 @@ def _check_status(status: int, content: bytes, name: str) -> None:
     """Turns an error of the server into an exception."""
     if status == httpx.codes.OK:
         return
-    is_flowers = FlowerError.from_json(content.decode("utf-8", "replace")) is not None
-    if status == httpx.codes.FORBIDDEN and name in _OF_A_RUN and is_flowers:
+    if status == httpx.codes.FORBIDDEN and name in _OF_A_RUN and _is_flowers(content):
         raise RunNotRunningException
     if status >= httpx.codes.INTERNAL_SERVER_ERROR:
         raise httpx.RemoteProtocolError(f"the server answers {status} to {name}")
     said = content[:_LONGEST_TEXT].decode("utf-8", "replace")
     raise FederationError(f"the server answers {status} to {name}: {said!r}")
+
+
+def _is_flowers(content: bytes) -> bool:
+    """Whether an error is one that Flower writes."""
+    try:
+        return FlowerError.from_json(content.decode("utf-8", "replace")) is not None
+    except (ValueError, RecursionError):  # whatever the server wrote
+        return False
 
 
 def _why_refused(date: str) -> str:
@@ -119,7 +126,7 @@ def _why_refused(date: str) -> str:
     """
     try:
         skew = time.time() - parsedate_to_datetime(date).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         skew = 0.0
     if abs(skew) > _TOO_MUCH_SECONDS:
         return f"the server refuses this node: this clock is {skew:+.0f} s off; set it by NTP"
@@ -265,7 +272,7 @@ class Calls:
             return bool(self._client.SendNodeHeartbeat(request).success)
         except NotKnown:
             return True  # whoever asks for messages hears it, and ends the connection
-        except (httpx.HTTPError, FederationError, ValueError) as error:
+        except Exception as error:  # whatever the server answers: without heartbeats it sees no node
             logger.debug("a heartbeat failed: %s", error)
             return False
 

@@ -24,6 +24,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 from flwr.proto.message_pb2 import Message as Sent
 from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.run import RunNotRunningException
 from test_link import certified
@@ -203,6 +204,35 @@ def test_an_error_is_an_exception(
         with pytest.raises(expected, match=text) as caught:
             functions[2](1)
         assert len(str(caught.value)) < 900
+
+
+NO_ANSWERS: dict[str, tuple[Served, str, bool]] = {
+    "deep": ((403, {}, b"[" * 500_000), "", False),
+    "no message": ((200, {}, b"\xff"), "", False),
+    "no date": ((401, {}, b""), f"Mon, 01 Jan 2020 00:00:00 +{'9' * 20}", True),
+}
+
+
+@pytest.mark.parametrize("name", NO_ANSWERS)
+def test_no_answer_ends_the_heartbeats(site: tuple[Hostile, bytes], name: str) -> None:
+    """Whatever is answered to one, the next follows: a server sees a node only by them."""
+    (hostile, authority), (answer, date, expected) = site, NO_ANSWERS[name]
+    usual = dict(hostile.answers)
+    hostile.answers["send-node-heartbeat"], hostile.date = answer, date
+    try:
+        with fleet._client(hostile.address, authority, KEY) as client:
+            assert fleet.Calls(client, Node(node_id=7)).heartbeat() is expected
+    finally:
+        hostile.answers, hostile.date = usual, ""
+
+
+def test_a_deep_error_is_an_error(site: tuple[Hostile, bytes]) -> None:
+    """JSON nested 5 x 10^5 times is not Flower's word that a run is over."""
+    with (
+        calls(site, get_run=(403, {}, b"[" * 500_000)) as functions,
+        pytest.raises(FederationError, match="answers 403 to GetRun"),
+    ):
+        functions[2](1)
 
 
 def test_a_run_that_is_over(site: tuple[Hostile, bytes]) -> None:
