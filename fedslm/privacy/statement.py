@@ -19,7 +19,7 @@ from fedslm.records import Event, is_count, is_number
 
 _MOST_BYTES, _MOST_CHARGES, _MOST_KINDS = 8192, 100_000, 32
 
-LONGEST_STATEMENT, _MOST = 8_192, 10**12
+LONGEST_STATEMENT, _MOST, _LONGEST_NAME = 8_192, 10**12, 200
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,8 @@ def _check(statement: Statement) -> None:
     texts = ("run", "unit", "release_sha256", "ledger_id", "head_sha256", "root_sha256", "public_key")
     if not all(isinstance(getattr(statement, name), str) for name in texts):
         raise ValueError(f"{', '.join(texts)} must be text")
+    if max(len(statement.run), len(statement.unit)) > _LONGEST_NAME:
+        raise ValueError(f"run and unit must have at most {_LONGEST_NAME} characters")
     for name, digits in (("ledger_id", 32), ("head_sha256", 64), ("root_sha256", 64)):
         if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", getattr(statement, name)):
             raise ValueError(f"{name} must be {digits} hexadecimal digits")

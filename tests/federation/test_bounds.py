@@ -81,6 +81,14 @@ WRONG_SETUPS = {
 }
 
 
+def test_a_number_beyond_all_bounds_is_one_error() -> None:
+    """A whole number that is no float, too: a FederationError, not one of Python's."""
+    for value in (10**400, -(10**400), float("nan"), float("inf"), 10**13):
+        with pytest.raises(FederationError, match="too large"):
+            bounds.moderate({"a": [value]}, "training")
+    bounds.moderate({"a": [10**12, -1.5, 0]}, "training")
+
+
 @pytest.mark.parametrize("text", WRONG_SETUPS.values(), ids=WRONG_SETUPS)
 def test_a_setup_out_of_bounds_is_refused(text: str) -> None:
     """Each field of a setup has a bound; the error is short and repeats little of what came."""

@@ -27,7 +27,7 @@ from ledgers import (
 from fedslm.errors import LedgerError, PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.chain import METRIC, Chain, check_head
-from fedslm.privacy.keys import public_hex
+from fedslm.privacy.keys import public_hex, signature_of
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.statement import Statement, read_statement, signed
 from fedslm.records import Event
@@ -153,8 +153,6 @@ def test_no_charge_can_be_left_out(stated: Statement) -> None:
 )
 def test_charges_are_bounded(stated: Statement, charged: list[Any]) -> None:
     """At most 32 different kinds and 100,000 charges, each kind once, whoever signed for more."""
-    from fedslm.privacy.keys import signature_of
-
     values = {**json.loads(stated.to_json()), "charged": charged}
     del values["signature"]
     signed_for = {**values, "signature": signature_of(KEY, values)}
@@ -178,6 +176,16 @@ def test_a_statement_that_is_too_long_is_not_parsed(stated: Statement) -> None:
     """More than 8 KiB are refused by their length."""
     with pytest.raises(PrivacyError, match="at most 8192 characters"):
         read_statement(stated.to_json() + " " * 8192)
+
+
+@pytest.mark.parametrize("name", ["run", "unit"])
+def test_a_statement_has_short_names(stated: Statement, name: str) -> None:
+    """A server keeps them: whoever signs long ones would fill its register."""
+    values = {**json.loads(stated.to_json()), name: "x" * 201}
+    del values["signature"]
+    signature = signature_of(KEY, values)
+    with pytest.raises(PrivacyError, match="at most 200 characters"):
+        read_statement(json.dumps({**values, "signature": signature}))
 
 
 def test_another_key_signs_for_itself_alone(stated: Statement) -> None:
