@@ -144,6 +144,10 @@ def admit(
         str | None,
         typer.Option("--fingerprint", help="Refuse the request unless its key has this fingerprint."),
     ] = None,
+    reason: Annotated[
+        str,
+        typer.Option("--reason", help="Why a revoked node comes back without the ledger that it had."),
+    ] = "",
 ) -> None:
     """Let a node in, and write what it is to be told. A server that is coming up is waited for.
 
@@ -161,7 +165,7 @@ def admit(
                 f"{request} is refused: its fingerprint is not {expected}; ask its sender again"
             )
         with reached(server) as control:
-            node, told = admission.admit(server, request, control.register)
+            node, told = admission.admit(server, request, control.register, reason=reason)
         typer.echo(f"admitted {node.name}; fingerprint {found}")
         typer.echo(f"send back (confidential): {told}")
         _say_fingerprint(server)

@@ -114,26 +114,29 @@ def admitted_nodes(directory: Path) -> list[Admitted]:
         raise RunError(f"{path} is not a list of nodes: {short(error)}") from error
 
 
-def admit(directory: Path, request: Path, register: Any) -> tuple[Admitted, Path]:
+def admit(directory: Path, request: Path, register: Any, *, reason: str = "") -> tuple[Admitted, Path]:
     """Lets a node in.
 
     Args:
         directory: The server's directory.
         request: The node's request.
         register: Registers (public key, name) with the SuperLink and gives the node's number.
+        reason: Why a node that spent something before begins a new ledger; the audit shows it.
 
     Returns:
         The node, and the admission's file, to be sent back.
 
     Raises:
-        Refused: The name or a key is taken or revoked, or a signature is wrong.
-        RunError: The request is none.
+        Refused: The name or a key is taken or revoked, a signature is wrong, or a node of this name had
+            another ledger and there is no reason.
+        RunError: The request is not one.
         FederationError: The SuperLink refuses.
     """
     asked = read_request(request)
     with _locked(directory):  # nobody else gets the name or a key between the check and the list
         nodes = admitted_nodes(directory)
         _refuse_taken(directory, request, asked, nodes=nodes)
+        former = _former_key(directory, asked, nodes=nodes, reason=reason)
         found = Admitted(
             name=asked["name"],
             node_id=register(asked["node_key"], asked["name"]),
@@ -141,8 +144,31 @@ def admit(directory: Path, request: Path, register: Any) -> tuple[Admitted, Path
             ledger_key=asked["ledger_key"],
             admitted_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+        if former:
+            spends.succeed(directory / spends.SPENDS, former, found.ledger_key, reason=reason)
         _write(directory, [*nodes, found])
     return found, write_admission(directory, found)
+
+
+def _former_key(directory: Path, asked: dict[str, str], *, nodes: list[Admitted], reason: str) -> str:
+    """The other ledger key by which a revoked node of this name spent something; empty if none did.
+
+    Raises:
+        Refused: There is one, and no reason.
+    """
+    standings = spends.read_standings(directory / spends.SPENDS)
+    former = [node.ledger_key for node in nodes if node.name == asked["name"]]
+    if asked["ledger_key"] in former:
+        return ""
+    known = {key: standings.get(key, Standing()) for key in reversed(former)}
+    found = next((key for key, each in known.items() if each.charges or each.readmissions), "")
+    if found and not reason.strip():
+        raise Refused(
+            f"node {asked['name']!r} had another ledger, and what it spent still counts for the people "
+            f"in its data: it must keep its ledger and {keys.PRIVATE_KEY}. If they are lost, give a "
+            f"--reason: the audit shows it"
+        )
+    return found
 
 
 def _refuse_taken(

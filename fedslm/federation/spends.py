@@ -213,25 +213,43 @@ def readmit(path: Path, key: str, reason: str) -> Standing:
     Raises:
         RunError: The node is not out, there is no reason, or the file cannot be written.
     """
-    if not reason.strip():
-        raise RunError("readmission needs a reason: the audit shows it")
     with _locked(path):
         current = dict(read_standings(path))
         known = current.get(key, Standing())
         if not known.out:
             raise RunError("the node is not out: nothing to readmit; see `fedslm server status`")
-        again = Readmission(
-            at=_now(),
-            reason=reason.strip()[:_LONGEST_REASON],
-            was_out_for=known.out,
-            ledger_id=known.ledger_id,
-            charges=known.charges,
-            epsilon=known.epsilon,
-            delta=known.delta,
-        )
-        current[key] = Standing(readmissions=(*known.readmissions, again))
+        current[key] = _anew(known, reason)
         _write(path, current)
     return known
+
+
+def succeed(path: Path, former: str, key: str, *, reason: str) -> None:
+    """Keeps what is known of a node under its new ledger key, whose ledger is a new beginning.
+
+    Raises:
+        RunError: There is no reason, or the file cannot be written.
+    """
+    with _locked(path):
+        current = dict(read_standings(path))
+        known = replace(current.get(former, Standing()), out="it has another ledger key")
+        current.setdefault(key, _anew(known, reason))
+        _write(path, current)
+
+
+def _anew(known: Standing, reason: str) -> Standing:
+    """A new beginning, with what was known before."""
+    if not reason.strip():
+        raise RunError("readmission needs a reason: the audit shows it")
+    again = Readmission(
+        at=_now(),
+        reason=reason.strip()[:_LONGEST_REASON],
+        was_out_for=known.out,
+        ledger_id=known.ledger_id,
+        charges=known.charges,
+        epsilon=known.epsilon,
+        delta=known.delta,
+    )
+    return Standing(readmissions=(*known.readmissions, again))
 
 
 def standings_of_run(directory: Path) -> dict[str, Standing]:

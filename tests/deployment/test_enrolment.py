@@ -14,8 +14,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedslm.deployment import admission, authority, enrolment
 from fedslm.errors import FedslmError, RunError
+from fedslm.federation import spends
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.roster import chosen_nodes
+from fedslm.federation.spends import Standing
 from fedslm.privacy import keys
 
 
@@ -101,6 +103,26 @@ def test_names_and_keys_are_taken_once(server: Path, tmp_path: Path, register: A
         admission.admit(server, enrolment.enroll(tmp_path / "other", "north"), register)
     with pytest.raises(RunError, match="with the same node_key, ledger_key;"):
         admission.admit(server, enrolment.enroll(tmp_path / "north", "renamed"), register)
+
+
+def test_a_new_ledger_needs_a_reason(server: Path, tmp_path: Path, register: Any) -> None:
+    """Revoked and enrolled again without its ledger: what it spent is not forgotten on the way."""
+    first, _ = admission.admit(server, enrolment.enroll(tmp_path / "north", "north"), register)
+    spent = Standing(ledger_id="a" * 32, charges=79, epsilon=5.0, delta=1e-5)
+    register_of = server / spends.SPENDS
+    spends._write(register_of, {first.ledger_key: spent})
+    admission.revoke(server, "north", lambda number: None)
+    fresh = enrolment.enroll(tmp_path / "fresh", "north")
+    with pytest.raises(RunError, match="give a --reason"):
+        admission.admit(server, fresh, register, reason=" ")
+    second, _ = admission.admit(server, fresh, register, reason="its disk burnt")
+    (again,) = spends.read_standings(register_of)[second.ledger_key].readmissions
+    assert (again.reason, again.charges, again.epsilon) == ("its disk burnt", 79, 5.0)
+    assert spends.read_standings(register_of)[first.ledger_key] == spent
+    admission.revoke(server, "north", lambda number: None)
+    (tmp_path / "north" / enrolment.NODE_KEY).unlink()
+    kept = enrolment.enroll(tmp_path / "north", "north")
+    assert admission.admit(server, kept, register)[0].ledger_key == first.ledger_key
 
 
 def test_two_admissions_at_once(
