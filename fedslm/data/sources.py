@@ -217,7 +217,7 @@ def column_names(config: DataConfig, seed: int) -> list[str]:
     source, split = config.evaluation_source or config.source, config.evaluation_split
     path = Path(expand(source))
     if not database.is_url(expand(source)) and path.exists():
-        found = files.files_of(path, split) if path.is_dir() else [path]
+        found = files_of(path, split)
         first = next(files.tables_in(found[0]), None)
         return [] if first is None else list(first.column_names)
     query = config.evaluation_query
