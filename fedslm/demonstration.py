@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from fedslm.config import Config
 from fedslm.errors import RunError
 from fedslm.progress import Bar
 from fedslm.simulation import simulate
+from fedslm.storage import json_text
 
 ARMS: dict[str, dict[str, Any]] = {
     "no-privacy": {"unit": "none"},
@@ -82,7 +82,7 @@ def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
             bar.close()
     if as_json:
         for report in reports:
-            print(json.dumps({key: report[key] for key in ("name", *_JSON_KEYS)}))
+            print(json_text({key: report[key] for key in ("name", *_JSON_KEYS)}))
     else:
         _print(directory, reports)
     return reports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -17,9 +18,9 @@ from fedslm import contradictions
 from fedslm.config import Config
 from fedslm.data import shards
 from fedslm.data.layouts import laid_out
-from fedslm.distillation.following import check_asked, distil_if_asked, follower
+from fedslm.distillation.following import check_asked, distil_if_asked, follower, is_distilled
 from fedslm.errors import DataError, RunError
-from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.checkpoint import RunDirectory, metrics_of
 from fedslm.federation.local_grid import LocalGrid
 from fedslm.federation.public_model import export
 from fedslm.federation.roster import roster_of
@@ -77,7 +78,7 @@ def _discard(directory: RunDirectory) -> None:
 
 
 def resume(path: Path, observer: Observer, expected: Config | None = None) -> dict[str, Any]:
-    """Continues a run from its last checkpoint.
+    """Continues a run from its last checkpoint; one that is finished is left as it is.
 
     Args:
         path: The run directory.
@@ -87,10 +88,35 @@ def resume(path: Path, observer: Observer, expected: Config | None = None) -> di
     Raises:
         FedslmError: As :func:`simulate`, or the directory cannot be continued.
     """
+    done = finished(path, expected)
+    if done is not None:
+        return done
     directory, config = RunDirectory.open(path, expected)
     report = _run(config, directory, observer)
     distil_if_asked(directory.path, config.distill)
     return report
+
+
+def finished(path: Path, expected: Config | None = None) -> dict[str, Any] | None:
+    """The report of a run with nothing left to do; None if a round, the report or a student is missing.
+
+    Args:
+        path: The run directory.
+        expected: Refuse the directory if it was made with another config.
+
+    Raises:
+        RunError: It is not a run directory, or was made with another config.
+    """
+    directory, config = RunDirectory.open(path, expected)
+    try:
+        text = (directory.path / report.REPORT).read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(text)
+        for key in ("metrics_before", "metrics_after"):
+            found[key] = metrics_of(found[key])
+        is_done = found["run_id"] == directory.run_id and found["rounds"] == config.federation.rounds
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return found if is_done and is_distilled(directory.path, config.distill) else None
 
 
 def with_layout(config: Config) -> Config:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,6 +75,33 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """A value as JSON, which has neither NaN nor infinity: a figure that is not finite becomes null.
+
+    Args:
+        value: What :func:`json.dumps` takes.
+        options: As there.
+
+    >>> json_text({"loss": math.nan, "epsilon": math.inf, "rounds": [1, 0.5]})
+    '{"loss": null, "epsilon": null, "rounds": [1, 0.5]}'
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    """The same value with None for each figure that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
 
 
 @contextmanager

@@ -249,6 +249,25 @@ def test_engines_share_their_functions() -> None:
         assert len(source.splitlines()) <= 20
 
 
+# Texts, counts, hashes and signed values that are checked before; or TOML, which has NaN.
+NO_FIGURES = {
+    *("config.reading", "data.holdout", "data.shards", "distillation.distil", "federation.attestation"),
+    *("federation.bounds", "federation.envelopes", "federation.roster", "federation.wire"),
+    *("models.demo_large", "privacy.chain", "privacy.keys", "privacy.ledger"),
+    *("deployment.admission", "deployment.bundle", "deployment.enrolment", "deployment.guard_rules"),
+    *("deployment.instructions", "deployment.journal", "deployment.lab", "deployment.starters"),
+}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_json_is_written_without_nan(path: Path) -> None:
+    """Figures go through storage.json_text, or are refused where they are not finite."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+            strict = any(ast.unparse(word) == "allow_nan=False" for word in node.keywords)
+            assert strict or name_of(path) in NO_FIGURES, f"{name_of(path)}: {ast.unparse(node)}"
+
+
 def test_public_names() -> None:
     """Law 6: the public list is exactly this, and every name in it is there."""
     assert fedslm.__all__ == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,35 @@ from tiny import disk_full
 
 from fedslm.errors import RunError
 from fedslm.records import AdapterState
-from fedslm.storage import expand, load_adapter, locked, replacing, save_adapter, write_text
+from fedslm.storage import (
+    expand,
+    json_text,
+    load_adapter,
+    locked,
+    replacing,
+    save_adapter,
+    write_text,
+)
 
 _BITS = np.array([0.0, -0.0, np.nan, np.inf, 1e-45, 3.4e38], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"a": math.nan, "b": [math.inf, (-math.inf, 0.5)]}, '{"a": null, "b": [null, [null, 0.5]]}'),
+        (
+            [np.float64("nan"), np.float64(0.5), 1, True, None, "NaN"],
+            '[null, 0.5, 1, true, null, "NaN"]',
+        ),
+        ({"b": 1, "a": {"c": 1e300}}, '{"b": 1, "a": {"c": 1e+300}}'),
+    ],
+    ids=["nested", "kinds", "finite"],
+)
+def test_no_figure_is_written_that_json_does_not_have(value: object, text: str) -> None:
+    """NaN and infinities become null at any depth; everything else is as json.dumps writes it."""
+    assert json_text(value) == text
+    assert json.loads(json_text(value, indent=2), parse_constant=pytest.fail) == json.loads(text)
 
 
 def adapter(num_values: int, value: float = 1.0) -> AdapterState:

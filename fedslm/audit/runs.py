@@ -29,7 +29,7 @@ from fedslm.privacy.plan import ExamplePlan, PatientPlan
 from fedslm.privacy.statement import Statement
 from fedslm.records import Event
 from fedslm.reporting.render import page, render
-from fedslm.storage import write_text
+from fedslm.storage import json_text, write_text
 
 _DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 _FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
@@ -251,7 +251,7 @@ def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any
                 "code_version": charge.code_version,
                 "config_sha256": charge.config_sha256,
             }
-            found.setdefault(json.dumps(values, sort_keys=True), values)
+            found.setdefault(json_text(values, sort_keys=True), values)
     return list(found.values())
 
 
@@ -287,6 +287,6 @@ def _attestation(directory: RunDirectory) -> dict[str, Any] | None:
 def _write(path: Path, audit: dict[str, Any]) -> None:
     """Writes the three forms."""
     markdown = render("audit.md.j2", audit=audit)
-    write_text(path / "audit.json", json.dumps(audit, indent=2) + "\n")
+    write_text(path / "audit.json", json_text(audit, indent=2) + "\n")
     write_text(path / "audit.md", markdown)
     write_text(path / "audit.html", page(markdown, f"Privacy audit of {audit['run']['name']}"))

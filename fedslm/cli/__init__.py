@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from enum import StrEnum
 from pathlib import Path
@@ -39,7 +38,7 @@ from fedslm.cli.provision import provision_app
 from fedslm.cli.server import server_app
 from fedslm.config import Config
 from fedslm.models.base import check_early
-from fedslm.storage import expand
+from fedslm.storage import expand, json_text
 
 app = typer.Typer(
     cls=Program,
@@ -108,11 +107,33 @@ def simulate(
             message = "give a CONFIG, or --resume RUN without --set"
             raise typer.BadParameter(message)
         loaded = None if config is None else load_config(config, overrides)
-        report = _simulate(loaded, resume)
+        report = _finished(loaded, resume) or _simulate(loaded, resume)
         _finish(report, as_json)
-        if report["stopped"]:
-            ERRORS.print(f"stopped early: {report['stopped']}", style="red", markup=False)
-            raise typer.Exit(1)
+        _fail_if_stopped(report)
+
+
+def _finished(config: Config | None, resume: Path | None) -> dict[str, Any] | None:
+    """The report of a run that is to be resumed, but has nothing left to do; says so."""
+    if resume is None:
+        return None
+    from fedslm.simulation import finished
+
+    report = finished(resume, config)
+    if report is not None:
+        text = f"{resume} is finished: nothing is left to do, and nothing was written"
+        ERRORS.print(text, highlight=False, markup=False, soft_wrap=True)
+    return report
+
+
+def _fail_if_stopped(*reports: dict[str, Any]) -> None:
+    """Ends with 1 if a run stopped early, or came to nothing."""
+    bad = [report for report in reports if report["stopped"]]
+    for report in bad:
+        how = "stopped early" if report["rounds"] < report["rounds_planned"] else "failed"
+        text = f"{report['name']} {how}: {report['stopped']}"
+        ERRORS.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+    if bad:
+        raise typer.Exit(1)
 
 
 def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
@@ -152,7 +173,7 @@ def _finish(report: dict[str, Any], as_json: bool) -> None:
             "directory metrics_before metrics_after privacy epsilon delta rounds stopped seconds "
             "bytes_down bytes_up adapter_sha256"
         )
-        typer.echo(json.dumps({key: report[key] for key in keys.split()}))
+        typer.echo(json_text({key: report[key] for key in keys.split()}))
         return
     console = Console()
     name = report["headline"]
@@ -189,7 +210,7 @@ def demo(
         preload()
         from fedslm import demonstration
 
-        demonstration.run(directory, as_json=as_json)
+        _fail_if_stopped(*demonstration.run(directory, as_json=as_json))
 
 
 @config_app.command("schema")
@@ -198,7 +219,7 @@ def schema() -> None:
 
     Example: `fedslm config schema > schema.json`
     """
-    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+    typer.echo(json_text(Config.model_json_schema(), indent=2))
 
 
 class Kind(StrEnum):

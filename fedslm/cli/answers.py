@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from fedslm.cli.console import ERRORS
 from fedslm.errors import plural
+from fedslm.storage import json_text
 
 Rows = list[dict[str, Any]]
 _SHOWN_CHARACTERS = 60
@@ -49,7 +49,7 @@ def write_answers(out: Path, answers: Iterable[dict[str, Any]]) -> None:
     with replacing(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         if out.suffix == ".jsonl":
             for answer in answers:
-                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                file.write(json_text(answer, ensure_ascii=False) + "\n")
             return
         rows = [{key: _cell(value) for key, value in answer.items()} for answer in answers]
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
@@ -59,13 +59,13 @@ def write_answers(out: Path, answers: Iterable[dict[str, Any]]) -> None:
 
 def _cell(value: object) -> object:
     """What fits into a cell: lists and dictionaries as JSON."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+    return json_text(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
 def say_where(out: Path, count: int, as_json: bool) -> None:
     """Where the answers are."""
     typer.echo(
-        json.dumps({"out": str(out), "rows": count}) if as_json else f"{out}: {plural(count, 'row')}"
+        json_text({"out": str(out), "rows": count}) if as_json else f"{out}: {plural(count, 'row')}"
     )
 
 

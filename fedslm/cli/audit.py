@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from fedslm.cli.console import ERRORS, Json, clear_errors
 from fedslm.errors import plural, printable
+from fedslm.storage import json_text
 
 if TYPE_CHECKING:
     from fedslm.audit.ledgers import LedgerAudit
@@ -61,7 +61,7 @@ def ledger(
         )
         found = audit_ledger(path, key, evidence)
         if as_json:
-            typer.echo(json.dumps(values_of(found)))
+            typer.echo(json_text(values_of(found)))
         else:
             _print_ledger(found)
         if not found.sound:
@@ -99,7 +99,7 @@ def run(
             empirical=empirical,
         )
         if as_json:
-            typer.echo(json.dumps(audit))
+            typer.echo(json_text(audit))
         else:
             g, console = audit["guarantee"], Console()
             text = f"ε = [bold]{g['epsilon']:.3f}[/bold] at δ = {g['delta']:g} for one "
@@ -130,7 +130,7 @@ def self_test(as_json: Json = False) -> None:
         if as_json:
             checks = [vars(check) for check in result.checks]
             values = {"passed": result.passed, "seconds": result.seconds, "checks": checks}
-            typer.echo(json.dumps(values))
+            typer.echo(json_text(values))
         else:
             table = Table(title=f"Self-test: {result.seconds:.1f} s")
             for column in ("", "promise", "figures"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from fedslm.cli.console import ERRORS, Json, clear_errors, load_config
 from fedslm.config import Config, Unit
 from fedslm.errors import PrivacyError
+from fedslm.storage import json_text
 
 if TYPE_CHECKING:
     from fedslm.privacy.budget import Answer, Question
@@ -70,7 +70,7 @@ def plan(
 
             plot_budget(plot, found)
         if as_json:
-            typer.echo(json.dumps(asdict(found)))
+            typer.echo(json_text(asdict(found)))
         else:
             _print(found, plot)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
 from fedslm.errors import plural
+from fedslm.storage import json_text
 
 if TYPE_CHECKING:
     from fedslm.data.preview import ClientView, Preview
@@ -51,7 +51,7 @@ def preview(
                 plot, found, f"{loaded.run.name}: {plural(len(found.clients), 'client')}, {kind}"
             )
         if as_json:
-            typer.echo(json.dumps(found.to_json()))
+            typer.echo(json_text(found.to_json()))
         else:
             _print(found, loaded, plot)
 
@@ -86,7 +86,7 @@ def split(
         dataset = load(source, name, query, key="--query", seed=seed)
         sides = split_in_two(dataset, out, unit=unit, fraction=fraction, seed=seed)
         if as_json:
-            typer.echo(json.dumps(asdict(sides)))
+            typer.echo(json_text(asdict(sides)))
             return
         console = Console()
         for side, records, units in (

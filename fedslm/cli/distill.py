@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fedslm.cli.answers import print_table
 from fedslm.cli.console import ERRORS, INTERRUPTED, TRAIN, Json, Overrides, clear_errors
 from fedslm.errors import plural
+from fedslm.storage import json_text
 
 if TYPE_CHECKING:
     from fedslm.distillation.distil import Asked
@@ -157,7 +157,7 @@ def _estimated(asked: Asked, as_json: bool) -> None:
     total = found.total_bytes(two_passes=bool(plan.settings.cached_samples))
     if as_json:
         values = {**vars(found), "total_bytes": total, "method": plan.settings.method}
-        typer.echo(json.dumps(values))
+        typer.echo(json_text(values))
         return
     student, teacher = found.parameters
     rows = [
@@ -237,7 +237,7 @@ def _say(report: dict[str, Any], as_json: bool) -> None:
     """What came out and where to look."""
     if as_json:
         keys = ("directory", "method", "metrics", "general", "privacy", "adapter_sha256", "seconds")
-        typer.echo(json.dumps({key: report[key] for key in keys}))
+        typer.echo(json_text({key: report[key] for key in keys}))
         return
     console, name = Console(), report["headline"]
     if report["metrics"]:

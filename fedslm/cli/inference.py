@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ from fedslm.cli.answers import (
     write_answers,
 )
 from fedslm.cli.console import ERRORS, USE, Json, clear_errors
+from fedslm.storage import json_text
 
 if TYPE_CHECKING:
     from fedslm.inference.generation import Prompt
@@ -74,7 +74,7 @@ def predict(
                 write_answers(out, shown)
             elif as_json:
                 for answer in shown:
-                    typer.echo(json.dumps(answer))
+                    typer.echo(json_text(answer))
             else:
                 answered = list(shown)
         if out is not None:
@@ -130,7 +130,7 @@ def generate(
                 write_answers(out, answers)
             else:
                 for answer in answers:
-                    typer.echo(json.dumps(answer))
+                    typer.echo(json_text(answer))
         if out is not None:
             say_where(out, len(prompts), as_json)
 
@@ -186,7 +186,7 @@ def evaluate(
             write_text(out, tables.markdown_of(title, found, notes))
         if as_json:
             values = {"run": str(opened.directory), "data": data, "split": split, "notes": notes}
-            typer.echo(json.dumps({**values, "resamples": resamples, **tables.json_of(found)}))
+            typer.echo(json_text({**values, "resamples": resamples, **tables.json_of(found)}))
         else:
             print_table(title, tables.COLUMNS, tables.rows_of(found), notes)
 
@@ -223,7 +223,7 @@ def export(
         else:
             export_adapter(opened, out)
         if as_json:
-            typer.echo(json.dumps({"out": str(out), "merged": merge, "dtype": dtype or "float32"}))
+            typer.echo(json_text({"out": str(out), "merged": merge, "dtype": dtype or "float32"}))
         else:
             typer.echo(str(out))
 

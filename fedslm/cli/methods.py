@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedslm.cli.console import TRAIN, Json, clear_errors
+from fedslm.storage import json_text
 
 methods_app = typer.Typer()
 
@@ -31,7 +31,7 @@ def methods(
         if as_markdown:
             typer.echo(as_page(), nl=False)
         elif as_json:
-            typer.echo(json.dumps(as_data()))
+            typer.echo(json_text(as_data()))
         else:
             _print()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_c
 from fedslm.config import Config
 from fedslm.errors import DataError
 from fedslm.factors import key_of, layers_of
+from fedslm.storage import json_text
 
 if TYPE_CHECKING:
     from fedslm.models.footprint import Footprint, Memory
@@ -42,7 +42,7 @@ def info(config: ConfigPath, overrides: Overrides = [], as_json: Json = False) -
         loaded = load_config(config, overrides).resolved()
         found = describe(loaded)
         if as_json:
-            typer.echo(json.dumps(found))
+            typer.echo(json_text(found))
         else:
             _print(found)
 

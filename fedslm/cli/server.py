@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from fedslm.cli.console import (
 )
 from fedslm.cli.provision import Server, reached, warn_of_certificates
 from fedslm.errors import plural
+from fedslm.storage import json_text
 
 _STATUS_SECONDS = 6.0
 server_app = typer.Typer(
@@ -95,7 +95,7 @@ def run(
             )
             return
         if as_json:
-            typer.echo(json.dumps({"run": run_id, "status": status, "directory": str(directory)}))
+            typer.echo(json_text({"run": run_id, "status": status, "directory": str(directory)}))
         if status == STOPPED:
             ERRORS.print("the run was stopped; continue it with --resume", highlight=False)
             raise typer.Exit(1)
@@ -120,7 +120,7 @@ def status(server: Server = Path(), as_json: Json = False) -> None:
         with reached(server, _STATUS_SECONDS) as control:
             found = status_of(server, control.nodes())
         if as_json:
-            typer.echo(json.dumps(asdict(found)))
+            typer.echo(json_text(asdict(found)))
             return
         nodes = Table("node", "status", "since (UTC)", "ε of run", "left", "ε of all runs")
         for node in found.nodes:
@@ -215,7 +215,10 @@ def _number(value: float | None) -> str:
 
 def _tell(record: dict[str, Any]) -> None:
     """One line for each round."""
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
+    from fedslm.federation.checkpoint import metrics_of
+
+    found = metrics_of(record["metrics"])
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
     spent = "" if record["epsilon"] is None else f"  ε {record['epsilon']:.3f}"
     counts = f"{record['completed']}/{record['cohort']} nodes"
     ERRORS.print(f"round {record['round']}: {counts}{spent}  {metrics}", highlight=False)

@@ -294,7 +294,7 @@ class Config(Section):
         if not self.distill.mutual_steps:  # else it is a part of the rounds
             content.pop("distill")
         content["run"] = {"seed": self.run.seed}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
     def flat(self) -> dict[str, str | int | float | bool]:
         """Returns the config as Flower's flat run config: scalars under dotted keys."""

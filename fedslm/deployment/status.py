@@ -59,8 +59,8 @@ class RunStatus:
 
     Attributes:
         name: Name of its directory.
-        state: finished, ended early (too few replies), failed (an error, or no node took part in any
-            round), running, or interrupted (for --resume).
+        state: finished, ended early (too few replies), failed (an error, or no round moved the
+            adapter), running, or interrupted (for --resume).
         round: Last finished round.
         rounds: Rounds asked for.
         completed: Updates in the last round's aggregate.
@@ -215,7 +215,7 @@ def _state(run: _Read) -> str:
         report = json.loads((directory.path / "report.json").read_text(encoding="utf-8"))
         if not report.get("stopped"):
             return "finished"
-        return "ended early" if any(record.completed for record in run.records) else "failed"
+        return "failed" if all(record.kept for record in run.records) else "ended early"
     except (OSError, ValueError, AttributeError):
         pass
     try:

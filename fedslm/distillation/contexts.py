@@ -21,7 +21,7 @@ from fedslm.inference.generation import Sampling, generation_settings, new_token
 from fedslm.inference.trained import FinishedRun, OnProgress
 from fedslm.models.loaded import LoadedModel
 from fedslm.rng import seed_of, stream
-from fedslm.storage import write_text
+from fedslm.storage import json_text, write_text
 from fedslm.tasks.base import Example, Row, Tokens
 from fedslm.tasks.instruction import Instruction
 from fedslm.tasks.tokens import IGNORED
@@ -223,7 +223,7 @@ def _some(contexts: list[Context], rows: int) -> list[Context]:
 
 def save_contexts(path: Path, contexts: Sequence[Context]) -> None:
     """Writes contexts, one JSON line each."""
-    lines = [json.dumps(_values(context)) for context in contexts]
+    lines = [json_text(_values(context)) for context in contexts]
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 

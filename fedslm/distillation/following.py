@@ -43,14 +43,21 @@ def check_asked(settings: DistillConfig) -> None:
 
 def distil_if_asked(path: Path, settings: DistillConfig) -> None:
     """Distils a finished run into its own directory, unless nobody asked or that is done."""
-    if settings.student is None:
+    if is_distilled(path, settings):
         return
-    from fedslm.distillation.distil import DIRECTORY, REPORT, distil, prepare
+    from fedslm.distillation.distil import DIRECTORY, distil, prepare
     from fedslm.inference.trained import open_run
 
-    target = path / DIRECTORY
-    if not (target / REPORT).exists():
-        distil(prepare(open_run(path), settings), target, Printed())
+    distil(prepare(open_run(path), settings), path / DIRECTORY, Printed())
+
+
+def is_distilled(path: Path, settings: DistillConfig) -> bool:
+    """Whether nobody asked for a student of a run, or it is there."""
+    if settings.student is None:
+        return True
+    from fedslm.distillation.distil import DIRECTORY, REPORT
+
+    return (path / DIRECTORY / REPORT).exists()
 
 
 def follower(settings: DistillConfig, rounds: int, call: Callable[..., Any]) -> Follow | None:

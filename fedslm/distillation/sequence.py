@@ -31,7 +31,7 @@ from fedslm.inference.inputs import Rows
 from fedslm.inference.texts import continuation, prompt_tokens
 from fedslm.inference.trained import FinishedRun, OnProgress
 from fedslm.models.loaded import LoadedModel
-from fedslm.storage import write_text
+from fedslm.storage import json_text, write_text
 from fedslm.tasks import tokens
 from fedslm.tasks.base import Example, Tokens
 from fedslm.tasks.instruction import Instruction
@@ -120,7 +120,7 @@ def learner_of(student: Student, run: FinishedRun) -> Student:
 
 def save_texts(path: Path, written: Sequence[Written]) -> None:
     """Writes texts, one JSON line each."""
-    write_text(path, "".join(f"{json.dumps(asdict(each))}\n" for each in written))
+    write_text(path, "".join(f"{json_text(asdict(each))}\n" for each in written))
 
 
 def load_texts(path: Path) -> list[Written]:

@@ -21,7 +21,7 @@ from fedslm.distillation.schedule import learning_rate
 from fedslm.errors import RunError, TrainingError
 from fedslm.records import AdapterState
 from fedslm.rng import stream
-from fedslm.storage import load_adapter, save_adapter, write_text
+from fedslm.storage import json_text, load_adapter, save_adapter, write_text
 from fedslm.tasks import tokens
 from fedslm.tasks.base import Example, Task
 from fedslm.training.local import enter_training
@@ -196,7 +196,7 @@ class Course:
                 }
             )
             save_adapter(self.directory / f"{name}-{step:07d}.safetensors", moments)
-        write_text(self.directory / "state.json", json.dumps({"step": step, "losses": self.losses}))
+        write_text(self.directory / "state.json", json_text({"step": step, "losses": self.losses}))
         for old in self.directory.glob("*.safetensors"):
             if not old.stem.endswith(f"-{step:07d}"):
                 old.unlink()

@@ -14,6 +14,7 @@ error.txt                   why the server's side of a run on real nodes ended, 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ from fedslm.config import Config
 from fedslm.errors import ConfigError, FedslmError, PrivacyError, Problem, RunError
 from fedslm.privacy.statement import Statement, read_statement
 from fedslm.records import AdapterState, RoundRecord, is_count, is_number
-from fedslm.storage import is_text, load_adapter, locked, save_adapter, write_text
+from fedslm.storage import is_text, json_text, load_adapter, locked, save_adapter, write_text
 
 ERROR = "error.txt"
 _PARTS = ("moving", "memory", "control")
@@ -105,7 +106,7 @@ class RunDirectory:
             "config_sha256": config.sha256(),
             "config": config.model_dump(mode="json"),
         }
-        write_text(path / "config.json", json.dumps(values, indent=2))
+        write_text(path / "config.json", json_text(values, indent=2))
         return cls(path, run_id)
 
     @classmethod
@@ -173,7 +174,7 @@ class RunDirectory:
             RunError: The disk is full, for instance; the previous checkpoint stays valid.
         """
         if record is not None:
-            self._append("rounds.jsonl", [json.dumps(asdict(record))])
+            self._append("rounds.jsonl", [json_text(asdict(record))])
             self._append("statements.jsonl", self._unseen(checkpoint))
         directory, server = self.path / "checkpoint", checkpoint.server
         files = {}
@@ -194,7 +195,7 @@ class RunDirectory:
             "statements": {k: v.to_json() for k, v in checkpoint.statements.items()},
             "epsilons": dict(checkpoint.epsilons),
         }
-        write_text(directory / "state.json", json.dumps(values, indent=2))
+        write_text(directory / "state.json", json_text(values, indent=2))
         for old in directory.glob("*.safetensors"):
             if old.name not in {file["name"] for file in files.values()}:
                 old.unlink()
@@ -218,8 +219,8 @@ class RunDirectory:
             checkpoint = Checkpoint(
                 round=int(values["round"]),
                 server=server,
-                metrics_before=values["metrics_before"],
-                metrics=values["metrics"],
+                metrics_before=metrics_of(values["metrics_before"]),
+                metrics=metrics_of(values["metrics"]),
                 failed_in_row=int(values["failed_in_row"]),
                 statements=statements,
                 epsilons=_epsilons(values),
@@ -256,7 +257,7 @@ class RunDirectory:
         kept = [record for record in records if record.round <= round]
         is_whole = path.exists() and _torn_bytes(path) == 0
         if kept != records or not is_whole:
-            write_text(path, "".join(json.dumps(asdict(record)) + "\n" for record in kept))
+            write_text(path, "".join(json_text(asdict(record)) + "\n" for record in kept))
 
     def records(self) -> list[RoundRecord]:
         """Reads ``rounds.jsonl``; a torn last line is left out."""
@@ -266,7 +267,7 @@ class RunDirectory:
         try:
             values = [json.loads(line) for line in lines]
             return [_record(item) for item in values]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunError(f"{path} is damaged: {error}") from error
 
     def statements(self) -> list[tuple[int, Statement]]:
@@ -287,7 +288,7 @@ class RunDirectory:
     def _unseen(self, checkpoint: Checkpoint) -> list[str]:
         """Lines for the statements of a checkpoint's last round."""
         return [
-            json.dumps({"client": client, "statement": statement.to_json()})
+            json_text({"client": client, "statement": statement.to_json()})
             for client, statement in checkpoint.statements.items()
             if statement.round == checkpoint.round
         ]
@@ -321,15 +322,31 @@ def _torn_bytes(path: Path) -> int:
     return size
 
 
+def metrics_of(values: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics that were written: null is one that was not finite.
+
+    >>> metrics_of({"accuracy": 0.5, "loss": None})
+    {'accuracy': 0.5, 'loss': nan}
+    """
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}
+
+
 def _epsilons(values: Mapping[str, Any]) -> dict[int, float]:
-    """Client to epsilon, of a checkpoint; empty in one of an older version."""
-    return {int(client): float(epsilon) for client, epsilon in values.get("epsilons", {}).items()}
+    """Client to epsilon, of a checkpoint; null is infinite; empty in one of an older version."""
+    return {
+        int(client): math.inf if epsilon is None else float(epsilon)
+        for client, epsilon in values.get("epsilons", {}).items()
+    }
 
 
 def _record(values: Mapping[str, Any]) -> RoundRecord:
     """A round's line; older versions wrote none of ``left_out``."""
-    reasons, left_out = tuple(values["reasons"]), tuple(values.get("left_out", ()))
-    return RoundRecord(**{**values, "reasons": reasons, "left_out": left_out})
+    changes = {
+        "metrics": metrics_of(values["metrics"]),
+        "reasons": tuple(values["reasons"]),
+        "left_out": tuple(values.get("left_out", ())),
+    }
+    return RoundRecord(**{**values, **changes})
 
 
 def _server_state(directory: Path, values: Mapping[str, Any]) -> ServerState:

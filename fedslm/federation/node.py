@@ -167,7 +167,7 @@ class Node:
     def keep(self, release: Release) -> None:
         """Keeps a release for a request that is sent again."""
         save_adapter(self.directory / "release.safetensors", release.delta)
-        write_text(self.directory / RELEASE, json.dumps({"metric": release.metric}))
+        write_text(self.directory / RELEASE, json.dumps({"metric": release.metric}, allow_nan=False))
 
     def kept(self, hashes: dict[str, str]) -> Release | None:
         """The release with these hashes, if it is still there undamaged."""

@@ -1,4 +1,4 @@
-"""Whether anybody took part in a run, and if not, why."""
+"""Whether a run came to anything, and if not, why."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ _OF_CLIENT = re.compile(r"client (\d+): (.*)", re.DOTALL)
 _MOST_CLIENTS, _LONGEST = 5, 200
 
 
-def nobody(records: Sequence[RoundRecord]) -> str:
-    """Why a run of real or simulated nodes came to nothing.
+def came_to_nothing(records: Sequence[RoundRecord]) -> str:
+    """Why no round of a run moved the adapter.
 
     Args:
         records: All rounds of the run.
 
     Returns:
-        The most frequent reason of each of the first clients, one a line; empty if a client took part
-        in a round, or if there was no round.
+        The most frequent reason of each of the first clients (and of the rounds themselves), one a
+        line; empty if a round moved the adapter, or if there was no round.
     """
-    if not records or any(record.completed for record in records):
+    if not all(record.kept for record in records) or not records:
         return ""
     reasons: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for text in (text for record in records for text in record.reasons):
         name, _, reason = text.partition(": ")
         reasons[name][reason] += 1
-    lines = [f"no node took part in any of the {plural(len(records), 'round')}"]
+    if any(record.completed for record in records):
+        lines = [f"none of the {plural(len(records), 'round')} moved the adapter"]
+    else:
+        lines = [f"no node took part in any of the {plural(len(records), 'round')}"]
     for name in list(reasons)[:_MOST_CLIENTS]:
         ((reason, count),) = reasons[name].most_common(1)
         lines.append(f"{name}, {plural(count, 'time')}: {reason[:_LONGEST]}")

@@ -9,7 +9,6 @@ Formal guarantees (under privacy):
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from dataclasses import asdict
@@ -36,7 +35,7 @@ from fedslm.models.loaded import LoadedModel
 from fedslm.models.plain import save_plain
 from fedslm.privacy.plan import NoPrivacy, PrivatePlan
 from fedslm.records import AdapterState
-from fedslm.storage import write_text
+from fedslm.storage import json_text, write_text
 from fedslm.tasks import build
 
 logger = logging.getLogger(__name__)
@@ -65,12 +64,12 @@ def _measured(request: Request, node: Node) -> str:
     plan = admitted(request, node)
     if not isinstance(plan, PrivatePlan):
         node = with_own_records(request.setup, node, has_begun=False)
-        return json.dumps(asdict(_both(request, node)))
+        return json_text(asdict(_both(request, node)))
     if node.deployed:
         return ""
     try:
         found = _both(request, node)
-        write_text(_own(request, node) / "metrics.json", json.dumps(asdict(found)))
+        write_text(_own(request, node) / "metrics.json", json_text(asdict(found)))
     except Exception:  # whatever the records do, it must not show
         logger.exception("measuring failed")
     return ""

@@ -18,13 +18,13 @@ from fedslm.aggregation.server import Aggregation, Round, ServerState
 from fedslm.config import Config
 from fedslm.data.poison import hostile_clients
 from fedslm.data.shards import client_names
-from fedslm.errors import FederationError, plural
+from fedslm.errors import FederationError, ModelError, plural
 from fedslm.federation import public_model
 from fedslm.federation.attacks import attacked
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
 from fedslm.federation.exchange import Exchange
 from fedslm.federation.fairness import ClientMetrics, read_metrics
-from fedslm.federation.participation import nobody
+from fedslm.federation.participation import came_to_nothing
 from fedslm.federation.population import choose_cohort, gather, join
 from fedslm.federation.replies import checked, continued, expected_shapes
 from fedslm.federation.roster import Registered, roster_of
@@ -128,6 +128,7 @@ class Federation:
 
         Raises:
             FederationError: The population never came together.
+            ModelError: The loss of the base is not finite before the first round.
             RunError: A checkpoint could not be written; the previous one stays valid.
         """
         told, state = self._begin(config, plan, labels)
@@ -139,9 +140,9 @@ class Federation:
                 exchange.trust.needed(config.federation.min_clients)
             state = self._round(config, told, state, exchange=exchange, number=number)
             if state.failed_in_row >= config.federation.max_failed_rounds:
-                stopped = f"{plural(state.failed_in_row, 'round')} in a row had too few replies"
+                stopped = f"{plural(state.failed_in_row, 'round')} in a row moved nothing"
                 break
-        stopped = "; ".join(filter(None, [stopped, nobody(self.directory.records())]))
+        stopped = "; ".join(filter(None, [stopped, came_to_nothing(self.directory.records())]))
         measured = self._measured(config, told, state, exchange)
         return Outcome(told.setup, told.frozen, state, stopped, measured)
 
@@ -198,6 +199,7 @@ class Federation:
         )
         if state is None:
             metrics = public_model.evaluate(self.pool, setup, frozen.merged(description.moving))
+            _check_base(config, metrics)
             self._say_what_is_cut(setup)
             control = AdapterState({})
             if config.training.drift == "scaffold":
@@ -251,12 +253,12 @@ class Federation:
                     answer = continued(answer, statements, client)
                 tally.count(client, answer)
                 if isinstance(answer, Reply) and answer.delta is not None:
-                    update = ClientUpdate(client, answer.delta, answer.weight)
-                    aggregate.add(update)
+                    aggregate.add(ClientUpdate(client, answer.delta, answer.weight))
                 self.observer.on_client(number, tally.done, len(cohort))
             exchange.save()  # what was spent is on disk before the round counts
             tally.bytes_down = exchange.bytes_down - sent_before
-            moved = self._followed(told, number, _finished(aggregate, config.federation.min_replies))
+            moved = _finished(aggregate, config.federation.min_replies, tally=tally)
+            moved = self._followed(told, number, moved)
             signal_to_noise = _finite(aggregate.signal_to_noise())
         due = number % config.federation.evaluate_every == 0 or number == config.federation.rounds
         metrics: dict[str, float] = {}
@@ -344,14 +346,29 @@ def _epsilons(config: Config, statements: dict[int, Statement]) -> dict[int, flo
     return {k: accounting.epsilon(v.events, privacy.delta) for k, v in statements.items()}
 
 
-def _finished(aggregate: Round, min_replies: int) -> ServerState | None:
-    """The state after a round; None if there are too few replies, or they give nothing usable."""
+def _check_base(config: Config, metrics: Mapping[str, float]) -> None:
+    """Refuses a base that gives no figures: nothing that is trained on it could be judged."""
+    wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if wrong:
+        figures = ", ".join(f"{name}={value}" for name, value in wrong.items())
+        raise ModelError(
+            f"model.base={config.model.base!r} gives {figures} on the public split before the first "
+            f"round; it must be finite: weights hold NaN or infinity, or overflow in "
+            f'model.dtype="{config.model.dtype}"; give another base or another dtype'
+        )
+
+
+def _finished(aggregate: Round, min_replies: int, *, tally: Tally) -> ServerState | None:
+    """The state after a round; None if it moves nothing: the tally is told why, if clients answered."""
     if aggregate.count < min_replies:
+        if aggregate.count:
+            few = f"{aggregate.count} replies are fewer than federation.min_replies={min_replies}"
+            tally.add_reason(few)
         return None
     try:
         return aggregate.finish()
     except FederationError as error:
-        logger.warning("the round moves nothing: %s", error)
+        tally.add_reason(str(error))
         return None
 
 

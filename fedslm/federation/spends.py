@@ -383,7 +383,7 @@ def _bytes(text: str) -> bytes:
 def _write(path: Path, standings: Mapping[str, Standing]) -> None:
     """Replaces the file atomically, and waits until it is on disk."""
     values = {key: asdict(each) for key, each in sorted(standings.items())}
-    write_text(path, json.dumps({"ledgers": values}, indent=2) + "\n")
+    write_text(path, json.dumps({"ledgers": values}, indent=2, allow_nan=False) + "\n")
 
 
 def _locked(path: Path) -> AbstractContextManager[None]:

@@ -62,6 +62,11 @@ class Tally:
             self._left_out.append(client)
             logger.warning("%s", line)
 
+    def add_reason(self, reason: str) -> None:
+        """Says why a round with answers moves nothing; after the last client was counted."""
+        self._reasons.append(f"the round: {printable(reason, _LONGEST_REASON)}")
+        logger.warning("the round moves nothing: %s", reason)
+
     def record(self, number: int, **values: Any) -> RoundRecord:
         """The round's line."""
         return RoundRecord(

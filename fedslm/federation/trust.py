@@ -157,7 +157,9 @@ class Trust:
             RunError: It cannot be written.
         """
         self.spends.save()
-        write_text(self.directory / STANDING, json.dumps(self._standings(), indent=2) + "\n")
+        write_text(
+            self.directory / STANDING, json.dumps(self._standings(), indent=2, allow_nan=False) + "\n"
+        )
 
     def _standings(self) -> dict[str, object]:
         """Name to standing, for the nodes of this run."""

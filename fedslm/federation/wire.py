@@ -126,7 +126,7 @@ class Setup:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for section in _SECTIONS:
             values[section] = values[section].model_dump(mode="json")
-        return json.dumps(values)
+        return json.dumps(values, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Setup:

@@ -157,7 +157,7 @@ class PrivatePlan(ABC):
 
     def to_json(self) -> str:
         """Serialises the plan."""
-        return json.dumps({"unit": self.unit, **dataclasses.asdict(self)})
+        return json.dumps({"unit": self.unit, **dataclasses.asdict(self)}, allow_nan=False)
 
     @abstractmethod
     def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
@@ -305,7 +305,7 @@ class NoPrivacy:
 
     def to_json(self) -> str:
         """Serialises the plan."""
-        return json.dumps({"unit": self.unit, **dataclasses.asdict(self)})
+        return json.dumps({"unit": self.unit, **dataclasses.asdict(self)}, allow_nan=False)
 
 
 def from_json(text: str) -> ExamplePlan | PatientPlan | NoPrivacy:

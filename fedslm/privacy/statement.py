@@ -71,7 +71,7 @@ class Statement:
 
     def to_json(self) -> str:
         """Serialises the statement."""
-        return json.dumps({**_values(self), "signature": self.signature})
+        return json.dumps({**_values(self), "signature": self.signature}, allow_nan=False)
 
     def follows(self, earlier: Statement) -> bool:
         """True if this can come after ``earlier`` from the same ledger.

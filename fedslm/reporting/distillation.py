@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedslm.config import ModelConfig, TaskConfig
 from fedslm.reporting.render import render
-from fedslm.storage import expand, replacing, write_text
+from fedslm.storage import expand, json_text, replacing, write_text
 
 _MOST_POINTS = 400
 
@@ -42,7 +41,7 @@ def write(directory: Path, report: dict[str, Any], sections: Sections) -> None:
     shown = {**report, "base_model": expand(sections.model.base)}
     card = render("student_card.md.j2", report=shown, config=sections)
     write_text(directory / "adapter" / "README.md", card)
-    write_text(directory / "distill.json", json.dumps(report, indent=2) + "\n")
+    write_text(directory / "distill.json", json_text(report, indent=2) + "\n")
 
 
 def plot_losses(path: Path, losses: list[float], method: str) -> None:

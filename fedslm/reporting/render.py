@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,26 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701  (Markdown, not HTML)
     )
+    environment.filters |= {"cell": cell, "figure": figure}
     return environment.get_template(template).render(**values)
+
+
+def cell(value: object) -> str:
+    r"""Text for a cell of a table, in which a bar would end the cell and a line break the row.
+
+    >>> cell("|z| < 3")
+    '\\|z\\| < 3'
+    """
+    return " ".join(str(value).replace("|", "\\|").splitlines())
+
+
+def figure(value: float | None) -> str:
+    """A figure with four decimals; a dash for one that is not finite, which JSON holds as null.
+
+    >>> figure(0.5), figure(None), figure(math.nan)
+    ('0.5000', '–', '–')
+    """
+    return "–" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
 def page(markdown: str, title: str) -> str:

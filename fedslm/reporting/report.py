@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +19,9 @@ from fedslm.privacy.plan import Plan, PrivatePlan
 from fedslm.records import Event, PrivacySpent, RoundRecord
 from fedslm.reporting.plots import plot_rounds
 from fedslm.reporting.render import render
-from fedslm.storage import expand, write_text
+from fedslm.storage import expand, json_text, write_text
+
+REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     """
     records = directory.records()
     report = _report(directory, inputs, records)
-    write_text(directory.path / "report.json", json.dumps(report, indent=2) + "\n")
     write_text(directory.path / "report.md", render("report.md.j2", report=report))
     card = render("model_card.md.j2", report=report, config=inputs.config)
     write_text(directory.path / "adapter" / "README.md", card)
     plot_rounds(directory.path / "report.png", records, report)
     return report
+    write_text(directory.path / REPORT, json_text(report, indent=2) + "\n")  # last: the run is finished
 
 
 def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_a_run_in_which_nobody_took_part_has_failed(server: Path, tmp_path: Path
     (run / "report.json").write_text(json.dumps({"stopped": "too few"}))
     assert status_of(tmp_path / "s", []).runs[0].state == "ended early"
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
-    text = "".join(json.dumps({**line, "completed": 0}) + "\n" for line in lines)
+    text = "".join(json.dumps({**line, "completed": 0, "kept": True}) + "\n" for line in lines)
     (run / "rounds.jsonl").write_text(text)
     assert status_of(tmp_path / "s", []).runs[0].state == "failed"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,22 @@ def test_round_trip(directory: RunDirectory, rounds: int) -> None:
     state = after(directory, rounds)
     assert_same(RunDirectory.open(directory.path)[0].load(), state)
     assert directory.records() == [record(number) for number in range(1, rounds + 1)]
+
+
+def test_figures_that_are_not_finite_are_null_on_disk(directory: RunDirectory) -> None:
+    """Metrics without a value, and an infinite epsilon, are JSON on disk and come back as they were."""
+    none = {"accuracy": 0.5, "loss": math.nan}
+    line = replace(record(1), metrics=none)
+    state = Checkpoint(1, server(1), none, none, epsilons={0: math.inf, 1: 0.5})
+    directory.save(state, line)
+    for name in ("rounds.jsonl", "checkpoint/state.json"):
+        json.loads((directory.path / name).read_text(), parse_constant=pytest.fail)
+    (read,), loaded = directory.records(), directory.load()
+    assert loaded is not None
+    for found in (read.metrics, loaded.metrics, loaded.metrics_before):
+        assert found["accuracy"] == 0.5
+        assert math.isnan(found["loss"])
+    assert loaded.epsilons == {0: math.inf, 1: 0.5}
 
 
 def test_only_the_last_adapter_is_kept(directory: RunDirectory) -> None:

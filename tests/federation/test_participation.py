@@ -1,4 +1,4 @@
-"""A run in which nobody took part is a failure, with the reasons."""
+"""A run in which no round moved the adapter is a failure, with the reasons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedslm.deployment.authority import rekey
 from fedslm.deployment.runs import overrides_of
 from fedslm.deployment.status import status_of
 from fedslm.errors import RunError
-from fedslm.federation.participation import nobody
+from fedslm.federation.participation import came_to_nothing
 from fedslm.flower import serve_flower
 from fedslm.privacy.keys import public_hex
 from fedslm.records import RoundRecord
@@ -29,28 +29,53 @@ from fedslm.records import RoundRecord
 MakeConfig = Callable[..., Config]
 
 
-def record(number: int, *reasons: str, completed: int = 0) -> RoundRecord:
+def record(number: int, *reasons: str, completed: int = 0, kept: bool = True) -> RoundRecord:
     """A round's line."""
-    return RoundRecord(
-        number, 9, completed, 1, 1, 0, completed == 0, None, {}, None, 0, 0, 1.0, reasons
-    )
+    return RoundRecord(number, 9, completed, 1, 1, 0, kept, None, {}, None, 0, 0, 1.0, reasons)
 
 
 def test_the_most_frequent_reason_of_each_client() -> None:
     """Each client has one line, with how often it gave that reason; many clients take few lines."""
     rounds = [record(1, "client 0: a", "client 1: late"), record(2, "client 0: b", "client 1: late")]
     rounds.append(record(3, "client 0: b", *(f"client {number}: x" for number in range(2, 9))))
-    lines = nobody(rounds).splitlines()
+    lines = came_to_nothing(rounds).splitlines()
     assert lines[0] == "no node took part in any of the 3 rounds"
     assert lines[1:3] == ["client 0, 2 times: b", "client 1, 2 times: late"]
     assert lines[-1] == "and 4 more clients"
     assert len(lines) == 7
 
 
-def test_one_update_is_enough() -> None:
-    """A run that one client once took part in is none of these, nor one without rounds."""
-    assert nobody([record(1, "client 0: late"), record(2, "client 0: late", completed=1)]) == ""
-    assert nobody([]) == ""
+def test_one_round_that_moves_the_adapter_is_enough() -> None:
+    """A run with such a round came to something, and one without rounds came to nothing bad."""
+    late = record(1, "client 0: late")
+    assert came_to_nothing([late, record(2, "client 0: late", completed=1, kept=False)]) == ""
+    assert came_to_nothing([]) == ""
+
+
+def test_answers_that_move_nothing_are_no_result() -> None:
+    """Clients that answered in rounds that all kept the adapter: the rounds say why."""
+    few = "the round: 1 replies are fewer than federation.min_replies=2"
+    lines = came_to_nothing([record(n, "a: late", few, completed=1) for n in (1, 2)]).splitlines()
+    assert lines[0] == "none of the 2 rounds moved the adapter"
+    assert lines[1:] == [
+        "a, 2 times: late",
+        "the round, 2 times: 1 replies are fewer than federation.min_replies=2",
+    ]
+
+
+def test_too_few_replies_in_every_round_end_with_1(make_config: MakeConfig, tmp_path: Path) -> None:
+    """`fedslm simulate` fails, with the reasons, though fewer rounds than max_failed_rounds failed."""
+    config = make_config(
+        federation={"rounds": 1, "min_replies": 3}, attack={"kind": "nan", "clients": 1}
+    )
+    path = tmp_path / "config.toml"
+    path.write_text(configuration.to_toml(config), encoding="utf-8")
+    result = CliRunner().invoke(app, ["simulate", str(path), "--json"])
+    assert result.exit_code == 1
+    assert "tiny failed: none of the 1 rounds moved the adapter" in result.stderr
+    assert "2 replies are fewer than federation.min_replies=3" in result.stderr
+    assert "the update holds NaN or infinity" in result.stderr
+    assert "fewer than" in json.loads(result.stdout.splitlines()[-1])["stopped"]
 
 
 def test_a_simulation_in_which_every_node_refuses(make_config: MakeConfig, tmp_path: Path) -> None:

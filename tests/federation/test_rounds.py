@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Message
+from safetensors.numpy import save_file
 from served import StopAfter, StopDuring, changed, failing, records_of, run_with
-from tiny import PRIVATE
+from tiny import PRIVATE, write_base
 
 from fedslm import simulation
 from fedslm.config import Config
-from fedslm.errors import FederationError, RunError
+from fedslm.errors import FederationError, ModelError, RunError
 from fedslm.federation import rounds
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.local_grid import LocalGrid
@@ -23,6 +25,7 @@ from fedslm.federation.wire import TRAIN, Reply
 from fedslm.federation.workers import InlinePool
 from fedslm.progress import Silent
 from fedslm.records import AdapterState
+from fedslm.storage import load_tensors
 
 MakeConfig = Callable[..., Config]
 
@@ -163,11 +166,61 @@ def test_model_card_runs_as_it_stands(make_config: MakeConfig, monkeypatch: pyte
 
 def test_run_directory_is_locked(make_config: MakeConfig) -> None:
     """A second process, or a second resume, in the same run directory is refused."""
+    config = make_config(federation={"rounds": 2})
+    with pytest.raises(KeyboardInterrupt):
+        simulation.simulate(config, StopAfter(1))
+    directory, _ = RunDirectory.open(Path(str(config.run.directory)))
+    with directory.locked(), pytest.raises(RunError, match="in use"):
+        simulation.resume(directory.path, Silent())
+
+
+def contents(directory: Path) -> dict[Path, tuple[bytes, int]]:
+    """Every file of a directory, and when it was written."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_a_finished_run_is_left_as_it_is(make_config: MakeConfig) -> None:
+    """Resuming it gives the report that is there, starts nothing and writes no file; a lock is no matter."""
     config = make_config(federation={"rounds": 1})
     report = simulation.simulate(config, Silent())
     directory, _ = RunDirectory.open(Path(report["directory"]))
-    with directory.locked(), pytest.raises(RunError, match="in use"):
-        simulation.resume(Path(report["directory"]), Silent())
+    before = contents(directory.path)
+    with directory.locked():
+        again = simulation.resume(directory.path, Silent(), config)
+    assert again == json.loads(json.dumps(report))
+    assert contents(directory.path) == before
+
+
+@pytest.mark.parametrize("missing", ["report.json", "a round"])
+def test_a_run_with_something_left_to_do_is_not_finished(make_config: MakeConfig, missing: str) -> None:
+    """Without its report, or with a round to come (it stopped early), a run is continued."""
+    config = make_config(federation={"rounds": 3, "max_failed_rounds": 1})
+    if missing == "a round":
+        run_with(config, dict.fromkeys(range(3), failing))
+    else:
+        simulation.simulate(config, Silent())
+        (Path(str(config.run.directory)) / missing).unlink()
+    assert simulation.finished(Path(str(config.run.directory))) is None
+    report = simulation.resume(Path(str(config.run.directory)), Silent())
+    assert (report["rounds"], report["stopped"]) == (3, "")
+    assert simulation.finished(Path(str(config.run.directory))) is not None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_base_without_a_finite_loss_is_refused(
+    make_config: MakeConfig, tmp_path: Path, value: float
+) -> None:
+    """One bad weight in the base: an error before round 1, no client is asked, and nothing is left."""
+    base = write_base(tmp_path / "base", "bert", "classification")
+    weights = load_tensors(base / "model.safetensors")
+    first = next(key for key in sorted(weights) if key.endswith("query.weight"))
+    weights[first][0, 0] = value
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    config = make_config(model={"base": str(base)}, lora={"target_modules": ["value"]}, privacy=PRIVATE)
+    with pytest.raises(ModelError, match=r"loss=nan on the public split before the first round"):
+        simulation.simulate(config, Silent())
+    assert not Path(str(config.run.directory)).exists()
 
 
 def test_tampered_update_is_left_out(make_config: MakeConfig) -> None:
