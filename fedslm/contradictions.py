@@ -11,6 +11,7 @@ from fedslm.config import Config
 from fedslm.data.columns import placeholders
 from fedslm.data.database import PASSWORD, USER, holds_password, is_url
 from fedslm.errors import ConfigError, Problem, plural
+from fedslm.privacy.accounting import MOST_STEPS
 from fedslm.storage import expand
 
 WITH_LABELS = ("classification", "multi-label", "token-classification")
@@ -52,8 +53,26 @@ def _privacy(config: Config) -> Iterator[Problem]:
         if getattr(privacy, key) is None:
             yield Problem(f"privacy.{key}", f"is required with unit={privacy.unit!r}; {remedy}")
     yield from _unit(config)
+    yield from _steps(config)
     if config.lora.dropout > 0:
         yield Problem("lora.dropout", f"value {config.lora.dropout} must be 0 under privacy")
+
+
+def _steps(config: Config) -> Iterator[Problem]:
+    """What the last round has to account for can be accounted for."""
+    privacy, federation = config.privacy, config.federation
+    rounds = federation.rounds + privacy.spare_rounds
+    releases = config.training.local_steps + (privacy.metric_noise_multiplier is not None)
+    cohort = federation.clients_per_round or federation.num_clients
+    clients = cohort if privacy.overlapping else 1
+    if rounds * releases * clients > MOST_STEPS:
+        together = f" of {clients} clients together (privacy.overlapping)" if clients > 1 else ""
+        message = (
+            f"value {federation.rounds} makes {rounds * releases * clients:,} noisy steps{together}, "
+            f"spare rounds included; epsilon can be computed for {MOST_STEPS:,} at most: ask for fewer "
+            f"rounds, training.local_steps or federation.clients_per_round"
+        )
+        yield Problem("federation.rounds", message)
 
 
 def _unit(config: Config) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedslm.errors import ModelError, PrivacyError
 
 FloatArray = NDArray[np.float32]
+LARGEST_DELTA = 0.1  # of ten units one could be published outright
 _LARGEST, _MOST = 1e100, 10**12
 
 
@@ -162,7 +163,7 @@ class PrivacySpent:
     """What has been spent on one client's data.
 
     Attributes:
-        epsilon: Upper bound; infinity without privacy.
+        epsilon: Upper bound; infinity, null in JSON, without privacy.
         delta: The delta at which epsilon holds.
         steps: Number of noisy steps charged.
     """

@@ -125,6 +125,7 @@ def test_a_client_is_planned_for_the_rounds_that_it_joins(tmp_path: Path) -> Non
         (("--epsilon", "3", "--steps", "0"), "steps=0"),
         (("--epsilon", "3", "--steps", "10", "--unit", "hospital"), "unit='hospital'"),
         (("--epsilon", "3", "--steps", "10", "--delta", "2"), "delta=2"),
+        (("--epsilon", "3", "--steps", "10", "--delta", "0.9"), "delta=0.9 is too large"),
         (("--epsilon", "3", "--steps", "10", "--sample-rate", "0"), "sample_rate=0"),
         (("--epsilon", "0.01", "--noise-multiplier", "0.5"), "raise it"),
     ],

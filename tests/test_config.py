@@ -199,7 +199,7 @@ def configs(draw: st.DrawFn) -> Config:
             ("task.labels", draw(_NAMES)),
             ("training.learning_rate", draw(_POSITIVE)),
             ("privacy.epsilon", draw(st.none() | _POSITIVE)),
-            ("privacy.delta", draw(st.none() | st.floats(1e-300, 0.5))),
+            ("privacy.delta", draw(st.none() | st.floats(1e-300, 0.1))),
             ("privacy.unit", draw(st.sampled_from(["record", "patient", "none"]))),
             ("privacy.unit_column", draw(_PRINTABLE)),
             ("privacy.max_records_per_unit", draw(st.none() | st.integers(1, 10**9))),

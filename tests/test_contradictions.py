@@ -9,6 +9,7 @@ from tiny import BASE, changed, problems
 
 from fedslm import contradictions
 from fedslm.config import from_mapping
+from fedslm.privacy.accounting import MOST_STEPS
 
 PATIENT = [
     ("privacy.unit", "patient"),
@@ -207,6 +208,25 @@ def test_what_is_held_out_may_be_measured() -> None:
     contradictions.check(from_mapping(changed(*held_out, ("privacy.unit", "none"))))
 
 
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_rounds_that_cannot_be_accounted_for_are_refused(overlapping: bool) -> None:
+    """A million steps of whoever is accounted together pass; one round more is refused before any runs."""
+    clients = 20 if overlapping else 1
+    sections: list[tuple[str, Any]] = [
+        ("privacy.overlapping", overlapping),
+        ("privacy.spare_rounds", 1),
+        ("privacy.metric_noise_multiplier", 30.0),
+        ("training.local_steps", 9),
+        ("federation.num_clients", 1000),
+        ("federation.clients_per_round", 20),
+    ]
+    rounds = MOST_STEPS // (10 * clients) - 1
+    contradictions.check(from_mapping(changed(*sections, ("federation.rounds", rounds))))
+    found = problems(changed(*sections, ("federation.rounds", rounds + 1)))
+    assert "epsilon can be computed for 1,000,000 at most" in found["federation.rounds"]
+    assert ("20 clients together" in found["federation.rounds"]) == overlapping
+
+
 def test_everything_that_a_patient_needs_is_asked_for_at_once() -> None:
     """unit="patient" alone: each of its requirements is named, none is assumed."""
     keys = ("epsilon", "delta", "clip_norm", "sample_rate", "unit_column", "max_records_per_unit")
@@ -229,7 +249,7 @@ def test_a_sound_config_has_no_contradiction() -> None:
 
 
 @pytest.mark.parametrize(
-    ("delta", "warned"), [(1e-5, False), (0.0031, False), (1 / 320, True), (0.5, True)]
+    ("delta", "warned"), [(1e-5, False), (0.0031, False), (1 / 320, True), (0.1, True)]
 )
 def test_a_delta_of_one_record_or_more_warns(delta: float, warned: bool) -> None:
     """16 records at a rate of 0.05 are about 320: from 1/320 on, publishing a record would pass."""

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fedslm.errors import LedgerError, PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.accounting import Accounts
+from fedslm.privacy.calibration import largest
 from fedslm.privacy.chain import HEAD_SUFFIX, LONGEST_LINE, Chain, check_head, read_chain, read_head
 from fedslm.privacy.keys import public_hex
 from fedslm.privacy.statement import Statement, read_statement
@@ -284,4 +285,4 @@ def _remaining(events: tuple[Event, ...], budget: tuple[float, float]) -> int:
         more = Event(last.sample_rate, last.noise_multiplier, last.steps * count)
         return accounting.epsilon([*events, more], budget[1]) <= budget[0]
 
-    return accounting.largest(fits, 10_000)
+    return largest(fits, 10_000)

@@ -93,10 +93,8 @@ def _question(given: dict[str, Any], config: Config | None) -> Question:
     missing = [f"--{key.replace('_', '-')}" for key in ("sample_rate", "delta") if key not in known]
     if missing:
         raise PrivacyError(f"{' and '.join(missing)} must be given, or a CONFIG that has them")
-    if not (0 < known["sample_rate"] <= 1 and 0 < known["delta"] < 1):
-        raise PrivacyError(
-            f"sample_rate={known['sample_rate']} must be in (0, 1] and delta={known['delta']} in (0, 1)"
-        )
+    if not 0 < known["sample_rate"] <= 1:
+        raise PrivacyError(f"sample_rate={known['sample_rate']} must be in (0, 1]")
     local_steps, rounds = known.pop("local_steps", 1), known.pop("rounds", None)
     if known.get("steps") is None and rounds is not None:
         known["steps"] = rounds * local_steps

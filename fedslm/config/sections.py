@@ -29,6 +29,7 @@ from fedslm.config.base import (
     Unit,
 )
 from fedslm.config.distillation import DistillConfig
+from fedslm.records import LARGEST_DELTA
 
 
 class RunConfig(Section):
@@ -203,7 +204,7 @@ class PrivacyConfig(Section):
     """True if a unit may lie in several clients: the network's epsilon then composes all clients."""
     epsilon: OptionalNumber = Field(None, gt=0)
     """Budget of each client over the whole run."""
-    delta: OptionalNumber = Field(None, gt=0, lt=1)
+    delta: OptionalNumber = Field(None, gt=0, le=LARGEST_DELTA)
     """Failure probability; well under 1/units of the smallest client."""
     clip_norm: OptionalNumber = Field(None, gt=0)
     """Largest L2 norm of one unit's gradient."""

@@ -6,6 +6,7 @@ Formal guarantees:
       over all steps with parameters that are fixed beforehand; :func:`adaptive_epsilon` is for
       parameters that are not. No amplification by client sampling.
     * The discretised privacy loss is rounded pessimistically: the result is an upper bound.
+    * Where a Rényi bound is above 10,000, it is the result: an upper bound too, which takes no memory.
 
 References:
     Koskela et al. 2020 (arXiv 1906.03049); Doroshenko et al. 2022 (arXiv 2207.04380).
@@ -15,26 +16,30 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from fedslm.errors import PrivacyError
-from fedslm.records import Event
+from fedslm.records import LARGEST_DELTA, Event
 
 _DISCRETISATION = 1e-3
 _TOLERANCE = 1e-3
 _ROUNDING = 1e-9  # relative; other processors' kernels moved epsilon by up to 6e-11 of itself
-_LEAST_MULTIPLIER, _LARGEST_MULTIPLIER = 0.05, 10_000
+_LEAST_MULTIPLIER = 0.05
 _PRV_TOLERANCE = (0.02, 0.005)  # absolute, relative
-_MOST_STEPS = 1_000_000
+_PRV_MESH = 0.01  # Opacus' default eps_error
+_MOST_POINTS = 10_000_000  # of a PRV: some 350 bytes each
+_LARGEST_CHECKED, _LARGEST_TIGHT = 1_000, 10_000  # epsilon beyond, which promises nothing
+_ROUGH_ORDERS = (2, 3, 4, 8, 16, 32, 64)
+MOST_STEPS = 1_000_000
 _NEARLY = 0.8
 _MANY_STEPS = 10**9  # so many that no conversion is cut off at zero
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
 
 _EPSILON_GRID = tuple(step / 20 for step in range(241))  # 0 to 12
-_ANY_DELTA = 0.5  # grouping alone; no delta enters
+_ANY_DELTA = 1e-5  # grouping alone; no delta enters
 
 Groups = tuple[tuple[float, float, int], ...]  # (sample_rate, noise_multiplier, steps), sorted
 
@@ -59,7 +64,7 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
 
     Args:
         events: What was charged, in any order; none gives 0.
-        delta: In (0, 1).
+        delta: In (0, 0.1].
 
     Returns:
         An upper bound on epsilon.
@@ -93,14 +98,15 @@ def cross_check(events: Iterable[Event], delta: float) -> Accounts:
 
     Formal guarantees:
         * Returns only if RDP >= PLD (an upper bound is above a tight one) and
-          |PRV - PLD| <= 0.02 + 0.5 %.
+          |PRV - PLD| <= 0.02 + 0.5 %. An estimate below 0 counts as 0.
+        * What would take gigabytes is refused before it is computed.
 
     Args:
         events: What was charged or is planned.
-        delta: In (0, 1).
+        delta: In (0, 0.1].
 
     Raises:
-        PrivacyError: The accountants disagree, or one of them fails.
+        PrivacyError: The accountants disagree, one of them fails, or RDP says more than 1,000.
 
     References:
         Gopi et al. 2021, PRV (arXiv 2106.02848); Mironov et al. 2019, RDP (arXiv 1908.10530).
@@ -117,7 +123,7 @@ def adaptive_epsilon(events: Sequence[Event], delta: float, budget: float) -> fl
 
     Args:
         events: What was charged, in the order in which it was.
-        delta: In (0, 1).
+        delta: In (0, 0.1].
         budget: Epsilon that must not be exceeded, > 0.
 
     Returns:
@@ -145,7 +151,7 @@ def group_epsilon(events: Iterable[Event], delta: float, group_size: int) -> flo
 
     Args:
         events: What was charged at record level.
-        delta: In (0, 1).
+        delta: In (0, 0.1].
         group_size: Records that the person has at most, >= 1.
 
     Raises:
@@ -164,7 +170,7 @@ def network_epsilon(clients: Sequence[Iterable[Event]], delta: float, *, overlap
 
     Args:
         clients: What each client charged.
-        delta: In (0, 1).
+        delta: In (0, 0.1].
         overlapping: False if no unit lies in two clients: then each unit is touched by one client alone
             and the largest epsilon counts. True composes all clients.
 
@@ -206,82 +212,21 @@ def true_positive_bound(events: Iterable[Event], false_positive_rate: float) -> 
     return min(1.0, *bounds)
 
 
-def calibrate(
-    epsilon_target: float,
-    delta: float,
-    sample_rate: float,
-    steps: int,
-    others: Sequence[Event] = (),
-) -> float:
-    """Noise multiplier at most 0.002 above the smallest for which the steps cost at most the target.
-
-    Args:
-        epsilon_target: Budget, > 0.
-        delta: In (0, 1).
-        sample_rate: In (0, 1].
-        steps: Most steps that a client can take, not the expected number.
-        others: What the budget must pay for besides.
-
-    Raises:
-        PrivacyError: The target is not a positive number, or no noise multiplier up to 10,000 meets it.
-    """
-    if not 0 < epsilon_target < math.inf:
-        raise PrivacyError(f"epsilon={epsilon_target} must be in (0, inf)")
-
-    def spent(noise_multiplier: float) -> float:
-        return epsilon([Event(sample_rate, noise_multiplier, steps), *others], delta)
-
-    high = 1.0
-    while spent(high) > epsilon_target:
-        high *= 2
-        if high > _LARGEST_MULTIPLIER:
-            raise PrivacyError(
-                f"privacy.epsilon={epsilon_target} at delta={delta} is out of reach for {steps} "
-                f"steps at sample_rate={sample_rate}; ask for fewer steps or a larger epsilon"
-            )
-    low = high / 2 if high > 1 else 0.1
-    while high - low > _TOLERANCE:
-        middle = (low + high) / 2
-        low, high = (low, middle) if spent(middle) <= epsilon_target else (middle, high)
-    return round(math.ceil(high / _TOLERANCE) * _TOLERANCE, 6)
-
-
-def affordable_steps(epsilon_target: float, delta: float, event: Event) -> int:
-    """Most steps like ``event``'s that cost at most the target together; 0 if not even one.
-
-    >>> affordable_steps(3.0, 1e-5, Event(0.032, 0.946, 1))
-    149
-    """
-
-    def fits(steps: int) -> bool:
-        one = Event(event.sample_rate, event.noise_multiplier, steps)
-        return epsilon([one], delta) <= epsilon_target
-
-    return largest(fits, _MOST_STEPS)
-
-
-def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """Largest number up to ``limit`` that fits, if all smaller ones do; 0 if none."""
-    low, high = 0, 1
-    while high <= limit and fits(high):
-        low, high = high, high * 2
-    high = min(high, limit + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def _grouped(events: Iterable[Event], delta: float) -> Groups:
     """Steps with the same parameters together: the order does not matter."""
     if not 0 < delta < 1:
-        raise PrivacyError(f"delta={delta} must be in (0, 1)")
+        raise PrivacyError(f"delta={delta} must be in (0, {LARGEST_DELTA:g}]")
+    if delta > LARGEST_DELTA:
+        raise PrivacyError(
+            f"delta={delta} is too large: it must be at most {LARGEST_DELTA:g}, and below 1/units to "
+            f"protect anybody; use about 1/(10·units of the smallest client)"
+        )
     steps: Counter[tuple[float, float]] = Counter()
     for event in events:
         steps[event.sample_rate, event.noise_multiplier] += event.steps
-    if steps.total() > _MOST_STEPS or any(noise < _LEAST_MULTIPLIER for _, noise in steps):
+    if steps.total() > MOST_STEPS or any(noise < _LEAST_MULTIPLIER for _, noise in steps):
         raise PrivacyError(
-            f"no accounting beyond {_MOST_STEPS:,} steps or below "
+            f"no accounting beyond {MOST_STEPS:,} steps or below "
             f"noise_multiplier={_LEAST_MULTIPLIER}, which promises nothing"
         )
     return tuple(sorted((rate, noise, count) for (rate, noise), count in steps.items()))
@@ -289,8 +234,22 @@ def _grouped(events: Iterable[Event], delta: float) -> Groups:
 
 @lru_cache(maxsize=4096)
 def _pld(grouped: Groups, delta: float) -> float:
-    """Epsilon by privacy loss distributions."""
-    return float(_accountant(grouped).get_epsilon(delta)) if grouped else 0.0
+    """Epsilon by privacy loss distributions; a Rényi bound where that is beyond any use."""
+    if not grouped:
+        return 0.0
+    bound = _rough(grouped, delta)
+    return bound if bound > _LARGEST_TIGHT else float(_accountant(grouped).get_epsilon(delta))
+
+
+def _rough(grouped: Groups, delta: float) -> float:
+    """A quick upper bound on epsilon, from a few Rényi orders; infinity if none gives one."""
+    from dp_accounting.rdp import RdpAccountant
+
+    accountant = RdpAccountant(_ROUGH_ORDERS)
+    for rate, noise, count in grouped:
+        accountant.compose(_step(rate, noise), count)
+    found = float(accountant.get_epsilon(delta))
+    return math.inf if math.isnan(found) else found
 
 
 def _accountant(grouped: Groups) -> Any:
@@ -328,21 +287,40 @@ def _cross_checked(grouped: Groups, delta: float) -> Accounts:
 
     from opacus.accountants import PRVAccountant, RDPAccountant
 
-    found: list[float] = []
-    for accountant in (PRVAccountant(), RDPAccountant()):
-        accountant.history = [(noise, rate, count) for rate, noise, count in grouped]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the order at the edge, and of log(0)
-                found.append(float(accountant.get_epsilon(delta)))
-        except Exception as error:  # whatever stops an accountant, there is no cross-check
-            name = type(accountant).__name__
-            raise PrivacyError(
-                f"the {name} cannot check epsilon at delta={delta:g}: {error}"
-            ) from error
-    accounts = Accounts(_pld(grouped, delta), found[0], found[1])
+    rdp, prv = RDPAccountant(), PRVAccountant()
+    rdp.history = prv.history = [(noise, rate, count) for rate, noise, count in grouped]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the order at the edge, and of log(0)
+            loose = max(0.0, float(rdp.get_epsilon(delta)))
+            _check_size(loose, float(rdp.get_epsilon(delta / 4000)), grouped, delta)
+            estimate = max(0.0, float(prv.get_epsilon(delta)))
+    except PrivacyError:
+        raise
+    except Exception as error:  # whatever stops an accountant, there is no cross-check
+        raise PrivacyError(f"epsilon cannot be checked at delta={delta:g}: {error}") from error
+    accounts = Accounts(_pld(grouped, delta), estimate, loose)
     check_agreement(accounts)
     return accounts
+
+
+def _check_size(rdp: float, width: float, grouped: Groups, delta: float) -> None:
+    """Refuses a cross-check that would take gigabytes.
+
+    Args:
+        rdp: Epsilon by RDP.
+        width: The same at the delta at which Opacus' PRV cuts its domain off.
+        grouped: What was charged.
+        delta: The delta.
+    """
+    steps = sum(count for _, _, count in grouped)
+    points = 2 * (width + 3) * math.sqrt(steps * math.log(12_000 / delta) / 2) / _PRV_MESH
+    if not (rdp <= _LARGEST_CHECKED and points <= _MOST_POINTS):
+        raise PrivacyError(
+            f"epsilon is {rdp:,.1f} by RDP over {steps:,} steps and cannot be checked by three "
+            f"accountants: it must be at most {_LARGEST_CHECKED:,}, and PRV would need {points:,.0f} "
+            f"points, at most {_MOST_POINTS:,}; raise noise_multiplier or take fewer steps"
+        )
 
 
 def check_agreement(accounts: Accounts) -> None:

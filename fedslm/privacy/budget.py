@@ -10,6 +10,7 @@ from fedslm.config import Unit
 from fedslm.errors import PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.accounting import Accounts
+from fedslm.privacy.calibration import affordable_steps, calibrate
 from fedslm.records import Event
 
 _CURVE_POINTS = 10
@@ -23,7 +24,7 @@ class Question:
     Attributes:
         sample_rate: Probability in (0, 1] with which a unit joins a step; 1 for a client, since cohorts
             are public and hide nobody.
-        delta: In (0, 1).
+        delta: In (0, 0.1].
         steps: Noisy steps of the whole run, >= 1; for a client, the most rounds that it joins.
         epsilon: Budget, > 0.
         noise_multiplier: Noise standard deviation / clip norm, > 0.
@@ -111,7 +112,7 @@ def answer(question: Question) -> Answer:
     deltas = (question.delta, question.delta / 10, question.delta / 100)
     affordable = None
     if question.epsilon is not None:
-        affordable = accounting.affordable_steps(question.epsilon, question.delta, event)
+        affordable = affordable_steps(question.epsilon, question.delta, event)
     signal = _signal_to_noise(question, noise, steps)
     return Answer(
         unit=question.unit,
@@ -146,9 +147,7 @@ def _noise_and_steps(question: Question) -> tuple[float, int]:
             raise PrivacyError(
                 "give steps, or epsilon and noise_multiplier to find how many they allow"
             )
-        steps = accounting.affordable_steps(
-            epsilon, question.delta, Event(question.sample_rate, noise, 1)
-        )
+        steps = affordable_steps(epsilon, question.delta, Event(question.sample_rate, noise, 1))
         if steps < 1:
             raise PrivacyError(
                 f"noise_multiplier={noise:g} does not allow one step at epsilon={epsilon:g}; raise it"
@@ -156,7 +155,7 @@ def _noise_and_steps(question: Question) -> tuple[float, int]:
     if noise is None:
         if epsilon is None:
             raise PrivacyError("give epsilon to find the noise, or noise_multiplier to find epsilon")
-        noise = accounting.calibrate(epsilon, question.delta, question.sample_rate, steps)
+        noise = calibrate(epsilon, question.delta, question.sample_rate, steps)
     return noise, steps
 
 

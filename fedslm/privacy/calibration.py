@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, assert_never
 
 from fedslm.config import PrivacyConfig, TrainingConfig
@@ -9,6 +11,8 @@ from fedslm.errors import PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan, Plan
 from fedslm.records import Event
+
+_STEP, _LARGEST_MULTIPLIER = 1e-3, 10_000
 
 
 def calibrated(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) -> Plan:
@@ -58,7 +62,7 @@ def _mechanism(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) ->
     others = [] if metric is None else [Event(1.0, metric, rounds)]
     noise = privacy.noise_multiplier
     if noise is None:
-        noise = accounting.calibrate(epsilon, delta, sample_rate, steps, others)
+        noise = calibrate(epsilon, delta, sample_rate, steps, others)
     spent = accounting.epsilon([Event(sample_rate, noise, steps), *others], delta)
     if spent > epsilon:
         raise PrivacyError(
@@ -77,3 +81,69 @@ def _mechanism(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) ->
         "metric_noise_multiplier": metric,
         "batched": privacy.batched,
     }
+
+
+def calibrate(
+    epsilon_target: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    others: Sequence[Event] = (),
+) -> float:
+    """Noise multiplier at most 0.002 above the smallest for which the steps cost at most the target.
+
+    Args:
+        epsilon_target: Budget, > 0.
+        delta: In (0, 0.1].
+        sample_rate: In (0, 1].
+        steps: Most steps that a client can take, not the expected number.
+        others: What the budget must pay for besides.
+
+    Raises:
+        PrivacyError: The target is not a positive number, or no noise multiplier up to 10,000 meets it.
+    """
+    if not 0 < epsilon_target < math.inf:
+        raise PrivacyError(f"epsilon={epsilon_target} must be in (0, inf)")
+
+    def spent(noise_multiplier: float) -> float:
+        return accounting.epsilon([Event(sample_rate, noise_multiplier, steps), *others], delta)
+
+    high = 1.0
+    while spent(high) > epsilon_target:
+        high *= 2
+        if high > _LARGEST_MULTIPLIER:
+            raise PrivacyError(
+                f"privacy.epsilon={epsilon_target} at delta={delta} is out of reach for {steps} "
+                f"steps at sample_rate={sample_rate}; ask for fewer steps or a larger epsilon"
+            )
+    low = high / 2 if high > 1 else 0.1
+    while high - low > _STEP:
+        middle = (low + high) / 2
+        low, high = (low, middle) if spent(middle) <= epsilon_target else (middle, high)
+    return round(math.ceil(high / _STEP) * _STEP, 6)
+
+
+def affordable_steps(epsilon_target: float, delta: float, event: Event) -> int:
+    """Most steps like ``event``'s that cost at most the target together; 0 if not even one.
+
+    >>> affordable_steps(3.0, 1e-5, Event(0.032, 0.946, 1))
+    149
+    """
+
+    def fits(steps: int) -> bool:
+        one = Event(event.sample_rate, event.noise_multiplier, steps)
+        return accounting.epsilon([one], delta) <= epsilon_target
+
+    return largest(fits, accounting.MOST_STEPS)
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """Largest number up to ``limit`` that fits, if all smaller ones do; 0 if none."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, high * 2
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

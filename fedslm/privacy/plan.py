@@ -24,7 +24,7 @@ from fedslm.errors import PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.accounting import Accounts
 from fedslm.privacy.randomness import SecureStream
-from fedslm.records import Event, is_count, is_number
+from fedslm.records import LARGEST_DELTA, Event, is_count, is_number
 
 Records = NDArray[np.int64]
 Batch = list[Records]  # one array of record indices for each unit in the sample
@@ -68,7 +68,7 @@ class PrivatePlan(ABC):
 
     Attributes:
         epsilon: Budget of each client over the whole run, > 0.
-        delta: In (0, 1).
+        delta: In (0, 0.1].
         clip_norm: Largest L2 norm of one unit's gradient, >= 1e-6.
         noise_multiplier: Noise standard deviation / clip norm, > 0.
         sample_rate: Probability in (0, 1] with which a unit joins a step.
@@ -100,7 +100,7 @@ class PrivatePlan(ABC):
         metric = self.metric_noise_multiplier
         bounds = {
             "epsilon": is_number(self.epsilon) and self.epsilon > 0,
-            "delta": is_number(self.delta) and 0 < self.delta < 1,
+            "delta": is_number(self.delta) and 0 < self.delta <= LARGEST_DELTA,
             "clip_norm": is_number(self.clip_norm) and self.clip_norm >= _LEAST_CLIP_NORM,
             "noise_multiplier": is_number(self.noise_multiplier) and self.noise_multiplier > 0,
             "sample_rate": is_number(self.sample_rate) and 0 < self.sample_rate <= 1,
@@ -240,7 +240,7 @@ class ClientPlan:
 
     Attributes:
         epsilon: Budget of each client over the whole run, > 0.
-        delta: In (0, 1).
+        delta: In (0, 0.1].
         clip_norm: Largest L2 norm of one client's update, > 0.
         noise_multiplier: Noise standard deviation of the sum / clip norm, > 0.
         rounds: Most rounds that one client joins, >= 1.

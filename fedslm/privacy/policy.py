@@ -16,6 +16,7 @@ from fedslm.config import Names, OptionalCount, OptionalNumber, OptionalText, Se
 from fedslm.errors import ConfigError, PolicyRefused
 from fedslm.privacy.ledger import Limits
 from fedslm.privacy.plan import NoPrivacy, PatientPlan, PrivatePlan
+from fedslm.records import LARGEST_DELTA
 
 POLICY_FILE = "policy.toml"
 ANY = "any"
@@ -71,7 +72,7 @@ class NodePolicy(Section):
     """Column that says whose a record is; the server cannot name another."""
     epsilon: float = Field(gt=0)
     """Budget over the node's lifetime, over all runs on this data set."""
-    delta: float = Field(gt=0, lt=1)
+    delta: float = Field(gt=0, le=LARGEST_DELTA)
     """Delta of the budget; a plan with a larger one is refused."""
     min_noise_multiplier: float = Field(gt=0)
     """Least noise / clip norm."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import resource
 import statistics
 import time
 import warnings
@@ -16,15 +17,14 @@ from fedslm.errors import PrivacyError
 from fedslm.privacy.accounting import (
     Accounts,
     adaptive_epsilon,
-    affordable_steps,
     check_agreement,
     cross_check,
     epsilon,
     group_epsilon,
-    largest,
     network_epsilon,
     true_positive_bound,
 )
+from fedslm.privacy.calibration import affordable_steps, largest
 from fedslm.records import Event
 
 DELTA = 1e-5
@@ -141,6 +141,22 @@ def test_a_delta_out_of_range_is_refused(delta: float) -> None:
     for events in ([], [MIX[0]]):
         with pytest.raises(PrivacyError, match="delta"):
             epsilon(events, delta)
+
+
+@pytest.mark.parametrize("delta", [0.1001, 0.5, 0.9])
+def test_a_delta_that_protects_nobody_is_too_large(delta: float) -> None:
+    """Above 0.1 every question is refused with the bound, rather than answered or blamed on accountants."""
+    for ask in (epsilon, cross_check):
+        with pytest.raises(PrivacyError, match=r"delta=0\.\d+ is too large: it must be at most 0\.1"):
+            ask([MIX[0]], delta)
+
+
+@pytest.mark.parametrize("delta", [1e-5, 0.01, 0.1])
+def test_accountants_agree_where_nothing_is_spent(delta: float) -> None:
+    """Where epsilon is 0 at a delta, the estimates below 0 of the other two say the same."""
+    accounts = cross_check([Event(0.001, 20.0, 1)], delta)
+    assert accounts.rdp >= accounts.pld - 1e-3
+    assert all(each >= 0 for each in (accounts.pld, accounts.prv, accounts.rdp))
 
 
 def test_two_more_accountants_check_the_number() -> None:
@@ -281,6 +297,34 @@ def test_what_no_accountant_could_finish_is_refused(events: list[Event]) -> None
     for ask in (epsilon, cross_check):
         with pytest.raises(PrivacyError, match="no accounting beyond"):
             ask(events, DELTA)
+
+
+@pytest.mark.parametrize(
+    "event", [Event(0.032, 0.1, 150), Event(1.0, 0.05, 1000), Event(0.01, 1.0, 1_000_000)], ids=str
+)
+def test_a_cross_check_that_would_take_gigabytes_is_refused_before(event: Event) -> None:
+    """With next to no noise, or too many steps, the bound says so before memory is asked for."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(
+        PrivacyError, match=r"cannot be checked by three accountants: .* raise noise_mult"
+    ):
+        cross_check([event], DELTA)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 * 1024  # kB
+
+
+@pytest.mark.parametrize(
+    "event", [Event(1.0, 0.05, 999_999), Event(1.0, 0.1, 200), Event(0.032, 0.05, 1000)], ids=str
+)
+def test_beyond_any_use_epsilon_is_a_bound_of_another_kind(event: Event) -> None:
+    """Above 10,000 the figure is never below the exact one, costs no memory and grows with the steps."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    spent = epsilon([event], DELTA)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 * 1024  # kB
+    assert spent > 10_000
+    if event.sample_rate == 1.0:
+        mean = event.steps / (2 * event.noise_multiplier**2)
+        assert spent >= mean  # of the loss, below which epsilon at a small delta cannot be
+    assert epsilon([event, Event(0.5, 1.0, 1)], DELTA) > spent
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.01, 0.1])

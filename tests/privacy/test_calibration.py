@@ -11,8 +11,8 @@ import pytest
 from fedslm.config import PrivacyConfig, TrainingConfig
 from fedslm.errors import PrivacyError
 from fedslm.privacy import accounting
-from fedslm.privacy.accounting import calibrate, epsilon
-from fedslm.privacy.calibration import calibrated
+from fedslm.privacy.accounting import epsilon
+from fedslm.privacy.calibration import calibrate, calibrated
 from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan
 from fedslm.records import Event
 
@@ -97,7 +97,7 @@ def test_the_plan_has_every_value_that_was_asked() -> None:
         epsilon=8.0,
         delta=1e-5,
         clip_norm=0.5,
-        noise_multiplier=accounting.calibrate(8.0, 1e-5, 0.05, 30),
+        noise_multiplier=calibrate(8.0, 1e-5, 0.05, 30),
         sample_rate=0.05,
         normaliser=32,
         steps_per_round=10,

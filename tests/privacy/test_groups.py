@@ -8,7 +8,8 @@ import pytest
 from pace import patient
 
 from fedslm.errors import PrivacyError
-from fedslm.privacy.accounting import adaptive_epsilon, affordable_steps, epsilon, group_epsilon
+from fedslm.privacy.accounting import adaptive_epsilon, epsilon, group_epsilon
+from fedslm.privacy.calibration import affordable_steps
 from fedslm.records import Event
 
 DELTA = 1e-5
