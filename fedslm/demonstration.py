@@ -11,6 +11,8 @@ from rich.table import Table
 from fedslm import config as configuration
 from fedslm.config import Config
 from fedslm.errors import RunError
+from fedslm.inference.prediction import predict
+from fedslm.inference.trained import load_trained, open_run
 from fedslm.progress import Bar
 from fedslm.simulation import simulate
 from fedslm.storage import json_text
@@ -26,6 +28,8 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "epsilon-2": {"unit": "record", "epsilon": 2.0},
 }
+# Neurology for every arm (0.81 to 0.98); a vaguer text, such as "chest pain", is answered by chance.
+EXAMPLE = "slurred speech and facial droop"
 _LAST_LAYERS = ["3.attention.self.query", "3.attention.self.value", "3.output.dense"]
 _JSON_KEYS = ("metrics_before", "metrics_after", "privacy", "epsilon", "delta", "seconds", "directory")
 _PUBLIC = {"delta": 1e-5, "clip_norm": 1.0, "sample_rate": 0.06}
@@ -106,6 +110,7 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
             f"{report['seconds']:.0f} s",
         )
     console.print(table)
+    _print_answer(console, directory / "epsilon-8")
     console.print("Look at:")
     for report in reports:
         console.print(f"  {report['directory']}/report.md", highlight=False, soft_wrap=True)
@@ -118,3 +123,14 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_answer(console: Console, run: Path) -> None:
+    """What a finished run says of a text, and the command that asks it."""
+    (answer,) = predict(load_trained(open_run(run)), [{"text": EXAMPLE}])
+    share = answer["probabilities"][answer["label"]]
+    console.print("Ask a model:")
+    console.print(
+        f'  fedslm predict {run} --text "{EXAMPLE}"', highlight=False, markup=False, soft_wrap=True
+    )
+    console.print(f"  {answer['label']} ({share:.2f})", highlight=False)

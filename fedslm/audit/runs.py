@@ -10,6 +10,7 @@ import json
 import platform
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import fedslm
 from fedslm.audit.distilled import distillations
 from fedslm.audit.ledgers import Evidence, LedgerAudit, as_json, audit_ledger
 from fedslm.config import Config, PrivacyConfig
+from fedslm.data.shards import client_names
 from fedslm.errors import LedgerError, PrivacyError, RunError
 from fedslm.federation.attestation import ATTESTATION, code_fingerprint
 from fedslm.federation.checkpoint import RunDirectory
@@ -41,7 +43,7 @@ class _Client:
     """What is known of one client.
 
     Attributes:
-        name: "client 0", and so on.
+        name: As in the run's report; "client 0", and so on, where the run's data are gone.
         events: Everything that it charged, over all runs that were given.
         releases: Statements that the server received in this run.
         audit: The audit of its ledger; None if the ledger is elsewhere.
@@ -79,8 +81,8 @@ def audit_run(
     privacy = config.privacy
     if privacy.unit == "none" or privacy.delta is None:
         raise PrivacyError(f"{path} was trained without privacy: epsilon is infinite")
-    statements, indices = directory.statements(), range(config.federation.num_clients)
-    clients = [_client(directory, each, [s for c, s in statements if c == each]) for each in indices]
+    statements = directory.statements()
+    clients = _clients(directory, config.federation.num_clients, statements)
     findings = [
         f"{client.name}: {finding}"
         for client in clients
@@ -91,6 +93,7 @@ def audit_run(
     worst = _worst(clients, privacy.delta, overlapping=privacy.overlapping)
     audit: dict[str, Any] = {
         "fedslm_version": fedslm.__version__,
+        "audited_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "run": {"id": directory.run_id, "path": str(directory.path), "name": config.run.name},
         "rounds": _rounds(directory, config.federation.rounds),
@@ -131,7 +134,21 @@ def _distilled(directory: RunDirectory, findings: list[str]) -> list[dict[str, A
     return found
 
 
-def _client(directory: RunDirectory, index: int, statements: list[Statement]) -> _Client:
+def _names(directory: RunDirectory, num_clients: int) -> tuple[str, ...]:
+    """What people call the clients, by index."""
+    names = client_names(directory.data)
+    return names if len(names) == num_clients else tuple(f"client {n}" for n in range(num_clients))
+
+
+def _clients(
+    directory: RunDirectory, count: int, statements: list[tuple[int, Statement]]
+) -> list[_Client]:
+    """What is known of each client."""
+    names = enumerate(_names(directory, count))
+    return [_client(directory, i, name, [s for c, s in statements if c == i]) for i, name in names]
+
+
+def _client(directory: RunDirectory, index: int, name: str, statements: list[Statement]) -> _Client:
     """Reads what one client charged: from its ledger, or from its last statement."""
     events = statements[-1].events if statements else ()
     audit, node = None, directory.nodes / f"client-{index:05d}"
@@ -140,7 +157,7 @@ def _client(directory: RunDirectory, index: int, statements: list[Statement]) ->
         audit = audit_ledger(node, key, Evidence(statements=tuple(statements)))
         if audit.sound:
             events = read_chain(node / LEDGER, key).events
-    return _Client(f"client {index}", events, len(statements), audit)
+    return _Client(name, events, len(statements), audit)
 
 
 def _with_others(
@@ -154,13 +171,13 @@ def _with_others(
     for other in others:
         directory, theirs = RunDirectory.open(other)
         charged = []
-        for index in range(theirs.federation.num_clients):
+        for index, name in enumerate(_names(directory, theirs.federation.num_clients)):
             node = directory.nodes / f"client-{index:05d}"
             if not (node / LEDGER).exists():
-                raise RunError(f"{other} holds no ledger of client {index}")
+                raise RunError(f"{other} holds no ledger of {name}")
             key = read_public_key(node / PUBLIC_KEY)
             audit = audit_ledger(node, key, Evidence())
-            findings += [f"{other}, client {index}: {finding}" for finding in audit.findings]
+            findings += [f"{other}, {name}: {finding}" for finding in audit.findings]
             charged.append(read_chain(node / LEDGER, key).events if audit.sound else ())
         same = (theirs.data, theirs.run.seed, theirs.federation.num_clients) == (
             config.data,

@@ -51,7 +51,7 @@ def predict(
 
     Answers come in the order of the texts, one for each.
 
-    Example: `fedslm predict runs/demo/epsilon-8 --text "chest pain since this morning"`
+    Example: `fedslm predict runs/demo/epsilon-8 --text "slurred speech and facial droop"`
 
     Example: `fedslm predict runs/ner --file notes.jsonl --out entities.jsonl`
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import fedslm
@@ -59,8 +60,8 @@ def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     card = render("model_card.md.j2", report=report, config=inputs.config)
     write_text(directory.path / "adapter" / "README.md", card)
     plot_rounds(directory.path / "report.png", records, report)
-    return report
     write_text(directory.path / REPORT, json_text(report, indent=2) + "\n")  # last: the run is finished
+    return report
 
 
 def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord]) -> dict[str, Any]:
@@ -101,6 +102,7 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "bytes_up": sum(record.bytes_up for record in records),
         "seconds_in_rounds": sum(record.seconds for record in records),
         "seconds": inputs.seconds,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "measured_by_clients": _measured(inputs),
         "failures": [f"round {r.round}: {reason}" for r in records for reason in r.reasons],
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import astuple
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,36 @@ def test_a_sound_run(run: Path) -> None:
     assert "@media print" in page
 
 
+def test_the_page_names_clients_as_the_report_does_and_has_a_date(run: Path) -> None:
+    """Clients have their names, in the report and in the audit; by number where the data are gone."""
+    report = json.loads((run / "report.json").read_text())
+    named = [client["name"] for client in audited(run)["clients"]]
+    assert named == report["clients"] == ["site-0", "site-1", "site-2"]
+    today = str(datetime.now(UTC).year)
+    page = (run / "report.md").read_text()
+    assert f"finished {today}-" in page
+    assert [page.count(f"\n- {line}") for line in ("Not the default: ", "Parameters that rounds")] == [
+        1,
+        1,
+    ]
+    assert f"audited {today}-" in (run / "audit.md").read_text()
+    shutil.rmtree(run / "data")
+    assert [client["name"] for client in audited(run)["clients"]] == [
+        "client 0",
+        "client 1",
+        "client 2",
+    ]
+
+
+def test_the_self_test_stands_whole_in_the_page(run: Path) -> None:
+    """Every figure of the self-test is in its row, though some are between bars."""
+    found = audited(run)["self_test"]["checks"]
+    assert any("|" in detail for detail in found.values())
+    page = html.unescape((run / "audit.html").read_text())
+    for name, detail in found.items():
+        assert f"<td>{name}</td>\n<td>{detail}</td>" in page
+
+
 def test_the_report_is_not_believed(run: Path) -> None:
     """A run that states another epsilon of itself does not change the audit."""
     report = json.loads((run / "report.json").read_text())
@@ -82,7 +114,7 @@ def test_a_changed_ledger_is_a_finding(run: Path) -> None:
         re.sub(r'"noise_multiplier": [0-9.]+', '"noise_multiplier": 99.0', path.read_text())
     )
     (finding,) = audited(run)["findings"]
-    assert finding.startswith("client 1: ")
+    assert finding.startswith("site-1: ")
     assert "not in order" in (run / "audit.md").read_text()
 
 
