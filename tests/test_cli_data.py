@@ -54,6 +54,26 @@ def test_preview_counts_the_demo() -> None:
     assert {client["units"] for client in found["clients"]} == {None}
 
 
+def test_preview_says_which_columns_it_took(tmp_path: Path) -> None:
+    """Conversations are found by their column; one that the base cannot read is counted."""
+    turns = [{"from": "human", "value": "why"}, {"from": "gpt", "value": "because"}]
+    rows = [{"conversations": turns} for _ in range(12)]
+    source = notes(tmp_path, [*rows, {"conversations": turns[::-1]}], rows)
+    options = [source, "data.partition=iid", "task.name=instruction", "task.pooling=native"]
+    flags = [part for value in options for part in ("--set", value)]
+    result = run("data", "preview", DEMO, *flags)
+    assert "columns: data.text_column=conversations" in result.stdout
+    assert "unusable: 1 of them" in result.stdout
+
+
+def test_columns_that_pandas_wrote_are_named(tmp_path: Path) -> None:
+    """A table by columns is one record to us: the error says how to write records."""
+    table = {"text": {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}}
+    result = run("data", "preview", DEMO, "--set", notes(tmp_path, [table], [table]))
+    assert result.exit_code == 2
+    assert_clear(result, "DataError", "data.text_column='text'", 'to_json(path, orient="records"')
+
+
 def test_preview_counts_patients_and_long_texts() -> None:
     """Units are counted where the unit is the patient, and texts beyond the limit are measured."""
     patients = ["privacy.unit=patient", "privacy.unit_column=patient", "privacy.max_records_per_unit=4"]

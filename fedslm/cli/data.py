@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
+from fedslm.data.columns import needed
 from fedslm.errors import plural
 from fedslm.storage import json_text
 
@@ -182,7 +183,9 @@ def _cells(client: ClientView, total: int, *, with_labels: bool) -> list[str]:
 def remarks(found: Preview, config: Config) -> list[str]:
     """Sizes, what is left out, what is cut, what is in both splits."""
     smallest = min(client.records for client in found.clients)
+    columns = ", ".join(f"{key}={name}" for key, name in needed(config.data, config.task).items())
     lines = [
+        f"columns: {columns}",
         f"training: {plural(found.records, 'record')}; the smallest client has {smallest}",
         f"public evaluation: {plural(found.evaluation_records, 'record')}",
     ]
@@ -199,5 +202,7 @@ def remarks(found: Preview, config: Config) -> list[str]:
         f"longer than {limit}: {found.cut_share:.1%} of {plural(found.looked_at, 'record')} looked at"
     )
     if found.unusable:
-        lines.append(f"unusable: {found.unusable} of them give no tokens")
+        lines.append(
+            f"unusable: {found.unusable} of them give no tokens, or the chat template refuses them"
+        )
     return lines

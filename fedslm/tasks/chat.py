@@ -87,7 +87,7 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
     return Frame(begin, _up_to_special(after, tokenizer))
 
 
-def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, frame: Frame) -> list[Segment]:
     """A conversation up to where the next answer begins, cut where each earlier answer begins and ends.
 
     Formal guarantees:
@@ -97,9 +97,10 @@ def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[
     Args:
         turns: In order; a system's turn joins the first user's if the template refuses it.
         tokenizer: With a chat template.
+        frame: From :func:`frame_of`; not looked at if no assistant speaks.
 
     Raises:
-        ModelError: The template cannot be used, or refuses these turns.
+        ModelError: The template refuses these turns.
     """
     answers = [turn["content"].strip() for turn in turns if turn["role"] == "assistant"]
     pieces = _asked([_marked(turn) for turn in turns], tokenizer).split(_MARK)
@@ -108,7 +109,6 @@ def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[
             "the tokenizer's chat template does not write each answer once; set "
             'task.prompt_format="plain"'
         )
-    frame = frame_of(tokenizer) if answers else Frame("", "")
     found, begin = [], ""
     for number, piece in enumerate(pieces):
         if number:

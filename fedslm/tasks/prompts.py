@@ -128,45 +128,34 @@ class Prompts:
         """Prompts in tokens; without any if the chat template refuses the turns.
 
         Formal guarantees:
-            * Whether a prompt has tokens depends on its own turns, the tokenizer and the config alone.
+            * Whether a prompt has tokens depends only on its own turns, the tokenizer and the config.
+
+        Raises:
+            ModelError: The chat template cannot be used at all.
         """
-        cut = [self._segments(each.turns, tokenizer) for each in said]
-        texts = [segment.text for segments in cut for segment in segments]
-        pieces = iter([each.input_ids for each in _bare(texts, tokenizer)])
-        if self.is_chat(tokenizer):
-            return [_joined([(next(pieces), each.learned) for each in segments]) for segments in cut]
-        firsts = iter(self._beginnings([each[0].text for each in cut if each], tokenizer))
-        end = self.ending(tokenizer)
+        if not self.is_chat(tokenizer):
+            return self._asked_plainly(said, tokenizer)
+        speaks = any(turn["role"] == "assistant" for each in said for turn in each.turns)
+        frame = chat.frame_of(tokenizer) if speaks else chat.Frame("", "")
+        cut = [_in_chat(each.turns, tokenizer, frame) for each in said]
+        pieces = iter(_bare([segment.text for each in cut for segment in each], tokenizer))
+        return [_joined([(next(pieces).input_ids, one.learned) for one in each]) for each in cut]
+
+    def _asked_plainly(self, said: Sequence[Said], tokenizer: PreTrainedTokenizerBase) -> list[Asked]:
+        """Prompts without a template: a text as it is, or turns one after another."""
+        cut = [_one_after_another(each.turns) for each in said]
+        begun = tokenise([each[0].text for each in cut if each], tokenizer, _UNCUT)
+        firsts = iter([_unended(each.input_ids, tokenizer) for each in begun])
+        later = _bare([segment.text for each in cut for segment in each[1:]], tokenizer)
+        pieces, end = iter([each.input_ids for each in later]), self.ending(tokenizer)
         found = []
         for segments in cut:
-            made = [(next(pieces), each.learned) for each in segments]
-            made = [((*ids, *end) if learned else ids, learned) for ids, learned in made]
-            found.append(_joined([(next(firsts), False), *made[1:]] if made else []))
+            made = [(next(firsts), False)] if segments else []
+            for segment in segments[1:]:
+                ids = next(pieces)
+                made.append(((*ids, *end) if segment.learned else ids, segment.learned))
+            found.append(_joined(made))
         return found
-
-    def _segments(
-        self, turns: tuple[Turn, ...], tokenizer: PreTrainedTokenizerBase
-    ) -> list[chat.Segment]:
-        """A prompt's text, cut where an assistant's turns begin and end; nothing if it has none."""
-        if self.is_chat(tokenizer):
-            try:
-                return chat.segments(turns, tokenizer) if turns else []
-            except ModelError:  # this record alone: loading refuses a template that is of no use
-                return []
-        if len(turns) == 1:
-            return [chat.Segment(turns[0]["content"], learned=False)]
-        found: list[chat.Segment] = []
-        for turn in turns:
-            speaks = turn["role"] == "assistant"
-            text = turn["content"].strip() if speaks else f"{turn['content']}{_BETWEEN}"
-            found.append(chat.Segment(text, learned=speaks))
-        return found if not found or not found[0].learned else [chat.Segment("", False), *found]
-
-    def _beginnings(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
-        """Token ids of texts, with what begins one and without what ends one."""
-        ended = [each.input_ids for each in tokenise(texts, tokenizer, _UNCUT)]
-        end = tokenizer.eos_token_id
-        return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in ended]
 
     def completions(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
         """Token ids of completions, uncut, each ended: as the chat template ends a turn, or by EOS.
@@ -211,6 +200,33 @@ class Prompts:
 def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Tokenises without special tokens."""
     return tokenise(texts, tokenizer, _UNCUT, add_special_tokens=False)
+
+
+def _in_chat(
+    turns: tuple[Turn, ...], tokenizer: PreTrainedTokenizerBase, frame: chat.Frame
+) -> list[chat.Segment]:
+    """Turns as the template writes them; nothing if it refuses them."""
+    try:
+        return chat.segments(turns, tokenizer, frame) if turns else []
+    except ModelError:  # this record alone: loading refuses a template that is of no use
+        return []
+
+
+def _one_after_another(turns: tuple[Turn, ...]) -> list[chat.Segment]:
+    """Turns without a template; the first segment is never learned."""
+    if len(turns) == 1:
+        return [chat.Segment(turns[0]["content"], learned=False)]
+    found: list[chat.Segment] = []
+    for turn in turns:
+        speaks = turn["role"] == "assistant"
+        text = turn["content"].strip() if speaks else f"{turn['content']}{_BETWEEN}"
+        found.append(chat.Segment(text, learned=speaks))
+    return found if not found or not found[0].learned else [chat.Segment("", learned=False), *found]
+
+
+def _unended(ids: Tokens, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Token ids of a text without what ends it."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _joined(pieces: Sequence[tuple[Tokens, bool]]) -> Asked:
