@@ -125,7 +125,7 @@ class Node:
             run_id: As the server says.
             plan: The plan's JSON.
         """
-        name = hashlib.sha256(json.dumps([run_id, plan]).encode()).hexdigest()
+        name = hashlib.sha256(json.dumps([run_id, plan], allow_nan=False).encode()).hexdigest()
         return self.directory / RUNS / name
 
     def policy(self) -> NodePolicy | None:
