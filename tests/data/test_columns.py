@@ -144,10 +144,14 @@ def test_whose_a_record_is_is_read(
 def test_a_run_keeps_the_needed_columns_only(tmp_path: Path) -> None:
     """What a run copies to disk holds nothing that it does not read."""
     privacy = PrivacyConfig(unit="patient", unit_column="patient", max_records_per_unit=2)
-    config = DataConfig(source="demo", partition="natural")
-    shards.write(tmp_path, config, TASK, privacy=privacy, num_clients=5, seed=0)
-    assert set(shards.read_client(tmp_path, 0)[0]) == {"text", "label", "client", "patient"}
-    assert set(shards.read_evaluation(tmp_path)[0]) == {"text", "label"}
+    rows = [{**row, "client": "c", "patient": n, "age": 7} for n, row in enumerate(ROWS)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(source=str(tmp_path), partition="natural")
+    data = tmp_path / "data"
+    shards.write(data, config, TASK, privacy=privacy, num_clients=1, seed=0)
+    assert set(shards.read_client(data, 0)[0]) == {"text", "label", "client", "patient"}
+    assert set(shards.read_evaluation(data)[0]) == {"text", "label"}
 
 
 def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
