@@ -30,8 +30,9 @@ from fedslm.aggregation.server import ServerState
 from fedslm.deployment.admission import NODES
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
 from fedslm.privacy import accounting
-from fedslm.privacy.chain import ADJACENCY, Chain, Charge, Entry, Opening
+from fedslm.privacy.chain import Chain
 from fedslm.privacy.keys import public_hex
+from fedslm.privacy.lines import ADAPTER, ADJACENCY, Charge, Entry, Opening
 from fedslm.privacy.statement import Statement, signed
 from fedslm.records import AdapterState, Event, RoundRecord
 
@@ -124,8 +125,7 @@ class Node:
 
     def charge(self, run: str, number: int) -> None:
         """Charges one round."""
-        sha256 = f"{number:064x}"
-        charge = Charge(EVENT, sha256, 1.0, 1e-5, run, number, "p", "q", "b", "c", "0.1.0", "d")
+        charge = Charge(EVENT, ADAPTER, 1.0, 1e-5, run, number, "p", "q", "b", "c", "0.1.0", "d")
         self.entries.append(Entry(len(self.entries), "", 0, charge=charge))
 
     def statement(self, run: str, number: int) -> Statement:

@@ -15,6 +15,7 @@ from fedslm.errors import ModelError, PrivacyError
 FloatArray = NDArray[np.float32]
 LARGEST_DELTA = 0.1  # of ten units one could be published outright
 _LARGEST, _MOST = 1e100, 10**12
+INFINITE = "infinite"  # what JSON says for an epsilon after a release without privacy
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +124,31 @@ def is_count(value: object) -> bool:
     (True, False, False, False)
     """
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
+
+
+def epsilon_as_json(epsilon: float) -> float | str:
+    """An epsilon as JSON can write it: JSON has no infinity.
+
+    >>> epsilon_as_json(2.5), epsilon_as_json(math.inf)
+    (2.5, 'infinite')
+    """
+    return INFINITE if epsilon == math.inf else epsilon
+
+
+def epsilon_of_json(value: object) -> float:
+    """Reads what :func:`epsilon_as_json` wrote; nothing else is an epsilon.
+
+    Raises:
+        PrivacyError: It is neither a finite number >= 0 nor the one word.
+
+    >>> epsilon_of_json("infinite"), epsilon_of_json(2.5)
+    (inf, 2.5)
+    """
+    if value == INFINITE and isinstance(value, str):
+        return math.inf
+    if isinstance(value, int | float) and is_number(value) and value >= 0:
+        return value
+    raise PrivacyError(f"epsilon={str(value)[:40]!r} must be a finite number >= 0, or {INFINITE!r}")
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from fedslm import simulation
 from fedslm.cli import app
 from fedslm.config import Config
 from fedslm.privacy import accounting
-from fedslm.privacy.chain import Charge
 from fedslm.privacy.keys import public_hex, signing_key
-from fedslm.privacy.ledger import Ledger, Limits
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.limits import Limits
+from fedslm.privacy.lines import Charge
 from fedslm.privacy.policy import EXAMPLE
 from fedslm.progress import Bar
 from fedslm.records import Event
@@ -219,8 +220,10 @@ def test_auditing_a_ledger(finished: Path, tmp_path: Path) -> None:
     assert values["spent"][0]["budget"] == 8.0
     people = audit_ledger(node)
     assert people.exit_code == 0
-    for part in ("sound", "PLD", "record", values["head"]):
+    for part in ("sound", "PLD", "record", values["head"], "open: a rollback cannot be excluded"):
         assert part in people.stdout
+    assert values["open_questions"] == []
+    assert json.loads(audit_ledger(node, "--json").stdout)["open_questions"]
     content = (node / "ledger.jsonl").read_bytes()
     try:
         (node / "ledger.jsonl").write_bytes(content.replace(b'"round": 1', b'"round": 2'))

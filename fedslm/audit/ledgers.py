@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,16 +12,21 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedslm.errors import LedgerError, PrivacyError
-from fedslm.privacy import accounting
+from fedslm.privacy import accounting, clock
 from fedslm.privacy.accounting import Accounts
 from fedslm.privacy.calibration import largest
 from fedslm.privacy.chain import HEAD_SUFFIX, LONGEST_LINE, Chain, check_head, read_chain, read_head
 from fedslm.privacy.keys import public_hex
+from fedslm.privacy.lines import NO_UNIT
 from fedslm.privacy.statement import Statement, read_statement
-from fedslm.records import Event
+from fedslm.records import Event, epsilon_as_json
 from fedslm.storage import read_lines
 
 LEDGER_FILE = "ledger.jsonl"
+NO_WITNESS = (
+    "a rollback cannot be excluded: neither a saved head (--head) nor a statement that a server "
+    "received (--statements) was given, and ledger and head can be restored together"
+)
 
 
 @dataclass(frozen=True)
@@ -29,16 +35,21 @@ class Spent:
 
     Attributes:
         delta: The delta.
-        accounts: Epsilon by three accountants.
+        accounts: Epsilon by three accountants, for plans that were fixed beforehand.
+        epsilon: Epsilon of record: the first accountant's, or infinite after a release without privacy.
         budget: Epsilon that the node allows at this delta; None if it was not given.
         adaptive: Epsilon if the plans were chosen after seeing earlier releases; None for one plan.
+        adaptive_delta: The delta at which ``adaptive`` holds: twice the other one, once for stopping
+            under the first plan and once for what follows; None for one plan.
         remaining_releases: Further releases like the last that the budget pays for; None without one.
     """
 
     delta: float
     accounts: Accounts
+    epsilon: float
     budget: float | None = None
     adaptive: float | None = None
+    adaptive_delta: float | None = None
     remaining_releases: int | None = None
 
 
@@ -52,15 +63,19 @@ class LedgerAudit:
         ledger_id: Its random identifier.
         dataset: The node's name for its data.
         unit: Whose participation the charges protect.
+        unit_column: Column that says whose a record is; None if the unit needs none, or no line
+            says it.
         adjacency: Relation of neighbouring data sets.
         entries: Lines that were checked.
         charges: Releases that were charged.
         open_reservations: Charged, but nothing was released: failed or interrupted work.
+        unprotected: Releases without privacy.
         head: Hash of the last line: save it, and give it to the next audit.
         runs: Run identifiers, in order.
         commitments: Data commitments, in order: more than one means that the data changed.
         spent: What was spent, for each delta.
         findings: What is wrong; empty on a sound ledger.
+        open_questions: What nothing that was given can rule out. The ledger may be sound all the same.
         notes: What is worth knowing, but not wrong.
     """
 
@@ -69,15 +84,18 @@ class LedgerAudit:
     ledger_id: str = ""
     dataset: str = ""
     unit: str = ""
+    unit_column: str | None = None
     adjacency: str = ""
     entries: int = 0
     charges: int = 0
     open_reservations: int = 0
+    unprotected: int = 0
     head: str = ""
     runs: tuple[str, ...] = ()
     commitments: tuple[str, ...] = ()
     spent: tuple[Spent, ...] = ()
     findings: tuple[str, ...] = ()
+    open_questions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -105,9 +123,10 @@ class Evidence:
 
 @dataclass
 class _Findings:
-    """Collects what is wrong and what is worth knowing."""
+    """Collects what is wrong, what is open and what is worth knowing."""
 
     wrong: list[str] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -117,7 +136,10 @@ def audit_ledger(path: Path, key: Ed25519PublicKey, evidence: Evidence) -> Ledge
     Formal guarantees:
         * A sound result means: every line was signed by the key and follows the one before; every head
           and statement that was given is in it; the last statement of each run states no less epsilon
-          than the ledger cost until then; three accountants agree; the budget is kept.
+          than the ledger cost until then; three accountants agree; the budget is kept; nothing was
+          released without privacy; one unit and column are counted; no time is one that cannot be.
+        * Without a head or a statement from elsewhere, an older copy of ledger and head passes for
+          sound: that is an open question of the result.
 
     Args:
         path: The ledger, or the node directory that holds it.
@@ -134,6 +156,7 @@ def audit_ledger(path: Path, key: Ed25519PublicKey, evidence: Evidence) -> Ledge
         return LedgerAudit(str(path), public_key, findings=(str(error),))
     found = _Findings()
     _check_completeness(path, chain, public_key, evidence, found)
+    _check_lines(chain, found)
     spent = tuple(_spent(chain, evidence, found))
     opening = chain.opening
     return LedgerAudit(
@@ -141,16 +164,19 @@ def audit_ledger(path: Path, key: Ed25519PublicKey, evidence: Evidence) -> Ledge
         public_key=public_key,
         ledger_id=opening.ledger_id if opening else "",
         dataset=opening.dataset if opening else "",
-        unit=opening.unit if opening else "",
+        unit=chain.unit or "",
+        unit_column=chain.unit_column,
         adjacency=opening.adjacency if opening else "",
         entries=len(chain.entries),
         charges=len(chain.charges),
         open_reservations=len(chain.charges) - sum(e.reserve is not None for e in chain.entries),
+        unprotected=len(chain.unprotected),
         head=chain.head,
-        runs=tuple(dict.fromkeys(charge.run for charge in chain.charges)),
+        runs=chain.runs,
         commitments=tuple(dict.fromkeys(charge.dataset_commitment for charge in chain.charges)),
         spent=spent,
         findings=tuple(found.wrong),
+        open_questions=tuple(found.open),
         notes=tuple(found.notes),
     )
 
@@ -170,8 +196,9 @@ def read_statements(path: Path, key: Ed25519PublicKey) -> tuple[Statement, ...]:
 
 
 def as_json(audit: LedgerAudit) -> dict[str, object]:
-    """The audit as JSON values."""
-    return {"sound": audit.sound, **asdict(audit)}
+    """The audit as JSON values: an infinite epsilon is the word "infinite"."""
+    spent = [{**asdict(each), "epsilon": epsilon_as_json(each.epsilon)} for each in audit.spent]
+    return {"sound": audit.sound, **asdict(audit), "spent": spent}
 
 
 def _check_completeness(
@@ -194,7 +221,10 @@ def _check_completeness(
     for head in evidence.heads:
         if head not in known:
             found.wrong.append(f"the saved head {head[:16]}… is not in the ledger: it was rolled back")
+    if not evidence.heads and not evidence.statements:
+        found.open.append(NO_WITNESS)
     released = {entry.release_sha256 for entry in chain.entries}
+    released |= {each.release_sha256 for each in chain.unprotected}
     for statement in evidence.statements:
         _check_statement(path, chain, statement, released, found)
     for statement in {each.run: each for each in evidence.statements}.values():
@@ -226,8 +256,10 @@ def _check_statement(
         if entry.charge is not None and entry.charge.run == statement.run
     )
     in_all = sum(entry.charge is not None for entry in lines)
+    bare = sum(entry.unprotected is not None for entry in lines)
     same = charged == dict(statement.charged) and in_all == statement.charges
-    if not same or chain.opening.unit != statement.unit:
+    same = same and bare == statement.unprotected
+    if not same or statement.unit not in (NO_UNIT, chain.unit):
         found.wrong.append(f"{name} says other charges than the ledger")
     if statement.release_sha256 not in released:
         found.wrong.append(f"{name} is for a release that the ledger does not hold")
@@ -237,7 +269,8 @@ def _check_epsilon(chain: Chain, statement: Statement, found: _Findings) -> None
     """A statement's epsilon is of the whole ledger, over all runs, when it was made."""
     lines = chain.entries[: statement.index + 1]
     events = [entry.charge.event for entry in lines if entry.charge is not None]
-    spent = accounting.epsilon(events, statement.delta)
+    is_lost = any(entry.unprotected is not None for entry in lines)
+    spent = math.inf if is_lost else accounting.epsilon(events, statement.delta)
     if not accounting.within(spent, statement.epsilon):
         found.wrong.append(
             f"the statement of round {statement.round} says epsilon={statement.epsilon:.3f}, and the "
@@ -245,11 +278,61 @@ def _check_epsilon(chain: Chain, statement: Statement, found: _Findings) -> None
         )
 
 
+def _check_lines(chain: Chain, found: _Findings) -> None:
+    """What well-signed lines say, and should not."""
+    if chain.unprotected:
+        first = chain.unprotected[0]
+        found.wrong.append(
+            f"{len(chain.unprotected)} releases without privacy, the first in round {first.round} of "
+            f"run {first.run[:80]!r}: epsilon is infinite from then on"
+        )
+    units = {each.unit for each in chain.charges} - {None, chain.unit}
+    columns = {each.unit_column for each in chain.charges} - {None, chain.unit_column}
+    if units or columns:
+        others = ", ".join(sorted(map(repr, units | columns)))
+        found.wrong.append(f"charges count by {others} too: each sees only a part of what was spent")
+    unnamed = sum(each.unit_column is None for each in chain.charges)
+    if chain.unit == "patient" and unnamed:
+        found.notes.append(
+            f"{unnamed} charges of an older version do not say by which column they count"
+        )
+    _check_times(chain, found)
+
+
+def _check_times(chain: Chain, found: _Findings) -> None:
+    """Times that cannot be, that go back, and corrections of the clock."""
+    numbered = list(enumerate(chain.entries, 1))
+    early = [number for number, entry in numbered if entry.time < clock.EARLIEST_TIME]
+    if early:
+        found.wrong.append(f"{len(early)} lines have a time before 2025, the first is line {early[0]}")
+    before, back = 0, 0
+    for number, entry in numbered:
+        if entry.correction is None:
+            back = max(back, before - entry.time)
+        else:
+            found.notes.append(
+                f"line {number}: the operator corrected the clock by {entry.correction.ahead} s: "
+                f"{entry.correction.reason!r}"
+            )
+        before = entry.time
+    if back > clock.AHEAD_SECONDS:
+        found.wrong.append(f"a line is {back} s earlier than the line before it")
+    elif back:
+        found.notes.append(f"times go back by up to {back} s: a clock that was set by a little")
+    if (ahead := clock.seconds_ahead(chain.entries)) > clock.AHEAD_SECONDS:
+        found.notes.append(f"the last line is {ahead} s ahead of this machine's clock")
+
+
 def _spent(chain: Chain, evidence: Evidence, found: _Findings) -> Sequence[Spent]:
     """Epsilon at every delta of interest."""
     deltas = {charge.delta for charge in chain.charges} | set(evidence.deltas)
     if evidence.budget is not None:
         deltas.add(evidence.budget[1])
+    if len({charge.plan_sha256 for charge in chain.charges}) > 1:
+        found.notes.append(
+            "several plans: ε at δ is for plans that were fixed beforehand. If one was chosen after "
+            "seeing earlier releases, the adaptive ε holds (--policy computes it), at 2δ"
+        )
     results = []
     for delta in sorted(deltas):
         try:
@@ -264,17 +347,25 @@ def _spent_at(
 ) -> Spent:
     """Epsilon at one delta, and what the budget leaves."""
     accounts = accounting.cross_check(chain.events, delta)
+    epsilon = math.inf if chain.unprotected else accounts.pld
     if budget is None or budget[1] != delta:
-        return Spent(delta, accounts)
-    adaptive = None
+        return Spent(delta, accounts, epsilon)
+    adaptive, twice = None, None
     if len({charge.plan_sha256 for charge in chain.charges}) > 1:
-        adaptive = accounting.adaptive_epsilon(chain.events, delta, budget[0])
-    if max(accounts.pld, adaptive or 0.0) > budget[0]:
+        adaptive, twice = accounting.adaptive_epsilon(chain.events, delta, budget[0]), 2 * delta
+    exceeded = f"the budget ε = {budget[0]:g} at δ = {delta:g} is exceeded"
+    if epsilon > budget[0]:
+        found.wrong.append(f"{exceeded}: ε = {epsilon:.3f}")
+    elif adaptive is not None and adaptive > budget[0]:
         found.wrong.append(
-            f"the budget ε = {budget[0]:g} at δ = {delta:g} is exceeded: ε = {accounts.pld:.3f}"
+            f"{exceeded} if a plan was chosen after earlier releases: ε = {adaptive:.3f} at "
+            f"δ = {2 * delta:g}"
         )
-    remaining = _remaining(chain.events, budget) if chain.events else None
-    return Spent(delta, accounts, budget[0], adaptive, remaining)
+    if epsilon == math.inf:
+        remaining: int | None = 0
+    else:
+        remaining = _remaining(chain.events, budget) if chain.events else None
+    return Spent(delta, accounts, epsilon, budget[0], adaptive, twice, remaining)
 
 
 def _remaining(events: tuple[Event, ...], budget: tuple[float, float]) -> int:

@@ -24,6 +24,7 @@ from fedslm.federation.attestation import ATTESTATION, code_fingerprint
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.node import LEDGER
 from fedslm.federation.spends import standings_of_run
+from fedslm.federation.standings import as_values
 from fedslm.privacy import accounting
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
@@ -124,7 +125,7 @@ def _standings(directory: RunDirectory, findings: list[str]) -> dict[str, Any]:
     findings += [
         f"{name} is out since {each.since}: {each.out}" for name, each in found.items() if each.out
     ]
-    return {name: asdict(each) for name, each in found.items()}
+    return {name: as_values(each) for name, each in found.items()}
 
 
 def _distilled(directory: RunDirectory, findings: list[str]) -> list[dict[str, Any]]:
@@ -264,6 +265,9 @@ def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any
                 "purpose": charge.purpose,
                 **asdict(charge.event),
                 "clip_norm": charge.clip_norm,
+                "unit_column": charge.unit_column,
+                "max_records_per_unit": charge.max_records_per_unit,
+                "normaliser": charge.normaliser,
                 "base_sha256": charge.base_sha256,
                 "code_version": charge.code_version,
                 "config_sha256": charge.config_sha256,

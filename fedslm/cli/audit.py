@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +42,8 @@ def ledger(
 ) -> None:
     """Check a ledger offline: chain, signatures, gaps, rollback, epsilon by three accountants.
 
-    Ends with 0 on a sound ledger and 1 on any finding.
+    Ends with 0 on a sound ledger and 1 on any finding. What cannot be ruled out is an open question: it
+    is printed, and does not change the end.
 
     Example: `fedslm audit ledger node/ledger.jsonl --public-key node/ledger-key.pub.pem`
     """
@@ -143,30 +145,45 @@ def self_test(as_json: Json = False) -> None:
             raise typer.Exit(1)
 
 
+def _table(found: LedgerAudit) -> Table:
+    """What was spent at each delta."""
+    table = Table(title="ε spent, failed work included")
+    columns = ("δ", "ε", "PLD", "PRV", "RDP", "if plans were adaptive", "budget", "releases left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for spent in found.spent:
+        accounts, adaptive = spent.accounts, "–"
+        if spent.adaptive is not None:
+            adaptive = f"{spent.adaptive:.3f} at δ = {spent.adaptive_delta:g}"
+        figures = [f"{each:.3f}" for each in (accounts.pld, accounts.prv, accounts.rdp)]
+        whole = "∞" if math.isinf(spent.epsilon) else f"{spent.epsilon:.3f}"
+        budget = "–" if spent.budget is None else f"{spent.budget:.3f}"
+        left = "–" if spent.remaining_releases is None else str(spent.remaining_releases)
+        table.add_row(f"{spent.delta:g}", whole, *figures, adaptive, budget, left)
+    return table
+
+
 def _print_ledger(found: LedgerAudit) -> None:
     """What was found, for people."""
     console = Console()
     verdict = "[green]sound[/green]" if found.sound else "[red bold]not sound[/red bold]"
+    if found.sound and found.open_questions:
+        verdict = "[yellow]sound, as far as it can be seen from here[/yellow]"
     console.print(f"{verdict}: ", found.path, highlight=False, soft_wrap=True)
     if found.entries:
+        by = f" by the column {found.unit_column!r}" if found.unit_column is not None else ""
         text = (
             f"{plural(found.entries, 'line')}, {plural(found.charges, 'charge')} for one "
-            f"{found.unit} ({found.adjacency}), {found.open_reservations} of them released "
-            f"nothing; {plural(len(found.runs), 'run')}"
+            f"{found.unit or 'unit'}{by} ({found.adjacency}), {found.open_reservations} of them "
+            f"released nothing; {plural(found.unprotected, 'release')} without privacy; "
+            f"{plural(len(found.runs), 'run')}"
         )
         console.print(printable(text), highlight=False, markup=False)
         console.print(f"head {found.head}", highlight=False, soft_wrap=True)
     if found.spent:
-        table = Table(title="ε spent, failed work included")
-        for column in ("δ", "PLD (of record)", "PRV", "RDP", "adaptive", "budget", "releases left"):
-            table.add_column(column, justify="right")
-        for spent in found.spent:
-            accounts = spent.accounts
-            figures = (accounts.pld, accounts.prv, accounts.rdp, spent.adaptive, spent.budget)
-            row = ["–" if figure is None else f"{figure:.3f}" for figure in figures]
-            left = "–" if spent.remaining_releases is None else str(spent.remaining_releases)
-            table.add_row(f"{spent.delta:g}", *row, left)
-        console.print(table)
+        console.print(_table(found))
+    for question in found.open_questions:
+        console.print(f"open: {question}", style="yellow", highlight=False, markup=False)
     for note in found.notes:
         console.print(f"note: {printable(note)}", highlight=False, markup=False)
     for finding in found.findings:

@@ -119,6 +119,29 @@ def check(directory: Directory) -> None:
         raise typer.Exit(0 if good else 1)
 
 
+@node_app.command("clock")
+def clock(
+    directory: Directory,
+    reason: Annotated[str, typer.Option("--reason", help="What had happened; kept for the audit.")],
+) -> None:
+    """Say that this machine's clock had jumped forwards, and is right now.
+
+    Set the clock first. Nothing that was charged is taken back: limits on a day, and on the time
+    between two rounds, count what is ahead of the clock as of now. The ledger keeps the reason.
+
+    Example: `fedslm node clock north --reason "NTP gave 2036; the clock was set by hand on May 2"`
+    """
+    with clear_errors():
+        from fedslm.federation.node import LEDGER
+        from fedslm.privacy.keys import PRIVATE_KEY, private_key
+        from fedslm.privacy.ledger import Ledger
+
+        keep_private()
+        ledger = Ledger(directory / LEDGER, private_key(directory / PRIVATE_KEY))
+        ahead = ledger.correct_clock(reason)
+        typer.echo(f"the ledger was {ahead} s ahead: what is ahead counts as of now")
+
+
 def _begins(name: str) -> None:
     """Says what is looked at; the result follows on the same line."""
     typer.echo(f"checking {name} ... ", nl=False)

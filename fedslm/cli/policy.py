@@ -34,8 +34,5 @@ def check(path: Annotated[Path, typer.Argument(help="A policy file.", metavar="P
     with clear_errors():
         from fedslm.privacy.policy import open_policy
 
-        policy = open_policy(path)
-        typer.echo(
-            f"{path}: ok; at most ε = {policy.epsilon:g} at δ = {policy.delta:g} for one {policy.unit} "
-            f"over the lifetime of the data set"
-        )
+        words = open_policy(path).budget_in_words()
+        typer.echo(f"{path}: ok; over the lifetime of the data set {words}")

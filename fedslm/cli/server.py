@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,7 +120,7 @@ def status(server: Server = Path(), as_json: Json = False) -> None:
         with reached(server, _STATUS_SECONDS) as control:
             found = status_of(server, control.nodes())
         if as_json:
-            typer.echo(json_text(asdict(found)))
+            typer.echo(json_text(found.as_json()))
             return
         nodes = Table("node", "status", "since (UTC)", "ε of run", "left", "ε of all runs")
         for node in found.nodes:
@@ -210,7 +210,7 @@ def _short(time: str) -> str:
 
 def _number(value: float | None) -> str:
     """A number of a table; nothing for none."""
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None else "∞" if value == math.inf else f"{value:.3f}"
 
 
 def _tell(record: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from fedslm.deployment.settings import FederationFile, read_federation
 from fedslm.errors import LedgerError, Refused, RunError
 from fedslm.federation import spends
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.federation.spends import Standing
+from fedslm.federation.standings import Standing
 from fedslm.federation.trust import OPERATOR_KEY
 from fedslm.privacy import keys
 from fedslm.storage import locked, read_text, write_text

@@ -61,7 +61,10 @@ class Records:
 
     def are_of_others(self, names: list[str], node: int) -> bool:
         """Whether one of the names is an instruction's, or that of another node's reply."""
-        return self._one(_OF_OTHERS, names=json.dumps(names, allow_nan=False), node=_signed(node)) is not None
+        return (
+            self._one(_OF_OTHERS, names=json.dumps(names, allow_nan=False), node=_signed(node))
+            is not None
+        )
 
     def may_pull(self, node: int, run: int, name: str) -> bool:
         """Whether an instruction for the node, in the run, contains an object."""

@@ -22,8 +22,7 @@ from fedslm.deployment.status import FederationStatus, status_of
 from fedslm.errors import FedslmError, RunError
 from fedslm.federation.node import LEDGER
 from fedslm.federation.wire import status_of_reply
-from fedslm.privacy import accounting
-from fedslm.privacy.chain import read_chain
+from fedslm.privacy.chain import GENESIS, Chain, read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.privacy.policy import POLICY_FILE, read_policy
 
@@ -144,9 +143,12 @@ def node_figures(directory: Path, counts: NodeCounts) -> Iterator[Metric]:
     answers = {(kind,): float(number) for kind, number in counts.answers.items()}
     yield _gauge("node_answers", "Answers since the start, by kind", answers, ("kind",))
     policy, path = read_policy(directory / POLICY_FILE), directory / LEDGER
-    events = read_chain(path, read_public_key(directory / PUBLIC_KEY)).events if path.exists() else ()
-    spent = accounting.epsilon(events, policy.delta) if events else 0.0
-    yield _gauge("node_rounds_charged", "Charges in the ledger", {(): float(len(events))})
+    none = Chain((), GENESIS, torn=False)
+    chain = read_chain(path, read_public_key(directory / PUBLIC_KEY)) if path.exists() else none
+    spent = chain.epsilon(policy.delta)
+    yield _gauge("node_rounds_charged", "Charges in the ledger", {(): float(len(chain.charges))})
+    text = "Releases without privacy in the ledger: with any, epsilon is infinite"
+    yield _gauge("node_unprotected_releases", text, {(): float(len(chain.unprotected))})
     yield _gauge("node_epsilon_spent", "Epsilon over all runs", {(): spent})
     yield _gauge("node_epsilon_left", "Of the policy's budget", {(): max(0.0, policy.epsilon - spent)})
 

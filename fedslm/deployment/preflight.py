@@ -23,6 +23,7 @@ from fedslm.errors import FedslmError, RunError, plural
 from fedslm.federation.attestation import attest
 from fedslm.federation.node import LEDGER, RELEASE
 from fedslm.models.base import base_sha256, resolve
+from fedslm.privacy import clock
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key, signing_key
 from fedslm.privacy.policy import ANY, POLICY_FILE, open_policy
@@ -103,13 +104,13 @@ def _version(ready: Ready) -> str:
 
 def _policy(directory: Path) -> str:
     """What the node allows."""
-    policy = open_policy(directory / POLICY_FILE)
-    return f"at most ε = {policy.epsilon:g} at δ = {policy.delta:g} for one {policy.unit}"
+    return open_policy(directory / POLICY_FILE).budget_in_words()
 
 
 def _ledger(directory: Path) -> str:
     """The keys are this owner's alone, and the ledger is whole."""
     signing_key(directory)
+    clock.right_now()
     path = directory / LEDGER
     if not path.exists() and (directory / RELEASE).exists():
         raise RunError(
@@ -119,7 +120,19 @@ def _ledger(directory: Path) -> str:
     if not path.exists():
         return "no ledger yet"
     chain = read_chain(path, read_public_key(directory / PUBLIC_KEY))
-    return f"a whole ledger of {plural(len(chain.entries), 'line')}"
+    found = f"a whole ledger of {plural(len(chain.entries), 'line')}"
+    ahead = clock.seconds_ahead(chain.entries)
+    if ahead > clock.AHEAD_SECONDS:
+        raise _Warning(
+            f"{found}, {ahead} s ahead of this machine's clock: rounds may be refused for as long. If "
+            f"the clock had jumped forwards and is right now: fedslm node clock {directory} --reason …"
+        )
+    if chain.unprotected:
+        raise _Warning(
+            f"{found}, with {plural(len(chain.unprotected), 'release')} without privacy: epsilon is "
+            f'infinite, and private runs are refused unless the policy says unit = "none"'
+        )
+    return found
 
 
 def _records(ready: Ready) -> str:

@@ -19,7 +19,8 @@ from fedslm.deployment.control import COMPLETED, FINISHED, Control
 from fedslm.errors import FederationError, RunError
 from fedslm.federation.checkpoint import ERROR, RunDirectory
 from fedslm.federation.roster import chosen_nodes
-from fedslm.federation.spends import SPENDS, Standing, read_standings
+from fedslm.federation.spends import SPENDS, read_standings
+from fedslm.federation.standings import Standing
 from fedslm.storage import locked, write_text
 
 logger = logging.getLogger(__name__)

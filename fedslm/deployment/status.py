@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedslm.config import Config
@@ -14,10 +14,11 @@ from fedslm.errors import FedslmError
 from fedslm.federation.checkpoint import ERROR, RunDirectory
 from fedslm.federation.participation import reasons_of
 from fedslm.federation.roster import clients_of
-from fedslm.federation.spends import SPENDS, Standing, read_standings
+from fedslm.federation.spends import SPENDS, read_standings
+from fedslm.federation.standings import Standing
 from fedslm.privacy import accounting
 from fedslm.privacy.statement import Statement
-from fedslm.records import RoundRecord
+from fedslm.records import RoundRecord, epsilon_as_json
 
 RUNS = "runs"
 
@@ -34,7 +35,8 @@ class NodeStatus:
         epsilon_spent: Of the latest run, by what the node signed; None if it signed nothing.
         epsilon_left: Of the latest run's budget; None if it signed nothing.
         reason: Why it was not in the aggregate, the last time that it was not in the latest run.
-        lifetime_epsilon: Of its whole ledger, over all runs, as it last stated; None if it never did.
+        lifetime_epsilon: Of its whole ledger, over all runs, as it last stated; infinite after a
+            release without privacy; None if it never stated any.
         lifetime_delta: At this delta.
         out: Since when and why it is out, until it is readmitted; empty if it is not.
         readmissions: Times that it was readmitted.
@@ -89,6 +91,16 @@ class FederationStatus:
 
     nodes: tuple[NodeStatus, ...]
     runs: tuple[RunStatus, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """JSON values: an infinite epsilon is the word "infinite"."""
+        nodes = [
+            {**asdict(node), "lifetime_epsilon": epsilon_as_json(node.lifetime_epsilon)}
+            if node.lifetime_epsilon is not None
+            else asdict(node)
+            for node in self.nodes
+        ]
+        return {**asdict(self), "nodes": nodes}
 
 
 def status_of(server: Path, seen: Sequence[SeenNode]) -> FederationStatus:

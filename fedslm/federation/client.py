@@ -24,8 +24,8 @@ from fedslm.federation.update import make_update, start_of
 from fedslm.federation.wire import Reply, Request, Setup
 from fedslm.models.base import base_sha256, resolve
 from fedslm.models.loaded import LoadedModel
-from fedslm.privacy.chain import ADAPTER, METRIC, Charge
 from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.lines import ADAPTER, METRIC, Charge, Unprotected
 from fedslm.privacy.plan import (
     METRIC_SENSITIVITY,
     ExamplePlan,
@@ -63,6 +63,10 @@ def train(message: Message, context: Context) -> Message:
           refusal depends on records that come and go while it is under way
           (:mod:`fedslm.federation.kept_runs`).
         * The same request again gets the same bytes, free of charge, and no record is read for it.
+
+    Without privacy, at a deployed node whose policy allows it:
+        * Nothing leaves before the ledger has it on disk as a release without privacy; the statement in
+          the reply says so, and that epsilon is infinite.
     """
     round_number = 0
     try:
@@ -133,10 +137,15 @@ def _answer(request: Request, node: Node) -> Reply:
     if isinstance(plan, PrivatePlan):
         return _answer_privately(request, node, plan, model)
     node = with_own_records(setup, node, has_begun=False)
-    examples = shard_of(setup, node).trained
+    ledger, examples = node.open_ledger(), shard_of(setup, node).trained
+    if ledger is not None:
+        ledger.extension(request.seen)
     release = make_update(request, node, plan, model, examples)
+    if ledger is not None:
+        released = Unprotected(setup.run_id, request.round, ADAPTER, release.delta.sha256())
+        ledger.release_unprotected(released, node.limits(plan))
     weight = float(len(examples)) if setup.aggregation.weights == "records" else 1.0
-    return _reply(request, model, release, weight=weight)
+    return _reply(request, model, release, ledger=ledger, weight=weight)
 
 
 def _answer_privately(
@@ -258,6 +267,10 @@ def _charges(request: Request, node: Node, plan: ExamplePlan | PatientPlan) -> l
         config_sha256=setup.config_sha256,
         code_version=fedslm.__version__,
         dataset_commitment=shard_of(setup, node).commitment,
+        unit=plan.unit,
+        unit_column=plan.unit_column if isinstance(plan, PatientPlan) else None,
+        max_records_per_unit=plan.max_records_per_unit if isinstance(plan, PatientPlan) else None,
+        normaliser=plan.normaliser,
     )
     metric = plan.metric_event
     if metric is None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +25,17 @@ from flwr.app import Context
 
 from fedslm.errors import FederationError, RunError
 from fedslm.privacy import keys
-from fedslm.privacy.chain import ADAPTER, METRIC
-from fedslm.privacy.ledger import Ledger, Limits
-from fedslm.privacy.plan import PrivatePlan
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.limits import Limits
+from fedslm.privacy.lines import ADAPTER, METRIC, NO_UNIT
+from fedslm.privacy.plan import NoPrivacy, PrivatePlan
 from fedslm.privacy.policy import POLICY_FILE, Asked, NodePolicy, read_policy
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter, save_adapter, write_text
 
 LEDGER, RELEASE, RUNS = "ledger.jsonl", "release.json", "runs"
 OWN_SHARD = 0  # a deployed node's data directory holds its records alone, whatever its index in a run
+_NO_BUDGET = (math.inf, 0.5)  # of a run that charges nothing
 _NODE_DIRECTORY, _DATA_DIRECTORY = "node-directory", "data-directory"
 _SIMULATED = {"partition-id", "num-partitions"}
 _DEPLOYED = {"partition-id", _NODE_DIRECTORY, _DATA_DIRECTORY}
@@ -154,15 +157,28 @@ class Node:
         policy = self.policy()
         return not self.deployed or (policy is not None and base in policy.base_names)
 
-    def limits(self, plan: PrivatePlan) -> Limits:
+    def limits(self, plan: PrivatePlan | NoPrivacy) -> Limits:
         """What the ledger holds a plan to: the run's budget, and the node's own."""
         policy = self.policy()
-        return Limits((plan.epsilon, plan.delta)) if policy is None else policy.limits(plan)
+        if policy is not None:
+            return policy.limits(plan)
+        own = (plan.epsilon, plan.delta) if isinstance(plan, PrivatePlan) else _NO_BUDGET
+        return Limits(own, allows_unprotected=True)
 
     def ledger(self, unit: str) -> Ledger:
         """The ledger, in a unit."""
         key = keys.signing_key(self.directory)
         return Ledger(self.directory / LEDGER, key, unit=unit, dataset=self.directory.name)
+
+    def open_ledger(self) -> Ledger | None:
+        """The ledger that records releases without privacy; None: a simulated client without any.
+
+        A simulation without privacy keeps no ledger: it promises nothing, and its node directories are
+        of one run. A deployed node's records outlive the run, so what left unprotected is recorded.
+        """
+        if not self.deployed and not (self.directory / LEDGER).exists():
+            return None
+        return self.ledger(NO_UNIT)
 
     def keep(self, release: Release) -> None:
         """Keeps a release for a request that is sent again."""

@@ -5,10 +5,14 @@ Formal guarantees (under privacy):
       a server's word, since the time that takes would tell of the records, free of charge.
     * In a simulation, whose server and nodes are one researcher, numbers and personal adapters stay in
       the node's own directory. Nothing is charged, since nothing leaves.
+
+Without privacy numbers leave: a deployed node's ledger records them before, as a release without
+privacy.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 from dataclasses import asdict
@@ -33,6 +37,7 @@ from fedslm.federation.wire import Request, Setup
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.plain import save_plain
+from fedslm.privacy.lines import METRIC, Unprotected
 from fedslm.privacy.plan import NoPrivacy, PrivatePlan
 from fedslm.records import AdapterState
 from fedslm.storage import json_text, write_text
@@ -64,7 +69,9 @@ def _measured(request: Request, node: Node) -> str:
     plan = admitted(request, node)
     if not isinstance(plan, PrivatePlan):
         node = with_own_records(request.setup, node, has_begun=False)
-        return json_text(asdict(_both(request, node)))
+        text = json_text(asdict(_both(request, node)))
+        _record(request, node, plan, text)
+        return text
     if node.deployed:
         return ""
     try:
@@ -73,6 +80,15 @@ def _measured(request: Request, node: Node) -> str:
     except Exception:  # whatever the records do, it must not show
         logger.exception("measuring failed")
     return ""
+
+
+def _record(request: Request, node: Node, plan: NoPrivacy, text: str) -> None:
+    """Records, before they leave, metrics that no noise protects."""
+    ledger = node.open_ledger()
+    if ledger is not None:
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        released = Unprotected(request.setup.run_id, request.round, METRIC, sha256)
+        ledger.release_unprotected(released, node.limits(plan))
 
 
 def _both(request: Request, node: Node) -> ClientMetrics:

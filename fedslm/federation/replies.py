@@ -72,15 +72,19 @@ def _problem_of_statement(plan: Plan, request: Request, reply: Reply) -> str | N
     metric = plan.metric_event if isinstance(plan, PrivatePlan) else None
     if (reply.metric is None) != (metric is None):
         return "the reply has another metric than the plan"
-    if not isinstance(plan, PrivatePlan):
-        return "the reply states charges that this plan does not make" if reply.statement else None
+    if not isinstance(plan, PrivatePlan) and not reply.statement:
+        return None  # of a simulation, which keeps no ledger without privacy
     try:
         statement = read_statement(reply.statement)
     except FedslmError as error:
         return str(error)
-    asked = (request.setup.run_id, request.round, plan.unit, reply.delta_sha256)
+    unit = plan.unit if isinstance(plan, PrivatePlan) else statement.unit
+    asked = (request.setup.run_id, request.round, unit, reply.delta_sha256)
     if (statement.run, statement.round, statement.unit, statement.release_sha256) != asked:
         return "the spend statement is for another release"
+    if not isinstance(plan, PrivatePlan):
+        honest = not statement.charged and statement.unprotected > 0
+        return None if honest else "the reply states charges that this plan does not make"
     charged = dict(statement.charged)
     if not set(plan.round_events) >= set(charged):
         return "the spend statement has charges that this plan does not make"

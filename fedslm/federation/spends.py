@@ -22,15 +22,16 @@ as it states again: charges and epsilon are those of its whole ledger.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from fedslm.errors import RunError, printable
+from fedslm.errors import PrivacyError, RunError, printable
 from fedslm.federation.envelopes import MOST_SEEN
+from fedslm.federation.standings import Readmission, Standing, as_values, standing_of
 from fedslm.privacy.merkle import extends
 from fedslm.privacy.statement import Statement
 from fedslm.storage import locked, write_text
@@ -41,60 +42,6 @@ _LOCK_SECONDS = 30.0
 _LONGEST_REASON = 300
 _MOST_RUNS, _MOST_STATED = 512, 16
 _NEARLY = 0.98  # another version of an accountant may be a little tighter
-
-
-@dataclass(frozen=True)
-class Readmission:
-    """One time that an operator let a node in again.
-
-    Attributes:
-        at: When, ISO 8601, UTC.
-        reason: The operator's words.
-        was_out_for: Why the node was out.
-        ledger_id: Ledger that was seen before; empty if none was.
-        charges: Number of its charges.
-        epsilon: What was spent by it, as it was stated.
-        delta: At this delta.
-    """
-
-    at: str
-    reason: str
-    was_out_for: str
-    ledger_id: str
-    charges: int
-    epsilon: float
-    delta: float
-
-
-@dataclass(frozen=True)
-class Standing:
-    """What the server knows of one ledger key.
-
-    Attributes:
-        ledger_id: Identifier of the ledger; empty before the first statement.
-        seen: Every (lines, Merkle root) that the next statement must extend; one, unless runs go on
-            beside one another.
-        charges: Number of charges in the ledger, over all runs and servers, as stated.
-        epsilon: Epsilon of all of them.
-        delta: At this delta.
-        stated: Each (delta, epsilon) that was stated for the whole ledger, the largest delta first;
-            those alone that no other one implies.
-        runs: Run to the charges that were stated for it, of the latest runs.
-        out: Why the node is out; empty if it is not.
-        since: When it was put out, ISO 8601, UTC.
-        readmissions: Each time that it was let in again.
-    """
-
-    ledger_id: str = ""
-    seen: tuple[tuple[int, str], ...] = ()
-    charges: int = 0
-    epsilon: float = 0.0
-    delta: float = 0.5
-    stated: tuple[tuple[float, float], ...] = ()
-    runs: Mapping[str, int] = field(default_factory=dict)
-    out: str = ""
-    since: str = ""
-    readmissions: tuple[Readmission, ...] = ()
 
 
 @dataclass
@@ -191,8 +138,8 @@ def read_standings(path: Path) -> Mapping[str, Standing]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["ledgers"]
-        return {key: _standing(each) for key, each in values.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {key: standing_of(each) for key, each in values.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, PrivacyError) as error:
         raise RunError(
             f"{path} cannot be read: {error}; restore it from a backup: without it a node could deny "
             f"what it spent"
@@ -263,8 +210,8 @@ def standings_of_run(directory: Path) -> dict[str, Standing]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return {name: _standing(each["standing"]) for name, each in values.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: standing_of(each["standing"]) for name, each in values.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, PrivacyError) as error:
         raise RunError(f"{path} is damaged: {error}") from error
 
 
@@ -284,6 +231,8 @@ def _problem(
     longest = max((size for size, _ in known.seen), default=0)
     if statement.charges > known.charges and statement.index < longest:
         return "its ledger has more charges than before, but not more lines"
+    if known.epsilon == math.inf and statement.epsilon != math.inf:  # at every delta
+        return "its epsilon was infinite and is finite"
     for delta, epsilon in (*known.stated, (known.delta, known.epsilon)):
         if statement.delta <= delta and statement.epsilon < epsilon * _NEARLY:
             return (
@@ -334,14 +283,15 @@ def _merged(before: Standing, current: Standing | None, news: Standing) -> Stand
     for run, charges in news.runs.items():
         if before.runs.get(run) != charges:
             runs = _with_run(runs, run, charges)
-    latest = max(news, current, key=lambda each: each.charges)  # epsilon goes with its charges
+    charges = max(news.charges, current.charges)
+    latest = max(news, current, key=lambda each: (each.epsilon == math.inf, each.charges))
     out, since = (current.out, current.since) if current.out else (news.out, news.since)
-    if not out and (problem := _contradiction(seen, runs, latest)) is not None:
+    if not out and (problem := _contradiction(seen, runs, charges)) is not None:
         out, since = problem, _now()
     return replace(
         news,
         seen=seen[-MOST_SEEN:],
-        charges=latest.charges,
+        charges=max(news.charges, current.charges),
         epsilon=latest.epsilon,
         delta=latest.delta,
         stated=_strongest((*current.stated, *news.stated)),
@@ -353,23 +303,14 @@ def _merged(before: Standing, current: Standing | None, news: Standing) -> Stand
 
 
 def _contradiction(
-    seen: Sequence[tuple[int, str]], runs: Mapping[str, int], latest: Standing
+    seen: Sequence[tuple[int, str]], runs: Mapping[str, int], charges: int
 ) -> str | None:
     """Why what two runs saw of one ledger cannot both be true; None if it can."""
     if len(seen) > MOST_SEEN:
         return f"more than {MOST_SEEN} runs saw its ledger at different points"
-    if (together := sum(runs.values())) > latest.charges:
-        return f"it showed two ledgers: one of {latest.charges} charges, and its runs have {together}"
+    if (together := sum(runs.values())) > charges:
+        return f"it showed two ledgers: one of {charges} charges, and its runs have {together}"
     return None
-
-
-def _standing(values: Mapping[str, Any]) -> Standing:
-    """Reads one entry."""
-    seen = tuple((int(size), str(root)) for size, root in values["seen"])
-    again = tuple(Readmission(**each) for each in values["readmissions"])
-    stated = tuple((float(delta), float(epsilon)) for delta, epsilon in values.get("stated", ()))
-    kept = {key: value for key, value in values.items() if key != "older"}  # of earlier versions
-    return Standing(**{**kept, "seen": seen, "readmissions": again, "stated": stated})
 
 
 def _bytes(text: str) -> bytes:
@@ -382,7 +323,7 @@ def _bytes(text: str) -> bytes:
 
 def _write(path: Path, standings: Mapping[str, Standing]) -> None:
     """Replaces the file atomically, and waits until it is on disk."""
-    values = {key: asdict(each) for key, each in sorted(standings.items())}
+    values = {key: as_values(each) for key, each in sorted(standings.items())}
     write_text(path, json.dumps({"ledgers": values}, indent=2, allow_nan=False) + "\n")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.app import Message, RecordDict
@@ -16,7 +16,8 @@ from flwr.app import Message, RecordDict
 from fedslm.errors import FederationError, FedslmError, LedgerError
 from fedslm.federation.envelopes import Asked, content_sha256, enclosed, is_answer
 from fedslm.federation.roster import Registered, revoked_keys
-from fedslm.federation.spends import SPENDS, STANDING, Spends, Standing
+from fedslm.federation.spends import SPENDS, STANDING, Spends
+from fedslm.federation.standings import Standing, as_values
 from fedslm.federation.wire import proofs_of
 from fedslm.privacy.keys import private_key, read_public_key
 from fedslm.privacy.statement import read_statement
@@ -166,5 +167,5 @@ class Trust:
         found: dict[str, object] = {}
         for node in self.roster.values():
             standing: Standing = self.spends.standing(node.ledger_key)
-            found[node.name] = {"ledger_key": node.ledger_key, "standing": asdict(standing)}
+            found[node.name] = {"ledger_key": node.ledger_key, "standing": as_values(standing)}
         return found

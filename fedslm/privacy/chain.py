@@ -1,12 +1,14 @@
 """A ledger as a file: signed lines, each of which names the hash of the line before.
 
-Reading needs the public key alone. Writing is :mod:`fedslm.privacy.ledger`.
+Reading needs only the public key. What a line can say is in :mod:`fedslm.privacy.lines`; writing is
+:mod:`fedslm.privacy.ledger`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -16,92 +18,26 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedslm.errors import LedgerError, PrivacyError
+from fedslm.privacy import accounting
 from fedslm.privacy.keys import is_signed, public_hex, signature_of
+from fedslm.privacy.lines import (
+    NO_UNIT,
+    Charge,
+    Correction,
+    Entry,
+    Opening,
+    Unprotected,
+    is_index,
+    is_text,
+)
 from fedslm.privacy.merkle import root_of
 from fedslm.records import Event
 from fedslm.storage import read_lines, read_text
 
 GENESIS = "0" * 64
-ADJACENCY = "add-or-remove-one"
 HEAD_SUFFIX = ".head"
 LONGEST_LINE, _MOST_HEAD_BYTES = 1 << 16, 4096
 _NO_ENTRY = (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError)
-ADAPTER, METRIC = "adapter", "metric"  # what a charge can be for
-
-
-@dataclass(frozen=True)
-class Opening:
-    """Whose ledger this is: its first line.
-
-    Attributes:
-        ledger_id: Random identifier; two ledgers never share one.
-        dataset: The node's name for its data.
-        unit: Whose participation every charge protects.
-        adjacency: Relation of neighbouring data sets.
-        public_key: Ed25519 key (hexadecimal) that signs all lines.
-    """
-
-    ledger_id: str
-    dataset: str
-    unit: str
-    adjacency: str
-    public_key: str
-
-
-@dataclass(frozen=True)
-class Charge:
-    """What one release costs, and everything that it is bound to.
-
-    Attributes:
-        event: Sample rate, noise multiplier and steps.
-        purpose: "adapter" or "metric".
-        clip_norm: Largest L2 norm of one unit's contribution.
-        delta: The delta of the run's budget.
-        run: Identifier of the run.
-        round: Round of the run, from 1.
-        plan_sha256: Hash of the plan; one run has one plan.
-        request_sha256: Hash of what was asked for: an equal request may be answered again.
-        base_sha256: Hash of the base model.
-        config_sha256: Hash of the run's config, as the server states it.
-        code_version: Version of fedslm on the node.
-        dataset_commitment: Keyed hash of the records.
-    """
-
-    event: Event
-    purpose: str
-    clip_norm: float
-    delta: float
-    run: str
-    round: int
-    plan_sha256: str
-    request_sha256: str
-    base_sha256: str
-    config_sha256: str
-    code_version: str
-    dataset_commitment: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line.
-
-    Attributes:
-        index: Position in the file, from 0.
-        previous: SHA-256 of the line before.
-        time: Seconds since 1970 by the node's clock.
-        opening: What the ledger is about (the first line alone).
-        charge: A reservation: charged from here on, committed or not.
-        reserve: A commit: the index of the reservation that it releases.
-        release_sha256: Hash of what was released (commit alone).
-    """
-
-    index: int
-    previous: str
-    time: int
-    opening: Opening | None = None
-    charge: Charge | None = None
-    reserve: int | None = None
-    release_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +68,38 @@ class Chain:
     def events(self) -> tuple[Event, ...]:
         """The events of all charges."""
         return tuple(charge.event for charge in self.charges)
+
+    @property
+    def unprotected(self) -> tuple[Unprotected, ...]:
+        """Every release without privacy, in order."""
+        return tuple(entry.unprotected for entry in self.entries if entry.unprotected is not None)
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Every run that was charged, or released without privacy, once, in order."""
+        made = (entry.charge or entry.unprotected for entry in self.entries)
+        return tuple(dict.fromkeys(each.run for each in made if each is not None))
+
+    @property
+    def unit(self) -> str | None:
+        """Whose participation is counted; None if nothing says it yet."""
+        opened = None if self.opening is None or self.opening.unit == NO_UNIT else self.opening.unit
+        return opened or next((each.unit for each in self.charges if each.unit is not None), None)
+
+    @property
+    def unit_column(self) -> str | None:
+        """The column of the unit: the opening's, or that of the first charge which names one."""
+        opened = None if self.opening is None else self.opening.unit_column
+        named = (each.unit_column for each in self.charges if each.unit_column is not None)
+        return opened if opened is not None else next(named, None)
+
+    def epsilon(self, delta: float) -> float:
+        """Epsilon of everything that was ever released; infinite after a release without privacy.
+
+        Raises:
+            PrivacyError: Delta is out of its range, or the events are beyond what can be computed.
+        """
+        return math.inf if self.unprotected else accounting.epsilon(self.events, delta)
 
     @property
     def leaves(self) -> list[bytes]:
@@ -203,7 +171,7 @@ def read_head(path: Path) -> tuple[int, str] | None:
     try:
         values = json.loads(read_text(path, _MOST_HEAD_BYTES))
         index, sha256 = values["index"], values["sha256"]
-        if not (isinstance(index, int) and index >= -1 and isinstance(sha256, str)):
+        if not (type(index) is int and (index == -1 or is_index(index)) and is_text(sha256)):
             raise ValueError("it names no line")
         return index, sha256
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -257,12 +225,15 @@ def _parse(line: bytes, public_key: str) -> Entry:
     if not is_signed(key, values, signature):
         raise ValueError("the line does not match its signature")
     opening, charge = values.pop("opening", None), values.pop("charge", None)
+    unprotected, correction = values.pop("unprotected", None), values.pop("correction", None)
     entry = Entry(
         **values,
         opening=None if opening is None else Opening(**opening),
         charge=None if charge is None else Charge(**{**charge, "event": Event(**charge["event"])}),
+        unprotected=None if unprotected is None else Unprotected(**unprotected),
+        correction=None if correction is None else Correction(**correction),
     )
-    kinds = (entry.opening, entry.charge, entry.reserve)
+    kinds = (entry.opening, entry.charge, entry.reserve, entry.unprotected, entry.correction)
     if sum(kind is not None for kind in kinds) != 1:
         raise ValueError("the line is of no kind, or of several")
     if entry.opening is not None and entry.opening.public_key != public_key:

@@ -10,26 +10,19 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from filelock import FileLock, Timeout
 
-from fedslm.errors import BudgetExceeded, LedgerError, PolicyRefused, RolledBack, RunError
-from fedslm.privacy import accounting
+from fedslm.errors import LedgerError, PolicyRefused, RolledBack, RunError
+from fedslm.privacy import clock
 from fedslm.privacy.chain import (
-    ADAPTER,
-    ADJACENCY,
     GENESIS,
     HEAD_SUFFIX,
     Chain,
-    Charge,
-    Entry,
-    Opening,
     check_head,
     encode,
     line_hash,
@@ -38,32 +31,24 @@ from fedslm.privacy.chain import (
     whole_lines,
 )
 from fedslm.privacy.keys import public_hex
+from fedslm.privacy.limits import Limits, check_budget, check_node_budgets, check_rounds, check_unit
+from fedslm.privacy.lines import (
+    ADAPTER,
+    ADJACENCY,
+    NO_UNIT,
+    Charge,
+    Correction,
+    Entry,
+    Opening,
+    Unprotected,
+)
 from fedslm.privacy.merkle import consistency_proof
 from fedslm.privacy.statement import Statement, signed
 from fedslm.records import Event, PrivacySpent
 from fedslm.storage import write_text
 
 _LOCK_SECONDS = 30.0
-_DAY_SECONDS = 86_400
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a ledger may hold.
-
-    Attributes:
-        run: (epsilon, delta) over the charges of one run.
-        lifetime: (epsilon, delta) over all charges; None: no limit but the run's.
-        rounds_per_day: Most rounds charged within 24 hours; None: no limit.
-        rounds: Most rounds ever charged; None: no limit.
-        seconds_between: Least seconds from one charged round to the next; None: no limit.
-    """
-
-    run: tuple[float, float]
-    lifetime: tuple[float, float] | None = None
-    rounds_per_day: int | None = None
-    rounds: int | None = None
-    seconds_between: float | None = None
+_LONGEST_REASON = 300
 
 
 class Ledger:
@@ -74,11 +59,19 @@ class Ledger:
           all limits: a filter, not an odometer.
         * Every reserved event counts, committed or not, over all runs and restarts.
         * Of rounds there are never more than the limits say, nor two nearer in time: every reserved
-          round counts (its adapter's charge), committed or not, over all runs and restarts. Time is
-          the node's own clock's; one that was set back refuses until it has caught up. A request that
-          is answered again is no round.
-        * Charges in another unit than the ledger's are refused: two ledgers for the same people would
-          each see half of what was spent.
+          round counts (its adapter's charge), committed or not, over all runs and restarts, and so
+          does a round without privacy. Time is the ledger's own (:mod:`fedslm.privacy.clock`); a
+          clock that was set back refuses until it has caught up. A request that is answered again is
+          not a round.
+        * No run charges more than ``per_run``, over all days, restarts and plans; and no 24 hours hold
+          more than ``per_day``, over all runs: whenever a charge is taken, it and all charges of the
+          24 hours before it stay within it. The server names the runs, so the limit of a run holds off
+          one request or one run; the limit of a day and the lifetime hold off many.
+        * After a release without privacy epsilon is infinite, and the lifetime budget is exceeded:
+          nothing more is charged, unless the limits say that such releases are allowed.
+        * Charges in another unit than the ledger's, or by another column, are refused: two ledgers for
+          the same people would each see half of what was spent. A ledger of an older version, which
+          names no column, takes that of the first charge that names one, and keeps to it.
         * Within one run neither the plan nor the data can change. Over several plans, which may have
           been chosen after seeing earlier releases, the lifetime budget is held by a Rényi filter as
           well. A server that lets its second plan depend on the first one's releases can reach twice
@@ -117,6 +110,16 @@ class Ledger:
             LedgerError: The file is unreadable, changed or rolled back.
             PolicyRefused: It counts in another unit.
         """
+        chain = self._whole()
+        if chain.unit not in (None, self.unit):
+            raise PolicyRefused(
+                f"this node's ledger counts in units of one {chain.unit}; a release that protects one "
+                f"{self.unit} would not be counted with the others"
+            )
+        return chain
+
+    def _whole(self) -> Chain:
+        """The chain, whatever its unit."""
         head = read_head(self._head)  # first: another process may append in between
         chain = read_chain(self.path, self._public)
         if head is None and chain.entries:
@@ -127,11 +130,6 @@ class Ledger:
             )
         if head is not None and head[0] >= 0:
             check_head(self.path, chain, *head)
-        if chain.opening is not None and chain.opening.unit != self.unit:
-            raise PolicyRefused(
-                f"this node's ledger counts in units of one {chain.opening.unit}; a release that "
-                f"protects one {self.unit} would not be counted with the others"
-            )
         return chain
 
     def events(self, run: str | None = None) -> tuple[Event, ...]:
@@ -140,10 +138,10 @@ class Ledger:
         return tuple(charge.event for charge in charges if run is None or charge.run == run)
 
     def spent(self, delta: float) -> PrivacySpent:
-        """Epsilon at ``delta`` over everything that was ever charged."""
-        events = self.events()
-        steps = sum(event.steps for event in events)
-        return PrivacySpent(accounting.epsilon(events, delta), delta, steps)
+        """Epsilon at ``delta`` over everything that was ever released; it may be infinite."""
+        chain = self.read()
+        steps = sum(event.steps for event in chain.events)
+        return PrivacySpent(chain.epsilon(delta), delta, steps)
 
     def reserve(self, charges: Sequence[Charge], limits: Limits) -> list[int]:
         """Charges what will be released together, before it is computed.
@@ -157,18 +155,72 @@ class Ledger:
 
         Raises:
             BudgetExceeded: A limit would be exceeded; nothing was charged.
-            PolicyRefused: The run was begun with another plan; nothing was charged.
+            PolicyRefused: The run was begun with another plan, or the charges count in another unit
+                or by another column; nothing was charged.
             LedgerError: The run was begun with other data, or the charges could not be written; nothing
                 may be released.
         """
         with self._locked():
             chain = self.read()
+            check_unit(chain, charges, self.unit)
             _check_limits(chain, charges, limits)
-            entries = [] if chain.entries else [Entry(0, "", 0, opening=self._opening())]
+            opening = self._opening(self.unit, charges[0].unit_column)
+            entries = [] if chain.entries else [Entry(0, "", 0, opening=opening)]
             first = len(chain.entries) + len(entries)
             entries += [Entry(first + n, "", 0, charge=each) for n, each in enumerate(charges)]
-            self._append(entries)
+            self._append(chain, entries)
             return [first + number for number in range(len(charges))]
+
+    def release_unprotected(self, released: Unprotected, limits: Limits) -> None:
+        """Records a release without privacy, before it leaves: epsilon is infinite from here on.
+
+        The same bytes of the same round again are recorded once.
+
+        Raises:
+            BudgetExceeded: A limit on rounds would be exceeded; nothing may be released.
+            LedgerError: It could not be written; nothing may be released.
+        """
+        with self._locked():
+            chain = self._whole()
+            if released in chain.unprotected:
+                return
+            if released.purpose == ADAPTER:
+                check_rounds(chain, limits)
+            opening = self._opening(NO_UNIT, None)
+            entries = [] if chain.entries else [Entry(0, "", 0, opening=opening)]
+            index = len(chain.entries) + len(entries)
+            self._append(chain, [*entries, Entry(index, "", 0, unprotected=released)])
+
+    def correct_clock(self, reason: str) -> int:
+        """Takes the operator's word that the clock had jumped forwards and is right now.
+
+        Formal guarantees:
+            * No limit lets more pass than if the clock had never jumped: every line that is ahead
+              counts as written now, which is no earlier than it was. What was charged stays charged.
+
+        Args:
+            reason: The operator's words; kept for the audit.
+
+        Returns:
+            By how many seconds the ledger was ahead.
+
+        Raises:
+            LedgerError: It is not ahead, there is no reason, or it cannot be written.
+        """
+        if not reason.strip():
+            raise LedgerError("a correction of the clock needs a reason: the audit shows it")
+        with self._locked():
+            chain = self._whole()
+            now, ahead = clock.right_now(), clock.seconds_ahead(chain.entries)
+            if ahead <= clock.AHEAD_SECONDS:
+                raise LedgerError(
+                    f"the ledger {self.path} is {ahead} s ahead of this machine's clock; up to "
+                    f"{clock.AHEAD_SECONDS} s there is nothing to correct"
+                )
+            correction = Correction(ahead, reason.strip()[:_LONGEST_REASON])
+            entry = Entry(len(chain.entries), "", now, correction=correction)
+            self._append(chain, [entry], now)
+            return ahead
 
     def commit(self, reserved: int, release_sha256: str) -> None:
         """Records which bytes a reserved charge paid for, before they leave.
@@ -177,13 +229,15 @@ class Ledger:
             LedgerError: The index is not an open reservation, or the file cannot be written.
         """
         with self._locked():
-            entries = self.read().entries
+            chain = self.read()
+            entries = chain.entries
             committed = {entry.reserve for entry in entries}
             known = 0 <= reserved < len(entries) and entries[reserved].charge is not None
             if not known or reserved in committed:
                 raise LedgerError(f"the ledger {self.path} has no open reservation {reserved}")
             index = len(entries)
-            self._append([Entry(index, "", 0, reserve=reserved, release_sha256=release_sha256)])
+            entry = Entry(index, "", 0, reserve=reserved, release_sha256=release_sha256)
+            self._append(chain, [entry])
 
     def released(self, request_sha256: str) -> dict[str, str]:
         """Hashes of what an equal request was already charged for, by purpose; empty if nothing."""
@@ -203,9 +257,9 @@ class Ledger:
         """States, signed, what a run has charged so far.
 
         Raises:
-            LedgerError: Nothing was ever charged.
+            LedgerError: Nothing was ever charged or released.
         """
-        return signed(self._key, self.read(), run=run, round=round, release_sha256=release_sha256)
+        return signed(self._key, self._whole(), run=run, round=round, release_sha256=release_sha256)
 
     def extension(self, seen: Sequence[tuple[int, str]]) -> list[list[str]]:
         """Proofs that this ledger extends what a server has seen of it.
@@ -219,7 +273,7 @@ class Ledger:
         Raises:
             RolledBack: The ledger is shorter than what was seen, or its first lines are others.
         """
-        chain = self.read()
+        chain = self._whole()
         for size, root in seen:
             if not 0 <= size <= len(chain.entries) or chain.root(size) != root:
                 raise RolledBack(
@@ -230,10 +284,10 @@ class Ledger:
         leaves = chain.leaves
         return [[each.hex() for each in consistency_proof(leaves, size)] for size, _ in seen]
 
-    def _opening(self) -> Opening:
+    def _opening(self, unit: str, column: str | None) -> Opening:
         """The first line of a new ledger."""
         public = public_hex(self._public)
-        return Opening(secrets.token_hex(16), self.dataset, self.unit, ADJACENCY, public)
+        return Opening(secrets.token_hex(16), self.dataset, unit, ADJACENCY, public, column)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -249,9 +303,9 @@ class Ledger:
         finally:
             self._lock.release()
 
-    def _append(self, entries: list[Entry]) -> None:
+    def _append(self, chain: Chain, entries: list[Entry], now: int | None = None) -> None:
         """Drops a torn last line, writes lines, syncs them, and moves the head."""
-        now = int(time.time())
+        now = clock.next_time(chain.entries) if now is None else now
         try:
             if not self._head.exists():
                 self._move_head(-1, GENESIS)  # before the first line: a ledger without one was cut
@@ -292,53 +346,6 @@ def _check_limits(chain: Chain, charges: Sequence[Charge], limits: Limits) -> No
     if any(charge.dataset_commitment != first.dataset_commitment for charge in of_run):
         raise LedgerError("the records of this run are not those that it began with")
     new = [charge.event for charge in charges]
-    _check_budget([*(charge.event for charge in of_run), *new], limits.run, "the run")
-    if limits.lifetime is not None:
-        after = [*chain.events, *new]
-        _check_budget(after, limits.lifetime, "the node's lifetime")
-        plans = {charge.plan_sha256 for charge in (*chain.charges, *charges)}
-        if len(plans) > 1:
-            epsilon, delta = limits.lifetime
-            filtered = accounting.adaptive_epsilon(after, delta, epsilon)
-            _refuse_above(filtered, limits.lifetime, "the node's lifetime (several plans)")
-    _check_rounds(chain, limits)
-
-
-def _check_rounds(chain: Chain, limits: Limits) -> None:
-    """Refuses a round that is one too many, or comes too soon."""
-    now = time.time()
-    rounds = [
-        entry.time
-        for entry in chain.entries
-        if entry.charge is not None and entry.charge.purpose == ADAPTER
-    ]
-    if limits.rounds is not None and len(rounds) >= limits.rounds:
-        raise BudgetExceeded(
-            f"this node has taken part in {len(rounds)} of at most {limits.rounds} rounds"
-        )
-    if limits.rounds_per_day is not None:
-        recent = sum(charged > now - _DAY_SECONDS for charged in rounds)
-        if recent >= limits.rounds_per_day:
-            raise BudgetExceeded(f"{limits.rounds_per_day} rounds within 24 hours are the most here")
-    if limits.seconds_between is not None and rounds:
-        passed = now - max(rounds)
-        if not passed >= limits.seconds_between:
-            raise BudgetExceeded(
-                f"the last round was {passed:.0f} s ago; {limits.seconds_between:g} s must lie between "
-                f"two rounds of this node"
-            )
-
-
-def _check_budget(events: list[Event], budget: tuple[float, float], whose: str) -> None:
-    """Refuses events that cost more than a budget."""
-    _refuse_above(accounting.epsilon(events, budget[1]), budget, whose)
-
-
-def _refuse_above(after: float, budget: tuple[float, float], whose: str) -> None:
-    """Refuses a figure above a budget; NaN is above every budget."""
-    epsilon, delta = budget
-    if not after <= epsilon:
-        raise BudgetExceeded(
-            f"budget exhausted: this round would bring epsilon of {whose} to {after:.3f} at "
-            f"delta={delta:g}, over the budget of {epsilon:g}"
-        )
+    check_budget([*(charge.event for charge in of_run), *new], limits.run, "the run")
+    check_node_budgets(chain, charges, limits)
+    check_rounds(chain, limits)

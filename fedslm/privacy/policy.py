@@ -5,6 +5,7 @@ The file lies on the node, is read anew for every request, and no message can se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import Field
 
 from fedslm.config import Names, OptionalCount, OptionalNumber, OptionalText, Section, read_file
 from fedslm.errors import ConfigError, PolicyRefused
-from fedslm.privacy.ledger import Limits
+from fedslm.privacy.limits import Limits
 from fedslm.privacy.plan import NoPrivacy, PatientPlan, PrivatePlan
 from fedslm.records import LARGEST_DELTA
 
@@ -28,6 +29,8 @@ unit = "patient"              # the weakest unit: "record", or "patient" (which 
 unit_column = "patient"       # the column that says whose a record is
 epsilon = 8.0                 # lifetime budget of this data set, over all runs ...
 delta = 1e-5                  # ... at this delta; a larger one is refused
+max_epsilon_per_run = 0.8     # of it, what any one run may spend ...
+max_epsilon_per_day = 0.8     # ... and what all runs may spend within 24 hours
 min_noise_multiplier = 0.5
 max_clip_norm = 10.0
 max_sample_rate = 0.1
@@ -74,6 +77,11 @@ class NodePolicy(Section):
     """Budget over the node's lifetime, over all runs on this data set."""
     delta: float = Field(gt=0, le=LARGEST_DELTA)
     """Delta of the budget; a plan with a larger one is refused."""
+    max_epsilon_per_run: OptionalNumber = Field(None, gt=0)
+    """Most epsilon, at the budget's delta, that one run may spend: also in one round, whatever the
+    run's plan says. Left out: one request can spend the whole budget."""
+    max_epsilon_per_day: OptionalNumber = Field(None, gt=0)
+    """Most epsilon, at the budget's delta, that all runs together may spend within 24 hours."""
     min_noise_multiplier: float = Field(gt=0)
     """Least noise / clip norm."""
     max_clip_norm: OptionalNumber = Field(None, gt=0)
@@ -118,15 +126,29 @@ class NodePolicy(Section):
         if reasons:
             raise PolicyRefused("refused by the node's policy: " + "; ".join(reasons))
 
-    def limits(self, plan: PrivatePlan) -> Limits:
+    def limits(self, plan: PrivatePlan | NoPrivacy) -> Limits:
         """What the ledger holds a plan to."""
+        run, day = self.max_epsilon_per_run, self.max_epsilon_per_day
         return Limits(
-            run=(plan.epsilon, plan.delta),
+            run=(plan.epsilon, plan.delta) if isinstance(plan, PrivatePlan) else (math.inf, self.delta),
             lifetime=(self.epsilon, self.delta),
+            per_run=None if run is None else (run, self.delta),
+            per_day=None if day is None else (day, self.delta),
             rounds_per_day=self.max_rounds_per_day,
             rounds=self.max_rounds,
             seconds_between=self.min_seconds_between_rounds,
+            allows_unprotected=self.unit == "none",
         )
+
+    def budget_in_words(self) -> str:
+        """What may be spent, for the node's operator."""
+        bounds = ((self.max_epsilon_per_run, "a run"), (self.max_epsilon_per_day, "24 hours"))
+        within = ", ".join(
+            f"no limit for {what}" if most is None else f"{most:g} in {what}" for most, what in bounds
+        )
+        if self.unit == "none":
+            return f"a server may train without privacy; else at most ε = {self.epsilon:g}, {within}"
+        return f"at most ε = {self.epsilon:g} at δ = {self.delta:g} for one {self.unit}, {within}"
 
     def _reasons(self, asked: Asked) -> Iterator[str]:
         """Everything that is weaker than allowed."""
@@ -139,14 +161,16 @@ class NodePolicy(Section):
             yield f"base model {asked.base_sha256[:12]} is not allowed"
         if ANY not in self.base_names and asked.base not in self.base_names:
             yield f"a base model called {asked.base[:80]!r} is not allowed"
+        if plan.steps_per_round > self.max_steps_per_round:
+            yield f"steps_per_round {plan.steps_per_round:g} is above {self.max_steps_per_round:g}"
         if isinstance(plan, NoPrivacy):
             return
         for name, value, bound in (
             ("delta", plan.delta, self.delta),
             ("epsilon", plan.epsilon, self.epsilon),
+            ("epsilon of a run", plan.epsilon, self.max_epsilon_per_run),
             ("clip_norm", plan.clip_norm, self.max_clip_norm),
             ("sample_rate", plan.sample_rate, self.max_sample_rate),
-            ("steps_per_round", plan.steps_per_round, self.max_steps_per_round),
         ):
             if bound is not None and not value <= bound:
                 yield f"{name} {value:g} is above {bound:g}"

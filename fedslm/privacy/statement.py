@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,10 +13,10 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedslm.errors import LedgerError, PrivacyError
-from fedslm.privacy import accounting
 from fedslm.privacy.chain import Chain
 from fedslm.privacy.keys import is_signed, public_hex, signature_of
-from fedslm.records import Event, is_count, is_number
+from fedslm.privacy.lines import NO_UNIT, UNITS, is_text
+from fedslm.records import Event, epsilon_as_json, epsilon_of_json, is_count, is_number
 
 _MOST_BYTES, _MOST_CHARGES, _MOST_KINDS = 8192, 100_000, 32
 
@@ -29,7 +30,7 @@ class Statement:
     Attributes:
         run: Identifier of the run.
         round: Round of the run.
-        unit: Whose participation the charges protect.
+        unit: Whose participation the charges protect; "none" if nothing was ever charged.
         charged: Each different event that this run has charged so far, and how often; sorted.
         release_sha256: Hash of the released adapter.
         ledger_id: Random identifier of the ledger.
@@ -38,10 +39,14 @@ class Statement:
         root_sha256: Root of the Merkle tree over the hashes of all lines
             (:mod:`fedslm.privacy.merkle`).
         charges: Number of charges in the ledger, over all runs.
-        epsilon: Epsilon of all of them at ``delta``: what the node has spent in its lifetime.
+        epsilon: Epsilon of all of them at ``delta``, for plans that were fixed beforehand: what the
+            node has spent in its lifetime. Infinite (in JSON: "infinite") after a release without
+            privacy, of whatever run.
         delta: The delta of this run's budget.
         public_key: Ed25519 key (hexadecimal).
-        signature: Over all of the above.
+        signature: Over all of the other values.
+        unprotected: Number of releases without privacy in the ledger, over all runs: why epsilon is
+            infinite. JSON leaves out a zero, so that statements of older versions can be read.
     """
 
     run: str
@@ -58,6 +63,7 @@ class Statement:
     delta: float
     public_key: str
     signature: str = ""
+    unprotected: int = 0
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -68,6 +74,12 @@ class Statement:
     def num_charged(self) -> int:
         """Number of charges of this run."""
         return sum(count for _, count in self.charged)
+
+    @property
+    def _ledger(self) -> tuple[object, ...]:
+        """What two statements of one ledger, at one time, say of it."""
+        told = (self.index, self.head_sha256, self.root_sha256, self.charges, self.charged)
+        return (*told, self.unprotected)
 
     def to_json(self) -> str:
         """Serialises the statement."""
@@ -80,27 +92,19 @@ class Statement:
         That the lines before are the same ones is shown by a proof of extension
         (:func:`fedslm.privacy.merkle.extends`), not here.
         """
-        same = (self.public_key, self.ledger_id, self.unit, self.run) == (
+        same = (self.public_key, self.ledger_id, self.run) == (
             earlier.public_key,
             earlier.ledger_id,
-            earlier.unit,
             earlier.run,
-        )
-        grown = self.index > earlier.index or (
-            (self.index, self.head_sha256, self.root_sha256, self.charges, self.charged)
-            == (
-                earlier.index,
-                earlier.head_sha256,
-                earlier.root_sha256,
-                earlier.charges,
-                earlier.charged,
-            )
-        )
+        ) and earlier.unit in (NO_UNIT, self.unit)
+        grown = self.index > earlier.index or self._ledger == earlier._ledger
         now = dict(self.charged)
         kept = all(now.get(event, 0) >= count for event, count in earlier.charged)
-        kept = kept and self.charges >= earlier.charges
-        paid = self.round <= earlier.round or self.num_charged > earlier.num_charged
-        return same and grown and kept and paid
+        kept = kept and self.charges >= earlier.charges and self.unprotected >= earlier.unprotected
+        paid = self.num_charged > earlier.num_charged or (
+            not self.charged and self.unprotected > earlier.unprotected
+        )
+        return same and grown and kept and (paid or self.round <= earlier.round)
 
 
 def signed(
@@ -119,7 +123,7 @@ def signed(
     statement = Statement(
         run=run,
         round=round,
-        unit=chain.opening.unit,
+        unit=chain.unit or NO_UNIT,
         charged=_counted(charge.event for charge in own),
         release_sha256=release_sha256,
         ledger_id=chain.opening.ledger_id,
@@ -127,9 +131,10 @@ def signed(
         head_sha256=chain.head,
         root_sha256=chain.root(),
         charges=len(chain.charges),
-        epsilon=accounting.epsilon(chain.events, delta),
+        epsilon=chain.epsilon(delta),
         delta=delta,
         public_key=public_hex(key.public_key()),
+        unprotected=len(chain.unprotected),
     )
     return replace(statement, signature=signature_of(key, _values(statement)))
 
@@ -147,6 +152,7 @@ def read_statement(text: str) -> Statement:
     try:
         values: dict[str, Any] = json.loads(text)
         values["charged"] = tuple(_read_counted(values["charged"]))
+        values["epsilon"] = epsilon_of_json(values["epsilon"])
         statement = Statement(**values)
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(statement.public_key))
         _check(statement)
@@ -180,22 +186,23 @@ def _read_counted(values: Any) -> list[tuple[Event, int]]:
 
 def _check(statement: Statement) -> None:
     """Types and ranges of what a signature is over: a key may sign anything."""
-    whole = (statement.round, statement.index, statement.charges)
+    whole = (statement.round, statement.index, statement.charges, statement.unprotected)
     if any(type(number) is not int or not 0 <= number <= _MOST for number in whole):
         raise ValueError("round, index and charges must be whole numbers from 0 to 10^12")
-    if not (is_number(statement.epsilon) and statement.epsilon >= 0):
-        raise ValueError("epsilon must be a finite number >= 0")
+    if (statement.epsilon == math.inf) != (statement.unprotected > 0):
+        raise ValueError("epsilon must be infinite after a release without privacy, and only then")
     if not (is_number(statement.delta) and 0 < statement.delta < 1):
         raise ValueError("delta must be in (0, 1)")
     texts = ("run", "unit", "release_sha256", "ledger_id", "head_sha256", "root_sha256", "public_key")
-    if not all(isinstance(getattr(statement, name), str) for name in texts):
-        raise ValueError(f"{', '.join(texts)} must be text")
-    if max(len(statement.run), len(statement.unit)) > _LONGEST_NAME:
-        raise ValueError(f"run and unit must have at most {_LONGEST_NAME} characters")
-    for name, digits in (("ledger_id", 32), ("head_sha256", 64), ("root_sha256", 64)):
+    if not all(is_text(getattr(statement, name)) for name in texts) or statement.unit not in UNITS:
+        raise ValueError(f"{', '.join(texts)} must be text, and the unit one of {', '.join(UNITS)}")
+    if len(statement.run) > _LONGEST_NAME:
+        raise ValueError(f"run must have at most {_LONGEST_NAME} characters")
+    hashes = (("head_sha256", 64), ("root_sha256", 64), ("public_key", 64))
+    for name, digits in (("ledger_id", 32), *hashes):
         if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", getattr(statement, name)):
             raise ValueError(f"{name} must be {digits} hexadecimal digits")
-    if not statement.num_charged <= statement.charges <= statement.index:
+    if not statement.num_charged <= statement.charges <= statement.index - statement.unprotected:
         raise ValueError("the run has more charges than the ledger, or the ledger more than lines")
     if len(statement.to_json()) > LONGEST_STATEMENT:
         raise ValueError(f"it is longer than {LONGEST_STATEMENT} characters")
@@ -203,8 +210,10 @@ def _check(statement: Statement) -> None:
 
 def _values(statement: Statement) -> Mapping[str, Any]:
     """Everything but the signature."""
-    values = asdict(statement)
+    values = {**asdict(statement), "epsilon": epsilon_as_json(statement.epsilon)}
     del values["signature"]
+    if not statement.unprotected:
+        del values["unprotected"]
     charged = [
         [event.sample_rate, event.noise_multiplier, event.steps, count]
         for event, count in statement.charged

@@ -25,8 +25,9 @@ import torch
 from fedslm.config import TrainingConfig
 from fedslm.errors import BudgetExceeded, LedgerError
 from fedslm.privacy import accounting, keys
-from fedslm.privacy.chain import ADAPTER, Charge
-from fedslm.privacy.ledger import Ledger, Limits
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.limits import Limits
+from fedslm.privacy.lines import ADAPTER, Charge
 from fedslm.privacy.plan import ExamplePlan, PatientPlan, PrivatePlan
 from fedslm.records import Event
 from fedslm.rng import stream

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedslm.audit.ledgers import Evidence, LedgerAudit, audit_ledger, read_statements
+from fedslm.audit.ledgers import (
+    NO_WITNESS,
+    Evidence,
+    LedgerAudit,
+    as_json,
+    audit_ledger,
+    read_statements,
+)
 from fedslm.errors import LedgerError
 from fedslm.privacy import accounting, keys
-from fedslm.privacy.chain import ADAPTER, Charge
-from fedslm.privacy.ledger import Ledger, Limits
+from fedslm.privacy.chain import line_hash
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.limits import Limits
+from fedslm.privacy.lines import ADAPTER, Charge
 from fedslm.records import Event
 
 EVENT = Event(0.05, 3.0, 10)
@@ -212,3 +224,119 @@ def test_a_public_key_is_read_up_to_a_limit() -> None:
     """A path that gives zeros for ever is no key."""
     with pytest.raises(LedgerError, match="more than 65536 bytes"):
         keys.read_public_key("/dev/zero")
+
+
+def rewritten(node: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes what the lines say, and signs and links them anew, as whoever has the key can."""
+    path, key = node / "ledger.jsonl", keys.signing_key(node)
+    previous, lines = "0" * 64, []
+    for line in path.read_bytes().splitlines():
+        values = {**json.loads(line), "previous": previous}
+        del values["signature"]
+        change(values)
+        lines.append(json.dumps({**values, "signature": keys.signature_of(key, values)}).encode())
+        previous = line_hash(lines[-1])
+    path.write_bytes(b"\n".join([*lines, b""]))
+    head = {"index": len(lines) - 1, "sha256": previous}
+    (node / "ledger.jsonl.head").write_text(json.dumps(head))
+
+
+def of_charges(**changes: object) -> Callable[[dict[str, Any]], None]:
+    """Changes the charges."""
+
+    def change(values: dict[str, Any]) -> None:
+        if "charge" in values:
+            values["charge"].update(changes)
+
+    return change
+
+
+def test_the_helper_changes_nothing_by_itself(node: Path) -> None:
+    """A ledger that is signed anew without a change is sound: what the next tests find is what they changed."""
+    rewritten(node, lambda values: None)
+    assert audit(node).sound
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (of_charges(purpose="\u0430dapter"), "purpose"),
+        (of_charges(round=True), "round"),
+        (
+            lambda values: values.update(index=bool(values["index"])) if values["index"] < 2 else None,
+            "index",
+        ),
+        (lambda values: values.update(time=0), "before 2025"),
+        (lambda values: values.update(time=values["time"] - 400 * values["index"]), "400 s earlier"),
+        (of_charges(unit="patient", unit_column="visit"), "count by 'patient' too"),
+        (lambda values: values.update(time=True), "time"),
+    ],
+    ids=["purpose", "round", "index", "time 0", "back", "unit", "time"],
+)
+def test_well_signed_lines_that_say_what_cannot_be(
+    node: Path, change: Callable[[dict[str, Any]], None], part: str
+) -> None:
+    """A foreign letter, a boolean, a time of 1970 or one that goes back is a finding, whoever signed it."""
+    rewritten(node, change)
+    assert any(part in finding for finding in audit(node).findings), audit(node).findings
+
+
+def test_a_head_that_is_a_boolean_is_a_finding(node: Path) -> None:
+    """``true`` is no line, though it compares like 1."""
+    head = node / "ledger.jsonl.head"
+    head.write_text(json.dumps({"index": True, "sha256": line_hash(lines_of_ledger(node)[1])}))
+    assert "names no line" in audit(node).findings[0]
+
+
+def lines_of_ledger(node: Path) -> list[bytes]:
+    """The ledger's lines without their ends."""
+    return (node / "ledger.jsonl").read_bytes().splitlines()
+
+
+def test_a_rollback_that_nothing_rules_out_is_said(node: Path) -> None:
+    """Without a saved head or a statement of this key it is an open question; with one of them it is none."""
+    ledger = Ledger(node / "ledger.jsonl", keys.signing_key(node))
+    statement = ledger.statement("run-plan", 2, "release-2")
+    found = audit(node)
+    assert found.sound
+    assert found.open_questions == (NO_WITNESS,)
+    assert as_json(found)["open_questions"] == (NO_WITNESS,)
+    assert audit(node, Evidence(heads=(found.head,))).open_questions == ()
+    assert audit(node, Evidence(statements=(statement,))).open_questions == ()
+
+
+def test_several_plans_hold_at_twice_the_delta(node: Path) -> None:
+    """The filter's figure is beside the delta at which it holds, and the finding names the figure that is too large."""
+    spend(Ledger(node / "ledger.jsonl", keys.signing_key(node)), 4, plan="another")
+    budget = accounting.epsilon([EVENT] * 4, DELTA) * 1.001
+    found = audit(node, Evidence(budget=(budget, DELTA)))
+    (spent,) = found.spent
+    assert spent.adaptive_delta == 2 * DELTA
+    assert f"ε = {spent.adaptive:.3f}" in found.findings[0]
+    assert any("2δ" in note for note in found.notes)
+    assert any("2δ" in note for note in audit(node).notes)
+
+
+def test_a_correction_of_the_clock_is_noted(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its seconds and its reason: no fault, and not hidden; a ledger that is ahead is noted as well."""
+    ledger, now = Ledger(node / "ledger.jsonl", keys.signing_key(node)), time.time()
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: now + 5000)
+        spend(ledger, 4)
+    assert any("s ahead of this machine's clock" in note for note in audit(node).notes)
+    ledger.correct_clock("the battery was flat")
+    found = audit(node)
+    assert found.sound
+    (note,) = (each for each in found.notes if "corrected the clock" in each)
+    assert "'the battery was flat'" in note
+
+
+def test_a_ledger_of_patients_names_its_column(tmp_path: Path) -> None:
+    """And the audit says how many charges of an older version name none."""
+    ledger = Ledger(tmp_path / "ledger.jsonl", keys.signing_key(tmp_path), unit="patient")
+    ledger.reserve([CHARGE], AMPLE)
+    ledger.reserve([replace(CHARGE, unit="patient", unit_column="who", run="new")], AMPLE)
+    found = audit(tmp_path)
+    assert found.sound
+    assert (found.unit, found.unit_column) == ("patient", "who")
+    assert any(note.startswith("1 charges of an older version") for note in found.notes)

@@ -17,7 +17,7 @@ from fedslm.errors import FedslmError, RunError
 from fedslm.federation import spends
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.roster import chosen_nodes
-from fedslm.federation.spends import Standing
+from fedslm.federation.standings import Standing
 from fedslm.privacy import keys
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +31,12 @@ from fedslm.deployment.node import Ready, open_node
 from fedslm.deployment.preflight import Check, preflight
 from fedslm.federation.attestation import ATTESTATION, code_fingerprint
 from fedslm.federation.node import LEDGER
+from fedslm.privacy.keys import signing_key
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.limits import Limits
+from fedslm.privacy.lines import ADAPTER, Charge, Unprotected
 from fedslm.privacy.policy import EXAMPLE
+from fedslm.records import Event
 from fedslm.training.self_test import kernels
 
 
@@ -317,3 +323,56 @@ def test_whoever_else_answers_says_nothing_of_the_key(node: Ready) -> None:
     check = checks(node, "key at the server")["key at the server"]
     assert not check.is_good
     assert "the server answers 403 to GetRun" in check.detail
+
+
+def charged(node: Ready, ahead: float = 0.0) -> Ledger:
+    """The node's ledger with a round that was charged while the clock was ahead."""
+    ledger = Ledger(node.directory / LEDGER, signing_key(node.directory))
+    values = dict.fromkeys(
+        ("request_sha256", "base_sha256", "config_sha256", "dataset_commitment"), "x"
+    )
+    charge = Charge(
+        Event(0.05, 3.0, 10), ADAPTER, 1.0, 1e-5, "run", 1, "plan", code_version="0", **values
+    )
+    now = time.time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: now + ahead)
+        ledger.reserve([charge], Limits((9.0, 1e-5)))
+    return ledger
+
+
+def test_a_clock_that_had_jumped_is_said_and_lifted(node: Ready) -> None:
+    """The check warns with the seconds and the command; the command lifts it, once, and needs a reason."""
+    ledger = charged(node, 86_400)
+    found = checks(node, "keys and ledger")["keys and ledger"]
+    assert (found.is_good, found.warns) == (True, True)
+    assert "s ahead of this machine's clock: rounds may be refused for as long" in found.detail
+    assert f"fedslm node clock {node.directory} --reason" in found.detail
+    directory = str(node.directory)
+    assert run("node", "clock", directory).exit_code != 0
+    lifted = run("node", "clock", directory, "--reason", "NTP gave tomorrow")
+    assert lifted.exit_code == 0, lifted.output
+    assert not checks(node, "keys and ledger")["keys and ledger"].warns
+    (entry,) = (each for each in ledger.read().entries if each.correction is not None)
+    assert entry.correction is not None
+    assert entry.correction.reason == "NTP gave tomorrow"
+    again = run("node", "clock", directory, "--reason", "once more")
+    assert again.exit_code == 1
+    assert "nothing to correct" in again.stderr
+
+
+def test_a_clock_of_1970_is_a_fault(node: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose clock cannot be right charges nothing, so the check says no."""
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    found = checks(node, "keys and ledger")["keys and ledger"]
+    assert not found.is_good
+    assert "clock says 1970-01-01" in found.detail
+
+
+def test_releases_without_privacy_are_warned_of(node: Ready) -> None:
+    """The operator learns that epsilon is infinite, and what follows."""
+    ledger = charged(node)
+    ledger.release_unprotected(Unprotected("open", 1, ADAPTER, "release"), Limits((9.0, 1e-5)))
+    found = checks(node, "keys and ledger")["keys and ledger"]
+    assert (found.is_good, found.warns) == (True, True)
+    assert "1 releases without privacy: epsilon is infinite" in found.detail

@@ -132,7 +132,13 @@ def test_the_example_of_a_run_passes_the_example_policy(deployed: Config) -> Non
     assert deployed.privacy.epsilon is not None
     assert deployed.privacy.epsilon <= policy.epsilon
     assert deployed.federation.rounds + deployed.privacy.spare_rounds <= policy.max_rounds_per_day
-    for changes in ({"max_sample_rate": 0.01}, {"max_steps_per_round": 5}, {"epsilon": 1.0}):
+    assert deployed.privacy.epsilon == policy.max_epsilon_per_run == policy.epsilon / 10
+    for changes in (
+        {"max_sample_rate": 0.01},
+        {"max_steps_per_round": 5},
+        {"epsilon": 0.5},
+        {"max_epsilon_per_run": 0.5},
+    ):
         with pytest.raises(PolicyRefused):
             policy.model_copy(update=changes).check(asked(deployed))
 

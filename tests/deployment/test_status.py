@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,13 @@ from fedslm.deployment.status import status_of
 from fedslm.errors import RunError
 from fedslm.federation.checkpoint import ERROR, RunDirectory
 from fedslm.federation.roster import roster_of
+from fedslm.federation.spends import SPENDS, Spends
 from fedslm.flower import _told
 from fedslm.privacy import accounting
-from fedslm.privacy.keys import PUBLIC_KEY, public_hex, read_public_key
+from fedslm.privacy.keys import PUBLIC_KEY, public_hex, read_public_key, signing_key
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.limits import Limits
+from fedslm.privacy.lines import ADAPTER, Unprotected
 from fedslm.progress import Silent
 
 EVENTS_TWICE = 2
@@ -165,3 +170,29 @@ def test_a_nodes_own_figures(server: Path, tmp_path: Path) -> None:
     assert figures["fedslm_node_rounds_charged"] == EVENTS_TWICE
     assert figures["fedslm_node_epsilon_spent"] == pytest.approx(spent)
     assert figures["fedslm_node_epsilon_left"] == pytest.approx(20.0 - (spent or 0))
+
+
+def test_after_a_release_without_privacy_figures_are_infinite(server: Path, tmp_path: Path) -> None:
+    """The node's gauge, and the server's of its lifetime; JSON says the word, and nothing is left."""
+    node = tmp_path / "node"
+    shutil.copytree(server / "runs" / "first" / "nodes" / "client-00000", node)
+    (node / "policy.toml").write_text(
+        'unit = "none"\nepsilon = 20.0\ndelta = 1e-5\nmin_noise_multiplier = 0.1\n'
+        'max_steps_per_round = 9\nmax_rounds_per_day = 9\nbase_models = ["any"]\ntasks = ["any"]\n'
+    )
+    ledger = Ledger(node / "ledger.jsonl", signing_key(node))
+    ledger.release_unprotected(Unprotected("open", 1, ADAPTER, "release"), Limits((8.0, 1e-5)))
+    figures = {
+        each.name: each.samples[0].value for each in node_figures(node, NodeCounts()) if each.samples
+    }
+    assert figures["fedslm_node_epsilon_spent"] == math.inf
+    assert figures["fedslm_node_epsilon_left"] == 0.0
+    assert figures["fedslm_node_unprotected_releases"] == 1.0
+    shutil.copytree(server, tmp_path / "s")
+    spends = Spends(tmp_path / "s" / SPENDS)
+    assert spends.believe(ledger.statement("open", 1, "release"), (), []) is None
+    spends.save()
+    status = status_of(tmp_path / "s", [])
+    assert status.nodes[0].lifetime_epsilon == math.inf
+    text = json.dumps(status.as_json())
+    assert json.loads(text, parse_constant=pytest.fail)["nodes"][0]["lifetime_epsilon"] == "infinite"

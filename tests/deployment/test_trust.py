@@ -32,6 +32,7 @@ from fedslm.federation.spends import SPENDS, read_standings, standings_of_run
 from fedslm.federation.trust import OPERATOR_KEY
 from fedslm.privacy.keys import new_private_key, public_hex, signing_key
 from fedslm.progress import Silent
+from fedslm.records import epsilon_of_json
 
 pytestmark = pytest.mark.federation
 MakeConfig = Callable[..., Config]
@@ -162,7 +163,7 @@ def test_a_spend_is_not_forgotten_by_the_next_run(site: Site, make: MakeConfig) 
     south, key = site.root / "south", ledger_key(site, "south")
     assert spent[key].charges == charges(site)["south"] >= 1
     node = next(each for each in site.status()["nodes"] if each["name"] == "south")
-    assert node["lifetime_epsilon"] == pytest.approx(spent[key].epsilon)
+    assert epsilon_of_json(node["lifetime_epsilon"]) == pytest.approx(spent[key].epsilon)
     site.stop("south")
     saved = {path.name: path.read_bytes() for path in south.glob("ledger.jsonl*")}
     for name in saved:

@@ -20,8 +20,9 @@ from fedslm.aggregation.server import ServerState
 from fedslm.config import Config
 from fedslm.errors import FedslmError, RunError
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
-from fedslm.privacy.chain import ADAPTER, ADJACENCY, Chain, Charge, Entry, Opening
+from fedslm.privacy.chain import Chain
 from fedslm.privacy.keys import public_hex
+from fedslm.privacy.lines import ADAPTER, ADJACENCY, Charge, Entry, Opening
 from fedslm.privacy.statement import Statement, signed
 from fedslm.records import AdapterState, Event, RoundRecord
 

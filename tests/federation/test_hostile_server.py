@@ -30,7 +30,8 @@ from fedslm.config import Config, PersonalizationConfig, TaskConfig
 from fedslm.federation.personal import measure
 from fedslm.federation.tensors import from_arrays
 from fedslm.federation.wire import MEASURE, Reply, Request
-from fedslm.privacy.plan import NoPrivacy
+from fedslm.privacy import accounting
+from fedslm.privacy.plan import NoPrivacy, from_json
 from fedslm.progress import Silent
 
 MakeConfig = Callable[..., Config]
@@ -283,6 +284,41 @@ def test_rounds_are_limited(
     assert_refused(ask(replace(request, round=2), context), reason)
     assert ask(request, context).delta_sha256 == first.delta_sha256
     assert len(chain_of(node).charges) == 1
+
+
+def test_one_run_and_one_day_spend_their_share(honest: dict[str, Request], tmp_path: Path) -> None:
+    """Whatever is left of the lifetime: a second round, or another run, waits for a day; a costly run never begins."""
+    request = honest["record"]
+    once = accounting.epsilon(from_json(request.setup.plan).round_events, 1e-5)
+    node = write_policy(tmp_path / "node", epsilon=100.0, max_epsilon_per_day=once)
+    context = context_of(0, node)
+    first = ask(request, context)
+    assert first.status == "ok"
+    charged = ledger_of(node)
+    for more in (replace(request, round=2), setup_of(request, run_id="another run")):
+        assert_refused(ask(more, context), "24 hours of this node")
+    write_policy(node, epsilon=100.0, max_epsilon_per_run=once)
+    assert_refused(ask(replace(request, round=2), context), "epsilon of a run 8 is above")
+    write_policy(node, epsilon=100.0, max_epsilon_per_day=once)
+    assert ledger_of(node) == charged
+    assert ask(request, context).delta_sha256 == first.delta_sha256
+
+
+def test_another_column_is_not_counted_in_one_ledger(
+    honest: dict[str, Request], tmp_path: Path
+) -> None:
+    """A node whose operator names another column later refuses: half of the spending would not count."""
+    node = write_policy(tmp_path / "node", **OF_PATIENTS)
+    context = context_of(0, node)
+    assert ask(honest["patient"], context).status == "ok"
+    (charge,) = chain_of(node).charges
+    assert (charge.unit, charge.unit_column, charge.max_records_per_unit) == ("patient", "patient", 3)
+    assert charge.normaliser == json.loads(honest["patient"].setup.plan)["normaliser"]
+    charged = ledger_of(node)
+    write_policy(node, **{**OF_PATIENTS, "unit_column": "traveller"})
+    other = with_plan(setup_of(honest["patient"], run_id="another"), unit_column="traveller")
+    assert_refused(ask(other, context), "counts by the column 'patient'")
+    assert ledger_of(node) == charged
 
 
 def test_patients_and_records_are_not_counted_in_one_ledger(

@@ -16,7 +16,7 @@ from tiny import PRIVATE
 from fedslm.config import Config
 from fedslm.federation import attestation
 from fedslm.federation.wire import Request
-from fedslm.privacy.chain import ADAPTER, METRIC
+from fedslm.privacy.lines import ADAPTER, METRIC
 from fedslm.training import self_test
 from fedslm.training.self_test import Check, SelfTest
 

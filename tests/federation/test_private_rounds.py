@@ -16,9 +16,11 @@ from fedslm.config import Config
 from fedslm.errors import DataError
 from fedslm.federation.wire import Reply
 from fedslm.privacy import accounting
-from fedslm.privacy.chain import ADAPTER, METRIC, check_head
+from fedslm.privacy.chain import check_head
 from fedslm.privacy.keys import signing_key
-from fedslm.privacy.ledger import Ledger, Limits
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.limits import Limits
+from fedslm.privacy.lines import ADAPTER, METRIC
 from fedslm.privacy.statement import read_statement
 from fedslm.progress import Silent
 

@@ -171,6 +171,8 @@ def test_a_changed_statement_is_not_used(
         case list(charged):
             values[field] = [[*charged[0][:3], charged[0][3] + 1]]
             values["charges"] += 1
+        case "record":
+            values[field] = "patient"
         case text:
             values[field] = text[::-1]
     found = verdict(replace(good[0], statement=json.dumps(values)), request_of_a_run)

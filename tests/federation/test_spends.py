@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedslm.errors import RolledBack, RunError
-from fedslm.federation.spends import SPENDS, Spends, Standing, read_standings, readmit
-from fedslm.privacy.chain import ADAPTER, Charge
+from fedslm.federation.spends import SPENDS, Spends, read_standings, readmit
+from fedslm.federation.standings import Standing
 from fedslm.privacy.keys import public_hex
-from fedslm.privacy.ledger import Ledger, Limits
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.limits import Limits
+from fedslm.privacy.lines import ADAPTER, Charge, Unprotected
 from fedslm.records import Event
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes([9] * 32))
@@ -387,3 +390,85 @@ def test_what_a_run_learned_is_not_lost_to_a_readmission(spends: Spends, ledger:
     kept = read_standings(spends.path)[ME]
     assert (kept.charges, len(kept.readmissions), kept.out) == (2, 1, "")
     assert kept.seen
+
+
+def unprotect(ledger: Ledger, number: int = 1) -> None:
+    """Records a release without privacy."""
+    ledger.release_unprotected(Unprotected("open", number, ADAPTER, f"release-{number}"), AMPLE)
+
+
+def no_constant(name: str) -> float:
+    """JSON has no such number."""
+    raise AssertionError(name)
+
+
+def test_an_infinite_epsilon_is_kept(spends: Spends, ledger: Ledger) -> None:
+    """The register carries it over restarts and readmissions, in JSON that every reader takes."""
+    assert told(spends, ledger) is None
+    unprotect(ledger)
+    assert told(spends, ledger) is None
+    spends.save()
+    assert read_standings(spends.path)[ME].epsilon == math.inf
+    values = json.loads(spends.path.read_text(), parse_constant=no_constant)
+    assert values["ledgers"][ME]["epsilon"] == "infinite"
+    spends.put_out(ME, "it says so")
+    spends.save()
+    readmit(spends.path, ME, "looked into")
+    (again,) = read_standings(spends.path)[ME].readmissions
+    assert again.epsilon == math.inf
+    json.loads(spends.path.read_text(), parse_constant=no_constant)
+
+
+@pytest.mark.parametrize("delta", [1e-5, 1e-6])
+def test_an_infinite_epsilon_is_never_taken_back(spends: Spends, ledger: Ledger, delta: float) -> None:
+    """A node that states a finite one afterwards is out, at whatever delta."""
+    unprotect(ledger)
+    assert told(spends, ledger) is None
+    spend(ledger, 2)
+    seen = spends.standing(ME).seen
+    said = replace(ledger.statement("run", 2, "r"), epsilon=1.0, unprotected=0, delta=delta)
+    assert "its epsilon was inf" in str(spends.believe(said, seen, ledger.extension(seen)))
+
+
+def test_two_runs_do_not_lose_an_infinite_epsilon(spends: Spends, ledger: Ledger) -> None:
+    """Whoever saves last, and however many charges the other run's statement has."""
+    other = Spends(spends.path)
+    assert told(spends, ledger) is None
+    spends.save()
+    other.refresh()
+    asked = other.standing(ME).seen
+    spend(ledger, 2)
+    more = ledger.statement("run", 2, "release")
+    spare = ledger.extension(asked)
+    unprotect(ledger)
+    bare = replace(ledger.statement("open", 1, "release"), charges=1)
+    assert other.believe(bare, asked, ledger.extension(asked)) is None
+    assert spends.believe(more, asked, spare) is None
+    other.save()
+    spends.save()
+    kept = read_standings(spends.path)[ME]
+    assert (kept.epsilon, kept.charges) == (math.inf, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("epsilon", "Infinity"), ("epsilon", None), ("epsilon", True), ("epsilon", -1.0)),
+        *(("delta", True), ("delta", 0.0), ("delta", "x"), ("charges", True), ("charges", -1)),
+        *(("charges", 1.5), ("older", True), ("runs", {"run": True}), ("runs", {"run": "1"})),
+        *(("seen", [[True, "00"]]), ("seen", [[1, 2]]), ("out", 5), ("ledger_id", None)),
+        ("readmissions", [{"charges": True}]),
+    ],
+    ids=repr,
+)
+def test_a_register_with_another_type_believes_nobody(
+    spends: Spends, ledger: Ledger, key: str, value: object
+) -> None:
+    """A boolean is no number of charges, and no word but one is an epsilon."""
+    assert told(spends, ledger) is None
+    spends.save()
+    values = json.loads(spends.path.read_text())
+    values["ledgers"][ME][key] = value
+    spends.path.write_text(json.dumps(values))
+    with pytest.raises(RunError, match="backup"):
+        spends.refresh()

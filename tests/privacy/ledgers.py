@@ -9,8 +9,10 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedslm.privacy import accounting
-from fedslm.privacy.chain import ADAPTER, HEAD_SUFFIX, METRIC, Charge
-from fedslm.privacy.ledger import Ledger, Limits
+from fedslm.privacy.chain import HEAD_SUFFIX
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.limits import Limits
+from fedslm.privacy.lines import ADAPTER, METRIC, Charge
 from fedslm.records import Event
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

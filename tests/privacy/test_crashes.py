@@ -26,8 +26,8 @@ from ledgers import (
 from tiny import disk_full
 
 from fedslm.errors import LedgerError
-from fedslm.privacy.chain import METRIC
 from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.lines import METRIC
 from fedslm.records import Event
 
 

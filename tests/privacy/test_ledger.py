@@ -30,8 +30,9 @@ from ledgers import (
 
 from fedslm.errors import BudgetExceeded, LedgerError, PolicyRefused, PrivacyError
 from fedslm.privacy import accounting
-from fedslm.privacy.chain import ADAPTER, METRIC
-from fedslm.privacy.ledger import Ledger, Limits
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.limits import Limits
+from fedslm.privacy.lines import ADAPTER, METRIC
 from fedslm.records import Event
 
 

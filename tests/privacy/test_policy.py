@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedslm.errors import PolicyRefused
-from fedslm.privacy.ledger import Limits
+from fedslm.privacy.limits import Limits
 from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan
 from fedslm.privacy.policy import EXAMPLE, Asked, NodePolicy, read_policy
 
@@ -110,6 +110,29 @@ def test_no_policy_allows_a_plan_without_privacy(unit: str) -> None:
     assert reasons(policy(unit=unit), plain) == [f"unit 'none' is weaker than '{unit}'"]
 
 
+def test_steps_are_bounded_without_privacy_too() -> None:
+    """A policy that lets a server train without privacy keeps its bound on the steps of a round."""
+    open_policy = policy(unit="none")
+    open_policy.check(Asked(NoPrivacy(1, 100), "a" * 64, "classification", "demo"))
+    plain = Asked(NoPrivacy(1, 101), "a" * 64, "classification", "demo")
+    assert reasons(open_policy, plain) == ["steps_per_round 101 is above 100"]
+
+
+def test_a_run_that_asks_for_more_than_a_run_may_spend_is_refused() -> None:
+    """A plan over the limit of a run is refused before it begins; one that only a day stops may begin."""
+    slow = policy(max_epsilon_per_run=0.8, max_epsilon_per_day=0.1)
+    assert reasons(slow, ASKED) == ["epsilon of a run 8 is above 0.8"]
+    slow.check(asked(epsilon=0.8))
+
+
+def test_the_budget_in_words() -> None:
+    """The operator reads all three bounds, and which are missing."""
+    assert policy(max_epsilon_per_run=0.8).budget_in_words() == (
+        "at most ε = 8 at δ = 1e-06 for one patient, 0.8 in a run, no limit for 24 hours"
+    )
+    assert "without privacy" in policy(unit="none").budget_in_words()
+
+
 def test_another_task_or_base_is_refused() -> None:
     """Only what the policy names may be trained, or be trained on."""
     other = dataclasses.replace(ASKED, task="causal-lm")
@@ -154,6 +177,10 @@ def test_the_ledger_is_held_to_plan_and_policy() -> None:
     """The run's budget is the plan's, the lifetime's and the rounds of a day are the node's."""
     plan = dataclasses.replace(PLAN, epsilon=3.0, delta=1e-7)
     assert POLICY.limits(plan) == Limits(run=(3.0, 1e-7), lifetime=(8.0, 1e-6), rounds_per_day=50)
+    slow = policy(max_epsilon_per_run=0.8, max_epsilon_per_day=0.5).limits(plan)
+    assert (slow.per_run, slow.per_day) == ((0.8, 1e-6), (0.5, 1e-6))
+    assert not slow.allows_unprotected
+    assert policy(unit="none").limits(NoPrivacy(1, 1)).allows_unprotected
     rare = policy(max_rounds=7, min_seconds_between_rounds=60.0).limits(plan)
     assert (rare.rounds, rare.seconds_between) == (7, 60.0)
 
@@ -172,8 +199,9 @@ def test_the_example_can_be_used(tmp_path: Path) -> None:
     whole = EXAMPLE.replace("# max_rounds", "max_rounds").replace("# min_seconds", "min_seconds")
     assert set(tomllib.loads(whole)) == set(NodePolicy.model_fields)
     assert read_policy(write(tmp_path, whole)).min_seconds_between_rounds == 3600.0
-    found.check(asked(metric_noise_multiplier=None))
-    assert reasons(found, ASKED) == ["no metric may leave"]
+    found.check(asked(metric_noise_multiplier=None, epsilon=0.8))
+    assert reasons(found, asked(epsilon=0.8)) == ["no metric may leave"]
+    assert found.max_epsilon_per_run == found.max_epsilon_per_day == found.epsilon / 10
     assert reasons(found, dataclasses.replace(ASKED, plan=RECORDS))[0].startswith("unit 'record'")
 
 
@@ -202,6 +230,11 @@ def test_what_protects_somebody_has_no_default(tmp_path: Path, key: str) -> None
         *(("max_sample_rate", "0.0"), ("max_records_per_unit", "0"), ("max_records_per_unit", "1.5")),
         *(("max_steps_per_round", "0"), ("max_steps_per_round", "1.5")),
         *(("max_rounds_per_day", "0"), ("max_rounds_per_day", '"50"')),
+        *(
+            ("max_epsilon_per_run", "0.0"),
+            ("max_epsilon_per_run", "nan"),
+            ("max_epsilon_per_day", "true"),
+        ),
         *(("max_rounds", "0"), ("max_rounds", "nan"), ("min_seconds_between_rounds", "-1.0")),
         *(("base_models", "5"), ("tasks", "[5]"), ("metrics", '"exact"')),
         *(("min_metric_noise_multiplier", "0.0"), ("max_round", "5")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from ledgers import (
 
 from fedslm.errors import LedgerError, PrivacyError
 from fedslm.privacy import accounting
-from fedslm.privacy.chain import METRIC, Chain, check_head
+from fedslm.privacy.chain import Chain, check_head
 from fedslm.privacy.keys import public_hex, signature_of
 from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.lines import ADAPTER, METRIC, Unprotected
 from fedslm.privacy.statement import Statement, read_statement, signed
 from fedslm.records import Event
 
-FIELDS = [field.name for field in dataclasses.fields(Statement)]
+FIELDS = [each.name for each in dataclasses.fields(Statement) if each.name != "unprotected"]
 _EVENTS = st.builds(
     Event,
     st.floats(0.001, 1.0),
@@ -292,3 +294,74 @@ def test_fewer_charges_in_a_longer_ledger_do_not_follow(stated: Statement) -> No
     assert not dataclasses.replace(longer, charged=stated.charged[:-1]).follows(stated)
     assert not dataclasses.replace(longer, charged=stated.charged[1:]).follows(stated)
     assert not dataclasses.replace(longer, charges=stated.charges - 1).follows(stated)
+
+
+@pytest.fixture
+def bare(ledger: Ledger) -> Statement:
+    """A statement of a ledger that holds a release without privacy."""
+    ledger.release_unprotected(Unprotected("open", 1, ADAPTER, "release"), AMPLE)
+    return state(ledger)
+
+
+def resigned(statement: Statement, **changes: Any) -> str:
+    """A statement with other values, well signed."""
+    from fedslm.privacy.keys import signature_of
+
+    values = {**json.loads(statement.to_json()), **changes}
+    del values["signature"]
+    return json.dumps({**values, "signature": signature_of(KEY, values)})
+
+
+def test_an_infinite_epsilon_reads_back_as_it_was(bare: Statement) -> None:
+    """In JSON it is one word and no constant that some readers refuse; the number of releases is beside it."""
+    assert (bare.epsilon, bare.unprotected) == (math.inf, 1)
+    values = json.loads(bare.to_json(), parse_constant=lambda name: pytest.fail(name))
+    assert (values["epsilon"], values["unprotected"]) == ("infinite", 1)
+    assert read_statement(bare.to_json()) == bare
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"epsilon": 3.0}, {"epsilon": "Infinity"}, {"epsilon": "inf"}, {"epsilon": True}),
+        *({"epsilon": None}, {"epsilon": -1.0}, {"unprotected": 0}, {"unprotected": True}),
+        *({"unprotected": -1}, {"unprotected": 10**6}, {"unprotected": 1.0}),
+        *(
+            {"unit": "visit"},
+            {"unit": "rec\u043erd"},
+            {"round": True},
+            {"index": True},
+            {"charges": True},
+        ),
+        *({"delta": True}, {"run": "r" * 600}, {"public_key": "AB" * 32}),
+    ],
+    ids=repr,
+)
+def test_a_statement_is_consistent_whoever_signed(bare: Statement, changes: dict[str, Any]) -> None:
+    """Epsilon is infinite exactly if something was released without privacy; units are of a list; no booleans."""
+    assert read_statement(resigned(bare)) == bare
+    with pytest.raises(PrivacyError):
+        read_statement(resigned(bare, **changes))
+
+
+def test_infinity_without_a_release_is_refused(stated: Statement) -> None:
+    """A node cannot claim the one without the other."""
+    with pytest.raises(PrivacyError, match="only then"):
+        read_statement(resigned(stated, epsilon="infinite"))
+
+
+def test_a_statement_of_an_older_version_reads_back(stated: Statement) -> None:
+    """Without a release the statement has the fields that it always had, so stored ones keep their signature."""
+    assert "unprotected" not in json.loads(stated.to_json())
+    with pytest.raises(PrivacyError, match="signature"):
+        read_statement(resigned(stated, unprotected=0))
+
+
+def test_releases_without_privacy_are_not_forgotten(bare: Statement) -> None:
+    """A later statement has at least as many; in a private run they pay for no round."""
+    later = dataclasses.replace(bare, index=bare.index + 5, head_sha256="f" * 64)
+    assert later.follows(bare)
+    assert not dataclasses.replace(later, unprotected=0).follows(bare)
+    more = dataclasses.replace(later, round=bare.round + 1, unprotected=2)
+    assert not more.follows(bare)
+    assert dataclasses.replace(more, charged=()).follows(dataclasses.replace(bare, charged=()))
