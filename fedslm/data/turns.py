@@ -35,7 +35,7 @@ def is_turns(value: Any) -> bool:
 
 
 def turns_of(value: Any) -> tuple[Turn, ...]:
-    """Turns with text, in order; empty if the value is no conversation, or one with an unknown role.
+    """Turns with text, in order; empty if the value is not a conversation, or has an unknown role.
 
     >>> turns_of([{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}])[1]
     {'role': 'assistant', 'content': 'So.'}

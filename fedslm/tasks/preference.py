@@ -43,7 +43,7 @@ class Preference:
     headline = "accuracy"
 
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-        """Tokenises both answers; a record without either, with equal ones or two prompts goes."""
+        """Tokenises both answers; skips a record without either, with equal ones or two prompts."""
         columns = (self.chosen_column, self.rejected_column)
         said = [[self.prompts.said(row, column) for row in rows] for column in columns]
         asked = [_unlearned(each) for each in self.prompts.asked(said[0], tokenizer)]

@@ -208,7 +208,7 @@ def _in_chat(
     """Turns as the template writes them; nothing if it refuses them."""
     try:
         return chat.segments(turns, tokenizer, frame) if turns else []
-    except ModelError:  # this record alone: loading refuses a template that is of no use
+    except ModelError:  # only this record: loading refuses a template that no turns fit
         return []
 
 

@@ -20,7 +20,7 @@ ROW = {"text": "chest pain", "answer": "fever and cough", "worse": "cough"}
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text alone."""
+    """Token ids of a text without special ones around it."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -112,7 +112,7 @@ def test_a_conversation_is_one_example_with_the_mean_of_its_tokens() -> None:
 
 
 def test_preferences_come_as_turns_too() -> None:
-    """With the prompt beside them or in them; what an assistant said before is no part of the choice."""
+    """With the prompt beside them or in them; what an assistant said before is not part of the choice."""
     tokenizer = chat_tokenizer(CHATML)
     task = Preference(replace(CHAT, template="{prompt}"), "chosen", "rejected", 0.1)
     history, good = TURNS[:-1], TURNS[-1:]
@@ -202,7 +202,7 @@ def test_a_very_long_conversation_costs_what_a_long_one_does() -> None:
 
 
 def test_text_that_looks_like_the_mark_is_text() -> None:
-    """A character that stands for answers inside is no answer when a user writes it."""
+    """A character that stands for answers inside is not an answer when a user writes it."""
     tokenizer = chat_tokenizer(CHATML)
     odd = [{"role": "user", "content": "what \ue000 helps"}, TURNS[1], *TURNS[2:]]
     example = only(WHOLE, {"messages": odd}, tokenizer)
@@ -216,7 +216,7 @@ def test_text_that_looks_like_the_mark_is_text() -> None:
 
 
 def test_a_simulation_reads_them(make_config: Any) -> None:
-    """Conversations need no label column; what is none, or has no answer, is refused by name."""
+    """Conversations need no label column; what is not one, or has no answer, is refused by name."""
     from datasets import Dataset
 
     data = {"text_column": "messages", "label_column": ""}
