@@ -29,7 +29,7 @@ from fedslm.federation.workers import InlinePool, Pool, WorkerPool
 from fedslm.models.base import check_early
 from fedslm.privacy.calibration import calibrated
 from fedslm.privacy.plan import Plan
-from fedslm.privacy.policy import POLICY_FILE, read_policy
+from fedslm.privacy.policy import POLICY_FILE, open_policy
 from fedslm.reporting import report
 from fedslm.storage import write_text
 from fedslm.tasks import build
@@ -189,7 +189,7 @@ def _written(config: Config, directory: RunDirectory) -> shards.Shards:
 
 def _install_policy(source: Path, directory: RunDirectory) -> None:
     """Gives all simulated nodes a policy of their own."""
-    read_policy(source)
+    open_policy(source)
     write_text(directory.nodes / POLICY_FILE, source.read_text(encoding="utf-8"))
 
 
