@@ -165,3 +165,22 @@ def test_a_small_mistake_shows(
     mutate(monkeypatch)
     seen = at_eight.seen(RUNS)
     assert delta_of(seen.mu - SURE * seen.error, EPSILON) > DELTA
+
+
+def test_one_record_moves_a_release_by_the_clip_norm(worlds: Make) -> None:
+    """At an epsilon of 60, beside the very same noise, the two releases are C / L apart, to 0.02."""
+    sharp, draw = worlds(60.0, 1), GaussianNoise.draw
+    for _ in range(5):
+        noises: list[np.ndarray] = []
+
+        def kept(self: GaussianNoise, shape: tuple[int, ...], stddev: float) -> np.ndarray:
+            noises.append(draw(self, shape, stddev))  # noqa: B023  (called within this turn)
+            return noises[-1]  # noqa: B023
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GaussianNoise, "draw", kept)
+            release = sharp.release(WITH)
+            again = iter(noises)
+            patch.setattr(GaussianNoise, "draw", lambda *_, again=again: next(again))
+            apart = np.linalg.norm(release - sharp.release(WITHOUT))
+        assert abs(apart - 1) <= 0.02
