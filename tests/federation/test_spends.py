@@ -455,7 +455,7 @@ def test_two_runs_do_not_lose_an_infinite_epsilon(spends: Spends, ledger: Ledger
     [
         *(("epsilon", "Infinity"), ("epsilon", None), ("epsilon", True), ("epsilon", -1.0)),
         *(("delta", True), ("delta", 0.0), ("delta", "x"), ("charges", True), ("charges", -1)),
-        *(("charges", 1.5), ("older", True), ("runs", {"run": True}), ("runs", {"run": "1"})),
+        *(("charges", 1.5), ("runs", {"run": True}), ("runs", {"run": "1"})),
         *(("seen", [[True, "00"]]), ("seen", [[1, 2]]), ("out", 5), ("ledger_id", None)),
         ("readmissions", [{"charges": True}]),
     ],

@@ -180,13 +180,15 @@ def test_a_statement_that_is_too_long_is_not_parsed(stated: Statement) -> None:
         read_statement(stated.to_json() + " " * 8192)
 
 
-@pytest.mark.parametrize("name", ["run", "unit"])
-def test_a_statement_has_short_names(stated: Statement, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"), [("run", "at most 200 characters"), ("unit", "must be text, and the uni")]
+)
+def test_a_statement_has_short_names(stated: Statement, name: str, why: str) -> None:
     """A server keeps them: whoever signs long ones would fill its register."""
     values = {**json.loads(stated.to_json()), name: "x" * 201}
     del values["signature"]
     signature = signature_of(KEY, values)
-    with pytest.raises(PrivacyError, match="at most 200 characters"):
+    with pytest.raises(PrivacyError, match=why):
         read_statement(json.dumps({**values, "signature": signature}))
 
 
