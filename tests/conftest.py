@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,15 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(threads())
+
+
+@pytest.fixture(autouse=True)
+def kept_umask() -> Iterator[None]:
+    """A command that runs in this process lets nobody else read its files; the next test starts afresh."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

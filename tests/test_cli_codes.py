@@ -15,7 +15,7 @@ from fedslm import errors
 from fedslm.cli import app, console
 from fedslm.errors import FedslmError, plural
 
-HEX = "0" * 64
+HEX = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"  # RFC 8032, test 1
 CODES = {
     "ConfigError": console.INPUT,
     "DataError": console.INPUT,
@@ -70,6 +70,7 @@ ENDS = {
     "node enroll": ("x --name /", 1),
     "node accept": ("no no.json", 1),
     "node check": ("no", 2),
+    "node clock": ("no --reason r", 2),
     "node up": ("no", 2),
 }
 

@@ -69,7 +69,8 @@ def test_preview_says_which_columns_it_took(tmp_path: Path) -> None:
 def test_columns_that_pandas_wrote_are_named(tmp_path: Path) -> None:
     """A table by columns is one record to us: the error says how to write records."""
     table = {"text": {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}}
-    result = run("data", "preview", DEMO, "--set", notes(tmp_path, [table], [table]))
+    source = ("--set", notes(tmp_path, [table], [table]), "--set", "data.partition=iid")
+    result = run("data", "preview", DEMO, *source)
     assert result.exit_code == 2
     assert_clear(result, "DataError", "data.text_column='text'", 'to_json(path, orient="records"')
 

@@ -194,16 +194,18 @@ def audit_ledger(node: Path, *more: str) -> Result:
 def test_a_ledger_commands_no_terminal(tmp_path: Path) -> None:
     """What a node wrote into its ledger is shown as text: no markup, no escapes."""
     key = signing_key(tmp_path)
-    ledger = Ledger(tmp_path / "ledger.jsonl", key, unit="[/red]\x1b[2J")
+    ledger = Ledger(tmp_path / "ledger.jsonl", key, unit="patient")
     values = dict.fromkeys(("plan_sha256", "base_sha256", "config_sha256", "dataset_commitment"), "x")
     charge = Charge(
         *(Event(0.05, 3.0, 10), "adapter", 1.0, 1e-5, "run", 1),
         **{**values, "request_sha256": "r", "code_version": "0"},
+        unit="patient",
+        unit_column="[/red]\x1b[2J",
     )
     ledger.reserve([charge], Limits(run=(100.0, 1e-5)))
     found = run("audit", "ledger", str(ledger.path), "--public-key", public_hex(key.public_key()))
     assert found.exit_code == 0, found.output
-    assert "for one [/red] [2J" in found.stdout
+    assert r"by the column '[/red]\x1b[2J'" in found.stdout
     assert "\x1b" not in found.stdout
 
 

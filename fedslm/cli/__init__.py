@@ -269,6 +269,10 @@ def check(
         loaded = load_config(config, overrides)
         if loaded.model.base == "demo" or Path(expand(loaded.model.base)).is_dir():
             check_early(loaded.model, loaded.lora, private=loaded.privacy.unit != "none")
-        for line in remarks(seen(loaded), loaded) if data else ():
-            typer.echo(line)
+        if data:
+            from fedslm.simulation import with_layout
+
+            found = with_layout(loaded)
+            for line in remarks(seen(found), found):
+                typer.echo(line)
         typer.echo(f"{config}: ok (sha256 {loaded.sha256()[:12]})")

@@ -42,7 +42,9 @@ def preview(
     Example: `fedslm data preview simulations/demo.toml --plot data.png`
     """
     with clear_errors():
-        loaded = load_config(config, overrides)
+        from fedslm.simulation import with_layout
+
+        loaded = with_layout(load_config(config, overrides))
         found = seen(loaded)
         if plot is not None:
             from fedslm.reporting.preview import plot_preview
@@ -100,16 +102,14 @@ def split(
 
 
 def seen(config: Config) -> Preview:
-    """What a config's data looks like.
+    """What a config's data looks like; the config names its columns.
 
     Raises:
         DataError: Anything about the data that would stop a client later.
     """
     from fedslm.data.preview import look
     from fedslm.data.sharing import share_out
-    from fedslm.simulation import with_layout
 
-    config = with_layout(config)
     shared = share_out(
         config.data,
         config.task,

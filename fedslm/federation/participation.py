@@ -30,7 +30,7 @@ def came_to_nothing(records: Sequence[RoundRecord]) -> str:
         name, _, reason = text.partition(": ")
         reasons[name][reason] += 1
     if any(record.completed for record in records):
-        lines = [f"none of the {plural(len(records), 'round')} moved the adapter"]
+        lines = [f"no round of {len(records)} moved the adapter"]
     else:
         lines = [f"no node took part in any of the {plural(len(records), 'round')}"]
     for name in list(reasons)[:_MOST_CLIENTS]:

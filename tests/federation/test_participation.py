@@ -56,7 +56,7 @@ def test_answers_that_move_nothing_are_no_result() -> None:
     """Clients that answered in rounds that all kept the adapter: the rounds say why."""
     few = "the round: 1 replies are fewer than federation.min_replies=2"
     lines = came_to_nothing([record(n, "a: late", few, completed=1) for n in (1, 2)]).splitlines()
-    assert lines[0] == "none of the 2 rounds moved the adapter"
+    assert lines[0] == "no round of 2 moved the adapter"
     assert lines[1:] == [
         "a, 2 times: late",
         "the round, 2 times: 1 replies are fewer than federation.min_replies=2",
@@ -72,7 +72,7 @@ def test_too_few_replies_in_every_round_end_with_1(make_config: MakeConfig, tmp_
     path.write_text(configuration.to_toml(config), encoding="utf-8")
     result = CliRunner().invoke(app, ["simulate", str(path), "--json"])
     assert result.exit_code == 1
-    assert "tiny failed: none of the 1 rounds moved the adapter" in result.stderr
+    assert "tiny failed: no round of 1 moved the adapter" in result.stderr
     assert "2 replies are fewer than federation.min_replies=3" in result.stderr
     assert "the update holds NaN or infinity" in result.stderr
     assert "fewer than" in json.loads(result.stdout.splitlines()[-1])["stopped"]

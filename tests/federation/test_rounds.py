@@ -97,7 +97,7 @@ def test_resume_with_another_config_is_refused(make_config: MakeConfig) -> None:
         (changed(lambda s: AdapterState({k: s[k] + 1e30 for k in s})), "values beyond 10000"),
         (changed(lambda s: s, weight=1e9), "weight=1000000000.0 is not allowed"),
         (changed(lambda s: s, weight=float("nan")), "weight must be a number"),
-        (changed(lambda s: s, statement="{}"), "states charges that this plan does not"),
+        (changed(lambda s: s, statement="{}"), "the spend statement cannot be used"),
         (changed(lambda s: s, metric=(1.0, 2.0)), "another metric than the plan"),
         (failing, "error 2: boom"),
     ],
