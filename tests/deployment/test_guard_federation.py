@@ -268,7 +268,7 @@ def test_the_proxy_passes_the_fleet_paths_alone(scene: Scene) -> None:
         assert answer_of(scene, path) in (400, 403, 404), path
     for path in fleet_api.PATHS:
         assert answer_of(scene, path, "GET") in (403, 405), path
-    assert answer_of(scene, fleet_api.PULL_MESSAGES) == 401  # Flower's: an empty body names no node
+    assert answer_of(scene, fleet_api.PULL_MESSAGES) == 400  # an empty body names no node
     said = (scene.site.server / "logs" / "proxy.log").read_text()
     assert "%23" in said
 

@@ -180,7 +180,7 @@ def test_a_spend_is_not_forgotten_by_the_next_run(site: Site, make: MakeConfig) 
     text = fedslm("server", "status", "--server", site.server)
     assert "south is out since" in " ".join(text.split())
     said = fedslm("provision", "readmit", "south", "--server", site.server, "--reason", "disk lost")
-    assert f"{spent[key].charges} charges" in said
+    assert f"{spent[key].charges} charge" in said
     _, directory = site.run(make("third"))
     assert rounds_of(directory)[0]["completed"] == 3
     audit = fedslm("audit", "run", directory, "--no-empirical")
