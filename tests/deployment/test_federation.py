@@ -3,59 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import signal
 import ssl
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from sites import FEDSLM, NAMES, Site, eventually, federation, fedslm, ledger_of, moving, rounds_of
+from sites import FEDSLM, NAMES, Site, eventually, fedslm, ledger_of, rounds_of
 from tiny import PRIVATE
 
 import fedslm as fedslm_package
-from fedslm import simulation
-from fedslm.config import Config, to_toml
+from fedslm.config import Config
 from fedslm.deployment import admission, control, enrolment
 from fedslm.deployment.authority import AUTHORITY
 from fedslm.deployment.fleet import UNKNOWN_KEY
-from fedslm.progress import Silent
-from fedslm.storage import load_adapter
 
 pytestmark = pytest.mark.federation
 MakeConfig = Callable[..., Config]
 Simulated = tuple[Path, dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def simulated(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Simulated:
-    """A simulation without noise: its shards are what the nodes have, its adapter what they must reach."""
-    directory = tmp_path_factory.mktemp("simulated") / "run"
-    report = simulation.simulate(config_in(directory, federation={"rounds": 2}).resolved(), Silent())
-    return directory, report
-
-
-@pytest.fixture(scope="module")
-def site(simulated: Simulated, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A server and three nodes, up and connected."""
-    with federation(tmp_path_factory.mktemp("site"), simulated[0] / "data") as made:
-        yield made
-
-
-@pytest.fixture
-def make(site: Site, config_in: MakeConfig) -> MakeConfig:
-    """A config for the real nodes, with a run directory below the server's."""
-
-    def build(name: str, **sections: dict[str, Any]) -> Config:
-        rounds = {"rounds": 2, **sections.pop("federation", {})}
-        return config_in(site.server / "runs" / name, federation=rounds, **sections)
-
-    return build
 
 
 def test_real_nodes_give_the_simulations_adapter(
@@ -175,103 +143,6 @@ def test_versions_that_differ_are_both_named(
     for reason in line["reasons"]:
         assert "'0.0.9'" in reason
         assert fedslm_package.__version__ in reason
-
-
-def test_a_node_that_is_away_is_left_out(site: Site, make: MakeConfig) -> None:
-    """A node that is not there from the start is counted as late; the first round waits for the others."""
-    site.stop("west")
-    eventually(lambda: not site.online("west"), "west is offline")
-    status, directory = site.run(make("without", privacy=PRIVATE, federation={"min_clients": 2}))
-    assert status == control.COMPLETED
-    assert [(line["completed"], line["late"]) for line in rounds_of(directory)] == [(2, 1), (2, 1)]
-    site.start_node("west")
-
-
-def test_a_killed_node_comes_back_as_itself(site: Site, make: MakeConfig) -> None:
-    """Killed (-9) in mid-round and started again with other records: same identity, ledger and run."""
-    before = ledger_of(site.root / "west").charges
-    config = make("killed", privacy=PRIVATE, training={"local_steps": 60}, federation={"rounds": 3})
-    with site.running(config) as (directory, ended):
-        eventually(lambda: len(rounds_of(directory)) == 1 and site.is_training("west"), "round 2")
-        site.stop("west", signal.SIGKILL)
-        notes = site.root / "west" / "notes.jsonl"
-        with notes.open("a") as file:  # of no known label: later runs train on what they trained on
-            file.write(json.dumps({"text": "admitted meanwhile", "label": "other"}) + "\n")
-        site.start("west", "node", "up", site.root / "west")
-        eventually(lambda: bool(ended()), "the end")
-    assert ended() == control.COMPLETED
-    assert [line["completed"] for line in rounds_of(directory)] == [3, 2, 3]
-    after = ledger_of(site.root / "west").charges
-    assert after[: len(before)] == before
-    assert [charge.round for charge in after[len(before) :]] in ([1, 2, 3], [1, 3])
-    assert len({charge.dataset_commitment for charge in after[len(before) :]}) == 1
-    twice = fedslm("node", "up", site.root / "west", code=1)
-    assert "another process runs the node" in twice
-
-
-def test_a_dead_worker_is_an_answer(site: Site, make: MakeConfig) -> None:
-    """The process that trains is killed (-9): the message is answered with an error, and the node goes on."""
-    config = make("worker", training={"local_steps": 100}, federation={"rounds": 3})
-    with site.running(config) as (directory, ended):
-        eventually(lambda: len(rounds_of(directory)) == 1 and site.is_training("south"), "round 2")
-        os.kill(site.worker_of("south") or 0, signal.SIGKILL)
-        eventually(lambda: bool(ended()), "the end")
-    assert ended() == control.COMPLETED
-    lines = rounds_of(directory)
-    assert [line["completed"] for line in lines] == [3, 2, 3]
-    assert "worker died" in lines[1]["reasons"][0]
-
-
-def test_a_lost_server_is_resumed(site: Site, make: MakeConfig) -> None:
-    """Every server process is killed (-9) in mid-run; up again and --resume: the adapter of a quiet run."""
-    status, quiet = site.run(make("quiet", federation={"rounds": 4}))
-    assert status == control.COMPLETED
-    config = make("lost", federation={"rounds": 4})
-    with site.running(config) as (directory, _):
-        eventually(lambda: len(rounds_of(directory)) >= 1, "a first round")
-        site.stop("server", signal.SIGKILL)
-        subprocess.run(["pkill", "-9", "-f", "--", site.launcher], check=False)
-    site.start_server()
-    status, directory = site.run(config, resume=True)
-    assert status == control.COMPLETED
-    one, other = (load_adapter(moving(each)) for each in (quiet, directory))
-    assert one.sha256() == other.sha256()
-
-
-def test_resuming_tells_of_new_rounds_alone(site: Site, make: MakeConfig) -> None:
-    """`server run --resume` prints the rounds after the checkpoint, each once, and names who was left out."""
-    config = make("again", federation={"rounds": 6, "min_clients": 2}, training={"local_steps": 150})
-    path = site.root / "again.toml"
-    path.write_text(to_toml(config))
-    words = ("server", "run", path, "--server", site.server)
-    site.start("again", *words)
-    directory = site.server / "runs" / "again"
-    eventually(lambda: len(rounds_of(directory)) >= 1, "a first round")
-    fedslm("server", "stop", "again", "--server", site.server)
-    eventually(lambda: site.processes["again"].poll() is not None, "the watcher ends")
-    site.processes.pop("again")
-    done = len(rounds_of(directory))
-    site.stop("south")
-    eventually(lambda: not site.online("south"), "south is offline")
-    said = told(*words, "--resume")
-    assert [int(each) for each in re.findall(r"^round (\d+): ", said, re.MULTILINE)] == list(
-        range(done + 1, 7)
-    )
-    assert len(re.findall(r"^  south: late$", said, re.MULTILINE)) == 6 - done
-    assert "client" not in said
-    (south,) = [node for node in site.status()["nodes"] if node["name"] == "south"]
-    assert south["reason"] == "round 6: late"
-    assert "south: late" in (directory / "report.md").read_text()
-    site.start_node("south")
-
-
-def told(*words: str | Path) -> str:
-    """What a command that ends well says on standard error."""
-    done = subprocess.run(
-        [FEDSLM, *map(str, words)], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 def test_a_revoked_node_is_shut_out(site: Site) -> None:
