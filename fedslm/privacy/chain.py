@@ -28,7 +28,7 @@ from fedslm.privacy.lines import (
     Opening,
     Unprotected,
     is_index,
-    is_text,
+    is_short_text,
 )
 from fedslm.privacy.merkle import root_of
 from fedslm.records import Event
@@ -171,7 +171,7 @@ def read_head(path: Path) -> tuple[int, str] | None:
     try:
         values = json.loads(read_text(path, _MOST_HEAD_BYTES))
         index, sha256 = values["index"], values["sha256"]
-        if not (type(index) is int and (index == -1 or is_index(index)) and is_text(sha256)):
+        if not (type(index) is int and (index == -1 or is_index(index)) and is_short_text(sha256)):
             raise ValueError("it names no line")
         return index, sha256
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

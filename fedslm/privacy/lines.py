@@ -4,7 +4,7 @@ Formal guarantees:
     * What is read and what is written is held to the same types, ranges and lists of words: a ledger
       never holds a line that it cannot read, and no word that nothing counts ("adapter" with one
       foreign letter) passes for a purpose, a unit or a relation.
-    * A boolean is no number here.
+    * A boolean is not a number here.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Opening:
 
     def __post_init__(self) -> None:
         _check(
-            ledger_id=is_text(self.ledger_id) and re.fullmatch("[0-9a-f]{32}", self.ledger_id),
-            dataset=is_text(self.dataset),
+            ledger_id=is_short_text(self.ledger_id) and re.fullmatch("[0-9a-f]{32}", self.ledger_id),
+            dataset=is_short_text(self.dataset),
             unit=self.unit in UNITS,
             adjacency=self.adjacency == ADJACENCY,
-            public_key=is_text(self.public_key),
-            unit_column=self.unit_column is None or is_text(self.unit_column),
+            public_key=is_short_text(self.public_key),
+            unit_column=self.unit_column is None or is_short_text(self.unit_column),
         )
 
 
@@ -111,12 +111,12 @@ class Charge:
             purpose=self.purpose in PURPOSES,
             clip_norm=is_number(self.clip_norm) and self.clip_norm > 0,
             delta=is_number(self.delta) and 0 < self.delta < 1,
-            run=is_text(self.run),
+            run=is_short_text(self.run),
             round=is_count(self.round),
-            hashes=all(map(is_text, (*texts, self.dataset_commitment))),
-            code_version=is_text(self.code_version),
+            hashes=all(map(is_short_text, (*texts, self.dataset_commitment))),
+            code_version=is_short_text(self.code_version),
             unit=self.unit is None or self.unit in UNITS[1:],
-            unit_column=self.unit_column is None or is_text(self.unit_column),
+            unit_column=self.unit_column is None or is_short_text(self.unit_column),
             max_records_per_unit=self.max_records_per_unit is None
             or is_count(self.max_records_per_unit),
             normaliser=self.normaliser is None or is_count(self.normaliser),
@@ -141,10 +141,10 @@ class Unprotected:
 
     def __post_init__(self) -> None:
         _check(
-            run=is_text(self.run),
+            run=is_short_text(self.run),
             round=is_count(self.round),
             purpose=self.purpose in PURPOSES,
-            release_sha256=is_text(self.release_sha256),
+            release_sha256=is_short_text(self.release_sha256),
         )
 
 
@@ -161,7 +161,9 @@ class Correction:
     reason: str
 
     def __post_init__(self) -> None:
-        _check(ahead=is_count(self.ahead), reason=is_text(self.reason) and bool(self.reason.strip()))
+        _check(
+            ahead=is_count(self.ahead), reason=is_short_text(self.reason) and bool(self.reason.strip())
+        )
 
 
 @dataclass(frozen=True)
@@ -196,17 +198,17 @@ class Entry:
             index=is_index(self.index),
             time=is_index(self.time) and self.time <= LATEST_TIME,
             reserve=self.reserve is None or is_index(self.reserve),
-            release_sha256=is_text(released) if self.reserve is not None else released is None,
+            release_sha256=is_short_text(released) if self.reserve is not None else released is None,
         )
 
 
-def is_text(value: object) -> bool:
+def is_short_text(value: object) -> bool:
     """True for a text that a line has room for."""
     return isinstance(value, str) and len(value) <= _LONGEST_TEXT
 
 
 def is_index(value: object) -> bool:
-    """True for a whole number from 0 up to 10^12; a boolean is none."""
+    """True for a whole number from 0 up to 10^12; a boolean is not one."""
     return type(value) is int and 0 <= value <= _MOST_LINES
 
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedslm.errors import LedgerError, PrivacyError
 from fedslm.privacy.chain import Chain
 from fedslm.privacy.keys import is_signed, public_hex, signature_of
-from fedslm.privacy.lines import NO_UNIT, UNITS, is_text
+from fedslm.privacy.lines import NO_UNIT, UNITS, is_short_text
 from fedslm.records import Event, epsilon_as_json, epsilon_of_json, is_count, is_number
 
 _MOST_BYTES, _MOST_CHARGES, _MOST_KINDS = 8192, 100_000, 32
@@ -194,7 +194,10 @@ def _check(statement: Statement) -> None:
     if not (is_number(statement.delta) and 0 < statement.delta < 1):
         raise ValueError("delta must be in (0, 1)")
     texts = ("run", "unit", "release_sha256", "ledger_id", "head_sha256", "root_sha256", "public_key")
-    if not all(is_text(getattr(statement, name)) for name in texts) or statement.unit not in UNITS:
+    if (
+        not all(is_short_text(getattr(statement, name)) for name in texts)
+        or statement.unit not in UNITS
+    ):
         raise ValueError(f"{', '.join(texts)} must be text, and the unit one of {', '.join(UNITS)}")
     if len(statement.run) > _LONGEST_NAME:
         raise ValueError(f"run must have at most {_LONGEST_NAME} characters")
