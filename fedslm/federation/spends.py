@@ -291,7 +291,7 @@ def _merged(before: Standing, current: Standing | None, news: Standing) -> Stand
     return replace(
         news,
         seen=seen[-MOST_SEEN:],
-        charges=max(news.charges, current.charges),
+        charges=charges,
         epsilon=latest.epsilon,
         delta=latest.delta,
         stated=_strongest((*current.stated, *news.stated)),

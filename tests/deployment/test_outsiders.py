@@ -11,7 +11,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -48,17 +47,6 @@ def site(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Ite
     with federation(tmp_path_factory.mktemp("site"), directory / "data") as made:
         made.stop("west")
         yield made
-
-
-@pytest.fixture
-def make(site: Site, config_in: MakeConfig) -> MakeConfig:
-    """A config for the real nodes, with a run directory below the server's."""
-
-    def build(name: str, **sections: dict[str, Any]) -> Config:
-        rounds = {"rounds": 2, **sections.pop("federation", {})}
-        return config_in(site.server / "runs" / name, federation=rounds, **sections)
-
-    return build
 
 
 @contextmanager
