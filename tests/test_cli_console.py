@@ -108,5 +108,5 @@ def test_a_run_directory_that_is_no_text_is_refused(
 
 def test_half_a_character_is_no_text_to_read() -> None:
     """A row of a caller's own is held to the same."""
-    with pytest.raises(DataError, match="row 3: column 'text' holds half a character"):
+    with pytest.raises(DataError, match="row 3: column 'text' contains a lone surrogate"):
         text_of({"text": BAD}, "text", 3)

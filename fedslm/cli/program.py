@@ -35,7 +35,7 @@ class Program(TyperGroup):
         return super().main(*arguments, **settings)
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        """Refuses bytes that are no text: neither a model nor a file of ours could hold them."""
+        """Refuses arguments that are not valid text: no model and no file of ours can hold them."""
         for each in arguments:
             if not is_text(each):
                 message = f"{each!a} is not text in this console's encoding; write it in UTF-8"

@@ -323,7 +323,7 @@ def accept(
     Raises:
         Refused: It is not signed by the key that it names, is for another node's key, or has another
             authority or operator's key than before.
-        RunError: It is none.
+        RunError: It is not an admission.
     """
     found = read_admission(admission)
     if found.node_key != public_text(node_key(directory)):
@@ -359,7 +359,7 @@ def read_admission(path: Path) -> Admission:
     """Reads an admission.
 
     Raises:
-        RunError: It is none.
+        RunError: It is not an admission.
     """
     try:
         found = Admission(**json.loads(read_text(path, MAX_BYTES)))

@@ -123,7 +123,7 @@ def read_request(path: Path) -> dict[str, str]:
 
     Raises:
         Refused: The node key's signature is wrong.
-        RunError: It is none.
+        RunError: It is not an enrolment request.
     """
     try:
         content: dict[str, Any] = json.loads(read_text(path, MAX_BYTES))

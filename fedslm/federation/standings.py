@@ -45,7 +45,7 @@ class Standing:
             and from then on for good.
         delta: At this delta.
         stated: Each (delta, epsilon) that was stated for the whole ledger, the largest delta first;
-            those alone that no other one implies.
+            only those that no other one implies.
         runs: Run to the charges that were stated for it, of the latest runs.
         out: Why the node is out; empty if it is not.
         since: When it was put out, ISO 8601, UTC.
@@ -107,7 +107,7 @@ def _delta(value: object) -> float:
 
 
 def _count(value: object) -> int:
-    """A whole number from 0; a boolean is none."""
+    """A whole number from 0; a boolean is not one."""
     if type(value) is not int or value < 0:
         raise ValueError(f"{str(value)[:40]!r} must be a whole number >= 0")
     return value

@@ -51,7 +51,9 @@ def text_of(row: dict[str, Any], column: str, number: int) -> str:
         raise DataError(f"row {number}: column {column!r} holds {found}; a text is needed: {remedy}")
     text = text_in(value)
     if not is_text(text):
-        raise DataError(f"row {number}: column {column!r} holds half a character; write it in UTF-8")
+        raise DataError(
+            f"row {number}: column {column!r} contains a lone surrogate; save the text as UTF-8"
+        )
     return text
 
 
