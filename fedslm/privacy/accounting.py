@@ -204,10 +204,10 @@ def true_positive_bound(events: Iterable[Event], false_positive_rate: float) -> 
     grouped = _grouped(events, _ANY_DELTA)
     if not grouped:
         return false_positive_rate
-    accountant = _accountant(grouped)
+    deltas = _composed(grouped).get_delta_for_epsilon(_EPSILON_GRID)
     bounds = [
-        math.exp(each) * false_positive_rate + float(accountant.get_delta(each))
-        for each in _EPSILON_GRID
+        math.exp(each) * false_positive_rate + float(delta)
+        for each, delta in zip(_EPSILON_GRID, deltas, strict=True)
     ]
     return min(1.0, *bounds)
 
@@ -238,7 +238,7 @@ def _pld(grouped: Groups, delta: float) -> float:
     if not grouped:
         return 0.0
     bound = _rough(grouped, delta)
-    return bound if bound > _LARGEST_TIGHT else float(_accountant(grouped).get_epsilon(delta))
+    return bound if bound > _LARGEST_TIGHT else float(_composed(grouped).get_epsilon_for_delta(delta))
 
 
 def _rough(grouped: Groups, delta: float) -> float:
@@ -252,14 +252,28 @@ def _rough(grouped: Groups, delta: float) -> float:
     return math.inf if math.isnan(found) else found
 
 
-def _accountant(grouped: Groups) -> Any:
-    """dp-accounting's accountant after all events."""
-    from dp_accounting import NeighboringRelation, pld
+def _composed(grouped: Groups) -> Any:
+    """The privacy loss distribution of all events, composed as dp-accounting's PLDAccountant does."""
+    from dp_accounting.pld.privacy_loss_distribution import identity
 
-    accountant = pld.PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, _DISCRETISATION)
+    composed = identity(_DISCRETISATION)
     for rate, noise, count in grouped:
-        accountant.compose(_step(rate, noise), count)
-    return accountant
+        composed = composed.compose(_of_one_step(rate, noise).self_compose(count))
+    return composed
+
+
+@lru_cache(maxsize=16)
+def _of_one_step(rate: float, noise: float) -> Any:
+    """The privacy loss distribution of one step, kept: a run asks for the same one in each round."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    return from_gaussian_mechanism(
+        noise,
+        value_discretization_interval=_DISCRETISATION,
+        sampling_prob=rate,
+        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )
 
 
 @lru_cache(maxsize=64)

@@ -52,6 +52,21 @@ def opacus(name: str, events: tuple[Event, ...], delta: float) -> float:
         return float(accountant.get_epsilon(delta))
 
 
+@pytest.mark.parametrize("events", [*((each.values[0],) for each in TABLE), MIX])
+def test_it_is_the_figure_of_dp_accountings_own_accountant(events: tuple[Event, ...]) -> None:
+    """Steps that are composed from one that is kept give the very bits that PLDAccountant gives."""
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, pld
+
+    accountant = pld.PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, 1e-3)
+    for event in sorted(events, key=lambda each: (each.sample_rate, each.noise_multiplier)):
+        step = PoissonSampledDpEvent(event.sample_rate, GaussianDpEvent(event.noise_multiplier))
+        accountant.compose(step, event.steps)
+    assert epsilon(events, DELTA) == accountant.get_epsilon(DELTA)
+    curve = [accountant.get_delta(each / 20) for each in range(241)]
+    bound = min(1.0, *(math.exp(n / 20) * 0.1 + delta for n, delta in enumerate(curve)))
+    assert true_positive_bound(events, 0.1) == pytest.approx(bound, rel=1e-12)
+
+
 def test_golden() -> None:
     """N=10,000, B=256, 3 epochs, sigma 1: 1.92 by PLD; Opacus says 1.93 (PRV) and 2.34 (RDP)."""
     event = Event(256 / 10_000, 1.0, 117)
