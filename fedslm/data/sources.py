@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -235,17 +236,22 @@ def _is_path(source: str, path: Path) -> bool:
 
 
 def _load_demo(source: str, split: str, seed: int) -> Dataset:
-    """Generates the demo data, plain or with planted facts."""
+    """The demo data, plain or with planted facts."""
     from datasets import Dataset
 
-    if source == facts.NAME:
-        parts = facts.generate_facts(stream(seed, facts.NAME))
-    else:
-        data = demo.generate(stream(seed, "demo-data"))
-        parts = {"train": data.train, "public": data.public, "test": data.evaluation}
+    parts = _generated(source, seed)
     if split not in parts:
         raise DataError(f"the demo data has no split {split!r}; known: {', '.join(parts)}")
     return Dataset.from_list(parts[split])
+
+
+@lru_cache(maxsize=1)
+def _generated(source: str, seed: int) -> Mapping[str, list[Any]]:
+    """All splits, which a run asks for one after the other; callers leave the rows as they are."""
+    if source == facts.NAME:
+        return facts.generate_facts(stream(seed, facts.NAME))
+    data = demo.generate(stream(seed, "demo-data"))
+    return {"train": data.train, "public": data.public, "test": data.evaluation}
 
 
 def _with_class_names(dataset: Dataset, label: str | None, scratch: Path | None) -> Dataset:
