@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from served import StopAfter
 from tiny import PRIVATE
 from typer.testing import CliRunner
 
+from fedslm import simulation
 from fedslm.cli import app
 from fedslm.config import Config, to_toml
 from fedslm.federation.checkpoint import RunDirectory
@@ -54,6 +56,14 @@ def write(config: Config, path: Path) -> Path:
     return path
 
 
+def simulate(*arguments: str) -> dict[str, Any]:
+    """What ``simulate --json`` reports, run in this process: a new one would import all libraries again."""
+    result = CliRunner().invoke(app, ["simulate", *arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return report
+
+
 def wait_for_round(directory: Path, round: int, process: subprocess.Popen[str]) -> None:
     """Waits until a round is on disk."""
     deadline = time.monotonic() + PATIENCE
@@ -87,30 +97,19 @@ def test_ctrl_c_ends_cleanly_and_resume_gives_the_same_bits(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     """SIGINT: exit 130, a hint how to go on, no orphans; the resumed adapter equals an uninterrupted one."""
-    federation = {"rounds": 12}
-    whole = write(
-        make_config(
-            engine={"workers": 2}, federation=federation, run={"directory": str(tmp_path / "w")}
-        ),
-        tmp_path / "w.toml",
-    )
-    process = start("simulate", str(whole), "--json", cwd=tmp_path)
-    out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
-    expected = json.loads(out.splitlines()[-1])["adapter_sha256"]
-    stopped = tmp_path / "s"
+    stopped, federation = tmp_path / "s", {"rounds": 12}
     config = make_config(engine={"workers": 2}, federation=federation, run={"directory": str(stopped)})
     process = start("simulate", str(write(config, tmp_path / "s.toml")), cwd=tmp_path)
     wait_for_round(stopped, 2, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=PATIENCE)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert f"--resume {stopped}" in err.replace("\n", "")
     assert "Traceback" not in err
-    process = start("simulate", "--resume", str(stopped), "--json", cwd=tmp_path)
-    out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
-    assert json.loads(out.splitlines()[-1])["adapter_sha256"] == expected
+    resumed = simulate("--resume", str(stopped))
+    whole = make_config(federation=federation, run={"directory": str(tmp_path / "w")})
+    expected = simulate(str(write(whole, tmp_path / "w.toml")))  # without worker processes
+    assert resumed["adapter_sha256"] == expected["adapter_sha256"]
 
 
 def nodes_of(directory: Path) -> dict[int, Path]:
@@ -253,11 +252,8 @@ def test_full_disk_at_a_checkpoint_loses_nothing(make_config: MakeConfig, tmp_pa
     """Where files may not grow the run stops with a clear error; with room again it resumes and ends."""
     directory = tmp_path / "run"
     config = make_config(federation={"rounds": 4}, task={"max_length": 16})
-    path = write(config, tmp_path / "c.toml")
-    process = start("simulate", str(path), "--json", cwd=tmp_path)
-    wait_for_round(directory, 1, process)
-    process.kill()
-    process.communicate(timeout=PATIENCE)
+    with pytest.raises(KeyboardInterrupt):
+        simulation.simulate(config, StopAfter(1))
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -273,10 +269,7 @@ def test_full_disk_at_a_checkpoint_loses_nothing(make_config: MakeConfig, tmp_pa
     assert "error: " in done.stderr
     assert "cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
-    process = start("simulate", "--resume", str(directory), "--json", cwd=tmp_path)
-    out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
-    assert json.loads(out.splitlines()[-1])["rounds"] == 4
+    assert simulate("--resume", str(directory))["rounds"] == 4
 
 
 @pytest.mark.parametrize(

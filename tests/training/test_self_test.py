@@ -122,32 +122,30 @@ def failed(result: SelfTest) -> set[str]:
     return {check.name for check in result.checks if not check.passed}
 
 
-def test_sound_code_passes() -> None:
-    """A node's own run: every promise holds, and each check says what it saw."""
+def test_sound_code_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node's own run: every promise holds, each check says what it saw, and one thread computes it.
+
+    It takes at most 20 s of CPU, and leaves the number of threads as it was.
+    """
+    threads: list[int] = []
+    checked = self_test._noise
+
+    def noise(bench: Bench) -> tuple[bool, str]:
+        threads.append(torch.get_num_threads())
+        return checked(bench)
+
+    monkeypatch.setattr(self_test, "_noise", noise)
+    torch.set_num_threads(2)
+    began = time.process_time()
     result = run_self_test()
+    assert time.process_time() - began <= SECONDS
+    assert (threads, torch.get_num_threads()) == ([1], 2)
     assert result.passed, result.failures
     assert result.failures == []
     names = {RECORDS, PATIENTS, NOISE, SAMPLER, EMPTY, SEEDS, ACCOUNTANTS, METRIC, LEDGER}
     assert names <= {check.name for check in result.checks}
     assert all(check.detail for check in result.checks)
     assert result.seconds > 0
-
-
-def test_it_computes_with_one_thread(patch: pytest.MonkeyPatch) -> None:
-    """Whatever the process computes with: one thread during the test, at most 20 s of CPU, and as before after it."""
-    seen: list[int] = []
-    checked = self_test._noise
-
-    def noise(bench: Bench) -> tuple[bool, str]:
-        seen.append(torch.get_num_threads())
-        return checked(bench)
-
-    patch.setattr(self_test, "_noise", noise)
-    torch.set_num_threads(2)
-    began = time.process_time()
-    assert run_self_test().passed
-    assert time.process_time() - began <= SECONDS
-    assert (seen, torch.get_num_threads()) == ([1], 2)
 
 
 @pytest.mark.parametrize("name", cases(IN_GRADIENTS))
