@@ -225,6 +225,21 @@ print(json.dumps(before[0] == after[0] and before[1] == after[1] and before[2] =
     assert not list(tmp_path.iterdir())
 
 
+def test_a_simulation_imports_no_database() -> None:
+    """Asking local clients does not import Flower's grid of a server, and with it SQLAlchemy."""
+    code = """
+import sys
+from fedslm import simulation
+from fedslm.federation.local_grid import LocalGrid
+from fedslm.federation.steady import Steady
+from fedslm.federation.workers import InlinePool
+assert not Steady(LocalGrid(1, InlinePool())).is_remote
+print("sqlalchemy" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
 def test_engines_share_their_functions() -> None:
     """Law 5: the ClientApp and the local grid answer alike (tests/real/test_engines.py runs them all)."""
     from flwr.app import Message, RecordDict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -84,13 +85,15 @@ class Steady:
 
 
 def _without_retries(grid: Grid) -> Any:
-    """A second connection of Flower's own grid, which tries nothing again; None for other grids."""
-    from flwr.superlink.grid import HttpGrid
+    """A second connection of Flower's own grid, which tries nothing again; None for other grids.
 
-    if not isinstance(grid, HttpGrid):
+    A module that was never imported has made no grid: a simulation need not import Flower's database.
+    """
+    remote = sys.modules.get("flwr.superlink.grid")
+    if remote is None or not isinstance(grid, remote.HttpGrid):
         return None
     once = copy.copy(grid)
-    once._client, once._retry_invoker = None, None  # type: ignore[assignment]
+    once._client, once._retry_invoker = None, None
     return once
 
 
