@@ -20,7 +20,7 @@ test-real: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "real and not slow" --timeout 1200
 
 test-federation: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m "federation and not slow" -n 2 --dist loadfile --no-loadscope-reorder --timeout 600
+	$(BIN)/python -m pytest -q tests/deployment -m "federation and not slow" -n 2 --dist loadfile --no-loadscope-reorder --timeout 600
 
 # What another processor may compute otherwise, under the kernels of three.
 test-kernels: $(VENV)/.installed

@@ -14,21 +14,24 @@ from fedslm.config import Config
 from fedslm.progress import Silent
 
 MakeConfig = Callable[..., Config]
+ROUNDS = 4
 Simulated = tuple[Path, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def simulated(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Simulated:
-    """A simulation without noise: its shards are what the nodes have, its adapter what they must reach."""
+    """A simulation without noise of the records that the nodes have: its adapter is what they must reach."""
     directory = tmp_path_factory.mktemp("simulated") / "run"
-    report = simulation.simulate(config_in(directory, federation={"rounds": 2}).resolved(), Silent())
+    report = simulation.simulate(
+        config_in(directory, federation={"rounds": ROUNDS}).resolved(), Silent()
+    )
     return directory, report
 
 
 @pytest.fixture(scope="module")
-def site(simulated: Simulated, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A server and three nodes, up and connected."""
-    with federation(tmp_path_factory.mktemp("site"), simulated[0] / "data") as made:
+    with federation(tmp_path_factory.mktemp("site")) as made:
         yield made
 
 
@@ -37,7 +40,7 @@ def make(site: Site, config_in: MakeConfig) -> MakeConfig:
     """A config for the real nodes, with a run directory below the server's."""
 
     def build(name: str, **sections: dict[str, Any]) -> Config:
-        rounds = {"rounds": 2, **sections.pop("federation", {})}
+        rounds = {"rounds": ROUNDS, **sections.pop("federation", {})}
         return config_in(site.server / "runs" / name, federation=rounds, **sections)
 
     return build

@@ -15,16 +15,21 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from tiny import make_rows, write_rows
 
 from fedslm.config import Config
-from fedslm.data.shards import read_client
-from fedslm.deployment import admission, control, runs
+from fedslm.deployment import admission, authority, control, enrolment, runs
+from fedslm.deployment.status import status_of
 from fedslm.errors import FederationError
+from fedslm.federation.attestation import ATTESTATION, attest
 from fedslm.federation.node import LEDGER
+from fedslm.federation.workers import InlinePool
 from fedslm.privacy.chain import Chain, read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 
@@ -52,12 +57,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def eventually(is_true: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
+def eventually(
+    is_true: Callable[[], bool], what: str, seconds: float = SECONDS, *, every_seconds: float = 0.1
+) -> None:
     """Waits, but not for ever."""
     deadline = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.1)
+        time.sleep(every_seconds)
 
 
 def fedslm(*words: str | Path, code: int = 0) -> str:
@@ -158,7 +165,11 @@ class Site:
     def start_node(self, name: str) -> None:
         """Starts a node, and waits until the server sees it."""
         self.start(name, "node", "up", self.root / name)
-        eventually(lambda: self.online(name), f"{name} online")
+        self.wait_for(name)
+
+    def wait_for(self, name: str) -> None:
+        """Waits until the server sees a node."""
+        eventually(lambda: self.online(name), f"{name} online", every_seconds=0.5)
 
     def start_server(self) -> None:
         """Starts the server, and waits until it is up."""
@@ -186,11 +197,9 @@ class Site:
         return (self.root / f"{name}.log").read_text(encoding="utf-8")
 
     def status(self) -> dict[str, Any]:
-        """What the server says of nodes and runs."""
-        found: dict[str, Any] = json.loads(
-            fedslm("server", "status", "--server", self.server, "--json")
-        )
-        return found
+        """What the server says of nodes and runs, as `fedslm server status --json` prints it."""
+        with control.connected(self.server) as connection:
+            return status_of(self.server, connection.nodes()).as_json()
 
     def online(self, name: str) -> bool:
         """Whether the server sees a node."""
@@ -200,7 +209,7 @@ class Site:
     def run(self, config: Config, *, resume: bool = False) -> tuple[str, Path]:
         """Runs a config to its end; gives its last status and its directory."""
         with self.running(config, resume=resume) as (directory, ended):
-            eventually(lambda: bool(ended()), "the run's end", 2 * SECONDS)
+            eventually(lambda: bool(ended()), "the run's end", 2 * SECONDS, every_seconds=0.5)
             return ended(), directory
 
     @contextmanager
@@ -271,15 +280,21 @@ def _children(parent: int) -> list[int]:
 
 @contextmanager
 def federation(
-    root: Path, data: Path, names: tuple[str, ...] = NAMES, *, more: str = ""
+    root: Path,
+    names: tuple[str, ...] = NAMES,
+    *,
+    held: str = "",
+    more: str = "",
+    is_tested: bool = True,
 ) -> Iterator[Site]:
     """A server and nodes, up and connected; each node has a cable of its own.
 
     Args:
         root: Where they live.
-        data: A simulation's data directory: each node gets one client's records.
-        names: The nodes.
+        names: The nodes: each has the records of one client of a simulation of as many.
+        held: One of them whose process is not started: a test answers with its keys.
         more: Further lines for each node.toml.
+        is_tested: Whether the code has passed its self-test at the nodes already.
     """
     if shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None:
         pytest.skip("nginx is not installed; on Debian: apt-get install nginx-light")
@@ -290,34 +305,53 @@ def federation(
         f'name = "test"\nhost = "127.0.0.1"\nport = {port}\ninner_port = {free_port()}\n'
         f"metrics_port = {free_port()}\n"
     )
-    fedslm("provision", "init", site.server / "federation.toml")
+    authority.certify(site.server)
     try:
         site.start_server()
-        for index, name in enumerate(names):
-            node = site.root / name
-            node.mkdir()
-            rows = read_client(data, index)
-            (node / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (node / "node.toml").write_text(
-                f'name = "{name}"\nsource = "{node}/notes.jsonl"\npoll_seconds = 0.2\n{more}'
-            )
-            (node / "policy.toml").write_text(POLICY)
-            fedslm("node", "enroll", node, "--name", name)
-            fedslm("provision", "admit", node / f"{name}.request.json", "--server", site.server)
-            fedslm("node", "accept", node, site.server / f"admissions/{name}.admission.json")
-            site.cables[name] = Cable(port)
-            change_admission(node, address=f"127.0.0.1:{site.cables[name].port}")
-            site.start(name, "node", "up", node)
-        for name in names:
-            eventually(lambda name=name: site.online(name), f"{name} online")
+        with control.connected(site.server) as connection:
+            for index, name in enumerate(names):
+                write_node(root / name, index, more)
+                if is_tested:
+                    (root / name / ATTESTATION).write_text(self_test())
+                request = enrolment.enroll(root / name, name)
+                _, told = admission.admit(site.server, request, connection.register)
+                admission.accept(root / name, told)
+                site.cables[name] = Cable(port)
+                change_admission(root / name, address=f"127.0.0.1:{site.cables[name].port}")
+                if name != held:
+                    site.start(name, "node", "up", root / name)
+        for name in site.processes.keys() & {*names}:
+            site.wait_for(name)
         yield site
     finally:
-        for name in reversed(list(site.processes)):
+        for name, process in site.processes.items():
             with suppress(ProcessLookupError):
-                os.killpg(site.processes[name].pid, signal.SIGCONT)
+                os.killpg(process.pid, signal.SIGCONT)
+            if name != "server":  # the others end beside each other
+                process.terminate()
+        for name in reversed(list(site.processes)):
             site.stop(name)
         for cable in site.cables.values():
             cable.close()
+
+
+def write_node(node: Path, index: int, more: str) -> None:
+    """A node's records, settings and policy."""
+    node.mkdir()
+    site = f"site-{index % 3}"
+    write_rows(node / "notes.jsonl", [row for row in make_rows(90, 0) if row["client"] == site])
+    (node / "node.toml").write_text(
+        f'name = "{node.name}"\nsource = "{node}/notes.jsonl"\npoll_seconds = 0.5\n{more}'
+    )
+    (node / "policy.toml").write_text(POLICY)
+
+
+@cache
+def self_test() -> str:
+    """What a node keeps of its self-test: the nodes of one machine would all run the same one."""
+    with TemporaryDirectory() as directory:
+        InlinePool(threads=1).call(attest, Path(directory))
+        return (Path(directory) / ATTESTATION).read_text()
 
 
 def change_admission(node: Path, **changes: str) -> None:

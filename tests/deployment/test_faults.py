@@ -15,11 +15,9 @@ import pytest
 from sites import NAMES, Site, eventually, federation, ledger_of, moving, rounds_of
 from tiny import PRIVATE
 
-from fedslm import simulation
 from fedslm.config import Config
 from fedslm.deployment import bundle as bundles
 from fedslm.deployment import control
-from fedslm.progress import Silent
 from fedslm.storage import load_adapter
 
 pytestmark = [pytest.mark.federation, pytest.mark.slow]
@@ -100,13 +98,11 @@ def serving(code: bytes) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def site(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A server and three nodes, up and connected; the nodes approve the replaying server's bundle too."""
-    directory = tmp_path_factory.mktemp("simulated") / "run"
-    simulation.simulate(config_in(directory, federation={"rounds": 1}).resolved(), Silent())
     with serving(REPLAYING) as approved:
         more = f'approved_bundles = ["{approved}"]\n'
-    with federation(tmp_path_factory.mktemp("site"), directory / "data", more=more) as made:
+    with federation(tmp_path_factory.mktemp("site"), more=more) as made:
         yield made
 
 

@@ -24,7 +24,6 @@ from flwr.proto.message_pb2 import ObjectTree
 from sites import SECONDS, Site, eventually, federation, ledger_of, rounds_of
 from tiny import PRIVATE
 
-from fedslm import simulation
 from fedslm.config import Config
 from fedslm.deployment import fleet_api
 from fedslm.deployment.admission import read_admission
@@ -35,7 +34,6 @@ from fedslm.deployment.link import Link
 from fedslm.deployment.node import import_records, open_node
 from fedslm.federation.local_grid import handle
 from fedslm.federation.node import LEDGER
-from fedslm.progress import Silent
 
 pytestmark = pytest.mark.federation
 MakeConfig = Callable[..., Config]
@@ -68,12 +66,9 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """North and the server run as they do; south stops before it answers the first round."""
-    directory = tmp_path_factory.mktemp("simulated") / "run"
-    simulation.simulate(config_in(directory, federation={"rounds": 1}).resolved(), Silent())
+    """North and the server run as they do, north's self-test too; south does not answer the first round."""
     root = tmp_path_factory.mktemp("site")
-    with federation(root, directory / "data", ("north", "south")) as site:
-        site.stop("south")
+    with federation(root, ("north", "south"), held="south", is_tested=False) as site:
         nodes = {"num_clients": 2, "rounds": 2}
         config = config_in(site.server / "runs" / "lied-to", federation=nodes, privacy=PRIVATE)
         key = node_key(root / "south")

@@ -16,7 +16,9 @@ import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+import fedslm
 from fedslm.deployment import authority, link
+from fedslm.deployment import bundle as bundles
 from fedslm.deployment.bundle import sha256_of
 from fedslm.errors import FederationError
 from fedslm.federation.local_grid import LocalGrid
@@ -192,3 +194,14 @@ def test_how_long_a_message_is_worked_on() -> None:
         86_400.0,
         60.0,
     )
+
+
+def test_a_bundle_of_another_version_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server of another version alone sends a bundle that no node of this one has approved."""
+    usual = bundles.bundle()
+    monkeypatch.setattr(fedslm, "__version__", "0.0.9")
+    bundles.bundle.cache_clear()
+    try:
+        assert sha256_of(bundles.bundle()) != sha256_of(usual)
+    finally:
+        bundles.bundle.cache_clear()

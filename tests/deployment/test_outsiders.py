@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from sites import Site, change_admission, eventually, federation, fedslm, moving, rounds_of
 
-from fedslm import simulation
 from fedslm.config import Config
 from fedslm.deployment import authority, control
 from fedslm.deployment.enrolment import node_key
@@ -30,7 +29,6 @@ from fedslm.deployment.link import Link
 from fedslm.deployment.node import import_records, open_node
 from fedslm.federation.local_grid import handle
 from fedslm.federation.wire import Reply
-from fedslm.progress import Silent
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter
 
@@ -40,12 +38,9 @@ Lie = Callable[[Message, dict[int, RecordDict]], RecordDict]
 
 
 @pytest.fixture(scope="module")
-def site(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A server and three nodes; west's own process is stopped, so that a test can take its place."""
-    directory = tmp_path_factory.mktemp("simulated") / "run"
-    simulation.simulate(config_in(directory, federation={"rounds": 1}).resolved(), Silent())
-    with federation(tmp_path_factory.mktemp("site"), directory / "data") as made:
-        made.stop("west")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A server and three nodes; west is not, so that a test can take its place."""
+    with federation(tmp_path_factory.mktemp("site"), held="west") as made:
         yield made
 
 

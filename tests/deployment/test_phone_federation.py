@@ -12,10 +12,8 @@ import pytest
 from sites import Cable, Site, change_admission, eventually, federation, ledger_of, moving, rounds_of
 from tiny import PRIVATE, write_base
 
-from fedslm import simulation
 from fedslm.config import Config
 from fedslm.deployment import control
-from fedslm.progress import Silent
 from fedslm.storage import load_adapter
 
 pytestmark = [pytest.mark.federation, pytest.mark.slow]
@@ -77,13 +75,11 @@ class Flaky(Cable):
 
 
 @pytest.fixture(scope="module")
-def site(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A server and one phone, which is plugged in."""
-    simulated = tmp_path_factory.mktemp("simulated") / "run"
-    simulation.simulate(config_in(simulated, federation={"rounds": 1}).resolved(), Silent())
     root = tmp_path_factory.mktemp("site")
     (root / "plugged").touch()
-    with federation(root, simulated / "data", ("north",), more=PHONE) as made:
+    with federation(root, ("north",), more=PHONE) as made:
         yield made
 
 

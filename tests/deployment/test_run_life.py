@@ -15,11 +15,9 @@ from sites import FEDSLM, SECONDS, Site, eventually, federation, fedslm, rounds_
 from tiny import PRIVATE
 
 from fedslm import config as configuration
-from fedslm import simulation
 from fedslm.config import Config
 from fedslm.deployment import control, runs
 from fedslm.errors import RunError
-from fedslm.progress import Silent
 
 pytestmark = [pytest.mark.federation, pytest.mark.slow]
 MakeConfig = Callable[..., Config]
@@ -27,11 +25,9 @@ NAMES = ("north", "south")
 
 
 @pytest.fixture(scope="module")
-def site(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A server and two nodes."""
-    directory = tmp_path_factory.mktemp("simulated") / "run"
-    simulation.simulate(config_in(directory, federation={"rounds": 1}).resolved(), Silent())
-    with federation(tmp_path_factory.mktemp("site"), directory / "data", NAMES) as made:
+    with federation(tmp_path_factory.mktemp("site"), NAMES) as made:
         yield made
 
 

@@ -14,10 +14,8 @@ import pytest
 from sites import Site, eventually, federation, ledger_of, rounds_of
 from tiny import PRIVATE
 
-from fedslm import simulation
 from fedslm.config import Config
 from fedslm.deployment import control
-from fedslm.progress import Silent
 
 pytestmark = [pytest.mark.federation, pytest.mark.slow]
 ROUNDS, WARM = 30, 8
@@ -31,11 +29,9 @@ def test_thirty_rounds_with_random_kills(
 ) -> None:
     """30 rounds, 4 nodes, kills (-9) of nodes and workers: all rounds, all charges, flat memory and disk."""
     data = {"partition": "iid"}
-    seeded = config_in(tmp_path / "simulated", data=data, federation={"rounds": 1, "num_clients": 4})
-    simulation.simulate(seeded.resolved(), Silent())
     root, chance = tmp_path / "site", random.Random(6)
     root.mkdir()
-    with federation(root, tmp_path / "simulated" / "data", NODES) as site:
+    with federation(root, NODES) as site:
         rounds = {"rounds": ROUNDS, "num_clients": 4, "round_deadline_seconds": 120.0, "min_clients": 2}
         config = config_in(
             site.server / "runs" / "soak",

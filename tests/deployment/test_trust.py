@@ -6,17 +6,15 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import ConfigRecord, Message, RecordDict
-from sites import Site, eventually, federation, fedslm, ledger_of, rounds_of
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from sites import Site, federation, fedslm, ledger_of, rounds_of
 from tiny import PRIVATE
 
-from fedslm import simulation
 from fedslm.config import Config
 from fedslm.deployment import control
 from fedslm.deployment.enrolment import node_key
@@ -30,27 +28,82 @@ from fedslm.federation.local_grid import handle
 from fedslm.federation.node import LEDGER
 from fedslm.federation.spends import SPENDS, read_standings, standings_of_run
 from fedslm.federation.trust import OPERATOR_KEY
+from fedslm.federation.workers import InlinePool
 from fedslm.privacy.keys import new_private_key, public_hex, signing_key
-from fedslm.progress import Silent
 from fedslm.records import epsilon_of_json
 
 pytestmark = pytest.mark.federation
 MakeConfig = Callable[..., Config]
-Lie = Callable[[Message, Message, Believed], RecordDict]
+
+
+class West:
+    """A node's own keys in the hands of somebody who answers what he likes; no process of its own runs.
+
+    Attributes:
+        answer: Turns what was asked into what is sent; tests replace it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._ready, self._stop = open_node(directory), threading.Event()
+        self.directory, self.answer = directory, self.honest
+        self._thread = threading.Thread(target=self._serve)
+        import_records(self._ready)
+        self._thread.start()
+
+    def honest(self, message: Message, believed: Believed) -> RecordDict:
+        """What west's process would send."""
+        reply = self.trained(message, believed, self.directory)
+        return sealed(reply, believed.request_sha256, signing_key(self.directory))
+
+    def trained(self, message: Message, believed: Believed, directory: Path) -> RecordDict:
+        """What the records and the ledger of a directory give, unsigned."""
+        metadata, client = message.metadata, believed.envelope.client
+        context = open_node(directory).context(metadata.dst_node_id, metadata.run_id, client)
+        return InlinePool(threads=1).call(handle, message, context).content
+
+    def close(self) -> None:
+        """Ends it."""
+        self._stop.set()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+    def _serve(self) -> None:
+        ready, key = self._ready, node_key(self.directory)
+        instructions = Instructions(ready.directory, ready.admission)
+        with connected(ready.admission.address, ready.admission.authority.encode(), key) as found:
+            link = Link(*found, ready.approved, 1 << 30)
+
+            def answered(message: Message, run: int) -> Message:
+                try:
+                    content = self.answer(message, instructions.believed(message, run))
+                except Exception as error:
+                    return Message(Error(code=2, reason=str(error)), reply_to=message)
+                return Message(content, reply_to=message)
+
+            link.serve(answered, lambda seconds: not self._stop.wait(seconds), 0.5)
 
 
 @pytest.fixture(scope="module")
-def site(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A server and three nodes, up and connected."""
-    directory = tmp_path_factory.mktemp("simulated") / "run"
-    simulation.simulate(config_in(directory, federation={"rounds": 1}).resolved(), Silent())
-    with federation(tmp_path_factory.mktemp("site"), directory / "data") as made:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A server and two nodes, up and connected; west is admitted as they are."""
+    with federation(tmp_path_factory.mktemp("site"), held="west") as made:
         yield made
 
 
+@pytest.fixture(scope="module")
+def west(site: Site) -> Iterator[West]:
+    """West, connected, in the hands of the tests: honest, unless one says otherwise."""
+    made = West(site.root / "west")
+    try:
+        site.wait_for("west")
+        yield made
+    finally:
+        made.close()
+
+
 @pytest.fixture
-def make(site: Site, config_in: MakeConfig) -> MakeConfig:
-    """A private config for the real nodes, with a run directory below the server's."""
+def make(site: Site, west: West, config_in: MakeConfig) -> MakeConfig:
+    """A private config for all three nodes, with a run directory below the server's."""
 
     def build(name: str, **sections: dict[str, Any]) -> Config:
         rounds = {"rounds": 1, **sections.pop("federation", {})}
@@ -58,38 +111,6 @@ def make(site: Site, config_in: MakeConfig) -> MakeConfig:
         return config_in(site.server / "runs" / name, federation=rounds, **sections)
 
     return build
-
-
-@contextmanager
-def hostile(site: Site, name: str, lie: Lie, *, trains: bool = True) -> Iterator[None]:
-    """A node's own keys in the hands of somebody who answers what he likes; its process is stopped."""
-    site.stop(name)
-    ready, stop = open_node(site.root / name), threading.Event()
-    import_records(ready)
-
-    def serve() -> None:
-        key, pem = node_key(ready.directory), ready.admission.authority.encode()
-        instructions = Instructions(ready.directory, ready.admission)
-        with connected(ready.admission.address, pem, key) as found:
-            link = Link(*found, ready.approved, 1 << 30)
-
-            def answered(message: Message, run: int) -> Message:
-                believed = instructions.believed(message, run)
-                context = ready.context(link.node_id, run, believed.envelope.client)
-                reply = handle(message, context) if trains else message
-                return Message(lie(message, reply, believed), reply_to=message)
-
-            link.serve(answered, lambda seconds: not stop.wait(seconds), 0.2)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        eventually(lambda: site.online(name), f"{name} is online")
-        yield
-    finally:
-        stop.set()
-        thread.join(60)
-        site.start_node(name)
 
 
 def ledger_key(site: Site, name: str) -> str:
@@ -123,28 +144,30 @@ def test_requests_of_another_operator_are_refused(site: Site, make: MakeConfig) 
     finally:
         path.write_bytes(usual)
     assert rounds_of(directory)[0]["completed"] == 0
-    for where in (reasons(directory), site.log("north"), site.log("west")):
+    for where in (reasons(directory), site.log("north"), site.log("south")):
         assert "not signed with the operator's key" in where
     assert charges(site) == before
 
 
-def test_replies_are_the_admitted_nodes_own(site: Site, make: MakeConfig) -> None:
+def test_replies_are_the_admitted_nodes_own(site: Site, west: West, make: MakeConfig) -> None:
     """An unsigned reply, one under another key, and one for another request do not count; the right one does."""
-    other = Ed25519PrivateKey.generate()
+    own, other = signing_key(west.directory), Ed25519PrivateKey.generate()
 
-    def lie(message: Message, reply: Message, believed: Believed) -> RecordDict:
+    def lie(message: Message, believed: Believed) -> RecordDict:
+        reply = west.trained(message, believed, west.directory)
         match believed.envelope.round:
             case 1:
-                return reply.content
+                return reply
             case 2:
-                return sealed(reply.content, believed.request_sha256, other)
+                return sealed(reply, believed.request_sha256, other)
             case 3:
-                return sealed(reply.content, "0" * 64, signing_key(site.root / "west"))
+                return sealed(reply, "0" * 64, own)
             case _:
-                return sealed(reply.content, believed.request_sha256, signing_key(site.root / "west"))
+                return sealed(reply, believed.request_sha256, own)
 
-    with hostile(site, "west", lie):
-        _, directory = site.run(make("replies", privacy={"unit": "none"}, federation={"rounds": 4}))
+    west.answer = lie
+    _, directory = site.run(make("first", federation={"rounds": 4}))
+    west.answer = west.honest
     lines = rounds_of(directory)
     assert [(line["completed"], line["failed"]) for line in lines] == [(2, 1), (2, 1), (2, 1), (3, 0)]
     for line in lines[:3]:
@@ -157,7 +180,6 @@ def test_a_spend_is_not_forgotten_by_the_next_run(site: Site, make: MakeConfig) 
 
     The others go on; status says who is out, why, and what each has spent over all runs.
     """
-    site.run(make("first"))
     shutil.copytree(site.root / "west", site.root / "backup")  # for the test below
     spent = read_standings(site.server / SPENDS)
     south, key = site.root / "south", ledger_key(site, "south")
@@ -165,9 +187,8 @@ def test_a_spend_is_not_forgotten_by_the_next_run(site: Site, make: MakeConfig) 
     node = next(each for each in site.status()["nodes"] if each["name"] == "south")
     assert epsilon_of_json(node["lifetime_epsilon"]) == pytest.approx(spent[key].epsilon)
     site.stop("south")
-    saved = {path.name: path.read_bytes() for path in south.glob("ledger.jsonl*")}
-    for name in saved:
-        (south / name).unlink()
+    for path in south.glob("ledger.jsonl*"):
+        path.unlink()
     site.start_node("south")
     _, directory = site.run(make("second", federation={"rounds": 2}))
     found_out, out = rounds_of(directory)
@@ -181,43 +202,52 @@ def test_a_spend_is_not_forgotten_by_the_next_run(site: Site, make: MakeConfig) 
     assert "south is out since" in " ".join(text.split())
     said = fedslm("provision", "readmit", "south", "--server", site.server, "--reason", "disk lost")
     assert f"{spent[key].charges} charge" in said
-    _, directory = site.run(make("third"))
-    assert rounds_of(directory)[0]["completed"] == 3
-    audit = fedslm("audit", "run", directory, "--no-empirical")
-    assert "disk lost" in (directory / "audit.md").read_text(), audit
 
 
-def test_a_restored_backup_is_found_out_by_the_server(site: Site, make: MakeConfig) -> None:
-    """A node that hides that its ledger is an old copy, and signs what it says, is put out all the same."""
+def test_a_restored_backup_is_found_out_by_the_server(site: Site, west: West, make: MakeConfig) -> None:
+    """A node that hides that its ledger is an old copy, and signs what it says, is put out all the same.
+
+    The node that was readmitted takes part; the audit says who is out, and why it was let in again.
+    """
     backup = site.root / "backup"
 
-    def hides(message: Message, reply: Message, believed: Believed) -> RecordDict:
+    def hides(message: Message, believed: Believed) -> RecordDict:
         values = json.loads(str(message.content[ENVELOPE][ENVELOPE]))
         message.content[ENVELOPE] = ConfigRecord({ENVELOPE: json.dumps({**values, "seen": []})})
-        context = open_node(backup).context(5, 1, believed.envelope.client)
-        content = handle(message, context).content
-        return sealed(content, believed.request_sha256, signing_key(backup))
+        reply = west.trained(message, believed, backup)
+        return sealed(reply, believed.request_sha256, signing_key(backup))
 
-    import_records(open_node(backup))
-    with hostile(site, "west", hides, trains=False):
-        _, directory = site.run(make("hidden"))
+    west.answer = hides
+    _, directory = site.run(make("third"))
+    west.answer = west.honest
     (line,) = rounds_of(directory)
     assert (line["completed"], line["failed"]) == (2, 1)
-    assert "it was rolled back" in reasons(directory)
+    (reason,) = line["reasons"]
+    assert reason.startswith("west: ")
+    assert "it was rolled back" in reason
     standing = read_standings(site.server / SPENDS)[ledger_key(site, "west")]
     assert standing.out
     assert standings_of_run(directory)["west"].out == standing.out
+    audit = fedslm("audit", "run", directory, "--no-empirical", code=1)
+    page = (directory / "audit.md").read_text()
+    assert "west is out since" in page, audit
+    assert audit.count("finding: ") == 1, audit  # south, which was readmitted, is none
+    assert "disk lost" in page, audit
     fedslm("provision", "readmit", "west", "--server", site.server, "--reason", "a test")
 
 
-def test_a_revoked_node_in_the_middle(site: Site, make: MakeConfig) -> None:
+def test_a_revoked_node_in_the_middle(site: Site, west: West, make: MakeConfig) -> None:
     """A run under way goes on without it, and later runs are possible; the last test: it stays out."""
-    config = make("under-way", federation={"rounds": 5, "min_clients": 2}, training={"local_steps": 20})
-    with site.running(config) as (directory, ended):
-        eventually(lambda: len(rounds_of(directory)) == 1, "a first round")
-        fedslm("provision", "revoke", "south", "--server", site.server)
-        eventually(lambda: bool(ended()), "the end", 240)
-    assert ended() == control.COMPLETED
+
+    def revokes(message: Message, believed: Believed) -> RecordDict:
+        if believed.envelope.round == 2:
+            fedslm("provision", "revoke", "south", "--server", site.server)
+        return west.honest(message, believed)
+
+    west.answer = revokes
+    status, directory = site.run(make("under-way", federation={"rounds": 3, "min_clients": 2}))
+    west.answer = west.honest
+    assert status == control.COMPLETED
     lines = rounds_of(directory)
     assert (lines[0]["completed"], lines[-1]["completed"]) == (3, 2)
     assert "the node was revoked" in "\n".join(lines[-1]["reasons"])
