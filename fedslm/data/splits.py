@@ -13,7 +13,9 @@ FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _TEXT, _GZIP = ".txt", ".gz"
 _COMPRESSED = (".jsonl", ".json", ".csv", ".tsv")
 _PACKED = (_GZIP, ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")
-_UNREAD = (*_PACKED, ".ndjson", ".xlsx", ".feather")
+_TABLES = (".ndjson", ".jsonlines", ".jl", ".pq", ".parq", ".feather", ".ipc", ".orc", ".avro", ".tab")
+_BOOKS = (".psv", ".xls", ".xlsx", ".xlsm", ".ods", ".pkl", ".pickle", ".sqlite", ".sqlite3")
+_UNREAD = (*_PACKED, *_TABLES, *_BOOKS, ".tfrecord")
 _MOST_NAMED = 6
 
 
@@ -60,6 +62,8 @@ def _split_in(directory: Path, split: str) -> list[Path]:
     pieces = {path: match for path in there if (match := _piece(path, split))}
     whole = [path for path in there if _stem(path) == split.casefold()]
     others = [path for path in there if path not in pieces and _may_be_part(path, split)]
+    if not whole and not pieces and len(others) == 1 and others[0].is_dir():
+        return [_readable(directory, others[0])]  # train.parquet/: an error that says what it is
     if others or len(whole) + bool(pieces) > 1:
         raise DataError(
             f"data.source={str(directory)!r}: split {split!r} may be any of "
@@ -73,7 +77,10 @@ def _split_in(directory: Path, split: str) -> list[Path]:
     if _is_only_texts(there):
         return [directory]
     found = _named(path for path in there if _stem(path) is not None) or "no data files"
-    raise DataError(f"data.source={str(directory)!r} has no split {split!r}; found {found}")
+    raise DataError(
+        f"data.source={str(directory)!r} has no split {split!r}; found {found}; name the split in "
+        f"data.train_split or data.evaluation_split, or give the path of one file"
+    )
 
 
 def is_text_folder(path: Path) -> bool:

@@ -61,6 +61,9 @@ def refusal(directory: Path, split: str = "train") -> str:
         ("{}.jsonl", "{}/more.jsonl"),
         ("{}.jsonl", "{}.jsonl.zst"),
         ("{}.jsonl", "{}.xlsx"),
+        ("{}.jsonl", "{}.pq"),
+        ("{}.csv", "{}.jsonlines"),
+        ("{}.csv", "{}.2.orc"),
         ("{}.jsonl", "{}.txt"),
         ("{}/a.txt", "{}_2/b.txt"),
     ],
@@ -132,7 +135,11 @@ def test_the_case_of_a_name_is_no_matter(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["train.jsonl.zst", "train.zip", "train.parquet.gz", "train.txt", "train/a.csv"]
+    "name",
+    [
+        *("train.jsonl.zst", "train.zip", "train.parquet.gz", "train.txt", "train/a.csv"),
+        *("train.pq", "train.xls", "train.parquet/part-0.parquet"),
+    ],
 )
 def test_a_form_that_is_not_read_is_named(tmp_path: Path, name: str) -> None:
     """A split that cannot be read is not said to be absent."""
