@@ -13,7 +13,7 @@ from fedslm.config import LoraConfig, ModelConfig, TaskConfig, TrainingConfig
 from fedslm.models import families, networks
 from fedslm.models.adapter import attach
 from fedslm.models.base import device_of
-from fedslm.tasks.passes import MOST_EXAMPLES, MOST_LOGITS
+from fedslm.tasks.passes import LEAST_WIDTH, MOST_EXAMPLES, MOST_LOGITS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -246,12 +246,14 @@ def _activations(network: Any, model: ModelConfig, task: TaskConfig) -> int:
 
 
 def _evaluation(network: Any, task: TaskConfig, num_labels: int) -> int:
-    """Bytes of one evaluation pass's logits with their copies, by :mod:`fedslm.tasks.passes`.
+    """Bytes of one evaluation pass's logits, or of one layer's states, by :mod:`fedslm.tasks.passes`.
 
     Without gradients a layer's activations go with the next layer.
     """
     length, width = task.max_length, num_labels or int(network.config.vocab_size)
+    if task.name == "seq2seq":
+        length = max(length, task.max_target_length or 0)  # the longer one counts in a pass
     if task.name == "preference":
         width *= 4  # two answers, each with and without the adapter
-    one = length * width
+    one = length * max(width, LEAST_WIDTH)
     return _EVALUATED * _FLOAT * max(one, min(MOST_EXAMPLES * one, MOST_LOGITS))

@@ -8,6 +8,7 @@ from fedslm.tasks.base import Example, Task
 
 MOST_EXAMPLES = 32
 MOST_LOGITS = 1 << 24  # 64 MiB in float32, for each copy that a metric makes
+LEAST_WIDTH = 1 << 11  # what a layer holds of a token, however few the classes
 
 
 def passes(examples: Sequence[Example], width: int, size: int = MOST_EXAMPLES) -> Iterator[list[int]]:
@@ -16,13 +17,13 @@ def passes(examples: Sequence[Example], width: int, size: int = MOST_EXAMPLES) -
     Args:
         examples: Any number.
         width: From :func:`width_of`.
-        size: Most examples in a pass. There are fewer where their padded tokens times ``width`` would
-            exceed :data:`MOST_LOGITS`, and always one.
+        size: Most examples in a pass. There are fewer where their padded tokens times ``width`` (at
+            least :data:`LEAST_WIDTH`) would exceed :data:`MOST_LOGITS`, and always one.
 
     >>> list(passes([Example((1,) * 512), Example((1,) * 256), Example((1,))], 2**15))
     [[2, 1], [0]]
     """
-    lengths = [example.length for example in examples]
+    lengths, width = [example.length for example in examples], max(width, LEAST_WIDTH)
     part: list[int] = []
     for number in sorted(range(len(lengths)), key=lengths.__getitem__):
         values = (len(part) + 1) * lengths[number] * width  # all are padded to the last, the longest

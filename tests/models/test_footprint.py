@@ -152,6 +152,22 @@ def test_an_evaluation_takes_what_is_said(
     assert 0.5 < estimate / peak.bytes < 2
 
 
+def test_an_evaluation_counts_long_targets_too(
+    family_directory: Callable[[str, str], Path],
+) -> None:
+    """A pass of a sequence-to-sequence task is as long as its texts or its targets."""
+    directory = family_directory("t5", "seq2seq")
+    base = ModelConfig(base=str(directory))
+    sizes = [
+        footprint(directory, base, LORA, task, 0).evaluation_bytes
+        for task in (
+            TaskConfig(name="seq2seq", max_length=texts, max_target_length=targets)
+            for texts, targets in ((8, 64), (64, 64), (64, 8))
+        )
+    ]
+    assert len(set(sizes)) == 1
+
+
 def test_checkpointing_and_shorter_texts_need_less(
     family_directory: Callable[[str, str], Path],
 ) -> None:

@@ -32,6 +32,12 @@ def test_a_wide_vocabulary_means_fewer_records() -> None:
     assert sizes == {2: MOST_EXAMPLES, 1000: MOST_EXAMPLES, 49_152: 2}
 
 
+def test_long_texts_mean_fewer_records() -> None:
+    """Of few classes a layer's states are the most: 16 records of 512 tokens, one of 8,192."""
+    sizes = [max(map(len, passes([Example((1,) * n)] * 64, 2))) for n in (256, 512, 8192, 16_384)]
+    assert sizes == [MOST_EXAMPLES, 16, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [("classification", 3), ("token-classification", 5), ("causal-lm", 1000), ("preference", 4000)],
