@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _MARK = "\ue000"  # stands for an answer; of the private-use area, so no text means anything by it
 _LONGEST_REASON = 200
+_MOST_WRITTEN = 200_000  # characters, beside ten times the turns' own: a tool's schema has less
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ def rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, asks:
             f"the tokenizer's chat template cannot write turns of {roles}: {type(error).__name__}: "
             f'{first}; set task.prompt_format="plain"'
         ) from error
+    if len(text) > _MOST_WRITTEN + 10 * sum(len(turn["content"]) for turn in turns):
+        raise ModelError(
+            f"the tokenizer's chat template writes {len(text)} characters around a few turns; set "
+            f'task.prompt_format="plain"'
+        )
     return str(text)
 
 

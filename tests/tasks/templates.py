@@ -45,6 +45,7 @@ BROKEN = {
     "does not parse": "{% for m in messages %}{{ m.content }}",
     "raises": "{{ raise_exception('no such role') }}",
     "names nothing": "{{ messages[0].text.content }}",
+    "writes too much": "{{ 'a' * 400000 }}{% for m in messages %}{{ m.content }}{% endfor %}",
     "drops answers": "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
 }
 
