@@ -13,7 +13,7 @@ from fedslm.data.columns import names_in, needed
 from fedslm.data.missing import is_missing, is_nothing, name_of
 from fedslm.data.spool import batches, named
 from fedslm.data.turns import answered, turns_of
-from fedslm.data.values import described, is_value, text_in
+from fedslm.data.values import BYTES, HOLES, NOTHING, described, is_value, text_in
 from fedslm.errors import DataError
 from fedslm.storage import expand
 
@@ -106,8 +106,10 @@ def check(dataset: Dataset, data: DataConfig, task: TaskConfig, part: str) -> No
                 if not demand.fits(value):
                     found, remedy = described(value)
                     holds = f"have no {demand.wanted} in column {column!r}"
-                    if found != "nothing":
-                        holds, remedy = f"{holds}, but {found}", demand.remedy or remedy
+                    if found != NOTHING:
+                        holds = f"{holds}, but {found}"
+                    if found not in (NOTHING, BYTES, HOLES) and not isinstance(value, dict):
+                        remedy = demand.remedy or remedy
                     wrong.setdefault((f"{key}={column!r}: ", holds, remedy), []).append(row)
         if task.name == "token-classification":
             words, tags = values[data.text_column], values[str(data.label_column)]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedslm.data.missing import is_nothing
+from fedslm.data.missing import is_missing, is_nothing
 from fedslm.data.turns import is_turns, turns_of
 
 ROLES = "system, user (human), assistant (gpt) and tool"
+NOTHING, BYTES, HOLES = "nothing", "bytes", "a list in which a value is missing"
 _NO_TEXT = (list, tuple, dict, set, bytes, bytearray, memoryview)
 
 
 def text_in(value: Any) -> str:
-    """A value as text: numbers and dates as they are written; nothing where there is no text.
+    """A value as text, numbers and dates as they are written; nothing where there is no text.
 
     >>> text_in("a"), text_in(0), text_in(None), text_in(float("nan")), text_in(["a"]), text_in(b"a")
     ('a', '0', '', '', '', '')
@@ -34,7 +35,7 @@ def described(value: Any) -> tuple[str, str]:
     ('bytes', 'decode them to text first')
     """
     if isinstance(value, bytes | bytearray | memoryview):
-        return "bytes", "decode them to text first"
+        return BYTES, "decode them to text first"
     if is_turns(value) and not turns_of(value):
         return "turns without text, or of an unknown role", f"roles are {ROLES}; contents are texts"
     if is_turns(value):
@@ -51,9 +52,13 @@ def described(value: Any) -> tuple[str, str]:
         )
     if isinstance(value, list | tuple) and not value:
         return "an empty list", "remove them"
+    if isinstance(value, list | tuple) and any(map(is_missing, value)):
+        return HOLES, "remove what is missing from the lists"
     if isinstance(value, list | tuple):
-        inner = type(next((each for each in value if each is not None), None)).__name__
-        return f"a list of {inner} values", "join each list into one text, or name another column"
+        return (
+            f"a list of {type(value[0]).__name__} values",
+            "join each list into one text, or name another column",
+        )
     if not text_in(value).strip():
-        return "nothing", "remove them"
+        return NOTHING, "remove them"
     return "a text" if isinstance(value, str) else f"a {type(value).__name__}", "name another column"

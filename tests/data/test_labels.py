@@ -181,6 +181,30 @@ def test_another_type_is_named_with_its_own_way_out(name: Any, value: Any, part:
     assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("multi-label", ["a", None], "but a list in which a value is missing (rows 0); remove what"),
+        ("multi-label", ["a", " "], "but a list in which a value is missing (rows 0); remove what"),
+        (
+            "token-classification",
+            [None],
+            "but a list in which a value is missing (rows 0); remove what",
+        ),
+        ("classification", b"a", "but bytes (rows 0); decode them"),
+        ("classification", {"name": "a"}, "but an object with name (rows 0); put its text"),
+        ("classification", ["a"], "but a list of str values (rows 0); name one class"),
+    ],
+)
+def test_another_label_is_named_with_its_own_way_out(name: Any, value: Any, part: str) -> None:
+    """Bytes stay bytes with another task, and a list with a hole is a list."""
+    text = ["a"] if name == "token-classification" else "a"
+    rows = Dataset.from_list([{"text": text, "label": value}])
+    with pytest.raises(DataError) as caught:
+        check(rows, DataConfig(source="x"), TaskConfig(name=name), "training")
+    assert part in str(caught.value)
+
+
 @pytest.mark.parametrize("values", [[1, 2], [0, 1], [2.5, 0.1], [True, False]], ids=str)
 @pytest.mark.parametrize(
     "name", ["classification", "causal-lm", "instruction", "seq2seq", "preference"]
