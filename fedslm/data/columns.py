@@ -87,11 +87,15 @@ class Wanted:
         """
         met = list(names)
         self.there.update(dict.fromkeys(met))
-        chosen = [name for name in met if self.needed is None or name in self.columns]
+        chosen = self.among(met)
         for name in chosen:
             if chosen.count(name) > 1:
                 raise DataError(f"{self.source} has two columns {name!r}; rename one of them")
         return chosen
+
+    def among(self, names: Iterable[str]) -> list[str]:
+        """Those of some names that are read, in order."""
+        return [name for name in names if self.needed is None or name in self.columns]
 
     @property
     def columns(self) -> tuple[str, ...]:

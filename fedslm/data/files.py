@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -39,6 +41,10 @@ def tables_in(path: Path, wanted: Wanted | None = None) -> Iterator[pa.Table]:
     try:
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{path} is empty")
+        if kind in _WRITTEN and (other := _other_format(path)):
+            raise DataError(
+                f"{path} holds {other}, not {kind.removeprefix('.')}; rename it, or unpack it"
+            )
         yield from _READERS[kind](path, wanted or Wanted())
     except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
         raise DataError(f"{path} cannot be read as {kind.removeprefix('.')}: {error}") from error
@@ -46,10 +52,26 @@ def tables_in(path: Path, wanted: Wanted | None = None) -> Iterator[pa.Table]:
         raise DataError(f"{path}: the name of a column is not UTF-8 ({error}); rename it") from error
 
 
+_WRITTEN = (".jsonl", ".json", ".csv", ".tsv")  # as text
+_MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"PK\x03\x04": "a ZIP or Excel file"}
+_MAGIC |= {b"ARROW1": "Arrow", b"SQLite format 3": "SQLite", b"(\xb5/\xfd": "zstd"}
+
+
+def _other_format(path: Path) -> str:
+    """Which other format a file of texts is, by its first bytes; empty if it is none that is known."""
+    with _opened(path) as file:
+        start = file.read(16)
+    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "")
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A file's bytes, unpacked."""
+    return gzip.open(path) if is_gzip(path) else path.open("rb")  # type: ignore[return-value]
+
+
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a text file, with their ends."""
-    opened: IO[bytes] = gzip.open(path) if is_gzip(path) else path.open("rb")  # type: ignore[assignment]  # noqa: SIM115
-    with opened as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8")
@@ -63,10 +85,10 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _json(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
     """JSON lines, or one list of records."""
-    return tables_of(_json_rows(path), str(path), wanted)
+    return tables_of(_json_rows(path, wanted), str(path), wanted)
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _json_rows(path: Path, wanted: Wanted) -> Iterator[dict[str, Any]]:
     """One record for each line, or each item of the one list."""
     is_first = True
     for number, line in enumerate(lines := _lines(path), 1):
@@ -74,26 +96,59 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if is_first and line.lstrip().startswith("["):
             items = _parsed(line + "".join(lines), path)
-            yield from (_record(each, path, "item", index) for index, each in enumerate(items, 1))
+            for index, each in enumerate(items, 1):
+                yield _record(each, path, "item", index, wanted)
             return
         is_first = False
-        yield _record(_parsed(line, path, number), path, "line", number)
+        yield _record(_parsed(line, path, number), path, "line", number, wanted)
 
 
 def _parsed(text: str, path: Path, line: int | None = None) -> Any:
     """A JSON value."""
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         where = "" if line is None else f", line {line}"
-        raise DataError(f"{path}{where} cannot be read as json: {error}") from None
+        raise DataError(f"{path}{where} cannot be read as json: {error}; {_JSON_REMEDY}") from None
 
 
-def _record(value: Any, path: Path, what: str, number: int) -> dict[str, Any]:
-    """A JSON object."""
+def _record(value: Any, path: Path, what: str, number: int, wanted: Wanted) -> dict[str, Any]:
+    """A JSON object in which no wanted column stands twice."""
     if not isinstance(value, dict):
-        raise DataError(f"{path}, {what} {number} cannot be read as json: it is no object")
+        raise DataError(
+            f"{path}, {what} {number} cannot be read as json: it is no object; {_JSON_REMEDY}"
+        )
+    if isinstance(value, _Repeated) and (twice := wanted.among(value.names)):
+        raise DataError(f"{path}, {what} {number} has {twice[0]!r} twice; remove one of them")
     return value
+
+
+class _Repeated(dict[str, Any]):
+    """A JSON object in which some names stand more than once; the last value holds.
+
+    Args:
+        pairs: Names and values.
+    """
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        counted = Counter(name for name, _ in pairs)
+        self.names = [name for name, count in counted.items() if count > 1]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object."""
+    value = dict(pairs)
+    return value if len(value) == len(pairs) else _Repeated(pairs)
+
+
+_JSON_REMEDY = "write one object on each line, or all of them as one list"
+_CONSTANTS = {
+    "NaN": None,
+    "Infinity": math.inf,
+    "-Infinity": -math.inf,
+}  # NaN is missing, also in lists
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_CONSTANTS.__getitem__)
 
 
 def _table(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
@@ -122,6 +177,8 @@ def _header(reader: Any, path: Path, separator: str) -> list[str]:
     """Names of the columns."""
     names: list[str] = next(reader, [])
     header = [name.strip() for name in names]
+    if header and (header[0] == "[" or header[0].startswith(("{", "[{"))):
+        raise DataError(f"{path} holds JSON, not a table; rename it to .jsonl, or to .json")
     if len(names) > 1 and all(name != name.lstrip() for name in names[1:]):
         raise DataError(
             f"{path}: in the first line a space follows each {separator!r}; remove the spaces after "
@@ -150,6 +207,12 @@ def _other_separator(line: str, separator: str) -> str:
     return ""
 
 
+def _is_spaced(row: list[str]) -> bool:
+    """Whether fields after the first begin with a space, and one of them with a quote behind it."""
+    later = row[1:]
+    return all(each[:1] == " " for each in later) and any(each[:2] == ' "' for each in later)
+
+
 def _records(reader: Any, header: list[str], path: Path) -> Iterator[list[str]]:
     """Rows as long as the header; blank lines are left out."""
     number = 0
@@ -164,6 +227,11 @@ def _records(reader: Any, header: list[str], path: Path) -> Iterator[list[str]]:
                 raise DataError(
                     f"{path}, row {number} (line {reader.line_num}) has {len(row)} fields, the header "
                     f"has {len(header)}: quote fields that hold the separator, {remedy}"
+                )
+            if number == 1 and _is_spaced(row):
+                raise DataError(
+                    f"{path}, row 1 (line {reader.line_num}): a space stands before each quoted field, "
+                    f"so that the quotes are part of the text; remove the spaces, in all lines"
                 )
             yield row
     except csv.Error as error:

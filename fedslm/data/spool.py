@@ -161,6 +161,8 @@ def _odd_value(values: list[Any], first: int, error: Exception) -> str:
     if is_fit(len(values)):
         return "its name is not Unicode text; rename it"
     row = first_bad(len(values), is_fit)
+    if isinstance(error, OverflowError):
+        return f"row {first + row}: a number is too large for 64 bits; write the column as text"
     remedy = "write it as Unicode text" if isinstance(error, UnicodeError) else "give it one type"
     return f"row {first + row}: {error}; {remedy}"
 

@@ -14,6 +14,8 @@ import pytest
 
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.data import sources
+from fedslm.data.columns import Wanted
+from fedslm.data.files import tables_in
 from fedslm.data.sources import load
 from fedslm.errors import DataError
 
@@ -215,7 +217,14 @@ def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         ('{"text": "a"}\n{"text": "a", "tags": ["\\udcff"]}\n', "'tags' cannot be read: row 1"),
         ('{"text": "a"}\n{"te\\udcffxt": "b"}\n', "column 'te\\udcffxt' cannot be read: its name"),
         ('{"tags": ["x"]}\n{"tags": []}\n{"tags": [1]}\n', "'tags' cannot be read: row 2: "),
-        ('{"id": 1}\n{"id": 100000000000000000000}\n', "'id' cannot be read: row 1: "),
+        (
+            '{"id": 1}\n{"id": 100000000000000000000}\n',
+            "row 1: a number is too large for 64 bits; write",
+        ),
+        ('{"text": "a"}\n{"text": "b", "text": "c"}\n', "line 2 has 'text' twice; remove one"),
+        ('[{"text": "a", "text": "c"}]', "item 1 has 'text' twice; remove one"),
+        ('{\n"data": []\n}\n', "line 1 cannot be read as json: Expecting"),
+        ('{"text": "a"},\n', "write one object on each line, or all of them as one list"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, content: str, part: str) -> None:
@@ -223,6 +232,32 @@ def test_a_bad_line_is_named(tmp_path: Path, content: str, part: str) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text(content)
     assert part in refusal(path)
+
+
+def test_what_is_unusual_in_json_is_read(tmp_path: Path) -> None:
+    """NaN is missing within lists too, and a name that stands twice in a column that nobody reads."""
+    line = '{"text": "a", "label": ["x", NaN], "meta": {"k": 1, "k": 2}, "id": 1, "id": 2}\n'
+    (tmp_path / "train.jsonl").write_text("\ufeff" + line.replace("\n", "\r\n"))
+    found = tables_in(tmp_path / "train.jsonl", Wanted({"data.label_column": "label"}))
+    assert [table.to_pylist() for table in found] == [[{"label": ["x", None]}]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("a.jsonl", gzip.compress(b'{"text": "a"}'), "holds gzip, not jsonl; rename it"),
+        ("a.csv", b"PAR1\x15\x04", "holds Parquet, not csv"),
+        ("a.csv", b"PK\x03\x04\x14", "holds a ZIP or Excel file, not csv"),
+        ("a.csv", b'{"text": "a", "label": "b"}\n', "holds JSON, not a table; rename it"),
+        ("a.tsv", b'[\n{"text": "a"}\n]\n', "holds JSON, not a table; rename it"),
+    ],
+)
+def test_a_file_with_another_name_is_named(
+    tmp_path: Path, name: str, content: bytes, part: str
+) -> None:
+    """A file of another format than its name says is no damaged one."""
+    (tmp_path / name).write_bytes(content)
+    assert part in refusal(tmp_path / name)
 
 
 def test_types_that_change_late_are_named(tmp_path: Path) -> None:
@@ -246,6 +281,7 @@ def test_types_that_change_late_are_named(tmp_path: Path) -> None:
             'label,text\nx, "a, note"\n',
             ["row 1 (line 2) has 3 fields", "spaces before quotes"],
         ),
+        ("a.csv", 'text,label\na note, "x"\n', ["row 1 (line 2): a space stands before", "remove"]),
     ],
 )
 def test_a_table_of_another_form_is_named(
