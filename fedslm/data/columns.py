@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.missing import is_missing, name_of
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _LONGEST_PROMPT = 10_000
+_FEATURES = b"huggingface"  # key of a schema's metadata
 
 
 def needed(data: DataConfig, task: TaskConfig) -> dict[str, str]:
@@ -110,7 +112,10 @@ class Wanted:
         fields = [table.schema.field(name) for name in chosen]
         fields += [pa.field(name, pa.null()) for name in self.columns if name not in chosen]
         columns = [table[each.name] if each.name in chosen else pa.nulls(len(table)) for each in fields]
-        return pa.table(columns, schema=pa.schema(fields, metadata=table.schema.metadata))
+        known = features_in(table.schema)
+        kept = {"info": {"features": {name: known[name] for name in chosen if name in known}}}
+        metadata = {_FEATURES: json.dumps(kept)} if known else None
+        return pa.table(columns, schema=pa.schema(fields, metadata=metadata))
 
     def check(self) -> None:
         """Refuses data that lack a needed column.
@@ -123,6 +128,14 @@ class Wanted:
                 raise DataError(
                     f"{key}={column!r} is not a column of {self.source}; it has {', '.join(self.there)}"
                 )
+
+
+def features_in(schema: pa.Schema) -> dict[str, Any]:
+    """What the datasets library wrote of a table's columns; empty if it wrote nothing readable."""
+    try:
+        return dict(json.loads(schema.metadata[_FEATURES])["info"]["features"])
+    except (KeyError, ValueError, TypeError):
+        return {}
 
 
 def placeholders(prompt: str) -> list[str]:

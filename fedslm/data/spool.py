@@ -5,6 +5,7 @@ The file is unlinked as soon as it is mapped: private rows leave no copy behind,
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from fedslm.data.columns import Wanted
+from fedslm.data.columns import Wanted, features_in
 from fedslm.data.missing import is_nothing
 from fedslm.data.rows import Row, rows_of, values_of
 from fedslm.errors import DataError
@@ -247,6 +248,8 @@ def _unified(before: pa.Schema, after: pa.Schema, row: int, source: str) -> pa.S
     """The narrowest schema for both."""
     import pyarrow as pa
 
+    if before.metadata != after.metadata:
+        _check_classes(before, after, row, source)
     if before.equals(after):
         return before
     try:
@@ -256,6 +259,18 @@ def _unified(before: pa.Schema, after: pa.Schema, row: int, source: str) -> pa.S
             f"{source}: the records from row {row} on hold another type than those before: {error}; "
             f"give each column one type"
         ) from None
+
+
+def _check_classes(before: pa.Schema, after: pa.Schema, row: int, source: str) -> None:
+    """Refuses tables in which a number stands for another class than before."""
+    first, second = features_in(before), features_in(after)
+    for name in first.keys() & second.keys():
+        both = [json.dumps(each[name], sort_keys=True) for each in (first, second)]
+        if both[0] != both[1] and all('"ClassLabel"' in each for each in both):
+            raise DataError(
+                f"{source}: the records from row {row} on have other class names in column {name!r} "
+                f"than those before, or in another order; write names in place of their numbers"
+            )
 
 
 def _fitted(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:

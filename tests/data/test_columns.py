@@ -154,6 +154,28 @@ def test_a_run_keeps_the_needed_columns_only(tmp_path: Path) -> None:
     assert set(shards.read_evaluation(data)[0]) == {"text", "label"}
 
 
+def described(**labels: list[str]) -> pa.Schema:
+    """A schema as the datasets library writes it, with a column of a type of tomorrow's."""
+    names = {name: {"names": each, "_type": "ClassLabel"} for name, each in labels.items()}
+    features = {"text": {"dtype": "string", "_type": "Value"}, **names, "scan": {"_type": "Hologram"}}
+    fields = {"text": pa.string(), **dict.fromkeys(labels, pa.int64()), "scan": pa.int64()}
+    return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": features}})})
+
+
+@pytest.mark.parametrize("second", [["x", "y"], ["y", "x"], ["x", "y", "z"]])
+def test_pieces_have_the_same_class_names(tmp_path: Path, second: list[str]) -> None:
+    """A number stands for one class in all pieces of a split; what nobody reads may be described anyhow."""
+    for number, names in enumerate((["x", "y"], second)):
+        table = pa.table([["a", "b"], [0, 1], [0, 0]], schema=described(label=names))
+        pq.write_table(table, tmp_path / f"train-{number:05d}-of-00002.parquet")
+    data = DataConfig(source=str(tmp_path))
+    if second == ["x", "y"]:
+        assert list(load_train(data, TASK, 0)["label"]) == ["x", "y"] * 2
+    else:
+        with pytest.raises(DataError, match=r"from row 2 on have other class names in column 'label'"):
+            load_train(data, TASK, 0)
+
+
 def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
     """Of two columns of one name neither is chosen; an unread one may stand twice."""
     twice = pa.table([["a"], ["b"], ["x"]], names=["text", "text", "label"])
