@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from fedslm.data.missing import name_of
+from fedslm.data.missing import EXACT, name_of
 from fedslm.data.spool import batches
 from fedslm.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_EXACT = 2**53  # from here on a float stands for several whole numbers
 
 
 def owner_of(value: object) -> str:
@@ -31,19 +28,9 @@ def owner_of(value: object) -> str:
     >>> [owner_of(value) for value in (None, float("nan"), float("inf"), 2.0**53, "  ")]
     ['', '', '', '', '']
     """
-    if isinstance(value, float):
-        if not (math.isfinite(value) and abs(value) < _EXACT):
-            return ""
-        value = Decimal(str(float(value)))
-    if isinstance(value, Decimal):
-        return _digits(value) if value.is_finite() else ""
-    return name_of(value)
-
-
-def _digits(value: Decimal) -> str:
-    """A number without an exponent, and without zeros at the end of its fraction."""
-    text = format(value, "f") if value else "0"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    if isinstance(value, float) and not abs(value) < EXACT:
+        return ""
+    return "" if isinstance(value, Decimal) and not value.is_finite() else name_of(value)
 
 
 def refuse_floats(dataset: Dataset, column: str, key: str) -> None:

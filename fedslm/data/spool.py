@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from uuid import UUID
 from fedslm.data.columns import Wanted, features_in
 from fedslm.data.missing import is_nothing
 from fedslm.data.rows import Row, rows_of, values_of
+from fedslm.data.turns import slim
 from fedslm.errors import DataError
 
 if TYPE_CHECKING:
@@ -121,20 +122,30 @@ def tables_of(rows: Iterable[Mapping[str, Any]], source: str, wanted: Wanted) ->
     first = 0
     while batch := list(islice(iterator, BATCH_ROWS)):
         names = wanted.of(dict.fromkeys(key for row in batch for key in row))
-        yield _table(batch, dict.fromkeys([*names, *wanted.columns]), first, source)
+        yield _table(batch, dict.fromkeys([*names, *wanted.columns]), first, source, wanted.columns)
         first += len(batch)
 
 
-def _table(rows: list[Mapping[str, Any]], names: Iterable[str], first: int, source: str) -> pa.Table:
-    """One table; absent values are null."""
+def _table(
+    rows: list[Mapping[str, Any]],
+    names: Iterable[str],
+    first: int,
+    source: str,
+    chosen: Sequence[str] = (),
+) -> pa.Table:
+    """One table; absent values are null, and of turns in chosen columns no more than text is kept."""
     import pyarrow as pa
 
     columns = {}
     for name in names:
         values = [_plain(row.get(name)) for row in rows]
+        if name in chosen:
+            values = [slim(each) for each in values]
         try:
             columns[str(name)] = pa.array(values)
             str(name).encode()
+            if _is_bytes(columns[str(name)].type) and any(isinstance(each, str) for each in values):
+                raise TypeError  # Arrow would make bytes of them all
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             reason = _mixture(values, first) or _odd_value(values, first, error)
             raise DataError(f"{source}: column {name!r} cannot be read: {reason}") from None
@@ -253,7 +264,12 @@ def _unified(before: pa.Schema, after: pa.Schema, row: int, source: str) -> pa.S
     if before.equals(after):
         return before
     try:
-        return pa.unify_schemas([before, after], promote_options="permissive")
+        both = pa.unify_schemas([before, after], promote_options="permissive")
+        for each in both:
+            kinds = [one.field(each.name).type for one in (before, after) if each.name in one.names]
+            if _is_bytes(each.type) and any(map(_is_text, kinds)):
+                raise pa.ArrowTypeError(f"column {each.name!r} holds texts and bytes")
+        return both
     except pa.ArrowException as error:
         raise DataError(
             f"{source}: the records from row {row} on hold another type than those before: {error}; "
@@ -271,6 +287,20 @@ def _check_classes(before: pa.Schema, after: pa.Schema, row: int, source: str) -
                 f"{source}: the records from row {row} on have other class names in column {name!r} "
                 f"than those before, or in another order; write names in place of their numbers"
             )
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    """True for a column of bytes."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """True for a column of texts."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _fitted(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:

@@ -59,9 +59,23 @@ def answered(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
     return turns, ""
 
 
+def slim(value: Any) -> Any:
+    """Turns with nothing but role and text, and any other value as it is: both read as the whole does.
+
+    What else a turn holds (calls of tools, pictures, weights) needs no one type in all records then.
+
+    >>> slim([{"role": "user", "content": [{"type": "text", "text": "Why?"}], "weight": 1}])
+    [{'role': 'user', 'content': 'Why?'}]
+    """
+    if not is_turns(value):
+        return value
+    return [_turn(each) or {"role": "unknown", "content": ""} for each in value]
+
+
 def _keys_of(turn: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Names of a turn's two fields."""
-    return next((keys for keys in _KEYS if keys[0] in turn and keys[1] in turn), None)
+    """Names of a turn's two fields; Arrow adds those of other records, but then there is no role."""
+    found = [keys for keys in _KEYS if keys[0] in turn and keys[1] in turn]
+    return next((keys for keys in found if turn[keys[0]] is not None), found[0] if found else None)
 
 
 def _turn(value: Mapping[str, Any]) -> Turn | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedslm.data.missing import is_missing, is_nothing
+from fedslm.data.missing import is_missing, is_nothing, written
 from fedslm.data.turns import is_turns, turns_of
 
 ROLES = "system, user (human), assistant (gpt) and tool"
@@ -13,14 +13,14 @@ _NO_TEXT = (list, tuple, dict, set, bytes, bytearray, memoryview)
 
 
 def text_in(value: Any) -> str:
-    """A value as text, numbers and dates as they are written; nothing where there is no text.
+    """A value as text, as :func:`written` writes it; nothing where there is no text.
 
     >>> text_in("a"), text_in(0), text_in(None), text_in(float("nan")), text_in(["a"]), text_in(b"a")
     ('a', '0', '', '', '', '')
     """
     if isinstance(value, _NO_TEXT) or is_nothing(value):
         return ""
-    return str(value)
+    return written(value)
 
 
 def is_value(value: Any) -> bool:
