@@ -18,14 +18,14 @@ from fedslm.factors import delta_keys, key_of, layers_of
 from fedslm.federation.attestation import attest
 from fedslm.federation.kept_runs import forget_records, with_own_records
 from fedslm.federation.loading import model_for
-from fedslm.federation.node import Node, Release
+from fedslm.federation.node import FAILED, Node, Release
 from fedslm.federation.shard import shard_of
 from fedslm.federation.update import make_update, start_of
 from fedslm.federation.wire import Reply, Request, Setup
 from fedslm.models.base import base_sha256, resolve
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.ledger import Ledger
-from fedslm.privacy.lines import ADAPTER, METRIC, Charge, Unprotected
+from fedslm.privacy.lines import ADAPTER, METRIC, Charge
 from fedslm.privacy.plan import (
     METRIC_SENSITIVITY,
     ExamplePlan,
@@ -66,7 +66,7 @@ def train(message: Message, context: Context) -> Message:
 
     Without privacy, at a deployed node whose policy allows it:
         * Nothing leaves before the ledger has it on disk as a release without privacy; the statement in
-          the reply says so, and that epsilon is infinite.
+          the reply says so, and that epsilon is infinite. That training failed is such a release, too.
     """
     round_number = 0
     try:
@@ -82,7 +82,7 @@ def train(message: Message, context: Context) -> Message:
         reply = Reply("refused", round_number, reason=str(error))
     except Exception:  # the edge of the client: a coarse status leaves, details stay here
         logger.exception("training failed")
-        reply = Reply("failed", round_number, reason="failed; see the client's log")
+        reply = Reply("failed", round_number, reason=FAILED)
     return Message(reply.to_records(), reply_to=message)
 
 
@@ -136,14 +136,14 @@ def _answer(request: Request, node: Node) -> Reply:
     model = model_for(setup)
     if isinstance(plan, PrivatePlan):
         return _answer_privately(request, node, plan, model)
-    node = with_own_records(setup, node, has_begun=False)
-    ledger, examples = node.open_ledger(), shard_of(setup, node).trained
+    ledger = node.open_ledger()
     if ledger is not None:
         ledger.extension(request.seen)
-    release = make_update(request, node, plan, model, examples)
-    if ledger is not None:
-        released = Unprotected(setup.run_id, request.round, ADAPTER, release.delta.sha256())
-        ledger.release_unprotected(released, node.limits(plan))
+    with node.unprotected(plan, setup.run_id, request.round, ADAPTER) as record:
+        node = with_own_records(setup, node, has_begun=False)
+        examples = shard_of(setup, node).trained
+        release = make_update(request, node, plan, model, examples)
+        record(release.delta.sha256())
     weight = float(len(examples)) if setup.aggregation.weights == "records" else 1.0
     return _reply(request, model, release, ledger=ledger, weight=weight)
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +29,14 @@ from fedslm.errors import FederationError, RunError
 from fedslm.privacy import keys
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.limits import Limits
-from fedslm.privacy.lines import ADAPTER, METRIC, NO_UNIT
+from fedslm.privacy.lines import ADAPTER, METRIC, NO_UNIT, Unprotected
 from fedslm.privacy.plan import NoPrivacy, PrivatePlan
 from fedslm.privacy.policy import POLICY_FILE, Asked, NodePolicy, read_policy
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter, save_adapter, write_text
 
 LEDGER, RELEASE, RUNS = "ledger.jsonl", "release.json", "runs"
+FAILED = "failed; see the client's log"  # all that leaves of an exception
 OWN_SHARD = 0  # a deployed node's data directory holds its records alone, whatever its index in a run
 _NO_BUDGET = (math.inf, 0.5)  # of a run that charges nothing
 _NODE_DIRECTORY, _DATA_DIRECTORY = "node-directory", "data-directory"
@@ -179,6 +182,34 @@ class Node:
         if not self.deployed and not (self.directory / LEDGER).exists():
             return None
         return self.ledger(NO_UNIT)
+
+    @contextmanager
+    def unprotected(
+        self, plan: NoPrivacy, run: str, round: int, purpose: str
+    ) -> Iterator[Callable[[str], None]]:
+        """Stands around whatever reads records without privacy, so that nothing told of them is lost.
+
+        Gives a function that records the hash of a release in the ledger, before it leaves. If the
+        block fails, that is recorded in its place: whether it fails may depend on one record.
+
+        Raises:
+            BudgetExceeded: A limit on rounds would be exceeded; the block was not begun.
+            LedgerError: The ledger cannot be written; nothing may be released.
+        """
+        ledger, limits = self.open_ledger(), self.limits(plan)
+
+        def record(release_sha256: str) -> None:
+            if ledger is not None:
+                released = Unprotected(run, round, purpose, release_sha256)
+                ledger.release_unprotected(released, limits)
+
+        if ledger is not None:
+            ledger.check_unprotected(run, round, purpose, limits)
+        try:
+            yield record
+        except BaseException:
+            record(hashlib.sha256(FAILED.encode()).hexdigest())
+            raise
 
     def keep(self, release: Release) -> None:
         """Keeps a release for a request that is sent again."""

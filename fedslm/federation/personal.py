@@ -7,7 +7,7 @@ Formal guarantees (under privacy):
       the node's own directory. Nothing is charged, since nothing leaves.
 
 Without privacy numbers leave: a deployed node's ledger records them before, as a release without
-privacy.
+privacy, and so it does if measuring fails.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from fedslm.federation.client import admitted
 from fedslm.federation.fairness import ClientMetrics, Metrics
 from fedslm.federation.kept_runs import with_own_records
 from fedslm.federation.loading import model_for
-from fedslm.federation.node import Node
+from fedslm.federation.node import FAILED, Node
 from fedslm.federation.shard import Shard, shard_of
 from fedslm.federation.update import start_of
 from fedslm.federation.wire import Request, Setup
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.plain import save_plain
-from fedslm.privacy.lines import METRIC, Unprotected
+from fedslm.privacy.lines import METRIC
 from fedslm.privacy.plan import NoPrivacy, PrivatePlan
 from fedslm.records import AdapterState
 from fedslm.storage import json_text, write_text
@@ -57,7 +57,7 @@ def measure(message: Message, context: Context) -> Message:
         answer = {"status": cut(error, LONGEST_REASON - 1), "metrics": ""}
     except Exception:  # the edge of the client: details stay here
         logger.exception("measuring failed")
-        answer = {"status": "failed; see the client's log", "metrics": ""}
+        answer = {"status": FAILED, "metrics": ""}
     return Message(
         RecordDict({"measured": ConfigRecord({**answer, "salt": secrets.token_hex(16)})}),
         reply_to=message,
@@ -68,9 +68,10 @@ def _measured(request: Request, node: Node) -> str:
     """Measures; the answer's text is empty under privacy."""
     plan = admitted(request, node)
     if not isinstance(plan, PrivatePlan):
-        node = with_own_records(request.setup, node, has_begun=False)
-        text = json_text(asdict(_both(request, node)))
-        _record(request, node, plan, text)
+        with node.unprotected(plan, request.setup.run_id, request.round, METRIC) as record:
+            node = with_own_records(request.setup, node, has_begun=False)
+            text = json_text(asdict(_both(request, node)))
+            record(hashlib.sha256(text.encode()).hexdigest())
         return text
     if node.deployed:
         return ""
@@ -80,15 +81,6 @@ def _measured(request: Request, node: Node) -> str:
     except Exception:  # whatever the records do, it must not show
         logger.exception("measuring failed")
     return ""
-
-
-def _record(request: Request, node: Node, plan: NoPrivacy, text: str) -> None:
-    """Records, before they leave, metrics that no noise protects."""
-    ledger = node.open_ledger()
-    if ledger is not None:
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
-        released = Unprotected(request.setup.run_id, request.round, METRIC, sha256)
-        ledger.release_unprotected(released, node.limits(plan))
 
 
 def _both(request: Request, node: Node) -> ClientMetrics:

@@ -171,6 +171,19 @@ class Ledger:
             self._append(chain, entries)
             return [first + number for number in range(len(charges))]
 
+    def check_unprotected(self, run: str, round: int, purpose: str, limits: Limits) -> None:
+        """Refuses a round without privacy that is one too many, before a record is read for it.
+
+        A round that is in the ledger already may be released again.
+
+        Raises:
+            BudgetExceeded: A limit on rounds would be exceeded.
+        """
+        chain = self._whole()
+        known = {(each.run, each.round, each.purpose) for each in chain.unprotected}
+        if purpose == ADAPTER and (run, round, purpose) not in known:
+            check_rounds(chain, limits)
+
     def release_unprotected(self, released: Unprotected, limits: Limits) -> None:
         """Records a release without privacy, before it leaves: epsilon is infinite from here on.
 

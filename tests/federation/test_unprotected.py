@@ -25,6 +25,7 @@ from tiny import PRIVATE
 
 from fedslm.audit.ledgers import Evidence, as_json, audit_ledger
 from fedslm.config import Config
+from fedslm.federation.node import FAILED
 from fedslm.federation.personal import measure
 from fedslm.federation.replies import checked
 from fedslm.federation.wire import MEASURE, Reply, Request
@@ -169,6 +170,50 @@ def test_metrics_without_noise_are_recorded_too(plain: Request, tmp_path: Path) 
     assert json.loads(str(answer["metrics"]))
     (found,) = chain_of(node).unprotected
     assert found.purpose == METRIC
+
+
+def of_no_class(request: Request) -> Request:
+    """A request that no record of the node is usable for: whether one is, is a fact about the records."""
+    return replace(request, setup=replace(request.setup, labels=("neither", "nor")))
+
+
+def test_a_failure_is_recorded_as_well(plain: Request, tmp_path: Path) -> None:
+    """Whether training without privacy fails may hang on one record: that it did is a release, once for a round."""
+    node = open_node(tmp_path / "node")
+    context = context_of(0, node)
+    for _ in range(2):
+        assert ask(of_no_class(plain), context).status == "failed"
+    (found,) = chain_of(node).unprotected
+    assert (found.run, found.round, found.purpose) == (plain.setup.run_id, 1, ADAPTER)
+    assert chain_of(node).epsilon(1e-5) == math.inf
+
+
+def test_a_failed_measurement_is_recorded_as_well(plain: Request, tmp_path: Path) -> None:
+    """Nor does a server learn without a trace whether a node could measure and personalise."""
+    node = open_node(tmp_path / "node")
+    context = context_of(0, node)
+    context.node_config["data-directory"] = str(Path(plain.setup.directory) / "data")
+    own = plain.setup.personalization.model_copy(update={"method": "fine-tune"})
+    request = of_no_class(replace(plain, setup=replace(plain.setup, personalization=own)))
+    message = Message(request.to_records(), context.node_id, MEASURE)
+    message.metadata.__dict__["_message_id"] = "1"
+    answer = measure(message, context).content.config_records["measured"]
+    assert (answer["status"], answer["metrics"]) == (FAILED, "")
+    assert [each.purpose for each in chain_of(node).unprotected] == [METRIC]
+
+
+def test_a_round_too_many_is_refused_whatever_the_records_are(
+    plain: Request, private: Request, tmp_path: Path
+) -> None:
+    """A server that has no round left learns nothing by asking: refusal and failure do not differ, and leave no line."""
+    node = open_node(tmp_path / "node", max_rounds_per_day=1)
+    context = context_of(0, node)
+    assert ask(private, context).status == "ok"
+    found = [ask(each, context) for each in (plain, of_no_class(plain))]
+    assert {(each.status, each.reason) for each in found} == {
+        ("refused", "1 rounds within 24 hours are the most here")
+    }
+    assert not chain_of(node).unprotected
 
 
 def test_a_simulation_without_privacy_keeps_no_ledger(make_config: MakeConfig) -> None:
