@@ -55,7 +55,8 @@ def train(message: Message, context: Context) -> Message:
 
     Formal guarantees (under privacy):
         * Nothing leaves that the node's policy does not allow and that is not charged first: the charge
-          is on disk before training starts.
+          is on disk before training starts. What policy or ledger refuse, they refuse before a record
+          is read: a refusal takes no time that depends on the records.
         * A reply holds noised tensors, a noised metric if one is allowed, a signed statement of what
           was charged, public hashes and public constants. A refusal states values of plan and policy;
           a failure is one fixed sentence.
@@ -169,10 +170,13 @@ def _answer_privately(
     _rehearsed(request.setup)
     attest(node.directory if node.deployed else node.directory.parent)
     charged = _rounds_charged(request, ledger, plan)
+    charges, limits = _charges(request, plan), node.limits(plan)
+    ledger.check(charges, limits)  # before a record is read: the time of a refusal tells nothing
     node = with_own_records(request.setup, node, has_begun=charged > 0)
-    charges = _charges(request, node, plan)
-    reserved = ledger.reserve(charges, node.limits(plan))
-    release = make_update(request, node, plan, model, shard_of(request.setup, node).trained)
+    shard = shard_of(request.setup, node)
+    charges = [replace(charge, dataset_commitment=shard.commitment) for charge in charges]
+    reserved = ledger.reserve(charges, limits)
+    release = make_update(request, node, plan, model, shard.trained)
     if plan.metric_event is not None:
         release = replace(release, metric=_metric(request, node, plan, model))
     node.keep(release)
@@ -251,8 +255,8 @@ def _verify(plan: ExamplePlan | PatientPlan) -> None:
         raise PolicyRefused(f"the plan is refused: {error}") from error
 
 
-def _charges(request: Request, node: Node, plan: ExamplePlan | PatientPlan) -> list[Charge]:
-    """What a round costs, and everything that it is bound to."""
+def _charges(request: Request, plan: ExamplePlan | PatientPlan) -> list[Charge]:
+    """What a round costs, and everything that it is bound to, but for the records."""
     setup = request.setup
     training = Charge(
         event=plan.training_event,
@@ -266,7 +270,7 @@ def _charges(request: Request, node: Node, plan: ExamplePlan | PatientPlan) -> l
         base_sha256=setup.base_sha256,
         config_sha256=setup.config_sha256,
         code_version=fedslm.__version__,
-        dataset_commitment=shard_of(setup, node).commitment,
+        dataset_commitment="",
         unit=plan.unit,
         unit_column=plan.unit_column if isinstance(plan, PatientPlan) else None,
         max_records_per_unit=plan.max_records_per_unit if isinstance(plan, PatientPlan) else None,

@@ -164,12 +164,30 @@ class Ledger:
             chain = self.read()
             check_unit(chain, charges, self.unit)
             _check_limits(chain, charges, limits)
+            _check_data(chain, charges)
             opening = self._opening(self.unit, charges[0].unit_column)
             entries = [] if chain.entries else [Entry(0, "", 0, opening=opening)]
             first = len(chain.entries) + len(entries)
             entries += [Entry(first + n, "", 0, charge=each) for n, each in enumerate(charges)]
             self._append(chain, entries)
             return [first + number for number in range(len(charges))]
+
+    def check(self, charges: Sequence[Charge], limits: Limits) -> None:
+        """Refuses what :meth:`reserve` would refuse, except that the data changed; charges nothing.
+
+        A node asks this before it reads a record: what is refused takes no time that tells of them.
+
+        Args:
+            charges: As :meth:`reserve`; what they say of the data does not matter.
+            limits: Must hold after the charges.
+
+        Raises:
+            BudgetExceeded: As :meth:`reserve`.
+            PolicyRefused: As :meth:`reserve`.
+        """
+        chain = self.read()
+        check_unit(chain, charges, self.unit)
+        _check_limits(chain, charges, limits)
 
     def check_unprotected(self, run: str, round: int, purpose: str, limits: Limits) -> None:
         """Refuses a round without privacy that is one too many, before a record is read for it.
@@ -356,9 +374,14 @@ def _check_limits(chain: Chain, charges: Sequence[Charge], limits: Limits) -> No
     of_run = [charge for charge in chain.charges if charge.run == first.run]
     if any(charge.plan_sha256 != first.plan_sha256 for charge in of_run):
         raise PolicyRefused("this run was begun with another plan; a plan does not change within a run")
-    if any(charge.dataset_commitment != first.dataset_commitment for charge in of_run):
-        raise LedgerError("the records of this run are not those that it began with")
     new = [charge.event for charge in charges]
     check_budget([*(charge.event for charge in of_run), *new], limits.run, "the run")
     check_node_budgets(chain, charges, limits)
     check_rounds(chain, limits)
+
+
+def _check_data(chain: Chain, charges: Sequence[Charge]) -> None:
+    """Refuses charges of a run that was begun with other records."""
+    known = {each.dataset_commitment for each in chain.charges if each.run == charges[0].run}
+    if known | {each.dataset_commitment for each in charges} != {charges[0].dataset_commitment}:
+        raise LedgerError("the records of this run are not those that it began with")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from flwr.app import Context
-from served import ask, chain_of, context_of, first_request, write_policy
+from served import ask, chain_of, context_of, first_request, with_plan, write_policy
 from tiny import PRIVATE, make_rows
 
 from fedslm.config import Config
@@ -100,6 +100,23 @@ def test_a_run_outlives_the_nodes_own_records(honest: Request, tmp_path: Path) -
     started_again()
     assert ask(replace(honest, round=2), context).status == "ok"
     assert ask(run_of(honest, "new"), context).reason == "failed; see the client's log"
+
+
+@pytest.mark.parametrize("refused_for", ["plan", "day"])
+def test_no_record_is_read_for_a_refusal(honest: Request, tmp_path: Path, refused_for: str) -> None:
+    """What policy and ledger refuse takes no time that tells how many records there are: they may even be gone."""
+    limits = {"max_rounds_per_day": 1} if refused_for == "day" else {}
+    context = node_with(tmp_path, ROWS, **limits)
+    assert ask(honest, context).status == "ok"
+    other = with_plan(honest, rounds=2) if refused_for == "plan" else run_of(honest, "new")
+    found = []
+    for _ in range(2):
+        found.append(what_the_server_sees(ask(other, context)))
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        started_again()
+    assert found[0] == found[1]
+    assert found[0][0] == "refused"
+    assert len(list((tmp_path / RUNS).iterdir())) == 1  # nothing is kept for it
 
 
 def test_a_run_without_privacy_keeps_its_records_too(honest: Request, tmp_path: Path) -> None:
