@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from fedslm.data.missing import EXACT, name_of
 from fedslm.data.spool import batches
+from fedslm.data.values import is_value
 from fedslm.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,20 +23,28 @@ def owner_of(value: object) -> str:
         * NULL, NaN, NaT, infinity and blank text name nobody. A text such as "nan" is a name.
         * A number has one name in every type of column: a record that makes a column of integers one
           of floats, or of decimals with more digits, renames nobody else.
-        * A float from 2^53 on, which may be the rounded number of several people, names nobody.
+        * A float from 2^53 on, which may be the rounded number of several people, names nobody. Nor do
+          bytes, lists and objects: another record may change how they are written.
+        * Texts that Unicode calls equivalent (an accent of its own, or one with its letter) are one.
 
     >>> [owner_of(value) for value in (" p7 ", 12, 12.0, Decimal("12.00"), 0, 12.5)]
     ['p7', '12', '12', '12', '0', '12.5']
-    >>> [owner_of(value) for value in (None, float("nan"), float("inf"), 2.0**53, "  ")]
-    ['', '', '', '', '']
+    >>> [owner_of(value) for value in (None, float("nan"), float("inf"), 2.0**53, "  ", b"a", ["a"])]
+    ['', '', '', '', '', '', '']
     """
+    if not is_value(value):
+        return ""
     if isinstance(value, float) and not abs(value) < EXACT:
         return ""
-    return "" if isinstance(value, Decimal) and not value.is_finite() else name_of(value)
+    if isinstance(value, Decimal) and not value.is_finite():
+        return ""
+    return unicodedata.normalize("NFC", name_of(value))
 
 
-def refuse_floats(dataset: Dataset, column: str, key: str) -> None:
-    """Refuses a column of units that are floats: rounding may give two people one number.
+def refuse_unfit(dataset: Dataset, column: str, key: str) -> None:
+    """Refuses a column that cannot be the unit.
+
+    Rounding to floats may give two people one number; bytes, lists and objects are no names.
 
     Args:
         dataset: Any that has the column.
@@ -42,9 +52,17 @@ def refuse_floats(dataset: Dataset, column: str, key: str) -> None:
         key: What named the column, for errors.
 
     Raises:
-        DataError: It holds floats.
+        DataError: It holds floats, bytes, lists or objects.
     """
-    dtype = str(getattr(dataset.features[column], "dtype", ""))
+    from datasets import ClassLabel, Value
+
+    feature = dataset.features[column]
+    dtype = str(getattr(feature, "dtype", ""))
+    if not isinstance(feature, Value | ClassLabel) or "binary" in dtype:
+        raise DataError(
+            f"{key}={column!r} holds {dtype if 'binary' in dtype else 'lists or objects'}, which name "
+            f"nobody; save one text or whole number for each record"
+        )
     if dtype.startswith("float"):
         raise DataError(
             f"{key}={column!r} holds {dtype}, which may round two people to one number; save it as "
@@ -61,11 +79,11 @@ def owners_in(dataset: Dataset, column: str, key: str = "privacy.unit_column") -
         key: What named the column, for errors.
 
     Raises:
-        DataError: There is no such column, or it holds floats.
+        DataError: There is no such column, or it cannot be the unit.
     """
     if column not in dataset.column_names:
         there = ", ".join(dataset.column_names)
         raise DataError(f"{key}={column!r} is not a column; there are {there}")
-    refuse_floats(dataset, column, key)
+    refuse_unfit(dataset, column, key)
     values = (value for _, batch in batches(dataset, [column]) for value in batch[column])
     return [owner_of(value) for value in values]

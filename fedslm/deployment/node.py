@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedslm.data import shards
 from fedslm.data.columns import Wanted
-from fedslm.data.owners import refuse_floats
+from fedslm.data.owners import refuse_unfit
 from fedslm.data.sources import load
 from fedslm.deployment.admission import ADMISSION, Admission, read_admission
 from fedslm.deployment.bundle import bundle, sha256_of
@@ -105,7 +105,7 @@ def import_records(ready: Ready) -> int:
         raise DataError(f"columns={missing} of node.toml are not in the records; there are {there}")
     unit = _unit_column(ready.directory)
     if unit in rows.column_names:
-        refuse_floats(rows, str(unit), f"unit_column of {POLICY_FILE}")
+        refuse_unfit(rows, str(unit), f"unit_column of {POLICY_FILE}")
     shards.write_own(ready.directory / _DATA, rows, OWN_SHARD, file.columns)
     remove_old(ready.directory)
     return len(rows)

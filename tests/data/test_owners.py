@@ -17,12 +17,20 @@ from fedslm.data.rows import rows_of
 from fedslm.errors import DataError
 
 NOBODY = [None, float("nan"), float("inf"), float("-inf"), pd.NaT, Decimal("NaN"), "", " \t\n", 2.0**53]
+NO_VALUES = [b"", b"a", [], ["a"], [1.0], {"id": 1}]
 
 
-@pytest.mark.parametrize("value", NOBODY, ids=repr)
+@pytest.mark.parametrize("value", NOBODY + NO_VALUES, ids=repr)
 def test_what_names_nobody(value: Any) -> None:
-    """Nothing, NaN, NaT, infinity, blanks, and floats that are no one number, all name nobody."""
+    """Nothing, NaN, NaT, infinity, blanks, floats that are no one number, and what is no one value, name nobody."""
     assert owner_of(value) == ""
+
+
+def test_equivalent_texts_are_one_person() -> None:
+    """An accent that is written by itself makes nobody another; case and inner spaces do."""
+    names = ("Ren\u00e9", "Rene\u0301", "RENE\u0301", "Re ne\u0301")
+    assert len({owner_of(name) for name in names}) == 3
+    assert owner_of(names[0]) == owner_of(names[1])
 
 
 @settings(max_examples=50, deadline=None)
@@ -62,9 +70,20 @@ def test_floats_are_refused_as_units(values: list[Any]) -> None:
         owners_in(Dataset.from_dict({"patient": values}), "patient")
 
 
+@pytest.mark.parametrize("value", NO_VALUES, ids=repr)
+def test_what_is_no_one_value_is_refused_as_the_unit(value: Any) -> None:
+    """Lists and objects change with what other records hold, and may hold floats; bytes have no one writing."""
+    with pytest.raises(DataError, match=r"unit_column='patient' holds .*save one text or whole number"):
+        owners_in(Dataset.from_dict({"patient": [value, value]}), "patient")
+
+
 @pytest.mark.parametrize(
     ("values", "owners"),
-    [([1, None, 0], ["1", "", "0"]), (["nan", " a ", ""], ["nan", "a", ""])],
+    [
+        ([1, None, 0], ["1", "", "0"]),
+        (["nan", " a ", ""], ["nan", "a", ""]),
+        ([True, False], ["True", "False"]),
+    ],
 )
 def test_integers_and_texts_are_taken(values: list[Any], owners: list[str]) -> None:
     """Whole numbers and texts name people; a text "nan" is a name."""
