@@ -25,6 +25,7 @@ from fedslm.tasks.lazy import LazyExamples
 logger = logging.getLogger(__name__)
 _CACHED_CLIENTS = 64
 _PIECE_ROWS = 1000
+_STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # meant for the process, not made by a record
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,23 @@ _each = lru_cache(maxsize=_CACHED_CLIENTS)(_read)
 
 
 def _prepared(prepare: Callable[[Sequence[Row]], Prepared], piece: list[Row]) -> Prepared:
-    """Prepares rows together, or one by one if that raises; a row that raises alone is left out."""
+    """Prepares rows together, or one by one if that raises; a row that raises alone is left out.
+
+    A tokenizer that panics in Rust raises what is no ``Exception``, and would end the process.
+    """
     try:
         return prepare(piece)
-    except Exception:  # whatever a record does to a tokenizer or a template, it must not show
+    except _STOPS:
+        raise
+    except BaseException:  # whatever a record does to a tokenizer or a template, it must not show
         logger.warning("some records cannot be prepared", exc_info=True)
     made = []
     for number, row in enumerate(piece):
         try:
             one = prepare([row])
-        except Exception:  # noqa: S112  (said above; this record alone decides)
+        except _STOPS:
+            raise
+        except BaseException:  # noqa: S112  (said above; this record alone decides)
             continue
         made += [(number, example, one.truncated > 0) for example in one.examples]
     return Prepared.of(made)

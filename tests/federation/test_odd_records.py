@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from served import ask, context_of, first_request
 from tiny import PRIVATE
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from fedslm.config import Config
 from fedslm.data.rows import rows_of
@@ -93,6 +94,33 @@ def test_a_record_that_cannot_be_prepared_is_left_out_alone() -> None:
     assert prepared.truncated == 1
     alone = _prepared(prepare, [piece[0], piece[2], piece[3]])
     assert prepared.examples == alone.examples
+
+
+def test_a_record_that_makes_the_tokenizer_panic_is_left_out_alone() -> None:
+    """A base's own pattern may give up on a record in Rust, which raises no Exception: that does not end the process."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
+
+    def prepare(rows: Sequence[Row]) -> Prepared:
+        ids = [tokenizer.encode(row["text"]).ids for row in rows]
+        return Prepared.of([(n, Example(tuple(each)), False) for n, each in enumerate(ids)])
+
+    piece = [{"text": text} for text in ("pain", "a" * 28, "flu")]
+    with pytest.raises(BaseException, match="retry-limit") as raised:
+        prepare(piece[1:2])
+    assert not isinstance(raised.value, Exception)
+    assert _prepared(prepare, piece).kept == (0, 2)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_who_stops_the_process_is_obeyed(stop: type[BaseException]) -> None:
+    """An interruption is no record's doing."""
+
+    def prepare(rows: Sequence[Row]) -> Prepared:
+        raise stop
+
+    with pytest.raises(stop):
+        _prepared(prepare, [{"text": "pain"}])
 
 
 def test_a_commitment_takes_any_value(tmp_path: Path) -> None:
