@@ -137,7 +137,8 @@ def audit_ledger(path: Path, key: Ed25519PublicKey, evidence: Evidence) -> Ledge
         * A sound result means: every line was signed by the key and follows the one before; every head
           and statement that was given is in it; the last statement of each run states no less epsilon
           than the ledger cost until then; three accountants agree; the budget is kept; nothing was
-          released without privacy; one unit and column are counted; no time is one that cannot be.
+          released without privacy; one unit and column are counted; a run has one plan and the same
+          records throughout; no time is one that cannot be.
         * Without a head or a statement from elsewhere, an older copy of ledger and head passes for
           sound: that is an open question of the result.
 
@@ -296,6 +297,13 @@ def _check_lines(chain: Chain, found: _Findings) -> None:
         found.notes.append(
             f"{unnamed} charges of an older version do not say by which column they count"
         )
+    plans = {(each.run, each.plan_sha256) for each in chain.charges}
+    records = {(each.run, each.dataset_commitment) for each in chain.charges}
+    for what, pairs in (("under several plans", plans), ("for records that changed", records)):
+        runs = Counter(run for run, _ in pairs)
+        mixed = [run for run, count in runs.items() if count > 1]
+        if mixed:
+            found.wrong.append(f"run {min(mixed)[:80]!r} was charged {what}: no node does that")
     _check_times(chain, found)
 
 

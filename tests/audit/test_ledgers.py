@@ -251,6 +251,16 @@ def of_charges(**changes: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def of_round_2(**changes: object) -> Callable[[dict[str, Any]], None]:
+    """Changes one charge of a run with several."""
+
+    def change(values: dict[str, Any]) -> None:
+        if values.get("charge", {}).get("round") == 2:
+            values["charge"].update(changes)
+
+    return change
+
+
 def test_the_helper_changes_nothing_by_itself(node: Path) -> None:
     """A ledger that is signed anew without a change is sound: what the next tests find is what they changed."""
     rewritten(node, lambda values: None)
@@ -270,13 +280,15 @@ def test_the_helper_changes_nothing_by_itself(node: Path) -> None:
         (lambda values: values.update(time=values["time"] - 400 * values["index"]), "400 s earlier"),
         (of_charges(unit="patient", unit_column="visit"), "count by 'patient' too"),
         (lambda values: values.update(time=True), "time"),
+        (of_round_2(plan_sha256="another"), "run 'run-plan' was charged under several plans"),
+        (of_round_2(dataset_commitment="others"), "'run-plan' was charged for records that changed"),
     ],
-    ids=["purpose", "round", "index", "time 0", "back", "unit", "time"],
+    ids=["purpose", "round", "index", "time 0", "back", "unit", "time", "plan", "records"],
 )
 def test_well_signed_lines_that_say_what_cannot_be(
     node: Path, change: Callable[[dict[str, Any]], None], part: str
 ) -> None:
-    """A foreign letter, a boolean, a time of 1970 or one that goes back is a finding, whoever signed it."""
+    """A foreign letter, a boolean, a time that cannot be or a run of two plans is a finding, whoever signed it."""
     rewritten(node, change)
     assert any(part in finding for finding in audit(node).findings), audit(node).findings
 
