@@ -134,6 +134,8 @@ def answer(question: Question) -> Answer:
 def _noise_and_steps(question: Question) -> tuple[float, int]:
     """The two that are not given follow from those that are."""
     epsilon, noise, steps = question.epsilon, question.noise_multiplier, question.steps
+    if question.unit not in ("record", "patient", "client"):
+        raise PrivacyError(f"unit={question.unit!r} must be record, patient or client")
     if question.steps_per_round < 1 or question.clients < 1:
         raise PrivacyError("steps_per_round and clients must be >= 1")
     if question.unit == "client" and (question.sample_rate, question.steps_per_round) != (1, 1):

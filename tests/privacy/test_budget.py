@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from scipy.optimize import brentq
@@ -47,3 +48,10 @@ def test_sampling_buys_a_client_nothing() -> None:
     for changed in (replace(CLIENT, sample_rate=0.1), replace(CLIENT, steps_per_round=5)):
         with pytest.raises(PrivacyError, match="sampling hides nobody"):
             answer(changed)
+
+
+@pytest.mark.parametrize("unit", ["clients", "Client", "none", ""])
+def test_a_unit_that_is_none_is_refused(unit: Any) -> None:
+    """A word that is almost "client" does not get the amplification by sampling that a client has not."""
+    with pytest.raises(PrivacyError, match=r"unit='.*' must be record, patient or client"):
+        answer(Question(0.1, 1e-5, steps=10, noise_multiplier=4.0, unit=unit))
