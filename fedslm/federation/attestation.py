@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import platform
+import sys
 import time
 from functools import lru_cache
 from importlib.metadata import version
@@ -20,19 +21,28 @@ from fedslm.storage import write_text
 logger = logging.getLogger(__name__)
 ATTESTATION = "self-test.json"
 _LOCK_SECONDS = 300.0
-_LIBRARIES = ("cryptography", "dp-accounting", "numpy", "opacus", "peft", "torch", "transformers")
+_LIBRARIES = (
+    "cryptography",
+    "dp-accounting",
+    "numpy",
+    "opacus",
+    "peft",
+    "scipy",
+    "torch",
+    "transformers",
+)
 _READ = ("fedslm", "opacus", "dp_accounting")  # packages whose source carries the promise
 
 
-@lru_cache(maxsize=64)
 def attest(directory: Path) -> None:
     """Runs the self-test unless this code has passed it here before.
 
     Formal guarantees:
         * Returns only if the self-test has passed with this very source of fedslm, Opacus and
-          dp-accounting, these versions of the other libraries, this machine's architecture and CPU
-          kernels, and as many threads as this process computes with; anything else refuses. A torch
-          of the same version that was changed by hand is not noticed.
+          dp-accounting, these versions of the other libraries, this machine's architecture, CPU
+          kernels and GPU, and with assertions, threads and precision of torch as they are in this
+          process now; anything else refuses. A torch of the same version that was changed by hand is
+          not noticed.
 
     Args:
         directory: Where the result is kept.
@@ -49,7 +59,7 @@ def attest(directory: Path) -> None:
             if _passed_with(path) == here:
                 return
             logger.info("the self-test runs: some ten seconds of one core")
-            checks = _self_test()
+            checks = _self_test(here[1])
             values = {"fingerprint": here[0], "kernels": here[1], "time": int(time.time())}
             write_text(path, json.dumps({**values, "checks": checks}) + "\n")
     except (OSError, RunError, Timeout) as error:
@@ -64,8 +74,8 @@ def is_attested(directory: Path) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _self_test() -> dict[str, str]:
-    """Runs the self-test, once per process if it passes; gives what was checked."""
+def _self_test(kernels: str) -> dict[str, str]:
+    """Runs the self-test, once per process and kernels if it passes; gives what was checked."""
     from fedslm.training.self_test import run_self_test
 
     result = run_self_test()
@@ -87,6 +97,7 @@ def code_fingerprint() -> str:
     for library in _LIBRARIES:
         digest.update(f"{library}=={version(library)}\0".encode())
     digest.update(f"{platform.python_version()} {platform.machine()} {platform.system()}".encode())
+    digest.update(f" -{'O' * sys.flags.optimize}".encode())  # which leaves assertions out
     return digest.hexdigest()
 
 

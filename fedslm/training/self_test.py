@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedslm.config import TrainingConfig
+from fedslm.config import ModelConfig, TrainingConfig
 from fedslm.errors import BudgetExceeded, LedgerError
+from fedslm.models.base import device_of
 from fedslm.privacy import accounting, keys
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.limits import Limits
@@ -135,9 +136,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def kernels() -> str:
-    """What a step's last bits depend on besides code: the CPU's vector kernels and the threads."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{capability}, {torch.get_num_threads()} thread(s)"
+    """What a step's bits depend on besides code: processor, threads and precision."""
+    device, precision = device_of(ModelConfig(base="demo")), torch.get_float32_matmul_precision()
+    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+    return (
+        f"{device}, {gpu}{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} "
+        f"thread(s), {torch.get_default_dtype()}, products in {precision} precision"
+    )
 
 
 def _records(bench: Bench) -> tuple[bool, str]:

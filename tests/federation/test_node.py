@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -181,7 +183,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[SelfTests]:
 def new_process() -> None:
     """Forgets what this process remembers of self-tests."""
     attestation._self_test.cache_clear()
-    attestation.attest.cache_clear()
 
 
 def test_the_self_test_runs_once_for_one_code(
@@ -254,7 +255,7 @@ def test_a_result_that_cannot_be_kept_refuses(
     assert not (node / "ledger.jsonl").exists()
 
 
-@pytest.mark.parametrize("what", ["threads", "kernels"])
+@pytest.mark.parametrize("what", ["threads", "kernels", "precision", "device"])
 def test_another_way_to_compute_is_tested_anew(
     counted: SelfTests,
     requests: dict[str, Request],
@@ -262,12 +263,15 @@ def test_another_way_to_compute_is_tested_anew(
     monkeypatch: pytest.MonkeyPatch,
     what: str,
 ) -> None:
-    """The same code with other threads, or on a CPU with other kernels, has not passed here."""
+    """The same code with other threads, kernels, precision or device has not passed here, in one process neither."""
     node = write_policy(tmp_path / "node")
     assert ask(requests["plain"], context_of(0, node)).status == "ok"
-    new_process()
     if what == "threads":
         torch.set_num_threads(torch.get_num_threads() + 1)
+    elif what == "device":
+        monkeypatch.setattr(self_test, "device_of", lambda model: torch.device("mps"))
+    elif what == "precision":
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
     else:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
     assert ask(replace(requests["plain"], round=2), context_of(0, node)).status == "ok"
@@ -308,3 +312,11 @@ def test_the_fingerprint_names_code_and_libraries(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(attestation, "version", lambda name: "0.0.0")
     assert attestation.code_fingerprint() != own
     attestation.code_fingerprint.cache_clear()
+
+
+def test_the_fingerprint_names_assertions(tmp_path: Path) -> None:
+    """Python leaves assertions out if told to; code without them has not passed."""
+    script = "from fedslm.federation.attestation import code_fingerprint; print(code_fingerprint())"
+    command = [sys.executable, "-O", "-c", script]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() != attestation.code_fingerprint()
