@@ -6,6 +6,7 @@ FedslmError
 ├── ModelError           a base model, an adapter or a LoRA target is not usable
 ├── TrainingError        a self-check of local training failed; nothing was released
 ├── PrivacyError         a privacy guarantee cannot be given; nothing was released
+│   ├── OutOfRange       a value that was given, or is missing, says nothing of privacy: delta=2
 │   ├── BudgetExceeded   the release would exceed the client's budget
 │   ├── PolicyRefused    the node's own policy does not allow what the server asks
 │   └── LedgerError      the ledger is unreadable, inconsistent or cannot be written
@@ -81,6 +82,10 @@ class TrainingError(FedslmError):
 
 class PrivacyError(FedslmError):
     """A privacy guarantee cannot be given; nothing was released."""
+
+
+class OutOfRange(PrivacyError):
+    """A value is missing, or is not one that epsilon can be computed for; nothing was refused."""
 
 
 class BudgetExceeded(PrivacyError):

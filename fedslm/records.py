@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fedslm.errors import ModelError, PrivacyError
+from fedslm.errors import ModelError, OutOfRange, PrivacyError
 
 FloatArray = NDArray[np.float32]
 LARGEST_DELTA = 0.1  # of ten units one could be published outright
@@ -177,7 +177,7 @@ class Event:
             and self.noise_multiplier > 0
         )
         if not valid:
-            raise PrivacyError(
+            raise OutOfRange(
                 f"sample_rate={self.sample_rate!r} must be in (0, 1], "
                 f"noise_multiplier={self.noise_multiplier!r} in (0, inf) and steps={self.steps!r} a "
                 f"whole number >= 1"

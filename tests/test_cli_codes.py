@@ -21,6 +21,7 @@ CODES = {
     "DataError": console.INPUT,
     "ModelError": console.INPUT,
     "LedgerError": console.INPUT,
+    "OutOfRange": console.INPUT,
     "RolledBack": console.INPUT,
     "PrivacyError": console.REFUSED,
     "BudgetExceeded": console.REFUSED,

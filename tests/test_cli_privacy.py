@@ -128,18 +128,34 @@ def test_a_client_is_planned_for_the_rounds_that_it_joins(tmp_path: Path) -> Non
         (("--epsilon", "3", "--steps", "10", "--delta", "2"), "delta=2"),
         (("--epsilon", "3", "--steps", "10", "--delta", "0.9"), "delta=0.9 is too large"),
         (("--epsilon", "3", "--steps", "10", "--sample-rate", "0"), "sample_rate=0"),
-        (("--epsilon", "0.01", "--noise-multiplier", "0.5"), "raise it"),
+        (("--epsilon", "3", "--steps", "10", "--parameters", "-5"), "parameters=-5 must be >= 0"),
+        (("--epsilon", "3", "--steps", "10", "--batch-size", "-3"), "batch_size=-3 must be >= 0"),
+        (("--epsilon", "3", "--steps", "10", "--clients", "0"), "clients=0 must be >= 1"),
+        (("--epsilon", "3", "--steps", "10", "--local-steps", "0"), "steps_per_round=0 must be >= 1"),
     ],
 )
 def test_bad_questions_are_clear_errors(arguments: tuple[str, ...], part: str) -> None:
-    """What cannot be answered is said, by its name."""
+    """A value that is missing or says nothing is named; nothing was refused, so it ends with 2."""
+    assert_clear(run("budget", "plan", *KNOWN, *arguments), "OutOfRange", part)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--epsilon", "0.01", "--noise-multiplier", "0.5"), "raise it"),
+        (("--noise-multiplier", "0.01", "--steps", "10"), "promises nothing"),
+        (("--noise-multiplier", "1", "--steps", "10", "--sample-rate", "1e-320"), "cannot be computed"),
+    ],
+)
+def test_what_no_guarantee_can_be_given_for_is_refused(arguments: tuple[str, ...], part: str) -> None:
+    """A question that is well asked, and has no answer that promises anything, ends with 3."""
     assert_clear(run("budget", "plan", *KNOWN, *arguments), "PrivacyError", part)
 
 
 def test_what_is_missing_is_named() -> None:
     """No sample rate, no delta: both options are named."""
     result = run("budget", "plan", "--epsilon", "3", "--steps", "10")
-    assert_clear(result, "PrivacyError", "--sample-rate", "--delta")
+    assert_clear(result, "OutOfRange", "--sample-rate", "--delta")
 
 
 def test_the_example_policy_can_be_used(tmp_path: Path) -> None:

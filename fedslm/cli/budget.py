@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedslm.cli.console import ERRORS, Json, clear_errors, load_config
 from fedslm.config import Config, Unit
-from fedslm.errors import PrivacyError
+from fedslm.errors import OutOfRange
 from fedslm.storage import json_text
 
 if TYPE_CHECKING:
@@ -86,21 +86,21 @@ def _question(given: dict[str, Any], config: Config | None) -> Question:
         known.pop("epsilon", None)
     unit = given["unit"] or known.get("unit", "record")
     if unit not in get_args(Unit) or unit == "none":
-        raise PrivacyError(f"unit={unit!r} must be record, patient or client")
+        raise OutOfRange(f"unit={unit!r} must be record, patient or client")
     if unit == "client":
         known = _of_clients(known)
     known |= {name: value for name, value in given.items() if value is not None}
     missing = [f"--{key.replace('_', '-')}" for key in ("sample_rate", "delta") if key not in known]
     if missing:
-        raise PrivacyError(f"{' and '.join(missing)} must be given, or a CONFIG that has them")
+        raise OutOfRange(f"{' and '.join(missing)} must be given, or a CONFIG that has them")
     if not 0 < known["sample_rate"] <= 1:
-        raise PrivacyError(f"sample_rate={known['sample_rate']} must be in (0, 1]")
+        raise OutOfRange(f"sample_rate={known['sample_rate']} must be in (0, 1]")
     local_steps, rounds = known.pop("local_steps", 1), known.pop("rounds", None)
     if known.get("steps") is None and rounds is not None:
         known["steps"] = rounds * local_steps
     for key in ("steps", "epsilon", "noise_multiplier"):
         if key in known and not 0 < known[key] < math.inf:
-            raise PrivacyError(f"{key}={known[key]} must be positive and finite")
+            raise OutOfRange(f"{key}={known[key]} must be positive and finite")
     return replace(Question(known["sample_rate"], known["delta"]), **known, steps_per_round=local_steps)
 
 
@@ -108,7 +108,7 @@ def _from_config(config: Config) -> dict[str, Any]:
     """What a config says of its plan."""
     privacy, training, federation = config.privacy, config.training, config.federation
     if privacy.unit == "none":
-        raise PrivacyError('privacy.unit="none" has no budget; give --unit and the rest')
+        raise OutOfRange('privacy.unit="none" has no budget; give --unit and the rest')
     values = {
         "unit": privacy.unit,
         "epsilon": privacy.epsilon,

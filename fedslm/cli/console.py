@@ -22,6 +22,7 @@ from fedslm.errors import (
     FedslmError,
     LedgerError,
     ModelError,
+    OutOfRange,
     PrivacyError,
     Refused,
     printable,
@@ -65,7 +66,7 @@ def clear_errors() -> Iterator[None]:
 
 def code_of(kind: type[FedslmError]) -> int:
     """The exit code of an error: whether what was given is at fault, it was refused, or it failed."""
-    if issubclass(kind, ConfigError | DataError | ModelError | LedgerError):
+    if issubclass(kind, ConfigError | DataError | ModelError | LedgerError | OutOfRange):
         return INPUT
     return REFUSED if issubclass(kind, PrivacyError | Refused) else FAILED
 

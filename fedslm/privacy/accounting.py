@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from fedslm.errors import PrivacyError
+from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.records import LARGEST_DELTA, Event
 
 _DISCRETISATION = 1e-3
@@ -137,10 +138,11 @@ def adaptive_epsilon(events: Sequence[Event], delta: float, budget: float) -> fl
     grouped = _grouped(events, delta)
     if not grouped:
         return 0.0
-    accountant = RdpAccountant([_order(events[0], delta, budget)])
-    for rate, noise, count in grouped:
-        accountant.compose(_step(rate, noise), count)
-    return float(accountant.get_epsilon(delta))
+    with _computing(delta):
+        accountant = RdpAccountant([_order(events[0], delta, budget)])
+        for rate, noise, count in grouped:
+            accountant.compose(_step(rate, noise), count)
+        return float(accountant.get_epsilon(delta))
 
 
 def group_epsilon(events: Iterable[Event], delta: float, group_size: int) -> float:
@@ -161,8 +163,9 @@ def group_epsilon(events: Iterable[Event], delta: float, group_size: int) -> flo
         Charles et al. 2024 (arXiv 2407.07737).
     """
     if group_size < 1:
-        raise PrivacyError(f"group_size={group_size} must be >= 1")
-    return _group(_grouped(events, delta), delta, group_size)
+        raise OutOfRange(f"group_size={group_size} must be >= 1")
+    with _computing(delta):
+        return _group(_grouped(events, delta), delta, group_size)
 
 
 def network_epsilon(clients: Sequence[Iterable[Event]], delta: float, *, overlapping: bool) -> float:
@@ -200,11 +203,12 @@ def true_positive_bound(events: Iterable[Event], false_positive_rate: float) -> 
         Kairouz et al. 2015 (arXiv 1311.0776), theorem 2.1.
     """
     if not 0 < false_positive_rate < 1:
-        raise PrivacyError(f"false_positive_rate={false_positive_rate} must be in (0, 1)")
+        raise OutOfRange(f"false_positive_rate={false_positive_rate} must be in (0, 1)")
     grouped = _grouped(events, _ANY_DELTA)
     if not grouped:
         return false_positive_rate
-    deltas = _composed(grouped).get_delta_for_epsilon(_EPSILON_GRID)
+    with _computing(_ANY_DELTA):
+        deltas = _composed(grouped).get_delta_for_epsilon(_EPSILON_GRID)
     bounds = [
         math.exp(each) * false_positive_rate + float(delta)
         for each, delta in zip(_EPSILON_GRID, deltas, strict=True)
@@ -212,18 +216,27 @@ def true_positive_bound(events: Iterable[Event], false_positive_rate: float) -> 
     return min(1.0, *bounds)
 
 
-def _grouped(events: Iterable[Event], delta: float) -> Groups:
-    """Steps with the same parameters together: the order does not matter."""
+def check_delta(delta: float) -> None:
+    """Refuses a delta at which nothing is promised.
+
+    Raises:
+        OutOfRange: It is not in (0, 0.1].
+    """
     if not 0 < delta < 1:
-        raise PrivacyError(f"delta={delta} must be in (0, {LARGEST_DELTA:g}]")
+        raise OutOfRange(f"delta={delta} must be in (0, {LARGEST_DELTA:g}]")
     if delta > LARGEST_DELTA:
-        raise PrivacyError(
+        raise OutOfRange(
             f"delta={delta} is too large: it must be at most {LARGEST_DELTA:g}, and below 1/units to "
             f"protect anybody; use about 1/(10·units of the smallest client)"
         )
+
+
+def _grouped(events: Iterable[Event], delta: float) -> Groups:
+    """Steps with the same parameters together: the order does not matter."""
+    check_delta(delta)
     steps: Counter[tuple[float, float]] = Counter()
     for event in events:
-        steps[event.sample_rate, event.noise_multiplier] += event.steps
+        steps[float(event.sample_rate), float(event.noise_multiplier)] += event.steps
     if steps.total() > MOST_STEPS or any(noise < _LEAST_MULTIPLIER for _, noise in steps):
         raise PrivacyError(
             f"no accounting beyond {MOST_STEPS:,} steps or below "
@@ -237,8 +250,22 @@ def _pld(grouped: Groups, delta: float) -> float:
     """Epsilon by privacy loss distributions; a Rényi bound where that is beyond any use."""
     if not grouped:
         return 0.0
-    bound = _rough(grouped, delta)
-    return bound if bound > _LARGEST_TIGHT else float(_composed(grouped).get_epsilon_for_delta(delta))
+    with _computing(delta):
+        bound = _rough(grouped, delta)
+        if bound > _LARGEST_TIGHT:
+            return bound
+        return float(_composed(grouped).get_epsilon_for_delta(delta))
+
+
+@contextmanager
+def _computing(delta: float) -> Iterator[None]:
+    """Makes one of our errors of whatever stops an accountant: there is no epsilon then."""
+    try:
+        yield
+    except PrivacyError:
+        raise
+    except Exception as error:
+        raise PrivacyError(f"epsilon cannot be computed at delta={delta:g}: {error}") from error
 
 
 def _rough(grouped: Groups, delta: float) -> float:
@@ -303,16 +330,11 @@ def _cross_checked(grouped: Groups, delta: float) -> Accounts:
 
     rdp, prv = RDPAccountant(), PRVAccountant()
     rdp.history = prv.history = [(noise, rate, count) for rate, noise, count in grouped]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the order at the edge, and of log(0)
-            loose = max(0.0, float(rdp.get_epsilon(delta)))
-            _check_size(loose, float(rdp.get_epsilon(delta / 4000)), grouped, delta)
-            estimate = max(0.0, float(prv.get_epsilon(delta)))
-    except PrivacyError:
-        raise
-    except Exception as error:  # whatever stops an accountant, there is no cross-check
-        raise PrivacyError(f"epsilon cannot be checked at delta={delta:g}: {error}") from error
+    with _computing(delta), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the order at the edge, and of log(0)
+        loose = max(0.0, float(rdp.get_epsilon(delta)))
+        _check_size(loose, float(rdp.get_epsilon(delta / 4000)), grouped, delta)
+        estimate = max(0.0, float(prv.get_epsilon(delta)))
     accounts = Accounts(_pld(grouped, delta), estimate, loose)
     check_agreement(accounts)
     return accounts

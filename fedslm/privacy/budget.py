@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedslm.config import Unit
-from fedslm.errors import PrivacyError
+from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.accounting import Accounts
 from fedslm.privacy.calibration import affordable_steps, calibrate
@@ -99,8 +99,8 @@ def answer(question: Question) -> Answer:
     """Finds what is not known, and cross-checks it.
 
     Raises:
-        PrivacyError: Too little is known, a value is out of range or out of reach, or the accountants
-            disagree.
+        OutOfRange: Too little is known, or a value is out of its range.
+        PrivacyError: The budget is out of reach, or the accountants disagree.
 
     >>> answer(Question(0.032, 1e-5, steps=150, epsilon=3.0)).noise_multiplier
     0.947
@@ -135,20 +135,19 @@ def _noise_and_steps(question: Question) -> tuple[float, int]:
     """The two that are not given follow from those that are."""
     epsilon, noise, steps = question.epsilon, question.noise_multiplier, question.steps
     if question.unit not in ("record", "patient", "client"):
-        raise PrivacyError(f"unit={question.unit!r} must be record, patient or client")
-    if question.steps_per_round < 1 or question.clients < 1:
-        raise PrivacyError("steps_per_round and clients must be >= 1")
+        raise OutOfRange(f"unit={question.unit!r} must be record, patient or client")
+    for name, least in (("steps_per_round", 1), ("clients", 1), ("parameters", 0), ("batch_size", 0)):
+        if not getattr(question, name) >= least:
+            raise OutOfRange(f"{name}={getattr(question, name)} must be >= {least}")
     if question.unit == "client" and (question.sample_rate, question.steps_per_round) != (1, 1):
-        raise PrivacyError(
+        raise OutOfRange(
             f"sample_rate={question.sample_rate} and steps_per_round={question.steps_per_round} must "
             f"be 1 for unit='client': cohorts are drawn from a public seed, so sampling hides nobody; "
             f"give the most rounds that one client joins instead"
         )
     if steps is None:
         if epsilon is None or noise is None:
-            raise PrivacyError(
-                "give steps, or epsilon and noise_multiplier to find how many they allow"
-            )
+            raise OutOfRange("give steps, or epsilon and noise_multiplier to find how many they allow")
         steps = affordable_steps(epsilon, question.delta, Event(question.sample_rate, noise, 1))
         if steps < 1:
             raise PrivacyError(
@@ -156,7 +155,7 @@ def _noise_and_steps(question: Question) -> tuple[float, int]:
             )
     if noise is None:
         if epsilon is None:
-            raise PrivacyError("give epsilon to find the noise, or noise_multiplier to find epsilon")
+            raise OutOfRange("give epsilon to find the noise, or noise_multiplier to find epsilon")
         noise = calibrate(epsilon, question.delta, question.sample_rate, steps)
     return noise, steps
 

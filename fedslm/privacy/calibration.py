@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, assert_never
 
 from fedslm.config import PrivacyConfig, TrainingConfig
-from fedslm.errors import PrivacyError
+from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan, Plan
 from fedslm.records import Event
@@ -41,11 +41,11 @@ def calibrated(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) ->
         case "patient":
             cap = privacy.max_records_per_unit
             if cap is None or privacy.unit_column is None:
-                raise PrivacyError("privacy.unit='patient' needs unit_column and max_records_per_unit")
+                raise OutOfRange("privacy.unit='patient' needs unit_column and max_records_per_unit")
             mechanism = _mechanism(privacy, training, rounds)
             return PatientPlan(**mechanism, unit_column=privacy.unit_column, max_records_per_unit=cap)
         case "client":
-            raise PrivacyError("privacy.unit='client' needs secure aggregation, which is not there yet")
+            raise OutOfRange("privacy.unit='client' needs secure aggregation, which is not there yet")
         case _:
             assert_never(privacy.unit)
 
@@ -55,7 +55,7 @@ def _mechanism(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) ->
     epsilon, delta = privacy.epsilon, privacy.delta
     clip_norm, sample_rate = privacy.clip_norm, privacy.sample_rate
     if epsilon is None or delta is None or clip_norm is None or sample_rate is None:
-        raise PrivacyError("privacy needs epsilon, delta, clip_norm and sample_rate; none is assumed")
+        raise OutOfRange("privacy needs epsilon, delta, clip_norm and sample_rate; none is assumed")
     rounds += privacy.spare_rounds
     steps = rounds * training.local_steps
     metric = privacy.metric_noise_multiplier
@@ -103,7 +103,7 @@ def calibrate(
         PrivacyError: The target is not a positive number, or no noise multiplier up to 10,000 meets it.
     """
     if not 0 < epsilon_target < math.inf:
-        raise PrivacyError(f"epsilon={epsilon_target} must be in (0, inf)")
+        raise OutOfRange(f"epsilon={epsilon_target} must be in (0, inf)")
 
     def spent(noise_multiplier: float) -> float:
         return accounting.epsilon([Event(sample_rate, noise_multiplier, steps), *others], delta)

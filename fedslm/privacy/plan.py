@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedslm.config import Unit
-from fedslm.errors import PrivacyError
+from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.accounting import Accounts
 from fedslm.privacy.randomness import SecureStream
@@ -112,7 +112,7 @@ class PrivatePlan(ABC):
         }
         for name, holds in bounds.items():
             if not holds:
-                raise PrivacyError(f"{name}={getattr(self, name)} is out of range for a private plan")
+                raise OutOfRange(f"{name}={getattr(self, name)} is out of range for a private plan")
 
     @property
     def training_event(self) -> Event:
@@ -209,7 +209,7 @@ class PatientPlan(PrivatePlan):
         super().__post_init__()
         named = isinstance(self.unit_column, str) and bool(self.unit_column)
         if not named or not is_count(self.max_records_per_unit):
-            raise PrivacyError(
+            raise OutOfRange(
                 f"unit_column={self.unit_column!r} must name a column and "
                 f"max_records_per_unit={self.max_records_per_unit} be >= 1"
             )
@@ -279,7 +279,7 @@ class NoPrivacy:
 
     def __post_init__(self) -> None:
         if not (is_count(self.batch_size) and is_count(self.steps_per_round)):
-            raise PrivacyError(
+            raise OutOfRange(
                 f"batch_size={self.batch_size} and steps_per_round={self.steps_per_round} must be >= 1"
             )
 
