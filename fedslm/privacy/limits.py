@@ -84,13 +84,14 @@ def check_unit(chain: Chain, charges: Sequence[Charge], unit: str) -> None:
 
 
 def _lost(chain: Chain, budget: tuple[float, float]) -> str:
-    """Why nothing more can be charged after a release without privacy."""
-    first = chain.unprotected[0]
+    """Why nothing more can be charged after a release without privacy.
+
+    A server reads it: it names no run, which may be another federation's.
+    """
     return (
-        f"budget exhausted: {len(chain.unprotected)} releases without privacy left this node, the "
-        f"first in round {first.round} of run {first.run[:80]!r}: epsilon of the node's lifetime is "
-        f"infinite, over the budget of {budget[0]:g}; take other records, with a node directory of "
-        f"their own"
+        f"budget exhausted: {len(chain.unprotected)} releases without privacy left this node: epsilon "
+        f"of the node's lifetime is infinite, over the budget of {budget[0]:g}; take other records, "
+        f"with a node directory of their own"
     )
 
 
