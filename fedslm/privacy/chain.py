@@ -136,7 +136,9 @@ def read_chain(path: Path, key: Ed25519PublicKey) -> Chain:
           line is refused.
         * Lines missing at the end are seen if the head (beside the file, or saved elsewhere) is known:
           :func:`check_head`.
-
+        * There is one way to write a line, and any other is refused, whoever signed it: further spaces,
+          a line end of another system, a key twice, another spelling of a number or a letter. So every
+          reader of JSON finds the same in it.
         * A line of more than 64 KiB is refused; no more of it is read.
 
     Raises:
@@ -220,6 +222,8 @@ def _entries(path: Path, lines: Iterable[bytes], key: Ed25519PublicKey) -> Itera
 def _parse(line: bytes, public_key: str) -> Entry:
     """Reads one line and checks its signature; what it says must be of one kind."""
     values: dict[str, Any] = json.loads(line)
+    if json.dumps(values).encode() != line:
+        raise ValueError("the line is not written as fedslm writes it")
     signature = values.pop("signature")
     key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
     if not is_signed(key, values, signature):

@@ -123,9 +123,14 @@ def signature_of(key: Ed25519PrivateKey, values: Mapping[str, Any]) -> str:
 
 
 def is_signed(key: Ed25519PublicKey, values: Mapping[str, Any], signature: object) -> bool:
-    """True if the signature of these values was made with the private half of ``key``."""
+    """True if the signature of these values was made with the private half of ``key``.
+
+    Only what :func:`signature_of` writes is a signature: no capital digits, no spaces.
+    """
+    if not (isinstance(signature, str) and re.fullmatch(r"[0-9a-f]{128}", signature)):
+        return False
     try:
-        key.verify(bytes.fromhex(str(signature)), _canonical(values))
+        key.verify(bytes.fromhex(signature), _canonical(values))
     except (InvalidSignature, ValueError):
         return False
     return True

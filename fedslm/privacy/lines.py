@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from fedslm.errors import PrivacyError
 from fedslm.records import Event, is_count, is_number
+from fedslm.storage import is_text
 
 ADJACENCY = "add-or-remove-one"
 ADAPTER, METRIC = "adapter", "metric"  # what a charge can be for
@@ -203,8 +204,8 @@ class Entry:
 
 
 def is_short_text(value: object) -> bool:
-    """True for a text that a line has room for."""
-    return isinstance(value, str) and len(value) <= _LONGEST_TEXT
+    """True for a text that a line has room for, and that any file can hold."""
+    return isinstance(value, str) and len(value) <= _LONGEST_TEXT and is_text(value)
 
 
 def is_index(value: object) -> bool:

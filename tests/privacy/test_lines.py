@@ -110,6 +110,32 @@ def test_a_ledger_without_an_opening_is_refused(path: Path) -> None:
         read_chain(path, KEY.public_key())
 
 
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        (b'{"index"', b' {"index"'),
+        (b'"}', b'"}\r'),
+        (b'": ', b'":'),
+        (b'"steps": 10', b'"steps": 1, "steps": 10'),
+        (b'"charge": {', b'"charge": {"round": 9}, "charge": {'),
+        (b'"noise_multiplier": 3.0', b'"noise_multiplier": 3.00'),
+        (b'"clip_norm": 0.5', b'"clip_norm": 5e-1'),
+        (b"adapter", rb"\u0061dapter"),
+        (b'{"index"', b'\xef\xbb\xbf{"index"'),
+        (b'"signature": "', b'"signature": " '),
+    ],
+    ids=repr,
+)
+def test_there_is_one_way_to_write_a_line(path: Path, part: bytes, other: bytes) -> None:
+    """The same values in other bytes, their signature still right: readers of JSON could differ on them."""
+    append(path, values_of(path, 1))
+    *lines, last = lines_of(path)
+    assert part in last
+    path.write_bytes(b"".join(lines) + last[:-1].replace(part, other, 1) + b"\n")
+    with pytest.raises(LedgerError, match=rf"at line {FILLED_LINES + 1}"):
+        read_chain(path, KEY.public_key())
+
+
 def test_a_line_that_is_too_long_is_refused(path: Path) -> None:
     """A line of more than 64 KiB is refused; without an end it is a crash's, and left out."""
     whole = path.read_bytes()
@@ -147,7 +173,12 @@ def changed(values: dict[str, Any], place: str, value: object) -> dict[str, Any]
         *(("charge.round", True), ("charge.round", 0), ("charge.round", 1.0), ("charge.round", 10**13)),
         *(("charge.clip_norm", True), ("charge.clip_norm", 0.0), ("charge.clip_norm", "1")),
         *(("charge.delta", True), ("charge.delta", 0.0), ("charge.delta", 1.0), ("charge.delta", "x")),
-        *(("charge.run", 5), ("charge.run", "r" * 513), ("charge.plan_sha256", ["x"])),
+        *(
+            ("charge.run", 5),
+            ("charge.run", "r" * 513),
+            ("charge.run", "\ud800"),
+            ("charge.plan_sha256", ["x"]),
+        ),
         *(("charge.unit", "visit"), ("charge.unit", "none"), ("charge.unit_column", 3)),
         *(("charge.max_records_per_unit", True), ("charge.max_records_per_unit", 0)),
         *(("charge.normaliser", True), ("charge.normaliser", 0), ("charge.dataset_commitment", None)),
