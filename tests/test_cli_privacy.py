@@ -261,6 +261,17 @@ def test_auditing_with_no_key(finished: Path, tmp_path: Path) -> None:
     assert_clear(run("audit", "ledger", ledger, "--public-key", str(path)), "LedgerError", "key.pem")
 
 
+def test_a_slip_of_the_auditor_is_no_finding(finished: Path) -> None:
+    """A delta or a head that cannot be one ends with 2, and says nothing of the ledger or the run."""
+    node = finished / "nodes" / "client-00000"
+    assert_clear(audit_ledger(node, "--delta", "2"), "OutOfRange", "delta=2")
+    assert_clear(audit_ledger(node, "--head", "abc"), "LedgerError", "head='abc'")
+    head = json.loads(audit_ledger(node, "--json").stdout)["head"]
+    assert audit_ledger(node, "--head", f" {head.upper()} ").exit_code == 0
+    result = run("audit", "run", str(finished), "--records-per-person", "0", "--no-empirical")
+    assert_clear(result, "OutOfRange", "group_size=0")
+
+
 def test_auditing_a_run(finished: Path) -> None:
     """Figures and three files; JSON for programs; an error for what is no run."""
     result = run("audit", "run", str(finished), "--records-per-person", "2")

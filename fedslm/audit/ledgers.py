@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from fedslm.audit.statements import check_statements
 from fedslm.errors import LedgerError, PrivacyError
 from fedslm.privacy import accounting, clock
 from fedslm.privacy.accounting import Accounts
 from fedslm.privacy.calibration import largest
-from fedslm.privacy.chain import HEAD_SUFFIX, LONGEST_LINE, Chain, check_head, read_chain, read_head
+from fedslm.privacy.chain import (
+    GENESIS,
+    HEAD_SUFFIX,
+    Chain,
+    check_head,
+    read_chain,
+    read_head,
+)
 from fedslm.privacy.keys import public_hex
-from fedslm.privacy.lines import NO_UNIT
-from fedslm.privacy.statement import Statement, read_statement
+from fedslm.privacy.statement import Statement
 from fedslm.records import Event, epsilon_as_json
-from fedslm.storage import read_lines
 
 LEDGER_FILE = "ledger.jsonl"
 NO_WITNESS = (
@@ -110,15 +115,31 @@ class Evidence:
 
     Attributes:
         heads: Hashes of lines that were once the last, saved elsewhere.
-        statements: Signed statements that a server received; those of other keys are left out.
+        statements: Signed statements that a server received from the ledger's node.
         deltas: Deltas to report besides those in the ledger.
         budget: (epsilon, delta) that the node allows over its lifetime.
+
+    Raises:
+        LedgerError: A head is no hash: no ledger holds it, and that would not be the ledger's fault.
+        OutOfRange: A delta is not in (0, 0.1].
     """
 
     heads: tuple[str, ...] = ()
     statements: tuple[Statement, ...] = ()
     deltas: tuple[float, ...] = ()
     budget: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for head in self.heads:
+            if not re.fullmatch("[0-9a-f]{64}", head):
+                raise LedgerError(f"head={head[:80]!r} must be 64 hexadecimal digits, in small letters")
+        for delta in self.deltas:
+            accounting.check_delta(delta)
+
+    @property
+    def can_witness(self) -> bool:
+        """Whether it can show that a ledger was rolled back: the head of an empty one cannot."""
+        return bool(self.statements) or any(head != GENESIS for head in self.heads)
 
 
 @dataclass
@@ -135,12 +156,13 @@ def audit_ledger(path: Path, key: Ed25519PublicKey, evidence: Evidence) -> Ledge
 
     Formal guarantees:
         * A sound result means: every line was signed by the key and follows the one before; every head
-          and statement that was given is in it; the last statement of each run states no less epsilon
-          than the ledger cost until then; three accountants agree; the budget is kept; nothing was
-          released without privacy; one unit and column are counted; a run has one plan and the same
-          records throughout; no time is one that cannot be.
+          and statement that was given is in it, and each statement's release, for its run and round;
+          the last statement of each run states no less epsilon than the ledger cost until then; three
+          accountants agree; the budget is kept; nothing was released without privacy; one unit and
+          column are counted; a run has one plan and the same records throughout; no time is one that
+          cannot be, and none goes back by more than a correction of the clock says.
         * Without a head or a statement from elsewhere, an older copy of ledger and head passes for
-          sound: that is an open question of the result.
+          sound: that is an open question of the result. The head of an empty ledger answers nothing.
 
     Args:
         path: The ledger, or the node directory that holds it.
@@ -182,23 +204,16 @@ def audit_ledger(path: Path, key: Ed25519PublicKey, evidence: Evidence) -> Ledge
     )
 
 
-def read_statements(path: Path, key: Ed25519PublicKey) -> tuple[Statement, ...]:
-    """The statements of one key in a server's ``statements.jsonl``.
-
-    Raises:
-        LedgerError: The file cannot be read.
-    """
-    try:
-        lines = read_lines(path, LONGEST_LINE)
-        statements = [read_statement(json.loads(line)["statement"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, PrivacyError) as error:
-        raise LedgerError(f"{path} cannot be read: {str(error)[:200]}") from error
-    return tuple(each for each in statements if each.public_key == public_hex(key))
-
-
 def as_json(audit: LedgerAudit) -> dict[str, object]:
     """The audit as JSON values: an infinite epsilon is the word "infinite"."""
-    spent = [{**asdict(each), "epsilon": epsilon_as_json(each.epsilon)} for each in audit.spent]
+    spent = [
+        {
+            **asdict(each),
+            "epsilon": epsilon_as_json(each.epsilon),
+            "adaptive": None if each.adaptive is None else epsilon_as_json(each.adaptive),
+        }
+        for each in audit.spent
+    ]
     return {"sound": audit.sound, **asdict(audit), "spent": spent}
 
 
@@ -216,67 +231,19 @@ def _check_completeness(
             found.notes.append("no head lies beside the ledger: lines cut off its end would not show")
         elif beside[0] >= 0:
             check_head(path, chain, *beside)
+        elif chain.entries:
+            found.notes.append(
+                "the head beside the ledger is of no line: lines cut off its end would not show"
+            )
     except LedgerError as error:
         found.wrong.append(str(error))
     known = {entry.previous for entry in chain.entries} | {chain.head}
     for head in evidence.heads:
         if head not in known:
             found.wrong.append(f"the saved head {head[:16]}… is not in the ledger: it was rolled back")
-    if not evidence.heads and not evidence.statements:
+    if not evidence.can_witness:
         found.open.append(NO_WITNESS)
-    released = {entry.release_sha256 for entry in chain.entries}
-    released |= {each.release_sha256 for each in chain.unprotected}
-    for statement in evidence.statements:
-        _check_statement(path, chain, statement, released, found)
-    for statement in {each.run: each for each in evidence.statements}.values():
-        _check_epsilon(chain, statement, found)
-
-
-def _check_statement(
-    path: Path,
-    chain: Chain,
-    statement: Statement,
-    released: set[str | None],
-    found: _Findings,
-) -> None:
-    """A statement's head and release must be in the ledger."""
-    name = f"the statement of round {statement.round}"
-    if chain.opening is None or statement.ledger_id != chain.opening.ledger_id:
-        found.wrong.append(f"{name} is of another ledger, {statement.ledger_id}, under the same key")
-        return
-    try:
-        check_head(path, chain, statement.index, statement.head_sha256)
-    except LedgerError as error:
-        found.wrong.append(f"{name}: {error}")
-    if chain.root(statement.index + 1) != statement.root_sha256:
-        found.wrong.append(f"{name} has another Merkle root than the ledger")
-    lines = chain.entries[: statement.index + 1]
-    charged = Counter(
-        entry.charge.event
-        for entry in lines
-        if entry.charge is not None and entry.charge.run == statement.run
-    )
-    in_all = sum(entry.charge is not None for entry in lines)
-    bare = sum(entry.unprotected is not None for entry in lines)
-    same = charged == dict(statement.charged) and in_all == statement.charges
-    same = same and bare == statement.unprotected
-    if not same or statement.unit not in (NO_UNIT, chain.unit):
-        found.wrong.append(f"{name} says other charges than the ledger")
-    if statement.release_sha256 not in released:
-        found.wrong.append(f"{name} is for a release that the ledger does not hold")
-
-
-def _check_epsilon(chain: Chain, statement: Statement, found: _Findings) -> None:
-    """A statement's epsilon is of the whole ledger, over all runs, when it was made."""
-    lines = chain.entries[: statement.index + 1]
-    events = [entry.charge.event for entry in lines if entry.charge is not None]
-    is_lost = any(entry.unprotected is not None for entry in lines)
-    spent = math.inf if is_lost else accounting.epsilon(events, statement.delta)
-    if not accounting.within(spent, statement.epsilon):
-        found.wrong.append(
-            f"the statement of round {statement.round} says epsilon={statement.epsilon:.3f}, and the "
-            f"ledger cost {spent:.3f} until then"
-        )
+    found.wrong += check_statements(path, chain, evidence.statements, public_key)
 
 
 def _check_lines(chain: Chain, found: _Findings) -> None:
@@ -313,15 +280,22 @@ def _check_times(chain: Chain, found: _Findings) -> None:
     early = [number for number, entry in numbered if entry.time < clock.EARLIEST_TIME]
     if early:
         found.wrong.append(f"{len(early)} lines have a time before 2025, the first is line {early[0]}")
-    before, back = 0, 0
+    before, latest, back = 0, 0, 0
     for number, entry in numbered:
         if entry.correction is None:
             back = max(back, before - entry.time)
+            latest = max(latest, entry.time)
         else:
+            ahead, latest = latest - entry.time, entry.time
             found.notes.append(
                 f"line {number}: the operator corrected the clock by {entry.correction.ahead} s: "
                 f"{entry.correction.reason!r}"
             )
+            if abs(ahead - entry.correction.ahead) > clock.AHEAD_SECONDS:
+                found.wrong.append(
+                    f"line {number} says that it corrects the clock by {entry.correction.ahead} s, "
+                    f"and goes back by {ahead} s"
+                )
         before = entry.time
     if back > clock.AHEAD_SECONDS:
         found.wrong.append(f"a line is {back} s earlier than the line before it")

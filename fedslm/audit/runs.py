@@ -7,6 +7,7 @@ statements that the server received. Nothing is taken from the report that the r
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 import fedslm
 from fedslm.audit.distilled import distillations
 from fedslm.audit.ledgers import Evidence, LedgerAudit, as_json, audit_ledger
+from fedslm.audit.statements import check_received
 from fedslm.config import Config, PrivacyConfig
 from fedslm.data.shards import client_names
 from fedslm.errors import LedgerError, PrivacyError, RunError
@@ -30,7 +32,7 @@ from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.privacy.plan import ExamplePlan, PatientPlan
 from fedslm.privacy.statement import Statement
-from fedslm.records import Event
+from fedslm.records import Event, epsilon_as_json
 from fedslm.reporting.render import page, render
 from fedslm.storage import json_text, write_text
 
@@ -46,14 +48,20 @@ class _Client:
     Attributes:
         name: As in the run's report; "client 0", and so on, where the run's data are gone.
         events: Everything that it charged, over all runs that were given.
+        is_lost: Whether something left it without privacy: then its epsilon is infinite.
         releases: Statements that the server received in this run.
         audit: The audit of its ledger; None if the ledger is elsewhere.
     """
 
     name: str
     events: tuple[Event, ...]
+    is_lost: bool
     releases: int
     audit: LedgerAudit | None
+
+    def epsilon(self, delta: float) -> float:
+        """Epsilon of all that it charged."""
+        return math.inf if self.is_lost else accounting.epsilon(self.events, delta)
 
 
 def audit_run(
@@ -84,14 +92,10 @@ def audit_run(
         raise PrivacyError(f"{path} was trained without privacy: epsilon is infinite")
     statements = directory.statements()
     clients = _clients(directory, config.federation.num_clients, statements)
-    findings = [
-        f"{client.name}: {finding}"
-        for client in clients
-        for finding in (client.audit.findings if client.audit else ())
-    ]
-    findings += _missing(directory, len(statements))
+    findings = _wrong(directory, clients, statements)
     clients = _with_others(clients, config, others, findings)
     worst = _worst(clients, privacy.delta, overlapping=privacy.overlapping)
+    is_lost = any(client.is_lost for client in clients)
     audit: dict[str, Any] = {
         "fedslm_version": fedslm.__version__,
         "audited_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,11 +106,13 @@ def audit_run(
         "base_model": config.model.base,
         "privacy": privacy.model_dump(mode="json"),
         "normaliser": config.training.batch_size,
-        "guarantee": _guarantee(worst, privacy.delta),
+        "guarantee": _guarantee(worst, privacy.delta, is_lost=is_lost),
         "mechanisms": _mechanisms(directory, len(clients)),
         "clients": [_describe(client, privacy.delta) for client in clients],
         "other_runs": [str(other) for other in others],
-        "groups": _groups(worst, privacy.delta, group_sizes) if privacy.unit == "record" else [],
+        "groups": []
+        if privacy.unit != "record" or is_lost
+        else _groups(worst, privacy.delta, group_sizes),
         "standings": _standings(directory, findings),
         "self_test": _attestation(directory),
         "distillations": _distilled(directory, findings),
@@ -117,6 +123,20 @@ def audit_run(
         audit["findings"].append("the attack with canaries found more than was proven: stop training")
     _write(directory.path, audit)
     return audit
+
+
+def _wrong(
+    directory: RunDirectory, clients: list[_Client], statements: list[tuple[int, Statement]]
+) -> list[str]:
+    """What is wrong with ledgers and statements."""
+    names = [client.name for client in clients]
+    found = [
+        f"{client.name}: {finding}"
+        for client in clients
+        for finding in (client.audit.findings if client.audit else ())
+    ]
+    found += check_received(directory.run_id, names, directory.records(), statements)
+    return found + _strangers(directory, len(clients))
 
 
 def _standings(directory: RunDirectory, findings: list[str]) -> dict[str, Any]:
@@ -150,15 +170,18 @@ def _clients(
 
 
 def _client(directory: RunDirectory, index: int, name: str, statements: list[Statement]) -> _Client:
-    """Reads what one client charged: from its ledger, or from its last statement."""
-    events = statements[-1].events if statements else ()
+    """Reads what one client charged: from its ledger, or from its statement of the most charges."""
+    last = max(statements, key=lambda each: each.num_charged, default=None)
+    events = () if last is None else last.events
+    is_lost = any(statement.unprotected for statement in statements)
     audit, node = None, directory.nodes / f"client-{index:05d}"
     if (node / LEDGER).exists():
-        key = read_public_key(statements[-1].public_key if statements else node / PUBLIC_KEY)
+        key = read_public_key(node / PUBLIC_KEY if last is None else last.public_key)
         audit = audit_ledger(node, key, Evidence(statements=tuple(statements)))
         if audit.sound:
             events = read_chain(node / LEDGER, key).events
-    return _Client(name, events, len(statements), audit)
+        is_lost = is_lost or audit.unprotected > 0
+    return _Client(name, events, is_lost, len(statements), audit)
 
 
 def _with_others(
@@ -171,7 +194,7 @@ def _with_others(
     """
     for other in others:
         directory, theirs = RunDirectory.open(other)
-        charged = []
+        charged, lost = [], []
         for index, name in enumerate(_names(directory, theirs.federation.num_clients)):
             node = directory.nodes / f"client-{index:05d}"
             if not (node / LEDGER).exists():
@@ -180,16 +203,18 @@ def _with_others(
             audit = audit_ledger(node, key, Evidence())
             findings += [f"{other}, {name}: {finding}" for finding in audit.findings]
             charged.append(read_chain(node / LEDGER, key).events if audit.sound else ())
+            lost.append(audit.unprotected > 0)
         same = (theirs.data, theirs.run.seed, theirs.federation.num_clients) == (
             config.data,
             config.run.seed,
             config.federation.num_clients,
         )
         everything = tuple(event for events in charged for event in events)
-        added = charged if same else [everything] * len(clients)
+        if not same:
+            charged, lost = [everything] * len(clients), [any(lost)] * len(clients)
         clients = [
-            replace(client, events=client.events + more)
-            for client, more in zip(clients, added, strict=True)
+            replace(client, events=client.events + more, is_lost=client.is_lost or bare)
+            for client, more, bare in zip(clients, charged, lost, strict=True)
         ]
     return clients
 
@@ -201,17 +226,23 @@ def _worst(clients: list[_Client], delta: float, *, overlapping: bool) -> tuple[
     return max((client.events for client in clients), key=lambda each: accounting.epsilon(each, delta))
 
 
-def _guarantee(events: tuple[Event, ...], delta: float) -> dict[str, Any]:
-    """Epsilon by three accountants, over several deltas, and what it means for an attacker."""
-    accounts = accounting.cross_check(events, delta)
+def _guarantee(events: tuple[Event, ...], delta: float, *, is_lost: bool) -> dict[str, Any]:
+    """Epsilon by three accountants, over several deltas, and what it means for an attacker.
+
+    After a release without privacy all of it is infinite, but for the accounts of what was charged.
+    """
+    accounts, deltas = accounting.cross_check(events, delta), sorted({*_DELTAS, delta})
+    curve = [math.inf if is_lost else accounting.epsilon(events, each) for each in deltas]
+    attack = [
+        [rate, 1.0 if is_lost else accounting.true_positive_bound(events, rate)]
+        for rate in _FALSE_POSITIVE_RATES
+    ]
     return {
         "delta": delta,
-        "epsilon": accounts.pld,
+        "epsilon": epsilon_as_json(math.inf if is_lost else accounts.pld),
         "accounts": asdict(accounts),
-        "curve": [[each, accounting.epsilon(events, each)] for each in sorted({*_DELTAS, delta})],
-        "attack": [
-            [rate, accounting.true_positive_bound(events, rate)] for rate in _FALSE_POSITIVE_RATES
-        ],
+        "curve": [[each, epsilon_as_json(found)] for each, found in zip(deltas, curve, strict=True)],
+        "attack": attack,
     }
 
 
@@ -236,7 +267,7 @@ def _describe(client: _Client, delta: float) -> dict[str, Any]:
     audit = client.audit
     return {
         "name": client.name,
-        "epsilon": accounting.epsilon(client.events, delta),
+        "epsilon": epsilon_as_json(client.epsilon(delta)),
         "charges": len(client.events),
         "steps": sum(event.steps for event in client.events),
         "statements": client.releases,
@@ -244,9 +275,12 @@ def _describe(client: _Client, delta: float) -> dict[str, Any]:
     }
 
 
-def _groups(events: tuple[Event, ...], delta: float, sizes: tuple[int, ...]) -> list[tuple[int, float]]:
+def _groups(
+    events: tuple[Event, ...], delta: float, sizes: tuple[int, ...]
+) -> list[tuple[int, float | str]]:
     """Epsilon of a person with several records, by tight mixture accounting."""
-    return [(size, accounting.group_epsilon(events, delta, size)) for size in sizes]
+    found = ((size, accounting.group_epsilon(events, delta, size)) for size in sizes)
+    return [(size, epsilon_as_json(epsilon)) for size, epsilon in found]
 
 
 def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any]]:
@@ -276,12 +310,11 @@ def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any
     return list(found.values())
 
 
-def _missing(directory: RunDirectory, num_statements: int) -> list[str]:
-    """Updates that were used, but that nobody signed for."""
-    completed = sum(record.completed for record in directory.records())
-    if num_statements >= completed:
-        return []
-    return [f"{completed} updates were used, but {num_statements} statements are here"]
+def _strangers(directory: RunDirectory, num_clients: int) -> list[str]:
+    """Node directories that are of no client: what was charged there would count nowhere."""
+    known = {f"client-{index:05d}" for index in range(num_clients)}
+    found = sorted(each.name for each in directory.nodes.glob("client-*"))
+    return [f"nodes/{name} is of no client of this run" for name in found if name not in known]
 
 
 def _rounds(directory: RunDirectory, planned: int) -> dict[str, int]:

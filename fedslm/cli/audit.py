@@ -48,15 +48,16 @@ def ledger(
     Example: `fedslm audit ledger node/ledger.jsonl --public-key node/ledger-key.pub.pem`
     """
     with clear_errors():
-        from fedslm.audit.ledgers import Evidence, audit_ledger, read_statements
+        from fedslm.audit.ledgers import Evidence, audit_ledger
         from fedslm.audit.ledgers import as_json as values_of
+        from fedslm.audit.statements import read_statements
         from fedslm.privacy.keys import read_public_key
         from fedslm.privacy.policy import open_policy
 
         key = read_public_key(public_key)
         allowed = None if policy is None else open_policy(policy)
         evidence = Evidence(
-            heads=tuple(head),
+            heads=tuple(each.strip().lower() for each in head),
             statements=() if statements is None else read_statements(statements, key),
             deltas=tuple(delta),
             budget=None if allowed is None else (allowed.epsilon, allowed.delta),
@@ -103,8 +104,10 @@ def run(
         if as_json:
             typer.echo(json_text(audit))
         else:
+            from fedslm.reporting.render import spent as shown
+
             g, console = audit["guarantee"], Console()
-            text = f"ε = [bold]{g['epsilon']:.3f}[/bold] at δ = {g['delta']:g} for one "
+            text = f"ε = [bold]{shown(g['epsilon'])}[/bold] at δ = {g['delta']:g} for one "
             console.print(text + audit["privacy"]["unit"], highlight=False)
             for name in ("audit.md", "audit.html", "audit.json"):
                 console.print(f"  {path / name}", highlight=False, markup=False, soft_wrap=True)

@@ -27,6 +27,7 @@ from fedslm import config as configuration
 from fedslm.aggregation.server import ServerState
 from fedslm.config import Config
 from fedslm.errors import ConfigError, FedslmError, PrivacyError, Problem, RunError
+from fedslm.privacy.lines import is_index
 from fedslm.privacy.statement import Statement, read_statement
 from fedslm.records import AdapterState, RoundRecord, is_count, is_number
 from fedslm.storage import is_text, json_text, load_adapter, locked, save_adapter, write_text
@@ -281,7 +282,9 @@ class RunDirectory:
         lines = text[: text.rfind("\n") + 1].splitlines()
         try:
             values = [json.loads(line) for line in lines]
-            return [(int(item["client"]), read_statement(item["statement"])) for item in values]
+            if not all(is_index(item["client"]) for item in values):
+                raise ValueError("client must be a whole number >= 0")
+            return [(item["client"], read_statement(item["statement"])) for item in values]
         except (ValueError, TypeError, KeyError, PrivacyError) as error:
             raise RunError(f"{path} is damaged: {error}") from error
 
@@ -355,6 +358,9 @@ def _server_state(directory: Path, values: Mapping[str, Any]) -> ServerState:
     for part, file in values["files"].items():
         if part not in _PARTS:
             raise ValueError(f"unknown part {part!r}")
+    for name in ("round", "cohort", "completed", "failed", "late", "refused"):
+        if not is_index(values[name]):
+            raise ValueError(f"{name}={values[name]!r} must be a whole number >= 0")
         parts[part] = load_adapter(directory / Path(file["name"]).name)
         if parts[part].sha256() != file["sha256"]:
             raise ValueError(f"the file of part {part!r} does not match its hash")

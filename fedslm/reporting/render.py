@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fedslm.records import epsilon_of_json
+
 _PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -44,7 +46,7 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701  (Markdown, not HTML)
     )
-    environment.filters |= {"cell": cell, "figure": figure}
+    environment.filters |= {"cell": cell, "figure": figure, "spent": spent}
     return environment.get_template(template).render(**values)
 
 
@@ -64,6 +66,16 @@ def figure(value: float | None) -> str:
     ('0.5000', '–', '–')
     """
     return "–" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def spent(epsilon: float | str, digits: int = 3) -> str:
+    """An epsilon, as it is or as JSON holds it.
+
+    >>> spent(2.5), spent("infinite"), spent(math.inf)
+    ('2.500', '∞', '∞')
+    """
+    value = epsilon_of_json(epsilon) if isinstance(epsilon, str) else epsilon
+    return "∞" if value == math.inf else f"{value:.{digits}f}"
 
 
 def page(markdown: str, title: str) -> str:

@@ -20,11 +20,10 @@ from fedslm.audit.ledgers import (
     LedgerAudit,
     as_json,
     audit_ledger,
-    read_statements,
 )
-from fedslm.errors import LedgerError
+from fedslm.errors import LedgerError, OutOfRange
 from fedslm.privacy import accounting, keys
-from fedslm.privacy.chain import line_hash
+from fedslm.privacy.chain import GENESIS, line_hash
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.limits import Limits
 from fedslm.privacy.lines import ADAPTER, Charge
@@ -121,51 +120,6 @@ def test_a_rollback_of_ledger_and_head_is_seen_by_a_saved_head(node: Path) -> No
     assert not audit(node, Evidence(heads=(head,))).sound
 
 
-def test_statements(node: Path) -> None:
-    """What the server was told must be in the ledger; a rolled-back ledger does not hold it."""
-    ledger = Ledger(node / "ledger.jsonl", keys.signing_key(node))
-    statement = ledger.statement("run-plan", 2, "release-2")
-    path = node / "statements.jsonl"
-    path.write_text(json.dumps({"client": 0, "statement": statement.to_json()}) + "\n")
-    public = keys.read_public_key(node / keys.PUBLIC_KEY)
-    assert audit(node, Evidence(statements=read_statements(path, public))).sound
-    foreign = ledger.statement("run-plan", 9, "release-9")
-    assert "does not hold" in audit(node, Evidence(statements=(foreign,))).findings[0]
-    for name in ("ledger.jsonl", "ledger.jsonl.head"):
-        (node / name).unlink()
-    fresh = Ledger(node / "ledger.jsonl", keys.signing_key(node))
-    spend(fresh, 1)
-    assert "another ledger" in audit(node, Evidence(statements=(statement,))).findings[0]
-
-
-def test_a_statement_of_too_little_epsilon_is_a_finding(node: Path) -> None:
-    """A node that states less than its whole ledger cost is found out by whoever has the ledger."""
-    key = keys.signing_key(node)
-    ledger = Ledger(node / "ledger.jsonl", key)
-    true = ledger.statement("run-plan", 2, "release-2")
-    assert audit(node, Evidence(statements=(true,))).sound
-    less = replace(true, epsilon=accounting.epsilon([EVENT], DELTA))
-    (finding,) = audit(node, Evidence(statements=(true, less))).findings
-    assert f"says epsilon={less.epsilon:.3f}, and the ledger cost {true.epsilon:.3f}" in finding
-
-
-def test_statements_of_others_are_left_out(
-    node: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """A server's file holds many nodes; a damaged file is an error, not an empty one."""
-    other = tmp_path_factory.mktemp("other")
-    ledger = Ledger(other / "ledger.jsonl", keys.signing_key(other))
-    spend(ledger, 1)
-    path = node / "statements.jsonl"
-    text = ledger.statement("run-plan", 1, "release-1").to_json()
-    path.write_text(json.dumps({"client": 1, "statement": text}) + "\n")
-    public = keys.read_public_key(node / keys.PUBLIC_KEY)
-    assert read_statements(path, public) == ()
-    path.write_text("{}\n")
-    with pytest.raises(LedgerError):
-        read_statements(path, public)
-
-
 def test_another_key_is_a_finding(node: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A ledger proves something only to the holder of the right key."""
     other = keys.signing_key(tmp_path_factory.mktemp("other")).public_key()
@@ -205,19 +159,6 @@ def test_any_tampering_is_a_finding(data: st.DataObject) -> None:
                 changed = b"".join([*lines[: line + 1], *lines[line:]])
         ledger.path.write_bytes(changed)
         assert not audit(node).sound
-
-
-@pytest.mark.parametrize(
-    "line",
-    [" " * (1 << 16) + "{}", "[" * 50_000, '{"statement": 7}', '{"statement": "%s"}' % ("x" * 9000)],
-)
-def test_statements_are_read_up_to_a_limit(tmp_path: Path, line: str) -> None:
-    """A line that is too long, too deep or no statement is an error of one line."""
-    path = tmp_path / "statements.jsonl"
-    path.write_text(line + "\n")
-    with pytest.raises(LedgerError, match="cannot be read") as caught:
-        read_statements(path, keys.signing_key(tmp_path).public_key())
-    assert len(str(caught.value)) < 500
 
 
 def test_a_public_key_is_read_up_to_a_limit() -> None:
@@ -303,6 +244,66 @@ def test_a_head_that_is_a_boolean_is_a_finding(node: Path) -> None:
 def lines_of_ledger(node: Path) -> list[bytes]:
     """The ledger's lines without their ends."""
     return (node / "ledger.jsonl").read_bytes().splitlines()
+
+
+def test_the_head_of_an_empty_ledger_rules_nothing_out(node: Path) -> None:
+    """Whoever saved it saw no line: it is no fault of the ledger, and the question stays open."""
+    found = audit(node, Evidence(heads=(GENESIS,)))
+    assert (found.sound, found.open_questions) == (True, (NO_WITNESS,))
+    assert audit(node, Evidence(heads=(GENESIS, found.head))).open_questions == ()
+
+
+def test_a_head_of_no_line_beside_many_is_noted(node: Path) -> None:
+    """It is that of a ledger before its first line: put back, it would hide any cut."""
+    (node / "ledger.jsonl.head").write_text(json.dumps({"index": -1, "sha256": GENESIS}))
+    assert any("head beside the ledger is of no line" in note for note in audit(node).notes)
+
+
+@pytest.mark.parametrize("head", ["abc", "", "F" * 64, "f" * 63 + "\n", "\u0660" * 64])
+def test_a_head_that_is_no_hash_accuses_nobody(head: str) -> None:
+    """A slip of the auditor's is an error, not a ledger that was rolled back."""
+    with pytest.raises(LedgerError, match="must be 64 hexadecimal digits"):
+        Evidence(heads=(head,))
+
+
+@pytest.mark.parametrize("delta", [0.0, 2.0, 0.5, float("nan")])
+def test_a_delta_that_promises_nothing_accuses_nobody(delta: float) -> None:
+    """Neither does a delta at which nothing can be computed."""
+    with pytest.raises(OutOfRange, match="delta="):
+        Evidence(deltas=(delta,))
+
+
+def test_a_correction_that_hides_more_than_it_says_is_a_finding(node: Path) -> None:
+    """A line that corrects the clock by a second and goes back by a day lets a day of charges go."""
+    correction = {"ahead": 1, "reason": "why"}
+
+    def change(values: dict[str, Any]) -> None:
+        if values["index"] == 5:
+            del values["charge"]
+            values.update(correction=correction, time=values["time"] - 86_400)
+
+    rewritten(node, change)
+    assert any("corrects the clock by 1 s, and goes back by 86400 s" in f for f in audit(node).findings)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [{"sample_rate": 5e-324}, {"steps": 10**12}, {"noise_multiplier": 1e-300}],
+    ids=repr,
+)
+def test_events_that_stop_an_accountant_are_a_finding(node: Path, event: dict[str, object]) -> None:
+    """Whatever an accountant raises, the audit ends with a finding."""
+    rewritten(
+        node, of_charges(event={"sample_rate": 0.1, "noise_multiplier": 1.0, "steps": 1, **event})
+    )
+    assert not audit(node).sound
+
+
+def test_whole_numbers_are_numbers(node: Path) -> None:
+    """A multiplier that JSON holds as a whole number, however large, is computed with."""
+    event = {"sample_rate": 1, "noise_multiplier": 10**99, "steps": 1}
+    rewritten(node, of_charges(event=event, clip_norm=1))
+    assert audit(node).spent[0].epsilon == 0.0
 
 
 def test_a_rollback_that_nothing_rules_out_is_said(node: Path) -> None:

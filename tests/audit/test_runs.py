@@ -20,6 +20,10 @@ from fedslm.audit import runs
 from fedslm.config import Config
 from fedslm.errors import PrivacyError, RunError
 from fedslm.privacy import accounting
+from fedslm.privacy.keys import signing_key
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.limits import Limits
+from fedslm.privacy.lines import Unprotected
 from fedslm.progress import Bar
 from fedslm.records import Event
 
@@ -116,6 +120,121 @@ def test_a_changed_ledger_is_a_finding(run: Path) -> None:
     (finding,) = audited(run)["findings"]
     assert finding.startswith("site-1: ")
     assert "not in order" in (run / "audit.md").read_text()
+
+
+def statements_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's statements."""
+    return [json.loads(line) for line in (run / "statements.jsonl").read_text().splitlines()]
+
+
+def state(run: Path, lines: list[dict[str, Any]]) -> None:
+    """Replaces the lines of a run's statements."""
+    (run / "statements.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_more_statements_of_one_client_do_not_stand_for_another(run: Path) -> None:
+    """Updates that nobody signed for are counted by round and client, whatever else is there."""
+    shutil.rmtree(run / "nodes" / "client-00001")
+    others = [line for line in statements_of(run) if line["client"] != 1]
+    state(run, [*others, *others[-2:]])
+    assert [each for each in audited(run)["findings"] if "updates were used" in each] == [
+        f"3 updates were used in round {number}, but 2 statements are here" for number in (1, 2)
+    ]
+
+
+def test_statements_of_no_client_are_a_finding(run: Path) -> None:
+    """An index beyond the run's clients is nobody's, and stands for nobody."""
+    changed = [
+        {**line, "client": 9 if line["client"] == 1 else line["client"]} for line in statements_of(run)
+    ]
+    state(run, changed)
+    findings = audited(run)["findings"]
+    assert "statements of client 9 are here, and the run has 3 clients" in findings
+    assert "3 updates were used in round 1, but 2 statements are here" in findings
+
+
+@pytest.mark.parametrize("client", ["true", "1.7", "-1", "1e400", '"1"', '"\u0661"', "null"])
+def test_a_client_is_a_whole_number(run: Path, client: str) -> None:
+    """Nothing else is taken for one."""
+    path = run / "statements.jsonl"
+    path.write_text(path.read_text().replace('"client": 1', f'"client": {client}', 1))
+    with pytest.raises(RunError, match=r"statements\.jsonl is damaged"):
+        audited(run)
+
+
+@pytest.mark.parametrize("count", ["-5", "NaN", "true", "3.0", "1e400"])
+def test_a_count_of_a_round_is_a_whole_number(run: Path, count: str) -> None:
+    """A round of minus five updates would hide five that nobody signed for."""
+    path = run / "rounds.jsonl"
+    path.write_text(path.read_text().replace('"completed": 3', f'"completed": {count}', 1))
+    with pytest.raises(RunError, match=r"rounds\.jsonl is damaged: completed="):
+        audited(run)
+
+
+def test_a_run_of_which_nothing_is_left_is_a_finding(run: Path) -> None:
+    """Without rounds and statements an epsilon of 0 is not a guarantee; a missing round is seen."""
+    (run / "rounds.jsonl").unlink()
+    assert "a statement is of round 2, and rounds.jsonl holds 0" in audited(run)["findings"]
+    (run / "statements.jsonl").unlink()
+    shutil.rmtree(run / "nodes")
+    (finding,) = audited(run)["findings"]
+    assert finding.startswith("neither a round nor a statement is here")
+
+
+def test_without_ledgers_the_order_of_statements_hides_nothing(run: Path) -> None:
+    """An earlier statement at the end is a finding, and the one of the most charges counts."""
+    before = audited(run)["guarantee"]["epsilon"]
+    state(run, statements_of(run)[::-1])
+    for node in (run / "nodes").glob("client-*"):
+        shutil.rmtree(node)
+    audit = audited(run)
+    assert audit["guarantee"]["epsilon"] == before
+    assert (
+        "site-0: the statement of round 1 does not continue the one before it, of round 2"
+        in audit["findings"]
+    )
+
+
+def test_one_ledger_for_two_clients_is_a_finding(run: Path) -> None:
+    """Each of two clients that share a ledger would see the other's charges as its own."""
+    nodes = run / "nodes"
+    shutil.rmtree(nodes / "client-00001")
+    shutil.copytree(nodes / "client-00000", nodes / "client-00001")
+    lines = [line for line in statements_of(run) if line["client"] != 1]
+    state(run, [*lines, *({**line, "client": 1} for line in lines if line["client"] == 0)])
+    assert any(
+        each.startswith("2 clients stated the same ledger, ") for each in audited(run)["findings"]
+    )
+
+
+def test_a_statement_of_another_run_is_a_finding(run: Path) -> None:
+    """A ledger is of a node; a run's statements are of the run."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "run_id": "0123456789abcdef"}))
+    assert any("a statement is of another run" in each for each in audited(run)["findings"])
+
+
+def test_a_node_directory_of_no_client_is_a_finding(run: Path) -> None:
+    """What was charged there would count nowhere."""
+    shutil.copytree(run / "nodes" / "client-00001", run / "nodes" / "client-00007")
+    assert audited(run)["findings"] == ["nodes/client-00007 is of no client of this run"]
+
+
+def test_after_a_release_without_privacy_no_page_says_a_number(run: Path, tmp_path: Path) -> None:
+    """Epsilon is infinite for the client and the network, in JSON the word; also through another run."""
+    other = shutil.copytree(run, tmp_path / "other")
+    node = run / "nodes" / "client-00000"
+    ledger = Ledger(node / "ledger.jsonl", signing_key(node))
+    ledger.release_unprotected(Unprotected("elsewhere", 1, "adapter", "x"), Limits((100.0, 1e-5)))
+    runs.audit_run(run, group_sizes=(2,), empirical=False)
+    kept = json.loads((run / "audit.json").read_text())
+    assert kept["guarantee"]["epsilon"] == "infinite"
+    assert {epsilon for _, epsilon in kept["guarantee"]["curve"]} == {"infinite"}
+    assert [bound for _, bound in kept["guarantee"]["attack"]] == [1.0] * 3
+    assert [each["epsilon"] == "infinite" for each in kept["clients"]] == [True, False, False]
+    assert kept["groups"] == []
+    assert "ε = **∞** at" in (run / "audit.md").read_text()
+    assert audited(other, others=(run,))["guarantee"]["epsilon"] == "infinite"
 
 
 def test_a_replaced_ledger_is_a_finding(run: Path) -> None:
