@@ -154,7 +154,7 @@ def row(name: str, arm: str, outcome: Outcome) -> str:
     shown = [scenario.metric, *([scenario.written] if scenario.written else [])]
     before = "<br>".join(f"{outcome.metrics[each]['base']['value']:.3f}" for each in shown)
     after = "<br>".join(interval(outcome.metrics[each]["tuned"]) for each in shown)
-    epsilon = "∞" if report["epsilon"] is None else f"{report['epsilon']:.2f}"
+    epsilon = "∞" if report["plan"] is None else f"{report['epsilon']:.2f}"
     megabytes = (report["bytes_down"] + report["bytes_up"]) / 1e6
     cells = [
         f"`{name}`: {scenario.task}",

@@ -14,6 +14,7 @@ from fedslm.errors import RunError
 from fedslm.inference.prediction import predict
 from fedslm.inference.trained import load_trained, open_run
 from fedslm.progress import Bar
+from fedslm.reporting.render import spent as shown
 from fedslm.simulation import simulate
 from fedslm.storage import json_text
 
@@ -99,7 +100,7 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
     for column in ("run", "before", "after", "ε of each hospital", "for one", "δ", "time"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for report in reports:
-        spent = sorted({f"{value['epsilon']:.2f}" for value in report["privacy"].values()})
+        spent = sorted({shown(value["epsilon"], 2) for value in report["privacy"].values()})
         table.add_row(
             report["name"],
             f"{report['metrics_before']['accuracy']:.3f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,7 @@ class Bar:
     def _note(self, record: RoundRecord) -> str:
         """One line of figures."""
         parts = [f"{record.completed}/{record.cohort} clients"]
-        if record.epsilon is not None:
+        if math.isfinite(record.epsilon):
             parts.append(f"ε {record.epsilon:.2f}")
         parts += [f"{key} {value:.4f}" for key, value in list(record.metrics.items())[:2]]
         if record.signal_to_noise is not None:

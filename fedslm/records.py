@@ -15,7 +15,7 @@ from fedslm.errors import ModelError, OutOfRange, PrivacyError
 FloatArray = NDArray[np.float32]
 LARGEST_DELTA = 0.1  # of ten units one could be published outright
 _LARGEST, _MOST = 1e100, 10**12
-INFINITE = "infinite"  # what JSON says for an epsilon after a release without privacy
+INFINITE = "infinite"  # what JSON says for an epsilon that no number bounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +189,7 @@ class PrivacySpent:
     """What has been spent on one client's data.
 
     Attributes:
-        epsilon: Upper bound; infinity, null in JSON, without privacy.
+        epsilon: Upper bound; it may be infinite (in JSON: "infinite").
         delta: The delta at which epsilon holds.
         steps: Number of noisy steps charged.
     """
@@ -227,7 +227,7 @@ class RoundRecord:
         refused: Clients that refused (budget exhausted, for instance).
         kept: False if the adapter moved, True if too few replies kept it as it was.
         epsilon: Epsilon of the network so far (the largest over clients, or all of them composed if
-            units overlap); None without privacy.
+            units overlap); infinite (in JSON: "infinite") without privacy.
         metrics: Metrics on the public evaluation split; empty if this round was not evaluated.
         signal_to_noise: See :func:`fedslm.aggregation.mean.signal_to_noise`; None if unknown.
         bytes_down: Bytes of tensors sent to clients in this round.
@@ -246,7 +246,7 @@ class RoundRecord:
     late: int
     refused: int
     kept: bool
-    epsilon: float | None
+    epsilon: float
     metrics: dict[str, float]
     signal_to_noise: float | None
     bytes_down: int

@@ -43,7 +43,7 @@ def test_it_teaches_and_says_where_to_look(
     values = json.loads(said)
     assert code == 0
     assert values["method"] == "proxy-target"
-    assert values["privacy"]["epsilon"] is None
+    assert values["privacy"]["epsilon"] == "infinite"
 
 
 def test_a_proof_is_told(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

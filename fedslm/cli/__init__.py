@@ -167,6 +167,7 @@ def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
 def _finish(report: dict[str, Any], as_json: bool) -> None:
     """Says what came out and where to look."""
     from fedslm.progress import readable
+    from fedslm.reporting.render import spent as shown
 
     if as_json:
         keys = (
@@ -179,8 +180,8 @@ def _finish(report: dict[str, Any], as_json: bool) -> None:
     name = report["headline"]
     before, after = report["metrics_before"][name], report["metrics_after"][name]
     console.print(f"{name}: {before:.4f} before, [bold]{after:.4f}[/bold] after", highlight=False)
-    if report["epsilon"] is not None:
-        spent = f"ε = {report['epsilon']:.3f} at δ = {report['delta']:g}"
+    if report["plan"] is not None:
+        spent = f"ε = {shown(report['epsilon'])} at δ = {report['delta']:g}"
         of = "all clients composed" if report["overlapping"] else "largest over clients"
         console.print(f"privacy: {spent} for one {report['plan']['unit']} ({of})", highlight=False)
     sent = f"{readable(report['bytes_down'])} down, {readable(report['bytes_up'])} up"

@@ -245,10 +245,12 @@ def _say(report: dict[str, Any], as_json: bool) -> None:
         console.print(f"{name}: {', '.join(figures)}", highlight=False)
     if report["proof"] is not None:
         _say_gains(console, report["proof"])
+    from fedslm.reporting.render import spent as shown
+
     privacy = report["privacy"]
-    if privacy["epsilon"] is not None:
+    if privacy["unit"] is not None:
         console.print(
-            f"privacy: ε = {privacy['epsilon']:.3f} at δ = {privacy['delta']:g}, as the federated "
+            f"privacy: ε = {shown(privacy['epsilon'])} at δ = {privacy['delta']:g}, as the federated "
             f"adapter's; nothing was spent here",
             highlight=False,
         )

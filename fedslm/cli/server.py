@@ -219,7 +219,8 @@ def _tell(record: dict[str, Any]) -> None:
 
     found = metrics_of(record["metrics"])
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
-    spent = "" if record["epsilon"] is None else f"  ε {record['epsilon']:.3f}"
+    epsilon = record["epsilon"]
+    spent = f"  ε {epsilon:.3f}" if isinstance(epsilon, float) else ""
     counts = f"{record['completed']}/{record['cohort']} nodes"
     ERRORS.print(f"round {record['round']}: {counts}{spent}  {metrics}", highlight=False)
     for reason in record["reasons"]:

@@ -70,7 +70,7 @@ class RunStatus:
         refused: Refusals over all rounds.
         failed: Failures over all rounds.
         late: Late or absent nodes over all rounds.
-        epsilon: Of the network so far; None without privacy.
+        epsilon: Of the network so far; infinite without privacy, None before the first round.
     """
 
     name: str
@@ -94,13 +94,17 @@ class FederationStatus:
 
     def as_json(self) -> dict[str, object]:
         """JSON values: an infinite epsilon is the word "infinite"."""
-        nodes = [
-            {**asdict(node), "lifetime_epsilon": epsilon_as_json(node.lifetime_epsilon)}
-            if node.lifetime_epsilon is not None
-            else asdict(node)
-            for node in self.nodes
-        ]
-        return {**asdict(self), "nodes": nodes}
+        names = ("epsilon", "epsilon_spent", "lifetime_epsilon")
+
+        def values(row: NodeStatus | RunStatus) -> dict[str, object]:
+            found = asdict(row)
+            told = {name: found[name] for name in names if found.get(name) is not None}
+            return {**found, **{name: epsilon_as_json(each) for name, each in told.items()}}
+
+        return {
+            "nodes": [values(node) for node in self.nodes],
+            "runs": [values(run) for run in self.runs],
+        }
 
 
 def status_of(server: Path, seen: Sequence[SeenNode]) -> FederationStatus:

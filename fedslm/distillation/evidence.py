@@ -17,7 +17,7 @@ from fedslm.federation.node import LEDGER
 from fedslm.inference.trained import FinishedRun
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
-from fedslm.records import AdapterState
+from fedslm.records import INFINITE, AdapterState
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def chain_of(run: FinishedRun, adapter: AdapterState, before: dict[str, LedgerMa
     report = run.report
     plan = report["plan"]
     return {
-        "epsilon": report["epsilon"] if plan else None,
+        "epsilon": report["epsilon"] if plan else INFINITE,
         "delta": report["delta"] if plan else None,
         "unit": plan["unit"] if plan else None,
         "spent_here": 0.0,

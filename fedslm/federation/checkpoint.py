@@ -29,7 +29,14 @@ from fedslm.config import Config
 from fedslm.errors import ConfigError, FedslmError, PrivacyError, Problem, RunError
 from fedslm.privacy.lines import is_index
 from fedslm.privacy.statement import Statement, read_statement
-from fedslm.records import AdapterState, RoundRecord, is_count, is_number
+from fedslm.records import (
+    AdapterState,
+    RoundRecord,
+    epsilon_as_json,
+    epsilon_of_json,
+    is_count,
+    is_number,
+)
 from fedslm.storage import is_text, json_text, load_adapter, locked, save_adapter, write_text
 
 ERROR = "error.txt"
@@ -175,7 +182,7 @@ class RunDirectory:
             RunError: The disk is full, for instance; the previous checkpoint stays valid.
         """
         if record is not None:
-            self._append("rounds.jsonl", [json_text(asdict(record))])
+            self._append("rounds.jsonl", [_line(record)])
             self._append("statements.jsonl", self._unseen(checkpoint))
         directory, server = self.path / "checkpoint", checkpoint.server
         files = {}
@@ -194,7 +201,7 @@ class RunDirectory:
             "metrics": dict(checkpoint.metrics),
             "failed_in_row": checkpoint.failed_in_row,
             "statements": {k: v.to_json() for k, v in checkpoint.statements.items()},
-            "epsilons": dict(checkpoint.epsilons),
+            "epsilons": {k: epsilon_as_json(v) for k, v in checkpoint.epsilons.items()},
         }
         write_text(directory / "state.json", json_text(values, indent=2))
         for old in directory.glob("*.safetensors"):
@@ -258,7 +265,7 @@ class RunDirectory:
         kept = [record for record in records if record.round <= round]
         is_whole = path.exists() and _torn_bytes(path) == 0
         if kept != records or not is_whole:
-            write_text(path, "".join(json_text(asdict(record)) + "\n" for record in kept))
+            write_text(path, "".join(_line(record) + "\n" for record in kept))
 
     def records(self) -> list[RoundRecord]:
         """Reads ``rounds.jsonl``; a torn last line is left out."""
@@ -268,7 +275,7 @@ class RunDirectory:
         try:
             values = [json.loads(line) for line in lines]
             return [_record(item) for item in values]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, PrivacyError) as error:
             raise RunError(f"{path} is damaged: {error}") from error
 
     def statements(self) -> list[tuple[int, Statement]]:
@@ -335,17 +342,28 @@ def metrics_of(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _epsilons(values: Mapping[str, Any]) -> dict[int, float]:
-    """Client to epsilon, of a checkpoint; null is infinite; empty in one of an older version."""
-    return {
-        int(client): math.inf if epsilon is None else float(epsilon)
-        for client, epsilon in values.get("epsilons", {}).items()
-    }
+    """Client to epsilon, of a checkpoint; empty in one of an older version."""
+    return {int(client): _epsilon(each) for client, each in values.get("epsilons", {}).items()}
+
+
+def _epsilon(value: object) -> float:
+    """An epsilon of a run's file; older versions wrote null for an infinite one."""
+    return math.inf if value is None else epsilon_of_json(value)
+
+
+def _line(record: RoundRecord) -> str:
+    """A round as a line of JSON."""
+    return json_text({**asdict(record), "epsilon": epsilon_as_json(record.epsilon)})
 
 
 def _record(values: Mapping[str, Any]) -> RoundRecord:
     """A round's line; older versions wrote none of ``left_out``."""
+    for name in ("round", "cohort", "completed", "failed", "late", "refused"):
+        if not is_index(values[name]):
+            raise ValueError(f"{name}={values[name]!r} must be a whole number >= 0")
     changes = {
         "metrics": metrics_of(values["metrics"]),
+        "epsilon": _epsilon(values["epsilon"]),
         "reasons": tuple(values["reasons"]),
         "left_out": tuple(values.get("left_out", ())),
     }
@@ -358,9 +376,6 @@ def _server_state(directory: Path, values: Mapping[str, Any]) -> ServerState:
     for part, file in values["files"].items():
         if part not in _PARTS:
             raise ValueError(f"unknown part {part!r}")
-    for name in ("round", "cohort", "completed", "failed", "late", "refused"):
-        if not is_index(values[name]):
-            raise ValueError(f"{name}={values[name]!r} must be a whole number >= 0")
         parts[part] = load_adapter(directory / Path(file["name"]).name)
         if parts[part].sha256() != file["sha256"]:
             raise ValueError(f"the file of part {part!r} does not match its hash")

@@ -329,11 +329,11 @@ def _setup(config: Config, plan: Plan, labels: tuple[str, ...], directory: RunDi
     )
 
 
-def _network_epsilon(config: Config, statements: dict[int, Statement]) -> float | None:
-    """Epsilon of the network so far, by what the clients stated; None without privacy."""
+def _network_epsilon(config: Config, statements: dict[int, Statement]) -> float:
+    """Epsilon of the network so far, by what the clients stated; infinite without privacy."""
     privacy = config.privacy
     if privacy.unit == "none" or privacy.delta is None:
-        return None
+        return math.inf
     clients = [statement.events for statement in statements.values()]
     return accounting.network_epsilon(clients, privacy.delta, overlapping=privacy.overlapping)
 

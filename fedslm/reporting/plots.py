@@ -44,8 +44,8 @@ def plot_rounds(path: Path, records: list[RoundRecord], report: dict[str, Any]) 
     axes.set_ylabel(f"{headline} (public split)", color="tab:blue")
     axes.set_title(report["name"])
     axes.grid(alpha=0.3)
-    if report["epsilon"] is not None:
-        spent = [0.0, *(record.epsilon or 0.0 for record in records)]
+    if report["plan"] is not None:
+        spent = [0.0, *(record.epsilon for record in records)]
         right = axes.twinx()
         rounds = [0, *(record.round for record in records)]
         right.plot(rounds, spent, color="tab:red", linestyle="--")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +18,7 @@ from fedslm.privacy import accounting
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.privacy.plan import Plan, PrivatePlan
-from fedslm.records import Event, PrivacySpent, RoundRecord
+from fedslm.records import Event, PrivacySpent, RoundRecord, epsilon_as_json
 from fedslm.reporting.plots import plot_rounds
 from fedslm.reporting.render import render
 from fedslm.storage import expand, json_text, write_text
@@ -170,23 +171,24 @@ def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, 
 
 
 def _privacy(config: Config, charged: dict[str, tuple[Event, ...]]) -> dict[str, Any]:
-    """What was spent by each client, and in the whole network."""
+    """What was spent by each client, and in the whole network; infinite without privacy."""
     delta, overlapping = config.privacy.delta, config.privacy.overlapping
-    spent, epsilon = {}, None
+    spent, epsilon = {}, math.inf
     if charged and delta is not None:
-        spent = {name: asdict(_spent(events, delta)) for name, events in charged.items()}
+        spent = {name: _spent(events, delta) for name, events in charged.items()}
         clients = list(charged.values())
         epsilon = accounting.network_epsilon(clients, delta, overlapping=overlapping)
     return {
         "privacy": spent,
-        "epsilon": epsilon,
+        "epsilon": epsilon_as_json(epsilon),
         "delta": delta if spent else None,
         "overlapping": overlapping,
         "is_deployed": config.engine.nodes is not None,
     }
 
 
-def _spent(events: tuple[Event, ...], delta: float) -> PrivacySpent:
+def _spent(events: tuple[Event, ...], delta: float) -> dict[str, Any]:
     """Epsilon and steps of what was charged."""
     steps = sum(event.steps for event in events)
-    return PrivacySpent(accounting.epsilon(events, delta), delta, steps)
+    spent = PrivacySpent(accounting.epsilon(events, delta), delta, steps)
+    return {**asdict(spent), "epsilon": epsilon_as_json(spent.epsilon)}

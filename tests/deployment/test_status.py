@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,6 @@ def test_after_a_release_without_privacy_figures_are_infinite(server: Path, tmp_
     assert status.nodes[0].lifetime_epsilon == math.inf
     text = json.dumps(status.as_json())
     assert json.loads(text, parse_constant=pytest.fail)["nodes"][0]["lifetime_epsilon"] == "infinite"
+    (run, *_) = status.runs
+    plain = replace(status, runs=(replace(run, epsilon=math.inf),))
+    assert json.loads(json.dumps(plain.as_json()))["runs"][0]["epsilon"] == "infinite"

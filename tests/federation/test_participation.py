@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ MakeConfig = Callable[..., Config]
 
 def record(number: int, *reasons: str, completed: int = 0, kept: bool = True) -> RoundRecord:
     """A round's line."""
-    return RoundRecord(number, 9, completed, 1, 1, 0, kept, None, {}, None, 0, 0, 1.0, reasons)
+    return RoundRecord(number, 9, completed, 1, 1, 0, kept, math.inf, {}, None, 0, 0, 1.0, reasons)
 
 
 def test_the_most_frequent_reason_of_each_client() -> None:

@@ -228,9 +228,10 @@ def test_a_simulation_without_privacy_keeps_no_ledger(make_config: MakeConfig) -
 
     report = run_with(config, dict.fromkeys(range(3), look))
     assert [each.statement for each in seen] == [""] * 3
-    assert report["epsilon"] is None
+    assert report["epsilon"] == "infinite"
     assert not list(Path(str(config.run.directory)).glob("nodes/*/ledger*"))
     assert records_of(config)[0]["completed"] == 3
+    assert records_of(config)[0]["epsilon"] == "infinite"
 
 
 def test_a_simulated_node_that_has_a_ledger_records_it(plain: Request) -> None:
