@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedslm import config as configuration
 from fedslm.config import Config
-from fedslm.errors import RunError
+from fedslm.errors import Unusable
 from fedslm.inference.prediction import predict
 from fedslm.inference.trained import load_trained, open_run
 from fedslm.progress import Bar
@@ -77,7 +77,7 @@ def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
         RunError: The directory is not empty.
     """
     if directory.exists() and any(directory.iterdir()):
-        raise RunError(f"{directory} is not empty; choose another with --directory")
+        raise Unusable(f"{directory} is not empty; choose another with --directory")
     reports = []
     for arm in ARMS:
         bar = Bar()

@@ -14,7 +14,8 @@ FedslmError
 ├── FederationError      the run cannot go on (no clients, too many failed rounds)
 │   └── Unanswered       the SuperLink did not answer a call within its time; the round can go on
 └── RunError             a run directory cannot be created, resumed or written
-    └── Refused          a key, a fingerprint or a signature is not the one that is expected
+    ├── Refused          a key, a fingerprint or a signature is not the one that is expected
+    └── Unusable         a directory, a file or a name that was given is not what the command needs
 """
 
 from __future__ import annotations
@@ -118,6 +119,10 @@ class RunError(FedslmError):
 
 class Refused(RunError):
     """A key, a fingerprint or a signature is not the one that is expected."""
+
+
+class Unusable(RunError):
+    """A directory, a file or a name that was given is not what the command needs."""
 
 
 def plural(number: int, noun: str) -> str:

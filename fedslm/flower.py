@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from fedslm import config as configuration
 from fedslm import contradictions
 from fedslm.distillation.following import check_asked, distil_if_asked, follower
-from fedslm.errors import FedslmError, RunError
+from fedslm.errors import FedslmError, RunError, Unusable
 from fedslm.federation.checkpoint import ERROR, RunDirectory
 from fedslm.federation.rounds import Federation, Outcome
 from fedslm.federation.workers import InlinePool
@@ -44,7 +44,7 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
     named = config.run.directory
     path = Path(named or f"~/.fedslm/runs/{config.run.name}-{run_id}").expanduser()
     if not path.is_absolute():
-        raise RunError(f"run.directory={named!r} must be absolute under flwr run")
+        raise Unusable(f"run.directory={named!r} must be absolute under flwr run")
     again = config.engine.nodes is not None and (path / "config.json").exists()
     directory = RunDirectory.open(path, config)[0] if again else RunDirectory.create(path, config)
     pool = InlinePool(threads=config.engine.threads_per_worker)

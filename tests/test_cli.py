@@ -202,7 +202,7 @@ def test_an_existing_run_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
     result = run("simulate", DEMO, *tiny(tmp_path / "run"))
-    assert_clear(result, "RunError", "exists", "--resume")
+    assert_clear(result, "Unusable", "exists", "--resume")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
@@ -210,7 +210,7 @@ def test_resuming_what_is_no_run_is_refused(tmp_path: Path) -> None:
     """A directory that is no run directory cannot be continued."""
     overrides = ["--resume", str(tmp_path)]
     result = run("simulate", DEMO, *overrides)
-    assert_clear(result, "RunError", "is not a run directory")
+    assert_clear(result, "Unusable", "is not a run directory")
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ CODES = {
     "FederationError": console.FAILED,
     "Unanswered": console.FAILED,
     "RunError": console.FAILED,
+    "Unusable": console.INPUT,
 }
 ENDS = {
     "simulate": ("no.toml", 2),
@@ -53,23 +54,23 @@ ENDS = {
     "policy check": ("no.toml", 2),
     "model info": ("no.toml", 2),
     "audit ledger": (f"no --public-key {HEX}", 1),
-    "audit run": ("no", 1),
+    "audit run": ("no", 2),
     "audit self-test": ("--fast", 2),
     "provision init": ("no.toml", 2),
     "provision renew": ("--server no", 2),
     "provision lab": ("x --config no.toml", 2),
-    "provision admit": ("no.json", 1),
+    "provision admit": ("no.json", 2),
     "provision revoke": ("north --server no", 2),
-    "provision readmit": ("north --server no --reason r", 1),
-    "provision rekey": ("--server no", 1),
-    "provision list": ("--server no", 0),
+    "provision readmit": ("north --server no --reason r", 2),
+    "provision rekey": ("--server no", 2),
+    "provision list": ("--server no", 2),
     "server up": ("no", 2),
     "server run": ("no.toml", 2),
     "server status": ("--server no", 2),
-    "server logs": ("--server no", 1),
+    "server logs": ("--server no", 2),
     "server stop": ("north --server no", 2),
-    "node enroll": ("x --name /", 1),
-    "node accept": ("no no.json", 1),
+    "node enroll": ("x --name /", 2),
+    "node accept": ("no no.json", 2),
     "node check": ("no", 2),
     "node clock": ("no --reason r", 2),
     "node up": ("no", 2),
@@ -122,6 +123,7 @@ def test_every_command_keeps_the_table(
     assert "Traceback" not in result.output
     assert not re.search(r"\b(\w+Error|RolledBack|PolicyRefused)\b", result.output)
     assert bool(result.stderr) == bool(code)
+    assert not code or not list(tmp_path.iterdir())
 
 
 def test_a_refusal_ends_with_3(tmp_path: Path) -> None:

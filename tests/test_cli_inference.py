@@ -300,5 +300,5 @@ def test_export_says_where(finished_run: Finished, tmp_path: Path) -> None:
     assert result.stdout == f"{adapter}\n"
     assert (adapter / "adapter_model.safetensors").exists()
     result = run("export", path, "--merge", "--out", str(adapter))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "not empty" in result.stderr

@@ -283,7 +283,7 @@ def test_auditing_a_run(finished: Path) -> None:
     quick = ("--no-empirical", "--records-per-person", "1")
     as_json = run("audit", "run", str(finished), *quick, "--json")
     assert json.loads(as_json.stdout)["findings"] == []
-    assert_clear(run("audit", "run", str(finished / "data")), "RunError", "not a run directory")
+    assert_clear(run("audit", "run", str(finished / "data")), "Unusable", "not a run directory")
 
 
 def test_the_self_test_command() -> None:

@@ -21,7 +21,7 @@ from fedslm.audit.ledgers import Evidence, LedgerAudit, as_json, audit_ledger
 from fedslm.audit.statements import check_received
 from fedslm.config import Config, PrivacyConfig
 from fedslm.data.shards import client_names
-from fedslm.errors import LedgerError, PrivacyError, RunError
+from fedslm.errors import LedgerError, PrivacyError, Unusable
 from fedslm.federation.attestation import ATTESTATION, code_fingerprint
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.node import LEDGER
@@ -198,7 +198,7 @@ def _with_others(
         for index, name in enumerate(_names(directory, theirs.federation.num_clients)):
             node = directory.nodes / f"client-{index:05d}"
             if not (node / LEDGER).exists():
-                raise RunError(f"{other} holds no ledger of {name}")
+                raise Unusable(f"{other} holds no ledger of {name}")
             key = read_public_key(node / PUBLIC_KEY)
             audit = audit_ledger(node, key, Evidence())
             findings += [f"{other}, {name}: {finding}" for finding in audit.findings]

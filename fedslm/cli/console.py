@@ -25,6 +25,7 @@ from fedslm.errors import (
     OutOfRange,
     PrivacyError,
     Refused,
+    Unusable,
     printable,
 )
 
@@ -66,7 +67,7 @@ def clear_errors() -> Iterator[None]:
 
 def code_of(kind: type[FedslmError]) -> int:
     """The exit code of an error: whether what was given is at fault, it was refused, or it failed."""
-    if issubclass(kind, ConfigError | DataError | ModelError | LedgerError | OutOfRange):
+    if issubclass(kind, ConfigError | DataError | ModelError | LedgerError | OutOfRange | Unusable):
         return INPUT
     return REFUSED if issubclass(kind, PrivacyError | Refused) else FAILED
 

@@ -255,7 +255,9 @@ def list_nodes(server: Server = Path()) -> None:
     with clear_errors():
         from fedslm.deployment.admission import admitted_nodes
         from fedslm.deployment.enrolment import fingerprint
+        from fedslm.deployment.settings import read_federation
 
+        read_federation(server)
         table = Table("name", "fingerprint", "admitted", "")
         for node in admitted_nodes(server):
             state = "revoked" if node.revoked else ""

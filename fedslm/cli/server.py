@@ -161,11 +161,11 @@ def logs(
     with clear_errors():
         from fedslm.deployment.journal import last_lines
         from fedslm.deployment.server import LOGS
-        from fedslm.errors import RunError
+        from fedslm.errors import Unusable
 
         found = sorted((server / LOGS).glob("*.log"))
         if not found:
-            raise RunError(f"{server / LOGS} holds no logs: was `fedslm server up` ever run?")
+            raise Unusable(f"{server / LOGS} holds no logs: was `fedslm server up` ever run?")
         for path in found:
             typer.echo(f"== {path}")
             for line in last_lines(path, lines):

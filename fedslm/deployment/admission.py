@@ -30,7 +30,7 @@ from fedslm.deployment.enrolment import (
     short,
 )
 from fedslm.deployment.settings import FederationFile, read_federation
-from fedslm.errors import LedgerError, Refused, RunError
+from fedslm.errors import LedgerError, Refused, Unusable
 from fedslm.federation import spends
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.standings import Standing
@@ -111,7 +111,7 @@ def admitted_nodes(directory: Path) -> list[Admitted]:
     try:
         return [Admitted(**node) for node in json.loads(read_text(path, _MAX_LIST_BYTES))["nodes"]]
     except UNUSABLE as error:
-        raise RunError(f"{path} is not a list of nodes: {short(error)}") from error
+        raise Unusable(f"{path} is not a list of nodes: {short(error)}") from error
 
 
 def admit(directory: Path, request: Path, register: Any, *, reason: str = "") -> tuple[Admitted, Path]:
@@ -209,7 +209,7 @@ def revoke(directory: Path, name: str, unregister: Any) -> Admitted:
                 now = admitted_nodes(directory)
                 _write(directory, [gone if each == node else each for each in now])
             return gone
-    raise RunError(f"there is no admitted node {name!r}; see `fedslm provision list`")
+    raise Unusable(f"there is no admitted node {name!r}; see `fedslm provision list`")
 
 
 def _locked(directory: Path) -> AbstractContextManager[None]:
@@ -262,7 +262,7 @@ def federation_fingerprint(directory: Path) -> str:
     try:
         certificate = (directory / AUTHORITY).read_text(encoding="utf-8")
     except OSError as error:
-        raise RunError(f"{directory / AUTHORITY} cannot be read: {error}") from error
+        raise Unusable(f"{directory / AUTHORITY} cannot be read: {error}") from error
     return fingerprint(certificate + operator_public(directory))
 
 
@@ -273,8 +273,11 @@ def rekey(directory: Path) -> list[Path]:
         The admissions of all admitted nodes, to be sent to them.
 
     Raises:
+        ConfigError: This is not a server's directory.
         RunError: A run is under way, or something cannot be written.
     """
+    read_federation(directory)
+    authority.read_certificate(directory / AUTHORITY)  # without it nobody could be told of the key
     for run in (directory / "runs").glob("*/config.json"):
         with RunDirectory(run.parent, "").locked():  # a run that goes on signs with the old key
             pass
@@ -290,12 +293,14 @@ def readmit(directory: Path, name: str, reason: str) -> Standing:
         What was known of it.
 
     Raises:
+        ConfigError: This is not a server's directory.
         RunError: There is no such node, it is not out, or there is no reason.
     """
+    read_federation(directory)
     for node in admitted_nodes(directory):
         if node.name == name and not node.revoked:
             return spends.readmit(directory / spends.SPENDS, node.ledger_key, reason)
-    raise RunError(f"there is no admitted node {name!r}; see `fedslm provision list`")
+    raise Unusable(f"there is no admitted node {name!r}; see `fedslm provision list`")
 
 
 def _signed_part(admission: Admission) -> dict[str, Any]:
@@ -372,7 +377,7 @@ def read_admission(path: Path) -> Admission:
             raise ValueError("operator_key is not 64 hexadecimal digits")
         return found
     except UNUSABLE as error:
-        raise RunError(f"{path} is not an admission: {short(error)}") from error
+        raise Unusable(f"{path} is not an admission: {short(error)}") from error
 
 
 def address_of(federation: FederationFile) -> str:

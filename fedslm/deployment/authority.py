@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedslm.deployment.settings import read_federation
-from fedslm.errors import ConfigError, LedgerError, Problem, RunError
+from fedslm.errors import ConfigError, LedgerError, Problem, RunError, Unusable
 from fedslm.federation.trust import OPERATOR_KEY
 from fedslm.privacy import keys
 
@@ -82,7 +82,7 @@ def create_authority(directory: Path, name: str, days: int) -> None:
         RunError: There is one already, or it cannot be written.
     """
     if (directory / AUTHORITY).exists():
-        raise RunError(f"{directory / AUTHORITY} exists: a federation has one authority")
+        raise Unusable(f"{directory / AUTHORITY} exists: a federation has one authority")
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} authority")])
     certificate = (
@@ -146,7 +146,7 @@ def read_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} is not a certificate: {error}") from error
+        raise Unusable(f"{path} is not a certificate: {error}") from error
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -175,9 +175,9 @@ def _authority(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certif
         content = (directory / AUTHORITY_KEY).read_bytes()
         key = serialization.load_pem_private_key(content, password=None)
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{directory / AUTHORITY_KEY} is not a key: {error}") from error
+        raise Unusable(f"{directory / AUTHORITY_KEY} is not a key: {error}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise RunError(f"{directory / AUTHORITY_KEY} is not an elliptic-curve key")
+        raise Unusable(f"{directory / AUTHORITY_KEY} is not an elliptic-curve key")
     return key, read_certificate(directory / AUTHORITY)
 
 

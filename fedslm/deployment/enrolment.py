@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import fedslm
 from fedslm.deployment.authority import write_private
-from fedslm.errors import LedgerError, Refused, RunError
+from fedslm.errors import LedgerError, Refused, RunError, Unusable
 from fedslm.privacy import keys
 from fedslm.storage import read_text, write_text
 
@@ -49,7 +49,7 @@ def enroll(directory: Path, name: str) -> Path:
         RunError: The name is none, something cannot be written, or others can read a key.
     """
     if not _NAME.fullmatch(name):
-        raise RunError(f"name {name!r} must be 1 to 64 letters, digits, dots, dashes or underscores")
+        raise Unusable(f"name {name!r} must be 1 to 64 letters, digits, dots, dashes or underscores")
     if not (directory / NODE_KEY).exists():
         fresh = ec.generate_private_key(ec.SECP384R1())
         pem = fresh.private_bytes(
@@ -91,9 +91,9 @@ def node_key(directory: Path) -> ec.EllipticCurvePrivateKey:
             raise RunError(f"{path} can be read by others; run: chmod 600 {path}")
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise RunError(f"{path} is not a key: {error}; run `fedslm node enroll`") from error
+        raise Unusable(f"{path} is not a key: {error}; run `fedslm node enroll`") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise RunError(f"{path} is not an elliptic-curve key; run `fedslm node enroll`")
+        raise Unusable(f"{path} is not an elliptic-curve key; run `fedslm node enroll`")
     return key
 
 
@@ -146,7 +146,7 @@ def read_request(path: Path) -> dict[str, str]:
     except InvalidSignature as error:
         raise Refused(f"{path} is refused: the node key's signature is wrong") from error
     except (*UNUSABLE, LedgerError) as error:
-        raise RunError(f"{path} is not an enrolment request: {short(error)}") from error
+        raise Unusable(f"{path} is not an enrolment request: {short(error)}") from error
     return content
 
 

@@ -17,7 +17,7 @@ from fedslm.deployment.authority import certify
 from fedslm.deployment.control import connected
 from fedslm.deployment.server import running
 from fedslm.deployment.settings import FEDERATION_FILE, NODE_FILE
-from fedslm.errors import RunError
+from fedslm.errors import Unusable
 from fedslm.privacy.policy import POLICY_FILE
 from fedslm.storage import write_text
 
@@ -43,7 +43,7 @@ def make_lab(directory: Path, config: Config, *, port: int, inner_port: int) -> 
         DataError: Anything about the data that would stop a client later.
     """
     if directory.exists():
-        raise RunError(f"{directory} exists: give a new directory")
+        raise Unusable(f"{directory} exists: give a new directory")
     server, count = directory.absolute() / SERVER, config.federation.num_clients
     shared = share_out(
         config.data, config.task, config.privacy, num_clients=count, seed=config.run.seed

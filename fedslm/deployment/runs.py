@@ -16,7 +16,7 @@ from typing import Any
 from fedslm.config import Config
 from fedslm.deployment.admission import NODES
 from fedslm.deployment.control import COMPLETED, FINISHED, Control
-from fedslm.errors import FederationError, RunError
+from fedslm.errors import FederationError, RunError, Unusable
 from fedslm.federation.checkpoint import ERROR, RunDirectory
 from fedslm.federation.roster import chosen_nodes
 from fedslm.federation.spends import SPENDS, read_standings
@@ -85,9 +85,9 @@ def start(control: Control, server: Path, config: Config, *, resume: bool) -> tu
             shutil.rmtree(directory)  # it failed before it began: nothing of it is worth keeping
         exists = (directory / "config.json").exists()
         if exists and not resume:
-            raise RunError(f"{directory} exists; continue it with --resume, or set another run.name")
+            raise Unusable(f"{directory} exists; continue it with --resume, or set another run.name")
         if resume and not exists:
-            raise RunError(f"{directory} holds no run to continue")
+            raise Unusable(f"{directory} holds no run to continue")
         if (directory / "report.json").exists():
             raise RunError(f"{directory} is finished: see {directory / 'report.md'}")
         if not exists:
@@ -174,7 +174,7 @@ def stop(control: Control, directory: Path) -> None:
     name, number = directory.name, _number(directory)
     found = _living(control, directory.absolute())
     if not found and number is None:
-        raise RunError(f"{directory} is not a run that was started here")
+        raise Unusable(f"{directory} is not a run that was started here")
     if not found and not _is_held(directory):
         raise RunError(f"{name} is not running; `fedslm server status` says how it ended")
     for each in found:

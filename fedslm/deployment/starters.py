@@ -15,7 +15,7 @@ from typing import Literal
 
 from fedslm.data.database import holds_password, is_url
 from fedslm.deployment.settings import FEDERATION_FILE, NODE_FILE, Profile
-from fedslm.errors import ConfigError, Problem, RunError
+from fedslm.errors import ConfigError, Problem, RunError, Unusable
 from fedslm.privacy.policy import EXAMPLE, POLICY_FILE
 
 NodeUnit = Literal["record", "patient"]
@@ -128,7 +128,7 @@ def _settings(directory: Path, start: Start) -> str:
         text = re.sub(r'^query = """.*?^"""$', _commented, text, flags=re.MULTILINE | re.DOTALL)
         return _with_value(text, "source", str(Path(start.source).expanduser().absolute()))
     if holds_password(start.source):
-        raise RunError(
+        raise Unusable(
             "--source holds a password: leave it out, and set FEDSLM_DATABASE_USER and "
             "FEDSLM_DATABASE_PASSWORD for the node"
         )

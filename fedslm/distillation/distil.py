@@ -46,7 +46,7 @@ from fedslm.distillation.pair import (
     warn_if_smaller,
 )
 from fedslm.distillation.proof import Question, prove
-from fedslm.errors import DataError, RunError
+from fedslm.errors import DataError, RunError, Unusable
 from fedslm.inference.bootstrap import Statistics
 from fedslm.inference.evaluation import own_rows
 from fedslm.inference.inputs import Rows
@@ -213,9 +213,9 @@ def working(directory: Path, identity: dict[str, Any]) -> Iterator[Path]:
     """
     path = directory.expanduser().absolute()
     if (path / REPORT).exists():
-        raise RunError(f"{path} holds a finished distillation; give another --out")
+        raise Unusable(f"{path} holds a finished distillation; give another --out")
     if path.exists() and not (path / _ASKED).exists() and any(path.iterdir()):
-        raise RunError(f"{path} exists and holds something else; give another --out")
+        raise Unusable(f"{path} exists and holds something else; give another --out")
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / ".lock", timeout=1.0)
@@ -236,7 +236,7 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = sorted(key for key in identity if before.get(key) != identity[key])
     if changed:
-        raise RunError(
+        raise Unusable(
             f"{path.parent} holds an interrupted distillation that was asked otherwise "
             f"({', '.join(changed)}); ask the same to go on, or give another --out"
         )

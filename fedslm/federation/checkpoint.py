@@ -26,7 +26,7 @@ from typing import Any
 from fedslm import config as configuration
 from fedslm.aggregation.server import ServerState
 from fedslm.config import Config
-from fedslm.errors import ConfigError, FedslmError, PrivacyError, Problem, RunError
+from fedslm.errors import ConfigError, FedslmError, PrivacyError, Problem, RunError, Unusable
 from fedslm.privacy.lines import is_index
 from fedslm.privacy.statement import Statement, read_statement
 from fedslm.records import (
@@ -103,7 +103,7 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"the run directory {path} cannot be made: {error}") from error
         if occupied:
-            raise RunError(
+            raise Unusable(
                 f"the run directory {path} exists; continue it with --resume {path}, or set another "
                 f"run.name or run.directory"
             )
@@ -133,12 +133,16 @@ class RunDirectory:
             values = json.loads((path / "config.json").read_text(encoding="utf-8"))
             run_id, sha256 = str(values["run_id"]), values["config_sha256"]
             config = configuration.from_mapping(values["config"])
-        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-            raise RunError(f"{path} is not a run directory: {error}") from error
+        except FileNotFoundError:
+            raise Unusable(f"{path} is not a run directory: it has no config.json") from None
+        except KeyError as error:
+            raise Unusable(f"{path} is not a run directory: its config.json lacks {error}") from error
+        except (OSError, ValueError, TypeError, ConfigError) as error:
+            raise Unusable(f"{path} is not a run directory: {error}") from error
         if config.sha256() != sha256:
-            raise RunError(f"{path}/config.json was edited after the run began; start a new run")
+            raise Unusable(f"{path}/config.json was edited after the run began; start a new run")
         if expected is not None and expected.sha256() != sha256:
-            raise RunError(
+            raise Unusable(
                 f"{path} was made with another config (hash {sha256[:12]}, now "
                 f"{expected.sha256()[:12]}); leave the config out to continue it as it is"
             )

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedslm.errors import PrivacyError, RunError, printable
+from fedslm.errors import PrivacyError, RunError, Unusable, printable
 from fedslm.federation.envelopes import MOST_SEEN
 from fedslm.federation.standings import Readmission, Standing, as_values, standing_of
 from fedslm.privacy.merkle import extends
@@ -164,7 +164,7 @@ def readmit(path: Path, key: str, reason: str) -> Standing:
         current = dict(read_standings(path))
         known = current.get(key, Standing())
         if not known.out:
-            raise RunError("the node is not out: nothing to readmit; see `fedslm server status`")
+            raise Unusable("the node is not out: nothing to readmit; see `fedslm server status`")
         current[key] = _anew(known, reason)
         _write(path, current)
     return known
@@ -186,7 +186,7 @@ def succeed(path: Path, former: str, key: str, *, reason: str) -> None:
 def _anew(known: Standing, reason: str) -> Standing:
     """A new beginning, with what was known before."""
     if not reason.strip():
-        raise RunError("readmission needs a reason: the audit shows it")
+        raise Unusable("readmission needs a reason: the audit shows it")
     again = Readmission(
         at=_now(),
         reason=reason.strip()[:_LONGEST_REASON],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from fedslm.config import TaskName
-from fedslm.errors import ModelError, RunError
+from fedslm.errors import ModelError, RunError, Unusable
 from fedslm.inference.trained import FinishedRun
 from fedslm.models.loaded import load
 from fedslm.models.pooling import MeanPoolingClassifier
@@ -99,7 +99,7 @@ def _new_directory(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise RunError(f"{target} exists and is not empty; choose another --out")
+            raise Unusable(f"{target} exists and is not empty; choose another --out")
         temporary.mkdir(parents=True)
         yield temporary
         with_usual_modes(temporary)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import fedslm
@@ -31,6 +32,15 @@ from fedslm.tasks.base import Task
 
 OnProgress = Callable[[int, int], None]  # (done, of all)
 _WEIGHTS = "adapter_model.safetensors"
+_KEPT: dict[str, type | UnionType] = {  # what a report must hold
+    "fedslm_version": str,
+    "base_sha256": str,
+    "adapter_sha256": str,
+    "adapter_lora": dict,
+    "labels": list,
+    "plan": dict | None,
+    "metrics_after": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -181,18 +191,22 @@ def _report(path: Path) -> dict[str, Any]:
             )
         raise ModelError(f"{path} is not a run directory: it has no report.json")
     try:
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        version = str(report["fedslm_version"])
-        for key in ("base_sha256", "adapter_sha256", "adapter_lora", "labels", "plan", "metrics_after"):
-            _ = report[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} is damaged: {error}") from error
+    held = report if isinstance(report, dict) else {}
+    wrong = [key for key, kind in _KEPT.items() if key not in held or not isinstance(held[key], kind)]
+    if wrong:
+        raise ModelError(
+            f"{file} is damaged: {', '.join(wrong)} must be as the run wrote it; restore it"
+        )
+    version = held["fedslm_version"]
     if version.split(".")[:2] != fedslm.__version__.split(".")[:2]:
         raise ModelError(
             f"{path} was written by fedslm {version}, and this is {fedslm.__version__}; "
             f"install fedslm=={version}, or train anew"
         )
-    return report
+    return held
 
 
 def _adapter(path: Path, report: dict[str, Any]) -> AdapterState:

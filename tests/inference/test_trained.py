@@ -54,6 +54,15 @@ def test_a_finished_run_opens_as_what_it_was(kind: str, finished_run: Finished) 
     assert not trained.model.adapter.network.training
 
 
+@pytest.mark.parametrize(
+    "values", [{"labels": 5}, {"adapter_lora": None}, {"fedslm_version": None}, {"plan": "none"}]
+)
+def test_a_report_with_values_of_another_kind_is_refused(copied: Path, values: dict[str, Any]) -> None:
+    """What a run never wrote is named; it ends neither in a traceback nor in wrong advice."""
+    change_report(copied, **values)
+    assert_refused(copied, "report.json is damaged", *values)
+
+
 def test_the_adapter_directory_stands_for_its_run(finished_run: Finished) -> None:
     """The directory that people pass around, as long as it lies in its run, opens the run."""
     path = finished_run("classification")
