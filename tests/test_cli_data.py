@@ -286,7 +286,7 @@ def test_a_run_reports_what_is_in_both_splits(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["training_records_in_public_split"] == 4
-    assert "4 training record(s) are in the public split" in (tmp_path / "run/report.md").read_text()
+    assert "are in the public split too: 4." in (tmp_path / "run/report.md").read_text()
 
 
 def test_a_private_run_reports_no_exact_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,30 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701  (Markdown, not HTML)
     )
-    environment.filters |= {"cell": cell, "figure": figure, "spent": spent}
+    environment.filters |= {"cell": cell, "code": code, "figure": figure, "spent": spent}
     return environment.get_template(template).render(**values)
 
 
 def cell(value: object) -> str:
-    r"""Text for a cell of a table, in which a bar would end the cell and a line break the row.
+    r"""Text for one line or a cell of a table: no bar ends the cell, no HTML is obeyed.
 
-    >>> cell("|z| < 3")
-    '\\|z\\| < 3'
+    >>> cell("|z| < 3"), cell("<b>north")
+    ('\\|z\\| < 3', '&lt;b>north')
     """
-    return " ".join(str(value).replace("|", "\\|").splitlines())
+    text = " ".join(str(value).replace("|", "\\|").splitlines())
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+
+
+def code(value: object) -> str:
+    """Text as code in one line, whatever backticks it holds.
+
+    >>> code("privacy.epsilon = 8.0"), code("a `b`")
+    ('`privacy.epsilon = 8.0`', '`` a `b` ``')
+    """
+    text = " ".join(str(value).splitlines())
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, room = "`" * (longest + 1), " " if "`" in text else ""
+    return f"{fence}{room}{text}{room}{fence}"
 
 
 def figure(value: float | None) -> str:

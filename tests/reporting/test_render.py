@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from fedslm.reporting import render as rendering
-from fedslm.reporting.render import cell, page
+from fedslm.reporting.render import cell, code, page
 
 TEMPLATES = sorted((Path(rendering.__file__).parent / "templates").glob("*.j2"))
 IN_A_CELL = ("cell", "figure", "format", "length")
@@ -38,3 +40,20 @@ def test_no_text_breaks_a_row(text: str) -> None:
     cells = re.findall(r"<td>(.*?)</td>", page(table, "t"))
     shown = text.replace("\n", " ").replace("`|`", "<code>|</code>").replace("\\|", "|")
     assert cells == [shown, "last"]
+
+
+@pytest.mark.parametrize("name", ["<b>north</b>", "<!-- north", "</table>", "<script>x</script>"])
+def test_no_name_is_html(name: str) -> None:
+    """A client or a label that looks like HTML is shown as it is, also where HTML is allowed."""
+    text = html.unescape(MarkdownIt("commonmark").render(f"- {cell(name)}: it failed"))
+    assert "<" not in MarkdownIt("commonmark").render(cell(name)).removeprefix("<p>").replace(
+        "</p>", ""
+    )
+    assert f"{name}: it failed" in text
+
+
+@pytest.mark.parametrize("text", ["epsilon = 8.0", "a `b` c", "``", "`", "one\ntwo", "<b>"])
+def test_code_is_shown_whole(text: str) -> None:
+    """A value with backticks or line ends is one piece of code, with every character."""
+    shown = re.findall(r"<code>(.*?)</code>", page(f"- set: {code(text)}, then more", "t"))
+    assert [html.unescape(each) for each in shown] == [text.replace("\n", " ")]
