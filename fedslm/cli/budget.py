@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedslm.cli.console import ERRORS, Json, clear_errors, load_config
 from fedslm.config import Config, Unit
-from fedslm.errors import OutOfRange
+from fedslm.errors import OutOfRange, plural
 from fedslm.storage import json_text
 
 if TYPE_CHECKING:
@@ -96,11 +96,20 @@ def _question(given: dict[str, Any], config: Config | None) -> Question:
     if not 0 < known["sample_rate"] <= 1:
         raise OutOfRange(f"sample_rate={known['sample_rate']} must be in (0, 1]")
     local_steps, rounds = known.pop("local_steps", 1), known.pop("rounds", None)
+    if rounds is not None and rounds < 1:
+        raise Unusable(f"rounds={rounds} must be at least 1")
     if known.get("steps") is None and rounds is not None:
         known["steps"] = rounds * local_steps
-    for key in ("steps", "epsilon", "noise_multiplier"):
+    for key in ("steps", "epsilon", "noise_multiplier", "batch_size", "clients", "parameters"):
         if key in known and not 0 < known[key] < math.inf:
             raise OutOfRange(f"{key}={known[key]} must be positive and finite")
+    if local_steps < 1:
+        raise OutOfRange(f"local_steps={local_steps} must be at least 1")
+    budget, noise = known.get("epsilon"), known.get("noise_multiplier")
+    if known.get("steps") is None and (budget is None or noise is None):
+        raise OutOfRange("give steps, or epsilon and noise_multiplier to find how many they allow")
+    if budget is None and noise is None:
+        raise OutOfRange("give epsilon to find the noise, or noise_multiplier to find epsilon")
     return replace(Question(known["sample_rate"], known["delta"]), **known, steps_per_round=local_steps)
 
 
@@ -136,9 +145,10 @@ def _of_clients(known: dict[str, Any]) -> dict[str, Any]:
 def _print(found: Answer, plot: Path | None) -> None:
     """The answer, a table of epsilon over the rounds, and warnings."""
     console = Console()
-    work = f"{found.steps} steps in {found.rounds} rounds at sample rate {found.sample_rate:g}"
+    steps, rounds = plural(found.steps, "step"), plural(found.rounds, "round")
+    work = f"{steps} in {rounds} at sample rate {found.sample_rate:g}"
     if found.unit == "client":
-        work = f"it joins {found.rounds} rounds; cohorts are public, so sampling hides nobody"
+        work = f"it joins {rounds}; cohorts are public, so sampling hides nobody"
     console.print(
         f"noise [bold]{found.noise_multiplier:g}[/bold], ε = [bold]{found.epsilon:.3f}[/bold] "
         f"at δ = {found.delta:g} for one {found.unit}: {work}",
@@ -151,7 +161,8 @@ def _print(found: Answer, plot: Path | None) -> None:
         highlight=False,
     )
     if found.affordable_steps is not None:
-        console.print(f"the budget pays for {found.affordable_steps} steps", highlight=False)
+        paid = plural(found.affordable_steps, "step")
+        console.print(f"the budget pays for {paid}", highlight=False)
     if found.signal_to_noise is not None:
         console.print(
             f"signal-to-noise ratio over the run, if all gradients agreed: {found.signal_to_noise:.2g}",

@@ -363,12 +363,18 @@ def check_agreement(accounts: Accounts) -> None:
     """Refuses figures that cannot all be right.
 
     Raises:
-        PrivacyError: RDP is below PLD, or PRV is further from PLD than 0.02 + 0.5 %.
+        PrivacyError: RDP is below PLD, or PRV is further from PLD than 0.02 + 0.5 %. If both are below
+            PLD, its rounding is what is too coarse.
     """
     absolute, relative = _PRV_TOLERANCE
     allowed = absolute + relative * accounts.pld
-    agreed = accounts.rdp >= accounts.pld - _TOLERANCE and abs(accounts.prv - accounts.pld) <= allowed
-    if not agreed:
+    is_bounded = accounts.rdp >= accounts.pld - _TOLERANCE
+    if accounts.prv < accounts.rdp < accounts.pld < math.inf and not is_bounded:
+        raise PrivacyError(
+            f"epsilon cannot be told: PLD, which rounds each step's loss to {_DISCRETISATION:g}, says "
+            f"{accounts.pld:.4f}, and RDP at most {accounts.rdp:.4f}; take fewer steps, or less noise"
+        )
+    if not (is_bounded and abs(accounts.prv - accounts.pld) <= allowed):
         raise PrivacyError(
             f"the accountants disagree: PLD {accounts.pld:.4f}, PRV {accounts.prv:.4f}, RDP "
             f"{accounts.rdp:.4f}; RDP must be at least PLD, and PRV within {allowed:.3f} of it"

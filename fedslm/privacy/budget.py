@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedslm.config import Unit
-from fedslm.errors import OutOfRange, PrivacyError
+from fedslm.errors import OutOfRange, PrivacyError, plural
 from fedslm.privacy import accounting
 from fedslm.privacy.accounting import Accounts
 from fedslm.privacy.calibration import affordable_steps, calibrate
@@ -127,7 +127,7 @@ def answer(question: Question) -> Answer:
         deltas=deltas,
         curve=_curve(question, event, rounds, deltas),
         signal_to_noise=signal,
-        warnings=tuple(_warnings(question, signal, accounts.pld)),
+        warnings=tuple(_warnings(question, signal, accounts.pld, steps)),
     )
 
 
@@ -183,19 +183,26 @@ def _signal_to_noise(question: Question, noise: float, steps: int) -> float | No
     return evidence / (noise * math.sqrt(question.parameters))
 
 
-def _warnings(question: Question, signal: float | None, epsilon: float) -> list[str]:
+def _warnings(question: Question, signal: float | None, epsilon: float, steps: int) -> list[str]:
     """What will not go well, and the remedy."""
     found = []
     if signal is not None and signal < _DROWNED:
         found.append(
             f"the noise drowns the signal: if all gradients agreed, the signal-to-noise ratio over "
             f"the run would be {signal:.2g} with {question.parameters:,} parameters and "
-            f"{question.clients} client(s); train fewer parameters (smaller rank, fewer layers), raise "
-            f"sample rate and batch size together, or bring in more clients"
+            f"{plural(question.clients, 'client')}; train fewer parameters (smaller rank, fewer "
+            f"layers), raise sample rate and batch size together, or bring in more clients"
         )
     if question.batch_size and question.delta >= question.sample_rate / question.batch_size:
         units = question.batch_size / question.sample_rate
         found.append(f"delta={question.delta:g} is not below 1/units (about 1/{units:.0f})")
+    if question.delta >= (joins := question.sample_rate * steps):
+        found.append(
+            f"delta={question.delta:g} is not below {joins:.2g}, the chance of a unit to join any of "
+            f"the {plural(steps, 'step')}: so large a delta lets a unit that joins be seen; lower it"
+        )
+    if question.epsilon is not None and epsilon > question.epsilon:
+        found.append(f"epsilon={epsilon:.3f} is more than the budget, epsilon={question.epsilon:g}")
     if epsilon > 20:
         found.append(f"epsilon={epsilon:.1f} promises little; 8 or less is common")
     return found

@@ -208,6 +208,12 @@ def test_accountants_that_disagree_are_refused(accounts: Accounts) -> None:
         check_agreement(accounts)
 
 
+def test_what_pld_cannot_resolve_is_said() -> None:
+    """So little a step that PLD's rounding adds up to more than RDP's bound: the remedy, not a conflict."""
+    with pytest.raises(PrivacyError, match=r"rounds each step's loss .*; take fewer steps"):
+        check_agreement(Accounts(pld=0.3013, prv=0.0373, rdp=0.1060))
+
+
 @pytest.mark.parametrize(
     "accounts",
     [

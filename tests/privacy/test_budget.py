@@ -55,3 +55,16 @@ def test_a_unit_that_is_none_is_refused(unit: Any) -> None:
     """A word that is almost "client" does not get the amplification by sampling that a client has not."""
     with pytest.raises(PrivacyError, match=r"unit='.*' must be record, patient or client"):
         answer(Question(0.1, 1e-5, steps=10, noise_multiplier=4.0, unit=unit))
+
+
+def test_a_delta_that_lets_everything_be_seen_is_warned_of() -> None:
+    """With delta above the chance to be sampled at all, (0, delta) holds without any noise."""
+    loose = answer(Question(1e-7, 1e-5, steps=2, noise_multiplier=1.0)).warnings
+    assert any("the chance of a unit to join any of the 2 steps" in each for each in loose)
+    assert not answer(Question(0.1, 1e-5, steps=2, noise_multiplier=1.0)).warnings
+
+
+def test_a_plan_beyond_its_budget_is_warned_of() -> None:
+    """Noise, steps and a budget that does not pay for them."""
+    asked = Question(0.1, 1e-5, steps=2, epsilon=0.5, noise_multiplier=1.0)
+    assert any("is more than the budget, epsilon=0.5" in each for each in answer(asked).warnings)
