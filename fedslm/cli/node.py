@@ -173,7 +173,8 @@ def up(
         log_to_stderr(log_format)
         ready = node.open_node(directory, profile)
         typer.echo(f"{ready.file.name}: reading records ...")
-        count = node.import_records(ready)
+        with node.alone(ready):
+            count = node.import_records(ready)
         typer.echo(
             f"{ready.file.name}: {plural(count, 'record')}; connecting to {ready.admission.address}"
         )

@@ -85,7 +85,8 @@ def served(port: int | None, collect: Collect) -> Iterator[None]:
     try:
         server, thread = start_http_server(port, LOOPBACK, registry)
     except OSError as error:
-        raise RunError(f"metrics_port={port} cannot be served: {error}") from error
+        text = f"metrics_port={port} cannot be listened on: {error.strerror}"
+        raise RunError(f"{text}; stop the program that has it, or set another port") from error
     try:
         yield
     finally:

@@ -119,6 +119,16 @@ def _unit_column(directory: Path) -> str | None:
         return None
 
 
+def alone(ready: Ready) -> AbstractContextManager[None]:
+    """Makes sure that one process runs a node.
+
+    Raises:
+        RunError: Another one does.
+    """
+    problem = f"another process runs the node in {ready.directory}"
+    return locked(ready.directory / "node.lock", 0.0, problem)
+
+
 def run_node(ready: Ready, stop: threading.Event) -> None:
     """Answers the server until it is told to stop.
 
@@ -140,9 +150,8 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
         return not stop.wait(seconds) and attendance.takes_part()
 
     was_there, has_met = True, False
-    taken = f"another process runs the node in {ready.directory}"
     with (
-        locked(ready.directory / "node.lock", 0.0, taken),
+        alone(ready),
         served(ready.file.metrics_port, lambda: node_figures(ready.directory, counts)),
     ):
         while not stop.is_set():

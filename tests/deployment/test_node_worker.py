@@ -11,10 +11,13 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
+from places import admitted_node
+from test_cli import run
+from test_conditions import NODE
 
 from fedslm.deployment.admission import Admission
 from fedslm.deployment.authority import AUTHORITY, create_authority
-from fedslm.deployment.node import Ready, run_node, workers
+from fedslm.deployment.node import Ready, alone, open_node, run_node, workers
 from fedslm.deployment.settings import NodeFile
 
 
@@ -67,3 +70,16 @@ def test_a_server_that_is_not_up_yet_is_no_warning(
     said = [(each.levelname, each.getMessage()) for each in caplog.records]
     assert said.count(("INFO", "127.0.0.1:1 cannot be reached; retrying")) == 1
     assert {level for level, _ in said} == {"INFO"}
+
+
+def test_a_second_start_does_not_touch_the_records(tmp_path: Path) -> None:
+    """`node up` of a node that runs says so before it reads records, which later runs would train on."""
+    directory = admitted_node(tmp_path, NODE, 1)
+    before = sorted(directory.rglob("*"))
+    with alone(open_node(directory)):
+        result = run("node", "up", str(directory))
+        assert result.exit_code == 1
+        assert "another process runs the node" in result.stderr
+        assert {each.name for each in directory.rglob("*")} - {each.name for each in before} == {
+            "node.lock"
+        }
