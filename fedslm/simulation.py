@@ -113,6 +113,7 @@ def finished(path: Path, expected: Config | None = None) -> dict[str, Any] | Non
         found: dict[str, Any] = json.loads(text)
         for key in ("metrics_before", "metrics_after"):
             found[key] = metrics_of(found[key])
+        found["directory"] = str(directory.path)  # it may have been moved
         is_done = found["run_id"] == directory.run_id and found["rounds"] == config.federation.rounds
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -190,6 +190,8 @@ def test_a_finished_run_is_left_as_it_is(make_config: MakeConfig) -> None:
         again = simulation.resume(directory.path, Silent(), config)
     assert again == json.loads(json.dumps(report))
     assert contents(directory.path) == before
+    moved = directory.path.rename(directory.path.with_name("moved"))
+    assert simulation.resume(moved, Silent())["directory"] == str(moved)
 
 
 @pytest.mark.parametrize("missing", ["report.json", "a round"])
