@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
-from fedslm.errors import DataError
+from fedslm.errors import DataError, plural
 from fedslm.factors import key_of, layers_of
 from fedslm.storage import json_text
 
@@ -174,9 +174,10 @@ def _warnings(
     processes = _processes(config)
     if held is not None and needs.total * processes > _FULL * held:
         found.append(
-            f"{processes} worker(s) need about {needs.total * processes / 1e9:.1f} GB, this machine "
-            f'has {held / 1e9:.1f} GB; use fewer engine.workers, model.quantization="int4", '
-            f"gradient_checkpointing, a shorter max_length or a smaller micro_batch_size"
+            f"{plural(processes, 'worker')} would take about {needs.total * processes / 1e9:.1f} GB, "
+            f"this machine has {held / 1e9:.1f} GB; use fewer engine.workers, "
+            f'model.quantization="int4", gradient_checkpointing, a shorter max_length or a '
+            f"smaller micro_batch_size"
         )
     if sizes.family is None:
         found.append(
@@ -262,7 +263,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("the cohort's", f"{readable(found['bytes_per_round'])} for {found['cohort']} clients"),
         ("memory to train", f"about {readable(needs['total'])}: {parts}"),
         ("to evaluate", f"about {readable(needs['evaluation'])} of logits, before and after training"),
-        ("in a simulation", f"{found['processes']} such worker(s), each with its libraries"),
+        ("in a simulation", f"{plural(found['processes'], 'such worker')}, each with its libraries"),
         ("this machine", f"{readable(has) if has else 'unknown'} ({found['device']})"),
     ]
     return lines

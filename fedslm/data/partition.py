@@ -166,7 +166,7 @@ def _keys(dataset: Dataset, config: DataConfig) -> list[int]:
     empty = [row for row, value in enumerate(values) if value is None]
     if empty:
         raise DataError(
-            f"data.{key}={column!r} is empty in {len(empty)} record(s) ({named(empty)}), so "
+            f"data.{key}={column!r} is empty in {plural(len(empty), 'record')} ({named(empty)}), so "
             f"data.partition={config.partition!r} cannot go by it; set data.partition_column"
         )
     ranks = {value: rank for rank, value in enumerate(sorted(set(values)))}

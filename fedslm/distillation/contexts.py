@@ -16,7 +16,7 @@ from typing import Any
 from fedslm.config import DistillConfig
 from fedslm.data.missing import name_of
 from fedslm.distillation.pair import Reader, Teacher
-from fedslm.errors import DataError
+from fedslm.errors import DataError, plural
 from fedslm.inference.generation import Sampling, generation_settings, new_tokens
 from fedslm.inference.trained import FinishedRun, OnProgress
 from fedslm.models.loaded import LoadedModel
@@ -216,7 +216,8 @@ def _some(contexts: list[Context], rows: int) -> list[Context]:
     """Contexts, at least one."""
     if not contexts:
         raise DataError(
-            f"none of {rows} public record(s) can be used: they have no text; give others with --data"
+            f"none of {plural(rows, 'public record')} can be used: they have no text; give others "
+            f"with --data"
         )
     return contexts
 

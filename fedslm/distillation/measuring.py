@@ -14,7 +14,7 @@ from fedslm.data.sources import cut, load
 from fedslm.data.spool import rows_in
 from fedslm.distillation import targets
 from fedslm.distillation.pair import Reader, Student, Teacher
-from fedslm.errors import DataError
+from fedslm.errors import DataError, plural
 from fedslm.inference.bootstrap import Statistics
 from fedslm.inference.inputs import Rows
 from fedslm.inference.trained import FinishedRun, OnProgress
@@ -57,7 +57,8 @@ def tests_of(rows: Rows, teacher: Reader, student: Reader) -> Tests:
     kept = sorted(theirs.keys() & own.keys())
     if not kept:
         raise DataError(
-            f"none of {len(rows)} test record(s) can be used: they have no text or unknown labels"
+            f"none of {plural(len(rows), 'test record')} can be used: they have no text or "
+            f"unknown labels"
         )
     return Tests(
         [rows[at] for at in kept], tuple(theirs[at] for at in kept), tuple(own[at] for at in kept)

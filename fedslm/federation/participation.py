@@ -37,7 +37,7 @@ def came_to_nothing(records: Sequence[RoundRecord]) -> str:
         ((reason, count),) = reasons[name].most_common(1)
         lines.append(f"{name}, {plural(count, 'time')}: {reason[:_LONGEST]}")
     if len(reasons) > _MOST_CLIENTS:
-        lines.append(f"and {len(reasons) - _MOST_CLIENTS} more clients")
+        lines.append(f"and {plural(len(reasons) - _MOST_CLIENTS, 'more client')}")
     return "\n".join(lines)
 
 

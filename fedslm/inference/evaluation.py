@@ -11,7 +11,7 @@ from fedslm.data import shards
 from fedslm.data.sources import cut, load_evaluation
 from fedslm.data.spool import rows_in
 from fedslm.data.values import is_value
-from fedslm.errors import ConfigError, DataError, Problem
+from fedslm.errors import ConfigError, DataError, Problem, plural
 from fedslm.inference.bootstrap import Comparison, Draws, Statistics, compare
 from fedslm.inference.generation import default_max_tokens, prompts_of, write_greedily
 from fedslm.inference.inputs import Rows
@@ -125,7 +125,7 @@ def evaluate(trained: Trained, rows: Rows, on_progress: OnProgress, asked: Asked
     prepared = trained.task.prepare(rows, trained.model.tokenizer)
     if not prepared.examples:
         raise DataError(
-            f"none of {len(rows)} record(s) can be used: they have no text or unknown labels"
+            f"none of {plural(len(rows), 'record')} can be used: they have no text or unknown labels"
         )
     kept = [rows[number] for number in prepared.kept]
     scored = _sample(kept, asked.max_written, trained.run.seed)

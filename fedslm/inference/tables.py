@@ -40,9 +40,11 @@ def notes_of(trained: Trained, found: Evaluation, resamples: int) -> list[str]:
             f"ROUGE (F, stemmed) and exact match: texts written for {plural(found.written, 'record')}"
         )
     if found.skipped:
-        notes.append(f"{found.skipped} record(s) left out: no text, or a label unknown to the run")
+        notes.append(
+            f"{plural(found.skipped, 'record')} left out: no text, or a label unknown to the run"
+        )
     if found.truncated:
-        notes.append(f"{found.truncated} record(s) cut to {trained.run.task.max_length} tokens")
+        notes.append(f"{plural(found.truncated, 'record')} cut to {trained.run.task.max_length} tokens")
     return notes
 
 
