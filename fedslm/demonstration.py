@@ -114,14 +114,15 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
     _print_answer(console, directory / "epsilon-8")
     console.print("Look at:")
     for report in reports:
-        console.print(f"  {report['directory']}/report.md", highlight=False, soft_wrap=True)
-    console.print(
-        f"Audit: fedslm audit run {directory / 'epsilon-8-patient'}", highlight=False, soft_wrap=True
-    )
+        file = f"  {report['directory']}/report.md"
+        console.print(file, highlight=False, markup=False, soft_wrap=True)
+    audit = f"Audit: fedslm audit run {directory / 'epsilon-8-patient'}"
+    console.print(audit, highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"Next: fedslm simulate {directory / 'epsilon-8' / 'config.toml'} "
         f"--set run.directory={directory / 'mine'} --set privacy.epsilon=4",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 

@@ -34,7 +34,7 @@ class Bar:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, soft_wrap=True)
         self._progress: Progress | None = None
         self._rounds = self._bytes_down = self._bytes_up = 0
 

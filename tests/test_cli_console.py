@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -110,3 +111,25 @@ def test_half_a_character_is_no_text_to_read() -> None:
     """A row of a caller's own is held to the same."""
     with pytest.raises(DataError, match="row 3: column 'text' contains a lone surrogate"):
         text_of({"text": BAD}, "text", 3)
+
+
+@pytest.mark.parametrize("name", ["[/b]", "[red]x"])
+def test_brackets_are_shown(name: str, tmp_path: Path) -> None:
+    """A client, a label or a path with brackets is text: it neither ends in an error nor goes lost."""
+    directory = tmp_path / f"data {name.replace('/', '')}"
+    directory.mkdir()
+    rows = [json.dumps({"text": "a fall", "label": each, "client": name}) for each in (name, "y")]
+    for split in ("train", "test"):
+        (directory / f"{split}.jsonl").write_text("\n".join(rows * 2))
+    source = f"data.source={directory}"
+    shown = run("data", "preview", DEMO, "--set", source, "--set", "federation.num_clients=1")
+    assert (shown.exit_code, shown.stdout.count(name)) == (0, 2), shown.output
+    lost = run("data", "preview", DEMO, "--set", f"{source}/none")
+    assert f"{directory}/none" in lost.stderr
+
+
+def test_a_warning_is_one_line(tmp_path: Path) -> None:
+    """What goes to a log is not broken at the width of a terminal."""
+    known = ("--delta", "1e-5", "--sample-rate", "1e-7", "--steps", "1", "--noise-multiplier", "1")
+    result = run("budget", "plan", *known)
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["warning"]

@@ -64,6 +64,7 @@ def test_commands_stand_in_panels() -> None:
     """The root's help groups every command by what it is for."""
     parts = re.split(r"─ (Options|Train|Use|Privacy|Deploy) ─", shown("--help"))
     page = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert parts[1::2] == ["Options", *PANELS]
     for panel, names in PANELS.items():
         assert set(re.findall(r"^│ (\w+) ", page[panel], re.MULTILINE)) == names
     assert "Commands" not in "".join(parts)

@@ -52,16 +52,16 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at and check a configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config", rich_help_panel=TRAIN)
 app.add_typer(data_app, name="data", rich_help_panel=TRAIN)
+app.add_typer(model_app, name="model", rich_help_panel=TRAIN)
+app.add_typer(methods_app)  # without a name: its command stands beside these
+app.add_typer(distill_app)
+app.add_typer(inference_app)
 app.add_typer(budget_app, name="budget", rich_help_panel=PRIVACY)
 app.add_typer(policy_app, name="policy", rich_help_panel=PRIVACY)
-app.add_typer(model_app, name="model", rich_help_panel=TRAIN)
 app.add_typer(audit_app, name="audit", rich_help_panel=PRIVACY)
 app.add_typer(provision_app, name="provision", rich_help_panel=DEPLOY)
 app.add_typer(server_app, name="server", rich_help_panel=DEPLOY)
 app.add_typer(node_app, name="node", rich_help_panel=DEPLOY)
-app.add_typer(methods_app)  # without a name: its command stands beside these
-app.add_typer(inference_app)
-app.add_typer(distill_app)
 
 
 def _version(wanted: bool) -> None:
@@ -121,7 +121,7 @@ def _finished(config: Config | None, resume: Path | None) -> dict[str, Any] | No
     report = finished(resume, config)
     if report is not None:
         text = f"{resume} is finished: nothing is left to do, and nothing was written"
-        ERRORS.print(text, highlight=False, markup=False, soft_wrap=True)
+        ERRORS.print(text)
     return report
 
 
@@ -131,7 +131,7 @@ def _fail_if_stopped(*reports: dict[str, Any]) -> None:
     for report in bad:
         how = "stopped early" if report["rounds"] < report["rounds_planned"] else "failed"
         text = f"{report['name']} {how}: {report['stopped']}"
-        ERRORS.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+        ERRORS.print(text, style="red")
     if bad:
         raise typer.Exit(1)
 
@@ -158,7 +158,7 @@ def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
             (config and config.run.directory) or Path("runs") / (config.run.name if config else "")
         )
         hint = f"interrupted; continue with: fedslm simulate --resume {directory}"
-        ERRORS.print(hint, highlight=False, markup=False, soft_wrap=True)
+        ERRORS.print(hint)
         raise typer.Exit(INTERRUPTED) from None
     finally:
         bar.close()
@@ -187,7 +187,8 @@ def _finish(report: dict[str, Any], as_json: bool) -> None:
     sent = f"{readable(report['bytes_down'])} down, {readable(report['bytes_up'])} up"
     console.print(f"sent: {sent}; {report['seconds']:.1f} s", highlight=False)
     if (Path(report["directory"]) / "distilled" / "distill.md").exists():
-        console.print(f"  {report['directory']}/distilled/distill.md", highlight=False, soft_wrap=True)
+        page = f"  {report['directory']}/distilled/distill.md"
+        console.print(page, highlight=False, markup=False, soft_wrap=True)
     for file in ("report.md", "adapter", "nodes"):
         path = Path(report["directory"]) / file
         if path.exists():

@@ -113,7 +113,7 @@ def run(
                 console.print(f"  {path / name}", highlight=False, markup=False, soft_wrap=True)
         for finding in audit["findings"]:
             text = f"finding: {printable(finding)}"
-            ERRORS.print(text, style="red", highlight=False, markup=False)
+            ERRORS.print(text, style="red")
         if audit["findings"]:
             raise typer.Exit(1)
 
@@ -130,7 +130,7 @@ def self_test(as_json: Json = False) -> None:
         from fedslm.training.self_test import run_self_test
 
         if not as_json:
-            ERRORS.print("testing; this takes about ten seconds …", highlight=False)
+            ERRORS.print("testing; this takes about ten seconds …")
         result = run_self_test()
         if as_json:
             checks = [vars(check) for check in result.checks]
@@ -190,4 +190,4 @@ def _print_ledger(found: LedgerAudit) -> None:
     for note in found.notes:
         console.print(f"note: {printable(note)}", highlight=False, markup=False)
     for finding in found.findings:
-        ERRORS.print(f"finding: {printable(finding)}", style="red", highlight=False, markup=False)
+        ERRORS.print(f"finding: {printable(finding)}", style="red")

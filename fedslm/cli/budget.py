@@ -177,4 +177,4 @@ def _print(found: Answer, plot: Path | None) -> None:
     if plot is not None:
         console.print(f"  {plot}", highlight=False, markup=False, soft_wrap=True)
     for warning in found.warnings:
-        ERRORS.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        ERRORS.print(f"warning: {warning}", style="yellow")

@@ -30,7 +30,7 @@ from fedslm.errors import (
 )
 
 FINE, FAILED, INPUT, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130  # the table is in the README
-ERRORS = Console(stderr=True)
+ERRORS = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 TRAIN, USE, PRIVACY, DEPLOY = "Train", "Use", "Privacy", "Deploy"  # panels of `fedslm --help`
 
 
@@ -61,7 +61,7 @@ def clear_errors() -> Iterator[None]:
     except FedslmError as error:
         said = "\n".join(map(printable, str(error).split("\n")))
         text = Text.assemble(("error: ", "red bold"), said)
-        ERRORS.print(text, highlight=False, soft_wrap=True)
+        ERRORS.print(text)
         raise typer.Exit(code_of(type(error))) from None
 
 
@@ -82,5 +82,5 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     loaded = configuration.from_toml(path, overrides)
     contradictions.check(loaded)
     for warning in contradictions.warnings(loaded):
-        ERRORS.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        ERRORS.print(f"warning: {warning}", style="yellow")
     return loaded

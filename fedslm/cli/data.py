@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
@@ -156,7 +157,7 @@ def _print(found: Preview, config: Config, plot: Path | None) -> None:
         table.add_column("most frequent", overflow="ellipsis", no_wrap=True, max_width=max(20, room))
     total = sum(client.records for client in found.clients)
     for client in found.clients[:_MOST_CLIENTS]:
-        table.add_row(*_cells(client, total, with_labels=bool(found.labels)))
+        table.add_row(*map(Text, _cells(client, total, with_labels=bool(found.labels))))
     console.print(table)
     if len(found.clients) > _MOST_CLIENTS:
         console.print(

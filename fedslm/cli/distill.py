@@ -205,9 +205,6 @@ def _watching(target: Path) -> Iterator[Watcher]:
             bar.stop()
             ERRORS.print(
                 f"interrupted; the same call goes on from {target}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
             )
             raise typer.Exit(INTERRUPTED) from None
 
@@ -230,7 +227,7 @@ class _Stages:
         tenth = 10 * done // max(total, 1)
         if tenth > self._tenths.get(stage, 0):
             self._tenths[stage] = tenth
-            ERRORS.print(f"{stage}: {done}/{total} {note}", highlight=False, markup=False)
+            ERRORS.print(f"{stage}: {done}/{total} {note}")
 
 
 def _say(report: dict[str, Any], as_json: bool) -> None:
@@ -254,7 +251,8 @@ def _say(report: dict[str, Any], as_json: bool) -> None:
             f"adapter's; nothing was spent here",
             highlight=False,
         )
-    console.print(f"look at {report['directory']}/distill.md", highlight=False, soft_wrap=True)
+    page = f"look at {report['directory']}/distill.md"
+    console.print(page, highlight=False, markup=False, soft_wrap=True)
 
 
 def _say_gains(console: Console, proof: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
@@ -225,7 +226,7 @@ def _print(found: dict[str, Any]) -> None:
     console = Console()
     table = Table(show_header=False, box=None)
     for name, text in _lines(found):
-        table.add_row(name, text)
+        table.add_row(name, Text(text))
     console.print(table, highlight=False)
     for warning in found["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)

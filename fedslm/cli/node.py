@@ -183,7 +183,7 @@ def up(
         try:
             node.run_node(ready, stop)
         except NotKnown as error:
-            ERRORS.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+            ERRORS.print(str(error), style="red")
             raise typer.Exit(1) from None
 
 

@@ -38,7 +38,7 @@ def reached(server: Path, seconds: float = _WAIT_SECONDS) -> Iterator[Control]:
 
     def say() -> None:
         text = f"waiting up to {seconds:g} s for the server in {server}"
-        ERRORS.print(text, highlight=False, markup=False, soft_wrap=True)
+        ERRORS.print(text)
 
     with connected(server) as control:
         control.wait(seconds, say)
@@ -51,7 +51,7 @@ def warn_of_certificates(server: Path) -> None:
 
     for warning in server_warnings(server):
         text = f"warning: {warning}"
-        ERRORS.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        ERRORS.print(text, style="yellow")
 
 
 @provision_app.command("init")

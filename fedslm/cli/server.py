@@ -84,27 +84,26 @@ def run(
         with reached(server) as control:
             stop = until_stopped()  # until here Ctrl-C ends this command
             run_id, directory = runs.start(control, server, loaded, resume=resume)
-            ERRORS.print(f"run {run_id}: {directory}", highlight=False, soft_wrap=True)
-            ERRORS.print("waiting for the nodes and the first round", highlight=False)
+            ERRORS.print(f"run {run_id}: {directory}")
+            ERRORS.print("waiting for the nodes and the first round")
             status = runs.follow(control, run_id, directory, tell, stop)
         if not status.startswith("finished"):
             ERRORS.print(
                 f"the run continues; watch it with: fedslm server status --server {server}",
-                highlight=False,
-                soft_wrap=True,
             )
             return
         if as_json:
             typer.echo(json_text({"run": run_id, "status": status, "directory": str(directory)}))
         if status == STOPPED:
-            ERRORS.print("the run was stopped; continue it with --resume", highlight=False)
+            ERRORS.print("the run was stopped; continue it with --resume")
             raise typer.Exit(1)
         if not runs.is_good(status, directory):
             reason = runs.failure_of(directory) or "see `fedslm server logs`"
             text = f"the run failed ({status}): {reason}"
-            ERRORS.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+            ERRORS.print(text, style="red")
             raise typer.Exit(1)
-        Console().print(f"{directory / 'report.md'}", highlight=False, soft_wrap=True)
+        page = str(directory / "report.md")
+        Console().print(page, highlight=False, markup=False, soft_wrap=True)
 
 
 @server_app.command("status")
@@ -222,6 +221,6 @@ def _tell(record: dict[str, Any]) -> None:
     epsilon = record["epsilon"]
     spent = f"  ε {epsilon:.3f}" if isinstance(epsilon, float) else ""
     counts = f"{record['completed']}/{record['cohort']} nodes"
-    ERRORS.print(f"round {record['round']}: {counts}{spent}  {metrics}", highlight=False)
+    ERRORS.print(f"round {record['round']}: {counts}{spent}  {metrics}")
     for reason in record["reasons"]:
-        ERRORS.print(f"  {reason}", style="yellow", highlight=False, markup=False)
+        ERRORS.print(f"  {reason}", style="yellow")
