@@ -97,7 +97,7 @@ def _question(given: dict[str, Any], config: Config | None) -> Question:
         raise OutOfRange(f"sample_rate={known['sample_rate']} must be in (0, 1]")
     local_steps, rounds = known.pop("local_steps", 1), known.pop("rounds", None)
     if rounds is not None and rounds < 1:
-        raise Unusable(f"rounds={rounds} must be at least 1")
+        raise OutOfRange(f"rounds={rounds} must be at least 1")
     if known.get("steps") is None and rounds is not None:
         known["steps"] = rounds * local_steps
     for key in ("steps", "epsilon", "noise_multiplier", "batch_size", "clients", "parameters"):
