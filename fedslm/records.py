@@ -15,6 +15,7 @@ from fedslm.errors import ModelError, OutOfRange, PrivacyError
 FloatArray = NDArray[np.float32]
 LARGEST_DELTA = 0.1  # of ten units one could be published outright
 _LARGEST, _MOST = 1e100, 10**12
+_ROUNDING = 1e-9  # relative; other processors' kernels moved epsilon by up to 6e-11 of itself
 INFINITE = "infinite"  # what JSON says for an epsilon that no number bounds
 
 
@@ -124,6 +125,18 @@ def is_count(value: object) -> bool:
     (True, False, False, False)
     """
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
+
+
+def within(spent: float, budget: float) -> bool:
+    """Whether an epsilon keeps a budget that another machine computed it for.
+
+    Two processors round the last digits of one epsilon differently. So that honest machines agree, the
+    budget may be exceeded by 1e-9 of itself (below 1: by 1e-9).
+
+    >>> within(8.0 + 1e-9, 8.0), within(8.0 + 1e-6, 8.0), within(float("nan"), 8.0)
+    (True, False, False)
+    """
+    return spent <= budget + _ROUNDING * max(1.0, budget)
 
 
 def epsilon_as_json(epsilon: float) -> float | str:

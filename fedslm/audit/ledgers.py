@@ -12,7 +12,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedslm.audit.statements import check_statements
-from fedslm.errors import LedgerError, PrivacyError
+from fedslm.errors import LedgerError, PrivacyError, plural
 from fedslm.privacy import accounting, clock
 from fedslm.privacy.accounting import Accounts
 from fedslm.privacy.calibration import largest
@@ -250,10 +250,10 @@ def _check_completeness(
 def _check_lines(chain: Chain, found: _Findings) -> None:
     """What well-signed lines say, and should not."""
     if chain.unprotected:
-        first = chain.unprotected[0]
+        first, releases = chain.unprotected[0], plural(len(chain.unprotected), "release")
         found.wrong.append(
-            f"{len(chain.unprotected)} releases without privacy, the first in round {first.round} of "
-            f"run {first.run[:80]!r}: epsilon is infinite from then on"
+            f"{releases} without privacy, the first in round {first.round} of run {first.run[:80]!r}: "
+            f"epsilon is infinite from then on"
         )
     units = {each.unit for each in chain.charges} - {None, chain.unit}
     columns = {each.unit_column for each in chain.charges} - {None, chain.unit_column}

@@ -17,7 +17,7 @@ from fedslm.privacy.chain import LONGEST_LINE, Chain, check_head
 from fedslm.privacy.keys import public_hex
 from fedslm.privacy.lines import NO_UNIT, Entry
 from fedslm.privacy.statement import Statement, read_statement
-from fedslm.records import RoundRecord
+from fedslm.records import RoundRecord, within
 from fedslm.storage import read_lines
 
 
@@ -154,7 +154,7 @@ def _check_epsilon(chain: Chain, statement: Statement) -> Iterator[str]:
     except PrivacyError as error:
         yield f"the statement of round {statement.round}: {error}"
         return
-    if not accounting.within(spent, statement.epsilon):
+    if not within(spent, statement.epsilon):
         yield (
             f"the statement of round {statement.round} says epsilon={statement.epsilon:.3f}, and the "
             f"ledger cost {spent:.3f} until then"

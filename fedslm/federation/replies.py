@@ -14,6 +14,7 @@ from fedslm.federation.wire import Reply, Request
 from fedslm.privacy import accounting
 from fedslm.privacy.plan import Plan, PrivatePlan, from_json
 from fedslm.privacy.statement import Statement, read_statement
+from fedslm.records import within
 
 _LARGEST_VALUE = 1e4
 _LARGEST_WEIGHT = 2**31
@@ -93,8 +94,8 @@ def _problem_of_statement(plan: Plan, request: Request, reply: Reply) -> str | N
         return "the spend statement has fewer or more charges than the plan allows"
     try:
         spent = accounting.epsilon(statement.events, plan.delta)
-        allowed = min(counts) >= 1 and accounting.within(spent, plan.epsilon)
-        if not (statement.delta == plan.delta and accounting.within(spent, statement.epsilon)):
+        allowed = min(counts) >= 1 and within(spent, plan.epsilon)
+        if not (statement.delta == plan.delta and within(spent, statement.epsilon)):
             return "the spend statement has another delta, or less epsilon in all than in this run"
     except FedslmError as error:
         return str(error)

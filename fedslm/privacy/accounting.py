@@ -27,7 +27,6 @@ from fedslm.records import LARGEST_DELTA, Event
 
 _DISCRETISATION = 1e-3
 _TOLERANCE = 1e-3
-_ROUNDING = 1e-9  # relative; other processors' kernels moved epsilon by up to 6e-11 of itself
 _LEAST_MULTIPLIER = 0.05
 _PRV_TOLERANCE = (0.02, 0.005)  # absolute, relative
 _PRV_MESH = 0.01  # Opacus' default eps_error
@@ -80,18 +79,6 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
     1.92
     """
     return _pld(_grouped(events, delta), delta)
-
-
-def within(spent: float, budget: float) -> bool:
-    """Whether an epsilon keeps a budget that another machine computed it for.
-
-    Two processors round the last digits of one epsilon differently. So that honest machines agree, the
-    budget may be exceeded by 1e-9 of itself (below 1: by 1e-9).
-
-    >>> within(8.0 + 1e-9, 8.0), within(8.0 + 1e-6, 8.0), within(float("nan"), 8.0)
-    (True, False, False)
-    """
-    return spent <= budget + _ROUNDING * max(1.0, budget)
 
 
 def cross_check(events: Iterable[Event], delta: float) -> Accounts:
@@ -209,11 +196,8 @@ def true_positive_bound(events: Iterable[Event], false_positive_rate: float) -> 
         return false_positive_rate
     with _computing(_ANY_DELTA):
         deltas = _composed(grouped).get_delta_for_epsilon(_EPSILON_GRID)
-    bounds = [
-        math.exp(each) * false_positive_rate + float(delta)
-        for each, delta in zip(_EPSILON_GRID, deltas, strict=True)
-    ]
-    return min(1.0, *bounds)
+    curve = zip(_EPSILON_GRID, deltas, strict=True)
+    return min(1.0, *(math.exp(spent) * false_positive_rate + float(delta) for spent, delta in curve))
 
 
 def check_delta(delta: float) -> None:

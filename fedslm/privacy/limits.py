@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedslm.errors import BudgetExceeded, LedgerError, PolicyRefused
+from fedslm.errors import BudgetExceeded, LedgerError, PolicyRefused, plural
 from fedslm.privacy import accounting, clock
 from fedslm.privacy.chain import Chain
 from fedslm.privacy.lines import Charge
@@ -88,10 +88,11 @@ def _lost(chain: Chain, budget: tuple[float, float]) -> str:
 
     A server reads it: it names no run, which may be another federation's.
     """
+    releases = plural(len(chain.unprotected), "release")
     return (
-        f"budget exhausted: {len(chain.unprotected)} releases without privacy left this node: epsilon "
-        f"of the node's lifetime is infinite, over the budget of {budget[0]:g}; take other records, "
-        f"with a node directory of their own"
+        f"budget exhausted: {releases} without privacy left this node: "
+        f"epsilon of the node's lifetime is infinite, over the budget of {budget[0]:g}; take other "
+        f"records, with a node directory of their own"
     )
 
 

@@ -24,7 +24,7 @@ from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.accounting import Accounts
 from fedslm.privacy.randomness import SecureStream
-from fedslm.records import LARGEST_DELTA, Event, is_count, is_number
+from fedslm.records import LARGEST_DELTA, Event, is_count, is_number, within
 
 Records = NDArray[np.int64]
 Batch = list[Records]  # one array of record indices for each unit in the sample
@@ -142,13 +142,13 @@ class PrivatePlan(ABC):
     def verify(self) -> Accounts:
         """Checks with three accountants that all rounds cost at most ``epsilon``, up to rounding.
 
-        Server and nodes check the same plan on different processors: :func:`accounting.within`.
+        Server and nodes check the same plan on different processors: :func:`within`.
 
         Raises:
             PrivacyError: They cost more, or the accountants disagree.
         """
         spent = accounting.epsilon(self.run_events, self.delta)
-        if not accounting.within(spent, self.epsilon):
+        if not within(spent, self.epsilon):
             raise PrivacyError(
                 f"noise_multiplier={self.noise_multiplier} costs epsilon={spent:.3f} over "
                 f"{self.rounds} rounds, more than epsilon={self.epsilon:g}"

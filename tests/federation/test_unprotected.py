@@ -78,7 +78,7 @@ def test_a_round_without_privacy_is_in_the_ledger_before_it_leaves(
     audit = audit_ledger(node, read_public_key(node / PUBLIC_KEY), Evidence(statements=(statement,)))
     assert audit.unprotected == 1
     (finding,) = audit.findings
-    assert "1 releases without privacy, the first in round 1" in finding
+    assert "1 release without privacy, the first in round 1" in finding
     json.loads(json.dumps(as_json(audit)), parse_constant=no_constant)
 
 
@@ -118,7 +118,7 @@ def test_private_and_unprotected_rounds_in_one_ledger(
     write_policy(node, unit="record")
     refused = ask(replace(private, round=3), context)
     assert refused.status == "refused"
-    assert "releases without privacy left this node" in refused.reason
+    assert "without privacy left this node" in refused.reason
     assert "epsilon of the node's lifetime is infinite" in refused.reason
     assert plain.setup.run_id not in refused.reason  # it may be another federation's
     assert len(chain_of(node).charges) == 2

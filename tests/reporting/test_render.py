@@ -13,7 +13,7 @@ from fedslm.reporting import render as rendering
 from fedslm.reporting.render import cell, code, page
 
 TEMPLATES = sorted((Path(rendering.__file__).parent / "templates").glob("*.j2"))
-IN_A_CELL = ("cell", "figure", "format", "length")
+IN_A_CELL = ("cell", "figure", "format", "length", "spent")
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
