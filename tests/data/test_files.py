@@ -245,7 +245,7 @@ def test_what_is_unusual_in_json_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [
-        ("a.jsonl", gzip.compress(b'{"text": "a"}'), "holds gzip, not jsonl; rename it"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), "holds gzip, not jsonl; rename it"),
         ("a.csv", b"PAR1\x15\x04", "holds Parquet, not csv"),
         ("a.csv", b"PK\x03\x04\x14", "holds a ZIP or Excel file, not csv"),
         ("a.csv", b'{"text": "a", "label": "b"}\n', "holds JSON, not a table; rename it"),
