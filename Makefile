@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fedslm demo --directory runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not real and not federation" -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "not slow and not real and not federation" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-real: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "real and not slow" --timeout 1200
