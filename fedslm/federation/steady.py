@@ -44,7 +44,8 @@ class Steady:
     def call(self, what: Callable[[Any], T], until: float) -> T:
         """Calls a grid, again and again while the SuperLink is away or answers with a 5xx.
 
-        A SuperLink that ends the run (401, 403) is obeyed as Flower obeys it.
+        A SuperLink that ends the run (401, 403) is obeyed as Flower obeys it: it interrupts the process
+        at the first 401.
 
         Args:
             what: Is given the grid; may be repeated.
@@ -55,6 +56,7 @@ class Steady:
 
         Raises:
             Unanswered: There was no answer until then.
+            RunNotRunningException: The run is over; somebody stopped it.
         """
         if self._once is None:
             return what(self.grid)
@@ -65,7 +67,7 @@ class Steady:
                 result = what(self._once)
             except Exception as error:  # judged by _is_passing: whatever does not pass is raised
                 if _ends_the_run(error):
-                    return what(self.grid)
+                    return self._obeyed(what)
                 if not _is_passing(error):
                     raise
                 if time.monotonic() >= until:
@@ -76,6 +78,17 @@ class Steady:
                 return result
             time.sleep(max(0.0, min(wait_seconds, until - time.monotonic())))
             wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
+
+    def _obeyed(self, what: Callable[[Any], T]) -> T:
+        """Asks Flower's own grid, which ends a run; a thread that hears of it later says so, too."""
+        from flwr.supercore.run import RunNotRunningException
+
+        try:
+            return what(self.grid)
+        except Exception as error:
+            if _ends_the_run(error):  # another thread was told before, and interrupts the process
+                raise RunNotRunningException from error
+            raise
 
     def _note(self, error: Exception) -> None:
         """Logs the first failure of an outage."""

@@ -189,6 +189,16 @@ def test_a_run_that_is_over_ends(superlink: SuperLink) -> None:
     assert superlink.calls["get_nodes"] == 2
 
 
+def test_who_hears_second_that_a_run_is_over_does_not_fail(superlink: SuperLink) -> None:
+    """Flower interrupts the process at the first 401; a later one is the end as well, and no failed run."""
+    superlink.status = 401
+    steady, until = Steady(superlink.grid()), time.monotonic() + 20.0
+    with pytest.raises(KeyboardInterrupt):
+        steady.call(lambda grid: grid.get_node_ids(), until)
+    with pytest.raises(RunNotRunningException):
+        steady.call(lambda grid: grid.get_node_ids(), until)
+
+
 def test_an_error_of_ours_is_not_tried_again(superlink: SuperLink) -> None:
     """A call that the SuperLink cannot understand fails at once."""
     superlink.status = 400
