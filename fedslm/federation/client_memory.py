@@ -64,7 +64,10 @@ class ClientMemory:
         return Kept(**rooms)
 
     def keep(self, round: int, kept: Kept) -> None:
-        """Keeps what a round leaves behind; nothing is written if that is nothing."""
+        """Keeps what a round leaves behind; nothing is written if that is nothing.
+
+        What is kept of later rounds is removed: the server went back, and takes another way from here.
+        """
         tensors = {
             f"{room}/{key}": value
             for room in _ROOMS
@@ -73,8 +76,10 @@ class ClientMemory:
         if not tensors:
             return
         save_adapter(self._path(round), AdapterState(tensors))
-        for old in sorted(number for number in self._rounds() if number < round)[: -(_KEPT - 1)]:
-            self._path(old).unlink(missing_ok=True)
+        rounds = sorted(self._rounds())
+        last = rounds.index(round) + 1
+        for number in rounds[: max(0, last - _KEPT)] + rounds[last:]:
+            self._path(number).unlink(missing_ok=True)
 
     def _rounds(self) -> list[int]:
         """Rounds that left something."""

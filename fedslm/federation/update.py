@@ -32,6 +32,9 @@ from fedslm.tasks.base import Example
 
 _NOTHING = AdapterState({})
 NO_FROZEN = "the frozen tensors here are not the server's"
+NOT_FITTING = (
+    "what this client kept of the run's earlier rounds does not fit the adapter that is asked for"
+)
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,28 @@ class Start:
 
 
 def start_of(request: Request, node: Node) -> Start:
-    """Puts together what the server sent, what is shared by hash, and what the client kept."""
+    """Puts together what the server sent, what is shared by hash, and what the client kept.
+
+    Raises:
+        FederationError: One of them does not fit the others; nothing was charged yet.
+    """
     setup = request.setup
     whole = _frozen_of(request, node).merged(request.adapter)
     rank = rank_of_client(setup.lora, node.client)
     if rank < setup.lora.rank:
         whole = pad(crop(whole, rank), whole)
     kept = ClientMemory(node.run_directory(setup.run_id, setup.plan)).before(request.round)
-    return Start(whole.merged(kept.local), kept)
+    adapter = whole.merged(kept.local)
+    sent = crop(adapter.select(set(kept.error) & set(adapter)), rank)
+    if not (_fits(kept.control, adapter) and _fits(kept.error, sent)):
+        raise FederationError(NOT_FITTING)
+    return Start(adapter, kept)
+
+
+def _fits(kept: AdapterState, adapter: AdapterState) -> bool:
+    """Whether tensors that were kept have the shapes of the adapter's: numpy would stretch others."""
+    shapes = adapter.shapes
+    return all(shapes.get(key, shape) == shape for key, shape in kept.shapes.items())
 
 
 def make_update(

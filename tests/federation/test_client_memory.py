@@ -15,6 +15,7 @@ from served import context_of, first_request, message_to, write_policy
 from tiny import PRIVATE
 
 from fedslm.config import Config
+from fedslm.errors import FederationError
 from fedslm.federation.client_memory import ClientMemory, Kept
 from fedslm.federation.node import Node
 from fedslm.federation.update import start_of
@@ -53,6 +54,17 @@ def test_two_rounds_are_kept(tmp_path: Path) -> None:
     assert same(memory.before(6), kept(5))
 
 
+def test_a_round_that_goes_back_leaves_the_later_ones_behind(tmp_path: Path) -> None:
+    """Two rounds are kept whatever the order, and none of a way that the run did not take."""
+    memory = ClientMemory(tmp_path)
+    for number in (7, 8, 9, 3, 2):
+        memory.keep(number, kept(number))
+    assert [path.name for path in tmp_path.iterdir()] == ["memory-00002.safetensors"]
+    memory.keep(4, kept(4))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert same(memory.before(9), kept(4))
+
+
 def test_nothing_leaves_no_file(tmp_path: Path) -> None:
     """A method that keeps nothing writes nothing."""
     ClientMemory(tmp_path).keep(1, Kept())
@@ -79,6 +91,24 @@ def test_no_two_runs_and_plans_have_one_name(tmp_path: Path) -> None:
     names = {node.run_directory(*pair).name for pair in pairs}
     assert len(names) == len(pairs)
     assert {len(name) for name in names} == {64}
+
+
+@pytest.mark.parametrize("room", ["control", "error"])
+def test_what_was_kept_must_fit_the_adapter(
+    make_config: Callable[..., Config], tmp_path: Path, room: str
+) -> None:
+    """A run that goes on at another rank is refused before the charge; numpy would stretch rank 1 to 2."""
+    request = replace(first_request(make_config()), round=2)
+    node = Node(tmp_path / "node", tmp_path, 0, deployed=True)
+    memory = ClientMemory(node.run_directory(request.setup.run_id, request.setup.plan))
+    memory.keep(1, replace(Kept(), **{room: request.adapter}))
+    assert same(start_of(request, node).kept, memory.before(2))
+    narrow = {
+        key: value[:1] if ".lora_A." in key else value for key, value in request.adapter.tensors.items()
+    }
+    memory.keep(1, replace(Kept(), **{room: AdapterState(narrow)}))
+    with pytest.raises(FederationError, match="does not fit the adapter"):
+        start_of(request, node)
 
 
 @pytest.mark.parametrize(
