@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Message
+from flwr.common.serde import recorddict_to_proto
 from served import StopAfter, StopDuring, chain_of, records_of, run_with
 from tiny import PATIENT, PRIVATE
 
@@ -129,15 +130,18 @@ def test_spare_rounds_pay_for_crashes(make_config: MakeConfig) -> None:
 
 
 def test_private_replies_depend_on_no_record_count(make_config: MakeConfig) -> None:
-    """Under privacy a reply holds the same fields, weight 1 and public events for every client."""
+    """Under privacy a reply holds the same fields, weight 1, public events and as many bytes for every client."""
     seen: dict[int, Reply] = {}
+    sizes = set()
 
     def look(message: Message) -> Message:
+        sizes.add(recorddict_to_proto(message.content).ByteSize())
         reply = Reply.from_records(message.content)
         seen[message.metadata.src_node_id] = reply
         return message
 
     run_with(make_config(privacy=PRIVATE, federation={"rounds": 1}), dict.fromkeys(range(3), look))
+    assert len(sizes) == 1
     kept = ("status", "round", "reason", "base_sha256", "weight", "metric")
     assert len({tuple(getattr(reply, name) for name in kept) for reply in seen.values()}) == 1
     statements = [read_statement(reply.statement) for reply in seen.values()]
