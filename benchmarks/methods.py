@@ -19,6 +19,8 @@ from pathlib import Path
 from arms import ROOT, RUNS, finished_run, report_of
 from scipy import stats
 
+from fedslm.reporting.render import spent
+
 SCENARIO = ROOT / "simulations" / "local" / "methods.toml"
 SEEDS = (0, 1, 2)
 METHODS: Mapping[str, tuple[str, ...]] = {
@@ -82,10 +84,9 @@ def rows(arm: str) -> Iterator[list[str]]:
             apart = interval([a - b for a, b in zip(found, reference, strict=True)])
         first = report_of(directory_of(method, arm, SEEDS[0])) or {}
         sizes = [f"{first.get(key, 0) / 1e6:.1f}" for key in ("bytes_up", "bytes_down")]
-        epsilon = first.get("epsilon")
         yield [
             method,
-            "∞" if epsilon is None else f"{epsilon:.2f}",
+            spent(first.get("epsilon", "infinite"), 2),
             ", ".join(f"{value:.3f}" for value in found),
             interval(found),
             apart,
