@@ -134,7 +134,7 @@ def features_in(schema: pa.Schema) -> dict[str, Any]:
     """What the datasets library wrote of a table's columns; empty if it wrote nothing readable."""
     try:
         return dict(json.loads(schema.metadata[_FEATURES])["info"]["features"])
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return {}
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data import shards
-from fedslm.data.columns import Wanted, needed_to_share
+from fedslm.data.columns import Wanted, features_in, needed_to_share
 from fedslm.data.sources import load, load_evaluation, load_train
 from fedslm.data.split import split_in_two
 from fedslm.errors import DataError
@@ -174,6 +174,13 @@ def test_pieces_have_the_same_class_names(tmp_path: Path, second: list[str]) -> 
     else:
         with pytest.raises(DataError, match=r"from row 2 on have other class names in column 'label'"):
             load_train(data, TASK, 0)
+
+
+@pytest.mark.parametrize("written", [b"[" * 100_000, b"{", b"[]", b'{"info": 1}', b"\xff"])
+def test_what_is_written_of_columns_may_be_anything(written: bytes) -> None:
+    """Metadata that cannot be read, however deep, say nothing of the columns."""
+    schema = pa.schema([pa.field("text", pa.string())], metadata={b"huggingface": written})
+    assert features_in(schema) == {}
 
 
 def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
