@@ -65,10 +65,11 @@ def rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, asks:
             f"the tokenizer's chat template cannot write turns of {roles}: {type(error).__name__}: "
             f'{first}; set task.prompt_format="plain"'
         ) from error
-    if len(text) > _MOST_WRITTEN + 10 * sum(len(turn["content"]) for turn in turns):
+    most = _MOST_WRITTEN + 10 * sum(len(turn["content"]) for turn in turns)
+    if len(text) > most:
         raise ModelError(
-            f"the tokenizer's chat template writes {len(text)} characters around a few turns; set "
-            f'task.prompt_format="plain"'
+            f"the tokenizer's chat template writes {len(text):,} characters, and may write at most "
+            f'{most:,} for these turns; set task.prompt_format="plain"'
         )
     return str(text)
 
