@@ -203,9 +203,7 @@ def _watching(target: Path) -> Iterator[Watcher]:
             yield _Stages(bar)
         except KeyboardInterrupt:
             bar.stop()
-            ERRORS.print(
-                f"interrupted; the same call goes on from {target}",
-            )
+            ERRORS.print(f"interrupted; call it again to resume from {target}")
             raise typer.Exit(INTERRUPTED) from None
 
 

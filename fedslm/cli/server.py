@@ -88,9 +88,7 @@ def run(
             ERRORS.print("waiting for the nodes and the first round")
             status = runs.follow(control, run_id, directory, tell, stop)
         if not status.startswith("finished"):
-            ERRORS.print(
-                f"the run continues; watch it with: fedslm server status --server {server}",
-            )
+            ERRORS.print(f"the run continues; watch it with: fedslm server status --server {server}")
             return
         if as_json:
             typer.echo(json_text({"run": run_id, "status": status, "directory": str(directory)}))

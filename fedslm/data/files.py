@@ -143,11 +143,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _JSON_REMEDY = "write one object on each line, or all of them as one list"
-_CONSTANTS = {
-    "NaN": None,
-    "Infinity": math.inf,
-    "-Infinity": -math.inf,
-}  # NaN is missing, also in lists
+# NaN is missing, also in lists.
+_CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_CONSTANTS.__getitem__)
 
 
