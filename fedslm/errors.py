@@ -132,3 +132,12 @@ def plural(number: int, noun: str) -> str:
     ('1 record', '3000 records')
     """
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def have(number: int, noun: str) -> str:
+    """A number with its noun and the verb.
+
+    >>> have(1, "record"), have(2, "record")
+    ('1 record has', '2 records have')
+    """
+    return f"{plural(number, noun)} {'has' if number == 1 else 'have'}"

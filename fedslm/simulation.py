@@ -19,7 +19,7 @@ from fedslm.config import Config
 from fedslm.data import shards
 from fedslm.data.layouts import laid_out
 from fedslm.distillation.following import check_asked, distil_if_asked, follower, is_distilled
-from fedslm.errors import DataError, RunError
+from fedslm.errors import DataError, RunError, have
 from fedslm.federation.checkpoint import RunDirectory, metrics_of
 from fedslm.federation.local_grid import LocalGrid
 from fedslm.federation.public_model import export
@@ -271,7 +271,7 @@ def _check_sizes(config: Config, data: shards.Shards) -> None:
     if not small:
         return
     text = (
-        f"{len(small)} client(s) have fewer records than training.batch_size={limit}: "
+        f"{have(len(small), 'client')} fewer records than training.batch_size={limit}: "
         f"{', '.join(small[:5])}; lower training.batch_size, use fewer clients, or another "
         f"data.partition"
     )

@@ -130,13 +130,17 @@ def _wrong(
 ) -> list[str]:
     """What is wrong with ledgers and statements."""
     names = [client.name for client in clients]
-    found = [
+    received = check_received(directory.run_id, names, directory.records(), statements)
+    return [*_of_ledgers(clients), *received, *_strangers(directory, len(clients))]
+
+
+def _of_ledgers(clients: list[_Client]) -> list[str]:
+    """What is wrong with the ledgers that are here."""
+    return [
         f"{client.name}: {finding}"
         for client in clients
         for finding in (client.audit.findings if client.audit else ())
     ]
-    found += check_received(directory.run_id, names, directory.records(), statements)
-    return found + _strangers(directory, len(clients))
 
 
 def _standings(directory: RunDirectory, findings: list[str]) -> dict[str, Any]:
@@ -187,23 +191,24 @@ def _client(directory: RunDirectory, index: int, name: str, statements: list[Sta
 def _with_others(
     clients: list[_Client], config: Config, others: tuple[Path, ...], findings: list[str]
 ) -> list[_Client]:
-    """Adds the charges of further runs, whose ledgers are audited too.
+    """Adds the charges of further runs: those of a client's ledger, or those that it stated.
 
-    If the other run shared the same data out in the same way, client by client; else a unit may have
-    been with any client there, and all of them are added to each.
+    A client with neither did not take part there. If the other run shared the same data out in the same
+    way, client by client; else a unit may have been with any client there, and all of them are added to
+    each.
     """
     for other in others:
         directory, theirs = RunDirectory.open(other)
-        charged, lost = [], []
-        for index, name in enumerate(_names(directory, theirs.federation.num_clients)):
-            node = directory.nodes / f"client-{index:05d}"
-            if not (node / LEDGER).exists():
-                raise Unusable(f"{other} holds no ledger of {name}")
-            key = read_public_key(node / PUBLIC_KEY)
-            audit = audit_ledger(node, key, Evidence())
-            findings += [f"{other}, {name}: {finding}" for finding in audit.findings]
-            charged.append(read_chain(node / LEDGER, key).events if audit.sound else ())
-            lost.append(audit.unprotected > 0)
+        statements = directory.statements()
+        found = _clients(directory, theirs.federation.num_clients, statements)
+        if not statements and all(client.audit is None for client in found):
+            raise Unusable(
+                f"--with {other}: it holds neither a ledger nor a statement, so nothing shows what it "
+                f"spent; leave it out if no round began"
+            )
+        wrong = _wrong(directory, found, statements) if statements else _of_ledgers(found)
+        findings += [f"{other}, {finding}" for finding in wrong]
+        charged, lost = [each.events for each in found], [each.is_lost for each in found]
         same = (theirs.data, theirs.run.seed, theirs.federation.num_clients) == (
             config.data,
             config.run.seed,

@@ -14,7 +14,7 @@ from fedslm.data.missing import is_missing, is_nothing, name_of
 from fedslm.data.spool import batches, named
 from fedslm.data.turns import answered, turns_of
 from fedslm.data.values import BYTES, HOLES, NOTHING, described, is_value, text_in
-from fedslm.errors import DataError
+from fedslm.errors import DataError, have, plural
 from fedslm.storage import expand
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def resolve(data: DataConfig, task: TaskConfig, evaluation: Dataset) -> tuple[st
     least = 1 if task.name == "multi-label" else 2
     if len(labels) < least:
         raise DataError(
-            f"the public evaluation split names {len(labels)} class(es); set task.labels or "
+            f"the public evaluation split names only {plural(len(labels), 'label')}; set task.labels or "
             f"task.labels_file"
         )
     return labels
@@ -66,7 +66,7 @@ def read_file(name: str) -> tuple[str, ...]:
     labels = tuple(line.strip() for line in text.splitlines() if line.strip())
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice or len(labels) < 2:
-        what = f"names {twice[0]!r} twice" if twice else f"names {len(labels)} class(es)"
+        what = f"names {twice[0]!r} twice" if twice else f"names only {plural(len(labels), 'label')}"
         raise DataError(f"task.labels_file={name!r} {what}; it needs two or more, one on each line")
     return labels
 
@@ -105,7 +105,7 @@ def check(dataset: Dataset, data: DataConfig, task: TaskConfig, part: str) -> No
             for row, value in enumerate(values[column], first):
                 if not demand.fits(value):
                     found, remedy = described(value)
-                    holds = f"have no {demand.wanted} in column {column!r}"
+                    holds = f"no {demand.wanted} in column {column!r}"
                     if found != NOTHING:
                         holds = f"{holds}, but {found}"
                     if found not in (NOTHING, BYTES, HOLES) and not isinstance(value, dict):
@@ -113,15 +113,14 @@ def check(dataset: Dataset, data: DataConfig, task: TaskConfig, part: str) -> No
                     wrong.setdefault((f"{key}={column!r}: ", holds, remedy), []).append(row)
         if task.name == "token-classification":
             words, tags = values[data.text_column], values[str(data.label_column)]
-            holds = "have words and tags of different lengths in"
+            holds = "words and tags of different lengths in"
             holds = f"{holds} {data.text_column!r} and {data.label_column!r}"
             for row, pair in enumerate(zip(words, tags, strict=True), first):
                 if all(isinstance(each, list) for each in pair) and len(pair[0]) != len(pair[1]):
                     wrong.setdefault(("", holds, "give each word one tag"), []).append(row)
     for (key, holds, remedy), rows in wrong.items():
-        raise DataError(
-            f"{key}{len(rows)} record(s) of the {part} split {holds} ({named(rows)}); {remedy}"
-        )
+        lacking = have(len(rows), "record")
+        raise DataError(f"{key}in the {part} split, {lacking} {holds} ({named(rows)}); {remedy}")
 
 
 def check_known(

@@ -16,7 +16,7 @@ from fedslm.data.owners import owners_in
 from fedslm.data.partition import partition
 from fedslm.data.poison import hostile_clients, poisoned
 from fedslm.data.sources import cut, load_evaluation, load_public, load_train
-from fedslm.errors import DataError
+from fedslm.errors import DataError, have
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -161,7 +161,7 @@ def _check_units(parts: list[Dataset], column: str, overlapping: bool) -> None:
         clients.update(set(owners))
     if missing:
         raise DataError(
-            f"{missing} record(s) have no value in privacy.unit_column={column!r}; remove them"
+            f"{have(missing, 'record')} no value in privacy.unit_column={column!r}; remove them"
         )
     straddling = [owner for owner, count in clients.items() if count > 1]
     if straddling and not overlapping:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedslm.data.holdout import record_name
 from fedslm.data.owners import owners_in
 from fedslm.data.spool import BATCH_ROWS, batches, named, parquet
-from fedslm.errors import DataError
+from fedslm.errors import DataError, have
 from fedslm.rng import stream
 from fedslm.storage import replacing
 
@@ -79,7 +79,7 @@ def _owners(dataset: Dataset, unit: str | None) -> list[str]:
     owners = owners_in(dataset, unit, "--unit")
     missing = [row for row, owner in enumerate(owners) if not owner]
     if missing:
-        raise DataError(f"{len(missing)} record(s) have no value in {unit!r} ({named(missing)})")
+        raise DataError(f"{have(len(missing), 'record')} no value in {unit!r} ({named(missing)})")
     return owners
 
 

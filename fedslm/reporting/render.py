@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fedslm.errors import plural
 from fedslm.records import epsilon_of_json
 
 _PAGE = """\
@@ -47,7 +48,8 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701  (Markdown, not HTML)
     )
-    environment.filters |= {"cell": cell, "code": code, "figure": figure, "spent": spent}
+    filters = {"cell": cell, "code": code, "figure": figure, "spent": spent, "plural": plural}
+    environment.filters |= filters
     return environment.get_template(template).render(**values)
 
 

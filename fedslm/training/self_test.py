@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from fedslm.config import ModelConfig, TrainingConfig
-from fedslm.errors import BudgetExceeded, LedgerError
+from fedslm.errors import BudgetExceeded, LedgerError, plural
 from fedslm.models.base import device_of
 from fedslm.privacy import accounting, keys
 from fedslm.privacy.ledger import Ledger
@@ -140,8 +140,8 @@ def kernels() -> str:
     device, precision = device_of(ModelConfig(base="demo")), torch.get_float32_matmul_precision()
     gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
     return (
-        f"{device}, {gpu}{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} "
-        f"thread(s), {torch.get_default_dtype()}, products in {precision} precision"
+        f"{device}, {gpu}{torch.backends.cpu.get_cpu_capability()}, "
+        f"{plural(torch.get_num_threads(), 'thread')}, {torch.get_default_dtype()}, products in {precision} precision"
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fedslm.errors import TrainingError
+from fedslm.errors import TrainingError, plural
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import Plan, PrivatePlan
@@ -136,7 +136,7 @@ class PrivateStep:
             samples = sum_by_unit(samples, [len(unit) for unit in part])
             zeroed += zero_non_finite(samples)  # a sum of finite numbers may overflow
         if zeroed:
-            logger.warning("%d record(s) of a batch had a gradient that is not finite", zeroed)
+            logger.warning("%s of a batch had a gradient that is not finite", plural(zeroed, "record"))
         for parameter, sample in zip(self.optimizer.params, samples, strict=True):
             parameter.grad_sample = sample
 

@@ -18,7 +18,7 @@ from tiny import PRIVATE
 from fedslm import simulation
 from fedslm.audit import runs
 from fedslm.config import Config
-from fedslm.errors import PrivacyError, RunError
+from fedslm.errors import PrivacyError, RunError, Unusable
 from fedslm.privacy import accounting
 from fedslm.privacy.keys import signing_key
 from fedslm.privacy.ledger import Ledger
@@ -261,6 +261,28 @@ def test_other_runs_count(run: Path, finished: Path) -> None:
     assert audit["guarantee"]["epsilon"] == expected
     with pytest.raises(RunError):
         audited(run, others=(run / "data",))
+
+
+def test_another_run_counts_by_its_statements_where_ledgers_are_elsewhere(
+    run: Path, finished: Path, tmp_path: Path
+) -> None:
+    """A real federation's run, or a client that never took part, can be given; nothing at all cannot."""
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    expected = accounting.epsilon(events_of(run, 0) * 2, 1e-5)
+    for client in (0, 1, 2):
+        shutil.rmtree(other / "nodes" / f"client-{client:05d}")
+        audit = audited(run, others=(other,))
+        assert audit["guarantee"]["epsilon"] == expected
+        assert audit["findings"] == []
+    kept = statements_of(other)
+    state(other, [each for each in kept if each["client"] != 2])
+    audit = audited(run, others=(other,))
+    assert [client["charges"] for client in audit["clients"]] == [4, 4, 2]
+    assert any(f"{other}, 3 updates were used in round 1" in each for each in audit["findings"])
+    (other / "statements.jsonl").unlink()
+    with pytest.raises(Unusable, match="neither a ledger nor a statement"):
+        audited(run, others=(other,))
 
 
 @pytest.mark.slow

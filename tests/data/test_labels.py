@@ -112,7 +112,7 @@ def test_names_come_from_a_public_file(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (None, "cannot be read"),
         (b"a\nb\na\n", "'a' twice"),
-        (b"a\n", "1 class"),
+        (b"a\n", "1 label"),
         (b"\xe9t\xe9\nb", "utf-8"),
     ],
 )
@@ -150,7 +150,7 @@ def test_a_record_that_lacks_something_is_named(
         with pytest.raises(DataError) as caught:
             shared(tmp_path, TaskConfig(name=name), rows["training"], rows["evaluation"])
         assert part in str(caught.value)
-        assert f"1 record(s) of the {bad} split" in str(caught.value)
+        assert f"in the {bad} split, 1 record has " in str(caught.value)
         assert "(rows 3)" in str(caught.value)
 
 
@@ -176,7 +176,7 @@ def test_another_type_is_named_with_its_own_way_out(name: Any, value: Any, part:
     rows = Dataset.from_list([{"text": value, "label": "a"}])
     with pytest.raises(DataError) as caught:
         check(rows, DataConfig(source="x"), TaskConfig(name=name), "training")
-    start = "data.text_column='text': 1 record(s) of the training split have no text in column 'text'"
+    start = "data.text_column='text': in the training split, 1 record has no text in column 'text'"
     assert str(caught.value).startswith(start)
     assert part in str(caught.value)
 

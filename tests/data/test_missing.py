@@ -87,7 +87,7 @@ def shared(directory: Path, ending: str, column: str, value: float | None, **dat
     ("column", "data", "part"),
     [
         ("label", {}, r"no label in column 'label' \(rows 8\)"),
-        ("patient", {}, r"1 record\(s\) have no value in privacy\.unit_column='patient'|holds float64"),
+        ("patient", {}, r"1 record has no value in privacy\.unit_column='patient'|holds float64"),
         (
             "client",
             {"partition": "dirichlet", "partition_column": "client"},

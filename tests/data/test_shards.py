@@ -154,7 +154,7 @@ def test_labels_that_are_numbers_become_names(tmp_path: Path) -> None:
 
 def test_one_class_is_none(tmp_path: Path) -> None:
     """A public split of one class cannot name the classes."""
-    with pytest.raises(DataError, match=r"names 1 class.*set task\.labels"):
+    with pytest.raises(DataError, match=r"names only 1 label.*set task\.labels"):
         write(tmp_path, rows(9), rows(4, "a"))
 
 
@@ -175,14 +175,14 @@ def test_a_blank_text_is_refused_with_its_row(tmp_path: Path, split: str, blank:
     content = rows(9)
     content[4]["text"] = blank
     train, test = (content, rows(4)) if split == "training" else (rows(9), content)
-    with pytest.raises(DataError, match=rf"1 record\(s\) of the {split} split .*'text' \(rows 4\)"):
+    with pytest.raises(DataError, match=rf"in the {split} split, 1 record has .*'text' \(rows 4\)"):
         write(tmp_path, train, test)
 
 
 def test_many_blank_texts_are_counted(tmp_path: Path) -> None:
     """The first five rows are shown, and all are counted."""
     content = [{**row, "text": " "} for row in rows(9)]
-    with pytest.raises(DataError, match=r"9 record\(s\) .*\(rows 0, 1, 2, 3, 4, …\)"):
+    with pytest.raises(DataError, match=r"9 records .*\(rows 0, 1, 2, 3, 4, …\)"):
         write(tmp_path, content, rows(4))
 
 
@@ -285,7 +285,7 @@ def test_a_record_of_nobody_is_refused(tmp_path: Path, blank: str | None, overla
     content = patients(18, ["p0", "p1", "p2", "p3", "p4", "p5"])
     content[3]["patient"] = content[7]["patient"] = blank
     privacy = patient(overlapping=overlapping)
-    with pytest.raises(DataError, match=r"^2 record\(s\) have no value in privacy\.unit_column"):
+    with pytest.raises(DataError, match=r"^2 records have no value in privacy\.unit_column"):
         write(tmp_path, content, rows(4), partition="natural", privacy=privacy)
     assert not (tmp_path / "data").exists()
 
