@@ -74,13 +74,14 @@ class Guard:
 
     async def _guarded(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answers a node, or somebody who says to be one."""
-        who = str((scope.get("client") or ("?",))[0])
+        who, is_read = str((scope.get("client") or ("?",))[0]), False
         try:
             length = self._length(scope)
             node = await asyncio.to_thread(self._authenticated, scope)
             who = f"node {node}"
             async with self._turn(node, scope["path"]):
                 body = await _body(receive, length)
+                is_read = True
                 if scope["path"] in RULED:
                     await asyncio.to_thread(self._rules.check, scope["path"], body, node)
                 if scope["path"] == fleet_api.PUSH_MESSAGES:
@@ -88,7 +89,7 @@ class Guard:
                 await self._app(scope, _again(body, receive), send)
         except Refused as refused:
             self._say(who, scope["path"], refused)
-            await _answer(send, refused)
+            await _answer(send, refused, is_last=not is_read)
         except _Gone:
             logger.debug("%s broke off", who)
 
@@ -275,10 +276,15 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _answer(send: Send, refused: Refused) -> None:
-    """Answers with one line."""
+async def _answer(send: Send, refused: Refused, *, is_last: bool) -> None:
+    """Answers with one line; the last answer closes the connection.
+
+    A connection on which a body was left unread is of no more use. Uvicorn would keep its buffers
+    (about 0.4 MB) for the whole keep-alive time if the other side then resets it.
+    """
     body = f"{refused.reason}\n".encode()
     headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
+    headers += [(b"connection", b"close")] if is_last else []
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -214,7 +214,10 @@ class Counted:
 def call(
     app: Any, node: Sender, body: Counted, *, path: str = fleet_api.PUSH_OBJECT, **headers: str
 ) -> int:
-    """The status of a request whose headers say what a test wants."""
+    """The status of a request whose headers say what a test wants.
+
+    A refusal closes the connection unless the body was read to its end.
+    """
     named = {**node.headers(), "host": "superlink", "content-length": "1000", **headers}
     raw = [(key.replace("_", "-").encode(), value.encode()) for key, value in named.items() if value]
     scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": raw}
@@ -224,6 +227,7 @@ def call(
         sent.append(message)
 
     asyncio.run(app(scope, body.receive, send))
+    assert (b"connection", b"close") in sent[0]["headers"]
     return int(sent[0]["status"])
 
 
@@ -520,7 +524,9 @@ def test_an_error_has_a_short_reason(world: World) -> None:
 def test_what_is_no_message_is_refused(world: World) -> None:
     """Bytes that are no protobuf message do not reach Flower."""
     node = world.nodes[0]
-    refused(world.post(fleet_api.PUSH_MESSAGES, b"\xff" * 50, node.headers()), 400, "parsed")
+    answer = world.post(fleet_api.PUSH_MESSAGES, b"\xff" * 50, node.headers())
+    refused(answer, 400, "parsed")
+    assert "connection" not in answer.headers
 
 
 def test_three_thousand_objects_are_not_even_read(world: World) -> None:
