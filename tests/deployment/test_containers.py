@@ -58,7 +58,7 @@ batch_size = 4
 unit = "patient"
 unit_column = "patient"
 max_records_per_unit = 4
-epsilon = 4.0
+epsilon = 0.7
 delta = 1e-5
 clip_norm = 1.0
 sample_rate = 0.05
@@ -297,7 +297,7 @@ def test_server_and_nodes_in_containers_finish_a_private_run(
     assert [(each["name"], each["state"]) for each in status["runs"]] == [("contained", "finished")]
     assert sorted(node["name"] for node in status["nodes"]) == sorted(NODES)
     report = json.loads((server.directory / "runs" / "contained" / "report.json").read_text())
-    assert 0 < report["epsilon"] <= 4.0
+    assert 0 < report["epsilon"] <= 0.7
     for name in NODES:
         node = tmp_path / name
         assert len(read_chain(node / LEDGER, read_public_key(node / PUBLIC_KEY)).charges) == 2

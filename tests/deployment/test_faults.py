@@ -23,7 +23,7 @@ from fedslm.storage import load_adapter
 pytestmark = [pytest.mark.federation, pytest.mark.slow]
 MakeConfig = Callable[..., Config]
 LONG = {"local_steps": 100}
-REPLAYING = b'''"""A hostile server: asks for everything twice."""
+REPLAYING = b'''"""A hostile server: asks for everything three times."""
 
 import hashlib
 from pathlib import Path
@@ -31,13 +31,25 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from fedslm.federation import trust
+from fedslm.federation.envelopes import ENVELOPE, content_sha256, enclosed
 from fedslm.flower import serve_flower
 
 app = ServerApp()
+signing = []
+usual = trust.Trust.signed
+
+
+def signed(self, contents, asked):
+    signing[:] = [self, asked]
+    return usual(self, contents, asked)
+
+
+trust.Trust.signed = signed
 
 
 class Replaying:
-    """Sends each request again when it is answered, and notes whether the same bytes come back."""
+    """Sends each answered request again: as it was, then with a new signature of the operator."""
 
     def __init__(self, grid, notes):
         self.grid, self.notes, self.sent = grid, notes, {}
@@ -56,17 +68,33 @@ class Replaying:
     def pull_messages(self, identifiers):
         for reply in self.grid.pull_messages(identifiers):
             message, (arrays, configs) = self.sent[reply.metadata.reply_to_message_id]
-            again = Message(
-                RecordDict({**arrays, **configs}),
-                message.metadata.dst_node_id,
-                message.metadata.message_type,
-                ttl=60,
-                group_id=message.metadata.group_id,
-            )
-            (second,) = self.grid.send_and_receive([again], timeout=60)
+            same = self.ask(message, RecordDict({**arrays, **configs}))
+            anew = self.ask(message, renewed(message, RecordDict({**arrays, **configs})))
+            notes = ["refused" if same.has_error() else "obeyed"]
+            notes.append("same" if digest(anew) == digest(reply) else "other")
             with self.notes.open("a") as file:
-                file.write("same\\n" if digest(second) == digest(reply) else "other\\n")
+                file.write("\\n".join([*notes, ""]))
             yield reply
+
+    def ask(self, message, content):
+        again = Message(
+            content,
+            message.metadata.dst_node_id,
+            message.metadata.message_type,
+            ttl=60,
+            group_id=message.metadata.group_id,
+        )
+        (second,) = self.grid.send_and_receive([again], timeout=60)
+        return second
+
+
+def renewed(message, content):
+    own, asked = signing
+    (client, node), = ((c, n) for c, n in own.roster.items() if n.node_id == message.metadata.dst_node_id)
+    bare = RecordDict({name: content[name] for name in content if name != ENVELOPE})
+    seen = own.spends.standing(node.ledger_key).seen
+    envelope = asked.envelope(node.ledger_key, client, content_sha256(bare), seen)
+    return enclosed(bare, envelope, own._key)[0]
 
 
 def digest(message):
@@ -222,14 +250,14 @@ def test_a_weaker_plan_is_refused_by_the_node(site: Site, make: MakeConfig) -> N
     assert ledger_of(site.root / "north").charges == before
 
 
-def test_a_replayed_request_is_free_and_gives_the_same(site: Site, make: MakeConfig) -> None:
-    """A server that asks for every round twice gets the same bytes twice, and one charge."""
+def test_a_repeated_request_is_free_and_gives_nothing_new(site: Site, make: MakeConfig) -> None:
+    """A copy of a request is refused; one that is signed anew gives the same bytes; one charge."""
     before = {name: len(ledger_of(site.root / name).charges) for name in NAMES}
     with serving(REPLAYING):
         status, directory = site.run(make("replay", privacy=PRIVATE))
     assert status == control.COMPLETED
     notes = directory.with_suffix(".replays").read_text().split()
-    assert notes == ["same"] * 9
+    assert notes == ["refused", "same"] * 9
     for name in NAMES:
         assert len(ledger_of(site.root / name).charges) == before[name] + 3
 
