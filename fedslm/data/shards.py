@@ -344,16 +344,15 @@ def write_parquet(path: Path, parts: list[Dataset]) -> None:
 
 def _read_row_group(path: Path, index: int, columns: Set[str] | None = None) -> list[Row]:
     """Reads one row group as a list of rows."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if not 0 <= index < file.num_row_groups:
-        raise DataError(
-            f"{path} holds {plural(file.num_row_groups, 'client')}; there is no client {index}"
-        )
-    known = file.schema_arrow.names
-    chosen = known if columns is None else [name for name in known if name in columns]
-    return rows_of(file.read_row_group(index, columns=chosen))
+        if 0 <= index < file.num_row_groups:
+            known = file.schema_arrow.names
+            chosen = known if columns is None else [name for name in known if name in columns]
+            return rows_of(file.read_row_group(index, columns=chosen))
+    except (OSError, ValueError, pa.ArrowException) as error:  # a text that is damaged: ValueError
+        raise DataError(f"{path} cannot be read, it may be damaged: {error}") from error
+    raise DataError(f"{path} holds {plural(file.num_row_groups, 'client')}; there is no client {index}")

@@ -229,8 +229,15 @@ def save_contexts(path: Path, contexts: Sequence[Context]) -> None:
 
 
 def load_contexts(path: Path) -> list[Context]:
-    """Reads contexts back."""
-    return list(_read(path.read_text(encoding="utf-8").splitlines()))
+    """Reads contexts back.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    try:
+        return list(_read(path.read_text(encoding="utf-8").splitlines()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: {error}; remove {path.parent}") from error
 
 
 def _values(context: Context) -> dict[str, Any]:

@@ -233,7 +233,10 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
     if not path.exists():
         write_text(path, json.dumps(identity, indent=2) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged: {error}; remove {path.parent}") from error
     changed = sorted(key for key in identity if before.get(key) != identity[key])
     if changed:
         raise Unusable(

@@ -124,8 +124,15 @@ def save_texts(path: Path, written: Sequence[Written]) -> None:
 
 
 def load_texts(path: Path) -> list[Written]:
-    """Reads texts back."""
-    return [Written(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Reads texts back.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    try:
+        return [Written(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged: {error}; remove {path.parent}") from error
 
 
 def _surest(

@@ -274,12 +274,9 @@ class RunDirectory:
     def records(self) -> list[RoundRecord]:
         """Reads ``rounds.jsonl``; a torn last line is left out."""
         path = self.path / "rounds.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()
         try:
-            values = [json.loads(line) for line in lines]
-            return [_record(item) for item in values]
-        except (ValueError, TypeError, KeyError, AttributeError, PrivacyError) as error:
+            return [_record(item) for item in _whole_lines(path)]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, PrivacyError) as error:
             raise RunError(f"{path} is damaged: {error}") from error
 
     def statements(self) -> list[tuple[int, Statement]]:
@@ -289,14 +286,12 @@ class RunDirectory:
             RunError: The file is damaged.
         """
         path = self.path / "statements.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()
         try:
-            values = [json.loads(line) for line in lines]
+            values = _whole_lines(path)
             if not all(is_index(item["client"]) for item in values):
                 raise ValueError("client must be a whole number >= 0")
             return [(item["client"], read_statement(item["statement"])) for item in values]
-        except (ValueError, TypeError, KeyError, PrivacyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, PrivacyError) as error:
             raise RunError(f"{path} is damaged: {error}") from error
 
     def _unseen(self, checkpoint: Checkpoint) -> list[str]:
@@ -320,6 +315,12 @@ class RunDirectory:
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error}") from error
+
+
+def _whole_lines(path: Path) -> list[Any]:
+    """The values of a file's lines, without a torn one at its end; none if there is no file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _torn_bytes(path: Path) -> int:

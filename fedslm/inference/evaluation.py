@@ -56,7 +56,10 @@ def own_rows(run: FinishedRun) -> Rows:
         DataError: It is no longer there.
     """
     if not (run.directory / "data" / "evaluation.parquet").exists():
-        raise DataError(f"{run.directory}/data holds no evaluation split any more; give other data")
+        raise DataError(
+            f"{run.directory}/data/evaluation.parquet is not there any more, and it held the split that "
+            f"the run was evaluated on; name other data with --data"
+        )
     return shards.read_evaluation(run.directory / "data")
 
 

@@ -313,3 +313,14 @@ def test_without_patients_nobody_asks_for_their_column(tmp_path: Path) -> None:
     """With records as units the data needs no column of owners."""
     written = write(tmp_path, rows(9), rows(4), privacy=PrivacyConfig(unit="record"))
     assert sum(written.sizes) == 9
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", 0.5])
+def test_a_damaged_split_is_an_error_of_ours(tmp_path: Path, damage: bytes | float) -> None:
+    """A public split that was cut off or overwritten is refused by name, without a traceback."""
+    write(tmp_path, rows(9), rows(4))
+    path = tmp_path / "data" / "evaluation.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * damage)] if isinstance(damage, float) else damage)
+    with pytest.raises(DataError, match=r"evaluation\.parquet cannot be read, it may be damaged"):
+        shards.read_evaluation(tmp_path / "data")

@@ -158,6 +158,10 @@ def test_another_question_is_not_gone_on_with(
         distil(asked(finished_run, places, "causal-lm"), tmp_path / "out", Stops("student learns", 2))
     with pytest.raises(RunError, match="asked otherwise \\(settings\\)"):
         distil(asked(finished_run, places, "causal-lm", alpha=0.5), tmp_path / "out", Told())
+    identity = tmp_path / "out" / "asked.json"
+    identity.write_bytes(b"\xff")
+    with pytest.raises(RunError, match=r"asked\.json is damaged: .*; remove "):
+        distil(asked(finished_run, places, "causal-lm"), tmp_path / "out", Told())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("…")
     with pytest.raises(RunError, match="holds something else"):

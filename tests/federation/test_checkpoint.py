@@ -298,6 +298,20 @@ def test_a_damaged_line_is_an_error_of_ours(directory: RunDirectory, line: str) 
         directory.load()
 
 
+@pytest.mark.parametrize("name", ["rounds.jsonl", "statements.jsonl"])
+def test_a_file_that_is_no_text_is_an_error_of_ours(directory: RunDirectory, name: str) -> None:
+    """Bytes that are not UTF-8, or something that is no file, are no traceback either."""
+    path = directory.path / name
+    read = {"rounds.jsonl": directory.records, "statements.jsonl": directory.statements}[name]
+    path.write_bytes(b'{"round": "\xff"}\n')
+    with pytest.raises(RunError, match="damaged"):
+        read()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RunError, match="damaged"):
+        read()
+
+
 def test_a_damaged_adapter_is_refused(directory: RunDirectory) -> None:
     """Any flipped or missing byte of the weights is found."""
     after(directory, 1)

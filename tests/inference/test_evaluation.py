@@ -109,7 +109,7 @@ def test_a_database_is_measured(finished_run: Finished, tmp_path: Path) -> None:
     query = "select text, label from notes order by rowid"
     found = other_rows(run, Elsewhere(f"sqlite:///{tmp_path}/notes.db", query=query))
     assert found == [{"text": row["text"], "label": row["label"]} for row in rows]
-    with pytest.raises(DataError, match="no evaluation split any more"):
+    with pytest.raises(DataError, match=r"evaluation\.parquet is not there any more"):
         own_rows(replace(run, directory=tmp_path))
 
 
