@@ -47,8 +47,8 @@ def resolve(data: DataConfig, task: TaskConfig, evaluation: Dataset) -> tuple[st
     least = 1 if task.name == "multi-label" else 2
     if len(labels) < least:
         raise DataError(
-            f"the public evaluation split names only {plural(len(labels), 'label')}; set task.labels or "
-            f"task.labels_file"
+            f"the public evaluation split names only {plural(len(labels), 'label')}; set task.labels "
+            f"or task.labels_file"
         )
     return labels
 

@@ -181,6 +181,8 @@ def _column(dataset: Dataset, column: str, key: str) -> list[Any]:
     values = [value for _, batch in batches(dataset, [column]) for value in batch[column]]
     if any(isinstance(value, list | dict) for value in values):
         raise DataError(f"{key}={column!r} holds lists; name a column with one value for each record")
+    if any(isinstance(value, bytes) for value in values):
+        raise DataError(f"{key}={column!r} holds bytes; save one text or whole number for each record")
     known = (None if is_missing(value) else value for value in values)
     return [value.strip() if isinstance(value, str) else value for value in known]
 

@@ -141,7 +141,8 @@ def kernels() -> str:
     gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
     return (
         f"{device}, {gpu}{torch.backends.cpu.get_cpu_capability()}, "
-        f"{plural(torch.get_num_threads(), 'thread')}, {torch.get_default_dtype()}, products in {precision} precision"
+        f"{plural(torch.get_num_threads(), 'thread')}, {torch.get_default_dtype()}, products in "
+        f"{precision} precision"
     )
 
 

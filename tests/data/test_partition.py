@@ -199,11 +199,12 @@ def test_another_column_may_be_skewed() -> None:
         ({"partition": "dirichlet", "partition_column": "client"}, "is empty in 42 record"),
         ({"partition": "dirichlet", "label_column": "words"}, "holds lists"),
         ({"partition": "natural", "natural_column": "words"}, "holds lists"),
+        ({"partition": "natural", "natural_column": "code"}, "holds bytes; save one text"),
     ],
 )
 def test_a_partition_that_has_nothing_to_go_by_is_refused(values: dict[str, Any], part: str) -> None:
     """Too many shards, a missing column, an empty one, or one of lists: refused with the key."""
-    data = dataset(300).add_column("words", [["a"]] * 300)
+    data = dataset(300).add_column("words", [["a"]] * 300).add_column("code", [b"a"] * 300)
     with pytest.raises(DataError, match=r"data\.") as caught:
         partition(data, DataConfig(source="x", **values), 2, 0)
     assert part in str(caught.value)
