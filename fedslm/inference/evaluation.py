@@ -57,8 +57,8 @@ def own_rows(run: FinishedRun) -> Rows:
     """
     if not (run.directory / "data" / "evaluation.parquet").exists():
         raise DataError(
-            f"{run.directory}/data/evaluation.parquet is not there any more, and it held the split that "
-            f"the run was evaluated on; name other data with --data"
+            f"{run.directory}/data/evaluation.parquet is not there any more, so the run's own split is "
+            f"lost; name other data with --data"
         )
     return shards.read_evaluation(run.directory / "data")
 
