@@ -29,6 +29,7 @@ from fedslm.privacy.statement import Statement
 from fedslm.records import Event, epsilon_as_json
 
 LEDGER_FILE = "ledger.jsonl"
+_MOST_DELTAS = 20  # of one ledger: each is accounted for anew
 NO_WITNESS = (
     "a rollback cannot be excluded: neither a saved head (--head) nor a statement that a server "
     "received (--statements) was given, and ledger and head can be restored together"
@@ -307,8 +308,14 @@ def _check_times(chain: Chain, found: _Findings) -> None:
 
 
 def _spent(chain: Chain, evidence: Evidence, found: _Findings) -> Sequence[Spent]:
-    """Epsilon at every delta of interest."""
-    deltas = {charge.delta for charge in chain.charges} | set(evidence.deltas)
+    """Epsilon at every delta of interest; more in the ledger than an honest node has are a finding."""
+    own = sorted({charge.delta for charge in chain.charges})
+    if len(own) > _MOST_DELTAS:
+        found.wrong.append(
+            f"the charges name {len(own)} values of delta, and {_MOST_DELTAS} is the most: ε is "
+            f"computed only for the {_MOST_DELTAS} smallest"
+        )
+    deltas = {*own[:_MOST_DELTAS], *evidence.deltas}
     if evidence.budget is not None:
         deltas.add(evidence.budget[1])
     if len({charge.plan_sha256 for charge in chain.charges}) > 1:

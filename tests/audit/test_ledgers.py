@@ -76,6 +76,18 @@ def test_more_deltas(node: Path) -> None:
     assert [spent.delta for spent in found.spent] == [1e-7, 1e-6, 1e-5]
 
 
+def test_deltas_without_end_cost_the_auditor_nothing(node: Path) -> None:
+    """Each delta takes time to account for: a ledger with more than a node needs is a finding."""
+    ledger = Ledger(node / "ledger.jsonl", keys.signing_key(node))
+    charges = [replace(CHARGE, round=4, delta=n * 1e-7) for n in range(1, 20)]
+    ledger.reserve(charges, AMPLE)
+    assert audit(node).sound
+    ledger.reserve([replace(CHARGE, round=5, delta=1e-4)], AMPLE)
+    (finding,) = audit(node).findings
+    assert "21 values of delta, and 20 is the most" in finding
+    assert len(audit(node, Evidence(deltas=(1e-3,))).spent) == 21
+
+
 def test_what_the_budget_leaves(node: Path) -> None:
     """The releases that still fit do fit, and one more does not."""
     budget = (accounting.epsilon([EVENT] * 7, DELTA), DELTA)
