@@ -24,10 +24,13 @@ class Frame:
     Attributes:
         begin: Between the generation prompt and the answer: a space, mostly nothing.
         end: From the answer to the first special token behind it; empty if the template has none.
+        header: What stands before an answer, if the template writes it only with one: then it has no
+            generation prompt, and this takes its place.
     """
 
     begin: str
     end: str
+    header: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,10 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
             f'task.prompt_format="plain"'
         )
     before, _, after = whole.partition(_MARK)
-    begin = before[len(asked) :] if before.startswith(asked) else ""
-    return Frame(begin, _up_to_special(after, tokenizer))
+    begin, end = before.removeprefix(asked), _up_to_special(after, tokenizer)
+    if not before.startswith(asked):
+        return Frame("", end)
+    return Frame("", end, begin) if begin.strip() else Frame(begin, end)
 
 
 def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, frame: Frame) -> list[Segment]:
@@ -104,7 +109,7 @@ def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, frame: F
     Args:
         turns: In order; a system's turn joins the first user's if the template refuses it.
         tokenizer: With a chat template.
-        frame: From :func:`frame_of`; not looked at if no assistant speaks.
+        frame: From :func:`frame_of`.
 
     Raises:
         ModelError: The template refuses these turns.
@@ -123,7 +128,8 @@ def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, frame: F
             found.append(Segment(f"{begin}{answers[number - 1]}{end}", learned=True))
             piece = piece.removeprefix(end)
         begin = frame.begin if number < len(answers) and piece.endswith(frame.begin) else ""
-        found.append(Segment(piece.removesuffix(begin), learned=False))
+        header = frame.header if number == len(answers) else ""
+        found.append(Segment(f"{piece.removesuffix(begin)}{header}", learned=False))
     return [each for each in found if each.text]
 
 

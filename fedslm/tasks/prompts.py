@@ -135,8 +135,7 @@ class Prompts:
         """
         if not self.is_chat(tokenizer):
             return self._asked_plainly(said, tokenizer)
-        speaks = any(turn["role"] == "assistant" for each in said for turn in each.turns)
-        frame = chat.frame_of(tokenizer) if speaks else chat.Frame("", "")
+        frame = chat.frame_of(tokenizer)
         cut = [_in_chat(each.turns, tokenizer, frame) for each in said]
         pieces = iter(_bare([segment.text for each in cut for segment in each], tokenizer))
         return [_joined([(next(pieces).input_ids, one.learned) for one in each]) for each in cut]

@@ -131,7 +131,8 @@ def test_a_chat_template_is_used_as_in_training(finished_run: Finished) -> None:
         (prompt,) = prompts_of(trained, [{"text": "chest pain"}], MOST)
     finally:
         tokenizer.chat_template = None
-    expected = tokenizer("[CLS] note: chest pain plan: [SEP]", add_special_tokens=False)["input_ids"]
+    text = "[CLS] note: chest pain plan: [SEP][CLS] "  # an answer's turn begins, as the template has it
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert list(prompt.tokens) == expected
     assert prompt.text == "note: chest pain plan:"
 
@@ -292,7 +293,9 @@ def test_a_prompt_without_tokens_is_refused(finished_run: Finished) -> None:
     trained = open_(finished_run, "instruction")
     tokenizer = trained.model.tokenizer
     try:
-        tokenizer.chat_template = "{{ messages[0].content[:0] }}"
+        tokenizer.chat_template = (
+            "{% if messages[-1].role == 'assistant' %}{{ messages[-1].content }}{% endif %}"
+        )
         with pytest.raises(DataError, match="prompt 1 is empty"):
             prompts_of(trained, [{"text": "chest pain"}], MOST)
     finally:

@@ -41,6 +41,9 @@ ENDS = {
     "qwen3": (QWEN3, "<|im_end|>"),
     "plain": (PLAIN, "[SEP]"),
 }
+HEADLESS = (  # knows no generation prompt: a header stands only before an answer
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
 BROKEN = {
     "does not parse": "{% for m in messages %}{{ m.content }}",
     "raises": "{{ raise_exception('no such role') }}",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 from kinds import PROMPTS
-from templates import BROKEN, CHATML, ENDS, GEMMA, chat_tokenizer
+from templates import BROKEN, CHATML, ENDS, GEMMA, HEADLESS, chat_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fedslm.errors import ModelError
 from fedslm.tasks import chat
 from fedslm.tasks.instruction import Instruction
 from fedslm.tasks.preference import Preference
-from fedslm.tasks.prompts import Prompts
+from fedslm.tasks.prompts import Prompts, Said
 from fedslm.tasks.seq2seq import Seq2Seq
 from fedslm.tasks.tokens import IGNORED
 
@@ -44,6 +44,30 @@ def test_an_answer_ends_as_the_template_ends_a_turn(name: str) -> None:
     assert (better.input_ids, better.targets) == (example.input_ids, example.targets)
     assert better.rejected is not None
     assert better.rejected.input_ids[-1:] == example.input_ids[-1:]
+
+
+def test_a_template_without_a_generation_prompt_is_given_one() -> None:
+    """The header of an answer is asked with and never learned, as ChatML with a generation prompt is."""
+    rows = [
+        ROW,
+        {
+            "text": [
+                {"role": "user", "content": "Why?"},
+                {"role": "assistant", "content": "So."},
+                {"role": "user", "content": "chest pain"},
+            ],
+            "answer": "fever",
+        },
+    ]
+    made = [
+        Instruction(CHAT, "answer").prepare(rows, chat_tokenizer(each)).examples
+        for each in (HEADLESS, CHATML)
+    ]
+    assert len(made[0]) == 2
+    assert made[0] == made[1]
+    said = [Said(({"role": "user", "content": "chest pain"},))]
+    bare, usual = (CHAT.asked(said, chat_tokenizer(each)) for each in (HEADLESS, CHATML))
+    assert bare == usual
 
 
 def test_without_a_chat_an_answer_ends_with_eos() -> None:
