@@ -12,15 +12,17 @@ import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow.parquet as pq
 from arms import ROOT, RUNS, finished_run, report_of
 from jinja2 import Template
 
+from fedslm.config import RuleName
+
 SCENARIO = ROOT / "simulations" / "attacked.toml"
 PAGE, TEMPLATE = ROOT / "docs" / "robustness.md", ROOT / "benchmarks" / "robustness.md.in"
-RULES = ("mean", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "geometric-median")
+RULES = get_args(RuleName)
 ATTACKS = ("none", "skewed", "sign-flip", "scale", "nan", "label-flip", "backdoor")
 SHOWN = {"none": "nobody", "skewed": "nobody, skewed"}
 WIDEST = 1.96 * 0.5  # times 1/√n: half of the widest 95 % interval of a share

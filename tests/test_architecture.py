@@ -78,7 +78,7 @@ OWNERS = {
     "matplotlib": {"reporting"},
     "typer": {"cli"},
     "rich": {"cli", "progress", "demonstration"},
-    "cryptography": {"secagg", "deployment", "privacy", "audit"},
+    "cryptography": {"deployment", "privacy", "audit"},
 }
 
 # Only these see the whole config.

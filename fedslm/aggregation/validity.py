@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from fedslm.aggregation.methods import METHODS
 from fedslm.config import (
@@ -16,6 +16,7 @@ from fedslm.config import (
     CompressionConfig,
     LoraConfig,
     PrivacyConfig,
+    RuleName,
     TrainingConfig,
 )
 
@@ -57,7 +58,7 @@ def _names(text: str) -> frozenset[str]:
 _LINEAR = frozenset(name for name, row in METHODS.items() if row.family == "linear")
 _FACTORS = frozenset(METHODS) - _LINEAR
 _SHARED_A = _names("ffa rolora fed-sb")
-_ROBUST = _names("median trimmed-mean krum multi-krum bulyan geometric-median")
+_ROBUST = frozenset(get_args(RuleName)) - {"mean"}
 _ADAPTIVE = _names("fedavgm fedadam fedyogi fedadagrad")
 _SAMPLED = _names("record patient")
 _PRIVATE = _SAMPLED | {"client"}

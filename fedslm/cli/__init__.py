@@ -198,7 +198,7 @@ def _finish(report: dict[str, Any], as_json: bool) -> None:
 @app.command(rich_help_panel=TRAIN)
 def demo(
     directory: Annotated[
-        Path, typer.Option(help="Where the three runs are written.", metavar="DIRECTORY")
+        Path, typer.Option(help="Where the four runs are written.", metavar="DIRECTORY")
     ] = Path("runs/demo"),
     as_json: Json = False,
 ) -> None:

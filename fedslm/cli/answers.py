@@ -81,11 +81,6 @@ def print_answers(answers: Rows) -> None:
         ERRORS.print(f"{plural(cut, 'text')} cut: too long, the end was not read", style="yellow")
 
 
-def _asked(answer: dict[str, Any]) -> str:
-    """The text, or the words of a row that had no text."""
-    return str(answer["text"]) if "text" in answer else " ".join(answer["words"])
-
-
 def _said(answer: dict[str, Any]) -> str:
     """What is said of one text."""
     if "note" in answer:

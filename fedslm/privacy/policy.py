@@ -41,7 +41,8 @@ max_rounds_per_day = 50
 # min_seconds_between_rounds = 3600.0
 base_models = ["any"]         # sha256 of allowed base models (fedslm prints it in report.md), or "any"
 base_names = ["any"]          # names or paths under which a server may ask for one, or "any"
-tasks = ["classification"]    # allowed tasks: "classification", "causal-lm"
+tasks = ["classification"]    # allowed tasks: "classification", "multi-label", "token-classification",
+                              # "causal-lm", "instruction", "seq2seq", "preference"
 batched = false               # true lets several units share a pass: faster, exact up to rounding alone
 metrics = "none"              # "noisy" lets a metric leave as a Gaussian release of its own
 min_metric_noise_multiplier = 5.0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from fedslm.config import TaskName
 from fedslm.errors import PolicyRefused
 from fedslm.privacy.limits import Limits
 from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan
@@ -198,6 +199,7 @@ def test_the_example_can_be_used(tmp_path: Path) -> None:
     assert (found.max_rounds, found.min_seconds_between_rounds) == (None, None)
     whole = EXAMPLE.replace("# max_rounds", "max_rounds").replace("# min_seconds", "min_seconds")
     assert set(tomllib.loads(whole)) == set(NodePolicy.model_fields)
+    assert all(f'"{task}"' in EXAMPLE for task in get_args(TaskName))
     assert read_policy(write(tmp_path, whole)).min_seconds_between_rounds == 3600.0
     found.check(asked(metric_noise_multiplier=None, epsilon=0.8))
     assert reasons(found, asked(epsilon=0.8)) == ["no metric may leave"]
