@@ -177,6 +177,7 @@ def test_wheel_ships_the_package_alone() -> None:
     assert set(project["tool"]["setuptools"]["packages"]) == rooms
     assert project["tool"]["flwr"]["app"]["fab-include"] == ["clients/*.py", "server/*.py"]
     assert project["project"]["version"] == fedslm.__version__
+    assert f"version: {fedslm.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
