@@ -7,7 +7,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-kernels test-real test-federation test-all lint bench demo-model install clean
+.PHONY: demo test check test-kernels test-real test-federation test-all lint bench demo-model install clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -15,6 +15,15 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow and not real and not federation" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# What most changes touch, and no model: linters, types, config, privacy, aggregation, data, the laws. Left out
+# are comparisons with the accountants of Opacus, which needs torch.
+CHECKED   = test_architecture.py test_config.py test_contradictions.py test_records.py test_rng.py test_storage.py \
+            aggregation data privacy
+UNCHECKED = accounting calibration groups
+check: lint
+	$(BIN)/python -m pytest -q $(addprefix tests/,$(CHECKED)) -m "not slow" -n auto --maxprocesses 4 \
+	  --dist loadfile $(patsubst %,--ignore tests/privacy/test_%.py,$(UNCHECKED))
 
 test-real: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "real and not slow" --timeout 1200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from fedslm import config as configuration
 from fedslm.config import Config
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", str(threads()))  # whichever test is the first to import torch
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Tests compute with one thread, as clients do; FEDSLM_TEST_THREADS asks for more."""
-    import torch
-
-    torch.set_num_threads(threads())
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads())
 
 
 @pytest.fixture(autouse=True)

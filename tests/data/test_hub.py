@@ -75,9 +75,9 @@ def test_a_hub_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
 
 def test_offline_mode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has switched the hub off is told so."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="HF_HUB_OFFLINE is set"):
         load("some-owner/some-notes", "train")
-    assert huggingface_hub.constants.HF_HUB_OFFLINE is True
+    assert constants.HF_HUB_OFFLINE is True
