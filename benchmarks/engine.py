@@ -83,7 +83,7 @@ def time_simulation(path: Path) -> None:
     import fedslm
 
     watch = Stopwatch()
-    fedslm.simulate(fedslm.load_config(path), watch)
+    fedslm.simulate(path, observer=watch)
     seconds = [end - start for start, end in itertools.pairwise(watch.rounds)]
     print(json.dumps({"seconds": seconds}))
 

@@ -80,7 +80,7 @@ def gauge_simulation(path: Path) -> None:
     import fedslm
 
     gauge = Gauge()
-    fedslm.simulate(fedslm.load_config(path), gauge)
+    fedslm.simulate(path, observer=gauge)
     last = gauge.rounds[-1]
     last["server_peak"] = scenario.memory_bytes("self", "VmHWM")  # the report is written by now
     print(json.dumps({"first": gauge.rounds[0], "last": last}))

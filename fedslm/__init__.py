@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedslm.api import RunResult, resume, simulate
     from fedslm.config import Config
     from fedslm.config import from_toml as load_config
     from fedslm.errors import FedslmError
-    from fedslm.simulation import resume, simulate
 
 __version__ = "0.1.0"
-__all__ = ["Config", "FedslmError", "__version__", "load_config", "resume", "simulate"]
+__all__ = ["Config", "FedslmError", "RunResult", "__version__", "load_config", "resume", "simulate"]
 
 _HOMES = {
     "Config": ("fedslm.config", "Config"),
     "FedslmError": ("fedslm.errors", "FedslmError"),
+    "RunResult": ("fedslm.api", "RunResult"),
     "load_config": ("fedslm.config", "from_toml"),
-    "resume": ("fedslm.simulation", "resume"),
-    "simulate": ("fedslm.simulation", "simulate"),
+    "resume": ("fedslm.api", "resume"),
+    "simulate": ("fedslm.api", "simulate"),
 }
 
 

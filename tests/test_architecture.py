@@ -43,6 +43,7 @@ STOREYS = {
     "audit": 11,
     "simulation": 11,
     "flower": 12,
+    "api": 12,
     "deployment": 12,
     "demonstration": 12,
     "cli": 13,
@@ -93,6 +94,7 @@ SEE_CONFIG = {
     "progress",
     "simulation",
     "flower",
+    "api",
     "demonstration",
     "deployment.runs",
     "deployment.lab",
@@ -319,6 +321,7 @@ def test_public_names() -> None:
     assert fedslm.__all__ == [
         "Config",
         "FedslmError",
+        "RunResult",
         "__version__",
         "load_config",
         "resume",

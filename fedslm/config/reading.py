@@ -27,6 +27,9 @@ S = TypeVar("S", bound=Section)
 F = TypeVar("F", bound=BaseModel)
 
 
+Overrides = Sequence[str] | Mapping[str, Any]
+
+
 def from_mapping(values: Mapping[str, Any]) -> Config:
     """Builds a config from nested mappings.
 
@@ -65,12 +68,12 @@ def section_from(kind: type[S], name: str, values: Mapping[str, Any]) -> S:
         raise ConfigError([_problem(detail) for detail in details]) from None
 
 
-def from_toml(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file and applies ``section.key=value`` overrides.
+def from_toml(path: Path | str, overrides: Overrides = ()) -> Config:
+    """Reads a config file and applies overrides.
 
     Args:
         path: A TOML file.
-        overrides: Values are read as TOML where possible, else as text.
+        overrides: As :func:`with_overrides`.
 
     Raises:
         ConfigError: The file is missing, is not TOML, or does not validate.
@@ -119,25 +122,44 @@ def from_flat(values: Mapping[str, Any]) -> Config:
     return from_mapping(nested)
 
 
-def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Returns nested values with ``section.key=value`` overrides applied.
+def with_overrides(values: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """Returns nested values with overrides applied.
+
+    Args:
+        values: Section to its keys.
+        overrides: Dotted key to value; or texts ``section.key=value``, whose values are read as TOML
+            where possible, else as text.
+
+    Raises:
+        ConfigError: An override does not name a section and a key.
 
     >>> with_overrides({"run": {"seed": 1}}, ["run.seed=2", "run.name=a"])
     {'run': {'seed': 2, 'name': 'a'}}
+    >>> with_overrides({"run": {"seed": 1}}, {"run.seed": 2})
+    {'run': {'seed': 2}}
     """
     merged: dict[str, Any] = {
         section: dict(content) if isinstance(content, Mapping) else content
         for section, content in values.items()
     }
-    for override in overrides:
-        dotted, equals, text = override.partition("=")
-        section, dot, key = dotted.strip().partition(".")
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_pair, overrides)
+    for dotted, value in pairs:
+        section, dot, key = str(dotted).strip().partition(".")
         content = merged.setdefault(section, {})
-        if not (equals and dot and key) or not isinstance(content, dict):
-            message = "is not section.key=value, such as training.local_steps=20"
-            raise ConfigError([Problem(f"--set {override}", message)])
-        content[key] = _toml_value(text.strip())
+        if not (dot and key) or not isinstance(content, dict):
+            message = "is not section.key, such as training.local_steps"
+            raise ConfigError([Problem(str(dotted), message)])
+        content[key] = value
     return merged
+
+
+def _pair(override: str) -> tuple[str, object]:
+    """The dotted key and the value of a text."""
+    dotted, equals, text = override.partition("=")
+    if not equals or "." not in dotted.strip(". "):
+        message = "is not section.key=value, such as training.local_steps=20"
+        raise ConfigError([Problem(f"--set {override}", message)])
+    return dotted, _toml_value(text.strip())
 
 
 def to_toml(config: Config) -> str:
