@@ -29,7 +29,7 @@ from fedslm.errors import (
     printable,
 )
 
-FINE, FAILED, INPUT, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130  # the table is in the README
+FINE, FAILED, INPUT, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130  # the table is in docs/cli.md
 ERRORS = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 TRAIN, USE, PRIVACY, DEPLOY = "Train", "Use", "Privacy", "Deploy"  # panels of `fedslm --help`
 
