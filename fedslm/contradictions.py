@@ -85,7 +85,7 @@ def _unit(config: Config) -> Iterator[Problem]:
     if privacy.unit != "patient":
         for key in ("unit_column", "max_records_per_unit"):
             if getattr(privacy, key) is not None:
-                yield Problem(f"privacy.{key}", 'is for privacy.unit="patient" alone; leave it out')
+                yield Problem(f"privacy.{key}", 'is only for privacy.unit="patient"; leave it out')
         return
     if privacy.unit_column is None:
         message = 'is required with unit="patient"; name the column that says whose a record is'
@@ -256,7 +256,7 @@ def _database(config: Config) -> Iterator[Problem]:
             message = "is required with a database: SQL that gives the rows, such as SELECT … FROM …"
             yield Problem(f"data.{key}", message)
         if query is not None and not is_url(source):
-            yield Problem(f"data.{key}", "is for a database's URL alone; leave it out")
+            yield Problem(f"data.{key}", "is only for a database's URL; leave it out")
 
 
 def _task(config: Config) -> Iterator[Problem]:
@@ -283,7 +283,9 @@ def _labels(config: Config) -> Iterator[Problem]:
         key = "labels" if labels else "labels_file"
         yield Problem(f"task.{key}", f"is for tasks with classes, not task.name={task.name!r}")
     if labels and task.labels_file:
-        yield Problem("task.labels_file", "stands beside task.labels; name the classes in one place")
+        yield Problem(
+            "task.labels_file", "is set as well as task.labels; name the classes in one place"
+        )
     if len(labels) == 1:
         yield Problem("task.labels", f"value {list(labels)}: give at least two classes")
     if len(set(labels)) != len(labels):

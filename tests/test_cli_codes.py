@@ -1,4 +1,4 @@
-"""Tests of how commands end: one table of exit codes, in the README, that every command keeps."""
+"""Tests of how commands end: one table of exit codes, in docs/cli.md, that every command keeps."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def leaves(group: click.Command, *path: str) -> Iterator[str]:
 
 
 def test_the_table_names_every_code() -> None:
-    """The README has a row for each exit code, and no other."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = re.search(r"\| code \| meaning \|\n\|---\|---\|\n((?:\|.*\n)+)", readme)
+    """docs/cli.md has a row for each exit code, and no other."""
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    table = re.search(r"\| code \| meaning \|\n\|---\|---\|\n((?:\|.*\n)+)", page)
     assert table is not None
     codes = {console.FINE, console.FAILED, console.INPUT, console.REFUSED, console.INTERRUPTED}
     assert set(map(int, re.findall(r"^\| (\d+) \|", table[1], re.MULTILINE))) == codes

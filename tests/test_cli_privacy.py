@@ -112,7 +112,7 @@ def test_a_client_is_planned_for_the_rounds_that_it_joins(tmp_path: Path) -> Non
     of_config = json.loads(run("budget", "plan", DEMO, *asked, "--json").stdout)
     assert (of_config["sample_rate"], of_config["steps"], of_config["rounds"]) == (1.0, 10, 10)
     assert of_config["epsilon"] == pytest.approx(found["epsilon"], rel=1e-9)
-    assert "sampling hides nobody" in run("budget", "plan", DEMO, *asked).stdout
+    assert "sampling protects no client" in run("budget", "plan", DEMO, *asked).stdout
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_client_is_planned_for_the_rounds_that_it_joins(tmp_path: Path) -> Non
         (("--epsilon", "3", "--steps", "10", "--local-steps", "0"), "local_steps=0"),
         (("--epsilon", "3", "--steps", "10", "--unit", "hospital"), "unit='hospital'"),
         (("--epsilon", "3", "--steps", "10", "--sample-rate", "0"), "sample_rate=0"),
-        (("--epsilon", "3", "--steps", "10", "--unit", "client"), "sampling hides nobody"),
+        (("--epsilon", "3", "--steps", "10", "--unit", "client"), "sampling protects no client"),
         (("--epsilon", "3", "--steps", "10", "--delta", "2"), "delta=2"),
         (("--epsilon", "3", "--steps", "10", "--delta", "0.9"), "delta=0.9 is too large"),
         (("--epsilon", "3", "--steps", "10", "--batch-size", "0"), "batch_size=0"),

@@ -53,8 +53,8 @@ def test_without_privacy_nothing_is_required() -> None:
         ([*PATIENT[:1], PATIENT[2]], "privacy.unit_column", "is required"),
         ([*PATIENT, ("privacy.unit_column", "")], "privacy.unit_column", "name the column"),
         (PATIENT[:2], "privacy.max_records_per_unit", "public constant"),
-        ([PATIENT[1]], "privacy.unit_column", 'privacy.unit="patient" alone'),
-        ([PATIENT[2]], "privacy.max_records_per_unit", 'privacy.unit="patient" alone'),
+        ([PATIENT[1]], "privacy.unit_column", 'only for privacy.unit="patient"'),
+        ([PATIENT[2]], "privacy.max_records_per_unit", 'only for privacy.unit="patient"'),
         (
             [*PATIENT, ("training.micro_batch_size", 3)],
             "privacy.max_records_per_unit",
@@ -94,7 +94,7 @@ def test_without_privacy_nothing_is_required() -> None:
         ),
         ([("data.partition_column", "ward")], "data.partition_column", 'data.partition is "iid"'),
         ([("data.validation_fraction", 0.2)], "data.validation_fraction", "metric_noise_multiplier"),
-        ([("data.train_query", "SELECT 1")], "data.train_query", "database's URL alone"),
+        ([("data.train_query", "SELECT 1")], "data.train_query", "only for a database's URL"),
         (
             [("data.source", "sqlite:////notes.db"), ("data.evaluation_query", "SELECT 1")],
             "data.train_query",

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from fedslm.cli import app
 from fedslm.demonstration import EXAMPLE, _print_answer
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "cli.md")
 
 
 def test_a_model_of_the_demonstration_is_asked(finished_run: Callable[[str], Path]) -> None:
@@ -29,7 +30,8 @@ def test_a_model_of_the_demonstration_is_asked(finished_run: Callable[[str], Pat
 
 
 def test_the_same_example_everywhere() -> None:
-    """README and help ask what the demonstration asks, since other texts may be answered wrongly."""
-    assert f'runs/demo/epsilon-8 --text "{EXAMPLE}"' in README.read_text(encoding="utf-8")
+    """README, docs/cli.md and help ask what the demonstration asks, since other texts may be answered wrongly."""
+    for page in PAGES:
+        assert f'runs/demo/epsilon-8 --text "{EXAMPLE}"' in page.read_text(encoding="utf-8")
     helped = CliRunner().invoke(app, ["predict", "--help"], env={"COLUMNS": "300"})
     assert EXAMPLE in " ".join(helped.stdout.split())

@@ -31,7 +31,7 @@ from fedslm.factors import Part, key_of, layers_of, part_of
 from fedslm.records import AdapterState, ClientUpdate, FloatArray
 
 AVERAGE_BOTH = frozenset({"fedex", "hetlora"})
-"""Methods that average A and B themselves beside (or instead of) their product."""
+"""Methods that average A and B themselves next to (or instead of) their product."""
 
 
 @dataclass(frozen=True)

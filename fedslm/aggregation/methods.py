@@ -74,7 +74,7 @@ METHODS: dict[MethodName, Method] = {
     ),
     "stack": Method(
         "exact stack", "arXiv 2409.05976, 2402.11505", "factors", True, _AB, _AB,
-        "best rank-r part in the adapter, the exact remainder beside it: the download grows",
+        "best rank-r part in the adapter, the exact remainder next to it: the download grows",
     ),
     "flexlora": Method(
         "FlexLoRA", "arXiv 2402.11505", "factors", False, _AB, _AB,
@@ -82,11 +82,11 @@ METHODS: dict[MethodName, Method] = {
     ),
     "fedex": Method(
         "FedEx-LoRA", "arXiv 2410.09432", "factors", True, _AB, _AB,
-        "FedIT's factors and their exact residual beside them: the download grows",
+        "FedIT's factors and their exact residual next to them: the download grows",
     ),
     "flora": Method(
         "FLoRA", "arXiv 2409.05976", "factors", True, _AB, _AB,
-        "everything moves into the remainder and the factors start anew: hurts with few local steps",
+        "everything moves into the remainder and the factors start again: hurts with few local steps",
     ),
     "hetlora": Method(
         "HetLoRA", "arXiv 2401.06432", "factors", False, _AB, _AB,

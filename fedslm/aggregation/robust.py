@@ -87,7 +87,7 @@ def combine(rule: RuleName, spool: Spool, hostile: int, shrink: Sequence[float])
     scale = np.asarray(shrink, np.float64)[:, None]
     match rule:
         case "mean":
-            raise FederationError("the mean is no robust rule")
+            raise FederationError("the mean is not a robust rule")
         case "median":
             return _by_column(spool, scale, lambda values: np.median(values, axis=0))
         case "trimmed-mean":

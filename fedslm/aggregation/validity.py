@@ -84,7 +84,7 @@ class Conflict:
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         {"method": _FACTORS, "unit": frozenset({"client"})}, "method",
-        "needs every client's own factors, and a client-level guarantee holds for a noised sum alone",
+        "needs every client's own factors, and a client-level guarantee holds only for a noised sum",
         "ffa",
     ),
     Conflict(
@@ -94,7 +94,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         {"rule": _ROBUST, "unit": frozenset({"client"})}, "rule",
-        "needs every client's own update, and a client-level guarantee holds for a noised sum alone",
+        "needs every client's own update, and a client-level guarantee holds only for a noised sum",
         "mean",
     ),
     Conflict(

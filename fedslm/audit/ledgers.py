@@ -230,12 +230,14 @@ def _check_completeness(
     try:
         beside = read_head(path.with_name(path.name + HEAD_SUFFIX))
         if beside is None:
-            found.notes.append("no head lies beside the ledger: lines cut off its end would not show")
+            found.notes.append(
+                "there is no head next to the ledger: lines cut off its end would not show"
+            )
         elif beside[0] >= 0:
             check_head(path, chain, *beside)
         elif chain.entries:
             found.notes.append(
-                "the head beside the ledger is of no line: lines cut off its end would not show"
+                "the head next to the ledger belongs to no line: lines cut off its end would not show"
             )
     except LedgerError as error:
         found.wrong.append(str(error))

@@ -263,7 +263,8 @@ def check(
 ) -> None:
     """Say what is wrong with a configuration's keys and values, and with --data what is with its data.
 
-    If the base model lies here, its config.json is: some architectures cannot be trained privately.
+    If the base model is on this machine, its config.json is checked: some architectures cannot be
+    trained privately.
 
     Example: `fedslm config check simulations/demo.toml --set privacy.delta=1e-6`
     """

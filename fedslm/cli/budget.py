@@ -148,7 +148,7 @@ def _print(found: Answer, plot: Path | None) -> None:
     steps, rounds = plural(found.steps, "step"), plural(found.rounds, "round")
     work = f"{steps} in {rounds} at sample rate {found.sample_rate:g}"
     if found.unit == "client":
-        work = f"it joins {rounds}; cohorts are public, so sampling hides nobody"
+        work = f"it joins {rounds}; cohorts are public, so sampling protects no client"
     console.print(
         f"noise [bold]{found.noise_multiplier:g}[/bold], ε = [bold]{found.epsilon:.3f}[/bold] "
         f"at δ = {found.delta:g} for one {found.unit}: {work}",

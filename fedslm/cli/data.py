@@ -38,7 +38,7 @@ def preview(
 ) -> None:
     """Show who gets which records, before anything is trained or spent.
 
-    The figures come from private records: they are for the researcher of a simulation alone.
+    The figures come from private records: they are only for the researcher of a simulation.
 
     Example: `fedslm data preview simulations/demo.toml --plot data.png`
     """
@@ -65,7 +65,7 @@ def split(
     source: Annotated[str, typer.Argument(help="A file, a directory, a hub name or a database URL.")],
     out: Annotated[Path, typer.Option(help="Directory for train.parquet and test.parquet.")],
     unit: Annotated[
-        str | None, typer.Option(help="Column that says whose a record is: nobody is in both files.")
+        str | None, typer.Option(help="Column that says whose a record is: no one is in both files.")
     ] = None,
     fraction: Annotated[float, typer.Option(help="Share of the units for test.parquet.")] = 0.2,
     name: Annotated[str, typer.Option("--split", help="Split of a directory or hub name.")] = "train",
@@ -73,7 +73,7 @@ def split(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Split one file into train.parquet and test.parquet such that nobody is in both.
+    """Split one file into train.parquet and test.parquet so that no one is in both.
 
     The server evaluates on the test file: give it only what may be public.
 

@@ -50,7 +50,7 @@ def distill(
     out: Annotated[
         Path | None, typer.Option(help="Where it goes; left out: RUN/distilled.", metavar="DIR")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Where the teacher's base lies now.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the teacher's base is now.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     overrides: Overrides = [],  # noqa: B006
     drop_overlap: Annotated[
@@ -79,7 +79,7 @@ def distill(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Teach a larger model what the federation learned, on public records alone.
+    """Teach a larger model what the federation learned, on public records only.
 
     What comes out has the guarantee of the federated adapter, and nothing more is spent. The same call
     goes on where an interrupted one stopped.

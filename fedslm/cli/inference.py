@@ -27,7 +27,7 @@ inference_app = typer.Typer()
 
 Run = Annotated[Path, typer.Argument(help="A finished run's directory.", metavar="RUN")]
 Base = Annotated[
-    str | None, typer.Option(help="Where the base model lies now, if it was moved since training.")
+    str | None, typer.Option(help="Where the base model is now, if it was moved since training.")
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda", "mps"] | None,
@@ -101,7 +101,7 @@ def generate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Let a trained model write: go on with a text, answer an instruction, summarise.
+    """Let a trained model write: continue a text, answer an instruction, summarise.
 
     Prompts are put to the model as in training: the same template and chat format.
 
@@ -155,7 +155,7 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """All metrics of a trained model beside its base, with 95 % bootstrap intervals.
+    """All metrics of a trained model next to its base, with 95 % bootstrap intervals.
 
     Figures on private data are covered by no ε: keep them where the data is.
 
@@ -205,9 +205,9 @@ def export(
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Take a model out of a run: a plain transformers directory, or PEFT's adapter alone.
+    """Take a model out of a run: a plain transformers directory, or only PEFT's adapter.
 
-    The model card goes along, with what it says about privacy.
+    The model card is included, with what it says about privacy.
 
     Example: `fedslm export runs/mine --merge --out models/mine --dtype bfloat16`
     """

@@ -191,7 +191,7 @@ def _warnings(
         )
     if sizes.heads and config.task.pooling == "native":
         found.append(
-            f"{', '.join(sizes.heads)} starts from nothing, so the first rounds learn the classes alone"
+            f"{', '.join(sizes.heads)} starts from nothing, so the first rounds learn only the classes"
         )
     if config.privacy.unit != "none":
         found += _drowned(config, trained)

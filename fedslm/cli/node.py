@@ -54,7 +54,7 @@ def enroll(
 ) -> None:
     """Make this node's keys, which never leave it, and a request for the server's operator.
 
-    Writes node.toml and policy.toml too, unless they are there: no file is overwritten.
+    Writes node.toml and policy.toml too, unless they exist: no file is overwritten.
 
     Example: `fedslm node enroll north --name north --source /srv/north/notes.jsonl`
     """

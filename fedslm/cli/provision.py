@@ -116,7 +116,7 @@ def lab(
 ) -> None:
     """Make a server and all nodes on this machine, with a simulation's data: to try it out.
 
-    Every key lies on one disk, so it protects nobody.
+    Every key is on one disk, so it protects no one.
 
     Example: `fedslm provision lab lab --config simulations/demo.toml --set federation.num_clients=3`
     """
@@ -127,9 +127,7 @@ def lab(
         loaded = load_config(config, overrides)
         nodes = make_lab(directory, loaded, port=port, inner_port=inner_port)
         again = "".join(f" --set {each}" for each in overrides)
-        typer.echo(
-            f"made {plural(len(nodes), 'node')} and a server. Now, each in a terminal of its own:"
-        )
+        typer.echo(f"made {plural(len(nodes), 'node')} and a server. Now, each in its own terminal:")
         typer.echo(f"  fedslm server up {directory / SERVER}")
         for node in nodes:
             typer.echo(f"  fedslm node up {directory / node.name}")

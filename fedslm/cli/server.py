@@ -106,7 +106,7 @@ def run(
 
 @server_app.command("status")
 def status(server: Server = Path(), as_json: Json = False) -> None:
-    """Say which nodes are there, what they have left, and how the runs are.
+    """Show the nodes, what is left of their budgets, and the runs.
 
     Example: `fedslm server status --server federation`
     """
@@ -174,7 +174,7 @@ def stop(
     name: Annotated[str, typer.Argument(help="The run's name.", metavar="RUN")],
     server: Server = Path(),
 ) -> None:
-    """Stop a run after which `fedslm server run … --resume` can go on.
+    """Stop a run after which `fedslm server run … --resume` can resume.
 
     Example: `fedslm server stop triage --server federation`
     """

@@ -60,7 +60,7 @@ class CompressionConfig(Section):
     """Numbers of an update: bfloat16 halves the bytes, int8 quarters them; rounded at random without
     bias, after the noise."""
     keep_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the values that is sent, the same for all clients of a round, drawn anew each round."""
+    """Share of the values that is sent, the same for all clients of a round, drawn again each round."""
     error_feedback: bool = False
     """What compression lost is added to the client's next update."""
 
@@ -73,7 +73,7 @@ class PersonalizationConfig(Section):
     """
 
     method: Literal["none", "fine-tune", "second-adapter"] = "none"
-    """fine-tune goes on from the shared adapter; second-adapter trains one of its own beside it."""
+    """fine-tune continues from the shared adapter; second-adapter trains another one next to it."""
     steps: int = Field(20, ge=1, le=1_000_000)
     """Optimizer steps, with the training section's optimizer, batch and rate."""
 

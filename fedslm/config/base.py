@@ -24,7 +24,7 @@ def _split_numbers(value: object) -> object:
         parts = [part.strip() for part in value.split(",") if part.strip()]
         wrong = [part for part in parts if not part.isdecimal() or len(part) > 18]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no whole number; write them as in 4, 8")
+            raise ValueError(f"{wrong[0]!r} is not a whole number; write them as in 4, 8")
         return tuple(map(int, parts))
     if isinstance(value, list):
         return tuple(value)

@@ -33,7 +33,7 @@ class DistillConfig(Section):
     max_records: int = Field(10_000, ge=1)
     """A seeded sample of so many public records."""
     every: OptionalCount = Field(None, ge=1)
-    """Distil after every so many rounds too; absent: after the last one alone."""
+    """Distil after every so many rounds too; absent: only after the last one."""
     mutual_steps: int = Field(0, ge=0)
     """Steps in which the small model learns back from the student before each next broadcast."""
     method: DistilMethod = "auto"

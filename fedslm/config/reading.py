@@ -196,8 +196,8 @@ _REMEDIES = {
 
 # Keys that people know from elsewhere, and why they are not here.
 _REFUSED = {
-    "lora.use_dora": "DoRA's magnitudes are no layers and give no gradient for each record",
-    "lora.dora": "DoRA's magnitudes are no layers and give no gradient for each record",
+    "lora.use_dora": "DoRA's magnitudes are not layers and give no gradient for each record",
+    "lora.dora": "DoRA's magnitudes are not layers and give no gradient for each record",
     "lora.bias": "biases stay frozen: LoRA's factors and the task's head are what is trained",
     "lora.modules_to_save": "a task's new head is always trained, embeddings and norms never",
 }

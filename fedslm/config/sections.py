@@ -157,7 +157,7 @@ class TaskConfig(Section):
     pooling: Literal["native", "mean"] = "native"
     """Classifier input: the architecture's own (CLS/pooler, last token) or the masked mean."""
     prompt: OptionalText = None
-    """Prompt with columns in braces, such as "Question: {text}"; absent means the text column alone."""
+    """Prompt with columns in braces, such as "Question: {text}"; absent means only the text column."""
     format: Literal["auto", "columns"] = "auto"
     """auto: a writing task that names no columns takes those that the public split has (messages,
     conversations, prompt and completion, Alpaca's, …); columns: as they are named."""
@@ -178,7 +178,7 @@ class TrainingConfig(Section):
     micro_batch_size: int = Field(32, ge=1)
     """Most records in one forward pass; larger batches are split."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Local optimizer; its state starts anew each round."""
+    """Local optimizer; its state starts again each round."""
     learning_rate: float = Field(1e-3, gt=0)
     """Local learning rate."""
     weight_decay: float = Field(0.0, ge=0)
@@ -201,7 +201,7 @@ class PrivacyConfig(Section):
     max_records_per_unit: OptionalCount = Field(None, ge=1)
     """Most records of one patient in a step, chosen at random; public, never looked up in the data."""
     overlapping: bool = False
-    """True if a unit may lie in several clients: the network's epsilon then composes all clients."""
+    """True if a unit may be in several clients: the network's epsilon then composes all clients."""
     epsilon: OptionalNumber = Field(None, gt=0)
     """Budget of each client over the whole run."""
     delta: OptionalNumber = Field(None, gt=0, le=LARGEST_DELTA)
@@ -225,7 +225,7 @@ class FederationConfig(Section):
     """The rounds."""
 
     num_clients: int = Field(5, ge=1)
-    """Number of clients; the first round waits until exactly so many are there."""
+    """Number of clients; the first round waits until exactly so many are connected."""
     nodes: Names = ()
     """Names of the admitted nodes that take part (`fedslm server run`); absent: all of them."""
     clients_per_round: OptionalCount = Field(None, ge=1)

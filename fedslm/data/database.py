@@ -141,7 +141,9 @@ def _engine(source: str) -> Engine:
         remedy = 'pip install "fedslm[sql]" for PostgreSQL'
         raise DataError(f"the database's driver is not installed: {error}; {remedy}") from None
     except (ArgumentError, ValueError) as error:
-        raise DataError(f"data.source is no usable database URL: {_without_password(error)}") from None
+        raise DataError(
+            f"data.source is not a usable database URL: {_without_password(error)}"
+        ) from None
 
 
 def _url(source: str) -> URL:

@@ -116,7 +116,7 @@ def _record(value: Any, path: Path, what: str, number: int, wanted: Wanted) -> d
     """A JSON object in which no wanted column stands twice."""
     if not isinstance(value, dict):
         raise DataError(
-            f"{path}, {what} {number} cannot be read as json: it is no object; {_JSON_REMEDY}"
+            f"{path}, {what} {number} cannot be read as json: it is not an object; {_JSON_REMEDY}"
         )
     if isinstance(value, _Repeated) and (twice := wanted.among(value.names)):
         raise DataError(f"{path}, {what} {number} has {twice[0]!r} twice; remove one of them")

@@ -46,7 +46,7 @@ def load(source: str, split: str) -> Dataset:
     except Exception as error:  # the hub client raises dozens of unrelated types
         if unreachable:
             raise DataError(
-                f"data.source={source!r} is no local path, and the hub cannot be reached "
+                f"data.source={source!r} is not a local path, and the hub cannot be reached "
                 f"({unreachable}) nor has its cache this data set; give the path of a local file or "
                 f"directory"
             ) from error

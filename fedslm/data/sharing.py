@@ -166,7 +166,7 @@ def _check_units(parts: list[Dataset], column: str, overlapping: bool) -> None:
     straddling = [owner for owner, count in clients.items() if count > 1]
     if straddling and not overlapping:
         raise DataError(
-            f"{len(straddling)} of {len(clients)} units lie in several clients, so the largest epsilon "
+            f"{len(straddling)} of {len(clients)} units are in several clients, so the largest epsilon "
             f"of a client is not theirs; use data.partition=natural with a data.natural_column "
             f"that keeps them together, or set privacy.overlapping=true, which composes the clients"
         )

@@ -136,7 +136,7 @@ def read_request(path: Path) -> dict[str, str]:
             raise ValueError("its ledger key is not 64 hexadecimal digits")
         key = serialization.load_ssh_public_key(content["node_key"].encode())
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
-            raise ValueError("its node key is no P-384 key")
+            raise ValueError("its node key is not a P-384 key")
         if content["node_key"] != _ssh(key):
             raise ValueError("its node key is not as `fedslm node enroll` writes it")
         key.verify(bytes.fromhex(signatures["node"]), _canonical(content), ec.ECDSA(hashes.SHA384()))

@@ -23,7 +23,7 @@ PATHS = (
     *(PULL_OBJECT, PUSH_OBJECT, CONFIRM, GET_RUN, GET_BUNDLE),
 )
 REFUSED_PATHS = ("/v1/fleet/register-node", "/v1/fleet/unregister-node")
-"""Paths that Flower knows as well; whom the operator admits or revokes is no node's business."""
+"""Paths that Flower knows as well; no node may admit or revoke another."""
 
 
 def most_objects(message_mb: int) -> int:

@@ -278,7 +278,7 @@ def _wait_until_listening(running: _Running, port: int, stop: threading.Event) -
     deadline = time.monotonic() + _START_SECONDS
     while not stop.is_set():
         if running.process.poll() is not None or time.monotonic() > deadline:
-            raise RunError(f"nothing of ours listens on port {port}: {running.last_words()}")
+            raise RunError(f"no process of this server listens on port {port}: {running.last_words()}")
         if _listens(running.process.pid, port):
             return
         stop.wait(0.2)

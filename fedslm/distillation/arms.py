@@ -19,7 +19,7 @@ from fedslm.storage import load_adapter, save_adapter
 
 FEDERATED, BASE, UNTUNED, PUBLIC, LABELS, POOLED = (
     "federated teacher",
-    "student alone",
+    "untuned student",
     "untuned teacher",
     "public teacher",
     "public labels",
@@ -30,7 +30,7 @@ WHAT = {
     FEDERATED: "the student after distillation from the federated small model",
     BASE: "the student before (control)",
     UNTUNED: "distilled from the small model before federation (control)",
-    PUBLIC: "distilled from the small model tuned on the public records alone (control)",
+    PUBLIC: "distilled from the small model tuned only on the public records (control)",
     LABELS: "the student tuned on the public records' own labels or texts (control)",
     POOLED: "the student tuned on all private records together (ceiling; covered by no ε)",
 }

@@ -241,7 +241,7 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
     if changed:
         raise Unusable(
             f"{path.parent} holds an interrupted distillation that was asked otherwise "
-            f"({', '.join(changed)}); ask the same to go on, or give another --out"
+            f"({', '.join(changed)}); ask the same to resume, or give another --out"
         )
 
 

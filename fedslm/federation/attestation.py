@@ -105,7 +105,7 @@ def _directory(package: str) -> Path:
     """Where a package's source is; it is not imported."""
     found = find_spec(package)
     if found is None or found.origin is None:
-        raise RunError(f"package={package} is not installed: install fedslm anew")
+        raise RunError(f"package={package} is not installed: install fedslm again")
     return Path(found.origin).parent
 
 

@@ -73,7 +73,7 @@ class Exchange:
             wanted = [client for client in clients if client not in shut_out]
             sent = self._sent(request, wanted, kind, deadline)
         except Unanswered as error:
-            logger.warning("the round goes on without its nodes: %s", error)
+            logger.warning("the round continues without its nodes: %s", error)
             sent = {}
         identifiers = {client: identifier for identifier, (client, _) in sent.items()}
         messages = {each: message for each, (_, message) in sent.items()}

@@ -107,7 +107,7 @@ class Fetch:
                 lambda grid: grid._runtime_client.PullMessages(request), self._until
             )
         except Unanswered as error:
-            logger.warning("the round goes on without the replies that are not there: %s", error)
+            logger.warning("the round continues without the replies that are missing: %s", error)
             self._is_closed = self._is_lost = True
             return
         for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):

@@ -46,7 +46,7 @@ def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:
         time.sleep(_POLL_SECONDS)
     if len(found) > num_clients:
         raise FederationError(
-            f"{len(found)} nodes are there, more than federation.num_clients={num_clients}"
+            f"{len(found)} nodes are connected, more than federation.num_clients={num_clients}"
         )
     question = RecordDict({"hello": ConfigRecord({"version": fedslm.__version__})})
     messages = [Message(question, node, HELLO, ttl=seconds, group_id="hello") for node in found]

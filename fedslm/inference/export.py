@@ -86,7 +86,9 @@ def privacy_statement(run: FinishedRun) -> str:
     _, found, rest = text.partition(_PRIVACY)
     statement = rest.split("\n## ")[0].strip()
     if not found or not statement:
-        raise ModelError(f"{path} has no privacy statement, and no model may go on without; restore it")
+        raise ModelError(
+            f"{path} has no privacy statement, and no model is passed on without one; restore it"
+        )
     return statement
 
 

@@ -91,7 +91,7 @@ class FinishedRun:
         if found != expected:
             raise ModelError(
                 f"model.base={self.model.base!r} has sha256 {found[:12]}, but {self.directory} was "
-                f"trained on {expected[:12]}: the adapter fits that base alone; give it with --base"
+                f"trained on {expected[:12]}: the adapter fits only that base; give it with --base"
             )
 
 
@@ -125,7 +125,7 @@ def open_run(path: Path, *, base: str | None = None, device: str | None = None) 
 
     Args:
         path: The run directory, or the adapter directory inside it.
-        base: Where the base model lies now; None: where it lay in training.
+        base: Where the base model is now; None: where it lay in training.
         device: Where to compute, as ``model.device``; None: as in training.
 
     Raises:
@@ -204,7 +204,7 @@ def _report(path: Path) -> dict[str, Any]:
     if version.split(".")[:2] != fedslm.__version__.split(".")[:2]:
         raise ModelError(
             f"{path} was written by fedslm {version}, and this is {fedslm.__version__}; "
-            f"install fedslm=={version}, or train anew"
+            f"install fedslm=={version}, or train again"
         )
     return held
 

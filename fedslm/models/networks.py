@@ -149,7 +149,7 @@ def _class_for(task: TaskConfig, config: Any) -> Any:
         name = name[0]
     if name is None:
         raise ModelError(
-            f"a {config.model_type} base cannot do task.name={task.name!r}: it is no {wanted}"
+            f"a {config.model_type} base cannot do task.name={task.name!r}, which needs {wanted}"
         )
     return getattr(transformers, name)
 
@@ -163,23 +163,23 @@ def _names(task: TaskConfig, is_encoder_decoder: bool) -> tuple[Any, str]:
             names = auto.MODEL_MAPPING_NAMES
             if is_encoder_decoder:
                 names = auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
-            return names, "text encoder"
+            return names, "a text encoder"
         case "classification" | "multi-label" if is_encoder_decoder:
-            return {}, 'classifier that reads each text alone; use task.pooling="mean"'
+            return {}, 'a classifier that reads each text separately; use task.pooling="mean"'
         case "classification" | "multi-label":
             return auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, (
-                'classifier of its own; use task.pooling="mean"'
+                'a classifier of its own; use task.pooling="mean"'
             )
         case "token-classification":
-            return auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "tagger"
+            return auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "a tagger"
         case "causal-lm" | "instruction" | "preference":
             two_way = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
             names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
             return {kind: names[kind] for kind in names if kind not in two_way}, (
-                "language model that reads forwards"
+                "a language model that reads forwards"
             )
         case "seq2seq":
-            return auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "encoder with a decoder"
+            return auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "an encoder with a decoder"
         case _:
             assert_never(task.name)
 

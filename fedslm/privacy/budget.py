@@ -142,8 +142,8 @@ def _noise_and_steps(question: Question) -> tuple[float, int]:
     if question.unit == "client" and (question.sample_rate, question.steps_per_round) != (1, 1):
         raise OutOfRange(
             f"sample_rate={question.sample_rate} and steps_per_round={question.steps_per_round} must "
-            f"be 1 for unit='client': cohorts are drawn from a public seed, so sampling hides nobody; "
-            f"give the most rounds that one client joins instead"
+            f"be 1 for unit='client': cohorts are drawn from a public seed, so sampling protects no "
+            f"client; give the most rounds that one client joins instead"
         )
     if steps is None:
         if epsilon is None or noise is None:

@@ -126,8 +126,8 @@ def check_rounds(chain: Chain, limits: Limits) -> None:
         passed = now - max(rounds)
         if not passed >= limits.seconds_between:
             raise BudgetExceeded(
-                f"the last round was {passed:.0f} s ago; {limits.seconds_between:g} s must lie between "
-                f"two rounds of this node{hint}"
+                f"the last round was {passed:.0f} s ago; {limits.seconds_between:g} s must pass "
+                f"between two rounds of this node{hint}"
             )
 
 

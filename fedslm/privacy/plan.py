@@ -77,7 +77,7 @@ class PrivatePlan(ABC):
         rounds: Rounds that the budget pays for, >= 1.
         metric_noise_multiplier: Noise of the optional metric of each round; None: no metric leaves.
         batched: False computes every unit in a pass of its own, so that its gradient is a function of
-            its own records to the last bit; True is faster, and exact up to rounding alone.
+            its own records to the last bit; True is faster, and exact only up to rounding.
 
     References:
         Abadi et al. 2016 (arXiv 1607.00133).

@@ -43,7 +43,7 @@ base_models = ["any"]         # sha256 of allowed base models (fedslm prints it 
 base_names = ["any"]          # names or paths under which a server may ask for one, or "any"
 tasks = ["classification"]    # allowed tasks: "classification", "multi-label", "token-classification",
                               # "causal-lm", "instruction", "seq2seq", "preference"
-batched = false               # true lets several units share a pass: faster, exact up to rounding alone
+batched = false               # true lets several units share a pass: faster, exact only up to rounding
 metrics = "none"              # "noisy" lets a metric leave as a Gaussian release of its own
 min_metric_noise_multiplier = 5.0
 """

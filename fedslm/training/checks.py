@@ -32,7 +32,7 @@ def check_parameters(adapter: AttachedAdapter, optimizer: torch.optim.Optimizer)
         )
     devices = {str(parameter.device) for parameter in trained.values()}
     if len(devices) > 1:
-        raise TrainingError(f"trained tensors lie on several devices: {', '.join(sorted(devices))}")
+        raise TrainingError(f"trained tensors are on several devices: {', '.join(sorted(devices))}")
 
 
 def check_private_model(network: torch.nn.Module) -> None:

@@ -193,8 +193,8 @@ def _neighbours(
         name: float((bench.total(plan, [*others, unit]) - without).norm())
         for name, unit in extra.items()
     }
-    moves["alone"] = float(bench.total(plan, [extra["ordinary"]]).norm())
-    kept = all(moves[name] >= 0.9 * plan.clip_norm for name in ("ordinary", "longest", "alone"))
+    moves["by itself"] = float(bench.total(plan, [extra["ordinary"]]).norm())
+    kept = all(moves[name] >= 0.9 * plan.clip_norm for name in ("ordinary", "longest", "by itself"))
     wide, coupling = replace(plan, clip_norm=_WIDE), 0.0
     among = bench.total(wide, others)
     for name in ("ordinary", "longest"):

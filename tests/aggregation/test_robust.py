@@ -261,7 +261,7 @@ def test_too_few_clients_are_refused(rule: RuleName, needed: int) -> None:
 
 def test_the_mean_is_no_robust_rule() -> None:
     """The mean has a place of its own."""
-    with pytest.raises(FederationError, match="no robust rule"):
+    with pytest.raises(FederationError, match="not a robust rule"):
         combined("mean", drawn(0, 3), 0)
 
 

@@ -268,7 +268,7 @@ def test_the_head_of_an_empty_ledger_rules_nothing_out(node: Path) -> None:
 def test_a_head_of_no_line_beside_many_is_noted(node: Path) -> None:
     """It is that of a ledger before its first line: put back, it would hide any cut."""
     (node / "ledger.jsonl.head").write_text(json.dumps({"index": -1, "sha256": GENESIS}))
-    assert any("head beside the ledger is of no line" in note for note in audit(node).notes)
+    assert any("head next to the ledger belongs to no line" in note for note in audit(node).notes)
 
 
 @pytest.mark.parametrize("head", ["abc", "", "F" * 64, "f" * 63 + "\n", "\u0660" * 64])

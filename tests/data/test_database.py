@@ -111,7 +111,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
         ("nothing://host/notes", "names no known kind of database"),
         ("postgresql+nothing://host/notes", "names no known kind of database"),
         ("mysql+pymysql://host/notes", "driver is not installed"),
-        ("postgresql+psycopg://host:port/notes", "no usable database URL"),
+        ("postgresql+psycopg://host:port/notes", "not a usable database URL"),
     ],
 )
 def test_a_database_that_cannot_be_used_is_said(

@@ -208,8 +208,8 @@ def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     ("content", "part"),
     [
         ('{"text": "a"}\n{"text": \n', "line 2 cannot be read as json"),
-        ('{"text": "a"}\n["b"]\n', "line 2 cannot be read as json: it is no object"),
-        ("[1, 2]", "item 1 cannot be read as json: it is no object"),
+        ('{"text": "a"}\n["b"]\n', "line 2 cannot be read as json: it is not an object"),
+        ("[1, 2]", "item 1 cannot be read as json: it is not an object"),
         ("\n\n", "is empty"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n', "int (rows 0) and str (rows 1)"),
         ('{"text": "a", "tags": ["x", 1]}\n', "'tags' cannot be read"),

@@ -65,7 +65,7 @@ def test_a_hub_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
     done = simulate(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{closed_port()}", HF_HUB_OFFLINE="0")
     assert done.returncode == 2, done.stderr
     assert "error: " in done.stderr
-    assert "data.source='some-owner/some-notes' is no local path" in done.stderr
+    assert "data.source='some-owner/some-notes' is not a local path" in done.stderr
     assert "the hub cannot be reached" in done.stderr
     assert "give the path of a local file" in done.stderr
     assert "Retrying" not in done.stderr

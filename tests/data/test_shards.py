@@ -302,7 +302,7 @@ def test_a_patient_of_two_clients_is_refused_unless_announced(tmp_path: Path) ->
     """Units in several clients are counted and refused; with overlapping=true they are taken."""
     content = patients(18, ["p0", "p1", "p2", "p3", "p4", "p5"])
     content[1]["patient"] = " p0"  # the same name, in another client
-    with pytest.raises(DataError, match=r"^1 of 6 units lie in several clients.*overlapping=true"):
+    with pytest.raises(DataError, match=r"^1 of 6 units are in several clients.*overlapping=true"):
         write(tmp_path, content, rows(4), partition="natural", privacy=patient())
     assert not (tmp_path / "data").exists()
     written = write(tmp_path, content, rows(4), partition="natural", privacy=patient(overlapping=True))

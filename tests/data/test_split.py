@@ -1,4 +1,4 @@
-"""Tests of splitting one file in two such that nobody is in both."""
+"""Tests of splitting one file in two so that no one is in both."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def written(site: Site, config: Config) -> Path:
 
 
 def test_a_run_that_is_alive_is_left_alone(site: Site, make: MakeConfig) -> None:
-    """From its start on nobody starts or continues it again; stop finds it, and then it can go on."""
+    """From its start on nobody starts or continues it again; stop finds it, and then it can resume."""
     config = make("alive", training={"local_steps": 50}, federation={"rounds": 40})
     with control.connected(site.server) as connection:
         number, directory = runs.start(connection, site.server, config, resume=False)

@@ -96,7 +96,9 @@ def test_an_answer_of_another_program_does_not_count(tmp_path: Path) -> None:
         port = stranger.getsockname()[1]
         assert _listens(os.getpid(), port)
         assert not _listens(running.process.pid, port)
-        with pytest.raises(RunError, match=f"nothing of ours listens on port {port}: no port"):
+        with pytest.raises(
+            RunError, match=f"no process of this server listens on port {port}: no port"
+        ):
             _wait_until_listening(running, port, threading.Event())
 
 

@@ -271,7 +271,7 @@ def test_a_server_that_repeats_a_round_is_stopped(honest: dict[str, Request], tm
     [
         ({"max_rounds_per_day": 1}, "1 rounds within 24 hours"),
         ({"max_rounds": 1}, "1 of at most 1 rounds"),
-        ({"min_seconds_between_rounds": 900.0}, "900 s must lie between two rounds"),
+        ({"min_seconds_between_rounds": 900.0}, "900 s must pass between two rounds"),
     ],
 )
 def test_rounds_are_limited(

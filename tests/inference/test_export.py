@@ -295,7 +295,7 @@ def test_no_model_goes_without_its_privacy_statement(finished_run: Finished, tmp
 def test_another_base_is_never_merged(finished_run: Finished, tmp_path: Path) -> None:
     """An adapter is added to the base that it was trained on, and to no other."""
     other = open_run(finished_run("gpt2")).model.base
-    with pytest.raises(ModelError, match="fits that base alone"):
+    with pytest.raises(ModelError, match="fits only that base"):
         export_merged(open_run(finished_run("causal-lm"), base=other), tmp_path / "out", "float32")
     assert list(tmp_path.iterdir()) == []
 

@@ -146,7 +146,7 @@ def test_another_base_is_refused(copied: Path, finished_run: Finished) -> None:
     change_report(copied, base_sha256="0" * 64)
     assert_refused(copied, "trained on 000000000000", "--base")
     other = open_run(finished_run("native")).model.base
-    assert_refused(finished_run("classification"), "the adapter fits that base alone", base=other)
+    assert_refused(finished_run("classification"), "the adapter fits only that base", base=other)
 
 
 def test_a_base_that_was_moved_can_be_named(finished_run: Finished, tmp_path: Path) -> None:

@@ -144,8 +144,8 @@ MISFITS = [
     ("bert", "seq2seq", {}, "encoder with a decoder"),
     ("llama", "seq2seq", {}, "encoder with a decoder"),
     ("t5", "causal-lm", {}, "reads forwards"),
-    ("t5", "classification", {}, r'reads each text alone; use task.pooling="mean"'),
-    ("gemma3_text", "token-classification", {}, "no tagger"),
+    ("t5", "classification", {}, r'reads each text separately; use task.pooling="mean"'),
+    ("gemma3_text", "token-classification", {}, "needs a tagger"),
     ("t5", "seq2seq", {"decoder_start_token_id": 5}, "decoder_start_token_id=5 must be"),
     ("llama", "causal-lm", {"vocab_size": 1000}, "1742 tokens.*only 1000 rows"),
 ]

@@ -46,7 +46,7 @@ def test_a_clients_noise_pays_for_all_its_rounds() -> None:
 def test_sampling_buys_a_client_nothing() -> None:
     """A sample rate below 1, or several steps in a round, is refused for a client: cohorts are public."""
     for changed in (replace(CLIENT, sample_rate=0.1), replace(CLIENT, steps_per_round=5)):
-        with pytest.raises(PrivacyError, match="sampling hides nobody"):
+        with pytest.raises(PrivacyError, match="sampling protects no client"):
             answer(changed)
 
 
