@@ -9,9 +9,12 @@ from typing import Any
 
 from fedslm import simulation
 from fedslm.config import Config, from_mapping, from_toml, with_overrides
-from fedslm.federation.checkpoint import Checkpoint
+from fedslm.errors import ConfigError, Problem
 from fedslm.federation.rounds import Observer
-from fedslm.records import RoundRecord, epsilon_of_json
+from fedslm.progress import Silent
+from fedslm.records import epsilon_of_json
+
+_TOLD = ("on_start", "on_client", "on_round")
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,8 @@ class RunResult:
     report: Mapping[str, Any]
 
 
-class Silent:
-    """An observer that shows nothing."""
-
-    def on_start(self, config: Config, done: Checkpoint) -> None:
-        """Nothing is shown."""
-
-    def on_client(self, round: int, done: int, cohort: int) -> None:
-        """Nothing is shown."""
-
-    def on_round(self, record: RoundRecord) -> None:
-        """Nothing is shown."""
-
-
 def simulate(
-    config: Config | Path | str,
+    config: Config | Path | str | Mapping[str, Any],
     *,
     overrides: Mapping[str, Any] | None = None,
     observer: Observer | None = None,
@@ -63,12 +53,13 @@ def simulate(
     """Runs a simulation in a new run directory.
 
     Args:
-        config: A config, or the path of a TOML file.
+        config: The path of a TOML file, its sections as a mapping, or a config.
         overrides: Dotted key to value, in place of what the file or the config says.
-        observer: Is told how the run goes, such as :class:`fedslm.progress.Bar`; nobody by default.
+        observer: Is told how the run goes, such as :class:`fedslm.progress.Bar`; by default nothing is
+            shown. An exception of its own ends the run, which :func:`resume` can continue.
 
     Raises:
-        FedslmError: The config, the data, the model or the run directory is not usable.
+        FedslmError: An argument, the config, the data, the model or the run directory is not usable.
 
     >>> import fedslm, tempfile
     >>> directory = tempfile.mkdtemp() + "/run"
@@ -82,12 +73,8 @@ def simulate(
     >>> (result.adapter / "adapter_config.json").exists()
     True
     """
-    changed = overrides or {}
-    if not isinstance(config, Config):
-        loaded = from_toml(config, changed)
-    else:
-        loaded = from_mapping(with_overrides(config.model_dump(), changed))
-    return _result(simulation.simulate(loaded, observer or Silent()))
+    loaded, told = _configured(config, {} if overrides is None else overrides), _checked(observer)
+    return _result(simulation.simulate(loaded, told))
 
 
 def resume(directory: Path | str, *, observer: Observer | None = None) -> RunResult:
@@ -100,7 +87,45 @@ def resume(directory: Path | str, *, observer: Observer | None = None) -> RunRes
     Raises:
         FedslmError: As :func:`simulate`, or the directory cannot be continued.
     """
-    return _result(simulation.resume(Path(directory), observer or Silent()))
+    return _result(simulation.resume(Path(directory), _checked(observer)))
+
+
+def _configured(config: object, overrides: object) -> Config:
+    """The config that is meant.
+
+    Raises:
+        ConfigError: An argument is of another type, or the config is not usable.
+    """
+    if not isinstance(overrides, Mapping):
+        example = 'should be a mapping such as {"privacy.epsilon": 2}'
+        raise ConfigError(
+            [Problem("overrides", f"value of type {type(overrides).__name__}: {example}")]
+        )
+    match config:
+        case Config():
+            return from_mapping(with_overrides(config.model_dump(), overrides))
+        case str() | Path():
+            return from_toml(config, overrides)
+        case Mapping():
+            return from_mapping(with_overrides(config, overrides))
+        case _:
+            kinds = "should be the path of a TOML file, its sections as a mapping, or a fedslm.Config"
+            raise ConfigError([Problem("config", f"value of type {type(config).__name__}: {kinds}")])
+
+
+def _checked(observer: Observer | None) -> Observer:
+    """The observer, or one that shows nothing.
+
+    Raises:
+        ConfigError: It lacks a method.
+    """
+    if observer is None:
+        return Silent()
+    lacking = [name for name in _TOLD if not callable(getattr(observer, name, None))]
+    if lacking:
+        message = f"value of type {type(observer).__name__}: has no {', '.join(lacking)}"
+        raise ConfigError([Problem("observer", f"{message}; see fedslm.progress.Bar")])
+    return observer
 
 
 def _result(report: Mapping[str, Any]) -> RunResult:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import PRIVATE
@@ -45,20 +46,64 @@ def test_overrides_are_values(config_in: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        ({"rounds": 1}, "rounds: is not section.key, such as training.local_steps"),
+        ({"rounds": 1}, "rounds: is not section.key; give overrides such as "),
+        ({"federation": {"rounds": 1}}, "federation: is not section.key"),
+        ({".rounds": 1}, "is not section.key"),
+        (["federation.rounds=1"], "overrides: value of type list: should be a mapping such as"),
         ({"federation.rounds": "many"}, "federation.rounds"),
         ({"federation.round": 1}, "federation.round"),
         ({"": 1}, "is not section.key"),
         ({3: 1}, "3: is not section.key"),
     ],
 )
-def test_a_wrong_override_is_named(
-    config_in: Make, tmp_path: Path, overrides: dict[str, object], part: str
-) -> None:
+def test_a_wrong_override_is_named(config_in: Make, tmp_path: Path, overrides: Any, part: str) -> None:
     """An unknown key, a value of another type, or no key at all: named before anything is made."""
     with pytest.raises(ConfigError, match=part):
         fedslm.simulate(config_in(tmp_path / "run"), overrides=overrides)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", [7, None, ["my.toml"]])
+def test_another_kind_of_config_is_named(config: Any) -> None:
+    """It is said what was given, and what it may be."""
+    with pytest.raises(
+        ConfigError, match=f"type {type(config).__name__}: should be the path of a TOML"
+    ):
+        fedslm.simulate(config)
+
+
+def test_a_value_in_place_of_a_section_is_named(tmp_path: Path) -> None:
+    """With and without an override of a key in it."""
+    path = tmp_path / "my.toml"
+    path.write_text('privacy = 3\n[model]\nbase = "demo"\n')
+    for overrides in ({}, {"privacy.epsilon": 2}):
+        with pytest.raises(
+            ConfigError, match=r"privacy: value 3: should be a section; write \[privacy\]"
+        ):
+            fedslm.simulate(path, overrides=overrides)
+
+
+def test_sections_may_be_a_mapping(config_in: Make, tmp_path: Path) -> None:
+    """What a notebook builds is as good as a file."""
+    sections = config_in(tmp_path / "run").model_dump(mode="json")
+    assert fedslm.simulate(sections, overrides={"federation.rounds": 1}).rounds == 1
+
+
+def test_an_observer_is_checked_first_and_may_fail_later(config_in: Make, tmp_path: Path) -> None:
+    """One without methods is refused before anything is made; after an exception the run resumes."""
+
+    class Failing(Bar):
+        def on_round(self, record: object) -> None:
+            raise KeyError("mine")
+
+    config = config_in(tmp_path / "run")
+    lacking: Any = object()
+    with pytest.raises(ConfigError, match="type object: has no on_start, on_client, on_round"):
+        fedslm.simulate(config, observer=lacking)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(KeyError, match="mine"):
+        fedslm.simulate(config, observer=Failing())
+    assert fedslm.resume(tmp_path / "run").rounds == 3
 
 
 def test_a_run_is_resumed(config_in: Make, tmp_path: Path) -> None:

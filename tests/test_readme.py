@@ -24,8 +24,8 @@ def anchor(heading: str) -> str:
 
 
 def test_it_is_short() -> None:
-    """Three people find their door within 700 words."""
-    assert len((ROOT / "README.md").read_text().split()) <= 700
+    """Three people find their door within 700 words; a table's bars are not words."""
+    assert len(re.findall(r"\S*\w\S*", (ROOT / "README.md").read_text())) <= 700
 
 
 def test_every_link_leads_somewhere() -> None:
@@ -59,5 +59,5 @@ def test_its_config_and_its_call_run(
     exec(compile(code, "README.md", "exec"), {})  # noqa: S102  (our own page)
     printed = capsys.readouterr().out
     assert "'accuracy': " in printed
-    assert printed.rstrip().endswith("adapter")
-    assert len(list((tmp_path / "runs").glob("*/report.md"))) == 1
+    assert printed.rstrip().endswith("runs/mine-2/adapter")
+    assert (tmp_path / "runs" / "mine-2" / "report.md").exists()

@@ -145,10 +145,15 @@ def with_overrides(values: Mapping[str, Any], overrides: Overrides) -> dict[str,
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(_pair, overrides)
     for dotted, value in pairs:
         section, dot, key = str(dotted).strip().partition(".")
-        content = merged.setdefault(section, {})
-        if not (dot and key) or not isinstance(content, dict):
-            message = "is not section.key, such as training.local_steps"
+        content = merged.setdefault(section, {}) if dot and key else {}
+        if not (section and dot and key):
+            message = 'is not section.key; give overrides such as {"training.local_steps": 20}'
             raise ConfigError([Problem(str(dotted), message)])
+        if not isinstance(content, dict):
+            message = (
+                f"value {json.dumps(content, default=str)}: should be a section; write [{section}]"
+            )
+            raise ConfigError([Problem(section, message)])
         content[key] = value
     return merged
 
@@ -218,6 +223,9 @@ def _problem(detail: Mapping[str, Any], kind: type[BaseModel] = Config) -> Probl
             message = f"is not supported: {_REFUSED[key]}; leave it out"
         case "extra_forbidden":
             message = f"is not known{_did_you_mean(location, kind)}"
+        case "model_type" | "dict_type" if kind is Config and len(location) == 1:
+            shown = json.dumps(detail["input"], default=str)
+            message = f"value {shown}: should be a section; write [{key}]"
         case _:
             shown = json.dumps(detail["input"], default=str)
             message = f"value {shown}: {detail['msg'].removeprefix('Input ')}{_or_this(detail)}"

@@ -104,8 +104,8 @@ class RunDirectory:
             raise RunError(f"the run directory {path} cannot be made: {error}") from error
         if occupied:
             raise Unusable(
-                f"the run directory {path} exists; continue it with --resume {path}, or set another "
-                f"run.name or run.directory"
+                f"the run directory {path} exists; continue it with --resume {path} (in Python: "
+                f"fedslm.resume), or set another run.name or run.directory"
             )
         run_id = secrets.token_hex(8)
         write_text(path / "config.toml", configuration.to_toml(config))
