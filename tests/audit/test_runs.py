@@ -19,6 +19,8 @@ from fedslm import simulation
 from fedslm.audit import runs
 from fedslm.config import Config
 from fedslm.errors import PrivacyError, RunError, Unusable
+from fedslm.federation.spends import STANDING
+from fedslm.federation.standings import Readmission, Standing, as_values
 from fedslm.privacy import accounting
 from fedslm.privacy.keys import signing_key
 from fedslm.privacy.ledger import Ledger
@@ -320,3 +322,19 @@ def test_overlapping_clients_are_composed(config_in: Callable[..., Config], tmp_
     everything = [event for client in range(3) for event in events_of(tmp_path / "run", client)]
     assert audit["guarantee"]["epsilon"] == accounting.epsilon(everything, 1e-5)
     assert audit["guarantee"]["epsilon"] > max(client["epsilon"] for client in audit["clients"])
+
+
+def test_a_readmitted_node_is_shown_and_is_not_a_finding(run: Path) -> None:
+    """A node that is out is a finding; once its operator gave a reason, the page shows the reason."""
+    out = Standing(charges=2, epsilon=1.5, delta=1e-5, out="it was rolled back", since="2026-05-02")
+    again = Readmission("2026-05-03", "the backup of May 2", out.out, "id", 2, 1.5, 1e-5)
+    for standing, expected in ((out, 1), (Standing(readmissions=(again,)), 0)):
+        content = {"north": {"standing": as_values(standing)}}
+        (run / STANDING).write_text(json.dumps(content))
+        found = [each for each in audited(run)["findings"] if "north is out" in each]
+        assert len(found) == expected
+        assert not found or "it was rolled back" in found[0]
+    assert audited(run)["findings"] == []
+    page = (run / "audit.md").read_text()
+    assert "the backup of May 2" in page
+    assert "it was rolled back" in page
