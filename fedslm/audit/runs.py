@@ -193,9 +193,9 @@ def _with_others(
 ) -> list[_Client]:
     """Adds the charges of further runs: those of a client's ledger, or those that it stated.
 
-    A client with neither did not take part there. If the other run shared the same data out in the same
-    way, client by client; else a unit may have been with any client there, and all of them are added to
-    each.
+    A client with neither is a finding, unless it is a simulation that samples its clients: there it
+    was never chosen. If the other run shared the same data out in the same way, client by client; else
+    a unit may have been with any client there, and all of them are added to each.
     """
     for other in others:
         directory, theirs = RunDirectory.open(other)
@@ -207,6 +207,12 @@ def _with_others(
                 f"spent; leave it out if no round began"
             )
         wrong = _wrong(directory, found, statements) if statements else _of_ledgers(found)
+        if theirs.engine.nodes is not None or theirs.federation.clients_per_round is None:
+            wrong += [
+                f"{client.name}: neither a ledger nor a statement is here: nothing shows what it spent"
+                for client in found
+                if client.audit is None and not client.releases
+            ]
         findings += [f"{other}, {finding}" for finding in wrong]
         charged, lost = [each.events for each in found], [each.is_lost for each in found]
         same = (theirs.data, theirs.run.seed, theirs.federation.num_clients) == (

@@ -265,10 +265,22 @@ def test_other_runs_count(run: Path, finished: Path) -> None:
         audited(run, others=(run / "data",))
 
 
+def test_a_client_that_was_never_chosen_is_not_a_finding(
+    run: Path, config_in: Callable[..., Config], tmp_path: Path
+) -> None:
+    """A simulation of one round with two of three clients has no ledger of the third."""
+    sampled = {"num_clients": 3, "clients_per_round": 2, "rounds": 1, "min_replies": 1}
+    simulation.simulate(config_in(tmp_path / "other", privacy=PRIVATE, federation=sampled), Bar())
+    assert len(list((tmp_path / "other" / "nodes").glob("client-*/ledger.jsonl"))) == 2
+    audit = audited(run, others=(tmp_path / "other",))
+    assert audit["findings"] == []
+    assert sorted(client["charges"] for client in audit["clients"]) == [2, 3, 3]
+
+
 def test_another_run_counts_by_its_statements_where_ledgers_are_elsewhere(
     run: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """A real federation's run, or a client that never took part, can be given; nothing at all cannot."""
+    """A run whose ledgers are elsewhere can be given; a client of which nothing is here is a finding."""
     other = tmp_path / "other"
     shutil.copytree(finished, other)
     expected = accounting.epsilon(events_of(run, 0) * 2, 1e-5)
@@ -282,6 +294,8 @@ def test_another_run_counts_by_its_statements_where_ledgers_are_elsewhere(
     audit = audited(run, others=(other,))
     assert [client["charges"] for client in audit["clients"]] == [4, 4, 2]
     assert any(f"{other}, 3 updates were used in round 1" in each for each in audit["findings"])
+    (silent,) = [each for each in audit["findings"] if "nothing shows what it spent" in each]
+    assert silent.startswith(f"{other}, site-2: ")
     (other / "statements.jsonl").unlink()
     with pytest.raises(Unusable, match="neither a ledger nor a statement"):
         audited(run, others=(other,))
