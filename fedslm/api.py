@@ -27,7 +27,8 @@ class RunResult:
         rounds: Rounds that are done.
         metrics_before: Metrics of the base on the public evaluation split.
         metrics_after: Metrics of the tuned model on the same split.
-        epsilon: The largest epsilon of a client at ``delta``; infinite without privacy.
+        epsilon: At ``delta``: the largest of a client, or of all clients composed if units overlap;
+            infinite without privacy.
         delta: Of the guarantee; None without privacy.
         stopped: Why the run stopped before its last round, or came to nothing; empty if it did not.
         report: The content of ``report.json``.
@@ -62,11 +63,11 @@ def simulate(
         FedslmError: An argument, the config, the data, the model or the run directory is not usable.
 
     >>> import fedslm, tempfile
-    >>> directory = tempfile.mkdtemp() + "/run"
+    >>> place = tempfile.TemporaryDirectory()
     >>> small = {"federation.rounds": 1, "training.local_steps": 1, "engine.workers": 0}
     >>> result = fedslm.simulate(
     ...     "simulations/demo.toml",
-    ...     overrides={"run.directory": directory, "privacy.epsilon": 2, **small},
+    ...     overrides={"run.directory": f"{place.name}/run", "privacy.epsilon": 2, **small},
     ... )
     >>> 0 < result.epsilon <= 2, result.delta, sorted(result.metrics_after)
     (True, 1e-05, ['accuracy', 'f1_macro', 'loss'])

@@ -29,7 +29,7 @@ from fedslm.privacy.statement import Statement
 from fedslm.records import Event, epsilon_as_json
 
 LEDGER_FILE = "ledger.jsonl"
-_MOST_DELTAS = 20  # of one ledger: each is accounted for anew
+_MOST_DELTAS = 20  # of one ledger: each one is composed again
 NO_WITNESS = (
     "a rollback cannot be excluded: neither a saved head (--head) nor a statement that a server "
     "received (--statements) was given, and ledger and head can be restored together"

@@ -144,11 +144,11 @@ def with_overrides(values: Mapping[str, Any], overrides: Overrides) -> dict[str,
     }
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(_pair, overrides)
     for dotted, value in pairs:
-        section, dot, key = str(dotted).strip().partition(".")
-        content = merged.setdefault(section, {}) if dot and key else {}
-        if not (section and dot and key):
+        section, _, key = str(dotted).strip().partition(".")
+        if not (section and key):
             message = 'is not section.key; give overrides such as {"training.local_steps": 20}'
             raise ConfigError([Problem(str(dotted), message)])
+        content = merged.setdefault(section, {})
         if not isinstance(content, dict):
             message = (
                 f"value {json.dumps(content, default=str)}: should be a section; write [{section}]"

@@ -12,6 +12,7 @@ Formal guarantees, for every path below ``/v1/fleet`` (``tests/deployment/test_g
 - A body is read up to its stated length, for at most ten minutes, and for at most eight requests of one
   node at a time.
 - A body that reaches Flower kept the rules of :mod:`fedslm.deployment.guard_rules`, and is unchanged.
+- A refusal that leaves a body unread closes the connection.
 - If the guard itself fails, the request does not reach Flower.
 """
 
