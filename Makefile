@@ -33,7 +33,7 @@ test-federation: $(VENV)/.installed
 
 # What another processor may compute otherwise, under the kernels of three.
 test-kernels: $(VENV)/.installed
-	$(BIN)/python tests/processors.py
+	$(BIN)/python tests/support/processors.py
 
 test-all: lint test-kernels
 	$(BIN)/python -m pytest -q --timeout 3600

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import machine, threads
-from tiny import make_rows, write_base, write_rows
+from support.machine import machine, threads
+from support.tiny import make_rows, write_base, write_rows
 
 from fedslm import config as configuration
 from fedslm.config import Config
@@ -101,7 +101,7 @@ def finished_run(
     config_in: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """Trains a tiny model of a kind (finished.KINDS), once; tests leave its directory as it is."""
-    import finished
+    from support import finished
 
     source = finished.write_sources(tmp_path_factory.mktemp("sources"))
     made: dict[str, Path] = {}

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from processors import KERNELS, environment
+from support.processors import KERNELS, environment
 
 CODE = """
 import json

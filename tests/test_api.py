@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import PRIVATE
+from support.tiny import PRIVATE
 
 import fedslm
 from fedslm.config import Config, to_toml

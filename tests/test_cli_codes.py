@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
-from test_cli import ROOT, run
+from support.commands import ROOT, run
 from typer.main import get_command
 
 from fedslm import errors

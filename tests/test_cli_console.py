@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import DEMO, assert_clear, run, tiny
+from support.commands import DEMO, assert_clear, run, tiny
 from typer.testing import CliRunner
 
 from fedslm.cli import app

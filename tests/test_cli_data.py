@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_cli import DEMO, assert_clear, run, tiny
-from tiny import PRIVATE
+from support.commands import DEMO, assert_clear, run, tiny
+from support.tiny import PRIVATE
 
 from fedslm.config import Config
 from fedslm.federation.checkpoint import RunDirectory

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pairs import public, student
+from support.pairs import public, student
 from typer.testing import CliRunner
 
 from fedslm.cli import app

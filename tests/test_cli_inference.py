@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import finished
 import pytest
-from test_cli import run
+from support import finished
+from support.commands import run
 
 from fedslm.config import Config
 from fedslm.inference.generation import Sampling, prompts_of, write

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_cli import DEMO, assert_clear, run
+from support.commands import DEMO, assert_clear, run
 
 from fedslm.aggregation.methods import METHODS
 from fedslm.models import footprint

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from test_cli import DEMO, assert_clear, run
-from tiny import PRIVATE
+from support.commands import DEMO, assert_clear, run
+from support.tiny import PRIVATE
 from typer.testing import CliRunner
 
 from fedslm import simulation

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from tiny import BASE, changed, problems
+from support.tiny import BASE, changed, problems
 
 from fedslm import contradictions
 from fedslm.config import Config, from_flat, from_mapping, from_toml, to_toml, with_overrides

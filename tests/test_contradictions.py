@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny import BASE, changed, problems
+from support.tiny import BASE, changed, problems
 
 from fedslm import contradictions
 from fedslm.config import from_mapping

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pace
-import processors
 import pytest
 import torch
-from machine import machine
+from support import pace, processors
+from support.machine import machine
 
 HERE = Path(__file__).parent
 

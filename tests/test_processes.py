@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import StopAfter
-from tiny import PRIVATE
+from support.served import StopAfter
+from support.tiny import PRIVATE
 from typer.testing import CliRunner
 
 from fedslm import simulation

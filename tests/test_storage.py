@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import disk_full
+from support.tiny import disk_full
 
 from fedslm.errors import RunError
 from fedslm.records import AdapterState

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.audited import AMPLE, CHARGE, DELTA, EVENT, audit, spend
 
 from fedslm.audit.ledgers import (
     NO_WITNESS,
     Evidence,
-    LedgerAudit,
     as_json,
     audit_ledger,
 )
@@ -25,37 +25,6 @@ from fedslm.errors import LedgerError, OutOfRange
 from fedslm.privacy import accounting, keys
 from fedslm.privacy.chain import GENESIS, line_hash
 from fedslm.privacy.ledger import Ledger
-from fedslm.privacy.limits import Limits
-from fedslm.privacy.lines import ADAPTER, Charge
-from fedslm.records import Event
-
-EVENT = Event(0.05, 3.0, 10)
-DELTA = 1e-5
-CHARGE = Charge(EVENT, ADAPTER, 1.0, DELTA, "run", 1, "plan", "request", "base", "config", "1", "data")
-AMPLE = Limits((100.0, DELTA))
-
-
-def spend(ledger: Ledger, round: int, *, commit: bool = True, plan: str = "plan") -> None:
-    """Charges one round, and releases it unless told otherwise."""
-    charge = replace(CHARGE, round=round, run=f"run-{plan}", plan_sha256=plan)
-    (index,) = ledger.reserve([charge], AMPLE)
-    if commit:
-        ledger.commit(index, f"release-{round}")
-
-
-@pytest.fixture
-def node(tmp_path: Path) -> Path:
-    """A node directory with three charges, one of them open."""
-    ledger = Ledger(tmp_path / "ledger.jsonl", keys.signing_key(tmp_path))
-    for number in (1, 2):
-        spend(ledger, number)
-    spend(ledger, 3, commit=False)
-    return tmp_path
-
-
-def audit(node: Path, evidence: Evidence = Evidence()) -> LedgerAudit:
-    """Audits with the public key that lies beside the ledger."""
-    return audit_ledger(node, keys.read_public_key(node / keys.PUBLIC_KEY), evidence)
 
 
 def test_a_sound_ledger(node: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import PRIVATE
+from support.tiny import PRIVATE
 
 from fedslm import simulation
 from fedslm.audit import runs

@@ -7,15 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_ledgers import DELTA, EVENT, audit, node, spend
+from support.audited import DELTA, EVENT, audit, spend
 
 from fedslm.audit.ledgers import Evidence
 from fedslm.audit.statements import read_statements
 from fedslm.errors import LedgerError
 from fedslm.privacy import accounting, keys
 from fedslm.privacy.ledger import Ledger
-
-__all__ = ["node"]  # a fixture
 
 
 def test_statements(node: Path) -> None:

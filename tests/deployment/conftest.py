@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sites import Site, federation
+from support.sites import Site, federation
 
 from fedslm import simulation
 from fedslm.config import Config

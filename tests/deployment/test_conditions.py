@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from pace import patient
-from places import admitted_node
+from support.pace import patient
+from support.places import NODE, admitted_node
 
 from fedslm.deployment import conditions as conditions_module
 from fedslm.deployment import node
@@ -112,7 +112,6 @@ def test_it_is_looked_at_now_and_then(tmp_path: Path, caplog: pytest.LogCaptureF
     ]
 
 
-NODE = 'name = "n"\nsource = "notes.jsonl"\n'
 PHONE = f'{NODE}profile = "phone"\n'
 
 

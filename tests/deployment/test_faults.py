@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sites import NAMES, Site, eventually, federation, ledger_of, moving, rounds_of
-from tiny import PRIVATE
+from support.sites import NAMES, Site, eventually, federation, ledger_of, moving, rounds_of
+from support.tiny import PRIVATE
 
 from fedslm.config import Config
 from fedslm.deployment import bundle as bundles

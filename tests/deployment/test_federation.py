@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from sites import FEDSLM, NAMES, Site, eventually, fedslm, ledger_of, rounds_of
-from tiny import PRIVATE
+from support.sites import FEDSLM, NAMES, Site, eventually, fedslm, ledger_of, rounds_of
+from support.tiny import PRIVATE
 
 import fedslm as fedslm_package
 from fedslm.config import Config

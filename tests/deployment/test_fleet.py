@@ -27,7 +27,7 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.run import RunNotRunningException
-from test_link import certified
+from support.places import certified
 
 from fedslm.deployment import fleet
 from fedslm.errors import FederationError
@@ -299,8 +299,7 @@ def test_a_node_that_is_not_known_does_not_connect(site: tuple[Hostile, bytes], 
 
 def measure(address: str, authority: str) -> None:
     """Prints how much memory an endless answer to each call takes, in MB."""
-    sys.path.append(str(Path(__file__).parent.parent / "federation"))
-    from peaks import growth_of
+    from support.peaks import growth_of
 
     def pull(functions: tuple[Any, ...], index: int) -> None:
         with pytest.raises(FederationError):
@@ -316,9 +315,9 @@ def test_a_long_answer_takes_little_memory(tmp_path: Path) -> None:
     with serving(tmp_path / "server") as (hostile, authority):
         hostile.answers["pull-object"] = hostile.answers["pull-messages"] = (200, {}, 512)
         (tmp_path / "ca.crt").write_bytes(authority)
-        here = str(Path(__file__).parent)
+        paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
         code = (
-            f"import sys; sys.path[:0] = [{here!r}]; import test_fleet; "
+            f"import sys; sys.path[:0] = {paths!r}; import test_fleet; "
             f"test_fleet.measure({hostile.address!r}, {str(tmp_path / 'ca.crt')!r})"
         )
         done = subprocess.run(

@@ -17,7 +17,6 @@ import flwr
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from fleet_client import MIB, Sender, answer_to, arrays, instruction
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import (
@@ -42,6 +41,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, _parse_superlink_lifespan_config
 from flwr.superlink.main import create_app
+from support.fleet_client import MIB, Sender, answer_to, arrays, instruction
 
 from fedslm.deployment import authority, fleet_api
 from fedslm.deployment.guard import Guard, guarded

@@ -17,12 +17,12 @@ from pathlib import Path
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from fleet_client import MIB, Sender, arrays, instruction
 from flwr.app import Message
 from flwr.proto.fleet_pb2 import PushMessagesResponse
 from flwr.proto.message_pb2 import ObjectTree
-from sites import SECONDS, Site, eventually, federation, ledger_of, rounds_of
-from tiny import PRIVATE
+from support.fleet_client import MIB, Sender, arrays, instruction
+from support.sites import SECONDS, Site, eventually, federation, ledger_of, rounds_of
+from support.tiny import PRIVATE
 
 from fedslm.config import Config
 from fedslm.deployment import fleet_api

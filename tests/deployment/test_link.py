@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from support.places import certified
 
 import fedslm
-from fedslm.deployment import authority, link
 from fedslm.deployment import bundle as bundles
+from fedslm.deployment import link
 from fedslm.deployment.bundle import sha256_of
 from fedslm.errors import FederationError
 from fedslm.federation.local_grid import LocalGrid
@@ -41,16 +42,6 @@ def listening(context: ssl.SSLContext | None) -> Iterator[str]:
     threading.Thread(target=serve, daemon=True).start()
     with listener:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
-
-
-def certified(directory: Path) -> tuple[str, ssl.SSLContext]:
-    """An authority, and a server's side of TLS that it vouches for."""
-    directory.mkdir()
-    authority.create_authority(directory, "t", 2)
-    authority.issue_server(directory, ["127.0.0.1"], 2)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(directory / authority.SERVER, directory / authority.SERVER_KEY)
-    return (directory / authority.AUTHORITY).read_text(), context
 
 
 def test_whether_a_server_is_there(tmp_path: Path) -> None:

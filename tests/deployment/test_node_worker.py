@@ -11,9 +11,8 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
-from places import admitted_node
-from test_cli import run
-from test_conditions import NODE
+from support.commands import run
+from support.places import NODE, admitted_node
 
 from fedslm.deployment.admission import Admission
 from fedslm.deployment.authority import AUTHORITY, create_authority

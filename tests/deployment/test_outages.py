@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sites import FEDSLM, Site, eventually, fedslm, ledger_of, rounds_of
-from tiny import PRIVATE
+from support.sites import FEDSLM, Site, eventually, fedslm, ledger_of, rounds_of
+from support.tiny import PRIVATE
 
 from fedslm.config import Config, to_toml
 from fedslm.deployment import control, runs

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-from sites import Site, change_admission, eventually, federation, fedslm, moving, rounds_of
+from support.sites import Site, change_admission, eventually, federation, fedslm, moving, rounds_of
 
 from fedslm.config import Config
 from fedslm.deployment import authority, control

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import admitted_node
-from tiny import make_rows, write_rows
+from support.places import admitted_node
+from support.tiny import make_rows, write_rows
 
 from fedslm import config, contradictions
 from fedslm.deployment.settings import read_node
@@ -147,7 +147,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(root: Path, base: Path, task: str, memory_mb: int) -> Path:
     """A phone's directory with its records, and beside it the message of a first round."""
     from flwr.app import Message
-    from served import first_request
+    from support.served import first_request
 
     rows = [{**row, "text": row["text"] * 6} for row in make_rows(300, 0)]  # as long as they may be
     for name, part in (("train", rows[:290]), ("test", rows[290:])):
@@ -222,7 +222,12 @@ def answered(node: Path, limit: int) -> tuple[list[Reply], dict[str, float]]:
     root = node.parents[1]
     peak = {"Pss": 0, "Pss_Anon": 0}
     with limited_group(limit) as group:
-        command = [sys.executable, Path(__file__).with_name("phone_round.py"), node, root / "message"]
+        command = [
+            sys.executable,
+            Path(__file__).parents[1] / "support" / "phone_round.py",
+            node,
+            root / "message",
+        ]
         places = [root / "replies", *([] if group is None else [group])]
         with (root / "log").open("wb") as log:
             process = subprocess.Popen([*command, *places], stdout=log, stderr=log)

@@ -9,8 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from sites import Cable, Site, change_admission, eventually, federation, ledger_of, moving, rounds_of
-from tiny import PRIVATE, write_base
+from support.sites import (
+    Cable,
+    Site,
+    change_admission,
+    eventually,
+    federation,
+    ledger_of,
+    moving,
+    rounds_of,
+)
+from support.tiny import PRIVATE, write_base
 
 from fedslm.config import Config
 from fedslm.deployment import control

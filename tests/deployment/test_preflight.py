@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import run
+from support.commands import run
 
 import fedslm
 from fedslm.deployment import authority, enrolment

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sites import FEDSLM, SECONDS, Site, eventually, federation, fedslm, rounds_of
-from tiny import PRIVATE
+from support.sites import FEDSLM, SECONDS, Site, eventually, federation, fedslm, rounds_of
+from support.tiny import PRIVATE
 
 from fedslm import config as configuration
 from fedslm.config import Config
@@ -80,7 +80,7 @@ def test_a_node_that_dies_in_mid_upload_holds_nobody(site: Site, make: MakeConfi
     seconds = 25.0
     config = make("upload", federation={"rounds": 1, "round_deadline_seconds": seconds})
     site.stop("north")  # client 0: its reply is the first that is waited for
-    script = Path(__file__).parent / "dying_node.py"
+    script = Path(__file__).parents[1] / "support" / "dying_node.py"
     dying = subprocess.Popen([sys.executable, str(script), str(site.root / "north")])
     try:
         eventually(lambda: site.online("north"), "the dying node is online")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import admitted_node
+from support.places import admitted_node
 
 from fedslm.config import Config
 from fedslm.deployment import runs

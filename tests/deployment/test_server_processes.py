@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from sites import fedslm, free_port
-from test_cli import run
+from support.commands import run
+from support.sites import fedslm, free_port
 
 from fedslm.deployment import authority, server
 from fedslm.deployment.server import Child, _alone, _listens, _Running, _wait_until_listening

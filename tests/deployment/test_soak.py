@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sites import Site, eventually, federation, ledger_of, rounds_of
-from tiny import PRIVATE
+from support.sites import Site, eventually, federation, ledger_of, rounds_of
+from support.tiny import PRIVATE
 
 from fedslm.config import Config
 from fedslm.deployment import control

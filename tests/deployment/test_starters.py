@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_cli import run
+from support.commands import run
 
 from fedslm import config as configuration
 from fedslm import contradictions

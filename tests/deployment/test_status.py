@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import PRIVATE
+from support.tiny import PRIVATE
 
 from fedslm import simulation
 from fedslm.config import Config

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet_client import answer_to, arrays, instruction
 from flwr.app import ConfigRecord, RecordDict
 from flwr.common.constant import SubStatus
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
+from support.fleet_client import answer_to, arrays, instruction
 
 from fedslm.deployment.database import tidy
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from sites import Site, federation, fedslm, ledger_of, rounds_of
-from tiny import PRIVATE
+from support.sites import Site, federation, fedslm, ledger_of, rounds_of
+from support.tiny import PRIVATE
 
 from fedslm.config import Config
 from fedslm.deployment import control

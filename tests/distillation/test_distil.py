@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import FEW, Interrupted, Stops, Told, public, settings, student
 from peft import PeftModel
+from support.pairs import FEW, Interrupted, Stops, Told, public, settings, student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedslm.distillation import contexts

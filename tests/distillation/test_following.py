@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pairs import FEW, public, student
-from tiny import PRIVATE, changed, problems
+from support.pairs import FEW, public, student
+from support.tiny import PRIVATE, changed, problems
 
 from fedslm import simulation
 from fedslm.audit.distilled import distillations

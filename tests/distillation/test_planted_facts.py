@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pairs import Told, settings
-from tiny import write_rows
+from support.pairs import Told, settings
+from support.tiny import write_rows
 
 from fedslm import simulation
 from fedslm.config import Config

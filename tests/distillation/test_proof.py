@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from finished import rows_of
-from pairs import Told, public, settings, student
-from tiny import write_rows
+from support.finished import rows_of
+from support.pairs import Told, public, settings, student
+from support.tiny import write_rows
 
 from fedslm.distillation import proof
 from fedslm.distillation.arms import (

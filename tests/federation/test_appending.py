@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import PRIVATE
+from support.tiny import PRIVATE
 
 from fedslm import simulation
 from fedslm.config import Config

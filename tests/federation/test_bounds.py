@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
-from test_wire import ADAPTER, REPLY, SETUP, as_record
+from support.messages import ADAPTER, REPLY, SETUP, as_record
 
 from fedslm.errors import FederationError
 from fedslm.federation import bounds
@@ -225,7 +225,7 @@ HEAVY: dict[str, Callable[[], object]] = {
 
 def measure() -> None:
     """Prints how much memory each heavy message takes while it is refused, in MB."""
-    from peaks import growth_of
+    from support.peaks import growth_of
 
     def refused(work: Callable[[], object]) -> None:
         with pytest.raises(FederationError):
@@ -238,8 +238,8 @@ def measure() -> None:
 
 def test_a_heavy_message_is_refused_in_little_memory() -> None:
     """A million labels, nested lists and headers that claim terabytes stay below a bound."""
-    here = Path(__file__).parent
-    code = f"import sys; sys.path[:0] = [{str(here)!r}]; import test_bounds; test_bounds.measure()"
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    code = f"import sys; sys.path[:0] = {paths!r}; import test_bounds; test_bounds.measure()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False
     )

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context
-from served import context_of, first_request, message_to, write_policy
-from tiny import PRIVATE
+from support.served import context_of, first_request, message_to, write_policy
+from support.tiny import PRIVATE
 
 from fedslm.config import Config
 from fedslm.errors import FederationError

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import StopAfter, records_of
-from test_every_task import check_adapter
-from tiny import PRIVATE
+from support.saved import check_adapter
+from support.served import StopAfter, records_of
+from support.tiny import PRIVATE
 
 from fedslm import simulation
 from fedslm.aggregation.methods import METHODS

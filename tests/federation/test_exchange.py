@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 
 import pytest
-from pace import patient
-from served import first_request
+from support.pace import patient
+from support.served import first_request
 
 from fedslm.config import Config
 from fedslm.errors import FederationError

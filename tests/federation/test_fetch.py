@@ -11,8 +11,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.constant import OBJECT_PUSH_SESSION_TTL_SECONDS
 from flwr.supercore.run import RunNotRunningException
 from flwr.superlink.grid import HttpGrid
-from served import first_request
-from superlink import SuperLink, asked
+from support.served import first_request
+from support.superlink import SuperLink, asked
 
 from fedslm.config import Config
 from fedslm.errors import Unanswered

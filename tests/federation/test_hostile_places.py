@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from served import ask, context_of, first_request, with_plan, write_policy
-from tiny import PRIVATE
+from support.served import ask, context_of, first_request, with_plan, write_policy
+from support.tiny import PRIVATE
 
 from fedslm.config import Config
 from fedslm.errors import FederationError

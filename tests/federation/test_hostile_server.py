@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from served import (
+from support.served import (
     ask,
     chain_of,
     context_of,
@@ -23,7 +23,7 @@ from served import (
     with_plan,
     write_policy,
 )
-from tiny import PATIENT, PRIVATE
+from support.tiny import PATIENT, PRIVATE
 
 from fedslm import simulation
 from fedslm.config import Config, PersonalizationConfig, TaskConfig

@@ -7,12 +7,10 @@ import math
 from dataclasses import replace
 
 import pytest
-from test_checkpoint import after, directory, record
+from support.checkpoints import after, record
 
 from fedslm.errors import RunError
 from fedslm.federation.checkpoint import RunDirectory
-
-__all__ = ["directory"]  # a fixture
 
 
 def test_an_infinite_epsilon_is_one_word(directory: RunDirectory) -> None:

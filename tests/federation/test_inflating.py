@@ -14,9 +14,9 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peaks import growth_of
-from served import context_of
-from test_wire import ADAPTER, SETUP
+from support.messages import ADAPTER, SETUP
+from support.peaks import growth_of
+from support.served import context_of
 
 from fedslm.errors import FederationError
 from fedslm.federation.inflating import Limits, inflated, objects_of

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from flwr.app import Context
-from served import ask, chain_of, context_of, first_request, with_plan, write_policy
-from tiny import PRIVATE, make_rows
+from support.served import ask, chain_of, context_of, first_request, with_plan, write_policy
+from support.tiny import PRIVATE, make_rows
 
 from fedslm.config import Config
 from fedslm.data import shards

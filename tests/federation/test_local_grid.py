@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Message, RecordDict
-from served import context_of
+from support.served import context_of
 
 from fedslm.errors import DataError, FederationError
 from fedslm.federation.local_grid import LocalGrid, handle, reply_of, wait_for

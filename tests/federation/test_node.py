@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from served import ask, chain_of, context_of, first_request, write_policy
-from tiny import PRIVATE
+from support.served import ask, chain_of, context_of, first_request, write_policy
+from support.tiny import PRIVATE
 
 from fedslm.config import Config
 from fedslm.federation import attestation

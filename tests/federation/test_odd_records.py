@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from served import ask, context_of, first_request
-from tiny import PRIVATE
+from support.served import ask, context_of, first_request
+from support.tiny import PRIVATE
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from fedslm.config import Config

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from served import write_policy
-from superlink import SuperLink
-from tiny import PRIVATE
+from support.served import write_policy
+from support.superlink import SuperLink
+from support.tiny import PRIVATE
 from typer.testing import CliRunner
 
 from fedslm import config as configuration

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 from flwr.common.serde import recorddict_to_proto
-from served import StopAfter, StopDuring, chain_of, records_of, run_with
-from tiny import PATIENT, PRIVATE
+from support.served import StopAfter, StopDuring, chain_of, records_of, run_with
+from support.tiny import PATIENT, PRIVATE
 
 from fedslm import simulation
 from fedslm.config import Config

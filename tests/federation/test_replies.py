@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from served import ask, context_of, first_request, message_to, records_of, run_with
-from tiny import PRIVATE
+from support.served import ask, context_of, first_request, message_to, records_of, run_with
+from support.tiny import PRIVATE
 
 from fedslm.config import Config
 from fedslm.federation.replies import checked, continued

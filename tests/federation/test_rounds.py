@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flwr.app import Message
 from safetensors.numpy import save_file
-from served import StopAfter, StopDuring, changed, failing, records_of, run_with
-from tiny import PRIVATE, write_base
+from support.served import StopAfter, StopDuring, changed, failing, records_of, run_with
+from support.tiny import PRIVATE, write_base
 
 from fedslm import simulation
 from fedslm.config import Config

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from served import first_request
-from tiny import PATIENT, PRIVATE, make_rows, write_rows
+from support.served import first_request
+from support.tiny import PATIENT, PRIVATE, make_rows, write_rows
 
 from fedslm.config import Config
 from fedslm.data import shards
@@ -229,7 +229,7 @@ def test_one_record_renames_nobody(ask_of: Callable[..., Request], tmp_path: Pat
 
 def peaks(directory: Path, *sizes: int) -> dict[str, float]:
     """Growth of memory in MB: a small and a large data set streamed, and the large one in memory."""
-    script = Path(__file__).parent / "peaks.py"
+    script = Path(__file__).parents[1] / "support" / "peaks.py"
     arguments = [sys.executable, str(script), str(directory), *map(str, sizes)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import mutations as broken
 import numpy as np
 import pytest
 from scipy.stats import norm
-from served import ask, context_of, first_request
-from tiny import PRIVATE, write_base, write_rows
+from support import mutations as broken
+from support.served import ask, context_of, first_request
+from support.tiny import PRIVATE, write_base, write_rows
 
 from fedslm.config import Config
 from fedslm.federation.wire import Request

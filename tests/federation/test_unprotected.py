@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Message
-from served import (
+from support.served import (
     ask,
     chain_of,
     context_of,
@@ -21,7 +21,7 @@ from served import (
     run_with,
     write_policy,
 )
-from tiny import PRIVATE
+from support.tiny import PRIVATE
 
 from fedslm.audit.ledgers import Evidence, as_json, audit_ledger
 from fedslm.config import Config

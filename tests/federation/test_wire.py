@@ -11,58 +11,12 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from safetensors.numpy import save
+from support.messages import ADAPTER, REPLY, SETUP, as_record
 
-from fedslm.config import (
-    AggregationConfig,
-    CompressionConfig,
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    PersonalizationConfig,
-    TaskConfig,
-    TrainingConfig,
-)
 from fedslm.errors import FederationError
 from fedslm.federation.tensors import from_arrays, to_arrays
 from fedslm.federation.wire import Reply, Request, Setup
-from fedslm.privacy.plan import NoPrivacy
 from fedslm.records import AdapterState
-
-SETUP = Setup(
-    run_id="0123abcd",
-    seed=7,
-    directory="/somewhere/runs/ä",
-    version="0.1.0",
-    model=ModelConfig(base="demo", revision="main"),
-    lora=LoraConfig(rank=4, target_modules=("query", "value")),
-    data=DataConfig(source="demo", label_column=None, partition="natural"),
-    task=TaskConfig(name="classification", labels=("a", "b c")),
-    training=TrainingConfig(learning_rate=3e-4),
-    aggregation=AggregationConfig(method="ffa"),
-    compression=CompressionConfig(upload="int8"),
-    personalization=PersonalizationConfig(),
-    labels=("a", "b c"),
-    plan=NoPrivacy(4, 2).to_json(),
-    config_sha256="config",
-    base_sha256="base",
-    frozen_sha256="frozen",
-)
-ADAPTER = AdapterState(
-    {
-        "b": np.array([[0.0, -0.0, 1e-45], [np.inf, 1.5, -3.4e38]], np.float32),
-        "a": np.arange(6, dtype=np.float32).reshape(2, 3).T,
-    }
-)
-REPLY = Reply(
-    "ok",
-    3,
-    delta=ADAPTER,
-    delta_sha256=ADAPTER.sha256(),
-    base_sha256="base",
-    weight=2.5,
-    statement='{"signed": "ü"}',
-    metric=(1 / 3, 0.1 + 0.2),
-)
 
 
 def without_adapter(reply: Reply) -> dict[str, Any]:
@@ -186,11 +140,6 @@ def test_a_value_that_means_nothing_is_refused(key: str, value: Any) -> None:
     records.config_records["reply"][key] = value
     with pytest.raises(FederationError, match="cannot be read"):
         Reply.from_records(records)
-
-
-def as_record(content: bytes, name: str = "tensors") -> ArrayRecord:
-    """Bytes in the place of tensors."""
-    return ArrayRecord({name: Array("uint8", (len(content),), "safetensors", content)})
 
 
 def _pickled() -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pace import patient
+from support.pace import patient
 
 from fedslm.errors import DataError, FederationError
 from fedslm.federation.workers import Failure, InlinePool, WorkerDied, WorkerPool

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished import KINDS, rows_of
-from tiny import write_rows
+from support.finished import KINDS, rows_of
+from support.tiny import write_rows
 
 from fedslm.errors import ConfigError, DataError
 from fedslm.inference import tables

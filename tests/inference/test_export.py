@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import finished
 import numpy as np
 import pytest
 import torch
-from finished import KINDS
-from tiny import disk_full
+from support import finished
+from support.finished import KINDS
+from support.tiny import disk_full
 from transformers import AutoModelForCausalLM
 
 from fedslm.config import Config

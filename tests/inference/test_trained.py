@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from finished import KINDS
+from support.finished import KINDS
 
 from fedslm.errors import ModelError
 from fedslm.inference.trained import load_trained, open_run

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from closeness import assert_same_logits
-from extras import load_with
-from families import LABELS, examples_of, load_family, random_state, task_of
+from support.closeness import assert_same_logits
+from support.extras import load_with
+from support.families import LABELS, examples_of, load_family, random_state, task_of
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError
@@ -101,7 +101,7 @@ def test_texts_longer_than_the_model_are_refused_at_once(
 def test_base_with_missing_weights_is_refused(tmp_path: Path) -> None:
     """A classifier whose pooler is not in the files would be random on each client: refused."""
     import transformers
-    from tiny import family_config
+    from support.tiny import family_config
 
     transformers.BertModel(family_config("bert"), add_pooling_layer=False).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(DEMO_DIRECTORY).save_pretrained(tmp_path)

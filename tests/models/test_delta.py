@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from extras import fold, load_with, random_deltas, random_whole
-from families import alone, examples_of, record_plan, task_of
+from support.extras import fold, load_with, random_deltas, random_whole
+from support.families import alone, examples_of, record_plan, task_of
 
 from fedslm.config import LoraConfig
 from fedslm.errors import ModelError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processors import KERNELS, environment
+from support.processors import KERNELS, environment
 from transformers import AutoModel, AutoTokenizer
 
 from fedslm.config import ModelConfig

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from extras import load_with, random_deltas, random_whole
-from families import examples_of, task_of
-from tiny import write_base
+from support.extras import load_with, random_deltas, random_whole
+from support.families import examples_of, task_of
+from support.tiny import write_base
 
 from fedslm.config import LoraConfig
 from fedslm.errors import ModelError

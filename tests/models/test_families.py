@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from closeness import assert_same_logits
-from families import (
+from support.closeness import assert_same_logits
+from support.families import (
     alone,
     examples_of,
     gradient,
@@ -24,7 +24,7 @@ from families import (
     record_plan,
     task_of,
 )
-from tiny import CONFIGS
+from support.tiny import CONFIGS
 
 from fedslm.config import LoraConfig, TaskConfig
 from fedslm.models.adapter import attach

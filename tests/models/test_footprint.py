@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import example_of, labels_of, load_family, random_state, ready, task_of
-from kinds import KINDS
-from kinds import example_of as kind_of
+from support.families import example_of, labels_of, load_family, random_state, ready, task_of
+from support.kinds import KINDS
+from support.kinds import example_of as kind_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedslm.aggregation.methods import trained_keys
@@ -102,7 +102,7 @@ def test_sizes_are_those_of_the_loaded_model(
 
 def test_activations_are_right_within_a_factor_of_two(tmp_path: Path) -> None:
     """The rough estimate against what autograd really keeps for one record."""
-    from tiny import write_base
+    from support.tiny import write_base
 
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
     for architecture, name in (("bert", "token-classification"), ("llama", "causal-lm")):

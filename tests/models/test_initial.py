@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from extras import load_with, random_deltas
-from families import examples_of, load_family, task_of
+from support.extras import load_with, random_deltas
+from support.families import examples_of, load_family, task_of
 
 from fedslm.config import LoraConfig
 from fedslm.factors import key_of, layers_of, part_of

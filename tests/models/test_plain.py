@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from closeness import assert_same_logits
-from extras import load_with, random_deltas, random_whole
-from families import LABELS, examples_of, task_of
+from support.closeness import assert_same_logits
+from support.extras import load_with, random_deltas, random_whole
+from support.families import LABELS, examples_of, task_of
 
 from fedslm.config import LoraConfig
 from fedslm.errors import ModelError

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from closeness import assert_same_logits
-from families import (
+from support.closeness import assert_same_logits
+from support.families import (
     alone,
     clipped,
     examples_of,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import PRIVATE, changed, problems, write_base
+from support.tiny import PRIVATE, changed, problems, write_base
 
 from fedslm import simulation
 from fedslm.config import Config, LoraConfig, ModelConfig, TaskConfig

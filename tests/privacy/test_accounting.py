@@ -11,7 +11,7 @@ import time
 import warnings
 
 import pytest
-from pace import patient
+from support.pace import patient
 
 from fedslm.errors import PrivacyError
 from fedslm.privacy.accounting import (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ledgers import (
+from support.ledgers import (
     FILLED,
     FILLED_LINES,
     KEY,

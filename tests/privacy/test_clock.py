@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ledgers import AMPLE, DELTA, EVENT, KEY, budget_for, reserve
+from support.ledgers import AMPLE, DELTA, EVENT, KEY, budget_for, reserve
 
 from fedslm.errors import BudgetExceeded, LedgerError
 from fedslm.privacy import clock

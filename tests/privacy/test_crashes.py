@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledgers import (
+from support.ledgers import (
     AMPLE,
     DELTA,
     EVENT,
@@ -23,7 +23,7 @@ from ledgers import (
     head_of,
     reserve,
 )
-from tiny import disk_full
+from support.tiny import disk_full
 
 from fedslm.errors import LedgerError
 from fedslm.privacy.ledger import Ledger

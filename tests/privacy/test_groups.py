@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from pace import patient
+from support.pace import patient
 
 from fedslm.errors import PrivacyError
 from fedslm.privacy.accounting import adaptive_epsilon, epsilon, group_epsilon

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledgers import KEY, OTHER_KEY
+from support.ledgers import KEY, OTHER_KEY
 
 from fedslm.errors import LedgerError
 from fedslm.privacy.keys import (

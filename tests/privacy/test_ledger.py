@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from ledgers import (
+from support.ledgers import (
     AMPLE,
     DELTA,
     EVENT,

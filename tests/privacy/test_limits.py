@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ledgers import AMPLE, DELTA, EVENT, KEY, OTHER, budget_for, charge, reserve
+from support.ledgers import AMPLE, DELTA, EVENT, KEY, OTHER, budget_for, charge, reserve
 
 from fedslm.errors import BudgetExceeded, LedgerError, PolicyRefused
 from fedslm.privacy import accounting

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ledgers import FILLED, FILLED_LINES, KEY, filled, lines_of, reserve
+from support.ledgers import FILLED, FILLED_LINES, KEY, filled, lines_of, reserve
 
 from fedslm.errors import LedgerError, PolicyRefused
 from fedslm.privacy.chain import HEAD_SUFFIX, LONGEST_LINE, line_hash, read_chain, read_head

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pace import patient
 from scipy import stats
+from support.pace import patient
 
 from fedslm.errors import PrivacyError
 from fedslm.privacy import accounting

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from scenarios import run
+from support.scenarios import run
 
 from fedslm.tasks.token_classification import entities
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenarios import run
+from support.scenarios import run
 
 from fedslm.storage import load_adapter
 

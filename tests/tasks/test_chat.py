@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from kinds import PROMPTS
-from templates import BROKEN, CHATML, ENDS, GEMMA, HEADLESS, chat_tokenizer
+from support.kinds import PROMPTS
+from support.templates import BROKEN, CHATML, ENDS, GEMMA, HEADLESS, chat_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fedslm.errors import ModelError

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from kinds import losses_of
-from templates import CHATML, ENDS, GEMMA, PLAIN, chat_tokenizer
+from support.kinds import losses_of
+from support.templates import CHATML, ENDS, GEMMA, PLAIN, chat_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fedslm.config import DataConfig, TaskConfig

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kinds import KINDS, PAD, metrics_of
+from support.kinds import KINDS, PAD, metrics_of
 
 from fedslm.models.base import DEMO_DIRECTORY, load_tokenizer
 from fedslm.tasks.base import Example

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kinds import KINDS
+from support.kinds import KINDS
 
 from fedslm.tasks.base import Example
 from fedslm.tasks.passes import MOST_EXAMPLES, MOST_LOGITS, passes, width_of

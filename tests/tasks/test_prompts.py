@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import KINDS, PAD, PROMPTS, VOCABULARY, by_hand, examples_of, logits_of, losses_of
+from support.kinds import KINDS, PAD, PROMPTS, VOCABULARY, by_hand, examples_of, logits_of, losses_of
 from transformers import PreTrainedTokenizerBase
 
 from fedslm.config import DataConfig, TaskConfig

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import (
+from support.kinds import (
     CLASSES,
     KINDS,
     LANGUAGE,

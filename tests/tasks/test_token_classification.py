@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import KINDS, PAD, TAGS, metrics_of
+from support.kinds import KINDS, PAD, TAGS, metrics_of
 from transformers import PreTrainedTokenizerBase
 
 from fedslm.models.base import DEMO_DIRECTORY, load_tokenizer

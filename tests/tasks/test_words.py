@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kinds import LANGUAGE, PAD, metrics_of
+from support.kinds import LANGUAGE, PAD, metrics_of
 
 from fedslm.models.base import DEMO_DIRECTORY, load_tokenizer
 from fedslm.tasks.base import Example

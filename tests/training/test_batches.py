@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import alone, examples_of, load_family, random_state, task_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import KINDS, example_of
+from support.families import alone, examples_of, load_family, random_state, task_of
+from support.kinds import KINDS, example_of
 
 from fedslm.tasks.base import Example
 from fedslm.training.batches import micro_batches

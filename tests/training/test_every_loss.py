@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import (
+from support.families import (
     UNKNOWN_TOKEN,
     alone,
     clipped,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import examples_of, load_family, random_state, task_of
+from support.families import examples_of, load_family, random_state, task_of
 
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.plan import ExamplePlan

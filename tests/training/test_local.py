@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import examples_of, load_family, patient_plan, record_plan, task_of
 from scipy import stats
+from support.families import examples_of, load_family, patient_plan, record_plan, task_of
 
 from fedslm.config import TrainingConfig
 from fedslm.errors import DataError, TrainingError

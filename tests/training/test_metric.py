@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from support.families import (
     LABELS,
     UNKNOWN_TOKEN,
     WILD_TOKEN,
@@ -22,9 +25,6 @@ from families import (
     task_of,
     wild_token,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
 from fedslm.errors import PrivacyError
 from fedslm.models.loaded import LoadedModel

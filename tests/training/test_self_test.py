@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import mutations as broken
 import pytest
 import torch
-from mutations import cut_at, fixed_size, rate_times, sampler_of
+from support import mutations as broken
+from support.mutations import cut_at, fixed_size, rate_times, sampler_of
 
 from fedslm.privacy import accounting, chain
 from fedslm.privacy.plan import ExamplePlan, PatientPlan

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from families import (
+from scipy import stats
+from support.families import (
     FAMILIES,
     LABELS,
     UNKNOWN_TOKEN,
@@ -27,7 +28,6 @@ from families import (
     task_of,
     wild_token,
 )
-from scipy import stats
 
 from fedslm.errors import PrivacyError, TrainingError
 from fedslm.models.loaded import LoadedModel

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import alone, examples_of, load_family, patient_plan, ready, record_plan, task_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from support.families import alone, examples_of, load_family, patient_plan, ready, record_plan, task_of
 
 from fedslm.privacy.plan import ExamplePlan, PrivatePlan
 from fedslm.training.steps import PrivateStep, private_optimizer, stepping

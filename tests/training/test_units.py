@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from support.families import (
     FAMILIES,
     UNKNOWN_TOKEN,
     WILD_TOKEN,
@@ -22,9 +25,6 @@ from families import (
     task_of,
     wild_token,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 from fedslm.models.loaded import LoadedModel
 from fedslm.tasks.base import Example, Task, Tensors

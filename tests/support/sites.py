@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from tiny import make_rows, write_rows
 
 from fedslm.config import Config
 from fedslm.deployment import admission, authority, control, enrolment, runs
@@ -32,6 +31,7 @@ from fedslm.federation.node import LEDGER
 from fedslm.federation.workers import InlinePool
 from fedslm.privacy.chain import Chain, read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
+from support.tiny import make_rows, write_rows
 
 FEDSLM = str(Path(sys.executable).parent / "fedslm")
 NAMES = ("north", "south", "west")

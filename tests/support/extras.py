@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from families import labels_of
 from transformers.pytorch_utils import Conv1D
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
@@ -14,6 +13,7 @@ from fedslm.factors import key_of, layers_of
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel, load
 from fedslm.records import AdapterState
+from support.families import labels_of
 
 
 def load_with(

@@ -1,6 +1,6 @@
 """Other processors on this one: which kernels the libraries may use, and a test run under each of them.
 
-``python tests/processors.py [options of pytest]`` runs :data:`SENSITIVE` in random order under each capability
+``python tests/support/processors.py [options of pytest]`` runs :data:`SENSITIVE` in random order under each capability
 that this processor has. Only torch, MKL, oneDNN, OpenBLAS and NumPy choose by these variables; the
 C library's own choice stays the processor's.
 """
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 SENSITIVE = (
     "test_agreement.py",
     "distillation/test_distil.py",

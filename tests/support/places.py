@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 
 from fedslm.deployment import admission, authority, enrolment
+
+NODE = 'name = "n"\nsource = "notes.jsonl"\n'
 
 
 def admitted_node(root: Path, node_toml: str, port: int = 8443) -> Path:
@@ -19,3 +22,13 @@ def admitted_node(root: Path, node_toml: str, port: int = 8443) -> Path:
     admission.accept(directory, told)
     (directory / "node.toml").write_text(node_toml, encoding="utf-8")
     return directory
+
+
+def certified(directory: Path) -> tuple[str, ssl.SSLContext]:
+    """An authority, and a server's side of TLS that it vouches for."""
+    directory.mkdir()
+    authority.create_authority(directory, "t", 2)
+    authority.issue_server(directory, ["127.0.0.1"], 2)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / authority.SERVER, directory / authority.SERVER_KEY)
+    return (directory / authority.AUTHORITY).read_text(), context

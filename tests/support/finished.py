@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny import WORDS, write_base, write_rows
 
 from fedslm import simulation
 from fedslm.config import Config
 from fedslm.progress import Silent
+from support.tiny import WORDS, write_base, write_rows
 
 PROMPT = "note: {text} plan:"
 ANSWER = {"label_column": "answer"}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finished import rows_of
-from tiny import write_base, write_rows
-
 from fedslm.config import DistillConfig, section_from
+from support.finished import rows_of
+from support.tiny import write_base, write_rows
 
 LARGER = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 FEW: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""What tests share: small real things, real processes, and what they compare."""
