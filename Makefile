@@ -18,7 +18,7 @@ test: lint
 
 # What most changes touch, and no model: linters, types, config, privacy, aggregation, data, the laws. Left out
 # are comparisons with the accountants of Opacus, which needs torch.
-CHECKED   = test_architecture.py test_config.py test_contradictions.py test_records.py test_rng.py test_storage.py \
+CHECKED   = test_architecture.py test_config.py test_validation.py test_records.py test_rng.py test_storage.py \
             aggregation data privacy
 UNCHECKED = accounting calibration groups
 check: lint

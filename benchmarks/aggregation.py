@@ -126,8 +126,8 @@ def flower_fedavg(start: AdapterState, clients: int) -> dict[str, float]:
     from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
     from flwr.serverapp.strategy import FedAvg
 
-    from fedslm.federation.local_grid import LocalGrid
-    from fedslm.federation.workers import InlinePool
+    from fedslm.engines.local import LocalGrid
+    from fedslm.workers import InlinePool
 
     logging.disable(logging.INFO)
     LocalGrid(1, InlinePool())  # tells Flower who sends

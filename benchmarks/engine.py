@@ -77,7 +77,7 @@ class Stopwatch:
 
 def time_simulation(path: Path) -> None:
     """Runs a config as ``fedslm simulate`` does and prints the times."""
-    from fedslm.federation.workers import preload
+    from fedslm.workers import preload
 
     preload()
     import fedslm
@@ -167,7 +167,7 @@ def write_inputs(path: Path, config_path: Path, run: Path, rounds: int) -> None:
     from safetensors.numpy import save_file
 
     from fedslm.config import from_toml
-    from fedslm.data import shards
+    from fedslm.data import store
     from fedslm.models.initial import initial_state
     from fedslm.models.loaded import load
     from fedslm.privacy.calibration import calibrated
@@ -179,7 +179,7 @@ def write_inputs(path: Path, config_path: Path, run: Path, rounds: int) -> None:
     plan = calibrated(loaded.privacy, loaded.training, rounds)
     tokens = np.empty((rounds, CLIENTS, STEPS, BATCH_SIZE, scenario.MAX_TOKENS), np.int32)
     for client in range(CLIENTS):
-        prepared = task.prepare(shards.read_client(run / "data", client), model.tokenizer)
+        prepared = task.prepare(store.read_client(run / "data", client), model.tokenizer)
         examples = np.array([example.input_ids for example in prepared.examples], np.int32)
         for index in range(rounds):
             seeded = stream(loaded.run.seed, "batches", index + 1, client)

@@ -74,7 +74,7 @@ class Gauge:
 
 def gauge_simulation(path: Path) -> None:
     """Runs a config as ``fedslm simulate`` does and prints the first and the last reading."""
-    from fedslm.federation.workers import preload
+    from fedslm.workers import preload
 
     preload()
     import fedslm

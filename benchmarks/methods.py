@@ -19,7 +19,7 @@ from pathlib import Path
 from arms import ROOT, RUNS, finished_run, report_of
 from scipy import stats
 
-from fedslm.reporting.render import spent
+from fedslm.rendering import spent
 
 SCENARIO = ROOT / "simulations" / "local" / "methods.toml"
 SEEDS = (0, 1, 2)

@@ -1,5 +1,5 @@
 """The Flower ClientApp: all of it is in fedslm, which is installed on the node."""
 
-from fedslm.federation.apps import client_app
+from fedslm.client.app import client_app
 
 app = client_app()

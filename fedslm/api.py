@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedslm import simulation
+from fedslm import layout, simulation
 from fedslm.config import Config, from_mapping, from_toml, with_overrides
 from fedslm.errors import ConfigError, Problem
 from fedslm.federation.rounds import Observer
@@ -134,7 +134,7 @@ def _result(report: Mapping[str, Any]) -> RunResult:
     directory = Path(report["directory"])
     return RunResult(
         directory,
-        directory / "adapter",
+        directory / layout.ADAPTER,
         rounds=report["rounds"],
         metrics_before=report["metrics_before"],
         metrics_after=report["metrics_after"],

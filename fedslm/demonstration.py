@@ -14,7 +14,7 @@ from fedslm.errors import Unusable
 from fedslm.inference.prediction import predict
 from fedslm.inference.trained import load_trained, open_run
 from fedslm.progress import Bar
-from fedslm.reporting.render import spent as shown
+from fedslm.rendering import spent as shown
 from fedslm.simulation import simulate
 from fedslm.storage import json_text
 

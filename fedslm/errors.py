@@ -12,6 +12,7 @@ FedslmError
 │   └── LedgerError      the ledger is unreadable, inconsistent or cannot be written
 │       └── RolledBack   the ledger lacks lines that a server has seen
 ├── FederationError      the run cannot go on (no clients, too many failed rounds)
+│   ├── FrozenMissing    a client lacks the frozen tensors that the server names; it asks for them
 │   └── Unanswered       the SuperLink did not answer a call within its time; the round can go on
 └── RunError             a run directory cannot be created, resumed or written
     ├── Refused          a key, a fingerprint or a signature is not the one that is expected
@@ -107,6 +108,10 @@ class RolledBack(LedgerError):
 
 class FederationError(FedslmError):
     """The run cannot go on."""
+
+
+class FrozenMissing(FederationError):
+    """A client lacks the frozen tensors that the server names; its reply asks for them."""
 
 
 class Unanswered(FederationError):

@@ -11,16 +11,16 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedslm import config as configuration
-from fedslm import contradictions
-from fedslm.distillation.following import check_asked, distil_if_asked, follower
+from fedslm import layout, validation
+from fedslm.distillation.hooks import check_asked, distill_if_asked, follower
 from fedslm.errors import FedslmError, RunError, Unusable
-from fedslm.federation.checkpoint import ERROR, RunDirectory
+from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.rounds import Federation, Outcome
-from fedslm.federation.workers import InlinePool
-from fedslm.privacy.plan import Plan
+from fedslm.privacy.plan import RunPlan
 from fedslm.progress import Bar
 from fedslm.simulation import federate, serve, with_layout
 from fedslm.storage import write_text
+from fedslm.workers import InlinePool
 
 
 def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict[str, Any]:
@@ -39,28 +39,28 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
             since Flower starts apps in directories of its own.
     """
     config = configuration.from_flat(run_config)
-    contradictions.check(config)
+    validation.check(config)
     config = with_layout(config.resolved())
     named = config.run.directory
     path = Path(named or f"~/.fedslm/runs/{config.run.name}-{run_id}").expanduser()
     if not path.is_absolute():
         raise Unusable(f"run.directory={named!r} must be absolute under flwr run")
-    again = config.engine.nodes is not None and (path / "config.json").exists()
+    again = config.engine.nodes is not None and (path / layout.CONFIG_JSON).exists()
     directory = RunDirectory.open(path, config)[0] if again else RunDirectory.create(path, config)
     pool = InlinePool(threads=config.engine.threads_per_worker)
 
-    def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
+    def make(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
         follow = follower(config.distill, config.federation.rounds, pool.call)
         return federate(Federation(grid, pool, directory, Bar(), follow), config, plan, labels)
 
     with _told(directory):
         check_asked(config.distill)
         report = serve(config, directory, make)
-        distil_if_asked(directory.path, config.distill)
+        distill_if_asked(directory.path, config.distill)
     print(f"fedslm: report in {directory.path}", file=sys.stderr, flush=True)
     if report["stopped"]:
         error = RunError(f"stopped early: {report['stopped']}")
-        write_text(directory.path / ERROR, str(error))
+        write_text(directory.path / layout.ERROR, str(error))
         raise error
     return report
 
@@ -68,10 +68,10 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
 @contextmanager
 def _told(directory: RunDirectory) -> Iterator[None]:
     """Leaves the reason of a failure where whoever started the run can read it."""
-    (directory.path / ERROR).unlink(missing_ok=True)
+    (directory.path / layout.ERROR).unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
         kind = "" if isinstance(error, FedslmError) else f"{type(error).__name__}: "
-        write_text(directory.path / ERROR, f"{kind}{error}")
+        write_text(directory.path / layout.ERROR, f"{kind}{error}")
         raise

@@ -14,25 +14,25 @@ from typing import Any, assert_never
 
 from flwr.serverapp import Grid
 
-from fedslm import contradictions
+from fedslm import layout, validation
 from fedslm.config import Config
-from fedslm.data import shards
+from fedslm.data import store
 from fedslm.data.layouts import laid_out
-from fedslm.distillation.following import check_asked, distil_if_asked, follower, is_distilled
+from fedslm.distillation.hooks import check_asked, distill_if_asked, follower, is_distilled
+from fedslm.engines.local import LocalGrid
 from fedslm.errors import DataError, RunError, have
 from fedslm.federation.checkpoint import RunDirectory, metrics_of
-from fedslm.federation.local_grid import LocalGrid
 from fedslm.federation.public_model import export
 from fedslm.federation.roster import roster_of
 from fedslm.federation.rounds import Federation, Observer, Outcome
-from fedslm.federation.workers import InlinePool, Pool, WorkerPool
 from fedslm.models.base import check_early
 from fedslm.privacy.calibration import calibrated
-from fedslm.privacy.plan import Plan
-from fedslm.privacy.policy import POLICY_FILE, open_policy
+from fedslm.privacy.plan import RunPlan
+from fedslm.privacy.policy import open_policy
 from fedslm.reporting import report
 from fedslm.storage import write_text
 from fedslm.tasks import build
+from fedslm.workers import InlinePool, Pool, WorkerPool
 
 logger = logging.getLogger(__name__)
 _DRAIN_SECONDS = 120.0
@@ -52,7 +52,7 @@ def simulate(config: Config, observer: Observer) -> dict[str, Any]:
     Raises:
         FedslmError: The config, the data, the model or the run directory is not usable.
     """
-    contradictions.check(config)
+    validation.check(config)
     check_asked(config.distill)
     config = with_layout(config.resolved())
     path = Path(config.run.directory or Path("runs") / config.run.name)
@@ -63,7 +63,7 @@ def simulate(config: Config, observer: Observer) -> dict[str, Any]:
         if not directory.has_checkpoint:
             _discard(directory)  # nothing happened yet: the corrected call may use the name
         raise
-    distil_if_asked(directory.path, config.distill)
+    distill_if_asked(directory.path, config.distill)
     return report
 
 
@@ -93,7 +93,7 @@ def resume(path: Path, observer: Observer, expected: Config | None = None) -> di
         return done
     directory, config = RunDirectory.open(path, expected)
     report = _run(config, directory, observer)
-    distil_if_asked(directory.path, config.distill)
+    distill_if_asked(directory.path, config.distill)
     return report
 
 
@@ -109,7 +109,7 @@ def finished(path: Path, expected: Config | None = None) -> dict[str, Any] | Non
     """
     directory, config = RunDirectory.open(path, expected)
     try:
-        text = (directory.path / report.REPORT).read_text(encoding="utf-8")
+        text = (directory.path / layout.REPORT).read_text(encoding="utf-8")
         found: dict[str, Any] = json.loads(text)
         for key in ("metrics_before", "metrics_after"):
             found[key] = metrics_of(found[key])
@@ -131,7 +131,7 @@ def with_layout(config: Config) -> Config:
 
 
 def serve(
-    config: Config, directory: RunDirectory, make: Callable[[Plan, tuple[str, ...]], Outcome]
+    config: Config, directory: RunDirectory, make: Callable[[RunPlan, tuple[str, ...]], Outcome]
 ) -> dict[str, Any]:
     """Prepares data and plan, lets ``make`` run the rounds, and writes the report.
 
@@ -152,7 +152,7 @@ def serve(
         return report.write(directory, inputs)
 
 
-def _prepare(config: Config, directory: RunDirectory) -> tuple[shards.Shards, Plan]:
+def _prepare(config: Config, directory: RunDirectory) -> tuple[store.Shards, RunPlan]:
     """Shares the data out and calibrates the plan, beside each other."""
     check_early(config.model, config.lora, private=config.privacy.unit != "none")
     with ThreadPoolExecutor(1) as background:
@@ -165,7 +165,7 @@ def _prepare(config: Config, directory: RunDirectory) -> tuple[shards.Shards, Pl
     return data, plan
 
 
-def _written(config: Config, directory: RunDirectory) -> shards.Shards:
+def _written(config: Config, directory: RunDirectory) -> store.Shards:
     """The run's data on disk: shared out in a simulation, the public part with real nodes."""
     data, task, seed = config.data, config.task, config.run.seed
     if config.engine.nodes is not None:
@@ -176,8 +176,8 @@ def _written(config: Config, directory: RunDirectory) -> shards.Shards:
             num_clients=config.federation.num_clients,
         )
         names = tuple(node.name for node in nodes.values())
-        return shards.write_public(directory.data, data, task, names=names, seed=seed)
-    return shards.write(
+        return store.write_public(directory.data, data, task, names=names, seed=seed)
+    return store.write(
         directory.data,
         data,
         task,
@@ -191,7 +191,7 @@ def _written(config: Config, directory: RunDirectory) -> shards.Shards:
 def _install_policy(source: Path, directory: RunDirectory) -> None:
     """Gives all simulated nodes a policy of their own."""
     open_policy(source)
-    write_text(directory.nodes / POLICY_FILE, source.read_text(encoding="utf-8"))
+    write_text(directory.nodes / layout.POLICY, source.read_text(encoding="utf-8"))
 
 
 def _run(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _run_locally(config: Config, directory: RunDirectory, observer: Observer) ->
     with ThreadPoolExecutor(1) as background:
         starting = background.submit(_pool, config, directory)  # beside the reading of the data
 
-        def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
+        def make(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
             pool = starting.result()
             grid = LocalGrid(config.federation.num_clients, pool)
             follow = follower(config.distill, config.federation.rounds, pool.call)
@@ -227,9 +227,9 @@ def _run_locally(config: Config, directory: RunDirectory, observer: Observer) ->
 
 def _run_on_ray(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
     """Clients in Flower's simulation."""
-    from fedslm.federation.ray_engine import run_on_ray
+    from fedslm.engines.ray import run_on_ray
 
-    def make(plan: Plan, labels: tuple[str, ...]) -> Outcome:
+    def make(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
         def on_grid(grid: Grid) -> Outcome:
             pool = InlinePool(threads=config.engine.threads_per_worker)
             follow = follower(config.distill, config.federation.rounds, pool.call)
@@ -241,10 +241,10 @@ def _run_on_ray(config: Config, directory: RunDirectory, observer: Observer) -> 
     return serve(config, directory, make)
 
 
-def federate(federation: Federation, config: Config, plan: Plan, labels: tuple[str, ...]) -> Outcome:
+def federate(federation: Federation, config: Config, plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
     """Runs the rounds and exports the adapter."""
     outcome = federation.run(config, plan, labels)
-    target = federation.directory.path / "adapter"
+    target = federation.directory.path / layout.ADAPTER
     federation.pool.call(export, outcome.setup, outcome.adapter, target)
     return outcome
 
@@ -259,7 +259,7 @@ def _pool(config: Config, directory: RunDirectory) -> Pool:
     return WorkerPool(workers, threads=threads, log=directory.path / _LOG)
 
 
-def _check_sizes(config: Config, data: shards.Shards) -> None:
+def _check_sizes(config: Config, data: store.Shards) -> None:
     """A client with less than one batch: an error without privacy, a warning with it.
 
     Under privacy such a client takes part as any other, since its absence would tell its size.

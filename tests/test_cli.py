@@ -179,7 +179,7 @@ def test_resuming_what_is_no_run_is_refused(tmp_path: Path) -> None:
     [
         "fedslm",
         "fedslm.cli",
-        "fedslm.config, fedslm.contradictions, fedslm.records, fedslm.rng, fedslm.storage",
+        "fedslm.config, fedslm.validation, fedslm.records, fedslm.rng, fedslm.storage",
         "fedslm.privacy.plan, fedslm.privacy.ledger, fedslm.aggregation.mean",
     ],
 )

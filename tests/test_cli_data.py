@@ -112,12 +112,12 @@ def test_preview_without_a_tokenizer_says_so(tmp_path: Path) -> None:
 def test_preview_is_what_a_simulation_gets(tmp_path: Path, partition: str) -> None:
     """The preview's clients are those that a run of the same config trains."""
     from fedslm.config import from_toml
-    from fedslm.data import shards
+    from fedslm.data import store
 
     changes = [f"data.partition={partition}", notes(tmp_path, GOOD * 10, GOOD)]
     found = preview(*(part for change in changes for part in ("--set", change)))
     config = from_toml(DEMO, changes)
-    written = shards.write(
+    written = store.write(
         tmp_path / "data",
         config.data,
         config.task,

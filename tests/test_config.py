@@ -1,4 +1,4 @@
-"""Tests of the configuration; its contradictions are in test_contradictions.py."""
+"""Tests of the configuration; what no single section can see is in test_validation.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from support.tiny import BASE, changed, problems
 
-from fedslm import contradictions
+from fedslm import validation
 from fedslm.config import Config, from_flat, from_mapping, from_toml, to_toml, with_overrides
 from fedslm.deployment.settings import read_federation, read_node
 from fedslm.errors import ConfigError
@@ -272,7 +272,7 @@ def test_the_flower_app_offers_every_key() -> None:
     flat = {f"{section}.{key}": value for section in nested for key, value in nested[section].items()}
     config = from_flat(flat)
     assert list(flat) == list(config.flat())
-    contradictions.check(config)
+    validation.check(config)
 
 
 def test_overrides_are_toml_or_else_text() -> None:
@@ -449,8 +449,8 @@ def test_ranks_are_written_in_three_ways() -> None:
 def test_the_simulations_are_valid(path: Path) -> None:
     """Every config that is shipped can be used and raises no warning."""
     config = from_toml(path)
-    contradictions.check(config)
-    assert contradictions.warnings(config) == []
+    validation.check(config)
+    assert validation.warnings(config) == []
 
 
 def test_there_are_simulations() -> None:

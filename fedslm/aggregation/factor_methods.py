@@ -15,6 +15,7 @@ from typing import assert_never
 
 import numpy as np
 
+from fedslm.adapter_keys import Part, key_of, layers_of, part_of
 from fedslm.aggregation.norm_bound import median_norm
 from fedslm.aggregation.product import (
     Matrix,
@@ -27,7 +28,6 @@ from fedslm.aggregation.product import (
 from fedslm.aggregation.updates import Listed, Updates
 from fedslm.config import MethodName
 from fedslm.errors import FederationError
-from fedslm.factors import Part, key_of, layers_of, part_of
 from fedslm.records import AdapterState, ClientUpdate, FloatArray
 
 AVERAGE_BOTH = frozenset({"fedex", "hetlora"})

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from fedslm.adapter_keys import part_of
 from fedslm.aggregation.ranks import RANK_AXES, rank_of
 from fedslm.errors import FederationError
-from fedslm.factors import part_of
 from fedslm.records import AdapterState, ClientUpdate, FloatArray
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from fedslm.adapter_keys import Part, part_of
 from fedslm.config import AggregationConfig, LoraConfig, MethodName
-from fedslm.factors import Part, part_of
 
 Family = Literal["linear", "factors"]
 

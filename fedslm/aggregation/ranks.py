@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedslm.adapter_keys import part_of
 from fedslm.errors import FederationError
-from fedslm.factors import part_of
 from fedslm.records import AdapterState
 
 # Which axes of a factor are as long as the rank.

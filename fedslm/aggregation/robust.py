@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedslm.aggregation.product import Matrix
-from fedslm.aggregation.spool import Spool
+from fedslm.aggregation.update_file import Spool
 from fedslm.config import RuleName
 from fedslm.errors import FederationError
 from fedslm.records import AdapterState

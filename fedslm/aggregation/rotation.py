@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedslm.adapter_keys import key_of, layers_of
 from fedslm.aggregation.product import Matrix
-from fedslm.factors import key_of, layers_of
 from fedslm.records import AdapterState, FloatArray
 
 

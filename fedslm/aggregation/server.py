@@ -14,7 +14,7 @@ from fedslm.aggregation.methods import METHODS, kind_of, method_of, rank_of_clie
 from fedslm.aggregation.norm_bound import NormBound, median_norm
 from fedslm.aggregation.robust import combine, still_hostile
 from fedslm.aggregation.server_optimizer import ServerOptimizer
-from fedslm.aggregation.spool import Spool
+from fedslm.aggregation.update_file import Spool
 from fedslm.config import AggregationConfig, LoraConfig
 from fedslm.errors import FederationError
 from fedslm.records import AdapterState, ClientUpdate

@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fedslm import layout
 from fedslm.errors import LedgerError, RunError
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.federation.node import LEDGER
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.storage import load_adapter
-
-_REPORT, _WEIGHTS = "distill.json", "adapter_model.safetensors"
 
 
 def distillations(directory: RunDirectory) -> tuple[list[dict[str, Any]], list[str]]:
@@ -26,7 +24,7 @@ def distillations(directory: RunDirectory) -> tuple[list[dict[str, Any]], list[s
         One description for each distillation, and what is wrong.
     """
     found, findings = [], []
-    for path in sorted(directory.path.glob(f"*/{_REPORT}")):
+    for path in sorted(directory.path.glob(f"*/{layout.DISTILL_REPORT}")):
         try:
             privacy = json.loads(path.read_text(encoding="utf-8"))["privacy"]
             steps = _steps(directory, path.parent, privacy)
@@ -40,9 +38,9 @@ def distillations(directory: RunDirectory) -> tuple[list[dict[str, Any]], list[s
 
 def _steps(directory: RunDirectory, path: Path, privacy: dict[str, Any]) -> dict[str, bool]:
     """What must hold, and whether it does."""
-    taught = load_adapter(directory.path / "adapter" / _WEIGHTS).sha256()
-    learned = load_adapter(path / "adapter" / _WEIGHTS).sha256()
-    report = json.loads((directory.path / "report.json").read_text(encoding="utf-8"))
+    taught = load_adapter(directory.path / layout.ADAPTER / layout.ADAPTER_WEIGHTS).sha256()
+    learned = load_adapter(path / layout.ADAPTER / layout.ADAPTER_WEIGHTS).sha256()
+    report = json.loads((directory.path / layout.REPORT).read_text(encoding="utf-8"))
     same = (privacy["run_id"], privacy["epsilon"]) == (directory.run_id, report["epsilon"])
     return {
         "the teacher is not the adapter that the run released": taught
@@ -59,7 +57,7 @@ def _steps(directory: RunDirectory, path: Path, privacy: dict[str, Any]) -> dict
 def _still_holds(node: Path, mark: dict[str, Any]) -> bool:
     """Whether a ledger has at least the charges that it had."""
     try:
-        chain = read_chain(node / LEDGER, read_public_key(node / PUBLIC_KEY))
+        chain = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY))
     except (LedgerError, OSError):
         return False
     return len(chain.charges) >= int(mark["charges"])

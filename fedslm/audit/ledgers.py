@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from fedslm import layout
 from fedslm.audit.statements import check_statements
 from fedslm.errors import LedgerError, PrivacyError, plural
 from fedslm.privacy import accounting, clock
@@ -28,7 +29,6 @@ from fedslm.privacy.keys import public_hex
 from fedslm.privacy.statement import Statement
 from fedslm.records import Event, epsilon_as_json
 
-LEDGER_FILE = "ledger.jsonl"
 _MOST_DELTAS = 20  # of one ledger: each one is composed again
 NO_WITNESS = (
     "a rollback cannot be excluded: neither a saved head (--head) nor a statement that a server "
@@ -171,7 +171,7 @@ def audit_ledger(path: Path, key: Ed25519PublicKey, evidence: Evidence) -> Ledge
         key: The node's public key, from a source that the auditor trusts.
         evidence: Heads, statements and budget to hold it against.
     """
-    path = path / LEDGER_FILE if path.is_dir() else path
+    path = path / layout.LEDGER if path.is_dir() else path
     public_key = public_hex(key)
     if not path.exists():
         return LedgerAudit(str(path), public_key, findings=(f"there is no ledger {path}",))

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import fedslm
+from fedslm import layout
 from fedslm.audit.distilled import distillations
 from fedslm.audit.ledgers import Evidence, LedgerAudit, as_json, audit_ledger
 from fedslm.audit.statements import check_received
+from fedslm.client.self_test_gate import code_fingerprint
 from fedslm.config import Config, PrivacyConfig
-from fedslm.data.shards import client_names
+from fedslm.data.store import client_names
 from fedslm.errors import LedgerError, PrivacyError, Unusable
-from fedslm.federation.attestation import ATTESTATION, code_fingerprint
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.federation.node import LEDGER
 from fedslm.federation.spends import standings_of_run
 from fedslm.federation.standings import as_values
 from fedslm.privacy import accounting
@@ -33,7 +33,7 @@ from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.privacy.plan import ExamplePlan, PatientPlan
 from fedslm.privacy.statement import Statement
 from fedslm.records import Event, epsilon_as_json
-from fedslm.reporting.render import page, render
+from fedslm.rendering import page, render
 from fedslm.storage import json_text, write_text
 
 _DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
@@ -179,11 +179,11 @@ def _client(directory: RunDirectory, index: int, name: str, statements: list[Sta
     events = () if last is None else last.events
     is_lost = any(statement.unprotected for statement in statements)
     audit, node = None, directory.nodes / f"client-{index:05d}"
-    if (node / LEDGER).exists():
+    if (node / layout.LEDGER).exists():
         key = read_public_key(node / PUBLIC_KEY if last is None else last.public_key)
         audit = audit_ledger(node, key, Evidence(statements=tuple(statements)))
         if audit.sound:
-            events = read_chain(node / LEDGER, key).events
+            events = read_chain(node / layout.LEDGER, key).events
         is_lost = is_lost or audit.unprotected > 0
     return _Client(name, events, is_lost, len(statements), audit)
 
@@ -259,7 +259,7 @@ def _guarantee(events: tuple[Event, ...], delta: float, *, is_lost: bool) -> dic
 
 def _empirical(clients: list[_Client], privacy: PrivacyConfig) -> dict[str, Any] | None:
     """Attacks the training steps of the client that took the most, with canaries."""
-    from fedslm.training.canaries import empirical_bound
+    from fedslm.verification.canaries import empirical_bound
 
     steps: Counter[tuple[float, float]] = Counter()
     for event in max((client.events for client in clients), key=lambda es: sum(e.steps for e in es)):
@@ -299,10 +299,10 @@ def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any
     found: dict[str, dict[str, Any]] = {}
     for index in range(num_clients):
         node = directory.nodes / f"client-{index:05d}"
-        if not (node / LEDGER).exists():
+        if not (node / layout.LEDGER).exists():
             continue
         try:
-            chain = read_chain(node / LEDGER, read_public_key(node / PUBLIC_KEY))
+            chain = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY))
         except LedgerError:
             continue  # it stands among the findings
         for charge in chain.charges:
@@ -343,7 +343,7 @@ def _rounds(directory: RunDirectory, planned: int) -> dict[str, int]:
 def _attestation(directory: RunDirectory) -> dict[str, Any] | None:
     """What passed the self-test in this run; None if nothing is known."""
     try:
-        values = json.loads((directory.nodes / ATTESTATION).read_text(encoding="utf-8"))
+        values = json.loads((directory.nodes / layout.SELF_TEST).read_text(encoding="utf-8"))
         return {**values, "same_code_as_here": values["fingerprint"] == code_fingerprint()}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -139,7 +139,7 @@ def _fail_if_stopped(*reports: dict[str, Any]) -> None:
 def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
     """Runs or resumes behind a progress bar."""
     if config is None or (config.engine.name == "local" and config.engine.workers != 0):
-        from fedslm.federation.workers import preload
+        from fedslm.workers import preload
 
         preload()
     from fedslm import simulation
@@ -167,7 +167,7 @@ def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
 def _finish(report: dict[str, Any], as_json: bool) -> None:
     """Says what came out and where to look."""
     from fedslm.progress import readable
-    from fedslm.reporting.render import spent as shown
+    from fedslm.rendering import spent as shown
 
     if as_json:
         keys = (
@@ -207,7 +207,7 @@ def demo(
     Example: `fedslm demo --directory /tmp/demo`
     """
     with clear_errors():
-        from fedslm.federation.workers import preload
+        from fedslm.workers import preload
 
         preload()
         from fedslm import demonstration

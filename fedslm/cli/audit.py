@@ -104,7 +104,7 @@ def run(
         if as_json:
             typer.echo(json_text(audit))
         else:
-            from fedslm.reporting.render import spent as shown
+            from fedslm.rendering import spent as shown
 
             g, console = audit["guarantee"], Console()
             text = f"ε = [bold]{shown(g['epsilon'])}[/bold] at δ = {g['delta']:g} for one "
@@ -127,7 +127,7 @@ def self_test(as_json: Json = False) -> None:
     Example: `fedslm audit self-test`
     """
     with clear_errors():
-        from fedslm.training.self_test import run_self_test
+        from fedslm.verification.self_test import run_self_test
 
         if not as_json:
             ERRORS.print("testing; this takes about ten seconds …")

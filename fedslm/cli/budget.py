@@ -17,7 +17,7 @@ from fedslm.errors import OutOfRange, plural
 from fedslm.storage import json_text
 
 if TYPE_CHECKING:
-    from fedslm.privacy.budget import Answer, Question
+    from fedslm.privacy.planning import BudgetPlan, BudgetQuery
 
 budget_app = typer.Typer(help="What a privacy budget buys, before it is spent.", no_args_is_help=True)
 
@@ -62,9 +62,9 @@ def plan(
         name: value for name, value in locals().items() if name not in ("plot", "as_json", "config")
     }
     with clear_errors():
-        from fedslm.privacy.budget import answer
+        from fedslm.privacy.planning import plan_budget
 
-        found = answer(_question(given, None if config is None else load_config(config, [])))
+        found = plan_budget(_question(given, None if config is None else load_config(config, [])))
         if plot is not None:
             from fedslm.reporting.plots import plot_budget
 
@@ -75,9 +75,9 @@ def plan(
             _print(found, plot)
 
 
-def _question(given: dict[str, Any], config: Config | None) -> Question:
+def _question(given: dict[str, Any], config: Config | None) -> BudgetQuery:
     """What is known: from the options, then from the config."""
-    from fedslm.privacy.budget import Question
+    from fedslm.privacy.planning import BudgetQuery
 
     known = {} if config is None else _from_config(config)
     if given["epsilon"] is not None and given["noise_multiplier"] is None:
@@ -110,7 +110,9 @@ def _question(given: dict[str, Any], config: Config | None) -> Question:
         raise OutOfRange("give steps, or epsilon and noise_multiplier to find how many they allow")
     if budget is None and noise is None:
         raise OutOfRange("give epsilon to find the noise, or noise_multiplier to find epsilon")
-    return replace(Question(known["sample_rate"], known["delta"]), **known, steps_per_round=local_steps)
+    return replace(
+        BudgetQuery(known["sample_rate"], known["delta"]), **known, steps_per_round=local_steps
+    )
 
 
 def _from_config(config: Config) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def _of_clients(known: dict[str, Any]) -> dict[str, Any]:
     return {key: known[key] for key in kept if key in known} | cohort | {"sample_rate": 1.0}
 
 
-def _print(found: Answer, plot: Path | None) -> None:
+def _print(found: BudgetPlan, plot: Path | None) -> None:
     """The answer, a table of epsilon over the rounds, and warnings."""
     console = Console()
     steps, rounds = plural(found.steps, "step"), plural(found.rounds, "round")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fedslm import config as configuration
-from fedslm import contradictions
+from fedslm import validation
 from fedslm.config import Config
 from fedslm.errors import (
     ConfigError,
@@ -80,7 +80,7 @@ def keep_private() -> None:
 def load_config(path: Path, overrides: list[str]) -> Config:
     """Reads a config, refuses contradictions, and shows warnings."""
     loaded = configuration.from_toml(path, overrides)
-    contradictions.check(loaded)
-    for warning in contradictions.warnings(loaded):
+    validation.check(loaded)
+    for warning in validation.warnings(loaded):
         ERRORS.print(f"warning: {warning}", style="yellow")
     return loaded

@@ -19,8 +19,8 @@ from fedslm.errors import plural
 from fedslm.storage import json_text
 
 if TYPE_CHECKING:
+    from fedslm.data.federated import Shared
     from fedslm.data.preview import ClientView, Preview
-    from fedslm.data.sharing import Shared
 
 data_app = typer.Typer(help="Look at data before anything is trained.", no_args_is_help=True)
 
@@ -108,8 +108,8 @@ def seen(config: Config) -> Preview:
     Raises:
         DataError: Anything about the data that would stop a client later.
     """
+    from fedslm.data.federated import share_out
     from fedslm.data.preview import look
-    from fedslm.data.sharing import share_out
 
     shared = share_out(
         config.data,
@@ -123,7 +123,7 @@ def seen(config: Config) -> Preview:
 
 def _with_lengths(found: Preview, shared: Shared, config: Config) -> Preview:
     """How many texts are cut or give no example, if the base model's tokenizer is at hand."""
-    from fedslm.data.spool import rows_in
+    from fedslm.data.tables import rows_in
     from fedslm.models.base import load_tokenizer, local
     from fedslm.tasks import build
 

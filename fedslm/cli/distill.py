@@ -11,15 +11,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedslm import layout
 from fedslm.cli.answers import print_table
 from fedslm.cli.console import ERRORS, INTERRUPTED, TRAIN, Json, Overrides, clear_errors
 from fedslm.errors import plural
 from fedslm.storage import json_text
 
 if TYPE_CHECKING:
-    from fedslm.distillation.distil import Asked
-    from fedslm.distillation.lesson import Watcher
-    from fedslm.distillation.proof import Question
+    from fedslm.distillation.pipeline import Watcher
+    from fedslm.distillation.proof import ProofRequest
+    from fedslm.distillation.run import PreparedJob
 
 distill_app = typer.Typer()
 
@@ -89,7 +90,7 @@ def distill(
     Example: `fedslm distill runs/story --student big --data public.jsonl --prove --seeds 3`
     """
     with clear_errors():
-        from fedslm.distillation.distil import DIRECTORY, distil, prepare
+        from fedslm.distillation.run import distill, prepare
         from fedslm.inference.trained import open_run
 
         opened = open_run(run, base=base)
@@ -103,36 +104,41 @@ def distill(
             "device": device,
         }
         settings = _settings(opened.distill, given, overrides)
-        asked = prepare(opened, settings, drop_overlap=drop_overlap)
+        prepared = prepare(opened, settings, drop_overlap=drop_overlap)
         if dry_run:
-            _estimated(asked, as_json)
+            _estimated(prepared, as_json)
             return
-        target = out or opened.directory / DIRECTORY
+        target = out or opened.directory / layout.DISTILLED
         question = None
         if prove:
             places = [(test, test_split), (probe, probe_split)]
-            question = _question(asked, places, seeds, resamples, ceiling=ceiling)
+            question = _question(prepared, places, seeds, resamples, ceiling=ceiling)
         elif test or probe:
             raise typer.BadParameter("--test and --probe are for --prove")
         with _watching(target) as watcher:
-            report = distil(asked, target, watcher, question)
+            report = distill(prepared, target, watcher, question)
         _say(report, as_json)
 
 
 def _question(
-    asked: Asked, places: list[tuple[str | None, str]], seeds: int, resamples: int, *, ceiling: bool
-) -> Question:
+    prepared: PreparedJob,
+    places: list[tuple[str | None, str]],
+    seeds: int,
+    resamples: int,
+    *,
+    ceiling: bool,
+) -> ProofRequest:
     """What is to be proved: on the run's own test records unless others are named."""
-    from fedslm.distillation.proof import GROUP, Question
+    from fedslm.distillation.proof import GROUP, ProofRequest
     from fedslm.inference.evaluation import Elsewhere, other_rows
 
     (test, test_split), (probe, probe_split) = places
-    run, tests, probed = asked.plan.run, asked.tests, []
+    run, tests, probed = prepared.job.run, prepared.tests, []
     if test is not None:
         tests = other_rows(run, Elsewhere(test, test_split))
     if probe is not None:
         probed = other_rows(run, Elsewhere(probe, probe_split, optional=frozenset({GROUP})))
-    return Question(tests, probed, asked.general, seeds, resamples, ceiling)
+    return ProofRequest(tests, probed, prepared.general, seeds, resamples, ceiling)
 
 
 def _settings(section: Any, given: dict[str, Any], overrides: list[str]) -> Any:
@@ -149,24 +155,24 @@ def _settings(section: Any, given: dict[str, Any], overrides: list[str]) -> Any:
     )
 
 
-def _estimated(asked: Asked, as_json: bool) -> None:
+def _estimated(prepared: PreparedJob, as_json: bool) -> None:
     """What it would take."""
     from fedslm.distillation.estimate import estimate
 
-    found, plan = estimate(asked.plan), asked.plan
-    total = found.total_bytes(two_passes=bool(plan.settings.cached_samples))
+    found, job = estimate(prepared.job), prepared.job
+    total = found.total_bytes(two_passes=bool(job.settings.cached_samples))
     if as_json:
-        values = {**vars(found), "total_bytes": total, "method": plan.settings.method}
+        values = {**vars(found), "total_bytes": total, "method": job.settings.method}
         typer.echo(json_text(values))
         return
     student, teacher = found.parameters
     rows = [
-        ("method", plan.settings.method),
-        ("public records", f"{len(plan.rows):,}"),
+        ("method", job.settings.method),
+        ("public records", f"{len(job.rows):,}"),
         ("student", f"{student:,} parameters, {found.trained:,} of its adapter are trained"),
         ("teacher", f"{teacher:,} parameters"),
         ("memory", f"about {total / _GIGA:.2f} GB on {found.device}"),
-        ("time", f"about {_duration(found.seconds)} for {plural(plan.settings.steps, 'step')}"),
+        ("time", f"about {_duration(found.seconds)} for {plural(job.settings.steps, 'step')}"),
     ]
     print_table("", ("what", "how much"), rows, ["rough: half or twice as much is usual"])
     if found.device_bytes is not None and total > 0.9 * found.device_bytes:
@@ -240,7 +246,7 @@ def _say(report: dict[str, Any], as_json: bool) -> None:
         console.print(f"{name}: {', '.join(figures)}", highlight=False)
     if report["proof"] is not None:
         _say_gains(console, report["proof"])
-    from fedslm.reporting.render import spent as shown
+    from fedslm.rendering import spent as shown
 
     privacy = report["privacy"]
     if privacy["unit"] is not None:

@@ -177,7 +177,7 @@ def evaluate(
             elsewhere = evaluation.Elsewhere(data, split, query, max_records)
             rows = evaluation.other_rows(opened, elsewhere)
         trained = load_trained(opened)
-        asked = evaluation.Asked(resamples, max_generated if texts else 0)
+        asked = evaluation.EvaluationOptions(resamples, max_generated if texts else 0)
         with progress("records, base and tuned") as show:
             found = evaluation.evaluate(trained, rows, show, asked)
         notes = tables.notes_of(trained, found, resamples)

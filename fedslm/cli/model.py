@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedslm.adapter_keys import key_of, layers_of
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
 from fedslm.errors import DataError, plural
-from fedslm.factors import key_of, layers_of
 from fedslm.storage import json_text
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def describe(config: Config) -> dict[str, Any]:
 
 def _classes(config: Config) -> tuple[int, str]:
     """Number of classes, and why it is a guess: nothing is fetched to find out."""
+    from fedslm.data.federated import load_what_is_public
     from fedslm.data.labels import read_file
-    from fedslm.data.sharing import load_what_is_public
     from fedslm.data.sources import is_here
 
     data, task = config.data, config.task
@@ -202,11 +202,11 @@ def _warnings(
 
 def _drowned(config: Config, trained: int) -> list[str]:
     """What the budget's own arithmetic says of so many trained values."""
-    from fedslm.privacy.budget import Question, answer
+    from fedslm.privacy.planning import BudgetQuery, plan_budget
 
     privacy, federation = config.privacy, config.federation
     known = privacy.noise_multiplier
-    asked = Question(
+    asked = BudgetQuery(
         sample_rate=privacy.sample_rate or 1.0,
         delta=privacy.delta or 1.0,
         steps=federation.rounds * config.training.local_steps,
@@ -218,7 +218,7 @@ def _drowned(config: Config, trained: int) -> list[str]:
         batch_size=config.training.batch_size,
         clients=federation.clients_per_round or federation.num_clients,
     )
-    return list(answer(asked).warnings)
+    return list(plan_budget(asked).warnings)
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from fedslm import layout
 from fedslm.cli.console import ERRORS, LogForm, LogFormat, clear_errors, keep_private
 from fedslm.errors import plural
 
@@ -132,12 +133,11 @@ def clock(
     Example: `fedslm node clock north --reason "NTP gave 2036; the clock was set by hand on May 2"`
     """
     with clear_errors():
-        from fedslm.federation.node import LEDGER
         from fedslm.privacy.keys import PRIVATE_KEY, private_key
         from fedslm.privacy.ledger import Ledger
 
         keep_private()
-        ledger = Ledger(directory / LEDGER, private_key(directory / PRIVATE_KEY))
+        ledger = Ledger(directory / layout.LEDGER, private_key(directory / PRIVATE_KEY))
         ahead = ledger.correct_clock(reason)
         typer.echo(f"the ledger was {ahead} s ahead: what is ahead counts as of now")
 

@@ -1,6 +1,6 @@
 """Strict, frozen configuration sections.
 
-Contradictions between sections live in :mod:`fedslm.contradictions`.
+Contradictions between sections live in :mod:`fedslm.validation`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from fedslm.data.columns import Wanted
-from fedslm.data.spool import BATCH_ROWS, tables_of
+from fedslm.data.tables import BATCH_ROWS, tables_of
 from fedslm.errors import DataError
 from fedslm.storage import is_text
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedslm.data.missing import name_of
-from fedslm.data.spool import batches
+from fedslm.data.tables import batches
 
 if TYPE_CHECKING:
     from datasets import Dataset

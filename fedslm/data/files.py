@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from fedslm.data.columns import Wanted
 from fedslm.data.splits import FORMATS, format_of, is_gzip, texts_in
-from fedslm.data.spool import BATCH_ROWS, first_bad, tables_of
+from fedslm.data.tables import BATCH_ROWS, first_bad, tables_of
 from fedslm.errors import DataError
 
 if TYPE_CHECKING:

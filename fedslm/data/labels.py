@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.data.columns import names_in, needed
 from fedslm.data.missing import is_missing, is_nothing, name_of
-from fedslm.data.spool import batches, named
+from fedslm.data.tables import batches, named
 from fedslm.data.turns import answered, turns_of
 from fedslm.data.values import BYTES, HOLES, NOTHING, described, is_value, text_in
 from fedslm.errors import DataError, have, plural

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from fedslm.data.missing import EXACT, name_of
-from fedslm.data.spool import batches
+from fedslm.data.tables import batches
 from fedslm.data.values import is_value
 from fedslm.errors import DataError
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from fedslm.config import DataConfig
 from fedslm.data.missing import is_missing
 from fedslm.data.owners import owner_of
-from fedslm.data.spool import batches, named
+from fedslm.data.tables import batches, named
 from fedslm.errors import DataError, plural
 from fedslm.rng import stream
 

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
+from fedslm.data.federated import Shared
 from fedslm.data.labels import counts
 from fedslm.data.missing import name_of
 from fedslm.data.owners import owners_in
-from fedslm.data.sharing import Shared
-from fedslm.data.spool import batches
+from fedslm.data.tables import batches
 
 
 @dataclass(frozen=True)

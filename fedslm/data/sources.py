@@ -12,7 +12,7 @@ from fedslm.config import DataConfig, TaskConfig
 from fedslm.data import database, demo, facts, files, hub
 from fedslm.data.columns import Wanted, needed
 from fedslm.data.splits import files_of, format_of, texts_in
-from fedslm.data.spool import BATCH_ROWS, spool
+from fedslm.data.tables import BATCH_ROWS, spool
 from fedslm.errors import DataError
 from fedslm.rng import stream
 from fedslm.storage import expand

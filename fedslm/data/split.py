@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedslm.data.holdout import record_name
 from fedslm.data.owners import owners_in
-from fedslm.data.spool import BATCH_ROWS, batches, named, parquet
+from fedslm.data.tables import BATCH_ROWS, batches, named, parquet
 from fedslm.errors import DataError, have
 from fedslm.rng import stream
 from fedslm.storage import replacing

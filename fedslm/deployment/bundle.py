@@ -16,7 +16,7 @@ from fedslm.config import Config
 
 _CLIENT = b'''"""Nodes run their own installed fedslm."""
 
-from fedslm.federation.apps import client_app
+from fedslm.client.app import client_app
 
 app = client_app()
 '''

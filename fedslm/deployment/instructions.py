@@ -3,7 +3,7 @@
 Formal guarantees:
     * An instruction is believed only if the operator's key that came with the admission has signed it
       for this node, this run, this type and exactly this content
-      (:func:`fedslm.federation.envelopes.opened`). Nothing is loaded, trained or charged for any other.
+      (:func:`fedslm.protocol.envelopes.opened`). Nothing is loaded, trained or charged for any other.
     * None is believed twice: its nonce is on disk before anything is done, until it expires. A node
       that is started again, or whose clock was set back by less than that, refuses it still.
     * Every reply with content carries this node's signature for exactly the request that it answers.
@@ -23,8 +23,8 @@ from flwr.app import Message
 
 from fedslm.deployment.admission import Admission
 from fedslm.errors import FederationError, LedgerError, RunError
-from fedslm.federation.envelopes import LONGEST_SECONDS, Envelope, opened, sealed
 from fedslm.privacy.keys import public_hex, read_public_key, signing_key
+from fedslm.protocol.envelopes import LONGEST_SECONDS, Envelope, opened, sealed
 from fedslm.storage import write_text
 
 NONCES = "nonces.json"

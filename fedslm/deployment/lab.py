@@ -9,16 +9,16 @@ import json
 import threading
 from pathlib import Path
 
+from fedslm import layout
 from fedslm.config import Config
-from fedslm.data.shards import write_parquet
-from fedslm.data.sharing import share_out
+from fedslm.data.federated import share_out
+from fedslm.data.store import write_parquet
 from fedslm.deployment import admission, enrolment
 from fedslm.deployment.authority import certify
 from fedslm.deployment.control import connected
 from fedslm.deployment.server import running
 from fedslm.deployment.settings import FEDERATION_FILE, NODE_FILE
 from fedslm.errors import Unusable
-from fedslm.privacy.policy import POLICY_FILE
 from fedslm.storage import write_text
 
 SERVER, HOST = "server", "127.0.0.1"
@@ -53,7 +53,7 @@ def make_lab(directory: Path, config: Config, *, port: int, inner_port: int) -> 
         node.mkdir(parents=True)
         write_parquet(node / _RECORDS, [records])
         write_text(node / NODE_FILE, _node_file(node, records.column_names))
-        write_text(node / POLICY_FILE, _policy(config))
+        write_text(node / layout.POLICY, _policy(config))
     ports = f"port = {port}\ninner_port = {inner_port}\n"
     write_text(server / FEDERATION_FILE, f'name = "lab"\nhost = "{HOST}"\n{ports}')
     certify(server)

@@ -23,8 +23,8 @@ from fedslm.deployment.bundle import sha256_of
 from fedslm.deployment.certificates import certificate_at
 from fedslm.deployment.fleet import NotKnown
 from fedslm.errors import FederationError
-from fedslm.federation.inflating import Limits, inflated, objects_of
 from fedslm.federation.lifetime import exchange_seconds
+from fedslm.protocol.inflating import Limits, inflated, objects_of
 
 logger = logging.getLogger(__name__)
 _NOT_APPROVED, _LONGEST = 7, 32

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import Message
 
+from fedslm import layout
 from fedslm.deployment.authority import SERVER, expires
 from fedslm.deployment.control import connected
 from fedslm.deployment.status import FederationStatus, status_of
 from fedslm.errors import FedslmError, RunError
-from fedslm.federation.node import LEDGER
-from fedslm.federation.wire import status_of_reply
 from fedslm.privacy.chain import GENESIS, Chain, read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
-from fedslm.privacy.policy import POLICY_FILE, read_policy
+from fedslm.privacy.policy import read_policy
+from fedslm.protocol.messages import status_of_reply
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -143,7 +143,7 @@ def node_figures(directory: Path, counts: NodeCounts) -> Iterator[Metric]:
     yield _gauge("node_last_message_seconds", "Unix time of the last message", last)
     answers = {(kind,): float(number) for kind, number in counts.answers.items()}
     yield _gauge("node_answers", "Answers since the start, by kind", answers, ("kind",))
-    policy, path = read_policy(directory / POLICY_FILE), directory / LEDGER
+    policy, path = read_policy(directory / layout.POLICY), directory / layout.LEDGER
     none = Chain((), GENESIS, torn=False)
     chain = read_chain(path, read_public_key(directory / PUBLIC_KEY)) if path.exists() else none
     spent = chain.epsilon(policy.delta)

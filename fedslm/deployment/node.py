@@ -11,7 +11,11 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
-from fedslm.data import shards
+from fedslm import layout
+from fedslm.client.kept_runs import remove_old
+from fedslm.client.node import OWN_SHARD, deployed_config
+from fedslm.client.self_test_gate import is_attested
+from fedslm.data import store
 from fedslm.data.columns import Wanted
 from fedslm.data.owners import refuse_unfit
 from fedslm.data.sources import load
@@ -25,15 +29,12 @@ from fedslm.deployment.journal import keep_small
 from fedslm.deployment.link import Link, is_there, seconds_of
 from fedslm.deployment.metrics import NodeCounts, node_figures, served
 from fedslm.deployment.settings import NodeFile, read_node
+from fedslm.engines.local import handle, wait_for
 from fedslm.errors import DataError, FederationError, PolicyRefused, RunError
-from fedslm.federation.attestation import is_attested
-from fedslm.federation.envelopes import Envelope
-from fedslm.federation.kept_runs import remove_old
-from fedslm.federation.local_grid import handle, wait_for
-from fedslm.federation.node import OWN_SHARD, deployed_config
-from fedslm.federation.workers import WorkerPool
-from fedslm.privacy.policy import POLICY_FILE, read_policy
+from fedslm.privacy.policy import read_policy
+from fedslm.protocol.envelopes import Envelope
 from fedslm.storage import locked
+from fedslm.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
 _DATA, _LOG = "data", "node.log"
@@ -91,7 +92,7 @@ def import_records(ready: Ready) -> int:
     """Copies the node's records to where training reads them; gives their number.
 
     They are copied at every start, for runs that begin from then on; a run under way keeps those that
-    it began with (:mod:`fedslm.federation.kept_runs`). Of declared columns no other is read.
+    it began with (:mod:`fedslm.client.kept_runs`). Of declared columns no other is read.
 
     Raises:
         DataError: They cannot be read.
@@ -105,8 +106,8 @@ def import_records(ready: Ready) -> int:
         raise DataError(f"columns={missing} of node.toml are not in the records; there are {there}")
     unit = _unit_column(ready.directory)
     if unit in rows.column_names:
-        refuse_unfit(rows, str(unit), f"unit_column of {POLICY_FILE}")
-    shards.write_own(ready.directory / _DATA, rows, OWN_SHARD, file.columns)
+        refuse_unfit(rows, str(unit), f"unit_column of {layout.POLICY}")
+    store.write_own(ready.directory / _DATA, rows, OWN_SHARD, file.columns)
     remove_old(ready.directory)
     return len(rows)
 
@@ -114,7 +115,7 @@ def import_records(ready: Ready) -> int:
 def _unit_column(directory: Path) -> str | None:
     """The column that says whose a record is; None if the policy names none, or cannot be read."""
     try:
-        return read_policy(directory / POLICY_FILE).unit_column
+        return read_policy(directory / layout.POLICY).unit_column
     except PolicyRefused:  # every request is refused, and `fedslm node check` says why
         return None
 

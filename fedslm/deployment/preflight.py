@@ -12,6 +12,8 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from fedslm import layout
+from fedslm.client.self_test_gate import attest
 from fedslm.config import ModelConfig
 from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.certificates import WARNING_DAYS, node_warnings, with_clock
@@ -20,13 +22,11 @@ from fedslm.deployment.enrolment import node_key
 from fedslm.deployment.fleet import check_key
 from fedslm.deployment.node import Ready, import_records, worker
 from fedslm.errors import FedslmError, RunError, plural
-from fedslm.federation.attestation import attest
-from fedslm.federation.node import LEDGER, RELEASE
 from fedslm.models.base import base_sha256, resolve
 from fedslm.privacy import clock
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key, signing_key
-from fedslm.privacy.policy import ANY, POLICY_FILE, open_policy
+from fedslm.privacy.policy import ANY, open_policy
 
 _SKEW_SECONDS, _TOO_MUCH_SECONDS = 30.0, 240.0  # the server refuses five minutes
 _LEAST_BYTES = 1 << 30
@@ -104,15 +104,15 @@ def _version(ready: Ready) -> str:
 
 def _policy(directory: Path) -> str:
     """What the node allows."""
-    return open_policy(directory / POLICY_FILE).budget_in_words()
+    return open_policy(directory / layout.POLICY).budget_in_words()
 
 
 def _ledger(directory: Path) -> str:
     """The keys are this owner's alone, and the ledger is whole."""
     signing_key(directory)
     clock.right_now()
-    path = directory / LEDGER
-    if not path.exists() and (directory / RELEASE).exists():
+    path = directory / layout.LEDGER
+    if not path.exists() and (directory / layout.RELEASE).exists():
         raise RunError(
             f"{path} is missing, but this node has trained before: restore the ledger and its head "
             f"from the latest backup; the next run finds out"
@@ -144,14 +144,14 @@ def _records(ready: Ready) -> str:
 
 def _bases(directory: Path) -> str:
     """The base models that the policy names are here, or can be fetched, and are allowed."""
-    policy = open_policy(directory / POLICY_FILE)
+    policy = open_policy(directory / layout.POLICY)
     if ANY in policy.base_names:
         return "the policy names none; a run's is looked for when it is asked for"
     found = {name: base_sha256(resolve(ModelConfig(base=name))) for name in policy.base_names}
     strange = [name for name, sha256 in found.items() if sha256 not in policy.base_models]
     if strange and ANY not in policy.base_models:
         name, sha256 = strange[0], found[strange[0]]
-        raise RunError(f"{name} has sha256 {sha256}, which is not among base_models of {POLICY_FILE}")
+        raise RunError(f"{name} has sha256 {sha256}, which is not among base_models of {layout.POLICY}")
     return ", ".join(f"{name} {sha256[:12]}" for name, sha256 in found.items())
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedslm import layout
 from fedslm.config import Config
 from fedslm.deployment.admission import NODES
 from fedslm.deployment.control import COMPLETED, FINISHED, Control
 from fedslm.errors import FederationError, RunError, Unusable
-from fedslm.federation.checkpoint import ERROR, RunDirectory
+from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.roster import chosen_nodes
 from fedslm.federation.spends import SPENDS, read_standings
 from fedslm.federation.standings import Standing
@@ -78,21 +79,23 @@ def start(control: Control, server: Path, config: Config, *, resume: bool) -> tu
         FederationError: The SuperLink refuses, or is not there.
     """
     directory = directory_of(server, config)
-    exists = (directory / "config.json").exists()
+    exists = (directory / layout.CONFIG_JSON).exists()
     with _turn(directory):
         _refuse_living(control, directory, seconds=_LOST_SECONDS if resume and exists else 0.0)
-        if (directory / ERROR).exists() and not (directory / "checkpoint" / "state.json").exists():
+        if (directory / layout.ERROR).exists() and not (
+            directory / layout.CHECKPOINT / layout.CHECKPOINT_STATE
+        ).exists():
             shutil.rmtree(directory)  # it failed before it began: nothing of it is worth keeping
-        exists = (directory / "config.json").exists()
+        exists = (directory / layout.CONFIG_JSON).exists()
         if exists and not resume:
             raise Unusable(f"{directory} exists; continue it with --resume, or set another run.name")
         if resume and not exists:
             raise Unusable(f"{directory} holds no run to continue")
-        if (directory / "report.json").exists():
+        if (directory / layout.REPORT).exists():
             raise RunError(f"{directory} is finished: see {directory / 'report.md'}")
         if not exists:
             _check_nodes(server, config)
-        (directory / ERROR).unlink(missing_ok=True)  # what it says is of an earlier attempt
+        (directory / layout.ERROR).unlink(missing_ok=True)  # what it says is of an earlier attempt
         run_id = control.start(overrides_of(server, config))
         write_text(_started(directory), str(run_id))
     return run_id, directory
@@ -155,7 +158,7 @@ def _living(control: Control, directory: Path) -> dict[int, str]:
 
 def _is_held(directory: Path) -> bool:
     """Whether a process runs in a run's directory."""
-    if not (directory / "config.json").exists():
+    if not (directory / layout.CONFIG_JSON).exists():
         return False
     try:
         with RunDirectory(directory, "").locked():
@@ -207,7 +210,7 @@ def follow(
     Raises:
         FederationError: The SuperLink has not answered for two minutes.
     """
-    lines, status, since = _Lines(directory / "rounds.jsonl"), "", None
+    lines, status, since = _Lines(directory / layout.ROUNDS), "", None
     while True:
         try:
             status, since = control.status(run_id), None
@@ -250,7 +253,7 @@ class _Lines:
 def last_round(directory: Path) -> int:
     """The last round that a run's checkpoint holds; 0 without one: a resumed run goes on after it."""
     try:
-        text = (directory / "checkpoint" / "state.json").read_text(encoding="utf-8")
+        text = (directory / layout.CHECKPOINT / layout.CHECKPOINT_STATE).read_text(encoding="utf-8")
         return int(json.loads(text)["round"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
@@ -259,14 +262,14 @@ def last_round(directory: Path) -> int:
 def failure_of(directory: Path) -> str:
     """What the server's side of a run said before it ended; empty if it said nothing."""
     try:
-        return (directory / ERROR).read_text(encoding="utf-8")
+        return (directory / layout.ERROR).read_text(encoding="utf-8")
     except OSError:
         return ""
 
 
 def is_good(status: str, directory: Path) -> bool:
     """True if a run came to its end and wrote its report."""
-    return status == COMPLETED and (directory / "report.json").exists()
+    return status == COMPLETED and (directory / layout.REPORT).exists()
 
 
 def _started(directory: Path) -> Path:

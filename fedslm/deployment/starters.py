@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fedslm import layout
 from fedslm.data.database import holds_password, is_url
 from fedslm.deployment.settings import FEDERATION_FILE, NODE_FILE, Profile
 from fedslm.errors import ConfigError, Problem, RunError, Unusable
-from fedslm.privacy.policy import EXAMPLE, POLICY_FILE
+from fedslm.privacy.policy import EXAMPLE
 
 NodeUnit = Literal["record", "patient"]
 UNITS: dict[Profile, NodeUnit] = {"hospital": "patient", "phone": "record"}
@@ -57,7 +58,7 @@ def node_files(directory: Path, start: Start) -> dict[str, str]:
     Raises:
         RunError: The source is a URL that holds a password.
     """
-    files = {NODE_FILE: _settings(directory, start), POLICY_FILE: _policy(start)}
+    files = {NODE_FILE: _settings(directory, start), layout.POLICY: _policy(start)}
     if start.profile == "phone":
         files[_COMMAND] = _template(_COMMAND)
     return files
@@ -74,7 +75,7 @@ def write_node_files(directory: Path, start: Start) -> dict[Path, str]:
     """
     edit = {
         NODE_FILE: "edit columns" if start.source else "edit source, query and columns",
-        POLICY_FILE: "edit epsilon, delta and base_models; read every line, it binds this node",
+        layout.POLICY: "edit epsilon, delta and base_models; read every line, it binds this node",
         _COMMAND: "edit what it takes for charged and unmetered on this device",
     }
     if start.profile == "phone":
@@ -137,7 +138,7 @@ def _settings(directory: Path, start: Start) -> str:
 
 def _policy(start: Start) -> str:
     """``policy.toml``."""
-    text = EXAMPLE if start.profile == "hospital" else _template(f"phone-{POLICY_FILE}")
+    text = EXAMPLE if start.profile == "hospital" else _template(f"phone-{layout.POLICY}")
     if start.unit in (None, UNITS[start.profile]):
         return text
     text = _with_value(text, "unit", str(start.unit))

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from fedslm import layout
 from fedslm.config import Config
 from fedslm.deployment.admission import Admitted, admitted_nodes
 from fedslm.deployment.control import SeenNode
 from fedslm.errors import FedslmError
-from fedslm.federation.checkpoint import ERROR, RunDirectory
+from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.participation import reasons_of
 from fedslm.federation.roster import clients_of
 from fedslm.federation.spends import SPENDS, read_standings
@@ -133,7 +134,7 @@ def status_of(server: Path, seen: Sequence[SeenNode]) -> FederationStatus:
 def run_directories(server: Path) -> list[Path]:
     """Directories of a server's runs, the latest first."""
     found = [path.parent for path in (server / RUNS).glob("*/config.json")]
-    return sorted(found, key=lambda path: (path / "config.json").stat().st_mtime, reverse=True)
+    return sorted(found, key=lambda path: (path / layout.CONFIG_JSON).stat().st_mtime, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _state(run: _Read) -> str:
     """What a run does: error.txt is of its latest attempt, since each attempt begins by removing it."""
     directory = run.directory
     try:
-        report = json.loads((directory.path / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((directory.path / layout.REPORT).read_text(encoding="utf-8"))
         if not report.get("stopped"):
             return "finished"
         return "failed" if all(record.kept for record in run.records) else "ended early"
@@ -236,6 +237,6 @@ def _state(run: _Read) -> str:
         pass
     try:
         with directory.locked():
-            return "failed" if (directory.path / ERROR).exists() else "interrupted"
+            return "failed" if (directory.path / layout.ERROR).exists() else "interrupted"
     except FedslmError:
         return "running"

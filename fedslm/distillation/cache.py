@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedslm.distillation import targets
+from fedslm.distillation import losses
 from fedslm.distillation.contexts import Context
+from fedslm.distillation.models import Teacher
 from fedslm.distillation.objective import Objective, Target
-from fedslm.distillation.pair import Teacher
 from fedslm.errors import RunError
 from fedslm.inference.trained import OnProgress
 from fedslm.records import AdapterState, FloatArray
@@ -103,7 +103,7 @@ def _answers(
             if not teacher.task.labels:
                 seed = seed_of(teacher.trained.run.seed, "distil-cache", at)
                 generator = torch.Generator().manual_seed(seed)
-                ids, _ = targets.sampled(answer.cpu(), samples, generator)
+                ids, _ = losses.sampled(answer.cpu(), samples, generator)
                 answer = ids.float()  # exact: a vocabulary is below 2**24
             found[_key(at)] = answer.cpu().numpy()
     return AdapterState(found)

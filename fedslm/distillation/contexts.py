@@ -15,7 +15,7 @@ from typing import Any
 
 from fedslm.config import DistillConfig
 from fedslm.data.missing import name_of
-from fedslm.distillation.pair import Reader, Teacher
+from fedslm.distillation.models import Reader, Teacher
 from fedslm.errors import DataError, plural
 from fedslm.inference.generation import Sampling, generation_settings, new_tokens
 from fedslm.inference.trained import FinishedRun, OnProgress

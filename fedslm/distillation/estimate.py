@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from fedslm.config import TrainingConfig
-from fedslm.distillation.lesson import Plan
-from fedslm.distillation.pair import student_sections
+from fedslm.distillation.models import student_sections
+from fedslm.distillation.pipeline import DistillationJob
 from fedslm.models import footprint
 from fedslm.models.base import device_of, resolve_config
 
@@ -49,13 +49,13 @@ class Estimate:
         return learning + self.teacher_bytes
 
 
-def estimate(plan: Plan) -> Estimate:
+def estimate(job: DistillationJob) -> Estimate:
     """Adds up memory, and times a matrix product on the device for the rest.
 
     Raises:
         ModelError: A model cannot be found.
     """
-    run, settings = plan.run, plan.settings
+    run, settings = job.run, job.settings
     model, lora, task = student_sections(settings, run.task)
     classes = len(run.labels)
     own = footprint.footprint(resolve_config(model), model, lora, task, classes)

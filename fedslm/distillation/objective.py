@@ -9,9 +9,9 @@ from typing import assert_never
 import torch
 
 from fedslm.config import DistillConfig, DistilMethod
-from fedslm.distillation import losses, targets
+from fedslm.distillation import losses
 from fedslm.distillation.contexts import Context
-from fedslm.distillation.pair import LANGUAGE, Student, Teacher
+from fedslm.distillation.models import LANGUAGE, Student, Teacher
 from fedslm.distillation.schedule import confidence_coefficient
 from fedslm.errors import ConfigError, Problem
 
@@ -61,7 +61,7 @@ class Objective:
             untuned = teacher.untuned_logits(examples)[:, : self.vocabulary]
             base = student.base_logits([context.student for context in contexts])
             return Target(
-                targets.proxy_target(
+                losses.proxy_target(
                     base[:, : self.vocabulary],
                     tuned,
                     untuned,
@@ -69,7 +69,7 @@ class Objective:
                     clip=self.settings.clip,
                 )
             )
-        return Target(targets.soft_target(tuned, self.temperature))
+        return Target(losses.soft_target(tuned, self.temperature))
 
     @property
     def temperature(self) -> float:

@@ -11,8 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from fedslm.distillation.arms import BASE, CONTROLS, FEDERATED, POOLED, WHAT, LeftOut, Workshop
-from fedslm.distillation.measuring import (
+from fedslm.distillation.controls import (
+    BASE,
+    CONTROLS,
+    FEDERATED,
+    POOLED,
+    WHAT,
+    ControlTrainer,
+    LeftOut,
+)
+from fedslm.distillation.evaluation import (
     Tests,
     general_task,
     measure,
@@ -38,7 +46,7 @@ _FEWEST_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Question:
+class ProofRequest:
     """What is to be proved, on what.
 
     Attributes:
@@ -71,11 +79,11 @@ class Question:
             raise DataError("there are no test records to prove anything on; give them with --test")
 
 
-def prove(workshop: Workshop, question: Question) -> dict[str, Any]:
+def prove(trainer: ControlTrainer, question: ProofRequest) -> dict[str, Any]:
     """Trains every arm and compares them.
 
     Args:
-        workshop: Both models.
+        trainer: Both models.
         question: On what, with how many seeds.
 
     Returns:
@@ -84,22 +92,22 @@ def prove(workshop: Workshop, question: Question) -> dict[str, Any]:
     Raises:
         DataError: No test record can be read by both models.
     """
-    adapters, left_out = _trained(workshop, question)
-    tests = tests_of(question.tests, workshop.teacher.reader, workshop.student.reader)
-    found = _statistics(workshop, adapters, tests, left_out)
-    draws = Draws(question.resamples, workshop.plan.run.seed)
-    headline = workshop.teacher.task.headline
+    adapters, left_out = _trained(trainer, question)
+    tests = tests_of(question.tests, trainer.teacher.reader, trainer.student.reader)
+    found = _statistics(trainer, adapters, tests, left_out)
+    draws = Draws(question.resamples, trainer.job.run.seed)
+    headline = trainer.teacher.task.headline
     lower = headline in LOWER_IS_BETTER
     gains = {
-        control: _gain(found[control], found[FEDERATED], workshop, draws)
+        control: _gain(found[control], found[FEDERATED], trainer, draws)
         for control in CONTROLS
         if control in found
     }
     arms = {
         name: {
             "what": _WHAT[name],
-            "headline": asdict(_estimate(each, workshop, draws)),
-            "metrics": _metrics(each, workshop),
+            "headline": asdict(_estimate(each, trainer, draws)),
+            "metrics": _metrics(each, trainer),
         }
         for name, each in found.items()
     }
@@ -114,8 +122,8 @@ def prove(workshop: Workshop, question: Question) -> dict[str, Any]:
         "gains": {name: asdict(each) for name, each in gains.items()},
         "gain": all(each.low > 0 for each in gains.values()),
         "recovered": _recovered(arms, lower=lower),
-        **_probe(workshop, adapters, question.probe, headline),
-        "general": _general(workshop, adapters, question.general),
+        **_probe(trainer, adapters, question.probe, headline),
+        "general": _general(trainer, adapters, question.general),
     }
 
 
@@ -123,46 +131,46 @@ Adapters = Mapping[str, Sequence[AdapterState]]
 
 
 def _trained(
-    workshop: Workshop, question: Question
+    trainer: ControlTrainer, question: ProofRequest
 ) -> tuple[dict[str, list[AdapterState]], dict[str, str]]:
     """Each arm's adapters, one for each seed; and the arms that cannot be run, and why."""
     adapters: dict[str, list[AdapterState]] = {}
     left_out: dict[str, str] = {}
-    seeds = range(workshop.plan.run.seed, workshop.plan.run.seed + question.seeds)
+    seeds = range(trainer.job.run.seed, trainer.job.run.seed + question.seeds)
     for arm in WHAT:
         if arm == POOLED and not question.ceiling:
             left_out[arm] = "not asked for"
             continue
         try:
-            adapters[arm] = [workshop.adapter(arm, seed) for seed in seeds]
+            adapters[arm] = [trainer.adapter(arm, seed) for seed in seeds]
         except LeftOut as error:
             left_out[arm] = str(error)
     return adapters, left_out
 
 
 def _statistics(
-    workshop: Workshop, adapters: Adapters, tests: Tests, left_out: dict[str, str]
+    trainer: ControlTrainer, adapters: Adapters, tests: Tests, left_out: dict[str, str]
 ) -> dict[str, Statistics]:
     """Statistics of each test record under each arm, averaged over seeds; and the two references."""
-    student, teacher = workshop.student, workshop.teacher
+    student, teacher = trainer.student, trainer.teacher
     found = {
         arm: _mean([measure(student.model, student.task, tests.student, each) for each in several])
         for arm, several in adapters.items()
     }
     small = teacher.trained.model
     found[TEACHER] = measure(small, teacher.task, tests.teacher, teacher.tuned)
-    if workshop.plan.is_language and workshop.plan.vocabulary:
-        settings = workshop.plan.settings
+    if trainer.job.is_language and trainer.job.vocabulary:
+        settings = trainer.job.settings
         found[DECODING] = measure_decoding(
             teacher,
             student,
             tests.student,
-            vocabulary=workshop.plan.vocabulary,
+            vocabulary=trainer.job.vocabulary,
             alpha=settings.alpha,
             clip=settings.clip,
         )
     else:
-        why = "a new head has no base to shift" if not workshop.plan.is_language else "other tokenizers"
+        why = "a new head has no base to shift" if not trainer.job.is_language else "other tokenizers"
         left_out[DECODING] = why
     return found
 
@@ -172,20 +180,22 @@ def _mean(several: Sequence[Statistics]) -> Statistics:
     return {name: np.mean([each[name] for each in several], axis=0) for name in several[0]}
 
 
-def _metrics(found: Statistics, workshop: Workshop) -> dict[str, float]:
+def _metrics(found: Statistics, trainer: ControlTrainer) -> dict[str, float]:
     """The task's metrics."""
-    return workshop.teacher.task.metrics({name: each.sum(axis=0) for name, each in found.items()})
+    return trainer.teacher.task.metrics({name: each.sum(axis=0) for name, each in found.items()})
 
 
-def _estimate(found: Statistics, workshop: Workshop, draws: Draws) -> Estimate:
+def _estimate(found: Statistics, trainer: ControlTrainer, draws: Draws) -> Estimate:
     """An arm's headline with its interval."""
-    task = workshop.teacher.task
+    task = trainer.teacher.task
     return compare((found, found), task.metrics, draws)[task.headline].tuned
 
 
-def _gain(control: Statistics, federated: Statistics, workshop: Workshop, draws: Draws) -> Estimate:
+def _gain(
+    control: Statistics, federated: Statistics, trainer: ControlTrainer, draws: Draws
+) -> Estimate:
     """How much better the federated arm is than a control, in pairs; positive is better."""
-    task = workshop.teacher.task
+    task = trainer.teacher.task
     difference = compare((control, federated), task.metrics, draws)[task.headline].difference
     if task.headline not in LOWER_IS_BETTER:
         return difference
@@ -203,16 +213,16 @@ def _recovered(arms: Mapping[str, Any], *, lower: bool) -> float | None:
     return (reached - base) / (ceiling - base) if ceiling > base else None
 
 
-def _probe(workshop: Workshop, adapters: Adapters, rows: Rows, headline: str) -> dict[str, Any]:
+def _probe(trainer: ControlTrainer, adapters: Adapters, rows: Rows, headline: str) -> dict[str, Any]:
     """The headline of each arm on each group of the probe."""
     if not rows:
         return {"probe": {}, "probe_groups": []}
-    tests = tests_of(rows, workshop.teacher.reader, workshop.student.reader)
+    tests = tests_of(rows, trainer.teacher.reader, trainer.student.reader)
     groups = [str(row.get(GROUP) or "all") for row in tests.rows]
     names = sorted(set(groups))
-    found = _statistics(workshop, adapters, tests, {})
+    found = _statistics(trainer, adapters, tests, {})
     probe = {
-        arm: {name: _metrics(_of_group(each, groups, name), workshop)[headline] for name in names}
+        arm: {name: _metrics(_of_group(each, groups, name), trainer)[headline] for name in names}
         for arm, each in found.items()
     }
     return {"probe": probe, "probe_groups": names}
@@ -225,12 +235,12 @@ def _of_group(found: Statistics, groups: Sequence[str], name: str) -> Statistics
 
 
 def _general(
-    workshop: Workshop, adapters: Adapters, examples: Sequence[Example]
+    trainer: ControlTrainer, adapters: Adapters, examples: Sequence[Example]
 ) -> dict[str, Any] | None:
     """Perplexity on general text before and after; None where there is none."""
-    if not examples or not workshop.plan.is_language:
+    if not examples or not trainer.job.is_language:
         return None
-    task, model = general_task(workshop.plan.run), workshop.student.model
+    task, model = general_task(trainer.job.run), trainer.student.model
 
     def perplexities() -> Iterator[float]:
         for arm in (BASE, FEDERATED):

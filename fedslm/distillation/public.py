@@ -10,7 +10,7 @@ from fedslm.config import DistillConfig
 from fedslm.data.columns import Wanted, needed
 from fedslm.data.duplicates import normalised
 from fedslm.data.sources import cut, load, same_records
-from fedslm.data.spool import rows_in
+from fedslm.data.tables import rows_in
 from fedslm.errors import ConfigError, DataError, Problem
 from fedslm.inference.inputs import Rows
 from fedslm.inference.trained import FinishedRun

@@ -24,7 +24,7 @@ from fedslm.distillation.contexts import (
     most_new_tokens,
     write_all,
 )
-from fedslm.distillation.pair import Student, Teacher
+from fedslm.distillation.models import Student, Teacher
 from fedslm.errors import DataError
 from fedslm.inference.generation import Sampling
 from fedslm.inference.inputs import Rows

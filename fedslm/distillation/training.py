@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from fedslm.config import DistillConfig
-from fedslm.distillation import losses, targets
+from fedslm.distillation import losses
 from fedslm.distillation.contexts import Context
+from fedslm.distillation.models import Student, Teacher
 from fedslm.distillation.objective import Objective, Target
-from fedslm.distillation.pair import Student, Teacher
 from fedslm.distillation.schedule import learning_rate
 from fedslm.errors import RunError, TrainingError
 from fedslm.records import AdapterState
@@ -59,7 +59,7 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingSet:
     """What a student learns from.
 
     Attributes:
@@ -78,12 +78,12 @@ class Lesson:
 
 
 @dataclass
-class Course:
+class StudentTrainer:
     """One distillation on its way.
 
     Attributes:
         student: Its adapter is trained.
-        lesson: What it learns from.
+        training_set: What it learns from.
         settings: Steps, batches, learning rate.
         directory: Where checkpoints lie; they go when the distillation is done.
         on_step: Is told of each step.
@@ -91,7 +91,7 @@ class Course:
     """
 
     student: Student
-    lesson: Lesson
+    training_set: TrainingSet
     settings: DistillConfig
     directory: Path
     on_step: OnStep
@@ -138,10 +138,12 @@ class Course:
         """One optimizer step; returns the mean loss of a position."""
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        numbers = batch_of(step, len(self.lesson.contexts), self.settings.batch_size, self.student.seed)
-        chosen = [self.lesson.contexts[number] for number in numbers]
+        numbers = batch_of(
+            step, len(self.training_set.contexts), self.settings.batch_size, self.student.seed
+        )
+        chosen = [self.training_set.contexts[number] for number in numbers]
         positions = sum(count_positions(self.student.task, each.student) for each in chosen)
-        for part in _parts(numbers, self.lesson.contexts, self.settings.micro_batch_size):
+        for part in _parts(numbers, self.training_set.contexts, self.settings.micro_batch_size):
             loss = self._loss(part, step) / max(positions, 1)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -156,27 +158,27 @@ class Course:
 
     def _loss(self, numbers: Sequence[int], step: int) -> torch.Tensor:
         """Summed loss of some contexts: the teacher's targets, and public labels where they count."""
-        lesson, student = self.lesson, self.student
-        contexts = [lesson.contexts[number] for number in numbers]
+        training_set, student = self.training_set, self.student
+        contexts = [training_set.contexts[number] for number in numbers]
         loss = torch.zeros((), device=student.model.device)
-        if lesson.source is not None:
-            target = lesson.source.of(numbers, contexts)
+        if training_set.source is not None:
+            target = training_set.source.of(numbers, contexts)
             logits = student.logits([context.student for context in contexts])
-            loss = loss + lesson.objective.loss(logits, target, step)
+            loss = loss + training_set.objective.loss(logits, target, step)
         labelled = [context.student for context in contexts if context.labelled]
-        if lesson.label_weight and labelled:
+        if training_set.label_weight and labelled:
             logits = student.logits(labelled)
-            loss = loss + lesson.label_weight * _cross_entropy(student, labelled, logits)
+            loss = loss + training_set.label_weight * _cross_entropy(student, labelled, logits)
         return loss if loss.requires_grad else loss.requires_grad_()
 
     def _hold(self, step: int) -> float:
         """KL(L0 || student) on general text, which keeps the student near itself."""
-        weight, general = self.settings.general_weight, self.lesson.general
+        weight, general = self.settings.general_weight, self.training_set.general
         if not general or not weight:
             return 0.0
         numbers = batch_of(step, len(general), self.settings.micro_batch_size, self.student.seed + 1)
         examples = [general[number] for number in numbers]
-        wanted = targets.soft_target(self.student.base_logits(examples), 1.0)
+        wanted = losses.soft_target(self.student.base_logits(examples), 1.0)
         logits = self.student.logits(examples)
         loss = weight * losses.in_pieces(losses.forward_kl, logits, wanted, most=1 << 24).mean()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from flwr.app import Message
 
 from fedslm.config import AttackConfig
 from fedslm.errors import FederationError
-from fedslm.federation.wire import Reply, Request
+from fedslm.protocol.messages import Reply, Request
 from fedslm.records import AdapterState
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fedslm import config as configuration
+from fedslm import layout
 from fedslm.aggregation.server import ServerState
 from fedslm.config import Config
 from fedslm.errors import ConfigError, FedslmError, PrivacyError, Problem, RunError, Unusable
@@ -39,7 +40,6 @@ from fedslm.records import (
 )
 from fedslm.storage import is_text, json_text, load_adapter, locked, save_adapter, write_text
 
-ERROR = "error.txt"
 _PARTS = ("moving", "memory", "control")
 _BLOCK_BYTES = 4096
 _LOCK_SECONDS = 1.0  # whoever only asks whether a run is going on holds it for a moment
@@ -108,13 +108,13 @@ class RunDirectory:
                 f"fedslm.resume), or set another run.name or run.directory"
             )
         run_id = secrets.token_hex(8)
-        write_text(path / "config.toml", configuration.to_toml(config))
+        write_text(path / layout.CONFIG_TOML, configuration.to_toml(config))
         values = {
             "run_id": run_id,
             "config_sha256": config.sha256(),
             "config": config.model_dump(mode="json"),
         }
-        write_text(path / "config.json", json_text(values, indent=2))
+        write_text(path / layout.CONFIG_JSON, json_text(values, indent=2))
         return cls(path, run_id)
 
     @classmethod
@@ -130,7 +130,7 @@ class RunDirectory:
         """
         path = path.expanduser().absolute()
         try:
-            values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            values = json.loads((path / layout.CONFIG_JSON).read_text(encoding="utf-8"))
             run_id, sha256 = str(values["run_id"]), values["config_sha256"]
             config = configuration.from_mapping(values["config"])
         except FileNotFoundError:
@@ -162,22 +162,22 @@ class RunDirectory:
     @property
     def has_checkpoint(self) -> bool:
         """True once there is something to resume."""
-        return (self.path / "checkpoint" / "state.json").exists()
+        return (self.path / layout.CHECKPOINT / layout.CHECKPOINT_STATE).exists()
 
     @property
     def data(self) -> Path:
         """The simulation's data."""
-        return self.path / "data"
+        return self.path / layout.DATA
 
     @property
     def nodes(self) -> Path:
         """The simulated nodes' own directories."""
-        return self.path / "nodes"
+        return self.path / layout.NODES
 
     @property
     def frozen(self) -> Path:
         """The frozen tensors."""
-        return self.path / "frozen.safetensors"
+        return self.path / layout.FROZEN
 
     def save(self, checkpoint: Checkpoint, record: RoundRecord | None = None) -> None:
         """Writes a round's line, then the checkpoint that makes it count.
@@ -186,9 +186,9 @@ class RunDirectory:
             RunError: The disk is full, for instance; the previous checkpoint stays valid.
         """
         if record is not None:
-            self._append("rounds.jsonl", [_line(record)])
-            self._append("statements.jsonl", self._unseen(checkpoint))
-        directory, server = self.path / "checkpoint", checkpoint.server
+            self._append(layout.ROUNDS, [_line(record)])
+            self._append(layout.STATEMENTS, self._unseen(checkpoint))
+        directory, server = self.path / layout.CHECKPOINT, checkpoint.server
         files = {}
         for part in _PARTS:
             tensors: AdapterState = getattr(server, part)
@@ -207,7 +207,7 @@ class RunDirectory:
             "statements": {k: v.to_json() for k, v in checkpoint.statements.items()},
             "epsilons": {k: epsilon_as_json(v) for k, v in checkpoint.epsilons.items()},
         }
-        write_text(directory / "state.json", json_text(values, indent=2))
+        write_text(directory / layout.CHECKPOINT_STATE, json_text(values, indent=2))
         for old in directory.glob("*.safetensors"):
             if old.name not in {file["name"] for file in files.values()}:
                 old.unlink()
@@ -221,11 +221,11 @@ class RunDirectory:
         Raises:
             RunError: The checkpoint is damaged.
         """
-        directory = self.path / "checkpoint"
+        directory = self.path / layout.CHECKPOINT
         if not self.has_checkpoint:
             return None
         try:
-            values = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+            values = json.loads((directory / layout.CHECKPOINT_STATE).read_text(encoding="utf-8"))
             server = _server_state(directory, values)
             statements = {int(k): read_statement(text) for k, text in values["statements"].items()}
             checkpoint = Checkpoint(
@@ -252,7 +252,7 @@ class RunDirectory:
         """
         if not self.has_checkpoint:
             return {}
-        path = self.path / "checkpoint" / "state.json"
+        path = self.path / layout.CHECKPOINT / layout.CHECKPOINT_STATE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             epsilons = _epsilons(values)
@@ -265,7 +265,7 @@ class RunDirectory:
 
     def _forget_after(self, round: int) -> None:
         """Removes the lines of later rounds, and a torn one; leaves a file alone that has none."""
-        path, records = self.path / "rounds.jsonl", self.records()
+        path, records = self.path / layout.ROUNDS, self.records()
         kept = [record for record in records if record.round <= round]
         is_whole = path.exists() and _torn_bytes(path) == 0
         if kept != records or not is_whole:
@@ -273,7 +273,7 @@ class RunDirectory:
 
     def records(self) -> list[RoundRecord]:
         """Reads ``rounds.jsonl``; a torn last line is left out."""
-        path = self.path / "rounds.jsonl"
+        path = self.path / layout.ROUNDS
         try:
             return [_record(item) for item in _whole_lines(path)]
         except (OSError, ValueError, TypeError, KeyError, AttributeError, PrivacyError) as error:
@@ -285,7 +285,7 @@ class RunDirectory:
         Raises:
             RunError: The file is damaged.
         """
-        path = self.path / "statements.jsonl"
+        path = self.path / layout.STATEMENTS
         try:
             values = _whole_lines(path)
             if not all(is_index(item["client"]) for item in values):

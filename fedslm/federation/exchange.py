@@ -12,16 +12,15 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedslm.errors import Unanswered
-from fedslm.federation.envelopes import Asked
 from fedslm.federation.fetch import Fetch
-from fedslm.federation.inflating import Limits
 from fedslm.federation.lifetime import lifetime_of
 from fedslm.federation.population import pull
 from fedslm.federation.replies import expected_shapes
 from fedslm.federation.steady import Steady
 from fedslm.federation.trust import Trust
-from fedslm.federation.update import NO_FROZEN
-from fedslm.federation.wire import Reply, Request, most_bytes
+from fedslm.protocol.envelopes import RequestHeader
+from fedslm.protocol.inflating import Limits
+from fedslm.protocol.messages import Reply, Request, most_bytes
 from fedslm.records import AdapterState
 
 logger = logging.getLogger(__name__)
@@ -129,7 +128,7 @@ class Exchange:
             return
         if answer.status == "ok":
             self._have.add(client)
-        elif NO_FROZEN in answer.reason:
+        elif answer.status == "needs-frozen":
             self._have.discard(client)
 
     def _messages(self, request: Request, asked: list[int], kind: str) -> list[Message]:
@@ -142,7 +141,7 @@ class Exchange:
         if self.trust is not None:
             seconds = self.seconds + _GRACE_SECONDS  # later than that a node would train for nothing
             grid_run = self.grid.run.run_id
-            asked_for = Asked(request.setup.run_id, grid_run, request.round, kind, seconds)
+            asked_for = RequestHeader(request.setup.run_id, grid_run, request.round, kind, seconds)
             own = self.trust.signed(own, asked_for)
         return [
             Message(own[client], self.nodes[client], kind, ttl=ttl, group_id=str(request.round))

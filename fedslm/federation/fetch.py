@@ -7,7 +7,7 @@ Formal guarantees:
     * One request asks for all outstanding replies; what is kept of those that wait is their outline.
     * Nothing is waited for after the deadline. A reply that was announced by then, and is complete when
       its turn comes, is still taken, for at most a minute; any other is late.
-    * A reply is bounded as :mod:`fedslm.federation.inflating` says; one that is not allowed counts as
+    * A reply is bounded as :mod:`fedslm.protocol.inflating` says; one that is not allowed counts as
       failed, with the reason.
     * A reply answers the request that it is counted for.
 """
@@ -23,9 +23,9 @@ from typing import Any
 from flwr.app import Error, Message
 
 from fedslm.errors import FederationError, Unanswered
-from fedslm.federation.inflating import Limits, inflated, objects_of
 from fedslm.federation.lifetime import GRACE_SECONDS, SWEEP_SECONDS
 from fedslm.federation.steady import Steady
+from fedslm.protocol.inflating import Limits, inflated, objects_of
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.05, 1.0

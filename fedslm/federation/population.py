@@ -11,9 +11,9 @@ from flwr.serverapp import Grid
 import fedslm
 from fedslm.config import FederationConfig
 from fedslm.errors import FederationError
-from fedslm.federation import bounds
 from fedslm.federation.steady import Steady
-from fedslm.federation.wire import HELLO
+from fedslm.protocol import bounds
+from fedslm.protocol.messages import HELLO
 from fedslm.rng import stream
 
 _POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.05, 1.0

@@ -13,20 +13,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedslm import layout
 from fedslm.aggregation.methods import moving_keys
-from fedslm.data import shards
+from fedslm.data import store
 from fedslm.errors import DataError
-from fedslm.federation.loading import model_for
-from fedslm.federation.wire import Setup
-from fedslm.federation.workers import Pool
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel
-from fedslm.models.plain import save_plain
-from fedslm.privacy.plan import PrivatePlan, from_json
+from fedslm.models.peft_export import save_plain
+from fedslm.privacy.plan import PrivatePlan
+from fedslm.protocol.loading import model_for, task_for
+from fedslm.protocol.setup import Setup
 from fedslm.records import AdapterState
 from fedslm.storage import with_usual_modes
-from fedslm.tasks import build
 from fedslm.tasks.base import Prepared
+from fedslm.workers import Pool
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def describe(setup: Setup) -> Description:
         ModelError: The model or its LoRA targets are not usable.
         PrivacyError: The plan is private, and the base couples records or the accountants disagree.
     """
-    model, plan = model_for(setup), from_json(setup.plan)
+    model, plan = model_for(setup), setup.plan
     if isinstance(plan, PrivatePlan):
         plan.verify()
         from fedslm.training.checks import check_private_model
@@ -73,8 +73,8 @@ def _from_public_inputs(setup: Setup, model: LoadedModel, state: AdapterState) -
     """A from the main directions of what each layer sees on the public records."""
     from fedslm.models.activations import eva_state, input_directions
 
-    task = build(setup.task, setup.data, setup.labels)
-    rows = shards.read_public(Path(setup.directory) / "data")
+    task = task_for(setup)
+    rows = store.read_public(Path(setup.directory) / layout.DATA)
     examples = task.prepare(rows, model.tokenizer).examples
     return eva_state(state, input_directions(model, task, examples, setup.lora.rank))
 
@@ -92,7 +92,7 @@ def evaluate(pool: Pool, setup: Setup, adapter: AdapterState) -> dict[str, float
         total = {name: total.get(name, 0.0) + value for name, value in sums.items()} or total
     if not total:
         raise DataError("no record of the public evaluation split gives tokens")
-    return build(setup.task, setup.data, setup.labels).metrics(total)
+    return task_for(setup).metrics(total)
 
 
 def count(setup: Setup, adapter: AdapterState, part: int, parts: int) -> dict[str, NDArray[np.float64]]:
@@ -100,9 +100,8 @@ def count(setup: Setup, adapter: AdapterState, part: int, parts: int) -> dict[st
     from fedslm.training.evaluation import count as count_examples
 
     model = model_for(setup)
-    task = build(setup.task, setup.data, setup.labels)
     examples = _public(setup).examples[part::parts]
-    return count_examples(model, task, examples, adapter)
+    return count_examples(model, task_for(setup), examples, adapter)
 
 
 def export(setup: Setup, adapter: AdapterState, directory: Path) -> None:
@@ -123,6 +122,6 @@ def truncated(setup: Setup) -> tuple[int, int]:
 def _public(setup: Setup) -> Prepared:
     """The public examples, tokenised once per process."""
     model = model_for(setup)
-    task = build(setup.task, setup.data, setup.labels)
-    rows = shards.read_evaluation(Path(setup.directory) / "data")
+    task = task_for(setup)
+    rows = store.read_evaluation(Path(setup.directory) / layout.DATA)
     return task.prepare(rows, model.tokenizer)

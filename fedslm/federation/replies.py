@@ -9,11 +9,11 @@ from flwr.app import Message
 from fedslm.aggregation.methods import rank_of_client, sent_keys
 from fedslm.aggregation.ranks import crop
 from fedslm.errors import FedslmError
-from fedslm.federation.bounds import cut
-from fedslm.federation.wire import Reply, Request
 from fedslm.privacy import accounting
-from fedslm.privacy.plan import Plan, PrivatePlan, from_json
+from fedslm.privacy.plan import Plan, PrivatePlan
 from fedslm.privacy.statement import Statement, read_statement
+from fedslm.protocol.bounds import cut
+from fedslm.protocol.messages import Reply, Request
 from fedslm.records import within
 
 _LARGEST_VALUE = 1e4
@@ -40,7 +40,7 @@ def checked(message: Message, request: Request, client: int) -> Reply | str:
         return str(error)
     if reply.status != "ok":
         return replace(reply, delta=None, statement="", metric=None)
-    if (problem := _problem_of_statement(from_json(request.setup.plan), request, reply)) is not None:
+    if (problem := _problem_of_statement(request.setup.plan, request, reply)) is not None:
         return problem
     if reply.delta is None or reply.delta.shapes != shapes:
         return "the update has other tensors or shapes than were asked for"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedslm.errors import FederationError
-from fedslm.federation.bounds import cut
+from fedslm.protocol.bounds import cut
 from fedslm.storage import read_text, write_text
 
 ROSTER = "roster.json"

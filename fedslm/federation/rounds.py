@@ -17,26 +17,27 @@ import fedslm
 from fedslm.aggregation.server import Aggregation, Round, ServerState
 from fedslm.config import Config
 from fedslm.data.poison import hostile_clients
-from fedslm.data.shards import client_names
+from fedslm.data.store import client_names
 from fedslm.errors import FederationError, ModelError, plural
 from fedslm.federation import public_model
 from fedslm.federation.attacks import attacked
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
 from fedslm.federation.exchange import Exchange
-from fedslm.federation.fairness import ClientMetrics, read_metrics
 from fedslm.federation.participation import came_to_nothing
 from fedslm.federation.population import choose_cohort, gather, join
 from fedslm.federation.replies import checked, continued, expected_shapes
 from fedslm.federation.roster import Registered, roster_of
 from fedslm.federation.tally import Tally
 from fedslm.federation.trust import Trust
-from fedslm.federation.wire import MEASURE, TRAIN, Reply, Request, Setup
-from fedslm.federation.workers import Pool
 from fedslm.privacy import accounting
-from fedslm.privacy.plan import Plan
+from fedslm.privacy.plan import RunPlan
 from fedslm.privacy.statement import Statement
+from fedslm.protocol.messages import MEASURE, TRAIN, Reply, Request
+from fedslm.protocol.metrics import ClientMetrics, read_metrics
+from fedslm.protocol.setup import Setup
 from fedslm.records import AdapterState, ClientUpdate, RoundRecord
 from fedslm.storage import load_adapter, save_adapter
+from fedslm.workers import Pool
 
 logger = logging.getLogger(__name__)
 Follow = Callable[[int, Setup, AdapterState, frozenset[str]], AdapterState | None]
@@ -80,7 +81,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Told:
+class RunConstants:
     """What stays the same over a run.
 
     Attributes:
@@ -115,7 +116,7 @@ class Federation:
     observer: Observer
     follow: Follow | None = None
 
-    def run(self, config: Config, plan: Plan, labels: tuple[str, ...]) -> Outcome:
+    def run(self, config: Config, plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
         """Runs all rounds that are still to run.
 
         Args:
@@ -131,22 +132,22 @@ class Federation:
             ModelError: The loss of the base is not finite before the first round.
             RunError: A checkpoint could not be written; the previous one stays valid.
         """
-        told, state = self._begin(config, plan, labels)
-        exchange = self._exchange(config, told)
+        run, state = self._begin(config, plan, labels)
+        exchange = self._exchange(config, run)
         self.observer.on_start(config, state)
         stopped = ""
         for number in range(state.round + 1, config.federation.rounds + 1):
             if exchange.trust is not None:
                 exchange.trust.needed(config.federation.min_clients)
-            state = self._round(config, told, state, exchange=exchange, number=number)
+            state = self._round(config, run, state, exchange=exchange, number=number)
             if state.failed_in_row >= config.federation.max_failed_rounds:
                 stopped = f"{plural(state.failed_in_row, 'round')} in a row moved nothing"
                 break
         stopped = "; ".join(filter(None, [stopped, came_to_nothing(self.directory.records())]))
-        measured = self._measured(config, told, state, exchange)
-        return Outcome(told.setup, told.frozen, state, stopped, measured)
+        measured = self._measured(config, run, state, exchange)
+        return Outcome(run.setup, run.frozen, state, stopped, measured)
 
-    def _exchange(self, config: Config, told: Told) -> Exchange:
+    def _exchange(self, config: Config, run: RunConstants) -> Exchange:
         """Waits for the population: exactly the simulated clients, or enough of the admitted nodes."""
         federation, listed = config.federation, config.engine.nodes
         wait, deadline = federation.join_deadline_seconds, federation.round_deadline_seconds
@@ -157,10 +158,10 @@ class Federation:
         nodes = {client: node.node_id for client, node in roster.items()}
         there = gather(self.grid, trust.active(), trust.needed(federation.min_clients), wait)
         away = frozenset(nodes.values()) - there
-        return Exchange(self.grid, nodes, deadline, told.frozen, trust, away)
+        return Exchange(self.grid, nodes, deadline, run.frozen, trust, away)
 
     def _measured(
-        self, config: Config, told: Told, state: Checkpoint, exchange: Exchange
+        self, config: Config, run: RunConstants, state: Checkpoint, exchange: Exchange
     ) -> dict[int, ClientMetrics]:
         """What clients measure on their held-out records after the last round, if they may say it."""
         personalised = config.personalization.method != "none"
@@ -168,7 +169,7 @@ class Federation:
             return {}
         server = state.server
         number = config.federation.rounds + 1
-        request = Request(told.setup, number, server.moving, server.turn, server.control)
+        request = Request(run.setup, number, server.moving, server.turn, server.control)
         measured = {}
         for client, reply in exchange.replies(request, sorted(exchange.nodes), MEASURE):
             found = (
@@ -180,7 +181,9 @@ class Federation:
                 logger.warning("client %d could not be measured: %r", client, found)
         return measured
 
-    def _begin(self, config: Config, plan: Plan, labels: tuple[str, ...]) -> tuple[Told, Checkpoint]:
+    def _begin(
+        self, config: Config, plan: RunPlan, labels: tuple[str, ...]
+    ) -> tuple[RunConstants, Checkpoint]:
         """Makes or finds the initial state."""
         setup = _setup(config, plan, labels, self.directory)
         description = self.pool.call(public_model.describe, setup)
@@ -207,7 +210,7 @@ class Federation:
             server = ServerState(description.moving, control=control)
             state = Checkpoint(0, server, metrics, metrics)
             self.directory.save(state)
-        return Told(setup, frozen, aggregation, self._names(config)), state
+        return RunConstants(setup, frozen, aggregation, self._names(config)), state
 
     def _names(self, config: Config) -> dict[int, str]:
         """What people call the clients: the names of admitted nodes, or those that the data give."""
@@ -234,7 +237,7 @@ class Federation:
     def _round(
         self,
         config: Config,
-        told: Told,
+        run: RunConstants,
         state: Checkpoint,
         *,
         exchange: Exchange,
@@ -244,10 +247,10 @@ class Federation:
         began = time.monotonic()
         cohort = choose_cohort(config.federation, config.run.seed, number)
         server, statements = state.server, dict(state.statements)
-        request = Request(told.setup, number, server.moving, server.turn, server.control)
-        tally, sent_before = Tally(len(cohort), told.names), exchange.bytes_down
+        request = Request(run.setup, number, server.moving, server.turn, server.control)
+        tally, sent_before = Tally(len(cohort), run.names), exchange.bytes_down
         waiting = self.directory.path / "updates"
-        with closing(Round(told.aggregation, server, cohort, waiting)) as aggregate:
+        with closing(Round(run.aggregation, server, cohort, waiting)) as aggregate:
             for client, answer in self._answers(config, exchange, request, cohort):
                 if isinstance(answer, Reply) and answer.statement:
                     answer = continued(answer, statements, client)
@@ -258,14 +261,14 @@ class Federation:
             exchange.save()  # what was spent is on disk before the round counts
             tally.bytes_down = exchange.bytes_down - sent_before
             moved = _finished(aggregate, config.federation.min_replies, tally=tally)
-            moved = self._followed(told, number, moved)
+            moved = self._followed(run, number, moved)
             signal_to_noise = _finite(aggregate.signal_to_noise())
         due = number % config.federation.evaluate_every == 0 or number == config.federation.rounds
         metrics: dict[str, float] = {}
         if moved is None:
             metrics = dict(state.metrics)
         elif due:
-            metrics = public_model.evaluate(self.pool, told.setup, told.frozen.merged(moved.moving))
+            metrics = public_model.evaluate(self.pool, run.setup, run.frozen.merged(moved.moving))
         record = tally.record(
             number,
             kept=moved is None,
@@ -282,12 +285,14 @@ class Federation:
         self.observer.on_round(record)
         return state
 
-    def _followed(self, told: Told, number: int, moved: ServerState | None) -> ServerState | None:
+    def _followed(
+        self, run: RunConstants, number: int, moved: ServerState | None
+    ) -> ServerState | None:
         """What a round moved, after whoever follows has seen it."""
         if moved is None or self.follow is None:
             return moved
         keys = frozenset(moved.moving)
-        given = self.follow(number, told.setup, told.frozen.merged(moved.moving), keys)
+        given = self.follow(number, run.setup, run.frozen.merged(moved.moving), keys)
         return moved if given is None else replace(moved, moving=given.select(keys))
 
     def _answers(
@@ -307,7 +312,7 @@ class Federation:
             yield client, answer
 
 
-def _setup(config: Config, plan: Plan, labels: tuple[str, ...], directory: RunDirectory) -> Setup:
+def _setup(config: Config, plan: RunPlan, labels: tuple[str, ...], directory: RunDirectory) -> Setup:
     """What clients are told in every round."""
     resolved = config.resolved()
     return Setup(
@@ -324,7 +329,7 @@ def _setup(config: Config, plan: Plan, labels: tuple[str, ...], directory: RunDi
         compression=config.compression,
         personalization=config.personalization,
         labels=labels,
-        plan=plan.to_json(),
+        plan=plan,
         config_sha256=config.sha256(),
     )
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedslm.errors import printable
-from fedslm.federation.wire import Reply
+from fedslm.protocol.messages import Reply
 from fedslm.records import RoundRecord
 
 logger = logging.getLogger(__name__)
 _LONGEST_REASON, _LONGEST_NAME = 300, 64
+_REFUSALS = frozenset({"refused", "rolled-back", "needs-frozen"})
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Tally:
     def count(self, client: int, answer: Reply | str) -> None:
         """Counts one answer."""
         if isinstance(answer, Reply):
-            self._counts["refused" if answer.status == "rolled-back" else answer.status] += 1
+            self._counts["refused" if answer.status in _REFUSALS else answer.status] += 1
             self.bytes_up += answer.num_bytes
             reason = answer.reason
             if answer.metric is not None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from flwr.app import Message, RecordDict
 
 from fedslm.errors import FederationError, FedslmError, LedgerError
-from fedslm.federation.envelopes import Asked, content_sha256, enclosed, is_answer
 from fedslm.federation.roster import Registered, revoked_keys
 from fedslm.federation.spends import SPENDS, STANDING, Spends
 from fedslm.federation.standings import Standing, as_values
-from fedslm.federation.wire import proofs_of
 from fedslm.privacy.keys import private_key, read_public_key
 from fedslm.privacy.statement import read_statement
+from fedslm.protocol.envelopes import RequestHeader, content_sha256, enclosed, is_answer
+from fedslm.protocol.messages import proofs_of
 from fedslm.storage import write_text
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Trust:
                 )
         return found
 
-    def signed(self, contents: Mapping[int, RecordDict], asked: Asked) -> dict[int, RecordDict]:
+    def signed(self, contents: Mapping[int, RecordDict], asked: RequestHeader) -> dict[int, RecordDict]:
         """Adds each client's own signed envelope to its content.
 
         Args:

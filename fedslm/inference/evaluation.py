@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedslm.data import shards
+from fedslm import layout
+from fedslm.data import store
 from fedslm.data.sources import cut, load_evaluation
-from fedslm.data.spool import rows_in
+from fedslm.data.tables import rows_in
 from fedslm.data.values import is_value
 from fedslm.errors import ConfigError, DataError, Problem, plural
 from fedslm.inference.bootstrap import Comparison, Draws, Statistics, compare
@@ -39,7 +40,7 @@ class Evaluation:
         records: Records that the task's metrics are made of.
         skipped: Records that could not be used: without text, or with a label that is not known.
         truncated: Records of which the end was not read.
-        written: Records for which texts were written and scored; 0 if none was asked.
+        written: Records for which texts were written and scored; 0 if none was options.
     """
 
     metrics: dict[str, Comparison]
@@ -55,12 +56,12 @@ def own_rows(run: FinishedRun) -> Rows:
     Raises:
         DataError: It is no longer there.
     """
-    if not (run.directory / "data" / "evaluation.parquet").exists():
+    if not (run.directory / layout.DATA / "evaluation.parquet").exists():
         raise DataError(
             f"{run.directory}/data/evaluation.parquet is not there any more, so the run's own split is "
             f"lost; name other data with --data"
         )
-    return shards.read_evaluation(run.directory / "data")
+    return store.read_evaluation(run.directory / layout.DATA)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def other_rows(run: FinishedRun, data: Elsewhere) -> Rows:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationOptions:
     """What is wanted of an evaluation.
 
     Attributes:
@@ -111,27 +112,29 @@ class Asked:
     max_written: int = 0
 
 
-def evaluate(trained: Trained, rows: Rows, on_progress: OnProgress, asked: Asked) -> Evaluation:
+def evaluate(
+    trained: Trained, rows: Rows, on_progress: OnProgress, options: EvaluationOptions
+) -> Evaluation:
     """Measures the trained model and its base on the same records.
 
     Args:
         trained: A run's model.
         rows: What to measure on.
         on_progress: Is told how many passes over a record are done, of how many.
-        asked: How sure to be, and whether texts are written too.
+        options: How sure to be, and whether texts are written too.
 
     Raises:
         ConfigError: Too few resamples, or the task has no references to score texts by.
         DataError: No record can be used.
     """
-    _check(trained, asked)
+    _check(trained, options)
     prepared = trained.task.prepare(rows, trained.model.tokenizer)
     if not prepared.examples:
         raise DataError(
             f"none of {plural(len(rows), 'record')} can be used: they have no text or unknown labels"
         )
     kept = [rows[number] for number in prepared.kept]
-    scored = _sample(kept, asked.max_written, trained.run.seed)
+    scored = _sample(kept, options.max_written, trained.run.seed)
     advance = _advancing(on_progress, 2 * (len(kept) + len(scored)))
     measured, texts = [], []
     try:
@@ -141,22 +144,20 @@ def evaluate(trained: Trained, rows: Rows, on_progress: OnProgress, asked: Asked
                 texts.append(_text_statistics(trained, scored, adapter, advance))
     finally:
         trained.model.adapter.write(trained.run.adapter)
-    draws = Draws(asked.resamples, trained.run.seed)
+    draws = Draws(options.resamples, trained.run.seed)
     found = compare((measured[0], measured[1]), trained.task.metrics, draws)
     if scored:
         found |= compare((texts[0], texts[1]), text_metrics, draws)
     return Evaluation(found, len(kept), len(rows) - len(kept), prepared.truncated, len(scored))
 
 
-def _check(trained: Trained, asked: Asked) -> None:
+def _check(trained: Trained, options: EvaluationOptions) -> None:
     """Refuses what would give no honest figures."""
-    if asked.resamples < _FEWEST_RESAMPLES:
-        message = (
-            f"value {asked.resamples} must be at least {_FEWEST_RESAMPLES}: the interval would be rough"
-        )
+    if options.resamples < _FEWEST_RESAMPLES:
+        message = f"value {options.resamples} must be at least {_FEWEST_RESAMPLES}"
         raise ConfigError([Problem("--resamples", message)])
     name = trained.run.task.name
-    if asked.max_written and name not in _WITH_REFERENCES:
+    if options.max_written and name not in _WITH_REFERENCES:
         message = f"is for {' and '.join(_WITH_REFERENCES)}; this run's task.name is {name!r}"
         raise ConfigError([Problem("--generate", message)])
 

@@ -14,7 +14,7 @@ from fedslm.errors import ModelError, RunError, Unusable
 from fedslm.inference.trained import FinishedRun
 from fedslm.models.loaded import load
 from fedslm.models.pooling import MeanPoolingClassifier
-from fedslm.reporting.render import render
+from fedslm.rendering import render
 from fedslm.storage import with_usual_modes, write_text
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any
 
 import fedslm
+from fedslm import layout
 from fedslm.config import (
     DataConfig,
     DistillConfig,
@@ -31,7 +32,6 @@ from fedslm.tasks import build
 from fedslm.tasks.base import Task
 
 OnProgress = Callable[[int, int], None]  # (done, of all)
-_WEIGHTS = "adapter_model.safetensors"
 _KEPT: dict[str, type | UnionType] = {  # what a report must hold
     "fedslm_version": str,
     "base_sha256": str,
@@ -79,7 +79,7 @@ class FinishedRun:
     @property
     def adapter_directory(self) -> Path:
         """Where PEFT's files, the tokenizer and the model card lie."""
-        return self.directory / "adapter"
+        return self.directory / layout.ADAPTER
 
     def check_base(self) -> None:
         """Refuses a base model with other files than the one that was trained on.
@@ -134,7 +134,7 @@ def open_run(path: Path, *, base: str | None = None, device: str | None = None) 
     path = path.expanduser().absolute()
     if not path.is_dir():
         raise ModelError(f"{path}: no such run directory")
-    if (path / "adapter_config.json").exists() and (path.parent / "config.json").exists():
+    if (path / "adapter_config.json").exists() and (path.parent / layout.CONFIG_JSON).exists():
         path = path.parent
     report = _report(path)
     try:
@@ -182,9 +182,9 @@ def computing(model: LoadedModel) -> Iterator[None]:
 
 def _report(path: Path) -> dict[str, Any]:
     """Reads ``report.json``, which the last step of a run writes."""
-    file = path / "report.json"
+    file = path / layout.REPORT
     if not file.exists():
-        if (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+        if (path / layout.CONFIG_JSON).exists() and not (path / "adapter_config.json").exists():
             raise ModelError(
                 f"{path} is not finished: it has no report.json; continue it with "
                 f"fedslm simulate --resume {path}"
@@ -211,7 +211,7 @@ def _report(path: Path) -> dict[str, Any]:
 
 def _adapter(path: Path, report: dict[str, Any]) -> AdapterState:
     """Reads the trained adapter and holds it against the report's hash."""
-    file = path / "adapter" / _WEIGHTS
+    file = path / layout.ADAPTER / layout.ADAPTER_WEIGHTS
     try:
         adapter = load_adapter(file)
     except RunError as error:

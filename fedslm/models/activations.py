@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedslm.adapter_keys import key_of, part_of
 from fedslm.errors import ModelError
-from fedslm.factors import key_of, part_of
 from fedslm.models.loaded import LoadedModel
 from fedslm.records import AdapterState, FloatArray
 from fedslm.tasks.base import INPUTS, Example, Task, Tensors

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedslm.adapter_keys import part_of
 from fedslm.config import LoraConfig
 from fedslm.errors import ModelError
-from fedslm.factors import part_of
 from fedslm.models import families
 from fedslm.models.networks import HEAD_NAMES
 from fedslm.records import AdapterState
@@ -19,7 +19,7 @@ from fedslm.records import AdapterState
 if TYPE_CHECKING:
     from torch import nn
 
-    from fedslm.models.delta import Deltas
+    from fedslm.models.residual import Deltas
 
 _MOST_SHOWN = 12
 
@@ -113,8 +113,8 @@ def attach(network: nn.Module, lora: LoraConfig, *, core: bool = False) -> Attac
     References:
         Hu et al. 2022, LoRA (arXiv 2106.09685).
     """
-    from fedslm.models.delta import Deltas
     from fedslm.models.peft_library import peft
+    from fedslm.models.residual import Deltas
 
     heads = [name for name, _ in network.named_children() if name in HEAD_NAMES]
     targets, is_conv1d = _targets(network, lora.target_modules, heads)
@@ -139,7 +139,7 @@ def attach(network: nn.Module, lora: LoraConfig, *, core: bool = False) -> Attac
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
     if core:
-        from fedslm.models.core import insert_cores
+        from fedslm.models.fed_sb import insert_cores
 
         insert_cores(layers.values())
     named = dict(adapted.named_parameters())

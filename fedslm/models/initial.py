@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedslm.factors import key_of, layers_of, part_of
+from fedslm.adapter_keys import key_of, layers_of, part_of
 from fedslm.records import AdapterState, FloatArray
 from fedslm.rng import stream
 

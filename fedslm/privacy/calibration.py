@@ -9,13 +9,13 @@ from typing import Any, assert_never
 from fedslm.config import PrivacyConfig, TrainingConfig
 from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.privacy import accounting
-from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan, Plan
+from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan, RunPlan
 from fedslm.records import Event
 
 _STEP, _LARGEST_MULTIPLIER = 1e-3, 10_000
 
 
-def calibrated(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) -> Plan:
+def calibrated(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) -> RunPlan:
     """Turns what is asked into what will run, for the worst case: a client joins every round.
 
     Args:

@@ -308,7 +308,11 @@ class NoPrivacy:
         return json.dumps({"unit": self.unit, **dataclasses.asdict(self)}, allow_nan=False)
 
 
-def from_json(text: str) -> ExamplePlan | PatientPlan | NoPrivacy:
+RunPlan = ExamplePlan | PatientPlan | NoPrivacy
+"""The plans that a run can have; each is a :class:`Plan`."""
+
+
+def from_json(text: str) -> RunPlan:
     """Reads what :meth:`Plan.to_json` wrote.
 
     Raises:

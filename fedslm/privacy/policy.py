@@ -19,7 +19,6 @@ from fedslm.privacy.limits import Limits
 from fedslm.privacy.plan import NoPrivacy, PatientPlan, PrivatePlan
 from fedslm.records import LARGEST_DELTA
 
-POLICY_FILE = "policy.toml"
 ANY = "any"
 _STRENGTH = {"none": 0, "record": 1, "patient": 2, "client": 3}
 
@@ -50,7 +49,7 @@ min_metric_noise_multiplier = 5.0
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanRequest:
     """What a server asks for, as far as a policy looks at it.
 
     Attributes:
@@ -113,7 +112,7 @@ class NodePolicy(Section):
     min_metric_noise_multiplier: OptionalNumber = Field(None, gt=0)
     """Least noise of a metric."""
 
-    def check(self, asked: Asked) -> None:
+    def check(self, asked: PlanRequest) -> None:
         """Refuses what is weaker than this policy.
 
         Formal guarantees:
@@ -151,7 +150,7 @@ class NodePolicy(Section):
             return f"a server may train without privacy; else at most ε = {self.epsilon:g}, {within}"
         return f"at most ε = {self.epsilon:g} at δ = {self.delta:g} for one {self.unit}, {within}"
 
-    def _reasons(self, asked: Asked) -> Iterator[str]:
+    def _reasons(self, asked: PlanRequest) -> Iterator[str]:
         """Everything that is weaker than allowed."""
         plan = asked.plan
         if _STRENGTH[plan.unit] < _STRENGTH[self.unit]:

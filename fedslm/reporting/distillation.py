@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedslm import layout
 from fedslm.config import ModelConfig, TaskConfig
-from fedslm.reporting.render import render
+from fedslm.rendering import render
 from fedslm.storage import expand, json_text, replacing, write_text
 
 _MOST_POINTS = 400
@@ -40,8 +41,8 @@ def write(directory: Path, report: dict[str, Any], sections: Sections) -> None:
     write_text(directory / "distill.md", render("distill.md.j2", report=report))
     shown = {**report, "base_model": expand(sections.model.base)}
     card = render("student_card.md.j2", report=shown, config=sections)
-    write_text(directory / "adapter" / "README.md", card)
-    write_text(directory / "distill.json", json_text(report, indent=2) + "\n")
+    write_text(directory / layout.ADAPTER / "README.md", card)
+    write_text(directory / layout.DISTILL_REPORT, json_text(report, indent=2) + "\n")
 
 
 def plot_losses(path: Path, losses: list[float], method: str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedslm.adapter_keys import Part
+from fedslm.aggregation.compatibility import CONFLICTS, KEYS, Axis, Conflict, conflicts
 from fedslm.aggregation.methods import METHODS, Method
-from fedslm.aggregation.validity import CONFLICTS, KEYS, Axis, Conflict, conflicts
 from fedslm.config import MethodName
-from fedslm.factors import Part
-from fedslm.reporting.render import render
+from fedslm.rendering import render
 
 # What a column asks of a method: the values that it fixes.
 _COLUMNS: dict[str, dict[Axis, str]] = {

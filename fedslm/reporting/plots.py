@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedslm.privacy.budget import Answer
+from fedslm.privacy.planning import BudgetPlan
 from fedslm.records import RoundRecord
 from fedslm.storage import replacing
 
@@ -51,7 +51,7 @@ def plot_rounds(path: Path, records: list[RoundRecord], report: dict[str, Any]) 
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def plot_budget(path: Path, answer: Answer) -> None:
+def plot_budget(path: Path, answer: BudgetPlan) -> None:
     """Draws epsilon over the rounds at several deltas.
 
     Args:

@@ -8,22 +8,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 import fedslm
+from fedslm import layout
 from fedslm.config import Config
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.federation.fairness import as_json
-from fedslm.federation.node import LEDGER
 from fedslm.federation.rounds import Outcome
-from fedslm.models.plain import plain
+from fedslm.models.peft_export import plain
 from fedslm.privacy import accounting
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.privacy.plan import Plan, PrivatePlan
+from fedslm.protocol.metrics import as_json
 from fedslm.records import Event, PrivacySpent, RoundRecord, epsilon_as_json
+from fedslm.rendering import render
 from fedslm.reporting.plots import plot_rounds
-from fedslm.reporting.render import render
 from fedslm.storage import expand, json_text, write_text
-
-REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,11 @@ def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     report = _report(directory, inputs, records)
     write_text(directory.path / "report.md", render("report.md.j2", report=report))
     card = render("model_card.md.j2", report=report, config=inputs.config)
-    write_text(directory.path / "adapter" / "README.md", card)
+    write_text(directory.path / layout.ADAPTER / "README.md", card)
     plot_rounds(directory.path / "report.png", records, report)
-    write_text(directory.path / REPORT, json_text(report, indent=2) + "\n")  # last: the run is finished
+    write_text(
+        directory.path / layout.REPORT, json_text(report, indent=2) + "\n"
+    )  # last: it ends the run
     return report
 
 
@@ -163,8 +163,8 @@ def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, 
     for client, name in enumerate(inputs.clients):
         node = directory.nodes / f"client-{client:05d}"
         statement = inputs.outcome.checkpoint.statements.get(client)
-        if (node / LEDGER).exists():
-            charged[name] = read_chain(node / LEDGER, read_public_key(node / PUBLIC_KEY)).events
+        if (node / layout.LEDGER).exists():
+            charged[name] = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY)).events
         else:
             charged[name] = () if statement is None else statement.events
     return charged

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedslm.tasks import tokens
 from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
-from fedslm.tasks.prompts import Asked, Prompts
+from fedslm.tasks.prompts import EncodedPrompt, Prompts
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ class Preference:
         }
 
 
-def _unlearned(prompt: Asked) -> Asked:
+def _unlearned(prompt: EncodedPrompt) -> EncodedPrompt:
     """A prompt whose earlier answers are none of the two that are compared."""
     return replace(prompt, targets=(tokens.IGNORED,) * len(prompt.ids))
 

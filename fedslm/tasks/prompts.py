@@ -35,7 +35,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EncodedPrompt:
     """A prompt in tokens.
 
     Attributes:
@@ -124,7 +124,7 @@ class Prompts:
         opening = bounded[:1] if first and bounded[0]["role"] == "system" else []
         return (*opening, *bounded[first:])
 
-    def asked(self, said: Sequence[Said], tokenizer: PreTrainedTokenizerBase) -> list[Asked]:
+    def asked(self, said: Sequence[Said], tokenizer: PreTrainedTokenizerBase) -> list[EncodedPrompt]:
         """Prompts in tokens; without any if the chat template refuses the turns.
 
         Formal guarantees:
@@ -140,7 +140,9 @@ class Prompts:
         pieces = iter(_bare([segment.text for each in cut for segment in each], tokenizer))
         return [_joined([(next(pieces).input_ids, one.learned) for one in each]) for each in cut]
 
-    def _asked_plainly(self, said: Sequence[Said], tokenizer: PreTrainedTokenizerBase) -> list[Asked]:
+    def _asked_plainly(
+        self, said: Sequence[Said], tokenizer: PreTrainedTokenizerBase
+    ) -> list[EncodedPrompt]:
         """Prompts without a template: a text as it is, or turns one after another."""
         cut = [_one_after_another(each.turns) for each in said]
         begun = tokenise([each[0].text for each in cut if each], tokenizer, _UNCUT)
@@ -179,7 +181,7 @@ class Prompts:
             return _bare([end], tokenizer)[0].input_ids
         return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
-    def join(self, prompt: Asked, completion: Tokens) -> tuple[Example, bool]:
+    def join(self, prompt: EncodedPrompt, completion: Tokens) -> tuple[Example, bool]:
         """Puts a completion behind a prompt, and says whether either was cut.
 
         A long completion loses its end: it may take ``max_target_length`` tokens, or else what the
@@ -228,13 +230,13 @@ def _unended(ids: Tokens, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _joined(pieces: Sequence[tuple[Tokens, bool]]) -> Asked:
+def _joined(pieces: Sequence[tuple[Tokens, bool]]) -> EncodedPrompt:
     """Pieces one after another."""
     ids = tuple(token for piece, _ in pieces for token in piece)
     targets = tuple(
         token if learned else tokens.IGNORED for piece, learned in pieces for token in piece
     )
-    return Asked(ids, targets)
+    return EncodedPrompt(ids, targets)
 
 
 def _fitted(prompt: Tokens, room: int) -> Tokens:

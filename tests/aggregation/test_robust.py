@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from fedslm.aggregation.robust import bulyan_selection, combine, krum_order, required_clients
-from fedslm.aggregation.spool import Spool
+from fedslm.aggregation.update_file import Spool
 from fedslm.config import RuleName
 from fedslm.errors import FederationError
 from fedslm.records import AdapterState, ClientUpdate

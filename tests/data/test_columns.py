@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
-from fedslm.data import shards
+from fedslm.data import store
 from fedslm.data.columns import Wanted, features_in, needed_to_share
 from fedslm.data.sources import load, load_evaluation, load_train
 from fedslm.data.split import split_in_two
@@ -149,9 +149,9 @@ def test_a_run_keeps_the_needed_columns_only(tmp_path: Path) -> None:
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = DataConfig(source=str(tmp_path), partition="natural")
     data = tmp_path / "data"
-    shards.write(data, config, TASK, privacy=privacy, num_clients=1, seed=0)
-    assert set(shards.read_client(data, 0)[0]) == {"text", "label", "client", "patient"}
-    assert set(shards.read_evaluation(data)[0]) == {"text", "label"}
+    store.write(data, config, TASK, privacy=privacy, num_clients=1, seed=0)
+    assert set(store.read_client(data, 0)[0]) == {"text", "label", "client", "patient"}
+    assert set(store.read_evaluation(data)[0]) == {"text", "label"}
 
 
 def described(**labels: list[str]) -> pa.Schema:

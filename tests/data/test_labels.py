@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
+from fedslm.data.federated import Shared, share_out
 from fedslm.data.labels import check
-from fedslm.data.sharing import Shared, share_out
 from fedslm.errors import DataError
 from fedslm.models.base import DEMO_DIRECTORY, load_tokenizer
 from fedslm.tasks import build

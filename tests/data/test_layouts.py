@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from fedslm.config import Config, DataConfig, TaskConfig
-from fedslm.contradictions import check
+from fedslm.data.federated import share_out
 from fedslm.data.layouts import laid_out
-from fedslm.data.sharing import share_out
 from fedslm.errors import DataError
 from fedslm.models.base import DEMO_DIRECTORY, load_tokenizer
 from fedslm.tasks import build
+from fedslm.validation import check
 
 USER, ASSISTANT = {"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}
 TURNS = [USER, ASSISTANT]

@@ -17,14 +17,14 @@ from datasets import Dataset
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.columns import names_in
+from fedslm.data.federated import Shared, owners_in, share_out
 from fedslm.data.labels import names_of
 from fedslm.data.missing import is_missing, name_of
 from fedslm.data.partition import partition
 from fedslm.data.rows import rows_of
-from fedslm.data.shards import read_client, write_own
-from fedslm.data.sharing import Shared, owners_in, share_out
 from fedslm.data.sources import load
-from fedslm.data.spool import batches, rows_in
+from fedslm.data.store import read_client, write_own
+from fedslm.data.tables import batches, rows_in
 from fedslm.errors import DataError
 
 NAN = float("nan")

@@ -16,7 +16,7 @@ from datasets import Dataset
 from fedslm.config import DataConfig, TaskConfig
 from fedslm.data.labels import check
 from fedslm.data.sources import load, load_train
-from fedslm.data.spool import rows_in
+from fedslm.data.tables import rows_in
 from fedslm.data.turns import turns_of
 from fedslm.errors import DataError
 from fedslm.models.base import DEMO_DIRECTORY, load_tokenizer

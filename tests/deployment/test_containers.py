@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedslm.federation.node import LEDGER
+from fedslm import layout
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 
@@ -300,7 +300,7 @@ def test_server_and_nodes_in_containers_finish_a_private_run(
     assert 0 < report["epsilon"] <= 0.7
     for name in NODES:
         node = tmp_path / name
-        assert len(read_chain(node / LEDGER, read_public_key(node / PUBLIC_KEY)).charges) == 2
+        assert len(read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY)).charges) == 2
         assert {path.stat().st_uid for path in node.rglob("*")} == {USER}
         assert not any(path.stat().st_mode & 0o077 for path in (node / "data").rglob("*"))
 

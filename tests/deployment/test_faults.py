@@ -32,7 +32,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedslm.federation import trust
-from fedslm.federation.envelopes import ENVELOPE, content_sha256, enclosed
+from fedslm.protocol.envelopes import ENVELOPE, content_sha256, enclosed
 from fedslm.flower import serve_flower
 
 app = ServerApp()

@@ -24,6 +24,7 @@ from support.fleet_client import MIB, Sender, arrays, instruction
 from support.sites import SECONDS, Site, eventually, federation, ledger_of, rounds_of
 from support.tiny import PRIVATE
 
+from fedslm import layout
 from fedslm.config import Config
 from fedslm.deployment import fleet_api
 from fedslm.deployment.admission import read_admission
@@ -32,8 +33,7 @@ from fedslm.deployment.enrolment import node_key
 from fedslm.deployment.fleet import connected
 from fedslm.deployment.link import Link
 from fedslm.deployment.node import import_records, open_node
-from fedslm.federation.local_grid import handle
-from fedslm.federation.node import LEDGER
+from fedslm.engines.local import handle
 
 pytestmark = pytest.mark.federation
 MakeConfig = Callable[..., Config]
@@ -117,7 +117,7 @@ def asked(root: Path) -> Iterator[Callable[[], Message]]:
 
 def charges(scene: Scene) -> int:
     """How often north was charged."""
-    path = scene.site.root / "north" / LEDGER
+    path = scene.site.root / "north" / layout.LEDGER
     return len(ledger_of(scene.site.root / "north").charges) if path.exists() else 0
 
 

@@ -12,11 +12,11 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from fedslm.deployment.admission import Admission
 from fedslm.deployment.instructions import NONCES, Instructions
+from fedslm.engines.local import LocalGrid
 from fedslm.errors import FederationError
-from fedslm.federation.envelopes import Asked, content_sha256, enclosed, is_answer
-from fedslm.federation.local_grid import LocalGrid
-from fedslm.federation.workers import InlinePool
 from fedslm.privacy.keys import public_hex, signing_key
+from fedslm.protocol.envelopes import RequestHeader, content_sha256, enclosed, is_answer
+from fedslm.workers import InlinePool
 
 OPERATOR = Ed25519PrivateKey.from_private_bytes(bytes([1] * 32))
 RUN = 5
@@ -40,7 +40,7 @@ def instruction(directory: Path, seconds: float = 60.0, key: Ed25519PrivateKey =
     LocalGrid(1, InlinePool())  # tells Flower who sends
     own = public_hex(signing_key(directory).public_key())
     content = RecordDict({"request": ConfigRecord({"round": 1})})
-    asked = Asked("run", RUN, 1, "train", seconds)
+    asked = RequestHeader("run", RUN, 1, "train", seconds)
     made = asked.envelope(own, 2, content_sha256(content), ())
     return Message(enclosed(content, made, key)[0], 7, "train", ttl=seconds)
 

@@ -21,9 +21,9 @@ import fedslm
 from fedslm.deployment import bundle as bundles
 from fedslm.deployment import link
 from fedslm.deployment.bundle import sha256_of
+from fedslm.engines.local import LocalGrid
 from fedslm.errors import FederationError
-from fedslm.federation.local_grid import LocalGrid
-from fedslm.federation.workers import InlinePool
+from fedslm.workers import InlinePool
 
 
 @contextmanager

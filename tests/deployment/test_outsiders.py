@@ -28,9 +28,9 @@ from fedslm.deployment.fleet import connected
 from fedslm.deployment.instructions import Instructions
 from fedslm.deployment.link import Link
 from fedslm.deployment.node import import_records, open_node
-from fedslm.federation.local_grid import handle
-from fedslm.federation.wire import Reply
+from fedslm.engines.local import handle
 from fedslm.privacy.keys import signature_of, signing_key
+from fedslm.protocol.messages import Reply
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter
 

@@ -17,14 +17,14 @@ import pytest
 from support.places import admitted_node
 from support.tiny import make_rows, write_rows
 
-from fedslm import config, contradictions
+from fedslm import config, validation
 from fedslm.deployment.settings import read_node
 from fedslm.errors import FederationError
-from fedslm.federation.wire import TRAIN, Reply
-from fedslm.federation.workers import WorkerPool
 from fedslm.privacy.calibration import calibrated
 from fedslm.privacy.plan import PrivatePlan
-from fedslm.privacy.policy import Asked, read_policy
+from fedslm.privacy.policy import PlanRequest, read_policy
+from fedslm.protocol.messages import TRAIN, Reply
+from fedslm.workers import WorkerPool
 
 PHONE = Path(__file__).parents[2] / "clients" / "phone"
 MEMORY = Path("/sys/fs/cgroup/memory")
@@ -39,11 +39,11 @@ def test_the_files_are_accepted_and_fit_together(tmp_path: Path) -> None:
     assert node.conditions is not None
     assert os.access(PHONE / node.conditions.command[0], os.X_OK)
     run = config.from_toml(PHONE / "run.toml").resolved()
-    contradictions.check(run)
+    validation.check(run)
     plan = calibrated(run.privacy, run.training, run.federation.rounds)
     assert isinstance(plan, PrivatePlan)
     policy = read_policy(PHONE / "policy.toml")
-    policy.check(Asked(plan, "0" * 64, run.task.name, run.model.base))
+    policy.check(PlanRequest(plan, "0" * 64, run.task.name, run.model.base))
     assert policy.max_rounds is not None
     assert policy.max_rounds >= run.federation.rounds
     assert run.model.quantization == "int8"
@@ -249,7 +249,7 @@ def answered(node: Path, limit: int) -> tuple[list[Reply], dict[str, float]]:
 def _read_as(root: Path) -> tuple[Any, Any]:
     """How a server reads the reply: packing and shapes."""
     from fedslm.aggregation.methods import sent_keys
-    from fedslm.federation.wire import Request
+    from fedslm.protocol.messages import Request
 
     message = pickle.loads((root / "message").read_bytes())  # noqa: S301  (our own)
     request = Request.from_records(message.content)

@@ -21,6 +21,8 @@ import torch
 from support.commands import run
 
 import fedslm
+from fedslm import layout
+from fedslm.client.self_test_gate import code_fingerprint
 from fedslm.deployment import authority, enrolment
 from fedslm.deployment import preflight as preflight_module
 from fedslm.deployment.admission import Admission
@@ -29,15 +31,13 @@ from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.certificates import node_warnings, server_warnings
 from fedslm.deployment.node import Ready, open_node
 from fedslm.deployment.preflight import Check, preflight
-from fedslm.federation.attestation import ATTESTATION, code_fingerprint
-from fedslm.federation.node import LEDGER
 from fedslm.privacy.keys import signing_key
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.limits import Limits
 from fedslm.privacy.lines import ADAPTER, Charge, Unprotected
 from fedslm.privacy.policy import EXAMPLE
 from fedslm.records import Event
-from fedslm.training.self_test import kernels
+from fedslm.verification.self_test import kernels
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +128,10 @@ def test_the_self_test_counts_for_the_process_that_trains(node: Ready) -> None:
     torch.set_num_threads(1)
     values = {"fingerprint": code_fingerprint(), "kernels": kernels(), "time": 0, "checks": {}}
     kept = json.dumps(values)
-    (node.directory / ATTESTATION).write_text(kept)
+    (node.directory / layout.SELF_TEST).write_text(kept)
     torch.set_num_threads(2)
     assert preflight_module._self_test(node) == "passed"
-    assert (node.directory / ATTESTATION).read_text() == kept  # no new one was needed
+    assert (node.directory / layout.SELF_TEST).read_text() == kept  # no new one was needed
 
 
 def changed(old: str, new: str, name: str) -> Callable[[Ready], Ready]:
@@ -164,7 +164,7 @@ def readable(node: Ready) -> Ready:
 
 def torn(node: Ready) -> Ready:
     """Writes something else into the ledger."""
-    (node.directory / LEDGER).write_text('{"index": 0}\n')
+    (node.directory / layout.LEDGER).write_text('{"index": 0}\n')
     return node
 
 
@@ -327,7 +327,7 @@ def test_whoever_else_answers_says_nothing_of_the_key(node: Ready) -> None:
 
 def charged(node: Ready, ahead: float = 0.0) -> Ledger:
     """The node's ledger with a round that was charged while the clock was ahead."""
-    ledger = Ledger(node.directory / LEDGER, signing_key(node.directory))
+    ledger = Ledger(node.directory / layout.LEDGER, signing_key(node.directory))
     values = dict.fromkeys(
         ("request_sha256", "base_sha256", "config_sha256", "dataset_commitment"), "x"
     )

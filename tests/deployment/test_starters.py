@@ -11,7 +11,7 @@ import pytest
 from support.commands import run
 
 from fedslm import config as configuration
-from fedslm import contradictions
+from fedslm import validation
 from fedslm.config import Config
 from fedslm.deployment import starters
 from fedslm.deployment.settings import read_federation, read_node
@@ -19,7 +19,7 @@ from fedslm.deployment.starters import Start
 from fedslm.errors import ConfigError, PolicyRefused, RunError
 from fedslm.privacy.calibration import calibrated
 from fedslm.privacy.plan import PrivatePlan
-from fedslm.privacy.policy import EXAMPLE, Asked, NodePolicy, read_policy
+from fedslm.privacy.policy import EXAMPLE, NodePolicy, PlanRequest, read_policy
 
 ROOT = Path(__file__).parent.parent.parent
 URL = "postgresql+psycopg://records.example:5432/notes"
@@ -112,17 +112,17 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def test_the_example_of_a_run_is_sound(deployed: Config) -> None:
     """Every key is known, nothing contradicts anything, nothing is warned of, and it is the docs' triage."""
-    contradictions.check(deployed)
-    assert list(contradictions.warnings(deployed)) == []
+    validation.check(deployed)
+    assert list(validation.warnings(deployed)) == []
     assert deployed.run.name == "triage"
     assert deployed.privacy.unit == "patient"
 
 
-def asked(config: Config) -> Asked:
+def asked(config: Config) -> PlanRequest:
     """What a server asks for with a config."""
     plan = calibrated(config.privacy, config.training, config.federation.rounds)
     assert isinstance(plan, PrivatePlan)
-    return Asked(plan, "0" * 64, config.task.name, config.model.base)
+    return PlanRequest(plan, "0" * 64, config.task.name, config.model.base)
 
 
 def test_the_example_of_a_run_passes_the_example_policy(deployed: Config) -> None:

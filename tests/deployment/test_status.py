@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from support.tiny import PRIVATE
 
-from fedslm import simulation
+from fedslm import layout, simulation
 from fedslm.config import Config
 from fedslm.deployment.admission import NODES
 from fedslm.deployment.control import SeenNode
 from fedslm.deployment.metrics import NodeCounts, node_figures
 from fedslm.deployment.status import status_of
 from fedslm.errors import RunError
-from fedslm.federation.checkpoint import ERROR, RunDirectory
+from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.roster import roster_of
 from fedslm.federation.spends import SPENDS, Spends
 from fedslm.flower import _told
@@ -110,7 +110,7 @@ def test_an_old_error_names_no_state(server: Path, tmp_path: Path) -> None:
     (run.path / "report.json").unlink()
     with pytest.raises(RunError), _told(run):
         raise RunError("boom")
-    assert "boom" in (run.path / ERROR).read_text()
+    assert "boom" in (run.path / layout.ERROR).read_text()
     assert status_of(tmp_path / "s", []).runs[0].state == "failed"
     with pytest.raises(KeyboardInterrupt), _told(run):
         raise KeyboardInterrupt

@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from support.sites import Site, federation, fedslm, ledger_of, rounds_of
 from support.tiny import PRIVATE
 
+from fedslm import layout
 from fedslm.config import Config
 from fedslm.deployment import control
 from fedslm.deployment.enrolment import node_key
@@ -22,15 +23,14 @@ from fedslm.deployment.fleet import connected
 from fedslm.deployment.instructions import Believed, Instructions
 from fedslm.deployment.link import Link
 from fedslm.deployment.node import import_records, open_node
+from fedslm.engines.local import handle
 from fedslm.errors import FederationError
-from fedslm.federation.envelopes import ENVELOPE, sealed
-from fedslm.federation.local_grid import handle
-from fedslm.federation.node import LEDGER
 from fedslm.federation.spends import SPENDS, read_standings, standings_of_run
 from fedslm.federation.trust import OPERATOR_KEY
-from fedslm.federation.workers import InlinePool
 from fedslm.privacy.keys import new_private_key, public_hex, signing_key
+from fedslm.protocol.envelopes import ENVELOPE, sealed
 from fedslm.records import epsilon_of_json
+from fedslm.workers import InlinePool
 
 pytestmark = pytest.mark.federation
 MakeConfig = Callable[..., Config]
@@ -121,7 +121,9 @@ def ledger_key(site: Site, name: str) -> str:
 def charges(site: Site) -> dict[str, int]:
     """How often each node has charged so far."""
     return {
-        name: len(ledger_of(site.root / name).charges) if (site.root / name / LEDGER).exists() else 0
+        name: len(ledger_of(site.root / name).charges)
+        if (site.root / name / layout.LEDGER).exists()
+        else 0
         for name in ("north", "south", "west")
     }
 

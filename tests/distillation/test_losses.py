@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedslm.distillation import losses, targets
+from fedslm.distillation import losses
 
 Numbers = np.ndarray
 GENERATOR = np.random.default_rng(7)
@@ -19,7 +19,7 @@ LOGITS, TEACHER = GENERATOR.normal(size=(2, 5, 9)) * 2
 
 def loss_of(name: str, logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """A loss by name."""
-    target = targets.soft_target(teacher, temperature)
+    target = losses.soft_target(teacher, temperature)
     if name == "forward":
         return losses.forward_kl(logits, target, temperature)
     if name == "reverse":
@@ -63,7 +63,7 @@ def test_values_and_gradients(name: str, temperature: float) -> None:
 
 def test_jsd_goes_over_into_both_divergences() -> None:
     """β = 0 and 1 are the special cases; JSD_β / β and JSD_β / (1 − β) go to them."""
-    logits, target = torch.tensor(LOGITS), targets.soft_target(torch.tensor(TEACHER))
+    logits, target = torch.tensor(LOGITS), losses.soft_target(torch.tensor(TEACHER))
     forward, reverse = losses.forward_kl(logits, target), losses.reverse_kl(logits, target)
     assert torch.equal(losses.jsd(logits, target, 0.0), forward)
     assert torch.equal(losses.jsd(logits, target, 1.0), reverse)
@@ -95,11 +95,11 @@ def test_what_is_already_so_has_no_gradient() -> None:
     """A student that says what it should is left alone, whatever the divergence."""
     for loss in (losses.forward_kl, losses.reverse_kl, lambda x, t: losses.jsd(x, t, 0.4)):
         logits = torch.tensor(LOGITS, requires_grad=True)
-        loss(logits, targets.soft_target(logits)).sum().backward()
+        loss(logits, losses.soft_target(logits)).sum().backward()
         assert float(logits.grad.abs().max()) < 1e-12
     for loss in (losses.forward_kl, losses.reverse_kl):  # exactly, in float32 too
         logits = torch.tensor(LOGITS).float().requires_grad_()
-        loss(logits, targets.soft_target(logits)).sum().backward()
+        loss(logits, losses.soft_target(logits)).sum().backward()
         assert float(logits.grad.abs().max()) == 0.0
 
 
@@ -143,8 +143,8 @@ def test_hardened_guesses_have_the_teachers_shares() -> None:
 def test_log_confidence_mixes_two_cross_entropies() -> None:
     """(1 − c)·CE with the teacher + c·CE with its own guess, and the gradient of just that."""
     logits, shares = torch.tensor(LOGITS[:, :3], requires_grad=True), torch.tensor([0.4, 0.4, 0.2])
-    target = targets.soft_target(torch.tensor(TEACHER[:, :3]))
-    guessed = losses.hardened(targets.soft_target(logits), shares).numpy()
+    target = losses.soft_target(torch.tensor(TEACHER[:, :3]))
+    guessed = losses.hardened(losses.soft_target(logits), shares).numpy()
     own = log_softmax(LOGITS[:, :3], axis=-1)
     taught = -(target.exp().numpy() * own).sum(axis=-1)
     expected = 0.6 * taught - 0.4 * own[np.arange(5), guessed]
@@ -183,7 +183,7 @@ def losses_in(
 def test_pieces_are_the_whole_in_less_memory() -> None:
     """Same values and gradients; nothing float32 is wider than a piece, in the backward pass either."""
     logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
-    target = targets.soft_target(torch.randn(64, 500, generator=torch.Generator().manual_seed(1)))
+    target = losses.soft_target(torch.randn(64, 500, generator=torch.Generator().manual_seed(1)))
     whole, in_pieces = losses_in(logits, target, 10**9), losses_in(logits, target, 2000)
     assert torch.equal(whole[0], in_pieces[0])
     assert torch.equal(whole[1], in_pieces[1])
@@ -199,9 +199,9 @@ def mean_gradient(loss: Callable[[torch.Tensor], torch.Tensor], logits: Numbers)
 
 def test_sampled_targets_have_the_right_gradient_and_the_likeliest_do_not() -> None:
     """The mean gradient over draws is forward KL's; keeping the first three tokens is not."""
-    target, generator = targets.soft_target(torch.tensor(TEACHER)), torch.Generator().manual_seed(3)
+    target, generator = losses.soft_target(torch.tensor(TEACHER)), torch.Generator().manual_seed(3)
     exact = mean_gradient(lambda x: losses.forward_kl(x, target), LOGITS)
-    ids, weights = targets.sampled(target, 40_000, generator)
+    ids, weights = losses.sampled(target, 40_000, generator)
     found = mean_gradient(lambda x: losses.sparse_forward_kl(x, ids, weights), LOGITS)
     spread = np.sqrt(target.exp().numpy() * (1 - target.exp().numpy()) / 40_000)
     assert (np.abs(found - exact) <= 4.5 * spread + 1e-9).all()

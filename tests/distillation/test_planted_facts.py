@@ -13,9 +13,9 @@ from support.tiny import write_rows
 from fedslm import simulation
 from fedslm.config import Config
 from fedslm.data.facts import SIGNS, Counts, generate_facts
-from fedslm.distillation.arms import BASE, FEDERATED, LABELS, PUBLIC, UNTUNED
-from fedslm.distillation.distil import distil, prepare
-from fedslm.distillation.proof import Question
+from fedslm.distillation.controls import BASE, FEDERATED, LABELS, PUBLIC, UNTUNED
+from fedslm.distillation.proof import ProofRequest
+from fedslm.distillation.run import distill, prepare
 from fedslm.inference.trained import open_run
 from fedslm.progress import Silent
 from fedslm.rng import stream
@@ -52,7 +52,7 @@ def proof_of(config_in: Callable[..., Config], directory: Path, seed: int) -> di
         federation={"num_clients": 5, "rounds": 10, "evaluate_every": 10},
     )
     simulation.simulate(config, Silent())
-    lesson = settings(
+    training_set = settings(
         student="demo-large",
         source=str(directory),
         split="public",
@@ -63,9 +63,9 @@ def proof_of(config_in: Callable[..., Config], directory: Path, seed: int) -> di
     )
     signs = about_signs(parts)
     heard = [row for row in signs if row["group"] == "mentioned"]
-    question = Question(heard, signs + parts["probe"], resamples=1000, ceiling=False)
-    asked = prepare(open_run(directory / "run"), lesson)
-    return dict(distil(asked, directory / "out", Told(), question)["proof"])
+    question = ProofRequest(heard, signs + parts["probe"], resamples=1000, ceiling=False)
+    asked = prepare(open_run(directory / "run"), training_set)
+    return dict(distill(asked, directory / "out", Told(), question)["proof"])
 
 
 def test_planted_facts_arrive_and_controls_do_not_have_them(

@@ -12,7 +12,7 @@ from support.pairs import Told, public, settings, student
 from support.tiny import write_rows
 
 from fedslm.distillation import proof
-from fedslm.distillation.arms import (
+from fedslm.distillation.controls import (
     BASE,
     CONTROLS,
     FEDERATED,
@@ -20,24 +20,24 @@ from fedslm.distillation.arms import (
     POOLED,
     PUBLIC,
     UNTUNED,
+    ControlTrainer,
     LeftOut,
-    Workshop,
 )
-from fedslm.distillation.distil import distil, prepare
-from fedslm.distillation.pair import load_student, load_teacher
-from fedslm.distillation.proof import DECODING, TEACHER, Question
+from fedslm.distillation.models import load_student, load_teacher
+from fedslm.distillation.proof import DECODING, TEACHER, ProofRequest
+from fedslm.distillation.run import distill, prepare
 from fedslm.errors import ConfigError, DataError
 from fedslm.inference.trained import open_run
 
 Finished = Callable[[str], Path]
 
 
-def workshop(finished_run: Finished, root: Path, kind: str, **changes: object) -> Workshop:
+def trainer(finished_run: Finished, root: Path, kind: str, **changes: object) -> ControlTrainer:
     """Both models of a tiny pair."""
     values = {"student": str(student(root, kind)), "source": str(public(root)), **changes}
-    plan = prepare(open_run(finished_run(kind)), settings(**values)).plan
-    models = load_teacher(plan.run, plan.settings), load_student(plan.run, plan.settings)
-    return Workshop(plan, *models, root / "proof", Told())
+    job = prepare(open_run(finished_run(kind)), settings(**values)).job
+    models = load_teacher(job.run, job.settings), load_student(job.run, job.settings)
+    return ControlTrainer(job, *models, root / "proof", Told())
 
 
 @pytest.mark.parametrize("kind", ["causal-lm", "classification"])
@@ -48,8 +48,8 @@ def test_a_proof_has_every_arm(kind: str, finished_run: Finished, tmp_path: Path
     groups = [
         {**row, "group": "heard" if at % 2 else "unheard"} for at, row in enumerate(rows_of(20, 9))
     ]
-    question = Question(asked.tests, groups, (), 2, 1000)
-    found = distil(asked, tmp_path / "out", Told(), question)["proof"]
+    question = ProofRequest(asked.tests, groups, (), 2, 1000)
+    found = distill(asked, tmp_path / "out", Told(), question)["proof"]
     arms = {FEDERATED, *CONTROLS, POOLED, TEACHER}
     assert set(found["arms"]) == (arms | {DECODING} if kind == "causal-lm" else arms)
     assert set(found["gains"]) == set(CONTROLS)
@@ -70,7 +70,7 @@ def test_a_proof_has_every_arm(kind: str, finished_run: Finished, tmp_path: Path
 
 def test_arms_differ_in_their_teacher_alone(finished_run: Finished, tmp_path: Path) -> None:
     """Same start and order; a proxy of the untuned model is no teacher; an arm is trained once."""
-    bench = workshop(finished_run, tmp_path, "causal-lm", sampled_fraction=0.0)
+    bench = trainer(finished_run, tmp_path, "causal-lm", sampled_fraction=0.0)
     start = bench.adapter(BASE, 0)
     moved = {
         arm: bench.adapter(arm, 0).minus(start).norm() for arm in (FEDERATED, UNTUNED, PUBLIC, LABELS)
@@ -79,7 +79,7 @@ def test_arms_differ_in_their_teacher_alone(finished_run: Finished, tmp_path: Pa
     assert min(moved[FEDERATED], moved[PUBLIC], moved[LABELS]) > 0.1
     assert bench.adapter(BASE, 1).sha256() != start.sha256()
     told = Told()
-    again = Workshop(bench.plan, bench.teacher, bench.student, bench.directory, told)
+    again = ControlTrainer(bench.job, bench.teacher, bench.student, bench.directory, told)
     assert again.adapter(FEDERATED, 0).sha256() == bench.adapter(FEDERATED, 0).sha256()
     assert not told.stages
 
@@ -89,11 +89,11 @@ def test_arms_without_what_they_need_are_left_out(finished_run: Finished, tmp_pa
     unlabelled = tmp_path / "unlabelled"
     unlabelled.mkdir()
     write_rows(unlabelled / "public.jsonl", [{"text": row["text"]} for row in rows_of(24, 5)])
-    bench = workshop(finished_run, tmp_path, "classification", source=str(unlabelled / "public.jsonl"))
+    bench = trainer(finished_run, tmp_path, "classification", source=str(unlabelled / "public.jsonl"))
     for arm in (PUBLIC, LABELS):
         with pytest.raises(LeftOut, match="no public record has a known label"):
             bench.adapter(arm, 0)
-    found = proof.prove(bench, Question(rows_of(30, 3), resamples=1000))
+    found = proof.prove(bench, ProofRequest(rows_of(30, 3), resamples=1000))
     assert set(found["left_out"]) == {PUBLIC, LABELS, DECODING}
     assert set(found["gains"]) == {BASE, UNTUNED}
 
@@ -102,11 +102,11 @@ def test_a_gain_is_claimed_over_every_control_or_not_at_all(
     finished_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One control whose interval holds 0 is enough: no gain."""
-    bench = workshop(finished_run, tmp_path, "classification", steps=1)
+    bench = trainer(finished_run, tmp_path, "classification", steps=1)
     start = bench.adapter(BASE, 0)
     pooled = bench.adapter(POOLED, 0)
     given = {FEDERATED: pooled, BASE: start, UNTUNED: start, PUBLIC: start, LABELS: start}
-    monkeypatch.setattr(Workshop, "adapter", lambda self, arm, seed: given.get(arm, pooled))
+    monkeypatch.setattr(ControlTrainer, "adapter", lambda self, arm, seed: given.get(arm, pooled))
 
     def spread(_: object, __: object, examples: list[object], adapter: object) -> dict[str, np.ndarray]:
         count = len(examples)
@@ -122,10 +122,10 @@ def test_a_gain_is_claimed_over_every_control_or_not_at_all(
         }
 
     monkeypatch.setattr(proof, "measure", spread)
-    question = Question(rows_of(40, 3), resamples=1000)
-    assert proof.prove(bench, question)["gain"]
+    question = ProofRequest(rows_of(40, 3), resamples=1000)
+    assert proof.prove(trainer, question)["gain"]
     given[LABELS] = pooled
-    found = proof.prove(bench, question)
+    found = proof.prove(trainer, question)
     assert not found["gain"]
     assert found["gains"][LABELS]["value"] == 0
     assert found["gains"][BASE]["low"] > 0.2
@@ -134,8 +134,8 @@ def test_a_gain_is_claimed_over_every_control_or_not_at_all(
 def test_a_question_that_cannot_be_answered() -> None:
     """No test records, too few resamples, no seed."""
     with pytest.raises(DataError, match="--test"):
-        Question([])
+        ProofRequest([])
     with pytest.raises(ConfigError, match="--resamples"):
-        Question(rows_of(2, 0), resamples=10)
+        ProofRequest(rows_of(2, 0), resamples=10)
     with pytest.raises(ConfigError, match="--seeds"):
-        Question(rows_of(2, 0), seeds=0)
+        ProofRequest(rows_of(2, 0), seeds=0)

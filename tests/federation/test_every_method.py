@@ -17,10 +17,10 @@ from fedslm import simulation
 from fedslm.aggregation.methods import METHODS
 from fedslm.config import Config
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.federation.fairness import ClientMetrics
 from fedslm.inference.trained import load_trained, open_run
 from fedslm.models.loaded import load
 from fedslm.progress import Silent
+from fedslm.protocol.metrics import ClientMetrics
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter
 

@@ -10,13 +10,13 @@ from support.pace import patient
 from support.served import first_request
 
 from fedslm.config import Config
+from fedslm.engines.local import LocalGrid
 from fedslm.errors import FederationError
 from fedslm.federation import exchange
 from fedslm.federation.exchange import Exchange
-from fedslm.federation.local_grid import LocalGrid
 from fedslm.federation.population import gather
-from fedslm.federation.wire import TRAIN, Request
-from fedslm.federation.workers import InlinePool
+from fedslm.protocol.messages import TRAIN, Request
+from fedslm.workers import InlinePool
 
 NODES = {0: 2, 1: 3, 2: 4}
 

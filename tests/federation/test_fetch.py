@@ -15,16 +15,16 @@ from support.served import first_request
 from support.superlink import SuperLink, asked
 
 from fedslm.config import Config
+from fedslm.engines.local import LocalGrid
 from fedslm.errors import Unanswered
 from fedslm.federation import fetch
 from fedslm.federation.exchange import Exchange
 from fedslm.federation.fetch import Fetch
-from fedslm.federation.inflating import Limits
 from fedslm.federation.lifetime import lifetime_of
-from fedslm.federation.local_grid import LocalGrid
 from fedslm.federation.steady import Steady
-from fedslm.federation.wire import TRAIN
-from fedslm.federation.workers import InlinePool
+from fedslm.protocol.inflating import Limits
+from fedslm.protocol.messages import TRAIN
+from fedslm.workers import InlinePool
 
 LIMIT = 1 << 20
 LIMITS = Limits(LIMIT, record_bytes=1 << 16, most_objects=8)

@@ -12,10 +12,10 @@ import pytest
 from support.served import ask, context_of, first_request, with_plan, write_policy
 from support.tiny import PRIVATE
 
+from fedslm.client.node import Node
 from fedslm.config import Config
 from fedslm.errors import FederationError
-from fedslm.federation.node import Node
-from fedslm.federation.wire import Request
+from fedslm.protocol.messages import Request
 
 
 @pytest.fixture(scope="module")

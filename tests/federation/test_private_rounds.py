@@ -15,7 +15,6 @@ from support.tiny import PATIENT, PRIVATE
 from fedslm import simulation
 from fedslm.config import Config
 from fedslm.errors import DataError
-from fedslm.federation.wire import Reply
 from fedslm.privacy import accounting
 from fedslm.privacy.chain import check_head
 from fedslm.privacy.keys import signing_key
@@ -24,6 +23,7 @@ from fedslm.privacy.limits import Limits
 from fedslm.privacy.lines import ADAPTER, METRIC
 from fedslm.privacy.statement import read_statement
 from fedslm.progress import Silent
+from fedslm.protocol.messages import Reply
 
 MakeConfig = Callable[..., Config]
 

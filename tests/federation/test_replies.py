@@ -17,10 +17,10 @@ from support.tiny import PRIVATE
 
 from fedslm.config import Config
 from fedslm.federation.replies import checked, continued
-from fedslm.federation.wire import Reply, Request
 from fedslm.privacy.keys import public_hex, signature_of, signing_key
-from fedslm.privacy.plan import from_json
+from fedslm.privacy.plan import PrivatePlan
 from fedslm.privacy.statement import Statement, _values, read_statement
+from fedslm.protocol.messages import Reply, Request
 from fedslm.records import AdapterState, Event
 
 MakeConfig = Callable[..., Config]
@@ -242,9 +242,10 @@ def test_a_metric_that_was_not_asked_is_not_used(request_of_a_run: Request, good
 
 def test_a_metric_that_is_missing_is_not_used(request_of_a_run: Request, good: list[Reply]) -> None:
     """A plan with a metric has no reply without one."""
-    values = {**json.loads(request_of_a_run.setup.plan), "metric_noise_multiplier": 10.0}
-    plan = json.dumps(values)
-    assert from_json(plan).round_events[1] == Event(1.0, 10.0, 1)
+    plan = request_of_a_run.setup.plan
+    assert isinstance(plan, PrivatePlan)
+    plan = replace(plan, metric_noise_multiplier=10.0)
+    assert plan.round_events[1] == Event(1.0, 10.0, 1)
     request = replace(request_of_a_run, setup=replace(request_of_a_run.setup, plan=plan))
     assert checked(answer(good[0], request_of_a_run), request, 0) == (
         "the reply has another metric than the plan"

@@ -16,16 +16,16 @@ from support.tiny import PRIVATE, write_base
 
 from fedslm import simulation
 from fedslm.config import Config
+from fedslm.engines.local import LocalGrid
 from fedslm.errors import FederationError, ModelError, RunError
 from fedslm.federation import rounds
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.federation.local_grid import LocalGrid
 from fedslm.federation.population import choose_cohort, join
-from fedslm.federation.wire import TRAIN, Reply
-from fedslm.federation.workers import InlinePool
 from fedslm.progress import Silent
+from fedslm.protocol.messages import TRAIN, Reply
 from fedslm.records import AdapterState
 from fedslm.storage import load_tensors
+from fedslm.workers import InlinePool
 
 MakeConfig = Callable[..., Config]
 

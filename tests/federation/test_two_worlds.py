@@ -6,7 +6,6 @@ were the first; the releases must look as alike as its epsilon says. Three small
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -21,8 +20,8 @@ from support.served import ask, context_of, first_request
 from support.tiny import PRIVATE, write_base, write_rows
 
 from fedslm.config import Config
-from fedslm.federation.wire import Request
 from fedslm.privacy.gaussian import GaussianNoise
+from fedslm.protocol.messages import Request
 from fedslm.training import steps
 
 pytestmark = pytest.mark.slow
@@ -69,7 +68,7 @@ class Worlds:
     @property
     def noise(self) -> float:
         """The plan's noise multiplier."""
-        return float(json.loads(self.request.setup.plan)["noise_multiplier"])
+        return float(self.request.setup.plan.noise_multiplier)
 
     def release(self, world: int) -> np.ndarray:
         """What a new node sends for its first request, in clip norms / normaliser."""

@@ -17,14 +17,21 @@ from support.tiny import write_rows
 
 from fedslm.errors import ConfigError, DataError
 from fedslm.inference import tables
-from fedslm.inference.evaluation import Asked, Elsewhere, Evaluation, evaluate, other_rows, own_rows
+from fedslm.inference.evaluation import (
+    Elsewhere,
+    Evaluation,
+    EvaluationOptions,
+    evaluate,
+    other_rows,
+    own_rows,
+)
 from fedslm.inference.generation import prompts_of, write_greedily
 from fedslm.inference.text_scores import ROUGE
 from fedslm.inference.trained import Trained, load_trained, open_run
 from fedslm.tasks import build
 
 Finished = Callable[[str], Path]
-FEW = Asked(resamples=1000)
+FEW = EvaluationOptions(resamples=1000)
 
 
 def open_(finished_run: Finished, kind: str) -> Trained:
@@ -32,7 +39,9 @@ def open_(finished_run: Finished, kind: str) -> Trained:
     return load_trained(open_run(finished_run(kind)))
 
 
-def measured(trained: Trained, rows: list[dict[str, Any]], asked: Asked = FEW) -> Evaluation:
+def measured(
+    trained: Trained, rows: list[dict[str, Any]], asked: EvaluationOptions = FEW
+) -> Evaluation:
     """An evaluation without a bar."""
     return evaluate(trained, rows, lambda done, total: None, asked)
 
@@ -149,7 +158,7 @@ def test_answers_of_conversations_are_scored(finished_run: Finished) -> None:
     ]
     assert rows
     assert prompts_of(trained, rows[:1], 64)[0] in prompts  # an answer at the end is left out
-    found = evaluate(trained, rows, lambda *_: None, Asked(1000, len(rows)))
+    found = evaluate(trained, rows, lambda *_: None, EvaluationOptions(1000, len(rows)))
     assert found.written == len(rows)
     assert found.metrics["exact_match"].tuned.value == 1.0
 
@@ -163,7 +172,7 @@ def test_written_texts_are_scored(kind: str, finished_run: Finished) -> None:
     rows = [{**row, "answer": text} for row, text in zip(rows, texts, strict=True)]
     assert all(texts)
     steps: list[tuple[int, int]] = []
-    found = evaluate(trained, rows, lambda *step: steps.append(step), Asked(1000, 5))
+    found = evaluate(trained, rows, lambda *step: steps.append(step), EvaluationOptions(1000, 5))
     assert found.written == 5
     assert set(ROUGE) < set(found.metrics)
     for name in ("rouge1", "rougeL", "exact_match"):  # a single word has no ROUGE-2
@@ -172,7 +181,7 @@ def test_written_texts_are_scored(kind: str, finished_run: Finished) -> None:
     assert steps[-1] == (2 * (12 + 5), 2 * (12 + 5))
     assert "loss" in found.metrics
     assert trained.model.adapter.read().sha256() == trained.run.report["adapter_sha256"]
-    again = measured(trained, rows, Asked(1000, 5))
+    again = measured(trained, rows, EvaluationOptions(1000, 5))
     assert again.metrics == found.metrics
 
 
@@ -191,14 +200,14 @@ def test_an_interrupted_evaluation_leaves_the_trained_model(finished_run: Finish
 def test_few_resamples_are_refused(finished_run: Finished) -> None:
     """An interval from a few draws would not be one."""
     with pytest.raises(ConfigError, match="--resamples: value 999 must be at least 1000"):
-        measured(open_(finished_run, "classification"), rows_of(3, 0), Asked(999))
+        measured(open_(finished_run, "classification"), rows_of(3, 0), EvaluationOptions(999))
 
 
 @pytest.mark.parametrize("kind", ["classification", "causal-lm", "preference"])
 def test_tasks_without_references_have_no_rouge(kind: str, finished_run: Finished) -> None:
     """Where nothing says what should be written, writing cannot be scored."""
     with pytest.raises(ConfigError, match="--generate: is for instruction and seq2seq"):
-        measured(open_(finished_run, kind), rows_of(3, 0), Asked(1000, 5))
+        measured(open_(finished_run, kind), rows_of(3, 0), EvaluationOptions(1000, 5))
 
 
 def test_a_table_says_what_the_base_is(finished_run: Finished) -> None:

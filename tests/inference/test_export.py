@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from fedslm.config import Config
 from fedslm.errors import ModelError, RunError
-from fedslm.inference.evaluation import Asked, evaluate, own_rows
+from fedslm.inference.evaluation import EvaluationOptions, evaluate, own_rows
 from fedslm.inference.export import export_adapter, export_merged, privacy_statement
 from fedslm.inference.generation import Sampling, prompts_of, write
 from fedslm.inference.prediction import predict
@@ -211,7 +211,7 @@ def test_a_quantised_base_is_merged_unquantised(
     model = {"quantization": kind}
     run = open_run(finished.train("causal-lm", tmp_path, source, config_in, model=model))
     trained = load_trained(run)
-    found = evaluate(trained, own_rows(run), lambda done, total: None, Asked(1000)).metrics
+    found = evaluate(trained, own_rows(run), lambda done, total: None, EvaluationOptions(1000)).metrics
     assert found["loss"].tuned.value == pytest.approx(run.report["metrics_after"]["loss"], rel=1e-5)
     texts = [{"text": "chest pain"}, {"text": "a fall"}]
     (first,), _ = write(trained, prompts_of(trained, texts, 5), Sampling(5))

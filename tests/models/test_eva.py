@@ -15,9 +15,9 @@ from support.extras import load_with, random_deltas, random_whole
 from support.families import examples_of, task_of
 from support.tiny import write_base
 
+from fedslm.adapter_keys import key_of, layers_of, part_of
 from fedslm.config import LoraConfig
 from fedslm.errors import ModelError
-from fedslm.factors import key_of, layers_of, part_of
 from fedslm.models import activations
 from fedslm.models.activations import eva_state, input_directions
 from fedslm.models.base import DEMO_DIRECTORY

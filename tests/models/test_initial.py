@@ -11,8 +11,8 @@ import torch
 from support.extras import load_with, random_deltas
 from support.families import examples_of, load_family, task_of
 
+from fedslm.adapter_keys import key_of, layers_of, part_of
 from fedslm.config import LoraConfig
-from fedslm.factors import key_of, layers_of, part_of
 from fedslm.models.initial import initial_state
 from fedslm.training.batches import forward
 

@@ -13,7 +13,7 @@ from fedslm.config import TaskName
 from fedslm.errors import PolicyRefused
 from fedslm.privacy.limits import Limits
 from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan
-from fedslm.privacy.policy import EXAMPLE, Asked, NodePolicy, read_policy
+from fedslm.privacy.policy import EXAMPLE, NodePolicy, PlanRequest, read_policy
 
 POLICY = NodePolicy(
     unit="patient",
@@ -45,13 +45,13 @@ PLAN = PatientPlan(
     unit_column="patient",
     max_records_per_unit=16,
 )
-ASKED = Asked(PLAN, base_sha256="a" * 64, task="classification", base="demo")
+ASKED = PlanRequest(PLAN, base_sha256="a" * 64, task="classification", base="demo")
 RECORDS = ExamplePlan(
     **{field.name: getattr(PLAN, field.name) for field in dataclasses.fields(ExamplePlan)}
 )
 
 
-def asked(**changes: Any) -> Asked:
+def asked(**changes: Any) -> PlanRequest:
     """What is asked, with changes of the plan."""
     return dataclasses.replace(ASKED, plan=dataclasses.replace(PLAN, **changes))
 
@@ -61,7 +61,7 @@ def policy(**changes: Any) -> NodePolicy:
     return NodePolicy.model_validate({**POLICY.model_dump(), **changes})
 
 
-def reasons(node: NodePolicy, what: Asked) -> list[str]:
+def reasons(node: NodePolicy, what: PlanRequest) -> list[str]:
     """Why something is refused."""
     with pytest.raises(PolicyRefused) as refused:
         node.check(what)
@@ -107,15 +107,15 @@ def test_a_weaker_unit_is_refused() -> None:
 @pytest.mark.parametrize("unit", ["record", "patient"])
 def test_no_policy_allows_a_plan_without_privacy(unit: str) -> None:
     """Plain training is weaker than any unit, whatever else the policy allows."""
-    plain = Asked(NoPrivacy(batch_size=1, steps_per_round=1), "a" * 64, "classification", "demo")
+    plain = PlanRequest(NoPrivacy(batch_size=1, steps_per_round=1), "a" * 64, "classification", "demo")
     assert reasons(policy(unit=unit), plain) == [f"unit 'none' is weaker than '{unit}'"]
 
 
 def test_steps_are_bounded_without_privacy_too() -> None:
     """A policy that lets a server train without privacy keeps its bound on the steps of a round."""
     open_policy = policy(unit="none")
-    open_policy.check(Asked(NoPrivacy(1, 100), "a" * 64, "classification", "demo"))
-    plain = Asked(NoPrivacy(1, 101), "a" * 64, "classification", "demo")
+    open_policy.check(PlanRequest(NoPrivacy(1, 100), "a" * 64, "classification", "demo"))
+    plain = PlanRequest(NoPrivacy(1, 101), "a" * 64, "classification", "demo")
     assert reasons(open_policy, plain) == ["steps_per_round 101 is above 100"]
 
 

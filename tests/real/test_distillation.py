@@ -14,10 +14,10 @@ import pytest
 from fedslm import config as configuration
 from fedslm import simulation
 from fedslm.config import DistillConfig, section_from
-from fedslm.distillation.arms import BASE, FEDERATED, LABELS, PUBLIC, UNTUNED
-from fedslm.distillation.distil import distil, prepare
-from fedslm.distillation.mutual import Quiet
-from fedslm.distillation.proof import DECODING, TEACHER, Question
+from fedslm.distillation.between_rounds import Quiet
+from fedslm.distillation.controls import BASE, FEDERATED, LABELS, PUBLIC, UNTUNED
+from fedslm.distillation.proof import DECODING, TEACHER, ProofRequest
+from fedslm.distillation.run import distill, prepare
 from fedslm.inference.trained import open_run
 from fedslm.progress import Silent
 from fedslm.records import epsilon_of_json
@@ -82,8 +82,8 @@ def proved(
     began = time.monotonic()
     settings = section_from(DistillConfig, "distill", values)
     asked = prepare(open_run(run), settings)
-    question = Question(asked.tests, probe or [], asked.general, resamples=2000, ceiling=False)
-    report = distil(asked, out, Quiet(), question)
+    question = ProofRequest(asked.tests, probe or [], asked.general, resamples=2000, ceiling=False)
+    report = distill(asked, out, Quiet(), question)
     found: dict[str, Any] = report["proof"]
     for name, arm in found["arms"].items():
         print(f"  {name}: {arm['headline']}")

@@ -25,7 +25,7 @@ from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner
 
 from fedslm.cli import app
-from fedslm.data import database, shards
+from fedslm.data import database, store
 from fedslm.errors import DataError
 
 pytestmark = pytest.mark.real
@@ -194,7 +194,7 @@ def test_a_private_simulation_runs_from_a_database(
     assert report["stopped"] == ""
     assert 0 < report["epsilon"] <= 8.0
     assert report["labels"] == ["ham", "spam"]
-    got = [row for client in range(3) for row in shards.read_client(tmp_path / "run" / "data", client)]
+    got = [row for client in range(3) for row in store.read_client(tmp_path / "run" / "data", client)]
     expected = [(row["text"], row["label"]) for row in messages["train"]]
     assert sorted((row["text"], row["label"]) for row in got) == sorted(expected)
     assert server.password not in done.output

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
+from fedslm.aggregation.compatibility import CONFLICTS
 from fedslm.aggregation.methods import METHODS
-from fedslm.aggregation.validity import CONFLICTS
 from fedslm.cli import app
 
 PAGE = Path(__file__).parents[2] / "docs" / "aggregation.md"

@@ -23,7 +23,7 @@ from fedslm.deployment.enrolment import node_key
 from fedslm.deployment.fleet import connected
 from fedslm.deployment.link import Link
 from fedslm.deployment.node import open_node
-from fedslm.federation.wire import Reply
+from fedslm.protocol.messages import Reply
 from fedslm.records import AdapterState
 
 

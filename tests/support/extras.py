@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from fedslm.adapter_keys import key_of, layers_of
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
-from fedslm.factors import key_of, layers_of
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel, load
 from fedslm.records import AdapterState

@@ -15,8 +15,9 @@ from fedslm.config import (
     TaskConfig,
     TrainingConfig,
 )
-from fedslm.federation.wire import Reply, Setup
 from fedslm.privacy.plan import NoPrivacy
+from fedslm.protocol.messages import Reply
+from fedslm.protocol.setup import Setup
 from fedslm.records import AdapterState
 
 SETUP = Setup(
@@ -33,7 +34,7 @@ SETUP = Setup(
     compression=CompressionConfig(upload="int8"),
     personalization=PersonalizationConfig(),
     labels=("a", "b c"),
-    plan=NoPrivacy(4, 2).to_json(),
+    plan=NoPrivacy(4, 2),
     config_sha256="config",
     base_sha256="base",
     frozen_sha256="frozen",

@@ -15,7 +15,7 @@ from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import ExamplePlan, PatientPlan
 from fedslm.privacy.randomness import SecureStream
 from fedslm.training import metric, steps
-from fedslm.training.bench import AdversarialTask
+from fedslm.verification.harness import AdversarialTask
 
 Patch = pytest.MonkeyPatch
 

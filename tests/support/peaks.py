@@ -17,6 +17,8 @@ import flwr_datasets.partitioner  # noqa: F401
 import numpy as np
 import torch
 
+from fedslm.client.node import Node
+from fedslm.client.records import records_of
 from fedslm.config import (
     AggregationConfig,
     CompressionConfig,
@@ -28,11 +30,9 @@ from fedslm.config import (
     TaskConfig,
     TrainingConfig,
 )
-from fedslm.data import shards
-from fedslm.federation.node import Node
-from fedslm.federation.shard import shard_of
-from fedslm.federation.wire import Setup
+from fedslm.data import store
 from fedslm.privacy.plan import ExamplePlan
+from fedslm.protocol.setup import Setup
 from fedslm.tasks.lazy import owners_of
 
 MODEL = ModelConfig(base="demo", device="cpu")
@@ -78,12 +78,12 @@ def one_round(directory: Path, rows: int, words: int, *, streaming: bool) -> Non
     data = DataConfig(source=str(directory), streaming=streaming)
     run = directory / f"run-{rows}-{streaming}"
     privacy = PrivacyConfig(unit="none")
-    written = shards.write(run / "data", data, TASK, privacy=privacy, num_clients=1, seed=0)
+    written = store.write(run / "data", data, TASK, privacy=privacy, num_clients=1, seed=0)
     plan = ExamplePlan(8.0, 1e-5, 1.0, 1.0, 0.001, 16, 2)
     sections = (MODEL, LORA, data, TASK, TrainingConfig())
     together = (AggregationConfig(method="ffa"), CompressionConfig(), PersonalizationConfig())
-    setup = Setup("run", 0, str(run), "", *sections, *together, written.labels, plan.to_json())
-    trained = shard_of(setup, Node(run / "node", run / "data", 0, deployed=False)).trained
+    setup = Setup("run", 0, str(run), "", *sections, *together, written.labels, plan)
+    trained = records_of(setup, Node(run / "node", run / "data", 0, deployed=False)).trained
     for batch in plan.batches(owners_of(trained), np.random.default_rng(0)):
         assert all(trained[int(record)].input_ids for unit in batch for record in unit)
 

@@ -18,7 +18,7 @@ def main() -> None:
         (Path(sys.argv[4]) / "cgroup.procs").write_text(str(os.getpid()))
     import fedslm.deployment.fleet  # noqa: F401  (what a connected node has in memory)
     from fedslm.deployment import node
-    from fedslm.federation.local_grid import handle, wait_for
+    from fedslm.engines.local import handle, wait_for
 
     ready = node.open_node(node_directory)
     node.import_records(ready)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 
 from fedslm import simulation
+from fedslm.client.handlers import train
 from fedslm.config import Config
-from fedslm.federation import client, rounds
+from fedslm.engines.local import LocalGrid
+from fedslm.errors import PrivacyError
+from fedslm.federation import rounds
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.federation.local_grid import LocalGrid
-from fedslm.federation.wire import TRAIN, Reply, Request
-from fedslm.federation.workers import InlinePool
 from fedslm.privacy.chain import Chain, read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
+from fedslm.privacy.plan import from_json
 from fedslm.progress import Silent
+from fedslm.protocol.messages import TRAIN, Reply, Request
 from fedslm.records import AdapterState, RoundRecord
+from fedslm.workers import InlinePool
 
 POLICY: dict[str, Any] = {
     "unit": "record",
@@ -142,7 +145,27 @@ def first_request(config: Config) -> Request:
 
 def with_plan(request: Request, **values: Any) -> Request:
     """The request with some values of its plan changed, as a hostile server would: in the JSON."""
-    plan = json.dumps({**json.loads(request.setup.plan), **values})
+    return with_raw_plan(request, {**json.loads(request.setup.plan.to_json()), **values})
+
+
+@dataclass(frozen=True)
+class RawPlan:
+    """A plan as a hostile server writes it."""
+
+    text: str
+
+    def to_json(self) -> str:
+        """The text."""
+        return self.text
+
+
+def with_raw_plan(request: Request, values: object) -> Request:
+    """The request with another plan, which need not be one."""
+    text = json.dumps(values)
+    try:
+        plan: Any = from_json(text)
+    except PrivacyError:
+        plan = RawPlan(text)
     return replace(request, setup=replace(request.setup, plan=plan))
 
 
@@ -162,7 +185,7 @@ def message_to(request: Request, context: Context) -> Message:
         context.node_config.setdefault("data-directory", data)
     message = Message(request.to_records(), context.node_id, TRAIN)
     message.metadata.__dict__["_message_id"] = "1"
-    return client.train(message, context)
+    return train(message, context)
 
 
 def ask(request: Request, context: Context) -> Reply:

@@ -22,15 +22,15 @@ from typing import Any
 
 import pytest
 
+from fedslm import layout
+from fedslm.client.self_test_gate import attest
 from fedslm.config import Config
 from fedslm.deployment import admission, authority, control, enrolment, runs
 from fedslm.deployment.status import status_of
 from fedslm.errors import FederationError
-from fedslm.federation.attestation import ATTESTATION, attest
-from fedslm.federation.node import LEDGER
-from fedslm.federation.workers import InlinePool
 from fedslm.privacy.chain import Chain, read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
+from fedslm.workers import InlinePool
 from support.tiny import make_rows, write_rows
 
 FEDSLM = str(Path(sys.executable).parent / "fedslm")
@@ -312,7 +312,7 @@ def federation(
             for index, name in enumerate(names):
                 write_node(root / name, index, more)
                 if is_tested:
-                    (root / name / ATTESTATION).write_text(self_test())
+                    (root / name / layout.SELF_TEST).write_text(self_test())
                 request = enrolment.enroll(root / name, name)
                 _, told = admission.admit(site.server, request, connection.register)
                 admission.accept(root / name, told)
@@ -351,7 +351,7 @@ def self_test() -> str:
     """What a node keeps of its self-test: the nodes of one machine would all run the same one."""
     with TemporaryDirectory() as directory:
         InlinePool(threads=1).call(attest, Path(directory))
-        return (Path(directory) / ATTESTATION).read_text()
+        return (Path(directory) / layout.SELF_TEST).read_text()
 
 
 def change_admission(node: Path, **changes: str) -> None:
@@ -371,7 +371,7 @@ def rounds_of(directory: Path) -> list[dict[str, Any]]:
 
 def ledger_of(node: Path) -> Chain:
     """A node's ledger, checked against its public key."""
-    return read_chain(node / LEDGER, read_public_key(node / PUBLIC_KEY))
+    return read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY))
 
 
 def moving(directory: Path) -> Path:

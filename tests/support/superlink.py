@@ -17,8 +17,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
-from fedslm.federation.local_grid import LocalGrid
-from fedslm.federation.workers import InlinePool
+from fedslm.engines.local import LocalGrid
+from fedslm.workers import InlinePool
 
 
 class SuperLink:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedslm import contradictions
+from fedslm import validation
 from fedslm.config import from_mapping
 from fedslm.errors import ConfigError
 
@@ -56,7 +56,7 @@ def changed(*assignments: tuple[str, Any]) -> dict[str, dict[str, Any]]:
 def problems(values: dict[str, Any]) -> dict[str, str]:
     """Key to message of everything that is wrong."""
     with pytest.raises(ConfigError) as caught:
-        contradictions.check(from_mapping(values))
+        validation.check(from_mapping(values))
     return {problem.key: problem.message for problem in caught.value.problems}
 
 

@@ -11,7 +11,6 @@ from support.templates import CHATML, ENDS, GEMMA, PLAIN, chat_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fedslm.config import DataConfig, TaskConfig
-from fedslm.contradictions import check
 from fedslm.data import labels
 from fedslm.errors import DataError
 from fedslm.tasks import chat
@@ -20,6 +19,7 @@ from fedslm.tasks.instruction import Instruction
 from fedslm.tasks.preference import Preference
 from fedslm.tasks.prompts import Prompts
 from fedslm.tasks.tokens import IGNORED
+from fedslm.validation import check
 
 CHAT = Prompts("{messages}", "auto", 256, None)
 ANSWERS = ("rest and water", "no cough at all", "two days")

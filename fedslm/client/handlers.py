@@ -1,0 +1,82 @@
+"""What a client answers: message in, training, message out. The same functions run on every engine."""
+
+from __future__ import annotations
+
+import logging
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+import fedslm
+from fedslm.client.node import FAILED, Node
+from fedslm.client.private import answer_privately
+from fedslm.client.round import ClientRound, admitted
+from fedslm.client.update import make_update
+from fedslm.errors import BudgetExceeded, FederationError, FrozenMissing, PolicyRefused, RolledBack
+from fedslm.privacy.lines import ADAPTER
+from fedslm.privacy.plan import PrivatePlan
+from fedslm.protocol.messages import Reply, Request
+
+logger = logging.getLogger(__name__)
+
+
+def hello(message: Message, context: Context) -> Message:
+    """Answers who this client is: its index in the population and its version of fedslm."""
+    values = ConfigRecord(
+        {"client": int(context.node_config["partition-id"]), "version": fedslm.__version__}
+    )
+    return Message(RecordDict({"hello": values}), reply_to=message)
+
+
+def train(message: Message, context: Context) -> Message:
+    """Trains for one round.
+
+    Formal guarantees (under privacy):
+        * Nothing leaves that the node's policy does not allow and that is not charged first: the charge
+          is on disk before training starts. What policy or ledger refuse, they refuse before a record
+          is read: a refusal takes no time that depends on the records.
+        * A reply holds noised tensors, a noised metric if one is allowed, a signed statement of what
+          was charged, public hashes and public constants. A refusal states values of plan and policy;
+          a failure is one fixed sentence.
+        * A run keeps the records that it began with at a deployed node, so that neither a reply nor a
+          refusal depends on records that come and go while it is under way
+          (:mod:`fedslm.client.kept_runs`).
+        * The same request again gets the same bytes, free of charge, and no record is read for it.
+
+    Without privacy, at a deployed node whose policy allows it:
+        * Nothing leaves before the ledger has it on disk as a release without privacy; the statement in
+          the reply says so, and that epsilon is infinite. That training failed is such a release, too.
+    """
+    round_number = 0
+    try:
+        request = Request.from_records(message.content)
+        round_number = request.round
+        reply = _answer(admitted(request, Node.of(context, request.setup.directory)))
+        return Message(reply.to_records(request.packing), reply_to=message)
+    except FrozenMissing as error:
+        reply = Reply("needs-frozen", round_number, reason=str(error))
+    except RolledBack as error:
+        logger.error("round %d: %s", round_number, error)
+        reply = Reply("rolled-back", round_number, reason=str(error))
+    except (BudgetExceeded, PolicyRefused, FederationError) as error:  # these hold public values only
+        logger.warning("round %d is refused: %s", round_number, error)
+        reply = Reply("refused", round_number, reason=str(error))
+    except Exception:  # the edge of the client: a coarse status leaves, details stay here
+        logger.exception("training failed")
+        reply = Reply("failed", round_number, reason=FAILED)
+    return Message(reply.to_records(), reply_to=message)
+
+
+def _answer(client_round: ClientRound) -> Reply:
+    """Trains, privately or not."""
+    setup, request, plan = client_round.setup, client_round.request, client_round.plan
+    if isinstance(plan, PrivatePlan):
+        return answer_privately(client_round, plan)
+    node, ledger = client_round.node, client_round.node.open_ledger()
+    if ledger is not None:
+        ledger.extension(request.seen)
+    with node.unprotected(plan, setup.run_id, request.round, ADAPTER) as record:
+        examples = client_round.records(has_begun=False).trained
+        release = make_update(client_round, examples)
+        record(release.delta.sha256())
+    weight = float(len(examples)) if setup.aggregation.weights == "records" else 1.0
+    return client_round.reply(release, ledger=ledger, weight=weight)

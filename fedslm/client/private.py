@@ -1,0 +1,195 @@
+"""A private round: what is checked, charged, computed and released, in this order."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from functools import lru_cache
+
+import fedslm
+from fedslm.adapter_keys import delta_keys, key_of, layers_of
+from fedslm.aggregation.methods import trained_keys
+from fedslm.client.records import ClientRecords
+from fedslm.client.round import ClientRound
+from fedslm.client.self_test_gate import attest
+from fedslm.client.update import make_update
+from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError
+from fedslm.models.loaded import LoadedModel
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.lines import ADAPTER, METRIC, Charge
+from fedslm.privacy.plan import METRIC_SENSITIVITY, PatientPlan, PrivatePlan
+from fedslm.protocol.loading import model_for, task_for
+from fedslm.protocol.messages import Reply
+from fedslm.protocol.setup import Setup
+from fedslm.records import AdapterState
+
+
+def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
+    """Charges, trains, keeps the release for a repeated request, and answers.
+
+    Formal guarantees:
+        * Everything that can refuse does so before a record is read: the time of a refusal says nothing
+          of the records.
+        * The charge is on disk before training starts. If training fails, the charge stays.
+        * The same request again gets the release that was kept, free of charge, and no record is read.
+
+    Raises:
+        PolicyRefused: The plan, the setup or this machine does not allow private training.
+        BudgetExceeded: The ledger does not allow the charge.
+        FederationError: The adapter does not fit the model here.
+    """
+    request, node = client_round.request, client_round.node
+    _verify(plan)
+    ledger = node.ledger(plan.unit)
+    ledger.extension(request.seen)  # before anything is charged: a ledger that lost lines takes no more
+    again = node.kept(ledger.released(client_round.request_sha256))
+    if again is not None:
+        return client_round.reply(again, ledger=ledger)
+    _check_request(client_round)
+    attest(node.directory if node.deployed else node.directory.parent)
+    charged = _rounds_charged(client_round, ledger, plan)
+    charges, limits = _charges(client_round, plan), node.limits(plan)
+    ledger.check(charges, limits)  # before a record is read: the time of a refusal tells nothing
+    records = client_round.records(has_begun=charged > 0)
+    charges = [replace(charge, dataset_commitment=records.commitment) for charge in charges]
+    reserved = ledger.reserve(charges, limits)
+    release = make_update(client_round, records.trained)
+    if plan.metric_event is not None:
+        release = replace(release, metric=_metric(client_round, records, plan))
+    node.keep(release)
+    for index, charge in zip(reserved, charges, strict=True):
+        ledger.commit(index, release.hashes()[charge.purpose])
+    if charged + 1 == plan.rounds:
+        client_round.forget_records()
+    return client_round.reply(release, ledger=ledger)
+
+
+def _check_request(client_round: ClientRound) -> None:
+    """Refuses what cannot be private, and an adapter that does not fit, before anything is charged."""
+    from fedslm.training.checks import check_private_model
+
+    if client_round.request.control:
+        raise PolicyRefused("control variates are refused under privacy")
+    if client_round.setup.lora.dropout > 0:
+        raise PolicyRefused("LoRA dropout couples the records of a batch; it must be 0 under privacy")
+    check_private_model(client_round.model.adapter.network)
+    _check_adapter(client_round.start.adapter, client_round.model)
+    _rehearsed(client_round.setup)
+
+
+def _rounds_charged(client_round: ClientRound, ledger: Ledger, plan: PrivatePlan) -> int:
+    """How many rounds this run was charged for under its plan so far.
+
+    Raises:
+        BudgetExceeded: All that the plan pays for.
+    """
+    setup = client_round.setup
+    of_run = (setup.run_id, _plan_sha256(setup), ADAPTER)
+    charged = sum(
+        (charge.run, charge.plan_sha256, charge.purpose) == of_run for charge in ledger.read().charges
+    )
+    if charged >= plan.rounds:
+        raise BudgetExceeded(
+            f"budget exhausted: this run was charged for {charged} rounds here, and its plan pays for "
+            f"{plan.rounds}"
+        )
+    return charged
+
+
+def _check_adapter(whole: AdapterState, model: LoadedModel) -> None:
+    """Refuses tensors that do not fit the model before anything is charged for them."""
+    fitting = {key: tuple(each.shape) for key, each in model.adapter.parameters.items()}
+    own = whole.select(set(whole) - delta_keys(whole))
+    if own.shapes != fitting or not whole.is_finite() or not _deltas_fit(whole):
+        raise FederationError("the adapter does not fit the model here, or is not finite")
+
+
+def _deltas_fit(whole: AdapterState) -> bool:
+    """True if what aggregation put aside has the layers' own widths, and both factors."""
+    shapes, layers = whole.shapes, set(layers_of(whole))
+    if {key.rsplit(".", 2)[0] for key in delta_keys(whole)} - layers:
+        return False
+    for layer in layers:
+        right, left = shapes.get(key_of(layer, "delta_A")), shapes.get(key_of(layer, "delta_B"))
+        width, height = shapes[key_of(layer, "lora_A")][1], shapes[key_of(layer, "lora_B")][0]
+        if (right, left) == (None, None):
+            continue
+        if right is None or left is None or len(right) != 2 or len(left) != 2:
+            return False
+        if (right[1], left[0], right[0]) != (width, height, left[1]) or right[0] > min(width, height):
+            return False
+    return True
+
+
+@lru_cache(maxsize=8)
+def _rehearsed(setup: Setup) -> None:
+    """Rehearses with the model that is loaded for a setup, once per process."""
+    from fedslm.training.local import rehearse
+
+    model = model_for(setup)
+    if isinstance(setup.plan, PrivatePlan):
+        for turn in (1, 2):
+            rehearse(
+                model,
+                task_for(setup),
+                setup.plan,
+                trained_keys(setup.method, model.adapter.parameters, turn),
+            )
+
+
+@lru_cache(maxsize=8)
+def _verify(plan: PrivatePlan) -> None:
+    """Holds the server's claim against this node's own accountants.
+
+    Raises:
+        PolicyRefused: The plan costs more than it says, or the accountants disagree.
+    """
+    try:
+        plan.verify()
+    except PrivacyError as error:
+        raise PolicyRefused(f"the plan is refused: {error}") from error
+
+
+def _charges(client_round: ClientRound, plan: PrivatePlan) -> list[Charge]:
+    """What a round costs, and everything that it is bound to, but for the records."""
+    setup = client_round.setup
+    training = Charge(
+        event=plan.training_event,
+        purpose=ADAPTER,
+        clip_norm=plan.clip_norm,
+        delta=plan.delta,
+        run=setup.run_id,
+        round=client_round.request.round,
+        plan_sha256=_plan_sha256(setup),
+        request_sha256=client_round.request_sha256,
+        base_sha256=setup.base_sha256,
+        config_sha256=setup.config_sha256,
+        code_version=fedslm.__version__,
+        dataset_commitment="",
+        unit=plan.unit,
+        unit_column=plan.unit_column if isinstance(plan, PatientPlan) else None,
+        max_records_per_unit=plan.max_records_per_unit if isinstance(plan, PatientPlan) else None,
+        normaliser=plan.normaliser,
+    )
+    metric = plan.metric_event
+    if metric is None:
+        return [training]
+    return [
+        training,
+        replace(training, event=metric, purpose=METRIC, clip_norm=METRIC_SENSITIVITY),
+    ]
+
+
+def _plan_sha256(setup: Setup) -> str:
+    """Names a plan in the ledger."""
+    return hashlib.sha256(setup.plan.to_json().encode()).hexdigest()
+
+
+def _metric(
+    client_round: ClientRound, records: ClientRecords, plan: PrivatePlan
+) -> tuple[float, float]:
+    """How right the server's adapter is on the client's own (or held-out) records, with noise."""
+    from fedslm.training.metric import noisy_metric
+
+    start = client_round.start.adapter
+    return noisy_metric(client_round.model, client_round.task, records.measured, start, plan)

@@ -1,0 +1,158 @@
+"""One client's round: what it works with, once this node has admitted the request.
+
+The order of a round is fixed: :func:`admitted`, then the ledger, then the records. A
+:class:`ClientRound` reads no record until :meth:`ClientRound.records` is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+from fedslm.client.kept_runs import forget_records, with_own_records
+from fedslm.client.memory import ClientMemory
+from fedslm.client.node import Node, Release
+from fedslm.client.records import ClientRecords, records_of
+from fedslm.client.start import Start, memory_of, start_of
+from fedslm.data.columns import needed
+from fedslm.data.store import declared_columns
+from fedslm.errors import FederationError
+from fedslm.models.base import base_sha256, resolve
+from fedslm.models.loaded import LoadedModel
+from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.plan import PatientPlan, RunPlan
+from fedslm.privacy.policy import PlanRequest
+from fedslm.protocol.loading import model_for, task_for
+from fedslm.protocol.messages import Reply, Request
+from fedslm.protocol.setup import Setup
+from fedslm.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """A request that this node has admitted, and what it takes to answer it.
+
+    Formal guarantees:
+        * Only :func:`admitted` makes one: the node's policy allows the plan, and the base model here is
+          the server's.
+        * Nothing but :meth:`records` reads a record.
+
+    Attributes:
+        request: What the server asks.
+        node: Where the client keeps what is its own.
+    """
+
+    request: Request
+    node: Node
+
+    @property
+    def setup(self) -> Setup:
+        """What stays the same over the run."""
+        return self.request.setup
+
+    @property
+    def plan(self) -> RunPlan:
+        """The plan that the policy allows."""
+        return self.request.setup.plan
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        """The base with its adapter, loaded once per process."""
+        return model_for(self.setup)
+
+    @cached_property
+    def task(self) -> Task:
+        """What is learned."""
+        return task_for(self.setup)
+
+    @cached_property
+    def start(self) -> Start:
+        """Where the round starts.
+
+        Raises:
+            FederationError: What came or what was kept does not fit; nothing was charged yet.
+        """
+        return start_of(self.request, self.node)
+
+    @property
+    def memory(self) -> ClientMemory:
+        """What the client keeps from round to round."""
+        return memory_of(self.request, self.node)
+
+    @property
+    def request_sha256(self) -> str:
+        """Names the request: the same run, round, plan and starting adapter give the same name."""
+        parts = (
+            self.setup.to_json(),
+            str(self.request.round),
+            str(self.request.turn),
+            self.request.adapter.sha256(),
+            self.request.control.sha256(),
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def records(self, *, has_begun: bool) -> ClientRecords:
+        """Reads the records that the run began with: under privacy only after the ledger allows it.
+
+        Args:
+            has_begun: Whether something was charged for this run.
+
+        Raises:
+            FederationError: The run's records are not kept any more.
+            RunError: They cannot be kept.
+        """
+        return records_of(self.setup, with_own_records(self.setup, self.node, has_begun=has_begun))
+
+    def forget_records(self) -> None:
+        """Removes a deployed node's records of this run, which can charge nothing more."""
+        forget_records(self.setup, self.node)
+
+    def reply(self, release: Release, *, ledger: Ledger | None = None, weight: float = 1.0) -> Reply:
+        """A reply with everything that the server checks."""
+        delta_sha256 = release.delta.sha256()
+        run, number, seen = self.setup.run_id, self.request.round, self.request.seen
+        return Reply(
+            "ok",
+            number,
+            delta=release.delta,
+            delta_sha256=delta_sha256,
+            base_sha256=self.model.base_sha256,
+            weight=weight,
+            statement="" if ledger is None else ledger.statement(run, number, delta_sha256).to_json(),
+            extension=() if ledger is None else tuple(map(tuple, ledger.extension(seen))),
+            metric=release.metric,
+        )
+
+
+def admitted(request: Request, node: Node) -> ClientRound:
+    """Holds a request against this node before any of the base's files is interpreted.
+
+    Raises:
+        PolicyRefused: The policy does not allow it.
+        FederationError: Another base model, or a column that this node does not declare.
+    """
+    setup = request.setup
+    node.admit(PlanRequest(setup.plan, setup.base_sha256, setup.task.name, setup.model.base))
+    path = resolve(setup.model, may_fetch=node.may_fetch(setup.model.base))
+    if base_sha256(path) != setup.base_sha256:
+        raise FederationError("the base model here differs from the server's")
+    _check_columns(setup, node)
+    return ClientRound(request, node)
+
+
+def _check_columns(setup: Setup, node: Node) -> None:
+    """Refuses a run that needs a column which this node's operator does not declare.
+
+    What the records themselves have is not looked at: one record may bring a column.
+    """
+    declared = declared_columns(node.data)
+    if declared is None:
+        return
+    wanted = set(needed(setup.data, setup.task).values())
+    if isinstance(setup.plan, PatientPlan):
+        wanted.add(setup.plan.unit_column)
+    if missing := sorted(wanted - declared):
+        raise FederationError(
+            f"this node has no column {missing[0][:80]!r}; it declares {', '.join(sorted(declared))}"
+        )

@@ -1,0 +1,100 @@
+"""From a start to what is sent: local training, and the difference that it made.
+
+Under privacy everything after local training reads noised values and public constants only: it is
+post-processing and costs nothing. What a client kept of earlier rounds is of the same run under the
+same private plan, and so it was noised and charged as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedslm.aggregation.compression import compress, with_feedback
+from fedslm.aggregation.methods import rank_of_client, sent_keys, trained_keys
+from fedslm.aggregation.ranks import crop
+from fedslm.aggregation.rotation import rotated
+from fedslm.client.memory import Kept
+from fedslm.client.node import Release
+from fedslm.client.round import ClientRound
+from fedslm.errors import TrainingError
+from fedslm.records import AdapterState
+from fedslm.rng import seed_of
+from fedslm.tasks.base import Example
+
+_NOTHING = AdapterState({})
+
+
+def make_update(client_round: ClientRound, examples: Sequence[Example]) -> Release:
+    """Trains on a client's examples and gives what is sent.
+
+    Raises:
+        TrainingError: A self-check failed, or training diverged.
+    """
+    request, setup, start = client_round.request, client_round.setup, client_round.start
+    after = _trained(client_round, examples)
+    sent = sent_keys(setup.method, after, request.turn)
+    local = start.kept.local.merged(after.select(set(after) - sent))
+    control = _control(client_round, after)
+    if setup.method == "fedrot":
+        whole, strength = start.adapter.merged(after), setup.aggregation.rotation_strength
+        after = rotated(whole, request.adapter, request.turn, strength).select(set(after))
+    rank = rank_of_client(setup.lora, client_round.node.client)
+    difference = crop(after.select(sent).minus(start.adapter), rank)
+    delta, error = _compressed(client_round, difference)
+    kept = Kept(
+        local,
+        start.kept.control.plus(control) if start.kept.control else control,
+        start.kept.error.merged(error),  # RoLoRA's other factor keeps its own
+    )
+    client_round.memory.keep(request.round, kept)
+    return Release(delta)
+
+
+def _trained(client_round: ClientRound, examples: Sequence[Example]) -> AdapterState:
+    """The trained tensors, as the model holds them."""
+    from fedslm.training.local import LocalWork, train
+
+    request, setup, start = client_round.request, client_round.setup, client_round.start
+    trained = trained_keys(setup.method, start.adapter, request.turn)
+    correction = _NOTHING
+    if request.control:
+        mine = start.kept.control
+        correction = request.control.minus(mine) if mine else request.control
+    client = client_round.node.client
+    work = LocalWork(start.adapter, trained, setup.seed, request.round, client, correction=correction)
+    model = client_round.model
+    after = train(model, client_round.task, examples, setup.plan, setup.training, work)
+    if after.sha256() != model.adapter.read(sorted(trained)).sha256():
+        raise TrainingError("what will be sent is not what the model holds")
+    return after
+
+
+def _control(client_round: ClientRound, after: AdapterState) -> AdapterState:
+    """SCAFFOLD: how far the client's control variate moves (Karimireddy et al. 2020, option II).
+
+    c_i' - c_i = (x - y_i) / (K η) - c: start x, end y_i, K local steps, rate η, server's variate c.
+    """
+    request, setup, start = client_round.request, client_round.setup, client_round.start
+    if not request.control:
+        return _NOTHING
+    scale = np.float32(1 / (setup.plan.steps_per_round * setup.training.learning_rate))
+    return AdapterState(
+        {
+            key: (start.adapter[key] - after[key]) * scale - request.control[key]
+            for key in request.control
+        }
+    )
+
+
+def _compressed(client_round: ClientRound, delta: AdapterState) -> tuple[AdapterState, AdapterState]:
+    """What of a difference the wire can carry, and what is left for the next round."""
+    request, setup = client_round.request, client_round.setup
+    if request.packing.is_whole:
+        return delta, _NOTHING
+    feedback = setup.compression.error_feedback
+    seed = seed_of(setup.seed, "rounding", request.round, client_round.node.client)
+    wanted = with_feedback(delta, client_round.start.kept.error) if feedback else delta
+    sent = compress(wanted, request.packing, np.random.default_rng(seed), unbiased=not feedback)
+    return sent, wanted.minus(sent) if feedback else _NOTHING

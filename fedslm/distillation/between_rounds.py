@@ -1,0 +1,121 @@
+"""Distillation between rounds: the student follows the federated model, and teaches it back.
+
+The mutual leg is the idea of FedCoLLM (arXiv 2411.11707): after the student has learned, the small
+model's adapter learns from it by forward KL before the next broadcast. Under privacy it is
+post-processing: it reads the adapter that rounds released, the student and public records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fedslm.config import DistillConfig
+from fedslm.distillation import losses
+from fedslm.distillation.contexts import Context, load_contexts
+from fedslm.distillation.models import Student, Teacher, load_student, load_teacher, student_reader
+from fedslm.distillation.objective import Objective, Target
+from fedslm.distillation.pipeline import DistillationJob, prepare_contexts, train_student
+from fedslm.distillation.run import prepare
+from fedslm.distillation.training import StudentTrainer, TrainingSet
+from fedslm.inference.trained import FinishedRun
+from fedslm.records import AdapterState
+from fedslm.storage import load_adapter, save_adapter
+
+DIRECTORY = "distilling"
+
+
+class Quiet:
+    """A watcher that says nothing."""
+
+    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class StudentSays:
+    """Targets of the mutual leg: what the student says of the shared tokens or classes.
+
+    Attributes:
+        student: With the adapter that it has learned.
+        contexts: As the student reads them, in the training set's order.
+        vocabulary: Tokens that both models share, or classes.
+    """
+
+    student: Student
+    contexts: Sequence[Context]
+    vocabulary: int
+
+    def of(self, numbers: Sequence[int], contexts: Sequence[Context]) -> Target:
+        """Asks the student."""
+        with torch.no_grad():
+            logits = self.student.logits([self.contexts[number].student for number in numbers])
+        return Target(losses.soft_target(logits[:, : self.vocabulary]))
+
+
+def follow(
+    run: FinishedRun, settings: DistillConfig, round: int, trained: frozenset[str]
+) -> AdapterState | None:
+    """Lets the student learn from the adapter after a round, and the adapter from the student.
+
+    The student goes on from where the last such round left it; its adapter lies in the run directory.
+    A round that is run again after a crash starts from the same, and ends with the same.
+
+    Args:
+        run: The run on its way; its adapter is the round's.
+        settings: The ``[distill]`` section.
+        round: Number of the round.
+        trained: Keys that rounds change: no others learn back.
+
+    Returns:
+        The adapter for the next broadcast; None if ``mutual_steps`` is 0.
+    """
+    folder = run.directory / DIRECTORY
+    path = folder / f"round-{round:05d}"
+    job = prepare(run, settings).job
+    teacher, student = load_teacher(run, job.settings), load_student(run, job.settings)
+    earlier = [each for each in sorted(folder.glob("student-*.safetensors")) if _round(each) < round]
+    if earlier:
+        student = replace(student, start=load_adapter(earlier[-1]))
+    prepare_contexts(job, teacher, student_reader(run, job.settings), path, Quiet())
+    adapter, _ = train_student(job, student, teacher, path, Quiet())
+    save_adapter(folder / f"student-{round:05d}.safetensors", adapter)
+    if not settings.mutual_steps:
+        return None
+    student.model.adapter.write(adapter)
+    return _back(job, teacher, student, path, trained)
+
+
+def _round(path: Path) -> int:
+    """The round that a student's file is of."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def _back(
+    job: DistillationJob, teacher: Teacher, student: Student, path: Path, trained: frozenset[str]
+) -> AdapterState:
+    """The small model's adapter after it has learned from the student."""
+    settings = job.settings.model_copy(
+        update={
+            "steps": job.settings.mutual_steps,
+            "method": "forward-kl",
+            "temperature": 1.0,
+            "general_weight": 0.0,
+        }
+    )
+    contexts = load_contexts(path / "contexts.jsonl")
+    own = [replace(each, student=each.teacher) for each in contexts]
+    run = job.run
+    small = Student(
+        teacher.trained.model, teacher.task, run.lora, run.model, run.seed, start=teacher.tuned
+    )
+    says = StudentSays(student, contexts, job.vocabulary)
+    objective = Objective("forward-kl", settings, job.vocabulary, settings.steps)
+    training_set = TrainingSet(own, objective, says)
+    trainer = StudentTrainer(
+        small, training_set, settings, path / "back", lambda *_: None, trained=trained
+    )
+    return trainer.run()

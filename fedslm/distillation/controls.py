@@ -1,0 +1,161 @@
+"""The arms of a proof of transfer: what the student becomes if something else teaches it.
+
+All arms see the same public records and take the same steps with the same adapter; only the teacher
+differs. Without them a gain says nothing: it may come from the public records, or from distilling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedslm import layout
+from fedslm.data import store
+from fedslm.distillation.models import Student, Teacher
+from fedslm.distillation.pipeline import DistillationJob, Watcher, prepare_contexts, train_student
+from fedslm.errors import DataError, RunError
+from fedslm.inference.inputs import Rows
+from fedslm.records import AdapterState
+from fedslm.storage import load_adapter, save_adapter
+
+FEDERATED, BASE, UNTUNED, PUBLIC, LABELS, POOLED = (
+    "federated teacher",
+    "untuned student",
+    "untuned teacher",
+    "public teacher",
+    "public labels",
+    "pooled private records",
+)
+CONTROLS = (BASE, UNTUNED, PUBLIC, LABELS)
+WHAT = {
+    FEDERATED: "the student after distillation from the federated small model",
+    BASE: "the student before (control)",
+    UNTUNED: "distilled from the small model before federation (control)",
+    PUBLIC: "distilled from the small model tuned only on the public records (control)",
+    LABELS: "the student tuned on the public records' own labels or texts (control)",
+    POOLED: "the student tuned on all private records together (ceiling; covered by no ε)",
+}
+
+
+class LeftOut(Exception):
+    """An arm that cannot be run here, and why."""
+
+
+@dataclass(frozen=True)
+class ControlTrainer:
+    """Both models, in which the arms are trained one after another.
+
+    Attributes:
+        job: The distillation that is to be proved.
+        teacher: The small model with the federated adapter.
+        student: The larger one.
+        directory: Where arms leave their adapters; a finished one is not trained again.
+        watcher: Is told how it goes.
+    """
+
+    job: DistillationJob
+    teacher: Teacher
+    student: Student
+    directory: Path
+    watcher: Watcher
+
+    def adapter(self, arm: str, seed: int) -> AdapterState:
+        """The student's adapter of one arm.
+
+        Args:
+            arm: One of :data:`WHAT`.
+            seed: Of the starting adapter and the order of records.
+
+        Raises:
+            LeftOut: The arm cannot be run here.
+        """
+        student = replace(self.student, seed=seed)
+        if arm == BASE:
+            return student.initial
+        path = self._place(arm, seed)
+        kept = path / "adapter.safetensors"
+        if not kept.exists():
+            job, teacher = self._job_and_teacher(arm, seed)
+            told = _Named(self.watcher, f"{arm}, seed {seed}")
+            try:
+                prepare_contexts(job, teacher, student.reader, path, told)
+            except DataError as error:
+                raise LeftOut(str(error)) from error
+            adapter, _ = train_student(job, student, teacher, path, told)
+            save_adapter(kept, adapter)
+        return load_adapter(kept)
+
+    def keep(self, arm: str, seed: int, adapter: AdapterState) -> None:
+        """Takes over an adapter that is trained already."""
+        save_adapter(self._place(arm, seed) / "adapter.safetensors", adapter)
+
+    def _place(self, arm: str, seed: int) -> Path:
+        """Where an arm's files lie."""
+        return self.directory / f"{arm.replace(' ', '-')}-{seed}"
+
+    def _job_and_teacher(self, arm: str, seed: int) -> tuple[DistillationJob, Teacher]:
+        """What an arm learns, and from whom."""
+        job, teacher = self.job, self.teacher
+        if arm == FEDERATED:
+            return job, teacher
+        if arm == UNTUNED:
+            return job, teacher.of(teacher.trained.initial)
+        if arm == PUBLIC:
+            return job, teacher.of(self._public_teacher(seed))
+        settings = job.settings.model_copy(update={"method": "labels", "cached_samples": 0})
+        rows = job.rows if arm == LABELS else _pooled(job)
+        return replace(job, settings=settings, rows=rows), teacher
+
+    def _public_teacher(self, seed: int) -> AdapterState:
+        """The small model's adapter, tuned on the public records as long as clients tuned theirs."""
+        path = self.directory / f"public-teacher-adapter-{seed}"
+        kept = path / "adapter.safetensors"
+        if not kept.exists():
+            run, trained = self.job.run, self.teacher.trained
+            training, adam = run.training, run.training.optimizer == "adamw"
+            update = {
+                "method": "labels",
+                "steps": max(1, training.local_steps * int(run.report["rounds"])),
+                "batch_size": training.batch_size,
+                "micro_batch_size": training.micro_batch_size,
+                "learning_rate": training.learning_rate if adam else self.job.settings.learning_rate,
+                "general_weight": 0.0,
+                "cached_samples": 0,
+            }
+            settings = self.job.settings.model_copy(update=update)
+            job = replace(self.job, settings=settings, general=())
+            small = Student(trained.model, trained.task, run.lora, run.model, run.seed)
+            told = _Named(self.watcher, f"{PUBLIC}'s own tuning, seed {seed}")
+            try:
+                prepare_contexts(job, self.teacher, self.teacher.reader, path, told)
+            except DataError as error:
+                raise LeftOut(str(error)) from error
+            adapter, _ = train_student(job, small, self.teacher, path, told)
+            save_adapter(kept, adapter)
+        return load_adapter(kept)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A watcher that says which arm it is."""
+
+    watcher: Watcher
+    name: str
+
+    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Passes on."""
+        self.watcher.on_progress(f"{self.name}: {stage}", done, total, note)
+
+
+def _pooled(job: DistillationJob) -> Rows:
+    """All private records of a simulation.
+
+    Raises:
+        LeftOut: They are not here: real nodes keep theirs.
+    """
+    directory = job.run.directory / layout.DATA
+    count = len(job.run.report["clients"])
+    try:
+        return [dict(row) for client in range(count) for row in store.read_client(directory, client)]
+    except (DataError, RunError, OSError) as error:
+        raise LeftOut("the private records are not on this machine") from error

@@ -1,0 +1,80 @@
+"""Why nothing is spent: the chain of hashes from the federated adapter to the student's.
+
+A distillation reads the adapter, public records and the student. What is computed from a private
+release and from what is public is post-processing: it has the release's (epsilon, delta). What would
+break it: private records among the public ones, a checkpoint or setting chosen by a figure on private
+records, or a teacher that is not the released adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedslm import layout
+from fedslm.errors import PrivacyError
+from fedslm.inference.trained import FinishedRun
+from fedslm.privacy.chain import read_chain
+from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
+from fedslm.records import INFINITE, AdapterState
+
+
+@dataclass(frozen=True)
+class LedgerMark:
+    """How far a node's ledger had come.
+
+    Attributes:
+        charges: Number of its charges.
+        head: Hash of its last entry.
+    """
+
+    charges: int
+    head: str
+
+
+def ledgers_of(directory: Path) -> dict[str, LedgerMark]:
+    """The ledgers of a simulation's nodes, by name; those of real nodes lie with them.
+
+    Raises:
+        LedgerError: One is damaged.
+    """
+    found = {}
+    for node in sorted((directory / layout.NODES).glob("client-*")):
+        if (node / layout.LEDGER).exists():
+            chain = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY))
+            found[node.name] = LedgerMark(len(chain.charges), chain.head)
+    return found
+
+
+def chain_of(run: FinishedRun, adapter: AdapterState, before: dict[str, LedgerMark]) -> dict[str, Any]:
+    """What the student's adapter inherits, and from what.
+
+    Args:
+        run: The teacher's.
+        adapter: The student's.
+        before: :func:`ledgers_of` before the distillation.
+
+    Raises:
+        PrivacyError: A ledger moved meanwhile: somebody trains on the same nodes.
+    """
+    after = ledgers_of(run.directory)
+    if after != before:
+        moved = sorted(name for name in after if after[name] != before.get(name))
+        raise PrivacyError(
+            f"the ledgers of {', '.join(moved)} moved during the distillation: another run charged "
+            f"them; nothing can be said of what this one spent"
+        )
+    report = run.report
+    plan = report["plan"]
+    return {
+        "epsilon": report["epsilon"] if plan else INFINITE,
+        "delta": report["delta"] if plan else None,
+        "unit": plan["unit"] if plan else None,
+        "spent_here": 0.0,
+        "run_id": report.get("run_id"),
+        "config_sha256": report.get("config_sha256"),
+        "teacher_adapter_sha256": report["adapter_sha256"],
+        "student_adapter_sha256": adapter.sha256(),
+        "ledgers": {name: asdict(mark) for name, mark in after.items()},
+    }

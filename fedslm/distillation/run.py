@@ -1,0 +1,309 @@
+"""One distillation from beginning to end, in a directory of its own that survives a crash.
+
+asked.json                 what was asked, of which models, on which data
+contexts.jsonl             what both models were shown
+targets/ steps/            what the teacher said (two passes), and where to go on; gone at the end
+adapter/                   the student's adapter as PEFT writes it, its tokenizer and its model card
+distill.json .md .png      what came out
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+import fedslm
+from fedslm import layout
+from fedslm.config import DistillConfig
+from fedslm.distillation import public
+from fedslm.distillation.controls import FEDERATED, ControlTrainer
+from fedslm.distillation.evaluation import general_examples, general_task, measure, tests_of
+from fedslm.distillation.models import (
+    LANGUAGE,
+    Student,
+    Teacher,
+    check_student,
+    check_task,
+    load_student,
+    load_teacher,
+    shared_vocabulary,
+    student_reader,
+    student_sections,
+    warn_if_smaller,
+)
+from fedslm.distillation.objective import resolved_method
+from fedslm.distillation.pipeline import DistillationJob, Watcher, prepare_contexts, train_student
+from fedslm.distillation.proof import ProofRequest, prove
+from fedslm.distillation.provenance import chain_of, ledgers_of
+from fedslm.errors import DataError, RunError, Unusable
+from fedslm.inference.bootstrap import Statistics
+from fedslm.inference.evaluation import own_rows
+from fedslm.inference.inputs import Rows
+from fedslm.inference.trained import FinishedRun
+from fedslm.models import loaded
+from fedslm.models.base import base_sha256, resolve
+from fedslm.models.peft_export import save_plain
+from fedslm.records import AdapterState
+from fedslm.reporting import distillation as reporting
+from fedslm.storage import with_usual_modes, write_text
+from fedslm.tasks.base import Example
+
+_ASKED = "asked.json"
+_PROOF = "proof"
+_WORK = ("targets", "steps", "texts.jsonl", _PROOF)
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A distillation that can begin.
+
+    Attributes:
+        job: What is taught, and how.
+        tests: Test records of the private distribution; none if the run's are gone.
+        general: General text that perplexity is measured on.
+        overlap: How many of them the public records hold.
+        student_sha256: Hash of the student's files.
+    """
+
+    job: DistillationJob
+    tests: Rows
+    general: tuple[Example, ...]
+    overlap: public.Overlap
+    student_sha256: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two distillations the same."""
+        job, run = self.job, self.job.run
+        rows = json.dumps(job.rows, sort_keys=True, default=str).encode()
+        return {
+            "fedslm_version": fedslm.__version__,
+            "teacher_adapter_sha256": run.report["adapter_sha256"],
+            "teacher_base_sha256": run.report["base_sha256"],
+            "student_sha256": self.student_sha256,
+            "public_records": len(job.rows),
+            "public_sha256": hashlib.sha256(rows).hexdigest(),
+            "settings": job.settings.model_dump(mode="json"),
+        }
+
+
+def prepare(run: FinishedRun, settings: DistillConfig, *, drop_overlap: bool = False) -> PreparedJob:
+    """Checks everything that can be checked before a model is loaded.
+
+    Args:
+        run: Whose federated model teaches.
+        settings: The ``[distill]`` section.
+        drop_overlap: Leave out public records that hold test records, instead of refusing.
+
+    Raises:
+        ConfigError: Something is missing, or the method does not go with task or tokenizers.
+        DataError: The public records are unusable, private, or hold the test records.
+        ModelError: The student is the teacher's base, or one of them cannot be found.
+    """
+    check_task(run)
+    check_student(run, settings)
+    run.check_base()
+    rows, tests = public.public_rows(run, settings), _tests(run)
+    rows, overlap = public.without_overlap(rows, tests, public.text_columns(run), drop=drop_overlap)
+    language = run.task.name in LANGUAGE
+    shared = shared_vocabulary(run, settings) if language else len(run.labels)
+    method = resolved_method(settings, run.task.name, shared)
+    settings = settings.model_copy(update={"method": method})
+    general, measured = (
+        _general(run, settings, split)
+        for split in (settings.general_split, settings.general_test_split)
+    )
+    job = DistillationJob(run, settings, shared or 0, rows, general)
+    student, *_ = student_sections(settings, run.task)
+    return PreparedJob(job, tests, measured, overlap, base_sha256(resolve(student)))
+
+
+def distill(
+    prepared: PreparedJob, directory: Path, watcher: Watcher, question: ProofRequest | None = None
+) -> dict[str, Any]:
+    """Teaches the student and writes its adapter, its model card and the report.
+
+    Formal guarantee: whatever is written is a function of the federated adapter, the public records,
+    the student and seeds; no private record is read. If the adapter is (epsilon, delta)-differentially
+    private, so is the student's, at no further cost (post-processing; Dwork and Roth 2014, Proposition
+    2.1). Test records are read after training, for figures that choose nothing. A proof's ceiling reads
+    the private records of a simulation; its adapter is not kept.
+
+    Args:
+        prepared: From :func:`prepare`.
+        directory: A new one, or that of the same, interrupted distillation, which goes on.
+        watcher: Is told how it goes.
+        question: What is to be proved; None: nothing.
+
+    Returns:
+        The content of ``distill.json``.
+
+    Raises:
+        RunError: The directory holds something else, or cannot be written.
+    """
+    began = time.monotonic()
+    with working(directory, prepared.identity) as path:
+        before = ledgers_of(prepared.job.run.directory)
+        teacher, student, adapter, losses = _taught(prepared.job, path, watcher)
+        report = {
+            **_description(prepared),
+            "warnings": [text for text in (warn_if_smaller(teacher, student),) if text],
+            "losses": losses,
+            **_figures(prepared, teacher, student, adapter),
+            "proof": None,
+            "directory": str(path),
+        }
+        if question is not None:
+            trainer = ControlTrainer(prepared.job, teacher, student, path / _PROOF, watcher)
+            trainer.keep(FEDERATED, prepared.job.run.seed, adapter)
+            report["proof"] = prove(trainer, question)
+        report["privacy"] = chain_of(prepared.job.run, adapter, before)
+        report["adapter_sha256"] = adapter.sha256()
+        report["seconds"] = time.monotonic() - began
+        save_plain(student.model.adapter, adapter, student.lora, path / layout.ADAPTER)
+        student.tokenizer.save_pretrained(path / layout.ADAPTER)
+        with_usual_modes(path / layout.ADAPTER)
+        reporting.write(path, report, reporting.Sections(student.config, prepared.job.run.task))
+        _tidy(path)
+        return report
+
+
+def _taught(
+    job: DistillationJob, path: Path, watcher: Watcher
+) -> tuple[Teacher, Student, AdapterState, list[float]]:
+    """Both models, the student's adapter and the losses; in two passes one model is there at a time."""
+    teacher = load_teacher(job.run, job.settings)
+    prepare_contexts(job, teacher, student_reader(job.run, job.settings), path, watcher)
+    if not job.settings.cached_samples:
+        student = load_student(job.run, job.settings)
+        return teacher, student, *train_student(job, student, teacher, path, watcher)
+    loaded.load.cache_clear()
+    del teacher
+    gc.collect()
+    student = load_student(job.run, job.settings)
+    adapter, losses = train_student(job, student, None, path, watcher)
+    return load_teacher(job.run, job.settings), student, adapter, losses
+
+
+def _tidy(path: Path) -> None:
+    """Removes what only an interrupted distillation needs."""
+    for name in _WORK:
+        shutil.rmtree(path / name, ignore_errors=True)
+        (path / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def working(directory: Path, identity: dict[str, Any]) -> Iterator[Path]:
+    """A directory for one piece of work, held against other processes.
+
+    Raises:
+        RunError: It is finished, belongs to other work, is in use, or cannot be made.
+    """
+    path = directory.expanduser().absolute()
+    if (path / layout.DISTILL_REPORT).exists():
+        raise Unusable(f"{path} holds a finished distillation; give another --out")
+    if path.exists() and not (path / _ASKED).exists() and any(path.iterdir()):
+        raise Unusable(f"{path} exists and holds something else; give another --out")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock", timeout=1.0)
+        with lock:
+            _claim(path / _ASKED, identity)
+            yield path
+    except Timeout:
+        raise RunError(f"{path} is in use by another process") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error}") from error
+
+
+def _claim(path: Path, identity: dict[str, Any]) -> None:
+    """Writes what is asked, or sees that it is what was asked before."""
+    if not path.exists():
+        write_text(path, json.dumps(identity, indent=2) + "\n")
+        return
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged: {error}; remove {path.parent}") from error
+    changed = sorted(key for key in identity if before.get(key) != identity[key])
+    if changed:
+        raise Unusable(
+            f"{path.parent} holds an interrupted distillation that was asked otherwise "
+            f"({', '.join(changed)}); ask the same to resume, or give another --out"
+        )
+
+
+def _tests(run: FinishedRun) -> Rows:
+    """The run's own evaluation split, if it is still there."""
+    try:
+        return own_rows(run)
+    except DataError:
+        return []
+
+
+def _general(run: FinishedRun, settings: DistillConfig, split: str) -> tuple[Example, ...]:
+    """General text in the student's tokens; none if no source is named or classes are learned."""
+    if settings.general_source is None or run.task.name not in LANGUAGE:
+        return ()
+    reader = student_reader(run, settings)
+    return general_examples(run, settings.general_source, split, reader)
+
+
+def _description(prepared: PreparedJob) -> dict[str, Any]:
+    """What was asked, for the report."""
+    job, run = prepared.job, prepared.job.run
+    return {
+        **prepared.identity,
+        "run": str(run.directory),
+        "name": run.report["name"],
+        "task": run.task.name,
+        "labels": list(run.labels),
+        "teacher_base": run.model.base,
+        "student_base": job.settings.student,
+        "method": job.settings.method,
+        "overlap": {
+            "records": prepared.overlap.records,
+            "found": prepared.overlap.found,
+            "dropped": prepared.overlap.dropped,
+        },
+    }
+
+
+def _figures(
+    prepared: PreparedJob, teacher: Teacher, student: Student, adapter: AdapterState
+) -> dict[str, Any]:
+    """Metrics of teacher, student and distilled student on the run's evaluation split."""
+    found: dict[str, Any] = {"headline": teacher.task.headline, "metrics": {}, "general": None}
+    run = prepared.job.run
+    if prepared.tests:
+        tests = tests_of(prepared.tests, teacher.reader, student.reader)
+        models = {
+            "teacher": (teacher.trained.model, teacher.task, tests.teacher, teacher.tuned),
+            "student before": (student.model, student.task, tests.student, student.initial),
+            "student after": (student.model, student.task, tests.student, adapter),
+        }
+        for name, (model, task, examples, state) in models.items():
+            found["metrics"][name] = task.metrics(_sums(measure(model, task, examples, state)))
+    if prepared.general:
+        task = general_task(run)
+        for state in (student.initial, adapter):
+            sums = _sums(measure(student.model, task, prepared.general, state))
+            found["general"] = [*(found["general"] or []), task.metrics(sums)["perplexity"]]
+    return found
+
+
+def _sums(found: Statistics) -> dict[str, NDArray[np.float64]]:
+    """Statistics added up."""
+    return {name: values.sum(axis=0) for name, values in found.items()}

@@ -1,0 +1,1 @@
+"""Where clients run: worker processes of one machine, or Flower on Ray."""

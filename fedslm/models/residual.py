@@ -1,0 +1,110 @@
+"""What aggregation put aside beside LoRA: a low-rank change of a layer that is never trained.
+
+An aggregate of clients' products is in general of a higher rank than the adapter. What the adapter
+cannot hold stays exact as ``D_B·D_A`` with a scaling of 1, computed beside the layer and never added to
+the base's weights: the base stays the one whose hash everybody checked, and no rounding piles up in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from fedslm.adapter_keys import key_of, part_of
+from fedslm.errors import ModelError
+from fedslm.records import AdapterState, FloatArray
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Deltas:
+    """The deltas of a network's adapted layers.
+
+    They are no parameters and no buffers: an optimizer, Opacus, PEFT's files and an average of
+    parameters do not see them. Gradients pass through them to the layers below.
+
+    Args:
+        layers: Layer, as in adapter keys, to PEFT's module, whose output is added to.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers: dict[str, Any] = dict(layers)
+        self._pairs: dict[str, _Pair] = {}
+        for layer, module in layers.items():
+            module.register_forward_hook(partial(self._add, layer))
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def check(self, state: AdapterState) -> None:
+        """Refuses deltas that do not fit.
+
+        Args:
+            state: Keys of deltas alone.
+
+        Raises:
+            ModelError: A layer is unknown, has one factor alone, or a shape differs.
+        """
+        for layer in _layers(state):
+            keys = key_of(layer, "delta_A"), key_of(layer, "delta_B")
+            down, up = (state.tensors.get(key) for key in keys)
+            module = self._layers.get(layer)
+            if module is None or down is None or up is None:
+                raise ModelError(
+                    f"adapter tensors {keys[0]} and {keys[1]} must both be there, of one layer"
+                )
+            width, height = module.in_features, module.out_features
+            if not (
+                down.ndim == up.ndim == 2
+                and (down.shape[1], up.shape[0]) == (width, height)
+                and down.shape[0] == up.shape[1]
+            ):
+                raise ModelError(
+                    f"delta of {layer} has shapes {down.shape} and {up.shape}; (d, {width}) and "
+                    f"({height}, d) fit"
+                )
+
+    def write(self, state: AdapterState, *, others_stay: bool) -> None:
+        """Takes over deltas that were checked.
+
+        Args:
+            state: Keys of deltas alone; a delta of rank 0 is none.
+            others_stay: Whether layers without a delta in ``state`` keep the one they have.
+        """
+        if not others_stay:
+            self._pairs.clear()
+        for layer in _layers(state):
+            down, up = (state[key_of(layer, part)] for part in ("delta_A", "delta_B"))
+            device = self._layers[layer].lora_A["default"].weight.device
+            self._pairs.pop(layer, None)
+            if len(down):
+                self._pairs[layer] = (_tensor(down, device), _tensor(up, device))
+
+    def _add(
+        self, layer: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Adds D_B·D_A·x to a layer's output, in the precision of LoRA's own path."""
+        pair = self._pairs.get(layer)
+        if pair is None or module.disable_adapters:
+            return None
+        down, up = pair
+        added = F.linear(F.linear(inputs[0].to(down.dtype), down), up)
+        return (output + added).to(output.dtype)
+
+
+def _layers(state: Iterable[str]) -> list[str]:
+    """Layers that a state has a delta's factor of, sorted."""
+    return sorted({key.removesuffix(f".{part_of(key)}.weight") for key in state})
+
+
+def _tensor(values: FloatArray, device: torch.device) -> torch.Tensor:
+    """A copy that training can compute with, wherever it is made."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)

@@ -1,0 +1,208 @@
+"""Answers before a run: the noise for an epsilon, the epsilon for a noise, the rounds of a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedslm.config import Unit
+from fedslm.errors import OutOfRange, PrivacyError, plural
+from fedslm.privacy import accounting
+from fedslm.privacy.accounting import Accounts
+from fedslm.privacy.calibration import affordable_steps, calibrate
+from fedslm.records import Event
+
+_CURVE_POINTS = 10
+_DROWNED = 2.0  # a signal that is bounded by twice the noise is lost in it: real gradients disagree
+
+
+@dataclass(frozen=True)
+class BudgetQuery:
+    """What is known; of steps, epsilon and noise_multiplier two are enough.
+
+    Attributes:
+        sample_rate: Probability in (0, 1] with which a unit joins a step; 1 for a client, since cohorts
+            are public and hide nobody.
+        delta: In (0, 0.1].
+        steps: Noisy steps of the whole run, >= 1; for a client, the most rounds that it joins.
+        epsilon: Budget, > 0.
+        noise_multiplier: Noise standard deviation / clip norm, > 0.
+        steps_per_round: >= 1.
+        unit: Whose participation is protected.
+        parameters: Trained parameters, for the signal; 0: unknown.
+        batch_size: What the noisy sum is divided by (units), for the signal; 0: unknown.
+        clients: Clients whose updates are averaged, >= 1.
+    """
+
+    sample_rate: float
+    delta: float
+    steps: int | None = None
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    steps_per_round: int = 1
+    unit: Unit = "record"
+    parameters: int = 0
+    batch_size: int = 0
+    clients: int = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """Epsilon after some rounds.
+
+    Attributes:
+        round: Rounds taken.
+        epsilons: Epsilon at each delta of the answer.
+    """
+
+    round: int
+    epsilons: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """A calibrated run.
+
+    Attributes:
+        unit: Whose participation is protected.
+        epsilon: What the steps cost at ``delta``.
+        delta: The delta that was asked.
+        noise_multiplier: Noise standard deviation / clip norm.
+        sample_rate: As asked.
+        steps: Noisy steps.
+        rounds: Steps in whole rounds, the last one perhaps short.
+        affordable_steps: Most steps that the budget pays for; None without a budget.
+        accounts: Epsilon by three accountants.
+        deltas: The deltas of the curve.
+        curve: Epsilon over the rounds.
+        signal_to_noise: Best case over the run; None if parameters or batch size are unknown.
+        warnings: What will not go well, and the remedy.
+    """
+
+    unit: Unit
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    rounds: int
+    affordable_steps: int | None
+    accounts: Accounts
+    deltas: tuple[float, ...]
+    curve: tuple[Point, ...]
+    signal_to_noise: float | None
+    warnings: tuple[str, ...]
+
+
+def plan_budget(query: BudgetQuery) -> BudgetPlan:
+    """Finds what is not known, and cross-checks it.
+
+    Raises:
+        OutOfRange: Too little is known, or a value is out of its range.
+        PrivacyError: The budget is out of reach, or the accountants disagree.
+
+    >>> plan_budget(BudgetQuery(0.032, 1e-5, steps=150, epsilon=3.0)).noise_multiplier
+    0.947
+    """
+    noise, steps = _noise_and_steps(query)
+    event = Event(query.sample_rate, noise, steps)
+    accounts = accounting.cross_check([event], query.delta)
+    rounds = math.ceil(steps / query.steps_per_round)
+    deltas = (query.delta, query.delta / 10, query.delta / 100)
+    affordable = None
+    if query.epsilon is not None:
+        affordable = affordable_steps(query.epsilon, query.delta, event)
+    signal = _signal_to_noise(query, noise, steps)
+    return BudgetPlan(
+        unit=query.unit,
+        epsilon=accounts.pld,
+        delta=query.delta,
+        noise_multiplier=noise,
+        sample_rate=query.sample_rate,
+        steps=steps,
+        rounds=rounds,
+        affordable_steps=affordable,
+        accounts=accounts,
+        deltas=deltas,
+        curve=_curve(query, event, rounds, deltas),
+        signal_to_noise=signal,
+        warnings=tuple(_warnings(query, signal, accounts.pld, steps)),
+    )
+
+
+def _noise_and_steps(query: BudgetQuery) -> tuple[float, int]:
+    """The two that are not given follow from those that are."""
+    epsilon, noise, steps = query.epsilon, query.noise_multiplier, query.steps
+    if query.unit not in ("record", "patient", "client"):
+        raise OutOfRange(f"unit={query.unit!r} must be record, patient or client")
+    for name, least in (("steps_per_round", 1), ("clients", 1), ("parameters", 0), ("batch_size", 0)):
+        if not getattr(query, name) >= least:
+            raise OutOfRange(f"{name}={getattr(query, name)} must be >= {least}")
+    if query.unit == "client" and (query.sample_rate, query.steps_per_round) != (1, 1):
+        raise OutOfRange(
+            f"sample_rate={query.sample_rate} and steps_per_round={query.steps_per_round} must "
+            f"be 1 for unit='client': cohorts are drawn from a public seed, so sampling protects no "
+            f"client; give the most rounds that one client joins instead"
+        )
+    if steps is None:
+        if epsilon is None or noise is None:
+            raise OutOfRange("give steps, or epsilon and noise_multiplier to find how many they allow")
+        steps = affordable_steps(epsilon, query.delta, Event(query.sample_rate, noise, 1))
+        if steps < 1:
+            raise PrivacyError(
+                f"noise_multiplier={noise:g} does not allow one step at epsilon={epsilon:g}; raise it"
+            )
+    if noise is None:
+        if epsilon is None:
+            raise OutOfRange("give epsilon to find the noise, or noise_multiplier to find epsilon")
+        noise = calibrate(epsilon, query.delta, query.sample_rate, steps)
+    return noise, steps
+
+
+def _curve(query: BudgetQuery, event: Event, rounds: int, deltas: Sequence[float]) -> tuple[Point, ...]:
+    """Epsilon after about ten numbers of rounds, the last included."""
+    marks = sorted({max(1, round(rounds * part / _CURVE_POINTS)) for part in range(1, 11)})
+    points = []
+    for mark in marks:
+        taken = min(event.steps, mark * query.steps_per_round)
+        part = Event(event.sample_rate, event.noise_multiplier, taken)
+        points.append(Point(mark, tuple(accounting.epsilon([part], delta) for delta in deltas)))
+    return tuple(points)
+
+
+def _signal_to_noise(query: BudgetQuery, noise: float, steps: int) -> float | None:
+    """How far the sum of all steps stands out of its noise if every gradient agreed.
+
+    A step's mean gradient has norm <= C, its noise norm σ·C·√d / (L·√n); over T steps the signal grows
+    with T, the noise with √T.
+    """
+    if not (query.parameters and query.batch_size):
+        return None
+    evidence = query.batch_size * math.sqrt(query.clients * steps)
+    return evidence / (noise * math.sqrt(query.parameters))
+
+
+def _warnings(query: BudgetQuery, signal: float | None, epsilon: float, steps: int) -> list[str]:
+    """What will not go well, and the remedy."""
+    found = []
+    if signal is not None and signal < _DROWNED:
+        found.append(
+            f"the noise drowns the signal: if all gradients agreed, the signal-to-noise ratio over "
+            f"the run would be {signal:.2g} with {query.parameters:,} parameters and "
+            f"{plural(query.clients, 'client')}; train fewer parameters (smaller rank, fewer "
+            f"layers), raise sample rate and batch size together, or bring in more clients"
+        )
+    if query.batch_size and query.delta >= query.sample_rate / query.batch_size:
+        units = query.batch_size / query.sample_rate
+        found.append(f"delta={query.delta:g} is not below 1/units (about 1/{units:.0f})")
+    if query.delta >= (joins := query.sample_rate * steps):
+        found.append(
+            f"delta={query.delta:g} is not below {joins:.2g}, the chance of a unit to join any of "
+            f"the {plural(steps, 'step')}: so large a delta lets a unit that joins be seen; lower it"
+        )
+    if query.epsilon is not None and epsilon > query.epsilon:
+        found.append(f"epsilon={epsilon:.3f} is more than the budget, epsilon={query.epsilon:g}")
+    if epsilon > 20:
+        found.append(f"epsilon={epsilon:.1f} promises little; 8 or less is common")
+    return found

@@ -1,0 +1,275 @@
+"""Records to Flower records and back: what a request and a reply hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedslm.aggregation.compression import WHOLE, Packing
+from fedslm.errors import FederationError
+from fedslm.privacy.merkle import MOST_HASHES
+from fedslm.privacy.statement import LONGEST_STATEMENT
+from fedslm.protocol import bounds
+from fedslm.protocol.envelopes import MOST_SEEN, seen_of
+from fedslm.protocol.setup import Setup
+from fedslm.protocol.tensors import arrays_of, from_arrays, record_of
+from fedslm.records import AdapterState
+
+_LARGEST_METRIC = 1e12
+_KEY_BYTES, _STATES = 32, ("adapter", "control", "frozen")
+_LONGEST_EXTENSION = 64 * 1024
+HELLO = "query.hello"
+TRAIN = "train"
+MEASURE = "evaluate"
+Status = Literal["ok", "refused", "failed", "rolled-back", "needs-frozen"]
+_STATUSES = frozenset(get_args(Status))
+
+_LONGEST_NAME, _LONGEST_HASH = 200, 64
+_REPLY_KEYS = frozenset(
+    {
+        "status",
+        "round",
+        "reason",
+        "delta_sha256",
+        "base_sha256",
+        "weight",
+        "statement",
+        "extension",
+        "salt",
+    }
+)
+_NOTHING = AdapterState({})
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client is asked in one round.
+
+    Attributes:
+        setup: What stays the same.
+        round: Counts from 1.
+        adapter: The server's moving tensors, to start from.
+        turn: Which factors are trained: rounds that moved the adapter so far, and one.
+        control: SCAFFOLD's server control variate; empty without it.
+        frozen: The tensors that no round changes, for a node that may not have them; else empty.
+        seen: What the server has seen of the node's ledger (lines, Merkle root): the reply proves that
+            the ledger extends it.
+    """
+
+    setup: Setup
+    round: int
+    adapter: AdapterState
+    turn: int = 1
+    control: AdapterState = _NOTHING
+    frozen: AdapterState = _NOTHING
+    seen: tuple[tuple[int, str], ...] = ()
+
+    def to_records(self) -> RecordDict:
+        """Packs the request.
+
+        Flower names objects by their hashes, and believes whoever announces a name first: so each
+        packing has a key of its own, and no hash can be known before it is sent.
+        """
+        key = secrets.token_bytes(_KEY_BYTES)
+        values = ConfigRecord({"setup": self.setup.to_json(), "round": self.round, "turn": self.turn})
+        values["key"] = key.hex()
+        records = RecordDict({"request": values})
+        for name in _STATES:
+            if state := getattr(self, name):
+                records[name] = record_of(state.tensors, (key, name))
+        return records
+
+    @classmethod
+    def from_records(cls, records: RecordDict) -> Request:
+        """Unpacks a request.
+
+        Raises:
+            FederationError: It has other records or values than a request, or one is out of its bounds.
+        """
+        bounds.records(records, configs=("request",), arrays=(), perhaps=_STATES)
+        values, arrays = records.config_records["request"], records.array_records
+        bounds.exactly(values, ("setup", "round", "turn", "key"), "the request")
+        key = _key_of(values)
+        states = {
+            name: from_arrays(arrays[name], (key, name)) if name in arrays else _NOTHING
+            for name in _STATES
+        }
+        return cls(
+            Setup.from_json(bounds.text(values, "setup", bounds.MOST_SETUP_BYTES)),
+            bounds.count(values, "round", 1, bounds.MOST_ROUNDS),
+            states["adapter"],
+            bounds.count(values, "turn", 1, bounds.MOST_ROUNDS),
+            states["control"],
+            states["frozen"],
+            seen_of(records),
+        )
+
+    @property
+    def packing(self) -> Packing:
+        """What this round's updates look like on the wire."""
+        compression = self.setup.compression
+        return Packing(compression.upload, compression.keep_fraction, (self.setup.seed, self.round))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensors that a client downloads."""
+        return self.adapter.num_bytes + self.control.num_bytes + self.frozen.num_bytes
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers.
+
+    Attributes:
+        status: ok, refused (budget, policy, version), failed, rolled-back (the node's ledger lacks
+            lines that the server has seen), or needs-frozen (the node lacks the frozen tensors; the
+            next request brings them).
+        round: The round that was asked.
+        reason: Why not ok; coarse under privacy.
+        delta: What was trained and is sent, minus where it started; None unless ok.
+        delta_sha256: Its hash.
+        base_sha256: Hash of the base model that the client used.
+        weight: Weight in the mean; 1 under privacy.
+        statement: Signed spend statement (JSON); empty without privacy.
+        extension: Proofs that the node's ledger extends what the server has seen of it, one for each
+            of the request's ``seen``.
+        metric: Noisy (sum of scores, number of units) on the client's data; None if none was asked.
+        num_bytes: Bytes of tensors that came; 0 at the client.
+    """
+
+    status: Status
+    round: int
+    reason: str = ""
+    delta: AdapterState | None = None
+    delta_sha256: str = ""
+    base_sha256: str = ""
+    weight: float = 1.0
+    statement: str = ""
+    extension: tuple[tuple[str, ...], ...] = ()
+    metric: tuple[float, float] | None = None
+    num_bytes: int = 0
+
+    def to_records(self, packing: Packing = WHOLE) -> RecordDict:
+        """Packs the reply."""
+        values = ConfigRecord(
+            {
+                "status": self.status,
+                "round": self.round,
+                "reason": bounds.cut(self.reason, bounds.LONGEST_REASON - 1),
+                "delta_sha256": self.delta_sha256,
+                "base_sha256": self.base_sha256,
+                "weight": self.weight,
+                "statement": self.statement,
+                "extension": json.dumps(self.extension),
+                "salt": secrets.token_hex(16),  # no refusal can be foreseen by another node
+            }
+        )
+        if self.metric is not None:
+            values["metric"] = list(self.metric)
+        records = RecordDict({"reply": values})
+        if self.delta is not None:
+            records["delta"] = record_of(packing.pack(self.delta))
+        return records
+
+    @classmethod
+    def from_records(
+        cls,
+        records: RecordDict,
+        packing: Packing = WHOLE,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Reply:
+        """Unpacks a reply.
+
+        Args:
+            records: The content of the message.
+            packing: What updates look like on the wire.
+            shapes: The tensors that are expected; needed unless they are packed whole.
+
+        Raises:
+            FederationError: It is not a reply.
+        """
+        try:
+            return cls._from(records, packing, shapes)
+        except Exception as error:  # bytes from outside: whatever they do, they are not a reply
+            reason = bounds.cut(f"{type(error).__name__}: {error}")
+            raise FederationError(f"the reply cannot be read: {reason}") from error
+
+    @classmethod
+    def _from(
+        cls, records: RecordDict, packing: Packing, shapes: Mapping[str, tuple[int, ...]] | None
+    ) -> Reply:
+        """Unpacks a reply; anything may be raised."""
+        bounds.records(records, configs=("reply",), arrays=(), perhaps=("delta",))
+        values, packed = records.config_records["reply"], records.array_records.get("delta")
+        bounds.exactly(values, _REPLY_KEYS, "the reply", perhaps=("metric",))
+        status, metric = bounds.text(values, "status", _LONGEST_NAME), values.get("metric")
+        if status not in _STATUSES:
+            raise ValueError(f"unknown status {status!r}")
+        most = None if shapes is None else most_bytes(packing, shapes)
+        arrays = None if packed is None else arrays_of(packed, packing.number_types, most)
+        if not _is_moderate(values["weight"]):
+            raise ValueError("weight must be a number up to 10^12")
+        return cls(
+            status=status,  # type: ignore[arg-type]
+            round=bounds.count(values, "round", 0, bounds.MOST_ROUNDS),
+            reason=bounds.text(values, "reason", bounds.LONGEST_REASON),
+            delta=None if arrays is None else packing.unpack(arrays, shapes),
+            delta_sha256=bounds.text(values, "delta_sha256", _LONGEST_HASH),
+            base_sha256=bounds.text(values, "base_sha256", _LONGEST_HASH),
+            weight=float(values["weight"]),  # type: ignore[arg-type]
+            statement=bounds.text(values, "statement", LONGEST_STATEMENT),
+            extension=proofs_of(values["extension"]),
+            metric=None if metric is None else _pair(metric),
+            num_bytes=sum(each.nbytes for each in (arrays or {}).values()),
+        )
+
+
+def most_bytes(packing: Packing, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of a reply's tensors with these shapes, at most."""
+    values = sum(packing.bytes_of(math.prod(shape)) for shape in shapes.values())
+    return bounds.most_tensor_bytes(packing.keys_of(shapes), values)
+
+
+def status_of_reply(records: RecordDict) -> str:
+    """What a reply says of itself, such as "ok"; "other" if it is no answer to a training request."""
+    values = records.config_records.get("reply")
+    return "other" if values is None else str(values.get("status", "other"))
+
+
+def _key_of(values: Mapping[str, Any]) -> bytes:
+    """The key of a request's tensors."""
+    try:
+        key = bytes.fromhex(bounds.text(values, "key", 2 * _KEY_BYTES))
+    except ValueError as error:
+        raise FederationError("key must be hexadecimal digits") from error
+    if len(key) != _KEY_BYTES:
+        raise FederationError(f"key must have {_KEY_BYTES} bytes")
+    return key
+
+
+def proofs_of(text: object) -> tuple[tuple[str, ...], ...]:
+    """What :class:`Reply` writes for ``extension``."""
+    found = bounds.parsed(text, _LONGEST_EXTENSION, "extension")
+    if type(found) is not list or len(found) > MOST_SEEN:
+        raise FederationError(f"extension must be at most {MOST_SEEN} proofs")
+    return tuple(
+        bounds.texts({"extension": proof}, "extension", MOST_HASHES, _LONGEST_HASH) for proof in found
+    )
+
+
+def _is_moderate(value: object) -> bool:
+    """True for a number that sums of do not overflow."""
+    return type(value) in (int, float) and abs(value) <= _LARGEST_METRIC  # type: ignore[arg-type]
+
+
+def _pair(values: object) -> tuple[float, float]:
+    """Two finite numbers."""
+    if not isinstance(values, list) or len(values) != 2 or not all(map(_is_moderate, values)):
+        raise ValueError("a metric is two numbers up to 10^12")
+    return float(values[0]), float(values[1])

@@ -1,0 +1,358 @@
+"""Worker processes that run functions: forked from a server that has imported torch once.
+
+A worker computes with few threads, keeps its base model loaded, and ignores Ctrl-C: the parent decides
+when to stop. If a worker dies, its job fails and another takes its place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from fedslm.errors import FederationError, FedslmError
+
+_PRELOADED = (
+    "fedslm.client.handlers",
+    "fedslm.federation.public_model",
+    "fedslm.training.local",
+    "transformers.models.auto.modeling_auto",
+    "fedslm.models.peft_library",
+    "pyarrow.parquet",
+)
+_HIDING = threading.Lock()
+_START_METHOD = "forkserver" if sys.platform != "win32" else "spawn"
+
+T = TypeVar("T")
+
+
+class WorkerDied(FederationError):
+    """The process that ran a job died (out of memory, for instance)."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that raised: the error if it is one of ours, else its traceback."""
+
+    error: FedslmError | None
+    details: str
+
+
+@dataclass
+class _Worker:
+    """A process, its pipe, and the job it runs."""
+
+    process: BaseProcess
+    pipe: Connection
+    job: int | None = None
+
+
+def preload() -> None:
+    """Starts importing the heavy libraries in the background; call it as early as possible."""
+    context = multiprocessing.get_context(_START_METHOD)
+    if _START_METHOD == "forkserver":
+        from multiprocessing import forkserver
+
+        context.set_forkserver_preload(list(_PRELOADED))
+        forkserver.ensure_running()
+
+
+class WorkerPool:
+    """Runs functions in worker processes, in the order in which they were submitted.
+
+    At most ``2 * num_workers`` results wait unclaimed: memory is flat in the number of jobs.
+
+    Args:
+        num_workers: Processes, >= 1.
+        threads: Threads that each computes with.
+        log: File that the workers append their logs to.
+        memory_mb: Most that each may allocate: the kernel refuses more, and the job fails; None: no
+            limit of its own. Not on Windows.
+        is_forked: False lets each worker import for itself: it starts later, and no server that holds
+            the heavy libraries stays in memory.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        threads: int = 1,
+        log: Path | None = None,
+        memory_mb: int | None = None,
+        is_forked: bool = True,
+    ) -> None:
+        self._method = _START_METHOD if is_forked else "spawn"
+        if is_forked:
+            preload()
+        self._threads, self._log, self._memory_mb = threads, log, memory_mb
+        self._numbers = itertools.count()
+        self._queue: deque[tuple[int, Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._results: dict[int, Any] = {}
+        self._window = 2 * num_workers
+        self._workers = [self._start() for _ in range(num_workers)]
+
+    @property
+    def num_workers(self) -> int:
+        """Number of processes."""
+        return len(self._workers)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> int:
+        """Queues a job and returns its number."""
+        job = next(self._numbers)
+        self._queue.append((job, function, arguments))
+        self._dispatch()
+        return job
+
+    def poll(self, job: int, timeout_seconds: float) -> Any | None:
+        """Waits a while for one job.
+
+        Returns:
+            The result, a :class:`Failure`, or None if it is not there yet. A result is given once.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while job not in self._results:
+            self._dispatch(needed=job)
+            remaining = deadline - time.monotonic()
+            busy = {worker.pipe: worker for worker in self._workers if worker.job is not None}
+            ready = wait(list(busy), timeout=max(0.0, remaining))
+            for pipe in ready:
+                self._receive(busy[pipe])  # type: ignore[index]
+            if not ready and remaining <= 0:
+                return None
+        result = self._results.pop(job)
+        self._dispatch()
+        return result
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Runs one function in a worker and returns its result.
+
+        Raises:
+            FedslmError: What the function raised.
+        """
+        value: T = self._wait(self.submit(function, *arguments))
+        return value
+
+    def _wait(self, job: int) -> Any:
+        """Waits for a job without a limit: the parent decides when to stop."""
+        while (result := self.poll(job, 1.0)) is None:
+            pass
+        if isinstance(result, Failure):
+            raise result.error or FederationError(result.details)
+        return result[0]
+
+    def map(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
+        """Runs a function on several arguments at once.
+
+        Raises:
+            FedslmError: What the function raised.
+        """
+        return [self._wait(job) for job in [self.submit(function, *each) for each in arguments]]
+
+    def abandon(self, jobs: list[int]) -> None:
+        """Forgets jobs: queued ones never run, and the worker of a running one is replaced.
+
+        A worker that hangs would otherwise never come back.
+        """
+        gone = set(jobs)
+        self._queue = deque(item for item in self._queue if item[0] not in gone)
+        for worker in self._workers:
+            if worker.job in gone:
+                worker.process.kill()
+                self._bury(worker)
+        for job in gone:
+            self._results.pop(job, None)
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Stops all workers; running jobs may finish within ``drain_seconds``."""
+        self._queue.clear()
+        deadline = time.monotonic() + drain_seconds
+        while time.monotonic() < deadline:
+            busy = {worker.pipe: worker for worker in self._workers if worker.job is not None}
+            if not busy:
+                break
+            for pipe in wait(list(busy), timeout=0.2):
+                self._receive(busy[pipe], replace=False)  # type: ignore[index]
+        for worker in self._workers:
+            worker.pipe.close()
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(5.0)
+        self._workers = []
+
+    def _start(self) -> _Worker:
+        """Starts one worker."""
+        context = multiprocessing.get_context(self._method)
+        here, there = context.Pipe()
+        arguments = (there, self._threads, self._log, self._memory_mb)
+        process = context.Process(  # type: ignore[attr-defined]
+            target=_work, args=arguments, daemon=True
+        )
+        with _without_script():
+            process.start()
+        there.close()
+        return _Worker(process, here)
+
+    def _dispatch(self, needed: int | None = None) -> None:
+        """Gives queued jobs to idle workers; a job that is waited for goes past the window."""
+        idle = deque(worker for worker in self._workers if worker.job is None)
+        while idle and self._queue:
+            waited_for = needed is not None and self._queue[0][0] <= needed
+            if len(self._results) >= self._window and not waited_for:
+                return
+            job, function, arguments = self._queue.popleft()
+            worker = idle.popleft()
+            if not worker.process.is_alive():  # it died while it had nothing to do
+                self._bury(worker)
+            worker.job = job
+            try:
+                worker.pipe.send((function, arguments))
+            except OSError:
+                self._bury(worker)
+
+    def _receive(self, worker: _Worker, *, replace: bool = True) -> None:
+        """Takes one result from a worker."""
+        try:
+            result = worker.pipe.recv()
+        except Exception:  # the end of the pipe, or bytes that cannot be read: the worker is lost
+            self._bury(worker, replace=replace)
+            return
+        self._finish(worker, result)
+
+    def _bury(self, worker: _Worker, *, replace: bool = True) -> None:
+        """Fails the job of a dead worker and replaces the worker."""
+        worker.process.join(1.0)
+        code = worker.process.exitcode
+        self._finish(worker, Failure(WorkerDied(f"a worker died (exit code {code})"), ""))
+        worker.pipe.close()
+        if replace:
+            fresh = self._start()
+            worker.process, worker.pipe = fresh.process, fresh.pipe
+
+    def _finish(self, worker: _Worker, result: Any) -> None:
+        """Keeps a result until it is asked for."""
+        job, worker.job = worker.job, None
+        if job is not None:
+            self._results[job] = result
+
+
+class InlinePool:
+    """Runs functions in this process, when they are asked for; same interface as a pool."""
+
+    num_workers = 0
+
+    def __init__(self, *, threads: int = 1) -> None:
+        self._threads = threads
+        self._numbers = itertools.count()
+        self._queue: dict[int, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> int:
+        """Queues a job and returns its number."""
+        job = next(self._numbers)
+        self._queue[job] = (function, arguments)
+        return job
+
+    def poll(self, job: int, timeout_seconds: float) -> Any:
+        """Runs the job."""
+        _set_threads(self._threads)
+        function, arguments = self._queue.pop(job)
+        return _run(function, arguments)
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Runs one function."""
+        _set_threads(self._threads)
+        return function(*arguments)
+
+    def map(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
+        """Runs a function on several arguments, one after the other."""
+        return [self.call(function, *each) for each in arguments]
+
+    def abandon(self, jobs: list[int]) -> None:
+        """Forgets queued jobs."""
+        for job in jobs:
+            self._queue.pop(job, None)
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Nothing to stop."""
+        self._queue.clear()
+
+
+Pool = WorkerPool | InlinePool
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Hides the user's script from a process that starts.
+
+    It needs nothing of it, and would run it from the top: without ``if __name__ == "__main__"`` that
+    starts the same run once more.
+    """
+    with _HIDING:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
+
+
+def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Runs a function; a result is wrapped, so that it is never mistaken for "not yet"."""
+    try:
+        return (function(*arguments),)
+    except FedslmError as error:
+        return Failure(error, traceback.format_exc())
+    except Exception:  # the edge of the worker: whatever it was, the parent must hear of it
+        return Failure(None, traceback.format_exc())
+
+
+def _set_threads(threads: int) -> None:
+    """Sets torch's threads; more than one rarely helps on small matrices."""
+    import torch
+
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def _limit_memory(memory_mb: int | None) -> None:
+    """Lets the kernel refuse this process more than so much data, instead of killing one."""
+    if memory_mb is not None and sys.platform != "win32":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        asked = memory_mb << 20
+        allowed = asked if hard == resource.RLIM_INFINITY else min(asked, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+
+
+def _work(pipe: Connection, threads: int, log: Path | None, memory_mb: int | None) -> None:
+    """The worker's loop; ends when the parent closes its end or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _limit_memory(memory_mb)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if log is not None:
+        form = "%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"
+        options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "force": True}
+        logging.basicConfig(filename=log, level=logging.WARNING, format=form, **options)
+        logging.captureWarnings(True)
+    _set_threads(threads)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except (EOFError, OSError):
+            return
+        pipe.send(_run(function, arguments))

@@ -1,0 +1,325 @@
+"""A node: what it sends again for free, whose policy it follows, and the self-test before it trains."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.served import ask, chain_of, context_of, first_request, write_policy
+from support.tiny import PRIVATE
+
+from fedslm import layout
+from fedslm.client import self_test_gate
+from fedslm.config import Config
+from fedslm.privacy.lines import ADAPTER, METRIC
+from fedslm.protocol.messages import Request
+from fedslm.verification import self_test
+from fedslm.verification.self_test import Check, SelfTest
+
+MakeConfig = Callable[..., Config]
+METRIC_ALLOWED = {"metrics": "noisy", "min_metric_noise_multiplier": 5.0}
+
+
+@pytest.fixture(scope="module")
+def requests(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Request]:
+    """The first request of a run without a metric, and of one with it."""
+    directory = tmp_path_factory.mktemp("server")
+    metric = {**PRIVATE, "metric_noise_multiplier": 10.0}
+    return {
+        name: first_request(config_in(directory / name, privacy=privacy))
+        for name, privacy in (("plain", PRIVATE), ("metric", metric))
+    }
+
+
+@pytest.fixture(params=["plain", "metric"])
+def request_of_a_run(request: pytest.FixtureRequest, requests: dict[str, Request]) -> Request:
+    """Either request."""
+    return requests[request.param]
+
+
+def test_a_repeated_request_gets_the_same_bytes_for_free(
+    request_of_a_run: Request, tmp_path: Path
+) -> None:
+    """The same request again, also to a new process: the same release and metric, the same ledger."""
+    node = write_policy(tmp_path / "node", **METRIC_ALLOWED)
+    first = ask(request_of_a_run, context_of(0, node))
+    ledger = (node / "ledger.jsonl").read_bytes()
+    again = ask(request_of_a_run, context_of(0, node))
+    assert first.status == again.status == "ok"
+    assert again.delta is not None
+    assert again.delta.sha256() == again.delta_sha256 == first.delta_sha256
+    assert (again.metric, again.statement) == (first.metric, first.statement)
+    plan = json.loads(request_of_a_run.setup.plan.to_json())
+    assert (first.metric is None) == (plan["metric_noise_multiplier"] is None)
+    assert (node / "ledger.jsonl").read_bytes() == ledger
+
+
+def test_a_metric_is_charged_beside_the_adapter(requests: dict[str, Request], tmp_path: Path) -> None:
+    """A round with a metric has two charges, each committed with the hash of what it paid for."""
+    node = write_policy(tmp_path / "node", **METRIC_ALLOWED)
+    assert ask(requests["metric"], context_of(0, node)).metric is not None
+    chain = chain_of(node)
+    assert [charge.purpose for charge in chain.charges] == [ADAPTER, METRIC]
+    assert [entry.reserve for entry in chain.entries if entry.reserve is not None] == [1, 2]
+    assert len({entry.release_sha256 for entry in chain.entries if entry.release_sha256}) == 2
+
+
+@pytest.mark.parametrize("name", ["release.safetensors", "release.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
+def test_a_damaged_release_is_paid_again(
+    requests: dict[str, Request], tmp_path: Path, name: str, damage: str
+) -> None:
+    """A kept release that is not what the ledger says is never sent: a new one is trained and charged."""
+    node = write_policy(tmp_path / "node", **METRIC_ALLOWED)
+    first = ask(requests["metric"], context_of(0, node))
+    path = node / name
+    content = path.read_bytes()
+    match damage:
+        case "cut":
+            path.write_bytes(content[:-3])
+        case "gone":
+            path.unlink()
+        case _:
+            path.write_bytes(content[:-4] + bytes(4) if name.endswith("s") else b'{"metric": [0, 1]}')
+    again = ask(requests["metric"], context_of(0, node))
+    assert again.status == "ok"
+    assert again.delta_sha256 != first.delta_sha256
+    assert again.metric != first.metric
+    assert len(chain_of(node).charges) == 4
+
+
+def test_another_request_is_not_the_same(requests: dict[str, Request], tmp_path: Path) -> None:
+    """The kept release answers its own request alone: another round or adapter is trained and paid."""
+    node, request = write_policy(tmp_path / "node"), requests["plain"]
+    adapter = type(request.adapter)({k: request.adapter[k] + 1 for k in request.adapter})
+    asked = (request, replace(request, round=2), replace(request, adapter=adapter))
+    replies = [ask(each, context_of(0, node)) for each in asked]
+    assert len({reply.delta_sha256 for reply in replies}) == 3
+    assert len(chain_of(node).charges) == 3
+
+
+def test_the_policy_is_read_anew_for_every_request(
+    requests: dict[str, Request], tmp_path: Path
+) -> None:
+    """A policy that was tightened or loosened counts from the next request on, kept releases included."""
+    node, request = write_policy(tmp_path / "node"), requests["plain"]
+    context = context_of(0, node)
+    assert ask(request, context).status == "ok"
+    write_policy(node, max_clip_norm=0.5)
+    assert "clip_norm 1 is above 0.5" in ask(replace(request, round=2), context).reason
+    assert ask(request, context).status == "refused"
+    write_policy(node, max_clip_norm=2.0)
+    assert ask(replace(request, round=2), context).status == "ok"
+
+
+def test_a_nodes_own_policy_comes_before_the_shared_one(config_in: MakeConfig, tmp_path: Path) -> None:
+    """In a simulation the shared policy holds for nodes without one of their own, and for no other."""
+    request = first_request(config_in(tmp_path / "run", privacy=PRIVATE))
+    nodes = tmp_path / "run" / "nodes"
+    write_policy(nodes, max_clip_norm=0.5)
+    write_policy(nodes / "client-00001")
+    replies = [ask(request, context_of(client)) for client in range(2)]
+    assert [reply.status for reply in replies] == ["refused", "ok"]
+    (nodes / "policy.toml").unlink()
+    write_policy(nodes / "client-00001", max_clip_norm=0.5)
+    replies = [ask(replace(request, round=2), context_of(client)) for client in range(2)]
+    assert [reply.status for reply in replies] == ["ok", "refused"]
+
+
+def test_an_operators_directory_is_the_only_place(requests: dict[str, Request], tmp_path: Path) -> None:
+    """A deployed node looks at no policy beside its directory, and writes nowhere else."""
+    (tmp_path / "node").mkdir()
+    write_policy(tmp_path)  # would be the shared policy of a simulation
+    reply = ask(requests["plain"], context_of(0, tmp_path / "node"))
+    assert (reply.status, "has no policy.toml" in reply.reason) == ("refused", True)
+    write_policy(tmp_path / "node")
+    assert ask(requests["plain"], context_of(0, tmp_path / "node")).status == "ok"
+    assert {path.name for path in tmp_path.iterdir()} == {"node", "policy.toml"}
+    assert {path.name for path in (tmp_path / "node").iterdir() if path.suffix != ".lock"} == {
+        "policy.toml",
+        "ledger.jsonl",
+        "ledger.jsonl.head",
+        "ledger-key.pem",
+        "ledger-key.pub.pem",
+        "commitment.key",
+        "frozen.safetensors",
+        "release.safetensors",
+        "release.json",
+        "self-test.json",
+        "runs",
+    }
+
+
+class SelfTests:
+    """Stands for the self-test: counts its runs, and fails when told to."""
+
+    def __init__(self) -> None:
+        self.ran: list[bool] = []
+        self.pending: list[bool] = []
+
+    def __call__(self) -> SelfTest:
+        """Passes unless told otherwise."""
+        verdict = self.pending.pop() if self.pending else True
+        self.ran.append(verdict)
+        return SelfTest((Check("a promise", verdict, "figures of /the/node"),), 0.1)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[SelfTests]:
+    """A self-test that counts, in a process that remembers none."""
+    tests = SelfTests()
+    monkeypatch.setattr(self_test, "run_self_test", tests)
+    new_process()
+    yield tests
+    new_process()
+
+
+def new_process() -> None:
+    """Forgets what this process remembers of self-tests."""
+    self_test_gate._self_test.cache_clear()
+
+
+def test_the_self_test_runs_once_for_one_code(
+    counted: SelfTests, requests: dict[str, Request], tmp_path: Path
+) -> None:
+    """The first training runs it and keeps the result; neither later requests nor processes run it again."""
+    node = write_policy(tmp_path / "node")
+    for number in (1, 2, 3):
+        assert ask(replace(requests["plain"], round=number), context_of(0, node)).status == "ok"
+        new_process()
+    assert counted.ran == [True]
+    kept = json.loads((node / layout.SELF_TEST).read_text())
+    assert kept["fingerprint"] == self_test_gate.code_fingerprint()
+    assert list(kept["checks"]) == ["a promise"]
+
+
+def test_a_request_that_is_refused_runs_no_self_test(
+    counted: SelfTests, requests: dict[str, Request], tmp_path: Path
+) -> None:
+    """What the policy refuses costs the node nothing."""
+    node = write_policy(tmp_path / "node", max_clip_norm=0.1)
+    assert ask(requests["plain"], context_of(0, node)).status == "refused"
+    assert counted.ran == []
+
+
+@pytest.mark.parametrize("kept", ["other code", "cut", "{}", "[]", ""])
+def test_other_code_is_tested_anew(
+    counted: SelfTests, requests: dict[str, Request], tmp_path: Path, kept: str
+) -> None:
+    """A result of other code, or one that cannot be read, counts for nothing."""
+    node = write_policy(tmp_path / "node")
+    assert ask(requests["plain"], context_of(0, node)).status == "ok"
+    new_process()
+    path = node / layout.SELF_TEST
+    content = path.read_text()
+    own = self_test_gate.code_fingerprint()
+    texts = {"other code": content.replace(own, "0" * 64), "cut": content[: len(content) // 2]}
+    path.write_text(texts.get(kept, kept))
+    assert ask(replace(requests["plain"], round=2), context_of(0, node)).status == "ok"
+    assert counted.ran == [True, True]
+    assert json.loads(path.read_text())["fingerprint"] == own
+
+
+def test_a_failed_self_test_refuses_and_is_not_kept(
+    counted: SelfTests, requests: dict[str, Request], tmp_path: Path
+) -> None:
+    """Nothing is trained, charged or attested; the reason has no detail; it is tried again next time."""
+    node = write_policy(tmp_path / "node")
+    context = context_of(0, node)
+    for _ in range(2):
+        counted.pending.append(False)
+        reply = ask(requests["plain"], context)
+        assert (reply.status, reply.delta) == ("refused", None)
+        assert reply.reason == "this node's self-test failed, so it trains nothing"
+        assert not (node / layout.SELF_TEST).exists()
+        assert not (node / "ledger.jsonl").exists()
+    assert ask(requests["plain"], context).status == "ok"
+    assert counted.ran == [False, False, True]
+
+
+def test_a_result_that_cannot_be_kept_refuses(
+    counted: SelfTests, requests: dict[str, Request], tmp_path: Path
+) -> None:
+    """Where the node cannot record its self-test it trains nothing, and says no path."""
+    node = write_policy(tmp_path / "node")
+    (node / layout.SELF_TEST).mkdir()
+    reply = ask(requests["plain"], context_of(0, node))
+    assert (reply.status, "cannot record its self-test" in reply.reason) == ("refused", True)
+    assert "/" not in reply.reason
+    assert not (node / "ledger.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["threads", "kernels", "precision", "device"])
+def test_another_way_to_compute_is_tested_anew(
+    counted: SelfTests,
+    requests: dict[str, Request],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    """The same code with other threads, kernels, precision or device has not passed here, in one process neither."""
+    node = write_policy(tmp_path / "node")
+    assert ask(requests["plain"], context_of(0, node)).status == "ok"
+    if what == "threads":
+        torch.set_num_threads(torch.get_num_threads() + 1)
+    elif what == "device":
+        monkeypatch.setattr(self_test, "device_of", lambda model: torch.device("mps"))
+    elif what == "precision":
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    else:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+    assert ask(replace(requests["plain"], round=2), context_of(0, node)).status == "ok"
+    assert counted.ran == [True, True]
+    assert json.loads((node / layout.SELF_TEST).read_text())["kernels"] == self_test.kernels()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "fedslm/training/steps.py",
+        "opacus/optimizers/optimizer.py",
+        "opacus/grad_sample/grad_sample_module.py",
+        "dp_accounting/pld/pld_privacy_accountant.py",
+    ],
+)
+def test_the_fingerprint_names_the_source_that_keeps_the_promise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str
+) -> None:
+    """One byte of the code that computes, or accounts for, a step: another fingerprint."""
+    package, _, inside = file.partition("/")
+    real, copy = self_test_gate._directory, tmp_path / package
+    shutil.copytree(real(package), copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(
+        self_test_gate, "_directory", lambda name: copy if name == package else real(name)
+    )
+    fingerprint = self_test_gate.code_fingerprint.__wrapped__
+    assert fingerprint() == self_test_gate.code_fingerprint()
+    with (copy / inside).open("a") as source:
+        source.write("#")
+    assert fingerprint() != self_test_gate.code_fingerprint()
+
+
+def test_the_fingerprint_names_code_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of a library gives another fingerprint; the same code the same."""
+    own = self_test_gate.code_fingerprint()
+    self_test_gate.code_fingerprint.cache_clear()
+    assert self_test_gate.code_fingerprint() == own
+    self_test_gate.code_fingerprint.cache_clear()
+    monkeypatch.setattr(self_test_gate, "version", lambda name: "0.0.0")
+    assert self_test_gate.code_fingerprint() != own
+    self_test_gate.code_fingerprint.cache_clear()
+
+
+def test_the_fingerprint_names_assertions(tmp_path: Path) -> None:
+    """Python leaves assertions out if told to; code without them has not passed."""
+    script = "from fedslm.client.self_test_gate import code_fingerprint; print(code_fingerprint())"
+    command = [sys.executable, "-O", "-c", script]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() != self_test_gate.code_fingerprint()
