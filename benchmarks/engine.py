@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import scenario
 from scenario import MEDIUM, SMALL, Size
 
+from fedslm import Observer
+
 if TYPE_CHECKING:
     from fedslm.config import Config
     from fedslm.federation.checkpoint import Checkpoint
@@ -56,7 +58,7 @@ def main() -> None:
     report(results)
 
 
-class Stopwatch:
+class Stopwatch(Observer):
     """An observer that notes when the population was there and when each round was on disk."""
 
     def __init__(self) -> None:
@@ -65,9 +67,6 @@ class Stopwatch:
     def on_start(self, config: Config, done: Checkpoint) -> None:
         """Every client has answered its first message."""
         self.ready = time.monotonic()
-
-    def on_client(self, round: int, done: int, cohort: int) -> None:
-        """Nothing."""
 
     def on_round(self, record: RoundRecord) -> None:
         """Notes the time; a client that failed would make the round look fast."""
@@ -83,7 +82,7 @@ def time_simulation(path: Path) -> None:
     import fedslm
 
     watch = Stopwatch()
-    fedslm.simulate(path, observer=watch)
+    fedslm.simulate(path, observers=[watch])
     seconds = [end - start for start, end in itertools.pairwise(watch.rounds)]
     print(json.dumps({"seconds": seconds}))
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import scenario
 from scenario import LARGE, SMALL
 
+from fedslm import Observer
+
 if TYPE_CHECKING:
-    from fedslm.config import Config
-    from fedslm.federation.checkpoint import Checkpoint
     from fedslm.records import RoundRecord
 
 POPULATIONS = (10, 100, 1000)
@@ -47,17 +47,11 @@ def main() -> None:
     report(servers, workers, sizes, arguments.clients)
 
 
-class Gauge:
+class Gauge(Observer):
     """An observer that reads its own memory and that of the workers after every round."""
 
     def __init__(self) -> None:
         self.rounds: list[dict[str, int]] = []
-
-    def on_start(self, config: Config, done: Checkpoint) -> None:
-        """Nothing."""
-
-    def on_client(self, round: int, done: int, cohort: int) -> None:
-        """Nothing."""
 
     def on_round(self, record: RoundRecord) -> None:
         """Reads the gauges; a client that failed would have used none."""
@@ -80,7 +74,7 @@ def gauge_simulation(path: Path) -> None:
     import fedslm
 
     gauge = Gauge()
-    fedslm.simulate(path, observer=gauge)
+    fedslm.simulate(path, observers=[gauge])
     last = gauge.rounds[-1]
     last["server_peak"] = scenario.memory_bytes("self", "VmHWM")  # the report is written by now
     print(json.dumps({"first": gauge.rounds[0], "last": last}))

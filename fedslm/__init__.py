@@ -9,13 +9,24 @@ if TYPE_CHECKING:
     from fedslm.config import Config
     from fedslm.config import from_toml as load_config
     from fedslm.errors import FedslmError
+    from fedslm.federation.observers import Observer
 
 __version__ = "0.1.0"
-__all__ = ["Config", "FedslmError", "RunResult", "__version__", "load_config", "resume", "simulate"]
+__all__ = [
+    "Config",
+    "FedslmError",
+    "Observer",
+    "RunResult",
+    "__version__",
+    "load_config",
+    "resume",
+    "simulate",
+]
 
 _HOMES = {
     "Config": ("fedslm.config", "Config"),
     "FedslmError": ("fedslm.errors", "FedslmError"),
+    "Observer": ("fedslm.federation.observers", "Observer"),
     "RunResult": ("fedslm.api", "RunResult"),
     "load_config": ("fedslm.config", "from_toml"),
     "resume": ("fedslm.api", "resume"),

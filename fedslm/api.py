@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,10 @@ from typing import Any
 from fedslm import layout, simulation
 from fedslm.config import Config, from_mapping, from_toml, with_overrides
 from fedslm.errors import ConfigError, Problem
-from fedslm.federation.rounds import Observer
-from fedslm.progress import Silent
+from fedslm.federation.observers import Observer
 from fedslm.records import epsilon_of_json
 
-_TOLD = ("on_start", "on_client", "on_round")
+_TOLD = ("on_start", "on_client", "on_round", "on_end")
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,15 @@ def simulate(
     config: Config | Path | str | Mapping[str, Any],
     *,
     overrides: Mapping[str, Any] | None = None,
-    observer: Observer | None = None,
+    observers: Sequence[Observer] = (),
 ) -> RunResult:
     """Runs a simulation in a new run directory.
 
     Args:
         config: The path of a TOML file, its sections as a mapping, or a config.
         overrides: Dotted key to value, in place of what the file or the config says.
-        observer: Is told how the run goes, such as :class:`fedslm.progress.Bar`; by default nothing is
-            shown. An exception of its own ends the run, which :func:`resume` can continue.
+        observers: Are told how the run goes, such as :class:`fedslm.progress.Bar`; by default nothing
+            is shown. An exception of one ends the run, which :func:`resume` can continue.
 
     Raises:
         FedslmError: An argument, the config, the data, the model or the run directory is not usable.
@@ -74,21 +73,21 @@ def simulate(
     >>> (result.adapter / "adapter_config.json").exists()
     True
     """
-    loaded, told = _configured(config, {} if overrides is None else overrides), _checked(observer)
-    return _result(simulation.simulate(loaded, told))
+    loaded = _configured(config, {} if overrides is None else overrides)
+    return _result(simulation.simulate(loaded, _checked(observers)))
 
 
-def resume(directory: Path | str, *, observer: Observer | None = None) -> RunResult:
+def resume(directory: Path | str, *, observers: Sequence[Observer] = ()) -> RunResult:
     """Continues a run from its last checkpoint; one that is finished is left as it is.
 
     Args:
         directory: The run directory.
-        observer: As for :func:`simulate`.
+        observers: As for :func:`simulate`.
 
     Raises:
         FedslmError: As :func:`simulate`, or the directory cannot be continued.
     """
-    return _result(simulation.resume(Path(directory), _checked(observer)))
+    return _result(simulation.resume(Path(directory), _checked(observers)))
 
 
 def _configured(config: object, overrides: object) -> Config:
@@ -114,19 +113,21 @@ def _configured(config: object, overrides: object) -> Config:
             raise ConfigError([Problem("config", f"value of type {type(config).__name__}: {kinds}")])
 
 
-def _checked(observer: Observer | None) -> Observer:
-    """The observer, or one that shows nothing.
+def _checked(observers: object) -> tuple[Observer, ...]:
+    """The observers.
 
     Raises:
-        ConfigError: It lacks a method.
+        ConfigError: They are not in a list or tuple, or one lacks a method.
     """
-    if observer is None:
-        return Silent()
-    lacking = [name for name in _TOLD if not callable(getattr(observer, name, None))]
-    if lacking:
-        message = f"value of type {type(observer).__name__}: has no {', '.join(lacking)}"
-        raise ConfigError([Problem("observer", f"{message}; see fedslm.progress.Bar")])
-    return observer
+    if not isinstance(observers, list | tuple):
+        message = f"value of type {type(observers).__name__}: should be a list of observers"
+        raise ConfigError([Problem("observers", message)])
+    for observer in observers:
+        lacking = [name for name in _TOLD if not callable(getattr(observer, name, None))]
+        if lacking:
+            message = f"value of type {type(observer).__name__}: has no {', '.join(lacking)}"
+            raise ConfigError([Problem("observers", f"{message}; subclass fedslm.Observer")])
+    return tuple(observers)
 
 
 def _result(report: Mapping[str, Any]) -> RunResult:

@@ -78,13 +78,7 @@ def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
     """
     if directory.exists() and any(directory.iterdir()):
         raise Unusable(f"{directory} is not empty; choose another with --directory")
-    reports = []
-    for arm in ARMS:
-        bar = Bar()
-        try:
-            reports.append(simulate(config_of(arm, directory), bar))
-        finally:
-            bar.close()
+    reports = [simulate(config_of(arm, directory), [Bar()]) for arm in ARMS]
     if as_json:
         for report in reports:
             print(json_text({key: report[key] for key in ("name", *_JSON_KEYS)}))

@@ -12,13 +12,11 @@ from flwr.serverapp import Grid
 
 from fedslm import config as configuration
 from fedslm import layout, validation
-from fedslm.distillation.hooks import check_asked, distill_if_asked, follower
+from fedslm.distillation.hooks import check_asked, distill_if_asked
 from fedslm.errors import FedslmError, RunError, Unusable
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.federation.rounds import Federation, Outcome
-from fedslm.privacy.plan import RunPlan
 from fedslm.progress import Bar
-from fedslm.simulation import federate, serve, with_layout
+from fedslm.simulation import Run, with_layout
 from fedslm.storage import write_text
 from fedslm.workers import InlinePool
 
@@ -49,13 +47,11 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
     directory = RunDirectory.open(path, config)[0] if again else RunDirectory.create(path, config)
     pool = InlinePool(threads=config.engine.threads_per_worker)
 
-    def make(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
-        follow = follower(config.distill, config.federation.rounds, pool.call)
-        return federate(Federation(grid, pool, directory, Bar(), follow), config, plan, labels)
+    run = Run(config, directory, [Bar()])
 
     with _told(directory):
         check_asked(config.distill)
-        report = serve(config, directory, make)
+        report = run.serve(lambda plan, labels: run.rounds_on(grid, pool, plan, labels))
         distill_if_asked(directory.path, config.distill)
     print(f"fedslm: report in {directory.path}", file=sys.stderr, flush=True)
     if report["stopped"]:

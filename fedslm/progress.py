@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,15 +19,14 @@ from rich.progress import (
 
 from fedslm.config import Config
 from fedslm.errors import plural
+from fedslm.federation.checkpoint import Checkpoint
+from fedslm.federation.observers import Observer
 from fedslm.records import RoundRecord
-
-if TYPE_CHECKING:
-    from fedslm.federation.checkpoint import Checkpoint
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-class Bar:
+class Bar(Observer):
     """An observer that draws on a terminal, or prints one line a round where there is none.
 
     Args:
@@ -41,7 +41,7 @@ class Bar:
     def on_start(self, config: Config, done: Checkpoint) -> None:
         """Shows what starts."""
         self._rounds = config.federation.rounds
-        cohort = config.federation.clients_per_round or config.federation.num_clients
+        cohort = config.federation.cohort_size
         first = ", ".join(f"{key} {value:.4f}" for key, value in done.metrics.items())
         self._console.print(
             f"[bold]{config.run.name}[/bold]: {plural(config.federation.num_clients, 'client')}, "
@@ -87,10 +87,8 @@ class Bar:
             self._console.print(
                 f"round {record.round}: {reason}", style="yellow", highlight=False, markup=False
             )
-        if record.round == self._rounds:
-            self.close()
 
-    def close(self) -> None:
+    def on_end(self, report: Mapping[str, Any] | None) -> None:
         """Leaves the terminal as it was."""
         if self._progress is not None:
             self._progress.stop()
@@ -106,19 +104,6 @@ class Bar:
             parts.append(f"SNR {record.signal_to_noise:.2f}")
         parts.append(f"↓{readable(self._bytes_down)} ↑{readable(self._bytes_up)}")
         return "  ".join(parts)
-
-
-class Silent:
-    """An observer that says nothing."""
-
-    def on_start(self, config: Config, done: Checkpoint) -> None:
-        """Nothing."""
-
-    def on_client(self, round: int, done: int, cohort: int) -> None:
-        """Nothing."""
-
-    def on_round(self, record: RoundRecord) -> None:
-        """Nothing."""
 
 
 def readable(num_bytes: float) -> str:

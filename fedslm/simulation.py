@@ -7,8 +7,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -22,9 +23,10 @@ from fedslm.distillation.hooks import check_asked, distill_if_asked, follower, i
 from fedslm.engines.local import LocalGrid
 from fedslm.errors import DataError, RunError, have
 from fedslm.federation.checkpoint import RunDirectory, metrics_of
+from fedslm.federation.observers import Observer
 from fedslm.federation.public_model import export
 from fedslm.federation.roster import roster_of
-from fedslm.federation.rounds import Federation, Observer, Outcome
+from fedslm.federation.rounds import Federation, Outcome
 from fedslm.models.base import check_early
 from fedslm.privacy.calibration import calibrated
 from fedslm.privacy.plan import RunPlan
@@ -37,14 +39,15 @@ from fedslm.workers import InlinePool, Pool, WorkerPool
 logger = logging.getLogger(__name__)
 _DRAIN_SECONDS = 120.0
 _LOG = "clients.log"
+Rounds = Callable[[RunPlan, tuple[str, ...]], Outcome]
 
 
-def simulate(config: Config, observer: Observer) -> dict[str, Any]:
+def simulate(config: Config, observers: Sequence[Observer] = ()) -> dict[str, Any]:
     """Runs a simulation in a new run directory.
 
     Args:
         config: The config.
-        observer: Is told how the run goes.
+        observers: Are told how the run goes.
 
     Returns:
         The content of ``report.json``.
@@ -58,7 +61,7 @@ def simulate(config: Config, observer: Observer) -> dict[str, Any]:
     path = Path(config.run.directory or Path("runs") / config.run.name)
     directory = RunDirectory.create(path, config)
     try:
-        report = _run(config, directory, observer)
+        report = Run(config, directory, observers).report()
     except Exception:
         if not directory.has_checkpoint:
             _discard(directory)  # nothing happened yet: the corrected call may use the name
@@ -77,12 +80,14 @@ def _discard(directory: RunDirectory) -> None:
     shutil.rmtree(directory.path, ignore_errors=True)
 
 
-def resume(path: Path, observer: Observer, expected: Config | None = None) -> dict[str, Any]:
+def resume(
+    path: Path, observers: Sequence[Observer] = (), expected: Config | None = None
+) -> dict[str, Any]:
     """Continues a run from its last checkpoint; one that is finished is left as it is.
 
     Args:
         path: The run directory.
-        observer: Is told how the run goes.
+        observers: Are told how the run goes.
         expected: Refuse the directory if it was made with another config.
 
     Raises:
@@ -92,7 +97,7 @@ def resume(path: Path, observer: Observer, expected: Config | None = None) -> di
     if done is not None:
         return done
     directory, config = RunDirectory.open(path, expected)
-    report = _run(config, directory, observer)
+    report = Run(config, directory, observers).report()
     distill_if_asked(directory.path, config.distill)
     return report
 
@@ -130,26 +135,104 @@ def with_layout(config: Config) -> Config:
     return config.model_copy(update={"data": data, "task": task})
 
 
-def serve(
-    config: Config, directory: RunDirectory, make: Callable[[RunPlan, tuple[str, ...]], Outcome]
-) -> dict[str, Any]:
-    """Prepares data and plan, lets ``make`` run the rounds, and writes the report.
+@dataclass(frozen=True)
+class Run:
+    """A run in its directory, on whichever engine.
 
-    Args:
+    Attributes:
         config: The resolved config.
-        directory: The run's directory; locked against other processes meanwhile.
-        make: Runs the rounds with a plan and class names.
+        directory: The run's directory.
+        observers: Are told how the run goes.
     """
-    began = time.monotonic()
-    with directory.locked():
+
+    config: Config
+    directory: RunDirectory
+    observers: Sequence[Observer] = ()
+
+    def report(self) -> dict[str, Any]:
+        """Runs on the engine that the config names; gives the content of ``report.json``."""
+        match self.config.engine.name:
+            case "local":
+                return self._locally()
+            case "ray":
+                return self._on_ray()
+            case "deployed":
+                raise RunError("real nodes are asked by `fedslm server run`, not by a simulation")
+            case _:
+                assert_never(self.config.engine.name)
+
+    def serve(self, rounds: Rounds) -> dict[str, Any]:
+        """Prepares data and plan, lets ``rounds`` run, and writes the report.
+
+        Args:
+            rounds: Runs the rounds with a plan and class names. The directory is locked against other
+                processes meanwhile.
+        """
+        done: dict[str, Any] | None = None
+        try:
+            with self.directory.locked():
+                done = self._served(rounds)
+            return done
+        finally:
+            for observer in self.observers:
+                observer.on_end(done)
+
+    def rounds_on(self, grid: Grid, pool: Pool, plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
+        """Runs the rounds on a grid and exports the adapter.
+
+        Args:
+            grid: Where clients are reached.
+            pool: Where the server's own model work runs.
+            plan: The calibrated plan.
+            labels: Class names: public.
+        """
+        config, directory = self.config, self.directory
+        follow = follower(config.distill, config.federation.rounds, pool.call)
+        federation = Federation(config, grid, pool, directory, self.observers, follow)
+        outcome = federation.run(plan, labels)
+        pool.call(export, outcome.setup, outcome.adapter, directory.path / layout.ADAPTER)
+        return outcome
+
+    def _served(self, rounds: Rounds) -> dict[str, Any]:
+        """The report."""
+        began, config, directory = time.monotonic(), self.config, self.directory
         if config.engine.policy is not None:
             _install_policy(Path(config.engine.policy), directory)
         data, plan = _prepare(config, directory)
-        outcome = make(plan, data.labels)
+        outcome = rounds(plan, data.labels)
         headline = build(config.task, config.data, data.labels).headline
         seconds = time.monotonic() - began
         inputs = report.Inputs(config, plan, outcome, data.names, headline, seconds, data.duplicates)
         return report.write(directory, inputs)
+
+    def _locally(self) -> dict[str, Any]:
+        """Clients in worker processes, or in this process."""
+        num_clients = self.config.federation.num_clients
+        with ThreadPoolExecutor(1) as background:
+            starting = background.submit(_pool, self.config, self.directory)  # beside reading the data
+
+            def rounds(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
+                pool = starting.result()
+                return self.rounds_on(LocalGrid(num_clients, pool), pool, plan, labels)
+
+            try:
+                return self.serve(rounds)
+            finally:
+                starting.result().close(drain_seconds=_DRAIN_SECONDS)
+
+    def _on_ray(self) -> dict[str, Any]:
+        """Clients in Flower's simulation."""
+        from fedslm.engines.ray import run_on_ray
+
+        pool = InlinePool(threads=self.config.engine.threads_per_worker)
+
+        def rounds(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
+            def on_grid(grid: Grid) -> Outcome:
+                return self.rounds_on(grid, pool, plan, labels)
+
+            return run_on_ray(on_grid, self.config.federation.num_clients, self.config.engine)
+
+        return self.serve(rounds)
 
 
 def _prepare(config: Config, directory: RunDirectory) -> tuple[store.Shards, RunPlan]:
@@ -192,61 +275,6 @@ def _install_policy(source: Path, directory: RunDirectory) -> None:
     """Gives all simulated nodes a policy of their own."""
     open_policy(source)
     write_text(directory.nodes / layout.POLICY, source.read_text(encoding="utf-8"))
-
-
-def _run(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
-    """Runs on the engine that the config names."""
-    match config.engine.name:
-        case "local":
-            return _run_locally(config, directory, observer)
-        case "ray":
-            return _run_on_ray(config, directory, observer)
-        case "deployed":
-            raise RunError("real nodes are asked by `fedslm server run`, not by a simulation")
-        case _:
-            assert_never(config.engine.name)
-
-
-def _run_locally(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
-    """Clients in worker processes, or in this process."""
-    with ThreadPoolExecutor(1) as background:
-        starting = background.submit(_pool, config, directory)  # beside the reading of the data
-
-        def make(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
-            pool = starting.result()
-            grid = LocalGrid(config.federation.num_clients, pool)
-            follow = follower(config.distill, config.federation.rounds, pool.call)
-            federation = Federation(grid, pool, directory, observer, follow)
-            return federate(federation, config, plan, labels)
-
-        try:
-            return serve(config, directory, make)
-        finally:
-            starting.result().close(drain_seconds=_DRAIN_SECONDS)
-
-
-def _run_on_ray(config: Config, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
-    """Clients in Flower's simulation."""
-    from fedslm.engines.ray import run_on_ray
-
-    def make(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
-        def on_grid(grid: Grid) -> Outcome:
-            pool = InlinePool(threads=config.engine.threads_per_worker)
-            follow = follower(config.distill, config.federation.rounds, pool.call)
-            federation = Federation(grid, pool, directory, observer, follow)
-            return federate(federation, config, plan, labels)
-
-        return run_on_ray(on_grid, config.federation.num_clients, config.engine)
-
-    return serve(config, directory, make)
-
-
-def federate(federation: Federation, config: Config, plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
-    """Runs the rounds and exports the adapter."""
-    outcome = federation.run(config, plan, labels)
-    target = federation.directory.path / layout.ADAPTER
-    federation.pool.call(export, outcome.setup, outcome.adapter, target)
-    return outcome
 
 
 def _pool(config: Config, directory: RunDirectory) -> Pool:

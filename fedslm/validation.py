@@ -63,7 +63,7 @@ def _steps(config: Config) -> Iterator[Problem]:
     privacy, federation = config.privacy, config.federation
     rounds = federation.rounds + privacy.spare_rounds
     releases = config.training.local_steps + (privacy.metric_noise_multiplier is not None)
-    cohort = federation.clients_per_round or federation.num_clients
+    cohort = federation.cohort_size
     clients = cohort if privacy.overlapping else 1
     if rounds * releases * clients > MOST_STEPS:
         together = f" of {clients} clients together (privacy.overlapping)" if clients > 1 else ""
@@ -103,7 +103,7 @@ def _unit(config: Config) -> Iterator[Problem]:
 def _federation(config: Config) -> Iterator[Problem]:
     """The cohort must fit into the population."""
     federation = config.federation
-    cohort = federation.clients_per_round or federation.num_clients
+    cohort = federation.cohort_size
     if cohort > federation.num_clients:
         message = f"value {cohort} exceeds federation.num_clients={federation.num_clients}"
         yield Problem("federation.clients_per_round", message)
@@ -150,7 +150,7 @@ def _aggregation(config: Config) -> Iterator[Problem]:
     if lora.initial == "eva" and config.data.public_source is config.data.public_split is None:
         message = 'value "eva" looks at public records: set data.public_split (or data.public_source)'
         yield Problem("lora.initial", message)
-    cohort = config.federation.clients_per_round or config.federation.num_clients
+    cohort = config.federation.cohort_size
     needed = required_clients(aggregation.rule, aggregation.hostile)
     if cohort < needed:
         message = (

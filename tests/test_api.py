@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import fedslm
 from fedslm.config import Config, to_toml
 from fedslm.errors import ConfigError, RunError
 from fedslm.progress import Bar
+from fedslm.records import RoundRecord
 
 Make = Callable[..., Config]
 
@@ -98,12 +99,36 @@ def test_an_observer_is_checked_first_and_may_fail_later(config_in: Make, tmp_pa
 
     config = config_in(tmp_path / "run")
     lacking: Any = object()
-    with pytest.raises(ConfigError, match="type object: has no on_start, on_client, on_round"):
-        fedslm.simulate(config, observer=lacking)
+    with pytest.raises(ConfigError, match="type object: has no on_start, on_client, on_round, on_end"):
+        fedslm.simulate(config, observers=[lacking])
+    with pytest.raises(ConfigError, match="type Bar: should be a list of observers"):
+        fedslm.simulate(config, observers=Bar())  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
     with pytest.raises(KeyError, match="mine"):
-        fedslm.simulate(config, observer=Failing())
+        fedslm.simulate(config, observers=[Failing()])
     assert fedslm.resume(tmp_path / "run").rounds == 3
+
+
+def test_observers_are_told_the_end_once(config_in: Make, tmp_path: Path) -> None:
+    """All of them, with the report; with nothing after Ctrl-C, whoever pressed it."""
+    told: list[tuple[str, str]] = []
+
+    class Tells(fedslm.Observer):
+        def __init__(self, name: str, stops: bool = False) -> None:
+            self.name, self.stops = name, stops
+
+        def on_round(self, record: RoundRecord) -> None:
+            if self.stops:
+                raise KeyboardInterrupt
+
+        def on_end(self, report: Mapping[str, Any] | None) -> None:
+            told.append((self.name, "none" if report is None else report["adapter_sha256"]))
+
+    with pytest.raises(KeyboardInterrupt):
+        fedslm.simulate(config_in(tmp_path / "run"), observers=[Tells("a"), Tells("b", stops=True)])
+    result = fedslm.resume(tmp_path / "run", observers=(Tells("a"), Tells("b")))
+    sha256 = result.report["adapter_sha256"]
+    assert told == [("a", "none"), ("b", "none"), ("a", sha256), ("b", sha256)]
 
 
 def test_a_run_is_resumed(config_in: Make, tmp_path: Path) -> None:
@@ -121,5 +146,5 @@ def test_nothing_is_shown_unless_it_is_asked_for(
     one_round = {"federation.rounds": 1}
     fedslm.simulate(config_in(tmp_path / "one"), overrides=one_round)
     assert capfd.readouterr() == ("", "")
-    fedslm.simulate(config_in(tmp_path / "two"), overrides=one_round, observer=Bar())
+    fedslm.simulate(config_in(tmp_path / "two"), overrides=one_round, observers=[Bar()])
     assert "round 1" in capfd.readouterr().err

@@ -95,6 +95,7 @@ OWNERS = {
 SEE_CONFIG = {
     "validation",
     "federation.rounds",
+    "federation.observers",
     "federation.checkpoint",
     "reporting.report",
     "audit.runs",
@@ -347,6 +348,7 @@ def test_public_names() -> None:
     assert fedslm.__all__ == [
         "Config",
         "FedslmError",
+        "Observer",
         "RunResult",
         "__version__",
         "load_config",

@@ -205,7 +205,7 @@ def finished(config_in: Callable[..., Config], tmp_path_factory: pytest.TempPath
     """A private run of one round."""
     directory = tmp_path_factory.mktemp("cli") / "run"
     federation = {"num_clients": 3, "rounds": 1}
-    simulation.simulate(config_in(directory, privacy=PRIVATE, federation=federation), Bar())
+    simulation.simulate(config_in(directory, privacy=PRIVATE, federation=federation), [Bar()])
     return directory
 
 

@@ -253,7 +253,7 @@ def test_full_disk_at_a_checkpoint_loses_nothing(make_config: MakeConfig, tmp_pa
     directory = tmp_path / "run"
     config = make_config(federation={"rounds": 4}, task={"max_length": 16})
     with pytest.raises(KeyboardInterrupt):
-        simulation.simulate(config, StopAfter(1))
+        simulation.simulate(config, [StopAfter(1)])
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

@@ -145,23 +145,19 @@ def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
     from fedslm import simulation
     from fedslm.progress import Bar
 
-    bar = Bar()
     try:
         if resume is not None:
-            return simulation.resume(resume, bar, config)
+            return simulation.resume(resume, [Bar()], config)
         if config is None:
             raise typer.BadParameter("give a CONFIG")
-        return simulation.simulate(config, bar)
+        return simulation.simulate(config, [Bar()])
     except KeyboardInterrupt:
-        bar.close()
         directory = resume or Path(
             (config and config.run.directory) or Path("runs") / (config.run.name if config else "")
         )
         hint = f"interrupted; continue with: fedslm simulate --resume {directory}"
         ERRORS.print(hint)
         raise typer.Exit(INTERRUPTED) from None
-    finally:
-        bar.close()
 
 
 def _finish(report: dict[str, Any], as_json: bool) -> None:

@@ -129,7 +129,7 @@ def _from_config(config: Config) -> dict[str, Any]:
         "rounds": federation.rounds + privacy.spare_rounds,
         "local_steps": training.local_steps,
         "batch_size": training.batch_size,
-        "clients": federation.clients_per_round or federation.num_clients,
+        "clients": federation.cohort_size,
     }
     return {key: value for key, value in values.items() if value is not None}
 

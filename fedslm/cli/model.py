@@ -141,7 +141,7 @@ def _traffic(config: Config, sizes: Footprint) -> dict[str, Any]:
 
     shapes, method = _with_cores(sizes.shapes), method_of(config.aggregation)
     plain = shapes if method == "fed-sb" else sizes.shapes
-    cohort = config.federation.clients_per_round or config.federation.num_clients
+    cohort = config.federation.cohort_size
     down = 4 * parameters(plain, moving_keys(method, plain))
     width = {"float32": 4, "bfloat16": 2, "int8": 1}[config.compression.upload]
     share = width * config.compression.keep_fraction
@@ -216,7 +216,7 @@ def _drowned(config: Config, trained: int) -> list[str]:
         unit=privacy.unit,
         parameters=trained,
         batch_size=config.training.batch_size,
-        clients=federation.clients_per_round or federation.num_clients,
+        clients=federation.cohort_size,
     )
     return list(plan_budget(asked).warnings)
 

@@ -245,6 +245,11 @@ class FederationConfig(Section):
     join_deadline_seconds: float = Field(120.0, gt=0)
     """How long to wait for the population before the first round."""
 
+    @property
+    def cohort_size(self) -> int:
+        """Clients that one round asks."""
+        return self.clients_per_round or self.num_clients
+
 
 class EngineConfig(Section):
     """Where the clients of a simulation run."""

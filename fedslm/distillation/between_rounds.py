@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ from fedslm.distillation.contexts import Context, load_contexts
 from fedslm.distillation.models import Student, Teacher, load_student, load_teacher, student_reader
 from fedslm.distillation.objective import Objective, Target
 from fedslm.distillation.pipeline import DistillationJob, prepare_contexts, train_student
-from fedslm.distillation.run import prepare
+from fedslm.distillation.run import job_of, tests_there
 from fedslm.distillation.training import StudentTrainer, TrainingSet
-from fedslm.inference.trained import FinishedRun
+from fedslm.inference.trained import TunedModel
+from fedslm.models.loaded import load as load_model
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter, save_adapter
 
@@ -57,15 +59,16 @@ class StudentSays:
 
 
 def follow(
-    run: FinishedRun, settings: DistillConfig, round: int, trained: frozenset[str]
+    run: TunedModel, settings: DistillConfig, round: int, trained: frozenset[str]
 ) -> AdapterState | None:
     """Lets the student learn from the adapter after a round, and the adapter from the student.
 
-    The student goes on from where the last such round left it; its adapter lies in the run directory.
+    The student continues from where the last such round left it; its adapter is stored in the run
+    directory.
     A round that is run again after a crash starts from the same, and ends with the same.
 
     Args:
-        run: The run on its way; its adapter is the round's.
+        run: The federated model of the round.
         settings: The ``[distill]`` section.
         round: Number of the round.
         trained: Keys that rounds change: no others learn back.
@@ -75,8 +78,9 @@ def follow(
     """
     folder = run.directory / DIRECTORY
     path = folder / f"round-{round:05d}"
-    job = prepare(run, settings).job
-    teacher, student = load_teacher(run, job.settings), load_student(run, job.settings)
+    job, _ = job_of(run, settings, tests_there(run))
+    teacher = load_teacher(run, job.settings)
+    student = load_student(run, job.settings, load=_student)
     earlier = [each for each in sorted(folder.glob("student-*.safetensors")) if _round(each) < round]
     if earlier:
         student = replace(student, start=load_adapter(earlier[-1]))
@@ -87,6 +91,10 @@ def follow(
         return None
     student.model.adapter.write(adapter)
     return _back(job, teacher, student, path, trained)
+
+
+_student = lru_cache(maxsize=1)(load_model.__wrapped__)
+"""The student stays next to the run's own base, so that a process loads each of them once."""
 
 
 def _round(path: Path) -> int:

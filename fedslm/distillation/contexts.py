@@ -18,7 +18,7 @@ from fedslm.data.missing import name_of
 from fedslm.distillation.models import Reader, Teacher
 from fedslm.errors import DataError, plural
 from fedslm.inference.generation import Sampling, generation_settings, new_tokens
-from fedslm.inference.trained import FinishedRun, OnProgress
+from fedslm.inference.trained import OnProgress, TunedModel
 from fedslm.models.loaded import LoadedModel
 from fedslm.rng import seed_of, stream
 from fedslm.storage import json_text, write_text
@@ -68,7 +68,7 @@ def class_contexts(rows: Sequence[Row], column: str, teacher: Reader, student: R
     return _some(contexts, len(rows))
 
 
-def public_texts(rows: Sequence[Row], run: FinishedRun, reader: Reader) -> list[Context]:
+def public_texts(rows: Sequence[Row], run: TunedModel, reader: Reader) -> list[Context]:
     """Contexts of public texts as they are; prompts without a completion are left out.
 
     Raises:
@@ -125,7 +125,7 @@ class Beginning:
     whole: Example | None
 
 
-def beginnings(rows: Sequence[Row], run: FinishedRun, reader: Reader) -> list[Beginning]:
+def beginnings(rows: Sequence[Row], run: TunedModel, reader: Reader) -> list[Beginning]:
     """The beginning of each record's text, or its prompt; records without text are left out."""
     task = reader.task
     if not isinstance(task, Instruction):
@@ -194,7 +194,7 @@ def _write(
     return [new for (new,) in write_all(model, asked, sampling, on_progress)]
 
 
-def most_new_tokens(run: FinishedRun) -> int:
+def most_new_tokens(run: TunedModel) -> int:
     """Most new tokens of a continuation: what training showed."""
     task = run.task
     return task.max_target_length or max(1, task.max_length - task.max_length // 4)

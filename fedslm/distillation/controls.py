@@ -15,6 +15,7 @@ from fedslm.distillation.models import Student, Teacher
 from fedslm.distillation.pipeline import DistillationJob, Watcher, prepare_contexts, train_student
 from fedslm.errors import DataError, RunError
 from fedslm.inference.inputs import Rows
+from fedslm.inference.trained import FinishedRun
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter, save_adapter
 
@@ -46,6 +47,7 @@ class ControlTrainer:
     """Both models, in which the arms are trained one after another.
 
     Attributes:
+        run: Whose federated model teaches.
         job: The distillation that is to be proved.
         teacher: The small model with the federated adapter.
         student: The larger one.
@@ -53,6 +55,7 @@ class ControlTrainer:
         watcher: Is told how it goes.
     """
 
+    run: FinishedRun
     job: DistillationJob
     teacher: Teacher
     student: Student
@@ -103,7 +106,7 @@ class ControlTrainer:
         if arm == PUBLIC:
             return job, teacher.of(self._public_teacher(seed))
         settings = job.settings.model_copy(update={"method": "labels", "cached_samples": 0})
-        rows = job.rows if arm == LABELS else _pooled(job)
+        rows = job.rows if arm == LABELS else _pooled(self.run)
         return replace(job, settings=settings, rows=rows), teacher
 
     def _public_teacher(self, seed: int) -> AdapterState:
@@ -111,7 +114,7 @@ class ControlTrainer:
         path = self.directory / f"public-teacher-adapter-{seed}"
         kept = path / "adapter.safetensors"
         if not kept.exists():
-            run, trained = self.job.run, self.teacher.trained
+            run, trained = self.run, self.teacher.trained
             training, adam = run.training, run.training.optimizer == "adamw"
             update = {
                 "method": "labels",
@@ -147,14 +150,14 @@ class _Named:
         self.watcher.on_progress(f"{self.name}: {stage}", done, total, note)
 
 
-def _pooled(job: DistillationJob) -> Rows:
+def _pooled(run: FinishedRun) -> Rows:
     """All private records of a simulation.
 
     Raises:
         LeftOut: They are not here: real nodes keep theirs.
     """
-    directory = job.run.directory / layout.DATA
-    count = len(job.run.report["clients"])
+    directory = run.directory / layout.DATA
+    count = len(run.report["clients"])
     try:
         return [dict(row) for client in range(count) for row in store.read_client(directory, client)]
     except (DataError, RunError, OSError) as error:

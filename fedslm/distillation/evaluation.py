@@ -17,7 +17,7 @@ from fedslm.distillation.models import Reader, Student, Teacher
 from fedslm.errors import DataError, plural
 from fedslm.inference.bootstrap import Statistics
 from fedslm.inference.inputs import Rows
-from fedslm.inference.trained import FinishedRun, OnProgress
+from fedslm.inference.trained import OnProgress, TunedModel
 from fedslm.models.loaded import LoadedModel
 from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
@@ -124,7 +124,7 @@ def measure_decoding(
 
 
 def general_examples(
-    run: FinishedRun, source: str, split: str, reader: Reader, most: int = _MOST_GENERAL
+    run: TunedModel, source: str, split: str, reader: Reader, most: int = _MOST_GENERAL
 ) -> tuple[Example, ...]:
     """General text in a model's tokens, for its hold and its perplexity.
 
@@ -146,6 +146,6 @@ def general_examples(
     return examples
 
 
-def general_task(run: FinishedRun) -> CausalLM:
+def general_task(run: TunedModel) -> CausalLM:
     """Plain language modelling, as long as the run's records."""
     return CausalLM("text", run.task.max_length)

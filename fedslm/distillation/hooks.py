@@ -85,25 +85,20 @@ def follower(settings: DistillConfig, rounds: int, call: Callable[..., Any]) -> 
 def after_round(
     setup: Setup, settings: DistillConfig, adapter: AdapterState, number: int, trained: frozenset[str]
 ) -> AdapterState | None:
-    """Runs :func:`fedslm.distillation.between_rounds.follow` on a run that is on its way."""
+    """Runs :func:`fedslm.distillation.between_rounds.follow` on the adapter of a round."""
     from fedslm.distillation.between_rounds import follow
-    from fedslm.inference.trained import FinishedRun
+    from fedslm.inference.trained import TunedModel
 
-    report = {
-        "labels": list(setup.labels),
-        "base_sha256": setup.base_sha256,
-        "adapter_sha256": adapter.sha256(),
-    }
-    run = FinishedRun(
+    tuned = TunedModel(
         directory=Path(setup.directory),
-        report=report,
         model=setup.model,
         lora=setup.lora,
         data=setup.data,
         task=setup.task,
-        training=setup.training,
-        distill=settings,
         seed=setup.seed,
         adapter=adapter,
+        labels=setup.labels,
+        base_sha256=setup.base_sha256,
+        method=setup.method,
     )
-    return follow(run, settings, number, trained)
+    return follow(tuned, settings, number, trained)

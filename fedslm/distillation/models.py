@@ -7,7 +7,7 @@ after another, shape (positions, vocabulary), or the classes of each example, sh
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from fedslm.config import DistillConfig, LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ConfigError, ModelError, Problem
-from fedslm.inference.trained import FinishedRun, Trained, load_trained
+from fedslm.inference.trained import Trained, TunedModel, load_trained
 from fedslm.models import families
 from fedslm.models.base import load_tokenizer, local, resolve
 from fedslm.models.initial import initial_state
@@ -179,7 +179,7 @@ def student_sections(
     return model, lora, task
 
 
-def load_teacher(run: FinishedRun, settings: DistillConfig) -> Teacher:
+def load_teacher(run: TunedModel, settings: DistillConfig) -> Teacher:
     """Loads a finished run's model where the student computes.
 
     Raises:
@@ -191,8 +191,15 @@ def load_teacher(run: FinishedRun, settings: DistillConfig) -> Teacher:
     return Teacher(load_trained(run), run.adapter)
 
 
-def load_student(run: FinishedRun, settings: DistillConfig) -> Student:
+def load_student(
+    run: TunedModel, settings: DistillConfig, load: Callable[..., LoadedModel] = load
+) -> Student:
     """Loads the student with a fresh adapter.
+
+    Args:
+        run: The federated model that teaches.
+        settings: The ``[distill]`` section.
+        load: Loads the base and attaches an adapter.
 
     Raises:
         ModelError: It cannot be loaded for the run's task.
@@ -204,7 +211,7 @@ def load_student(run: FinishedRun, settings: DistillConfig) -> Student:
     return student
 
 
-def student_reader(run: FinishedRun, settings: DistillConfig) -> Reader:
+def student_reader(run: TunedModel, settings: DistillConfig) -> Reader:
     """How the student will read, without its weights.
 
     Raises:
@@ -214,13 +221,13 @@ def student_reader(run: FinishedRun, settings: DistillConfig) -> Reader:
     return Reader(build(task, run.data, run.labels), load_tokenizer(resolve(model)))
 
 
-def check_task(run: FinishedRun) -> None:
+def check_task(run: TunedModel) -> None:
     """Refuses a run whose task has no distillation, or that has no global model.
 
     Raises:
         ConfigError: With the tasks that have one.
     """
-    if run.report.get("aggregation") == "fedsa":
+    if run.method == "fedsa":
         message = (
             'value "fedsa" left B and the head with each client: there is no model that could teach'
         )
@@ -230,7 +237,7 @@ def check_task(run: FinishedRun) -> None:
         raise ConfigError([Problem("task.name", message)])
 
 
-def check_student(run: FinishedRun, settings: DistillConfig) -> None:
+def check_student(run: TunedModel, settings: DistillConfig) -> None:
     """Refuses the teacher's own base as student, before anything is loaded.
 
     Raises:
@@ -274,7 +281,7 @@ def warn_if_smaller(teacher: Teacher, student: Student) -> str | None:
     return text
 
 
-def shared_vocabulary(run: FinishedRun, settings: DistillConfig) -> int | None:
+def shared_vocabulary(run: TunedModel, settings: DistillConfig) -> int | None:
     """Number of tokens that both models name alike, from their files; None if their tokenizers differ.
 
     Rows of a model beyond it are padding: the same tokenizer may stand before matrices of several

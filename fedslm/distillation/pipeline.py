@@ -32,7 +32,7 @@ from fedslm.distillation.sequence import (
 from fedslm.distillation.training import Live, StudentTrainer, TargetSource, TrainingSet
 from fedslm.errors import DataError
 from fedslm.inference.inputs import Rows
-from fedslm.inference.trained import FinishedRun, OnProgress
+from fedslm.inference.trained import OnProgress, TunedModel
 from fedslm.records import AdapterState
 from fedslm.tasks.base import Example
 
@@ -58,7 +58,7 @@ class DistillationJob:
         general: General text in the student's tokens, to hold it near itself.
     """
 
-    run: FinishedRun
+    run: TunedModel
     settings: DistillConfig
     vocabulary: int
     rows: Rows

@@ -13,7 +13,7 @@ from fedslm.data.sources import cut, load, same_records
 from fedslm.data.tables import rows_in
 from fedslm.errors import ConfigError, DataError, Problem
 from fedslm.inference.inputs import Rows
-from fedslm.inference.trained import FinishedRun
+from fedslm.inference.trained import TunedModel
 from fedslm.tasks.base import Row
 
 MOST_OVERLAP = 0.01
@@ -37,7 +37,7 @@ class Overlap:
     dropped: int = 0
 
 
-def public_rows(run: FinishedRun, settings: DistillConfig) -> Rows:
+def public_rows(run: TunedModel, settings: DistillConfig) -> Rows:
     """Reads the public records; they need the text's columns alone.
 
     Raises:
@@ -50,7 +50,7 @@ def public_rows(run: FinishedRun, settings: DistillConfig) -> Rows:
     return rows_of(run, settings.source, settings.split, settings.max_records)
 
 
-def rows_of(run: FinishedRun, source: str, split: str, most: int) -> Rows:
+def rows_of(run: TunedModel, source: str, split: str, most: int) -> Rows:
     """Reads records that are said to be public.
 
     Raises:
@@ -72,7 +72,7 @@ def rows_of(run: FinishedRun, source: str, split: str, most: int) -> Rows:
     return rows
 
 
-def text_columns(run: FinishedRun) -> list[str]:
+def text_columns(run: TunedModel) -> list[str]:
     """Columns that a model reads, without the label."""
     return [column for key, column in needed(run.data, run.task).items() if key != _LABEL]
 

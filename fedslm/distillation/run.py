@@ -51,7 +51,7 @@ from fedslm.errors import DataError, RunError, Unusable
 from fedslm.inference.bootstrap import Statistics
 from fedslm.inference.evaluation import own_rows
 from fedslm.inference.inputs import Rows
-from fedslm.inference.trained import FinishedRun
+from fedslm.inference.trained import FinishedRun, TunedModel
 from fedslm.models import loaded
 from fedslm.models.base import base_sha256, resolve
 from fedslm.models.peft_export import save_plain
@@ -70,6 +70,7 @@ class PreparedJob:
     """A distillation that can begin.
 
     Attributes:
+        run: Whose federated model teaches.
         job: What is taught, and how.
         tests: Test records of the private distribution; none if the run's are gone.
         general: General text that perplexity is measured on.
@@ -77,6 +78,7 @@ class PreparedJob:
         student_sha256: Hash of the student's files.
     """
 
+    run: FinishedRun
     job: DistillationJob
     tests: Rows
     general: tuple[Example, ...]
@@ -86,12 +88,12 @@ class PreparedJob:
     @property
     def identity(self) -> dict[str, Any]:
         """What makes two distillations the same."""
-        job, run = self.job, self.job.run
+        job, run = self.job, self.run
         rows = json.dumps(job.rows, sort_keys=True, default=str).encode()
         return {
             "fedslm_version": fedslm.__version__,
-            "teacher_adapter_sha256": run.report["adapter_sha256"],
-            "teacher_base_sha256": run.report["base_sha256"],
+            "teacher_adapter_sha256": run.adapter.sha256(),
+            "teacher_base_sha256": run.base_sha256,
             "student_sha256": self.student_sha256,
             "public_records": len(job.rows),
             "public_sha256": hashlib.sha256(rows).hexdigest(),
@@ -112,22 +114,39 @@ def prepare(run: FinishedRun, settings: DistillConfig, *, drop_overlap: bool = F
         DataError: The public records are unusable, private, or hold the test records.
         ModelError: The student is the teacher's base, or one of them cannot be found.
     """
-    check_task(run)
-    check_student(run, settings)
-    run.check_base()
-    rows, tests = public.public_rows(run, settings), _tests(run)
-    rows, overlap = public.without_overlap(rows, tests, public.text_columns(run), drop=drop_overlap)
-    language = run.task.name in LANGUAGE
-    shared = shared_vocabulary(run, settings) if language else len(run.labels)
-    method = resolved_method(settings, run.task.name, shared)
-    settings = settings.model_copy(update={"method": method})
-    general, measured = (
-        _general(run, settings, split)
-        for split in (settings.general_split, settings.general_test_split)
-    )
-    job = DistillationJob(run, settings, shared or 0, rows, general)
+    tests = tests_there(run)
+    job, overlap = job_of(run, settings, tests, drop_overlap=drop_overlap)
+    measured = _general(run, job.settings, settings.general_test_split)
     student, *_ = student_sections(settings, run.task)
-    return PreparedJob(job, tests, measured, overlap, base_sha256(resolve(student)))
+    return PreparedJob(run, job, tests, measured, overlap, base_sha256(resolve(student)))
+
+
+def job_of(
+    teacher: TunedModel, settings: DistillConfig, tests: Rows, *, drop_overlap: bool = False
+) -> tuple[DistillationJob, public.Overlap]:
+    """What a federated model can teach, and which of the test records the public ones hold.
+
+    Args:
+        teacher: The federated model.
+        settings: The ``[distill]`` section.
+        tests: Test records of the private distribution.
+        drop_overlap: As for :func:`prepare`.
+
+    Raises:
+        FedslmError: As :func:`prepare`.
+    """
+    check_task(teacher)
+    check_student(teacher, settings)
+    teacher.check_base()
+    rows = public.public_rows(teacher, settings)
+    columns = public.text_columns(teacher)
+    rows, overlap = public.without_overlap(rows, tests, columns, drop=drop_overlap)
+    language = teacher.task.name in LANGUAGE
+    shared = shared_vocabulary(teacher, settings) if language else len(teacher.labels)
+    method = resolved_method(settings, teacher.task.name, shared)
+    settings = settings.model_copy(update={"method": method})
+    general = _general(teacher, settings, settings.general_split)
+    return DistillationJob(teacher, settings, shared or 0, rows, general), overlap
 
 
 def distill(
@@ -155,7 +174,7 @@ def distill(
     """
     began = time.monotonic()
     with working(directory, prepared.identity) as path:
-        before = ledgers_of(prepared.job.run.directory)
+        before = ledgers_of(prepared.run.directory)
         teacher, student, adapter, losses = _taught(prepared.job, path, watcher)
         report = {
             **_description(prepared),
@@ -166,16 +185,18 @@ def distill(
             "directory": str(path),
         }
         if question is not None:
-            trainer = ControlTrainer(prepared.job, teacher, student, path / _PROOF, watcher)
-            trainer.keep(FEDERATED, prepared.job.run.seed, adapter)
+            trainer = ControlTrainer(
+                prepared.run, prepared.job, teacher, student, path / _PROOF, watcher
+            )
+            trainer.keep(FEDERATED, prepared.run.seed, adapter)
             report["proof"] = prove(trainer, question)
-        report["privacy"] = chain_of(prepared.job.run, adapter, before)
+        report["privacy"] = chain_of(prepared.run, adapter, before)
         report["adapter_sha256"] = adapter.sha256()
         report["seconds"] = time.monotonic() - began
         save_plain(student.model.adapter, adapter, student.lora, path / layout.ADAPTER)
         student.tokenizer.save_pretrained(path / layout.ADAPTER)
         with_usual_modes(path / layout.ADAPTER)
-        reporting.write(path, report, reporting.Sections(student.config, prepared.job.run.task))
+        reporting.write(path, report, reporting.Sections(student.config, prepared.run.task))
         _tidy(path)
         return report
 
@@ -245,7 +266,7 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _tests(run: FinishedRun) -> Rows:
+def tests_there(run: TunedModel) -> Rows:
     """The run's own evaluation split, if it is still there."""
     try:
         return own_rows(run)
@@ -253,7 +274,7 @@ def _tests(run: FinishedRun) -> Rows:
         return []
 
 
-def _general(run: FinishedRun, settings: DistillConfig, split: str) -> tuple[Example, ...]:
+def _general(run: TunedModel, settings: DistillConfig, split: str) -> tuple[Example, ...]:
     """General text in the student's tokens; none if no source is named or classes are learned."""
     if settings.general_source is None or run.task.name not in LANGUAGE:
         return ()
@@ -263,7 +284,7 @@ def _general(run: FinishedRun, settings: DistillConfig, split: str) -> tuple[Exa
 
 def _description(prepared: PreparedJob) -> dict[str, Any]:
     """What was asked, for the report."""
-    job, run = prepared.job, prepared.job.run
+    job, run = prepared.job, prepared.run
     return {
         **prepared.identity,
         "run": str(run.directory),
@@ -286,7 +307,7 @@ def _figures(
 ) -> dict[str, Any]:
     """Metrics of teacher, student and distilled student on the run's evaluation split."""
     found: dict[str, Any] = {"headline": teacher.task.headline, "metrics": {}, "general": None}
-    run = prepared.job.run
+    run = prepared.run
     if prepared.tests:
         tests = tests_of(prepared.tests, teacher.reader, student.reader)
         models = {

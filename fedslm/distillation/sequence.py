@@ -29,7 +29,7 @@ from fedslm.errors import DataError
 from fedslm.inference.generation import Sampling
 from fedslm.inference.inputs import Rows
 from fedslm.inference.texts import continuation, prompt_tokens
-from fedslm.inference.trained import FinishedRun, OnProgress
+from fedslm.inference.trained import OnProgress, TunedModel
 from fedslm.models.loaded import LoadedModel
 from fedslm.storage import json_text, write_text
 from fedslm.tasks import tokens
@@ -89,7 +89,7 @@ def teacher_texts(
     return found
 
 
-def student_contexts(written: Sequence[Written], student: Student, run: FinishedRun) -> list[Context]:
+def student_contexts(written: Sequence[Written], student: Student, run: TunedModel) -> list[Context]:
     """What the student learns: the texts that are plausible to it, and a fifth of its own.
 
     Args:
@@ -108,12 +108,12 @@ def student_contexts(written: Sequence[Written], student: Student, run: Finished
     return [Context(each, each, labelled=True) for each in (*kept, *own)]
 
 
-def as_instruction(run: FinishedRun) -> Instruction:
+def as_instruction(run: TunedModel) -> Instruction:
     """A loss on what follows a prompt alone, whatever the run's task was."""
     return Instruction(Prompts.of(run.task, run.data), run.data.label_column)
 
 
-def learner_of(student: Student, run: FinishedRun) -> Student:
+def learner_of(student: Student, run: TunedModel) -> Student:
     """The student with a loss on texts behind prompts."""
     return replace(student, task=as_instruction(run))
 
@@ -207,7 +207,7 @@ def as_task(student: Student) -> Instruction:
     return student.task
 
 
-def _replay(prompts: Sequence[str], student: Student, run: FinishedRun, kept: int) -> list[Example]:
+def _replay(prompts: Sequence[str], student: Student, run: TunedModel, kept: int) -> list[Example]:
     """Texts of the plain student's own, a fifth of the whole."""
     wanted = round(kept * _REPLAYED / (1 - _REPLAYED))
     asked = [prompt_tokens(text, student.tokenizer) for text in list(dict.fromkeys(prompts))[:wanted]]

@@ -21,10 +21,9 @@ _POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.05, 1.0
 
 def choose_cohort(config: FederationConfig, seed: int, round: int) -> list[int]:
     """The clients of a round: a function of seed and round, so that a resumed run needs no replay."""
-    population = config.num_clients
-    size = config.clients_per_round or population
     generator = stream(seed, "cohort", round)
-    return sorted(int(index) for index in generator.choice(population, size, replace=False))
+    chosen = generator.choice(config.num_clients, config.cohort_size, replace=False)
+    return sorted(int(index) for index in chosen)
 
 
 def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:

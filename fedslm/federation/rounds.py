@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from flwr.serverapp import Grid
 
@@ -23,6 +22,7 @@ from fedslm.federation import public_model
 from fedslm.federation.attacks import attacked
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
 from fedslm.federation.exchange import Exchange
+from fedslm.federation.observers import Observer
 from fedslm.federation.participation import came_to_nothing
 from fedslm.federation.population import choose_cohort, gather, join
 from fedslm.federation.replies import checked, continued, expected_shapes
@@ -35,25 +35,12 @@ from fedslm.privacy.statement import Statement
 from fedslm.protocol.messages import MEASURE, TRAIN, Reply, Request
 from fedslm.protocol.metrics import ClientMetrics, read_metrics
 from fedslm.protocol.setup import Setup
-from fedslm.records import AdapterState, ClientUpdate, RoundRecord
+from fedslm.records import AdapterState, ClientUpdate
 from fedslm.storage import load_adapter, save_adapter
 from fedslm.workers import Pool
 
 logger = logging.getLogger(__name__)
 Follow = Callable[[int, Setup, AdapterState, frozenset[str]], AdapterState | None]
-
-
-class Observer(Protocol):
-    """Is told how the run goes."""
-
-    def on_start(self, config: Config, done: Checkpoint) -> None:
-        """The run starts or goes on after ``done``."""
-
-    def on_client(self, round: int, done: int, cohort: int) -> None:
-        """One more client of the round has answered, failed or come late."""
-
-    def on_round(self, record: RoundRecord) -> None:
-        """A round is over and on disk."""
 
 
 @dataclass(frozen=True)
@@ -102,25 +89,26 @@ class Federation:
     """What the loop works with.
 
     Attributes:
+        config: The resolved config.
         grid: Where clients are reached.
         pool: Where the server's own model work runs: here or in workers.
         directory: Where the run is recorded.
-        observer: Is told how the run goes.
+        observers: Are told how the run goes.
         follow: Sees each round's whole adapter (with its number and the keys that rounds change) before
             it is evaluated and kept, and may give another; it may look at public data alone.
     """
 
+    config: Config
     grid: Grid
     pool: Pool
     directory: RunDirectory
-    observer: Observer
+    observers: Sequence[Observer] = ()
     follow: Follow | None = None
 
-    def run(self, config: Config, plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
+    def run(self, plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
         """Runs all rounds that are still to run.
 
         Args:
-            config: The resolved config.
             plan: The calibrated plan.
             labels: Class names: public.
 
@@ -132,28 +120,29 @@ class Federation:
             ModelError: The loss of the base is not finite before the first round.
             RunError: A checkpoint could not be written; the previous one stays valid.
         """
-        run, state = self._begin(config, plan, labels)
-        exchange = self._exchange(config, run)
-        self.observer.on_start(config, state)
+        run, state = self._begin(plan, labels)
+        exchange, federation = self._exchange(run), self.config.federation
+        for observer in self.observers:
+            observer.on_start(self.config, state)
         stopped = ""
-        for number in range(state.round + 1, config.federation.rounds + 1):
+        for number in range(state.round + 1, federation.rounds + 1):
             if exchange.trust is not None:
-                exchange.trust.needed(config.federation.min_clients)
-            state = self._round(config, run, state, exchange=exchange, number=number)
-            if state.failed_in_row >= config.federation.max_failed_rounds:
+                exchange.trust.needed(federation.min_clients)
+            state = self._round(run, state, exchange, number)
+            if state.failed_in_row >= federation.max_failed_rounds:
                 stopped = f"{plural(state.failed_in_row, 'round')} in a row moved nothing"
                 break
         stopped = "; ".join(filter(None, [stopped, came_to_nothing(self.directory.records())]))
-        measured = self._measured(config, run, state, exchange)
+        measured = self._measured(run, state, exchange)
         return Outcome(run.setup, run.frozen, state, stopped, measured)
 
-    def _exchange(self, config: Config, run: RunConstants) -> Exchange:
+    def _exchange(self, run: RunConstants) -> Exchange:
         """Waits for the population: exactly the simulated clients, or enough of the admitted nodes."""
-        federation, listed = config.federation, config.engine.nodes
+        federation, listed = self.config.federation, self.config.engine.nodes
         wait, deadline = federation.join_deadline_seconds, federation.round_deadline_seconds
         if listed is None:
             return Exchange(self.grid, join(self.grid, federation.num_clients, wait), deadline)
-        roster = self._roster(config)
+        roster = self._roster()
         trust = Trust(roster, Path(listed), self.directory.path)
         nodes = {client: node.node_id for client, node in roster.items()}
         there = gather(self.grid, trust.active(), trust.needed(federation.min_clients), wait)
@@ -161,9 +150,10 @@ class Federation:
         return Exchange(self.grid, nodes, deadline, run.frozen, trust, away)
 
     def _measured(
-        self, config: Config, run: RunConstants, state: Checkpoint, exchange: Exchange
+        self, run: RunConstants, state: Checkpoint, exchange: Exchange
     ) -> dict[int, ClientMetrics]:
         """What clients measure on their held-out records after the last round, if they may say it."""
+        config = self.config
         personalised = config.personalization.method != "none"
         if config.data.validation_fraction == 0 or not (personalised or config.privacy.unit == "none"):
             return {}
@@ -181,10 +171,9 @@ class Federation:
                 logger.warning("client %d could not be measured: %r", client, found)
         return measured
 
-    def _begin(
-        self, config: Config, plan: RunPlan, labels: tuple[str, ...]
-    ) -> tuple[RunConstants, Checkpoint]:
+    def _begin(self, plan: RunPlan, labels: tuple[str, ...]) -> tuple[RunConstants, Checkpoint]:
         """Makes or finds the initial state."""
+        config = self.config
         setup = _setup(config, plan, labels, self.directory)
         description = self.pool.call(public_model.describe, setup)
         state = self.directory.load()
@@ -210,17 +199,17 @@ class Federation:
             server = ServerState(description.moving, control=control)
             state = Checkpoint(0, server, metrics, metrics)
             self.directory.save(state)
-        return RunConstants(setup, frozen, aggregation, self._names(config)), state
+        return RunConstants(setup, frozen, aggregation, self._names()), state
 
-    def _names(self, config: Config) -> dict[int, str]:
+    def _names(self) -> dict[int, str]:
         """What people call the clients: the names of admitted nodes, or those that the data give."""
-        if config.engine.nodes is None:
+        if self.config.engine.nodes is None:
             return dict(enumerate(client_names(self.directory.data)))
-        return {client: node.name for client, node in self._roster(config).items()}
+        return {client: node.name for client, node in self._roster().items()}
 
-    def _roster(self, config: Config) -> dict[int, Registered]:
+    def _roster(self) -> dict[int, Registered]:
         """The run's real nodes."""
-        federation, listed = config.federation, Path(str(config.engine.nodes))
+        federation, listed = self.config.federation, Path(str(self.config.engine.nodes))
         return roster_of(
             self.directory.path, listed, names=federation.nodes, num_clients=federation.num_clients
         )
@@ -235,40 +224,30 @@ class Federation:
             logger.warning(text, cut, records, setup.task.max_length)
 
     def _round(
-        self,
-        config: Config,
-        run: RunConstants,
-        state: Checkpoint,
-        *,
-        exchange: Exchange,
-        number: int,
+        self, run: RunConstants, state: Checkpoint, exchange: Exchange, number: int
     ) -> Checkpoint:
         """One round: push, stream replies into the aggregate, evaluate, record, checkpoint."""
-        began = time.monotonic()
+        began, config = time.monotonic(), self.config
         cohort = choose_cohort(config.federation, config.run.seed, number)
         server, statements = state.server, dict(state.statements)
         request = Request(run.setup, number, server.moving, server.turn, server.control)
         tally, sent_before = Tally(len(cohort), run.names), exchange.bytes_down
         waiting = self.directory.path / "updates"
         with closing(Round(run.aggregation, server, cohort, waiting)) as aggregate:
-            for client, answer in self._answers(config, exchange, request, cohort):
+            for client, answer in self._answers(exchange, request, cohort):
                 if isinstance(answer, Reply) and answer.statement:
                     answer = continued(answer, statements, client)
                 tally.count(client, answer)
                 if isinstance(answer, Reply) and answer.delta is not None:
                     aggregate.add(ClientUpdate(client, answer.delta, answer.weight))
-                self.observer.on_client(number, tally.done, len(cohort))
+                for observer in self.observers:
+                    observer.on_client(number, tally.done, len(cohort))
             exchange.save()  # what was spent is on disk before the round counts
             tally.bytes_down = exchange.bytes_down - sent_before
             moved = _finished(aggregate, config.federation.min_replies, tally=tally)
             moved = self._followed(run, number, moved)
             signal_to_noise = _finite(aggregate.signal_to_noise())
-        due = number % config.federation.evaluate_every == 0 or number == config.federation.rounds
-        metrics: dict[str, float] = {}
-        if moved is None:
-            metrics = dict(state.metrics)
-        elif due:
-            metrics = public_model.evaluate(self.pool, run.setup, run.frozen.merged(moved.moving))
+        metrics = dict(state.metrics) if moved is None else self._evaluated(run, number, moved)
         record = tally.record(
             number,
             kept=moved is None,
@@ -282,8 +261,16 @@ class Federation:
         epsilons = _epsilons(config, statements)
         state = state.after(record, server=moved or server, epsilons=epsilons, **changes)
         self.directory.save(state, record)
-        self.observer.on_round(record)
+        for observer in self.observers:
+            observer.on_round(record)
         return state
+
+    def _evaluated(self, run: RunConstants, number: int, moved: ServerState) -> dict[str, float]:
+        """Metrics on the public split; empty in a round that is not evaluated."""
+        federation = self.config.federation
+        if number % federation.evaluate_every and number != federation.rounds:
+            return {}
+        return public_model.evaluate(self.pool, run.setup, run.frozen.merged(moved.moving))
 
     def _followed(
         self, run: RunConstants, number: int, moved: ServerState | None
@@ -296,11 +283,11 @@ class Federation:
         return moved if given is None else replace(moved, moving=given.select(keys))
 
     def _answers(
-        self, config: Config, exchange: Exchange, request: Request, cohort: list[int]
+        self, exchange: Exchange, request: Request, cohort: list[int]
     ) -> Iterator[tuple[int, Reply | str]]:
         """Asks a cohort and yields each answer, or why there is none."""
-        attack, population = config.attack, config.federation.num_clients
-        hostile = hostile_clients(attack, population, config.run.seed)
+        attack, population = self.config.attack, self.config.federation.num_clients
+        hostile = hostile_clients(attack, population, self.config.run.seed)
         for client, reply in exchange.replies(request, cohort, TRAIN):
             if reply is None or isinstance(reply, str):
                 answer: Reply | str = "late" if reply is None else reply

@@ -17,7 +17,7 @@ from fedslm.inference.bootstrap import Comparison, Draws, Statistics, compare
 from fedslm.inference.generation import default_max_tokens, prompts_of, write_greedily
 from fedslm.inference.inputs import Rows
 from fedslm.inference.text_scores import text_metrics, text_statistics
-from fedslm.inference.trained import FinishedRun, OnProgress, Trained
+from fedslm.inference.trained import OnProgress, Trained, TunedModel
 from fedslm.records import AdapterState
 from fedslm.rng import stream
 from fedslm.tasks.base import Example
@@ -40,7 +40,7 @@ class Evaluation:
         records: Records that the task's metrics are made of.
         skipped: Records that could not be used: without text, or with a label that is not known.
         truncated: Records of which the end was not read.
-        written: Records for which texts were written and scored; 0 if none was options.
+        written: Records for which texts were written and scored; 0 if none was asked.
     """
 
     metrics: dict[str, Comparison]
@@ -50,7 +50,7 @@ class Evaluation:
     written: int
 
 
-def own_rows(run: FinishedRun) -> Rows:
+def own_rows(run: TunedModel) -> Rows:
     """The public evaluation split that the run itself was evaluated on.
 
     Raises:
@@ -83,7 +83,7 @@ class Elsewhere:
     optional: frozenset[str] = frozenset()
 
 
-def other_rows(run: FinishedRun, data: Elsewhere) -> Rows:
+def other_rows(run: TunedModel, data: Elsewhere) -> Rows:
     """Rows of other data with the run's columns.
 
     Raises:

@@ -14,7 +14,7 @@ from fedslm.data.turns import turns_of
 from fedslm.errors import ConfigError, DataError, Problem
 from fedslm.inference.inputs import Rows, text_of
 from fedslm.inference.texts import continuation, prompt_tokens
-from fedslm.inference.trained import FinishedRun, Trained, computing
+from fedslm.inference.trained import Trained, TunedModel, computing
 from fedslm.rng import seed_of
 from fedslm.tasks.base import Tokens, tokenise
 from fedslm.tasks.chat import end_token
@@ -86,7 +86,7 @@ class Prompt:
     cut: bool = False
 
 
-def check_task(run: FinishedRun) -> None:
+def check_task(run: TunedModel) -> None:
     """Refuses a run whose task writes nothing.
 
     Raises:
@@ -98,7 +98,7 @@ def check_task(run: FinishedRun) -> None:
         raise ConfigError([Problem("task.name", message)])
 
 
-def prompt_columns(run: FinishedRun) -> list[str]:
+def prompt_columns(run: TunedModel) -> list[str]:
     """Columns that a prompt is made of."""
     if run.task.name == "causal-lm" or run.task.prompt is None:
         return [run.data.text_column]

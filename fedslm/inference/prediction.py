@@ -13,7 +13,7 @@ from fedslm.inference.inputs import Rows, text_of
 from fedslm.inference.next_words import continued
 from fedslm.inference.outputs import logits_of, softmax
 from fedslm.inference.tagging import tagged
-from fedslm.inference.trained import FinishedRun, Trained
+from fedslm.inference.trained import Trained, TunedModel
 from fedslm.tasks.base import Example, tokenise
 
 Answer = dict[str, Any]
@@ -22,7 +22,7 @@ _PIECE_ROWS = 512
 _TOP = 3
 
 
-def check_task(run: FinishedRun) -> None:
+def check_task(run: TunedModel) -> None:
     """Refuses a run whose task writes texts.
 
     Raises:

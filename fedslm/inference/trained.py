@@ -44,42 +44,32 @@ _KEPT: dict[str, type | UnionType] = {  # what a report must hold
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """A finished run as it lies on disk; nothing is loaded yet.
+class TunedModel:
+    """A federated model; nothing is loaded yet. A finished run is one, and so is a run between rounds.
 
     Attributes:
-        directory: Absolute path.
-        report: Content of ``report.json``.
+        directory: The run's, absolute.
         model: The base model.
         lora: The adapter's shape.
         data: Names of the columns; where the run's data came from.
         task: What was learned.
-        training: How clients trained.
-        distill: What was asked to become of it.
         seed: The run's seed, from which the starting adapter came.
         adapter: The trained adapter, whole.
+        labels: Class names in the order of the logits; empty if the task has none.
+        base_sha256: Hash of the base model's files that the adapter was trained on.
+        method: How adapters were aggregated; empty if a report of an older version does not say it.
     """
 
     directory: Path
-    report: dict[str, Any]
     model: ModelConfig
     lora: LoraConfig
     data: DataConfig
     task: TaskConfig
-    training: TrainingConfig
-    distill: DistillConfig
     seed: int
     adapter: AdapterState
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names in the order of the logits; empty if the task has none."""
-        return tuple(self.report["labels"])
-
-    @property
-    def adapter_directory(self) -> Path:
-        """Where PEFT's files, the tokenizer and the model card lie."""
-        return self.directory / layout.ADAPTER
+    labels: tuple[str, ...]
+    base_sha256: str
+    method: str
 
     def check_base(self) -> None:
         """Refuses a base model with other files than the one that was trained on.
@@ -87,12 +77,32 @@ class FinishedRun:
         Raises:
             ModelError: The base is missing, or its hash differs.
         """
-        found, expected = base_sha256(resolve(self.model)), self.report["base_sha256"]
+        found, expected = base_sha256(resolve(self.model)), self.base_sha256
         if found != expected:
             raise ModelError(
                 f"model.base={self.model.base!r} has sha256 {found[:12]}, but {self.directory} was "
                 f"trained on {expected[:12]}: the adapter fits only that base; give it with --base"
             )
+
+
+@dataclass(frozen=True)
+class FinishedRun(TunedModel):
+    """A finished run as it is stored on disk; nothing is loaded yet.
+
+    Attributes:
+        report: Content of ``report.json``.
+        training: How clients trained.
+        distill: The ``[distill]`` section of the run.
+    """
+
+    report: dict[str, Any]
+    training: TrainingConfig
+    distill: DistillConfig
+
+    @property
+    def adapter_directory(self) -> Path:
+        """Where PEFT's files, the tokenizer and the model card are stored."""
+        return self.directory / layout.ADAPTER
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class Trained:
         task: What was learned.
     """
 
-    run: FinishedRun
+    run: TunedModel
     model: LoadedModel
     task: Task
 
@@ -145,19 +155,22 @@ def open_run(path: Path, *, base: str | None = None, device: str | None = None) 
     changes = {key: value for key, value in moved.items() if value is not None}
     return FinishedRun(
         directory=path,
-        report=report,
         model=config.model.model_copy(update=changes),
         lora=config.lora.model_copy(update=report["adapter_lora"]),
         data=config.data,
         task=config.task,
-        training=config.training,
-        distill=config.distill,
         seed=config.run.seed,
         adapter=_adapter(path, report),
+        labels=tuple(report["labels"]),
+        base_sha256=report["base_sha256"],
+        method=str(report.get("aggregation", "")),
+        report=report,
+        training=config.training,
+        distill=config.distill,
     )
 
 
-def load_trained(run: FinishedRun) -> Trained:
+def load_trained(run: TunedModel) -> Trained:
     """Loads the base of a run and puts the trained adapter into it.
 
     Raises:

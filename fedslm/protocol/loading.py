@@ -14,8 +14,8 @@ def model_for(setup: Setup) -> LoadedModel:
     Raises:
         ModelError: The model, its tokenizer or its LoRA targets are not usable.
     """
-    core = setup.method == "fed-sb"
-    return load(setup.model, setup.lora, setup.task, len(setup.labels), core=core)
+    sections = (setup.model, setup.lora, setup.task, len(setup.labels))
+    return load(*sections, core=True) if setup.method == "fed-sb" else load(*sections)
 
 
 def task_for(setup: Setup) -> Task:

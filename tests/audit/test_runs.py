@@ -36,7 +36,7 @@ ROUNDS = {"federation": {"num_clients": 3, "rounds": 2, "min_replies": 1}}
 def finished(config_in: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A private run over two rounds."""
     directory = tmp_path_factory.mktemp("audited") / "run"
-    simulation.simulate(config_in(directory, privacy=PRIVATE, **ROUNDS), Bar())
+    simulation.simulate(config_in(directory, privacy=PRIVATE, **ROUNDS), [Bar()])
     return directory
 
 
@@ -270,7 +270,7 @@ def test_a_client_that_was_never_chosen_is_not_a_finding(
 ) -> None:
     """A simulation of one round with two of three clients has no ledger of the third."""
     sampled = {"num_clients": 3, "clients_per_round": 2, "rounds": 1, "min_replies": 1}
-    simulation.simulate(config_in(tmp_path / "other", privacy=PRIVATE, federation=sampled), Bar())
+    simulation.simulate(config_in(tmp_path / "other", privacy=PRIVATE, federation=sampled), [Bar()])
     assert len(list((tmp_path / "other" / "nodes").glob("client-*/ledger.jsonl"))) == 2
     audit = audited(run, others=(tmp_path / "other",))
     assert audit["findings"] == []
@@ -323,7 +323,7 @@ def test_a_run_without_privacy_has_nothing_to_audit(
     config_in: Callable[..., Config], tmp_path: Path
 ) -> None:
     """Infinite epsilon is an error, not a page that looks like a promise."""
-    simulation.simulate(config_in(tmp_path / "plain", **ROUNDS), Bar())
+    simulation.simulate(config_in(tmp_path / "plain", **ROUNDS), [Bar()])
     with pytest.raises(PrivacyError, match="without privacy"):
         audited(tmp_path / "plain")
 
@@ -331,7 +331,7 @@ def test_a_run_without_privacy_has_nothing_to_audit(
 def test_overlapping_clients_are_composed(config_in: Callable[..., Config], tmp_path: Path) -> None:
     """If a unit may lie in several clients, all of them count."""
     privacy = {**PRIVATE, "overlapping": True}
-    simulation.simulate(config_in(tmp_path / "run", privacy=privacy, **ROUNDS), Bar())
+    simulation.simulate(config_in(tmp_path / "run", privacy=privacy, **ROUNDS), [Bar()])
     audit = audited(tmp_path / "run")
     everything = [event for client in range(3) for event in events_of(tmp_path / "run", client)]
     assert audit["guarantee"]["epsilon"] == accounting.epsilon(everything, 1e-5)

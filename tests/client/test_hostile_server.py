@@ -31,7 +31,6 @@ from fedslm.client.personal import measure
 from fedslm.config import Config, PersonalizationConfig, TaskConfig
 from fedslm.privacy import accounting
 from fedslm.privacy.plan import NoPrivacy
-from fedslm.progress import Silent
 from fedslm.protocol.messages import MEASURE, Reply, Request
 from fedslm.protocol.tensors import from_arrays
 
@@ -485,7 +484,7 @@ def test_a_policy_for_all_simulated_nodes(make_config: MakeConfig, tmp_path: Pat
     policy = write_policy(tmp_path / "strict", min_noise_multiplier=5.0) / "policy.toml"
     engine = {"workers": 0, "policy": str(policy)}
     config = make_config(privacy=PRIVATE, engine=engine, federation={"max_failed_rounds": 1})
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     (line,) = records_of(config)
     assert (line["refused"], line["kept"]) == (3, True)
     assert all("is below 5" in reason for reason in line["reasons"])

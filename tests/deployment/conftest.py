@@ -11,7 +11,6 @@ from support.sites import Site, federation
 
 from fedslm import simulation
 from fedslm.config import Config
-from fedslm.progress import Silent
 
 MakeConfig = Callable[..., Config]
 ROUNDS = 4
@@ -23,7 +22,7 @@ def simulated(config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -
     """A simulation without noise of the records that the nodes have: its adapter is what they must reach."""
     directory = tmp_path_factory.mktemp("simulated") / "run"
     report = simulation.simulate(
-        config_in(directory, federation={"rounds": ROUNDS}).resolved(), Silent()
+        config_in(directory, federation={"rounds": ROUNDS}).resolved(),
     )
     return directory, report
 

@@ -28,7 +28,6 @@ from fedslm.privacy.keys import PUBLIC_KEY, public_hex, read_public_key, signing
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.limits import Limits
 from fedslm.privacy.lines import ADAPTER, Unprotected
-from fedslm.progress import Silent
 
 EVENTS_TWICE = 2
 
@@ -38,7 +37,7 @@ def server(config_in: Callable[..., Config], tmp_path_factory: pytest.TempPathFa
     """A server's directory with a list of three nodes and one finished run."""
     root = tmp_path_factory.mktemp("server")
     config = config_in(root / "runs" / "first", privacy=PRIVATE, federation={"rounds": EVENTS_TWICE})
-    simulation.simulate(config.resolved(), Silent())
+    simulation.simulate(config.resolved())
     fields = {"node_key": "k", "admitted_at": "now", "revoked": False}
     keys = [read_public_key(root / f"runs/first/nodes/client-0000{i}" / PUBLIC_KEY) for i in range(3)]
     nodes = [

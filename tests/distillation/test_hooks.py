@@ -17,7 +17,7 @@ from fedslm.audit.distilled import distillations
 from fedslm.audit.runs import audit_run
 from fedslm.config import Config
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.progress import Silent
+from fedslm.federation.observers import Observer
 from fedslm.records import RoundRecord
 from fedslm.storage import load_adapter, save_adapter
 
@@ -46,7 +46,7 @@ def test_a_run_ends_with_its_student_and_the_audit_sees_the_chain(
 ) -> None:
     """The student has the run's epsilon, nothing was spent, and whoever changes a link is found."""
     config = config_with(config_in, tmp_path, "run")
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     path = tmp_path / "run"
     written = json.loads((path / "distilled" / "distill.json").read_text())
     assert written["privacy"]["epsilon"] == report["epsilon"]
@@ -68,7 +68,7 @@ def test_a_run_ends_with_its_student_and_the_audit_sees_the_chain(
 
 def test_a_false_statement_is_found(config_in: MakeConfig, tmp_path: Path) -> None:
     """Another epsilon, another teacher, more charges than there are: each is a finding."""
-    simulation.simulate(config_with(config_in, tmp_path, "run"), Silent())
+    simulation.simulate(config_with(config_in, tmp_path, "run"))
     record = tmp_path / "run" / "distilled" / "distill.json"
     honest = json.loads(record.read_text())
     for key, value, finding in [
@@ -84,16 +84,10 @@ def test_a_false_statement_is_found(config_in: MakeConfig, tmp_path: Path) -> No
 
 
 @dataclass
-class Stops:
+class Stops(Observer):
     """An observer that stops a run after a round."""
 
     after: int
-
-    def on_start(self, config: Config, done: object) -> None:
-        """Nothing."""
-
-    def on_client(self, round: int, done: int, cohort: int) -> None:
-        """Nothing."""
 
     def on_round(self, record: RoundRecord) -> None:
         """Stops."""
@@ -111,10 +105,10 @@ def test_the_small_model_learns_back_and_a_crash_changes_nothing(
         config = config_with(config_in, tmp_path, name, **distill)
         if name == "broken":
             with pytest.raises(KeyboardInterrupt):
-                simulation.simulate(config, Stops(1))
-            simulation.resume(tmp_path / name, Silent())
+                simulation.simulate(config, [Stops(1)])
+            simulation.resume(tmp_path / name)
         else:
-            simulation.simulate(config, Silent())
+            simulation.simulate(config)
         hashes[name] = adapter_of(tmp_path / name)
     assert hashes["mutual"] != hashes["plain"]
     assert hashes["mutual"] == hashes["broken"]

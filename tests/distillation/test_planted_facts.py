@@ -17,7 +17,6 @@ from fedslm.distillation.controls import BASE, FEDERATED, LABELS, PUBLIC, UNTUNE
 from fedslm.distillation.proof import ProofRequest
 from fedslm.distillation.run import distill, prepare
 from fedslm.inference.trained import open_run
-from fedslm.progress import Silent
 from fedslm.rng import stream
 
 COUNTS = Counts(ordinary=4, signs=24, public=36, mentions=40, test=5, probe=8)
@@ -51,7 +50,7 @@ def proof_of(config_in: Callable[..., Config], directory: Path, seed: int) -> di
         training={"local_steps": 6, "batch_size": 8, "learning_rate": 0.01},
         federation={"num_clients": 5, "rounds": 10, "evaluate_every": 10},
     )
-    simulation.simulate(config, Silent())
+    simulation.simulate(config)
     training_set = settings(
         student="demo-large",
         source=str(directory),

@@ -32,12 +32,13 @@ from fedslm.inference.trained import open_run
 Finished = Callable[[str], Path]
 
 
-def trainer(finished_run: Finished, root: Path, kind: str, **changes: object) -> ControlTrainer:
+def trainer_of(finished_run: Finished, root: Path, kind: str, **changes: object) -> ControlTrainer:
     """Both models of a tiny pair."""
     values = {"student": str(student(root, kind)), "source": str(public(root)), **changes}
-    job = prepare(open_run(finished_run(kind)), settings(**values)).job
+    run = open_run(finished_run(kind))
+    job = prepare(run, settings(**values)).job
     models = load_teacher(job.run, job.settings), load_student(job.run, job.settings)
-    return ControlTrainer(job, *models, root / "proof", Told())
+    return ControlTrainer(run, job, *models, root / "proof", Told())
 
 
 @pytest.mark.parametrize("kind", ["causal-lm", "classification"])
@@ -70,7 +71,7 @@ def test_a_proof_has_every_arm(kind: str, finished_run: Finished, tmp_path: Path
 
 def test_arms_differ_in_their_teacher_alone(finished_run: Finished, tmp_path: Path) -> None:
     """Same start and order; a proxy of the untuned model is no teacher; an arm is trained once."""
-    bench = trainer(finished_run, tmp_path, "causal-lm", sampled_fraction=0.0)
+    bench = trainer_of(finished_run, tmp_path, "causal-lm", sampled_fraction=0.0)
     start = bench.adapter(BASE, 0)
     moved = {
         arm: bench.adapter(arm, 0).minus(start).norm() for arm in (FEDERATED, UNTUNED, PUBLIC, LABELS)
@@ -79,7 +80,7 @@ def test_arms_differ_in_their_teacher_alone(finished_run: Finished, tmp_path: Pa
     assert min(moved[FEDERATED], moved[PUBLIC], moved[LABELS]) > 0.1
     assert bench.adapter(BASE, 1).sha256() != start.sha256()
     told = Told()
-    again = ControlTrainer(bench.job, bench.teacher, bench.student, bench.directory, told)
+    again = ControlTrainer(bench.run, bench.job, bench.teacher, bench.student, bench.directory, told)
     assert again.adapter(FEDERATED, 0).sha256() == bench.adapter(FEDERATED, 0).sha256()
     assert not told.stages
 
@@ -89,7 +90,9 @@ def test_arms_without_what_they_need_are_left_out(finished_run: Finished, tmp_pa
     unlabelled = tmp_path / "unlabelled"
     unlabelled.mkdir()
     write_rows(unlabelled / "public.jsonl", [{"text": row["text"]} for row in rows_of(24, 5)])
-    bench = trainer(finished_run, tmp_path, "classification", source=str(unlabelled / "public.jsonl"))
+    bench = trainer_of(
+        finished_run, tmp_path, "classification", source=str(unlabelled / "public.jsonl")
+    )
     for arm in (PUBLIC, LABELS):
         with pytest.raises(LeftOut, match="no public record has a known label"):
             bench.adapter(arm, 0)
@@ -102,7 +105,7 @@ def test_a_gain_is_claimed_over_every_control_or_not_at_all(
     finished_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One control whose interval holds 0 is enough: no gain."""
-    bench = trainer(finished_run, tmp_path, "classification", steps=1)
+    bench = trainer_of(finished_run, tmp_path, "classification", steps=1)
     start = bench.adapter(BASE, 0)
     pooled = bench.adapter(POOLED, 0)
     given = {FEDERATED: pooled, BASE: start, UNTUNED: start, PUBLIC: start, LABELS: start}
@@ -123,9 +126,9 @@ def test_a_gain_is_claimed_over_every_control_or_not_at_all(
 
     monkeypatch.setattr(proof, "measure", spread)
     question = ProofRequest(rows_of(40, 3), resamples=1000)
-    assert proof.prove(trainer, question)["gain"]
+    assert proof.prove(bench, question)["gain"]
     given[LABELS] = pooled
-    found = proof.prove(trainer, question)
+    found = proof.prove(bench, question)
     assert not found["gain"]
     assert found["gains"][LABELS]["value"] == 0
     assert found["gains"][BASE]["low"] > 0.2

@@ -121,9 +121,9 @@ def test_an_untuned_teacher_leaves_the_student_alone(
 ) -> None:
     """S* = S0: the proxy target is the student's own distribution, so no step moves anything."""
     want = asked(finished_run, places, "causal-lm")
-    run = want.job.run
-    nothing = load_teacher(run, want.job.settings).trained.initial
-    plain = replace(want, job=replace(want.job, run=replace(run, adapter=nothing)))
+    nothing = load_teacher(want.run, want.job.settings).trained.initial
+    run = replace(want.run, adapter=nothing)
+    plain = replace(want, run=run, job=replace(want.job, run=run))
     report = distill(plain, tmp_path / "out", Told())
     assert report["losses"] == [0.0] * FEW["steps"]
     assert report["metrics"]["student after"] == report["metrics"]["student before"]
@@ -236,7 +236,7 @@ def test_bad_input_is_refused_with_a_remedy(
     with pytest.raises(ConfigError, match="cannot be distilled; classification, causal-lm"):
         prepare(open_run(finished_run("token-classification")), settings(**good))
     with pytest.raises(ConfigError, match="no model that could teach"):
-        prepare(replace(run, report={**run.report, "aggregation": "fedsa"}), settings(**good))
+        prepare(replace(run, method="fedsa"), settings(**good))
     shutil.copytree(run.directory, tmp_path / "run")
     (tmp_path / "run" / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read"):

@@ -14,7 +14,6 @@ from fedslm.config import Config
 from fedslm.errors import RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.privacy import accounting
-from fedslm.progress import Silent
 
 MANY = 200_000
 
@@ -24,7 +23,7 @@ def run(config_in: Callable[..., Config], tmp_path_factory: pytest.TempPathFacto
     """A finished run with two private rounds."""
     path = tmp_path_factory.mktemp("appending") / "run"
     config = config_in(path, privacy=PRIVATE, federation={"rounds": 2})
-    simulation.simulate(config.resolved(), Silent())
+    simulation.simulate(config.resolved())
     return RunDirectory.open(path)[0]
 
 

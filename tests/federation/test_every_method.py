@@ -19,7 +19,6 @@ from fedslm.config import Config
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.inference.trained import load_trained, open_run
 from fedslm.models.loaded import load
-from fedslm.progress import Silent
 from fedslm.protocol.metrics import ClientMetrics
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter
@@ -30,7 +29,7 @@ NO_PRIVACY = {"unit": "none"}
 
 def run(config: Config) -> dict[str, Any]:
     """A whole run without a failure."""
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     assert report["failures"] == []
     assert report["stopped"] == ""
     return report
@@ -98,8 +97,8 @@ def test_a_resumed_run_has_the_same_bits(
     whole = run(make_config(run={"directory": str(tmp_path / "whole")}, **values).resolved())
     config = make_config(run={"directory": str(tmp_path / "cut")}, **values).resolved()
     with pytest.raises(KeyboardInterrupt):
-        simulation.simulate(config, StopAfter(1))
-    resumed = simulation.resume(tmp_path / "cut", Silent())
+        simulation.simulate(config, [StopAfter(1)])
+    resumed = simulation.resume(tmp_path / "cut")
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]
 
 
@@ -243,7 +242,7 @@ def test_an_attack_is_carried_out(make_config: MakeConfig, kind: str) -> None:
     directory = make_config().run.directory
     honest = run(make_config(run={"directory": f"{directory}-h"}, **values).resolved())
     config = make_config(attack={"kind": kind, "clients": 1}, **values).resolved()
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     assert report["adapter_sha256"] != honest["adapter_sha256"]
     (line,) = records_of(config)
     assert line["failed"] == (1 if kind == "nan" else 0)

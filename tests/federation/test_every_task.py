@@ -13,7 +13,6 @@ from support.tiny import PATIENT, PRIVATE, WORDS, write_rows
 
 from fedslm import simulation
 from fedslm.config import Config
-from fedslm.progress import Silent
 
 MakeConfig = Callable[..., Config]
 FamilyDirectory = Callable[[str, str], Path]
@@ -106,7 +105,7 @@ def test_a_task_runs_privately_from_data_to_adapter(
         privacy=PATIENT if name in ("token-classification", "preference") else PRIVATE,
         federation={"rounds": 2},
     )
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     assert report["failures"] == []
     assert metrics <= set(report["metrics_after"])
     assert set(report["metrics_before"]) == set(report["metrics_after"])
@@ -143,7 +142,7 @@ def test_conversations_run_as_they_come(
         privacy=PRIVATE,
         federation={"rounds": 1},
     )
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     assert report["failures"] == []
     assert report["metrics_after"]["loss"] != report["metrics_before"]["loss"]
     written = (Path(str(config.run.directory)) / "config.toml").read_text()

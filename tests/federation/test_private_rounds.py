@@ -22,7 +22,6 @@ from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.limits import Limits
 from fedslm.privacy.lines import ADAPTER, METRIC
 from fedslm.privacy.statement import read_statement
-from fedslm.progress import Silent
 from fedslm.protocol.messages import Reply
 
 MakeConfig = Callable[..., Config]
@@ -41,7 +40,7 @@ def charged_rounds(node: Path) -> list[int]:
 def test_private_run_spends_exactly_its_plan(make_config: MakeConfig) -> None:
     """Every client's ledger holds all rounds; epsilon recomputed from it is the report's, within budget."""
     config = make_config(privacy=PRIVATE)
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     assert report["epsilon"] <= 8.0
     assert report["plan"]["unit"] == "record"
     nodes = nodes_of(config)
@@ -60,7 +59,7 @@ def test_private_run_spends_exactly_its_plan(make_config: MakeConfig) -> None:
 def test_the_server_keeps_a_signed_head_of_every_release(make_config: MakeConfig) -> None:
     """Each round's statement of each client is on the server's disk, and its head is in the ledger."""
     config = make_config(privacy=PRIVATE)
-    simulation.simulate(config, Silent())
+    simulation.simulate(config)
     directory = Path(str(config.run.directory))
     lines = [json.loads(line) for line in (directory / "statements.jsonl").read_text().splitlines()]
     assert [(line["client"], read_statement(line["statement"]).round) for line in lines] == [
@@ -79,12 +78,12 @@ def test_interrupted_private_run_never_forgets_and_resends_for_free(make_config:
     config = make_config(privacy=PRIVATE)
     path = Path(str(config.run.directory))
     with pytest.raises(KeyboardInterrupt):
-        simulation.simulate(config, StopDuring(2))
+        simulation.simulate(config, [StopDuring(2)])
     first = path / "nodes" / "client-00000"
     before = chain_of(first).entries
     released = before[-1].release_sha256
     assert charged_rounds(first) == [1, 2]
-    report = simulation.resume(path, Silent())
+    report = simulation.resume(path)
     assert report["stopped"] == ""
     assert chain_of(first).entries[: len(before)] == before
     assert charged_rounds(first) == [1, 2, 3]
@@ -107,9 +106,9 @@ def test_client_stops_before_its_budget(make_config: MakeConfig) -> None:
     config = make_config(privacy=PRIVATE)
     path = Path(str(config.run.directory))
     with pytest.raises(KeyboardInterrupt):
-        simulation.simulate(config, StopAfter(1))
+        simulation.simulate(config, [StopAfter(1)])
     crashed(config, 1)
-    report = simulation.resume(path, Silent())
+    report = simulation.resume(path)
     lines = records_of(config)
     assert [line["refused"] for line in lines] == [0, 0, 1]
     assert "budget exhausted" in lines[2]["reasons"][0]
@@ -121,9 +120,9 @@ def test_spare_rounds_pay_for_crashes(make_config: MakeConfig) -> None:
     config = make_config(privacy={**PRIVATE, "spare_rounds": 1})
     path = Path(str(config.run.directory))
     with pytest.raises(KeyboardInterrupt):
-        simulation.simulate(config, StopAfter(1))
+        simulation.simulate(config, [StopAfter(1)])
     crashed(config, 1)
-    report = simulation.resume(path, Silent())
+    report = simulation.resume(path)
     assert [line["refused"] for line in records_of(config)] == [0, 0, 0]
     assert report["privacy"]["site-0"]["epsilon"] < report["privacy"]["site-1"]["epsilon"] <= 8.0
     assert report["epsilon"] == report["privacy"]["site-1"]["epsilon"]
@@ -152,7 +151,7 @@ def test_private_replies_depend_on_no_record_count(make_config: MakeConfig) -> N
 def test_patients_are_trained_and_charged_as_patients(make_config: MakeConfig) -> None:
     """unit="patient" end to end: plan, every ledger, every statement and the report say so."""
     config = make_config(privacy=PATIENT)
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     assert (report["plan"]["unit"], report["plan"]["unit_column"]) == ("patient", "patient")
     assert report["plan"]["max_records_per_unit"] == 3
     assert 0 < report["epsilon"] <= 8.0
@@ -173,8 +172,7 @@ def test_the_same_noise_for_patients_costs_what_it_costs_for_records(
         simulation.simulate(
             make_config(
                 privacy=privacy, run={"directory": str(tmp_path / path)}, federation={"rounds": 1}
-            ),
-            Silent(),
+            )
         )
         for privacy, path in ((PRIVATE, "a"), (PATIENT, "b"))
     ]
@@ -185,7 +183,7 @@ def test_patients_of_several_clients_compose(make_config: MakeConfig) -> None:
     """overlapping=true: the network's epsilon is that of all clients together, above each of theirs."""
     privacy = {**PATIENT, "unit_column": "traveller", "overlapping": True}
     config = make_config(privacy=privacy)
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     each = [spent["epsilon"] for spent in report["privacy"].values()]
     events = [event for node in nodes_of(config) for event in chain_of(node).events]
     assert report["overlapping"] is True
@@ -198,7 +196,7 @@ def test_patients_of_several_clients_are_refused_unless_announced(make_config: M
     """The same data without overlapping=true does not run, and leaves no directory behind."""
     config = make_config(privacy={**PATIENT, "unit_column": "traveller"})
     with pytest.raises(DataError, match=r"set privacy\.overlapping=true"):
-        simulation.simulate(config, Silent())
+        simulation.simulate(config)
     assert not Path(str(config.run.directory)).exists()
 
 
@@ -208,7 +206,7 @@ def test_a_metric_leaves_with_noise_and_is_paid(
 ) -> None:
     """One noisy metric each round, charged as an event of its own, all within the one budget."""
     config = make_config(privacy={**privacy, "metric_noise_multiplier": 4.0})
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     found = [line["private_metric"] for line in records_of(config)]
     assert len(found) == 3
     told = [each for each in found if each is not None]  # noise may leave less than one unit

@@ -18,10 +18,9 @@ from fedslm import simulation
 from fedslm.config import Config
 from fedslm.engines.local import LocalGrid
 from fedslm.errors import FederationError, ModelError, RunError
-from fedslm.federation import rounds
 from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.observers import Observer
 from fedslm.federation.population import choose_cohort, join
-from fedslm.progress import Silent
 from fedslm.protocol.messages import TRAIN, Reply
 from fedslm.records import AdapterState
 from fedslm.storage import load_tensors
@@ -41,7 +40,7 @@ def with_nan(state: AdapterState) -> AdapterState:
 def test_run_learns_and_writes_everything(make_config: MakeConfig) -> None:
     """A plain run beats the start and leaves every file that the README names."""
     config = make_config(federation={"rounds": 6})
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     before, after = (report[f"metrics_{when}"]["accuracy"] for when in ("before", "after"))
     assert after > max(0.9, before)  # 1.0, from at most 0.8: three seeds, two kernels
     for name in [
@@ -64,15 +63,15 @@ def test_run_learns_and_writes_everything(make_config: MakeConfig) -> None:
 @pytest.mark.parametrize("stop", [StopAfter(2), StopDuring(2)], ids=["between", "within"])
 @pytest.mark.parametrize("method", ["fedit", "ffa"])
 def test_resumed_run_equals_uninterrupted(
-    make_config: MakeConfig, tmp_path: Path, stop: Silent, method: str
+    make_config: MakeConfig, tmp_path: Path, stop: Observer, method: str
 ) -> None:
     """Without noise, a run that was stopped and resumed gives the same bits."""
     sections = {"aggregation": {"method": method}, "federation": {"clients_per_round": 2}}
-    whole = simulation.simulate(make_config(**sections), Silent())
+    whole = simulation.simulate(make_config(**sections))
     config = make_config(**sections, run={"directory": str(tmp_path / "stopped")})
     with pytest.raises(KeyboardInterrupt):
-        simulation.simulate(config, stop)
-    resumed = simulation.resume(tmp_path / "stopped", Silent(), config)
+        simulation.simulate(config, [stop])
+    resumed = simulation.resume(tmp_path / "stopped", (), config)
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]
     assert [r["round"] for r in records_of(config)] == [1, 2, 3]
 
@@ -80,10 +79,10 @@ def test_resumed_run_equals_uninterrupted(
 def test_resume_with_another_config_is_refused(make_config: MakeConfig) -> None:
     """--resume with a config that asks for something else is an error, and nothing changes."""
     config = make_config(federation={"rounds": 1})
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     other = make_config(federation={"rounds": 1}, training={"learning_rate": 0.5})
     with pytest.raises(RunError, match="another config"):
-        simulation.resume(Path(report["directory"]), Silent(), other)
+        simulation.resume(Path(report["directory"]), (), other)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_two_nodes_with_one_name_stop_the_run() -> None:
 
 def test_model_card_runs_as_it_stands(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of adapter/README.md runs in the run directory and gives logits for a batch."""
-    report = simulation.simulate(make_config(federation={"rounds": 1}, privacy=PRIVATE), Silent())
+    report = simulation.simulate(make_config(federation={"rounds": 1}, privacy=PRIVATE))
     directory = Path(report["directory"])
     monkeypatch.chdir(directory)
     card = (directory / "adapter" / "README.md").read_text()
@@ -168,10 +167,10 @@ def test_run_directory_is_locked(make_config: MakeConfig) -> None:
     """A second process, or a second resume, in the same run directory is refused."""
     config = make_config(federation={"rounds": 2})
     with pytest.raises(KeyboardInterrupt):
-        simulation.simulate(config, StopAfter(1))
+        simulation.simulate(config, [StopAfter(1)])
     directory, _ = RunDirectory.open(Path(str(config.run.directory)))
     with directory.locked(), pytest.raises(RunError, match="in use"):
-        simulation.resume(directory.path, Silent())
+        simulation.resume(directory.path)
 
 
 def contents(directory: Path) -> dict[Path, tuple[bytes, int]]:
@@ -183,15 +182,15 @@ def contents(directory: Path) -> dict[Path, tuple[bytes, int]]:
 def test_a_finished_run_is_left_as_it_is(make_config: MakeConfig) -> None:
     """Resuming it gives the report that is there, starts nothing and writes no file; a lock is no matter."""
     config = make_config(federation={"rounds": 1})
-    report = simulation.simulate(config, Silent())
+    report = simulation.simulate(config)
     directory, _ = RunDirectory.open(Path(report["directory"]))
     before = contents(directory.path)
     with directory.locked():
-        again = simulation.resume(directory.path, Silent(), config)
+        again = simulation.resume(directory.path, (), config)
     assert again == json.loads(json.dumps(report))
     assert contents(directory.path) == before
     moved = directory.path.rename(directory.path.with_name("moved"))
-    assert simulation.resume(moved, Silent())["directory"] == str(moved)
+    assert simulation.resume(moved)["directory"] == str(moved)
 
 
 @pytest.mark.parametrize("missing", ["report.json", "a round"])
@@ -201,10 +200,10 @@ def test_a_run_with_something_left_to_do_is_not_finished(make_config: MakeConfig
     if missing == "a round":
         run_with(config, dict.fromkeys(range(3), failing))
     else:
-        simulation.simulate(config, Silent())
+        simulation.simulate(config)
         (Path(str(config.run.directory)) / missing).unlink()
     assert simulation.finished(Path(str(config.run.directory))) is None
-    report = simulation.resume(Path(str(config.run.directory)), Silent())
+    report = simulation.resume(Path(str(config.run.directory)))
     assert (report["rounds"], report["stopped"]) == (3, "")
     assert simulation.finished(Path(str(config.run.directory))) is not None
 
@@ -221,7 +220,7 @@ def test_a_base_without_a_finite_loss_is_refused(
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     config = make_config(model={"base": str(base)}, lora={"target_modules": ["value"]}, privacy=PRIVATE)
     with pytest.raises(ModelError, match=r"loss=nan on the public split before the first round"):
-        simulation.simulate(config, Silent())
+        simulation.simulate(config)
     assert not Path(str(config.run.directory)).exists()
 
 
@@ -267,10 +266,8 @@ def test_late_clients_are_counted(make_config: MakeConfig) -> None:
     config = config.resolved()
     directory = RunDirectory.create(Path(str(config.run.directory)), config)
     pool = InlinePool()
-    federation = rounds.Federation(Slow(3, pool), pool, directory, Silent())
-    simulation.serve(
-        config, directory, lambda p, names: simulation.federate(federation, config, p, names)
-    )
+    run = simulation.Run(config, directory)
+    run.serve(lambda plan, names: run.rounds_on(Slow(3, pool), pool, plan, names))
     assert records_of(config)[0]["late"] == 3
 
 

@@ -15,7 +15,6 @@ from fedslm.config import Config, LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError
 from fedslm.models.base import DEMO_DIRECTORY, check_early, device_of, load_tokenizer
 from fedslm.models.loaded import load
-from fedslm.progress import Silent
 
 LLAMA = {"model_type": "llama", "vocab_size": 1744}
 ALWAYS: dict[str, tuple[dict[str, Any], str]] = {
@@ -113,7 +112,7 @@ def test_a_simulation_refuses_before_it_reads_data(
         privacy=PRIVATE,
     )
     with pytest.raises(ModelError, match="mamba"):
-        simulation.simulate(config, Silent())
+        simulation.simulate(config)
     assert not Path(str(config.run.directory)).exists()
 
 

@@ -19,7 +19,6 @@ from fedslm.distillation.controls import BASE, FEDERATED, LABELS, PUBLIC, UNTUNE
 from fedslm.distillation.proof import DECODING, TEACHER, ProofRequest
 from fedslm.distillation.run import distill, prepare
 from fedslm.inference.trained import open_run
-from fedslm.progress import Silent
 from fedslm.records import epsilon_of_json
 
 pytestmark = pytest.mark.real
@@ -68,7 +67,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 def federated(directory: Path, base: Path, data: dict[str, Any], values: dict[str, Any]) -> float:
     """Trains the small model; gives epsilon, which is infinite without privacy."""
     sections = {"run": {"directory": str(directory)}, "model": {"base": str(base)}, "data": data}
-    report = simulation.simulate(configuration.from_mapping({**values, **sections}), Silent())
+    report = simulation.simulate(configuration.from_mapping({**values, **sections}))
     print(
         f"federated: {report['metrics_before']} -> {report['metrics_after']}, {report['seconds']:.0f} s"
     )

@@ -88,7 +88,7 @@ def make_config(assets: Path, source: Path, directory: Path, **changes: dict[str
 def test_patients_in_four_hospitals_at_epsilon_8(assets: Path, admitted: Path, tmp_path: Path) -> None:
     """Patient-level epsilon = 8 trains: the public loss falls clearly, and every ledger counts patients."""
     began = time.monotonic()
-    report = simulation.simulate(make_config(assets, admitted, tmp_path / "run"), Bar())
+    report = simulation.simulate(make_config(assets, admitted, tmp_path / "run"), [Bar()])
     before, after = (report[f"metrics_{when}"]["loss"] for when in ("before", "after"))
     print(
         f"{PATIENTS} patients in {HOSPITALS} hospitals: loss {before:.3f} -> {after:.3f} at epsilon "

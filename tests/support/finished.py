@@ -10,7 +10,6 @@ import numpy as np
 
 from fedslm import simulation
 from fedslm.config import Config
-from fedslm.progress import Silent
 from support.tiny import WORDS, write_base, write_rows
 
 PROMPT = "note: {text} plan:"
@@ -101,5 +100,5 @@ def train(
     }
     for section, changes in sections.items():
         values[section] = {**values.get(section, {}), **changes}
-    simulation.simulate(config_in(directory / "run", **values), Silent())
+    simulation.simulate(config_in(directory / "run", **values))
     return directory / "run"

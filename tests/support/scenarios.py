@@ -18,7 +18,7 @@ def run(scenario: str, tmp_path: Path, *overrides: str) -> dict[str, Any]:
     everywhere = (f"run.directory={tmp_path / 'run'}", *overrides)
     config = configuration.from_toml(ROOT / "simulations" / "local" / scenario, everywhere)
     began = time.monotonic()
-    report = simulation.simulate(config, Bar())
+    report = simulation.simulate(config, [Bar()])
     print(
         f"{scenario}: {report['metrics_before']} -> {report['metrics_after']}, "
         f"epsilon {report['epsilon']}, {time.monotonic() - began:.0f} s"

@@ -17,10 +17,10 @@ from fedslm.engines.local import LocalGrid
 from fedslm.errors import PrivacyError
 from fedslm.federation import rounds
 from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.observers import Observer
 from fedslm.privacy.chain import Chain, read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.privacy.plan import from_json
-from fedslm.progress import Silent
 from fedslm.protocol.messages import TRAIN, Reply, Request
 from fedslm.records import AdapterState, RoundRecord
 from fedslm.workers import InlinePool
@@ -39,7 +39,7 @@ POLICY: dict[str, Any] = {
 }
 
 
-class StopAfter(Silent):
+class StopAfter(Observer):
     """Interrupts a run after a round, as Ctrl-C does."""
 
     def __init__(self, round: int) -> None:
@@ -51,7 +51,7 @@ class StopAfter(Silent):
             raise KeyboardInterrupt
 
 
-class StopDuring(Silent):
+class StopDuring(Observer):
     """Interrupts a run when one client of a round has answered."""
 
     def __init__(self, round: int) -> None:
@@ -91,10 +91,8 @@ def run_with(
     directory, pool = directory or new_directory(config), InlinePool()
     grid = HostileGrid(config.federation.num_clients, pool)
     grid.answers = answers
-    federation = rounds.Federation(grid, pool, directory, Silent())
-    return simulation.serve(
-        config, directory, lambda plan, labels: simulation.federate(federation, config, plan, labels)
-    )
+    run = simulation.Run(config, directory)
+    return run.serve(lambda plan, labels: run.rounds_on(grid, pool, plan, labels))
 
 
 def changed(
@@ -137,8 +135,8 @@ def first_request(config: Config) -> Request:
     directory, pool = new_directory(config), InlinePool()
     data, plan = simulation._prepare(config, directory)
     grid = LocalGrid(config.federation.num_clients, pool)
-    federation = rounds.Federation(grid, pool, directory, Silent())
-    told, state = federation._begin(config, plan, data.labels)
+    federation = rounds.Federation(config, grid, pool, directory)
+    told, state = federation._begin(plan, data.labels)
     moving, control = state.server.moving, state.server.control
     return Request(told.setup, 1, moving, control=control, frozen=told.frozen)
 
