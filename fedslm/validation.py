@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from fedslm.aggregation import compatibility
 from fedslm.aggregation.robust import required_clients
 from fedslm.config import Config
+from fedslm.config.tasks import TASKS, tasks_that
 from fedslm.data.columns import placeholders
 from fedslm.data.database import PASSWORD, USER, holds_password, is_url
 from fedslm.errors import ConfigError, Problem, plural
 from fedslm.privacy.accounting import MOST_STEPS
 from fedslm.storage import expand
 
-WITH_LABELS = ("classification", "multi-label", "token-classification")
-WITH_PROMPT = ("instruction", "seq2seq", "preference")
-DISTILLED = ("classification", "causal-lm", "instruction")
+_WITH_PROMPT = tasks_that(lambda kind: kind.has_prompt)
+_WITH_TURNS = tasks_that(lambda kind: kind.reads_turns)
+_TAUGHT = tasks_that(lambda kind: kind.teaches != "nothing")
+_POOLED = tasks_that(lambda kind: kind.network == "classifier")
 
 
 def check(config: Config) -> None:
@@ -202,7 +204,8 @@ def _data(config: Config) -> Iterator[Problem]:
     data, task = config.data, config.task
     yield from _database(config)
     skewed = data.partition in ("dirichlet", "shard")
-    one_label = task.name in ("classification", "causal-lm") and data.label_column is not None
+    kind = TASKS[task.name]
+    one_label = data.label_column is not None and (kind.classes == "one" or kind.label == "none")
     if skewed and data.partition_column is None and not one_label:
         message = (
             f"is required with data.partition={data.partition!r} and task.name={task.name!r}: name a "
@@ -234,8 +237,8 @@ def _distill(config: Config) -> Iterator[Problem]:
     if distill.source is None:
         message = "is missing; name public records that both models are shown"
         yield Problem("distill.source", message)
-    if config.task.name not in DISTILLED:
-        message = f"goes with {', '.join(DISTILLED)}; task.name is {config.task.name!r}"
+    if config.task.name not in _TAUGHT:
+        message = f"goes with {', '.join(_TAUGHT)}; task.name is {config.task.name!r}"
         yield Problem("distill.student", message)
     if distill.every is not None and method in ("stack", "fedex", "flora", "fed-sb", "fedsa"):
         message = f"value {distill.every} does not go with aggregation.method={method!r}; leave it out"
@@ -264,15 +267,16 @@ def _database(config: Config) -> Iterator[Problem]:
 def _task(config: Config) -> Iterator[Problem]:
     """What the task needs from the data, and what only some tasks have."""
     task, data, name = config.task, config.data, f"task.name={config.task.name!r}"
-    whole = task.name == "instruction" and task.prompt is None  # conversations hold their answers
-    if task.name != "causal-lm" and not whole and data.label_column is None:
+    kind = TASKS[task.name]
+    whole = kind.label == "turns" and task.prompt is None  # conversations hold their answers
+    if kind.label != "none" and not whole and data.label_column is None:
         yield Problem("data.label_column", f"is required with {name}")
     names_none = task.format == "auto" and data.text_column == "text" and data.label_column == "label"
-    if task.name == "preference" and data.rejected_column is None and not names_none:
+    if kind.has_rejected and data.rejected_column is None and not names_none:
         yield Problem("data.rejected_column", f"is required with {name}: the worse answer's column")
-    if task.name != "preference" and data.rejected_column is not None:
+    if not kind.has_rejected and data.rejected_column is not None:
         yield Problem("data.rejected_column", f'is for task.name="preference", not {name}')
-    if task.pooling == "mean" and task.name not in ("classification", "multi-label"):
+    if task.pooling == "mean" and task.name not in _POOLED:
         yield Problem("task.pooling", f'value "mean" is for classification, not {name}')
     yield from _labels(config)
     yield from _prompt(config)
@@ -281,7 +285,7 @@ def _task(config: Config) -> Iterator[Problem]:
 def _labels(config: Config) -> Iterator[Problem]:
     """Class names: two at least, each once, in one place, and well-formed where they are tags."""
     task, labels = config.task, config.task.labels
-    if (labels or task.labels_file) and task.name not in WITH_LABELS:
+    if (labels or task.labels_file) and TASKS[task.name].classes == "none":
         key = "labels" if labels else "labels_file"
         yield Problem(f"task.{key}", f"is for tasks with classes, not task.name={task.name!r}")
     if labels and task.labels_file:
@@ -292,7 +296,7 @@ def _labels(config: Config) -> Iterator[Problem]:
         yield Problem("task.labels", f"value {list(labels)}: give at least two classes")
     if len(set(labels)) != len(labels):
         yield Problem("task.labels", f"value {list(labels)} names a class twice")
-    if task.name == "token-classification" and labels and (wrong := malformed_tags(labels)):
+    if TASKS[task.name].classes == "each word" and labels and (wrong := malformed_tags(labels)):
         yield Problem("task.labels", f"value {wrong}: tags are O, B-kind and I-kind")
 
 
@@ -309,20 +313,20 @@ def malformed_tags(labels: tuple[str, ...]) -> list[str]:
 def _prompt(config: Config) -> Iterator[Problem]:
     """A prompt is for tasks that have one, names columns, and leaves room for an answer."""
     task = config.task
-    if task.name not in WITH_PROMPT:
+    if task.name not in _WITH_PROMPT:
         if task.prompt is not None:
-            yield Problem("task.prompt", f"is for {', '.join(WITH_PROMPT)}; leave it out")
+            yield Problem("task.prompt", f"is for {', '.join(_WITH_PROMPT)}; leave it out")
         if task.max_target_length is not None:
-            yield Problem("task.max_target_length", f"is for {', '.join(WITH_PROMPT)}; leave it out")
+            yield Problem("task.max_target_length", f"is for {', '.join(_WITH_PROMPT)}; leave it out")
     elif task.prompt is not None:
         try:
             placeholders(task.prompt)
         except ConfigError as error:
             yield from error.problems
-    if task.prompt_format == "chat" and task.name not in ("instruction", "preference"):
-        yield Problem("task.prompt_format", 'value "chat" is for instruction and preference')
+    if task.prompt_format == "chat" and task.name not in _WITH_TURNS:
+        yield Problem("task.prompt_format", f'value "chat" is for {" and ".join(_WITH_TURNS)}')
     most = task.max_target_length
-    if task.name in ("instruction", "preference") and most is not None and most >= task.max_length:
+    if task.name in _WITH_TURNS and most is not None and most >= task.max_length:
         message = f"value {most} leaves no room for a prompt in task.max_length={task.max_length}"
         yield Problem("task.max_target_length", message)
 

@@ -30,6 +30,7 @@ CODES = {
     "FedslmError": console.FAILED,
     "TrainingError": console.FAILED,
     "FederationError": console.FAILED,
+    "FrozenMissing": console.FAILED,
     "Unanswered": console.FAILED,
     "RunError": console.FAILED,
     "Unusable": console.INPUT,

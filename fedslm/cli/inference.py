@@ -261,9 +261,10 @@ def _written(prompt: Prompt, texts: list[str]) -> dict[str, Any]:
 
 def _write_aloud(trained: Trained, prompts: list[Prompt], sampling: Any) -> None:
     """Prints texts as they come (one sample), or when they are there."""
+    from fedslm.config.tasks import TASKS
     from fedslm.inference.generation import write
 
-    goes_on = trained.run.task.name == "causal-lm"
+    goes_on = not TASKS[trained.run.task.name].has_prompt
     aloud = sampling.samples == 1
     written = write(trained, prompts, sampling, _echo if aloud else None)
     for number, prompt in enumerate(prompts, 1):

@@ -14,6 +14,7 @@ from rich.text import Text
 from fedslm.adapter_keys import key_of, layers_of
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
+from fedslm.config.tasks import TASKS
 from fedslm.errors import DataError, plural
 from fedslm.storage import json_text
 
@@ -102,7 +103,7 @@ def _classes(config: Config) -> tuple[int, str]:
     from fedslm.data.sources import is_here
 
     data, task = config.data, config.task
-    if task.name not in ("classification", "multi-label", "token-classification"):
+    if TASKS[task.name].classes == "none":
         return 0, ""
     if task.labels:
         return len(task.labels), ""

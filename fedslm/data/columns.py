@@ -10,6 +10,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
+from fedslm.config.tasks import TASKS
 from fedslm.data.missing import is_missing, name_of
 from fedslm.errors import ConfigError, DataError, Problem
 
@@ -40,9 +41,10 @@ def needed(data: DataConfig, task: TaskConfig) -> dict[str, str]:
     columns = {"data.text_column": data.text_column}
     if task.prompt is not None:
         columns = {f"task.prompt {{{name}}}": name for name in placeholders(task.prompt)}
-    if task.name != "causal-lm" and not (task.name == "instruction" and data.label_column is None):
+    kind = TASKS[task.name]
+    if kind.label == "needed" or (kind.label == "turns" and data.label_column is not None):
         columns["data.label_column"] = str(data.label_column)
-    if task.name == "preference":
+    if kind.has_rejected:
         columns["data.rejected_column"] = str(data.rejected_column)
     return columns
 

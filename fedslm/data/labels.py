@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedslm.config import DataConfig, TaskConfig
+from fedslm.config.tasks import TASKS
 from fedslm.data.columns import names_in, needed
 from fedslm.data.missing import is_missing, is_nothing, name_of
 from fedslm.data.tables import batches, named
@@ -20,7 +21,6 @@ from fedslm.storage import expand
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_LEARN_NAMES = ("classification", "multi-label", "token-classification")
 _MOST_SHOWN = 20
 _NO_ENTITY = "O"
 
@@ -33,18 +33,19 @@ def resolve(data: DataConfig, task: TaskConfig, evaluation: Dataset) -> tuple[st
     Raises:
         DataError: The file cannot be read, or there are fewer than two names (multi-label: none).
     """
-    if task.name not in _LEARN_NAMES:
+    kind = TASKS[task.name]
+    if kind.classes == "none":
         return ()
     if task.labels:
         return task.labels
     if task.labels_file is not None:
         return read_file(task.labels_file)
     found = set(counts(evaluation, data, task))
-    if task.name == "token-classification":
+    if kind.classes == "each word":
         labels = tuple(sorted(found, key=lambda tag: (tag != _NO_ENTITY, tag)))
     else:
         labels = tuple(sorted(found))
-    least = 1 if task.name == "multi-label" else 2
+    least = 1 if kind.classes == "several" else 2
     if len(labels) < least:
         raise DataError(
             f"the public evaluation split names only {plural(len(labels), 'label')}; set task.labels "
@@ -74,7 +75,7 @@ def read_file(name: str) -> tuple[str, ...]:
 def counts(dataset: Dataset, data: DataConfig, task: TaskConfig) -> Counter[str]:
     """How often each name occurs; empty for tasks that learn none."""
     found: Counter[str] = Counter()
-    if task.name in _LEARN_NAMES:
+    if TASKS[task.name].classes != "none":
         column = str(data.label_column)
         for _, values in batches(dataset, [column]):
             for value in values[column]:
@@ -84,7 +85,7 @@ def counts(dataset: Dataset, data: DataConfig, task: TaskConfig) -> Counter[str]
 
 def names_of(value: Any, task: TaskConfig) -> tuple[str, ...]:
     """Names in one record's label column, without spaces around them."""
-    if task.name == "classification":
+    if TASKS[task.name].classes == "one":
         return () if is_missing(value) else (name_of(value),)
     return names_in(value)
 
@@ -111,7 +112,7 @@ def check(dataset: Dataset, data: DataConfig, task: TaskConfig, part: str) -> No
                     if found not in (NOTHING, BYTES, HOLES) and not isinstance(value, dict):
                         remedy = demand.remedy or remedy
                     wrong.setdefault((f"{key}={column!r}: ", holds, remedy), []).append(row)
-        if task.name == "token-classification":
+        if TASKS[task.name].classes == "each word":
             words, tags = values[data.text_column], values[str(data.label_column)]
             holds = "words and tags of different lengths in"
             holds = f"{holds} {data.text_column!r} and {data.label_column!r}"
@@ -167,20 +168,21 @@ class _Demand:
 
 def _demand(column: str, data: DataConfig, task: TaskConfig) -> _Demand:
     """What a task demands of a column."""
-    if task.name == "token-classification":
+    kind = TASKS[task.name]
+    if kind.classes == "each word":
         if column == data.text_column:
             return _Demand(_is_words, "list of words", "give a list of one text for each word")
         return _Demand(_is_tags, "list of tags", "give a list of one tag for each word")
-    if column == data.label_column and task.name == "classification":
+    if column == data.label_column and kind.classes == "one":
         return _Demand(_is_text, "label", 'name one class, or use task.name="multi-label"')
-    if column == data.label_column and task.name == "multi-label":
+    if column == data.label_column and kind.classes == "several":
         return _Demand(_is_names, "list or text of labels", "give a list of names")
     if task.prompt is not None and column not in (data.label_column, data.rejected_column):
         return _Demand(is_value, "single value for the prompt")
-    if task.name == "instruction" and data.label_column is None:
+    if kind.label == "turns" and data.label_column is None:
         remedy = "name the column with the answers in data.label_column"
         return _Demand(_is_answered, "conversation with an answer", remedy)
-    if task.name in ("instruction", "preference"):
+    if kind.reads_turns:
         return _Demand(_is_text_or_turns, "text")
     return _Demand(_is_text, "text")
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedslm.config import DataConfig, TaskConfig
+from fedslm.config.tasks import TASKS
 from fedslm.data.sources import column_names
 from fedslm.errors import DataError
 
@@ -80,7 +81,7 @@ def laid_out(data: DataConfig, task: TaskConfig, seed: int) -> tuple[DataConfig,
             if task.name in layout.tasks and set(layout.columns) <= set(there):
                 found = {"prompt": layout.prompt}
                 return data.model_copy(update=dict(layout.data)), task.model_copy(update=found)
-    if task.name == "preference":
+    if TASKS[task.name].has_rejected:
         raise DataError(
             f"data.rejected_column is missing: the public split has {', '.join(there)}, not prompt, "
             f"chosen and rejected; name the columns of the prompt and of both answers"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedslm.config import DistillConfig, LoraConfig, ModelConfig, TaskConfig
+from fedslm.config.tasks import tasks_that
 from fedslm.errors import ConfigError, ModelError, Problem
 from fedslm.inference.trained import Trained, TunedModel, load_trained
 from fedslm.models import families
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-LANGUAGE = ("causal-lm", "instruction")
-TAUGHT = ("classification", *LANGUAGE)
+LANGUAGE = tasks_that(lambda kind: kind.teaches == "tokens")
+TAUGHT = tasks_that(lambda kind: kind.teaches != "nothing")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedslm import layout
+from fedslm.config.tasks import tasks_that
 from fedslm.data import store
 from fedslm.data.sources import cut, load_evaluation
 from fedslm.data.tables import rows_in
@@ -28,7 +29,7 @@ Advance = Callable[[int], None]
 RESAMPLES = 2000
 _FEWEST_RESAMPLES = 1000
 _PIECE_EXAMPLES = 256
-_WITH_REFERENCES = ("instruction", "seq2seq")
+_WITH_REFERENCES = tasks_that(lambda kind: kind.has_references)
 
 
 @dataclass(frozen=True)

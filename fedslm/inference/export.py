@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Literal
 
-from fedslm.config import TaskName
+from fedslm.config.tasks import TASKS
 from fedslm.errors import ModelError, RunError, Unusable
 from fedslm.inference.trained import FinishedRun
 from fedslm.models.loaded import load
@@ -69,7 +69,7 @@ def export_merged(run: FinishedRun, target: Path, dtype: Precision) -> None:
             report=run.report,
             dtype=dtype,
             privacy=statement,
-            auto_class=_auto_class(run.task.name),
+            auto_class=TASKS[run.task.name].auto_class,
             own_code=(directory / _OWN_CODE).exists(),
         )
         write_text(directory / "README.md", card)
@@ -125,26 +125,11 @@ def _merged(run: FinishedRun) -> tuple[Any, Any]:
     if run.labels:
         network.config.id2label = dict(enumerate(run.labels))
         network.config.label2id = {label: number for number, label in enumerate(run.labels)}
-    if run.task.name == "multi-label":
+    if TASKS[run.task.name].classes == "several":
         network.config.problem_type = "multi_label_classification"
     if hasattr(network.config, "use_cache"):
         network.config.use_cache = True  # training had turned it off
     return network, loaded.tokenizer
-
-
-def _auto_class(task: TaskName) -> str:
-    """The class of transformers that loads an exported model."""
-    match task:
-        case "classification" | "multi-label":
-            return "AutoModelForSequenceClassification"
-        case "token-classification":
-            return "AutoModelForTokenClassification"
-        case "seq2seq":
-            return "AutoModelForSeq2SeqLM"
-        case "causal-lm" | "instruction" | "preference":
-            return "AutoModelForCausalLM"
-        case _:
-            assert_never(task)
 
 
 def _with_own_class(network: MeanPoolingClassifier, num_labels: int) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedslm.config.tasks import TASKS
 from fedslm.data.columns import placeholders
 from fedslm.data.turns import turns_of
 from fedslm.errors import ConfigError, DataError, Problem
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from fedslm.models.loaded import LoadedModel
 
-WRITTEN = ("causal-lm", "instruction", "seq2seq", "preference")
 DEFAULT_MAX_TOKENS = 64
 _MOST_SAMPLES = 100
 _BATCH_SIZE = 8
@@ -92,7 +92,7 @@ def check_task(run: TunedModel) -> None:
     Raises:
         ConfigError: ``predict`` is for that.
     """
-    if run.task.name not in WRITTEN:
+    if not TASKS[run.task.name].generates:
         remedy = f"fedslm predict {run.directory} --text …"
         message = f"value {run.task.name!r} writes no text; use: {remedy}"
         raise ConfigError([Problem("task.name", message)])
@@ -100,7 +100,7 @@ def check_task(run: TunedModel) -> None:
 
 def prompt_columns(run: TunedModel) -> list[str]:
     """Columns that a prompt is made of."""
-    if run.task.name == "causal-lm" or run.task.prompt is None:
+    if run.task.prompt is None:
         return [run.data.text_column]
     return list(dict.fromkeys(placeholders(run.task.prompt)))
 
@@ -128,12 +128,13 @@ def prompts_of(trained: Trained, rows: Rows, max_tokens: int) -> list[Prompt]:
     task, tokenizer = trained.run.task, trained.model.tokenizer
     said = [_said(trained, row, number) for number, row in enumerate(rows, 1)]
     texts = ["\n\n".join(turn["content"] for turn in each.turns) for each in said]
-    if task.name == "seq2seq":
+    kind = TASKS[task.name]
+    if kind.network == "encoder-decoder":
         encoded = tokenise(texts, tokenizer, task.max_length)
         made = [Prompt(text, e.input_ids, e.cut) for text, e in zip(texts, encoded, strict=True)]
     else:
         room = _room(trained, max_tokens)
-        if task.name == "causal-lm":
+        if not kind.has_prompt:
             tokens = [prompt_tokens(text, tokenizer) for text in texts]
         else:
             asked = Prompts.of(task, trained.run.data).asked(said, tokenizer)
@@ -150,14 +151,14 @@ def prompts_of(trained: Trained, rows: Rows, max_tokens: int) -> list[Prompt]:
 def _said(trained: Trained, row: dict[str, Any], number: int) -> Said:
     """What a row says, before any chat template; an answer at a conversation's end is left out."""
     columns, task = prompt_columns(trained.run), trained.run.task
-    chats = task.name in ("instruction", "preference") and task.prompt is None
+    chats = TASKS[task.name].reads_turns and task.prompt is None
     if chats and (turns := turns_of(row[columns[0]])):
         while turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]
         return Said(turns)
     values = {column: text_of(row, column, number) for column in columns}
     prompts = Prompts.of(task, trained.run.data)
-    text = values[columns[0]] if task.name == "causal-lm" else prompts.text(values)
+    text = prompts.text(values) if TASKS[task.name].has_prompt else values[columns[0]]
     return Said(({"role": "user", "content": text},))
 
 
@@ -178,7 +179,7 @@ def _positions(trained: Trained) -> int | None:
 def _room(trained: Trained, max_tokens: int) -> int:
     """Most tokens of a prompt: what training showed (but for plain texts), and what the model has."""
     positions, task = _positions(trained), trained.run.task
-    rooms = [] if task.name == "causal-lm" else [task.max_length - 1]
+    rooms = [task.max_length - 1] if TASKS[task.name].has_prompt else []
     if positions is not None:
         rooms.append(positions - max_tokens)
     room = min(rooms, default=sys.maxsize)
@@ -323,10 +324,10 @@ def _until_end(ids: list[int], ends: list[int] | None) -> Tokens:
 
 def _text_of(trained: Trained, prompt: Prompt, new: Tokens) -> str:
     """New tokens as text: behind a prompt with its space, an answer without."""
-    tokenizer = trained.model.tokenizer
-    if trained.run.task.name == "causal-lm":
+    tokenizer, kind = trained.model.tokenizer, TASKS[trained.run.task.name]
+    if not kind.has_prompt:
         return continuation(tokenizer, prompt.tokens, new)
-    if trained.run.task.name == "seq2seq":
+    if kind.network == "encoder-decoder":
         return str(tokenizer.decode(list(new), skip_special_tokens=True)).strip()
     return continuation(tokenizer, prompt.tokens, new).strip()
 

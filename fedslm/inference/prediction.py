@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedslm.config.tasks import TASKS
 from fedslm.errors import ConfigError, Problem
 from fedslm.inference.inputs import Rows, text_of
 from fedslm.inference.next_words import continued
@@ -17,7 +18,6 @@ from fedslm.inference.trained import Trained, TunedModel
 from fedslm.tasks.base import Example, tokenise
 
 Answer = dict[str, Any]
-PREDICTED = ("classification", "multi-label", "token-classification", "causal-lm")
 _PIECE_ROWS = 512
 _TOP = 3
 
@@ -28,7 +28,7 @@ def check_task(run: TunedModel) -> None:
     Raises:
         ConfigError: ``generate`` is for that.
     """
-    if run.task.name not in PREDICTED:
+    if not TASKS[run.task.name].predicts:
         remedy = f"fedslm generate {run.directory} --prompt …"
         message = f"value {run.task.name!r} writes texts; use: {remedy}"
         raise ConfigError([Problem("task.name", message)])
@@ -50,8 +50,7 @@ def predict(trained: Trained, rows: Rows) -> Iterator[Answer]:
         DataError: A row's column holds something else.
     """
     check_task(trained.run)
-    name = trained.run.task.name
-    answer = {"token-classification": tagged, "causal-lm": continued}.get(name, _classified)
+    answer = _ANSWERS[TASKS[trained.run.task.name].network]
     for first in range(0, len(rows), _PIECE_ROWS):
         yield from answer(trained, rows[first : first + _PIECE_ROWS], first)
 
@@ -66,7 +65,7 @@ def _classified(trained: Trained, rows: Rows, first: int) -> list[Answer]:
     there = [at for at, each in enumerate(encoded) if len(each.input_ids) > special]
     examples = [Example(encoded[at].input_ids, 0, targets=absent) for at in there]
     logits = dict(zip(there, logits_of(trained, examples), strict=True))
-    several = trained.run.task.name == "multi-label"
+    several = TASKS[trained.run.task.name].classes == "several"
     said = _labels_of if several else _label_of
     nothing: Answer = {"labels": []} if several else {"label": None}
     return [
@@ -97,3 +96,10 @@ def _largest(values: NDArray[np.float64], labels: Sequence[str]) -> dict[str, fl
     """The first few names by value."""
     order = np.argsort(-values, kind="stable")[:_TOP]
     return {labels[at]: float(values[at]) for at in order}
+
+
+_ANSWERS: dict[str, Callable[[Trained, Rows, int], list[Answer]]] = {
+    "classifier": _classified,
+    "tagger": tagged,
+    "decoder": continued,
+}

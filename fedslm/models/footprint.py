@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig, TrainingConfig
+from fedslm.config.tasks import TASKS
 from fedslm.models import families, networks
 from fedslm.models.adapter import attach
 from fedslm.models.base import device_of
@@ -234,15 +235,13 @@ def _activations(network: Any, model: ModelConfig, task: TaskConfig) -> int:
     values = layers * hidden + each if model.gradient_checkpointing else layers * each
     size = _BYTES[model.dtype]
     written = task.max_target_length or task.max_length
-    if task.name == "seq2seq":
+    kind, logits = TASKS[task.name], 0
+    if kind.network == "encoder-decoder":
         length += written
-    rows = 2 if task.name == "preference" else 1
-    logits = 0
-    if task.name in ("causal-lm", "instruction", "preference"):
-        logits = length * int(config.vocab_size)
-    if task.name == "seq2seq":
         logits = written * int(config.vocab_size)
-    return round(rows * (length * values * size + _LOGITS * logits * _FLOAT))
+    if kind.network == "decoder":
+        logits = length * int(config.vocab_size)
+    return round(kind.rows_per_example * (length * values * size + _LOGITS * logits * _FLOAT))
 
 
 def _evaluation(network: Any, task: TaskConfig, num_labels: int) -> int:
@@ -251,9 +250,10 @@ def _evaluation(network: Any, task: TaskConfig, num_labels: int) -> int:
     Without gradients a layer's activations go with the next layer.
     """
     length, width = task.max_length, num_labels or int(network.config.vocab_size)
-    if task.name == "seq2seq":
+    kind = TASKS[task.name]
+    if kind.network == "encoder-decoder":
         length = max(length, task.max_target_length or 0)  # the longer one counts in a pass
-    if task.name == "preference":
+    if kind.has_rejected:
         width *= 4  # two answers, each with and without the adapter
     one = length * max(width, LEAST_WIDTH)
     return _EVALUATED * _FLOAT * max(one, min(MOST_EXAMPLES * one, MOST_LOGITS))

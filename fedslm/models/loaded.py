@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
+from fedslm.config.tasks import TASKS
 from fedslm.errors import ModelError
 from fedslm.models import families
 from fedslm.models.adapter import AttachedAdapter, attach
@@ -82,6 +83,6 @@ def _check_template(model: ModelConfig, task: TaskConfig, tokenizer: PreTrainedT
             f'task.prompt_format="chat", but the tokenizer of {model.base!r} has no chat template; use '
             f'"plain" or "auto"'
         )
-    chats = task.name in ("instruction", "preference") and task.prompt_format != "plain"
+    chats = TASKS[task.name].reads_turns and task.prompt_format != "plain"
     if chats and tokenizer.chat_template:
         frame_of(tokenizer)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
 from fedslm.config import TaskConfig
+from fedslm.config.tasks import TASKS
 from fedslm.errors import ModelError
 
 if TYPE_CHECKING:
@@ -158,35 +159,35 @@ def _names(task: TaskConfig, is_encoder_decoder: bool) -> tuple[Any, str]:
     """Names of classes by architecture, and what those are in words."""
     from transformers.models.auto import modeling_auto as auto
 
-    match task.name:
-        case "classification" | "multi-label" if task.pooling == "mean":
+    match TASKS[task.name].network:
+        case "classifier" if task.pooling == "mean":
             names = auto.MODEL_MAPPING_NAMES
             if is_encoder_decoder:
                 names = auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
             return names, "a text encoder"
-        case "classification" | "multi-label" if is_encoder_decoder:
+        case "classifier" if is_encoder_decoder:
             return {}, 'a classifier that reads each text separately; use task.pooling="mean"'
-        case "classification" | "multi-label":
+        case "classifier":
             return auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, (
                 'a classifier of its own; use task.pooling="mean"'
             )
-        case "token-classification":
+        case "tagger":
             return auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "a tagger"
-        case "causal-lm" | "instruction" | "preference":
+        case "decoder":
             two_way = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
             names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
             return {kind: names[kind] for kind in names if kind not in two_way}, (
                 "a language model that reads forwards"
             )
-        case "seq2seq":
+        case "encoder-decoder":
             return auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "an encoder with a decoder"
-        case _:
-            assert_never(task.name)
+        case other:
+            assert_never(other)
 
 
 def _is_pooled(task: TaskConfig) -> bool:
     """True if the head is ours."""
-    return task.pooling == "mean" and task.name in ("classification", "multi-label")
+    return task.pooling == "mean" and TASKS[task.name].network == "classifier"
 
 
 def first(error: Exception) -> str:
@@ -216,7 +217,7 @@ def _complete(directory: Path, loaded: tuple[nn.Module, dict[str, Any]], task: T
 def _finished(network: Any, task: TaskConfig, num_labels: int) -> nn.Module:
     """Adds our own head where one is asked for, and checks what the task relies on."""
     network.config.use_cache = False  # a cache of keys is of no use in training
-    if task.name == "seq2seq":
+    if TASKS[task.name].network == "encoder-decoder":
         begins, pads = network.config.decoder_start_token_id, network.config.pad_token_id
         if begins != pads:
             raise ModelError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedslm import layout
 from fedslm.config import ModelConfig, TaskConfig
+from fedslm.config.tasks import TASKS
 from fedslm.rendering import render
 from fedslm.storage import expand, json_text, replacing, write_text
 
@@ -40,7 +41,7 @@ def write(directory: Path, report: dict[str, Any], sections: Sections) -> None:
         plot_arms(directory / "proof.png", report["proof"])
     write_text(directory / "distill.md", render("distill.md.j2", report=report))
     shown = {**report, "base_model": expand(sections.model.base)}
-    card = render("student_card.md.j2", report=shown, config=sections)
+    card = render("student_card.md.j2", report=shown, config=sections, tasks=TASKS)
     write_text(directory / layout.ADAPTER / "README.md", card)
     write_text(directory / layout.DISTILL_REPORT, json_text(report, indent=2) + "\n")
 

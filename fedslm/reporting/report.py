@@ -10,6 +10,7 @@ from typing import Any
 import fedslm
 from fedslm import layout
 from fedslm.config import Config
+from fedslm.config.tasks import TASKS
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.rounds import Outcome
 from fedslm.models.peft_export import plain
@@ -56,12 +57,11 @@ def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     records = directory.records()
     report = _report(directory, inputs, records)
     write_text(directory.path / "report.md", render("report.md.j2", report=report))
-    card = render("model_card.md.j2", report=report, config=inputs.config)
+    card = render("model_card.md.j2", report=report, config=inputs.config, tasks=TASKS)
     write_text(directory.path / layout.ADAPTER / "README.md", card)
     plot_rounds(directory.path / "report.png", records, report)
-    write_text(
-        directory.path / layout.REPORT, json_text(report, indent=2) + "\n"
-    )  # last: it ends the run
+    text = json_text(report, indent=2) + "\n"
+    write_text(directory.path / layout.REPORT, text)  # last: it says that the run is finished
     return report
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fedslm.config import DataConfig, TaskConfig
+from fedslm.config.tasks import TASKS
 from fedslm.data.columns import placeholders
 from fedslm.data.turns import Turn, answered, turns_of
 from fedslm.data.values import is_value, text_in
@@ -73,7 +74,7 @@ class Prompts:
     def of(cls, task: TaskConfig, data: DataConfig) -> Prompts:
         """The prompts that a config describes."""
         template = task.prompt or f"{{{data.text_column}}}"
-        style = "plain" if task.name == "seq2seq" else task.prompt_format
+        style = task.prompt_format if TASKS[task.name].reads_turns else "plain"
         return cls(template, style, task.max_length, task.max_target_length)
 
     def text(self, row: Row) -> str:
