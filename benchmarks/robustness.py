@@ -32,7 +32,7 @@ HOSTILE = 4
 def overrides_of(attack: str, rule: str) -> Iterator[str]:
     """What a cell changes in the scenario."""
     yield f"aggregation.rule={rule}"
-    yield f"aggregation.hostile={0 if rule == 'mean' else HOSTILE}"
+    yield f"aggregation.num_byzantine={0 if rule == 'mean' else HOSTILE}"
     honest = attack in SHOWN
     yield f"attack.kind={'none' if honest else attack}"
     yield f"attack.clients={0 if honest else HOSTILE}"

@@ -22,7 +22,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "no-privacy": {"unit": "none"},
     "epsilon-8": {"unit": "record", "epsilon": 8.0},
     "epsilon-8-patient": {
-        "unit": "patient",
+        "unit": "user",
         "unit_column": "patient",
         "max_records_per_unit": 4,
         "epsilon": 8.0,
@@ -63,7 +63,7 @@ def config_of(arm: str, directory: Path) -> Config:
 
 def _batch_size(privacy: dict[str, Any]) -> int:
     """Expected units in a step: there are about half as many patients as notes."""
-    return 16 if privacy["unit"] == "patient" else 32
+    return 16 if privacy["unit"] == "user" else 32
 
 
 def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
             f"{report['metrics_before']['accuracy']:.3f}",
             f"{report['metrics_after']['accuracy']:.3f}",
             " – ".join(spent) or "∞",
-            report["plan"]["unit"] if report["plan"] else "–",
+            _unit_of(report["plan"]),
             f"{report['delta']:g}" if report["delta"] is not None else "–",
             f"{report['seconds']:.0f} s",
         )
@@ -119,6 +119,11 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _unit_of(plan: dict[str, Any] | None) -> str:
+    """Whose participation is protected, by the name of its column."""
+    return "–" if plan is None else str(plan.get("unit_column") or plan["unit"])
 
 
 def _print_answer(console: Console, run: Path) -> None:

@@ -81,23 +81,20 @@ def _unit(config: Config) -> Iterator[Problem]:
     """What a unit needs to be one."""
     privacy, micro_batch = config.privacy, config.training.micro_batch_size
     cap = privacy.max_records_per_unit
-    if privacy.unit == "client":
-        message = 'value "client" needs secure aggregation, which is not there yet; use "patient"'
-        yield Problem("privacy.unit", message)
-    if privacy.unit != "patient":
+    if privacy.unit != "user":
         for key in ("unit_column", "max_records_per_unit"):
             if getattr(privacy, key) is not None:
-                yield Problem(f"privacy.{key}", 'is only for privacy.unit="patient"; leave it out')
+                yield Problem(f"privacy.{key}", 'is only for privacy.unit="user"; leave it out')
         return
     if privacy.unit_column is None:
-        message = 'is required with unit="patient"; name the column that says whose a record is'
+        message = 'is required with unit="user"; name the column that says whose a record is'
         yield Problem("privacy.unit_column", message)
     if cap is None:
-        message = 'is required with unit="patient"; set a public constant, such as 4'
+        message = 'is required with unit="user"; set a public constant, such as 4'
         yield Problem("privacy.max_records_per_unit", message)
     elif cap > micro_batch:
         message = (
-            f"value {cap} exceeds training.micro_batch_size={micro_batch}: a patient is clipped whole"
+            f"value {cap} exceeds training.micro_batch_size={micro_batch}: a user is clipped whole"
         )
         yield Problem("privacy.max_records_per_unit", message)
 
@@ -146,20 +143,22 @@ def _aggregation(config: Config) -> Iterator[Problem]:
         if rank > lora.rank:
             message = f"value {rank} exceeds lora.rank={lora.rank}, which the server holds"
             yield Problem("lora.client_ranks", message)
-    if aggregation.rule == "mean" and aggregation.hostile > 0:
-        message = f"value {aggregation.hostile} needs a rule that withstands them; the mean does not"
-        yield Problem("aggregation.hostile", message)
+    if aggregation.rule == "mean" and aggregation.num_byzantine > 0:
+        message = (
+            f"value {aggregation.num_byzantine} needs a rule that withstands them; the mean does not"
+        )
+        yield Problem("aggregation.num_byzantine", message)
     if lora.initial == "eva" and config.data.public_source is config.data.public_split is None:
         message = 'value "eva" looks at public records: set data.public_split (or data.public_source)'
         yield Problem("lora.initial", message)
     cohort = config.federation.cohort_size
-    needed = required_clients(aggregation.rule, aggregation.hostile)
+    needed = required_clients(aggregation.rule, aggregation.num_byzantine)
     if cohort < needed:
         message = (
-            f"value {aggregation.hostile} needs {needed} clients in a round with "
+            f"value {aggregation.num_byzantine} needs {needed} clients in a round with "
             f"aggregation.rule={aggregation.rule!r}; there are {cohort}"
         )
-        yield Problem("aggregation.hostile", message)
+        yield Problem("aggregation.num_byzantine", message)
     yield from _personalization(config)
     yield from _attack(config)
 
@@ -355,12 +354,13 @@ def _weak_promises(config: Config) -> Iterator[str]:
 def _without_effect(config: Config) -> Iterator[str]:
     """Settings of aggregation that do nothing, or less than they seem to."""
     aggregation, method = config.aggregation, config.resolved().aggregation.method
-    if aggregation.rule != "mean" and aggregation.hostile == 0 and aggregation.rule != "median":
-        yield f"aggregation.rule={aggregation.rule!r} withstands nobody with aggregation.hostile=0"
-    if aggregation.rule != "mean" and config.attack.clients > aggregation.hostile:
+    if aggregation.rule != "mean" and aggregation.num_byzantine == 0 and aggregation.rule != "median":
+        rule = f"aggregation.rule={aggregation.rule!r}"
+        yield f"{rule} withstands nobody with aggregation.num_byzantine=0"
+    if aggregation.rule != "mean" and config.attack.clients > aggregation.num_byzantine:
         yield (
-            f"attack.clients={config.attack.clients} is more than aggregation.hostile="
-            f"{aggregation.hostile}: beyond that number a rule promises nothing"
+            f"attack.clients={config.attack.clients} is more than aggregation.num_byzantine="
+            f"{aggregation.num_byzantine}: beyond that number a rule promises nothing"
         )
     if len(config.lora.client_ranks) > config.federation.num_clients:
         yield (

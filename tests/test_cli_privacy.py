@@ -97,7 +97,7 @@ def test_the_table_for_people() -> None:
     """Without --json: the noise, three accountants, several deltas."""
     result = run("budget", "plan", *KNOWN, "--epsilon", "3", "--steps", "150", "--unit", "patient")
     assert result.exit_code == 0
-    for part in ("0.947", "one patient", "PLD", "PRV", "RDP", "δ = 1e-06", "over the rounds"):
+    for part in ("0.947", "one user", "PLD", "PRV", "RDP", "δ = 1e-06", "over the rounds"):
         assert part in result.stdout
 
 
@@ -218,12 +218,12 @@ def audit_ledger(node: Path, *more: str) -> Result:
 def test_a_ledger_commands_no_terminal(tmp_path: Path) -> None:
     """What a node wrote into its ledger is shown as text: no markup, no escapes."""
     key = signing_key(tmp_path)
-    ledger = Ledger(tmp_path / "ledger.jsonl", key, unit="patient")
+    ledger = Ledger(tmp_path / "ledger.jsonl", key, unit="user")
     values = dict.fromkeys(("plan_sha256", "base_sha256", "config_sha256", "dataset_commitment"), "x")
     charge = Charge(
         *(Event(0.05, 3.0, 10), "adapter", 1.0, 1e-5, "run", 1),
         **{**values, "request_sha256": "r", "code_version": "0"},
-        unit="patient",
+        unit="user",
         unit_column="[/red]\x1b[2J",
     )
     ledger.reserve([charge], Limits(run=(100.0, 1e-5)))

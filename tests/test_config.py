@@ -83,7 +83,7 @@ def test_an_unknown_choice_names_all_choices(key: str) -> None:
         ("privacy.epsilon", 0, "1 to 8"),
         ("privacy.epsilon", -1.0, "1 to 8"),
         ("privacy.sample_rate", 1.5, "batch_size /"),
-        ("privacy.unit", "hospital", 'use "record" or "patient"'),
+        ("privacy.unit", "hospital", 'use "record", "user" (or "patient")'),
         ("training.local_steps", 0, "10 to 50"),
         ("federation.num_clients", 0, "count the hospitals"),
     ],
@@ -340,7 +340,7 @@ def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "node.toml").write_text('name = "n"\nsource = "s"\n', encoding="utf-8-sig")
     assert read_node(tmp_path).source == "s"
     (tmp_path / "policy.toml").write_text(EXAMPLE, encoding="utf-8-sig")
-    assert read_policy(tmp_path / "policy.toml").unit == "patient"
+    assert read_policy(tmp_path / "policy.toml").unit == "user"
 
 
 @pytest.mark.parametrize(
@@ -456,3 +456,18 @@ def test_the_simulations_are_valid(path: Path) -> None:
 def test_there_are_simulations() -> None:
     """The test above looks at something."""
     assert SIMULATIONS
+
+
+@pytest.mark.parametrize("word", ["user", "patient"])
+def test_a_patient_is_a_user(word: str) -> None:
+    """Both words are one unit: the config, its hash and its TOML are the same."""
+    of = {"unit": word, "unit_column": "who", "max_records_per_unit": 2}
+    made = from_mapping({**BASE, "privacy": {**BASE["privacy"], **of}})
+    assert made.privacy.unit == "user"
+    assert 'unit = "user"' in to_toml(made)
+
+
+def test_a_key_of_an_earlier_version_has_one_clear_line() -> None:
+    """The error names the new key; nothing is guessed."""
+    (found,) = problems(changed(("aggregation.hostile", 1))).items()
+    assert found == ("aggregation.hostile", "was renamed: write aggregation.num_byzantine")

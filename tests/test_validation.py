@@ -12,7 +12,7 @@ from fedslm.config import from_mapping
 from fedslm.privacy.accounting import MOST_STEPS
 
 PATIENT = [
-    ("privacy.unit", "patient"),
+    ("privacy.unit", "user"),
     ("privacy.unit_column", "patient"),
     ("privacy.max_records_per_unit", 4),
 ]
@@ -49,12 +49,12 @@ def test_without_privacy_nothing_is_required() -> None:
             "aggregation.weights",
             "reveals how many records",
         ),
-        ([("privacy.unit", "client")], "privacy.unit", "secure aggregation"),
+        ([("privacy.rate", 1)], "privacy.rate", "is not known"),
         ([*PATIENT[:1], PATIENT[2]], "privacy.unit_column", "is required"),
         ([*PATIENT, ("privacy.unit_column", "")], "privacy.unit_column", "name the column"),
         (PATIENT[:2], "privacy.max_records_per_unit", "public constant"),
-        ([PATIENT[1]], "privacy.unit_column", 'only for privacy.unit="patient"'),
-        ([PATIENT[2]], "privacy.max_records_per_unit", 'only for privacy.unit="patient"'),
+        ([PATIENT[1]], "privacy.unit_column", 'only for privacy.unit="user"'),
+        ([PATIENT[2]], "privacy.max_records_per_unit", 'only for privacy.unit="user"'),
         (
             [*PATIENT, ("training.micro_batch_size", 3)],
             "privacy.max_records_per_unit",
@@ -228,9 +228,9 @@ def test_rounds_that_cannot_be_accounted_for_are_refused(overlapping: bool) -> N
 
 
 def test_everything_that_a_patient_needs_is_asked_for_at_once() -> None:
-    """unit="patient" alone: each of its requirements is named, none is assumed."""
+    """unit="user" alone: each of its requirements is named, none is assumed."""
     keys = ("epsilon", "delta", "clip_norm", "sample_rate", "unit_column", "max_records_per_unit")
-    found = problems({**changed(), "privacy": {"unit": "patient"}})
+    found = problems({**changed(), "privacy": {"unit": "user"}})
     assert set(found) == {f"privacy.{key}" for key in keys}
 
 

@@ -32,7 +32,6 @@ Axis = Literal[
     "upload",
     "share sent",
     "error feedback",
-    "secure sum",
 ]
 
 KEYS: dict[Axis, str] = {
@@ -60,8 +59,7 @@ _FACTORS = frozenset(METHODS) - _LINEAR
 _SHARED_A = _names("ffa rolora fed-sb")
 _ROBUST = frozenset(get_args(RuleName)) - {"mean"}
 _ADAPTIVE = _names("fedavgm fedadam fedyogi fedadagrad")
-_SAMPLED = _names("record patient")
-_PRIVATE = _SAMPLED | {"client"}
+_PRIVATE = _names("record user")
 
 
 @dataclass(frozen=True)
@@ -82,26 +80,6 @@ class Conflict:
 
 
 CONFLICTS: tuple[Conflict, ...] = (
-    Conflict(
-        {"method": _FACTORS, "unit": frozenset({"client"})}, "method",
-        "needs every client's own factors, and a client-level guarantee holds only for a noised sum",
-        "ffa",
-    ),
-    Conflict(
-        {"method": _FACTORS, "secure sum": frozenset({"yes"})}, "method",
-        "needs every client's own factors, which secure aggregation hides",
-        "ffa under privacy, else rolora",
-    ),
-    Conflict(
-        {"rule": _ROBUST, "unit": frozenset({"client"})}, "rule",
-        "needs every client's own update, and a client-level guarantee holds only for a noised sum",
-        "mean",
-    ),
-    Conflict(
-        {"rule": _ROBUST, "secure sum": frozenset({"yes"})}, "rule",
-        "needs every client's own update, which secure aggregation hides",
-        "mean",
-    ),
     Conflict(
         {"rule": _ROBUST, "method": frozenset(METHODS) - _SHARED_A}, "rule",
         "compares updates by coordinates, which mean nothing where A and B both move: a client may "
@@ -160,19 +138,9 @@ CONFLICTS: tuple[Conflict, ...] = (
         "fedprox, or one rank",
     ),
     Conflict(
-        {"upload": _names("bfloat16 int8"), "secure sum": frozenset({"yes"})}, "upload",
-        "masks cancel in one fixed-point scale that all clients share",
-        "float32, with compression.keep_fraction",
-    ),
-    Conflict(
         {"error feedback": frozenset({"yes"}), "upload": frozenset({"float32"}),
          "share sent": frozenset({"all"})}, "error feedback",
         "nothing is lost on the wire that could be made up for",
-        "false",
-    ),
-    Conflict(
-        {"error feedback": frozenset({"yes"}), "unit": frozenset({"client"})}, "error feedback",
-        "an update must be clipped after what earlier rounds lost is added",
         "false",
     ),
     Conflict(
@@ -204,7 +172,6 @@ def choices(
         "upload": compression.upload,
         "share sent": "all" if compression.keep_fraction == 1 else "some",
         "error feedback": "yes" if compression.error_feedback else "no",
-        "secure sum": "no",
     }
 
 

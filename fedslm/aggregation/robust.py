@@ -21,7 +21,7 @@ from fedslm.records import AdapterState
 _STEPS, _TINY = 2000, 1e-12
 
 
-def required_clients(rule: RuleName, hostile: int) -> int:
+def required_clients(rule: RuleName, num_byzantine: int) -> int:
     """Clients that a rule needs in a round to withstand so many hostile ones.
 
     >>> [required_clients(rule, 2) for rule in ("median", "krum", "bulyan")]
@@ -31,16 +31,16 @@ def required_clients(rule: RuleName, hostile: int) -> int:
         case "mean":
             return 1
         case "median" | "trimmed-mean" | "geometric-median":
-            return 2 * hostile + 1
+            return 2 * num_byzantine + 1
         case "krum" | "multi-krum":
-            return 2 * hostile + 3
+            return 2 * num_byzantine + 3
         case "bulyan":
-            return 4 * hostile + 3
+            return 4 * num_byzantine + 3
         case _:
             assert_never(rule)
 
 
-def still_hostile(rule: RuleName, hostile: int, count: int, silent: int) -> int:
+def still_hostile(rule: RuleName, num_byzantine: int, count: int, silent: int) -> int:
     """How many of those who answered may be hostile.
 
     As many as were asked about, as long as enough answer. If too few do, silence counts as a fault,
@@ -48,23 +48,27 @@ def still_hostile(rule: RuleName, hostile: int, count: int, silent: int) -> int:
 
     Args:
         rule: The rule.
-        hostile: f, of the whole cohort.
+        num_byzantine: f, of the whole cohort.
         count: Clients that answered with a usable update.
         silent: Clients that did not.
 
     >>> still_hostile("median", 2, 5, 0), still_hostile("median", 2, 4, 1)
     (2, 1)
     """
-    return hostile if count >= required_clients(rule, hostile) else max(0, hostile - silent)
+    return (
+        num_byzantine
+        if count >= required_clients(rule, num_byzantine)
+        else max(0, num_byzantine - silent)
+    )
 
 
-def combine(rule: RuleName, spool: Spool, hostile: int, shrink: Sequence[float]) -> AdapterState:
+def combine(rule: RuleName, spool: Spool, num_byzantine: int, shrink: Sequence[float]) -> AdapterState:
     """Puts updates together.
 
     Args:
         rule: Any but the mean.
         spool: The updates, of one rank.
-        hostile: f, the most that may be hostile.
+        num_byzantine: f, the most that may be hostile.
         shrink: Each update's factor in (0, 1] (the norm bound), which comes first.
 
     Returns:
@@ -78,27 +82,28 @@ def combine(rule: RuleName, spool: Spool, hostile: int, shrink: Sequence[float])
         2017 (arXiv 1703.02757). Bulyan: El Mhamdi et al. 2018 (arXiv 1802.07927). Geometric median:
         Pillutla et al. 2022 (arXiv 1912.13445).
     """
-    needed = required_clients(rule, hostile)
+    needed = required_clients(rule, num_byzantine)
     if spool.count < needed:
         raise FederationError(
             f"{spool.count} updates came; aggregation.rule={rule!r} needs {needed} with "
-            f"aggregation.hostile={hostile}"
+            f"aggregation.num_byzantine={num_byzantine}"
         )
     scale = np.asarray(shrink, np.float64)[:, None]
+    f = num_byzantine
     match rule:
         case "mean":
             raise FederationError("the mean is not a robust rule")
         case "median":
             return _by_column(spool, scale, lambda values: np.median(values, axis=0))
         case "trimmed-mean":
-            return _by_column(spool, scale, lambda values: _trimmed(values, hostile))
+            return _by_column(spool, scale, lambda values: _trimmed(values, f))
         case "krum":
-            chosen = krum_order(spool.square_distances(scale), hostile)[:1]
+            chosen = krum_order(spool.square_distances(scale), f)[:1]
         case "multi-krum":
-            chosen = krum_order(spool.square_distances(scale), hostile)[: spool.count - hostile]
+            chosen = krum_order(spool.square_distances(scale), f)[: spool.count - f]
         case "bulyan":
-            selected = bulyan_selection(spool.square_distances(scale), hostile)
-            return _by_column(spool, scale, lambda values: _around_median(values[selected], hostile))
+            selected = bulyan_selection(spool.square_distances(scale), f)
+            return _by_column(spool, scale, lambda values: _around_median(values[selected], f))
         case "geometric-median":
             weights = _weiszfeld(spool.gram(scale))
             return _by_column(spool, scale, lambda values: weights @ values)
@@ -107,7 +112,7 @@ def combine(rule: RuleName, spool: Spool, hostile: int, shrink: Sequence[float])
     return _by_column(spool, scale, lambda values: values[chosen].mean(axis=0))
 
 
-def krum_order(square_distances: Matrix, hostile: int) -> NDArray[np.intp]:
+def krum_order(square_distances: Matrix, num_byzantine: int) -> NDArray[np.intp]:
     """Clients from the lowest Krum score: the sum over the n - f - 2 nearest others.
 
     Ties (of two that are each other's nearest, for instance) go to the client whose next neighbours are
@@ -115,20 +120,20 @@ def krum_order(square_distances: Matrix, hostile: int) -> NDArray[np.intp]:
     """
     count = len(square_distances)
     others = np.sort(square_distances + np.diag([np.inf] * count), axis=1)
-    nearest = max(1, count - hostile - 2)
+    nearest = max(1, count - num_byzantine - 2)
     return np.lexsort((*others.T[::-1], others[:, :nearest].sum(axis=1)))
 
 
-def bulyan_selection(square_distances: Matrix, hostile: int) -> list[int]:
+def bulyan_selection(square_distances: Matrix, num_byzantine: int) -> list[int]:
     """The n - 2f clients that Krum picks one after the other, each time from those that are left.
 
     Krum's number of neighbours shrinks with the set, and is never below one.
     """
     left = list(range(len(square_distances)))
     chosen: list[int] = []
-    while len(chosen) < len(square_distances) - 2 * hostile:
+    while len(chosen) < len(square_distances) - 2 * num_byzantine:
         inner = square_distances[np.ix_(left, left)]
-        best = int(krum_order(inner, hostile)[0]) if len(left) > 1 else 0
+        best = int(krum_order(inner, num_byzantine)[0]) if len(left) > 1 else 0
         chosen.append(left.pop(best))
     return sorted(chosen)
 
@@ -139,16 +144,16 @@ def _by_column(spool: Spool, scale: Matrix, rule: Callable[[Matrix], Matrix]) ->
     return spool.unflatten(np.concatenate(parts))
 
 
-def _trimmed(values: Matrix, hostile: int) -> Matrix:
+def _trimmed(values: Matrix, num_byzantine: int) -> Matrix:
     """The mean without the f lowest and the f highest values of each coordinate."""
-    kept: Matrix = np.sort(values, axis=0)[hostile : len(values) - hostile]
+    kept: Matrix = np.sort(values, axis=0)[num_byzantine : len(values) - num_byzantine]
     mean: Matrix = kept.mean(axis=0)
     return mean
 
 
-def _around_median(values: Matrix, hostile: int) -> Matrix:
+def _around_median(values: Matrix, num_byzantine: int) -> Matrix:
     """The mean of the θ - 2f values of each coordinate that are nearest to its median."""
-    kept = max(1, len(values) - 2 * hostile)
+    kept = max(1, len(values) - 2 * num_byzantine)
     values = np.sort(values, axis=0)  # ties go to the lower value, whoever sent it
     order = np.argsort(np.abs(values - np.median(values, axis=0)), axis=0, kind="stable")[:kept]
     mean: Matrix = np.take_along_axis(values, order, axis=0).mean(axis=0)

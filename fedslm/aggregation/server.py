@@ -164,7 +164,7 @@ class Round:
             raise FederationError("a robust rule needs its updates on disk")
         if mean is None:
             config, silent = self._how.config, len(self._cohort) - spool.count
-            hostile = still_hostile(config.rule, config.hostile, spool.count, silent)
+            hostile = still_hostile(config.rule, config.num_byzantine, spool.count, silent)
             return combine(config.rule, spool, hostile, self._shrink(self._norms))
         limit = self._bound_by(self._norms).limit
         for index in range(spool.count):

@@ -264,7 +264,7 @@ def _check_lines(chain: Chain, found: _Findings) -> None:
         others = ", ".join(sorted(map(repr, units | columns)))
         found.wrong.append(f"charges count by {others} too: each sees only a part of what was spent")
     unnamed = sum(each.unit_column is None for each in chain.charges)
-    if chain.unit == "patient" and unnamed:
+    if chain.unit == "user" and unnamed:
         found.notes.append(
             f"{unnamed} charges of an older version do not say by which column they count"
         )

@@ -30,7 +30,7 @@ from fedslm.federation.standings import as_values
 from fedslm.privacy import accounting
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
-from fedslm.privacy.plan import ExamplePlan, PatientPlan
+from fedslm.privacy.plan import ExamplePlan, UserPlan
 from fedslm.privacy.statement import Statement
 from fedslm.records import Event, epsilon_as_json
 from fedslm.rendering import page, render
@@ -268,7 +268,7 @@ def _empirical(clients: list[_Client], privacy: PrivacyConfig) -> dict[str, Any]
         return None
     ((rate, noise), count), *_ = steps.most_common(1)
     shared = (1.0, float(privacy.delta or 0), float(privacy.clip_norm or 0), noise, rate, 1, count)
-    plan = PatientPlan(*shared, unit_column="-") if privacy.unit == "patient" else ExamplePlan(*shared)
+    plan = UserPlan(*shared, unit_column="-") if privacy.unit == "user" else ExamplePlan(*shared)
     found = empirical_bound(plan)
     return {"consistent": found.consistent, **asdict(found)}
 

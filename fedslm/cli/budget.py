@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fedslm.cli.console import ERRORS, Json, clear_errors, load_config
-from fedslm.config import Config, Unit
+from fedslm.config import Config
 from fedslm.errors import OutOfRange, plural
 from fedslm.storage import json_text
 
@@ -32,7 +32,7 @@ def plan(
     config: Annotated[
         Path | None, typer.Argument(help="Take what is not given from this config.", metavar="[CONFIG]")
     ] = None,
-    unit: Annotated[str | None, typer.Option(help="record, patient or client.")] = None,
+    unit: Annotated[str | None, typer.Option(help="record, user (or patient) or client.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Budget: find the noise.")] = None,
     noise_multiplier: Annotated[
         float | None, typer.Option(help="Noise / clip norm: find epsilon, or with --epsilon the steps.")
@@ -77,7 +77,7 @@ def plan(
 
 def _question(given: dict[str, Any], config: Config | None) -> BudgetQuery:
     """What is known: from the options, then from the config."""
-    from fedslm.privacy.planning import BudgetQuery
+    from fedslm.privacy.planning import PLANNED_UNITS, BudgetQuery
 
     known = {} if config is None else _from_config(config)
     if given["epsilon"] is not None and given["noise_multiplier"] is None:
@@ -85,11 +85,12 @@ def _question(given: dict[str, Any], config: Config | None) -> BudgetQuery:
     if given["noise_multiplier"] is not None and given["epsilon"] is None:
         known.pop("epsilon", None)
     unit = given["unit"] or known.get("unit", "record")
-    if unit not in get_args(Unit) or unit == "none":
-        raise OutOfRange(f"unit={unit!r} must be record, patient or client")
+    unit = "user" if unit == "patient" else unit
+    if unit not in PLANNED_UNITS:
+        raise OutOfRange(f"unit={unit!r} must be record, user or client")
     if unit == "client":
         known = _of_clients(known)
-    known |= {name: value for name, value in given.items() if value is not None}
+    known |= {name: value for name, value in given.items() if value is not None} | {"unit": unit}
     missing = [f"--{key.replace('_', '-')}" for key in ("sample_rate", "delta") if key not in known]
     if missing:
         raise OutOfRange(f"{' and '.join(missing)} must be given, or a CONFIG that has them")

@@ -148,7 +148,7 @@ def _print(found: Preview, config: Config, plot: Path | None) -> None:
     width = min(24, max(6, longest))
     table.add_column("client", overflow="ellipsis", no_wrap=True, min_width=width, max_width=24)
     with_units = any(client.units is not None for client in found.clients)
-    columns = ["records", "share", *(["patients"] if with_units else [])]
+    columns = ["records", "share", *(["users"] if with_units else [])]
     columns += ["labels"] if found.labels else []
     for column in columns:
         table.add_column(column, justify="right", min_width=len(column))

@@ -17,7 +17,7 @@ from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, Privac
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.lines import ADAPTER, METRIC, Charge
-from fedslm.privacy.plan import METRIC_SENSITIVITY, PatientPlan, PrivatePlan
+from fedslm.privacy.plan import METRIC_SENSITIVITY, PrivatePlan, UserPlan
 from fedslm.protocol.loading import model_for, task_for
 from fedslm.protocol.messages import Reply
 from fedslm.protocol.setup import Setup
@@ -167,8 +167,8 @@ def _charges(client_round: ClientRound, plan: PrivatePlan) -> list[Charge]:
         code_version=fedslm.__version__,
         dataset_commitment="",
         unit=plan.unit,
-        unit_column=plan.unit_column if isinstance(plan, PatientPlan) else None,
-        max_records_per_unit=plan.max_records_per_unit if isinstance(plan, PatientPlan) else None,
+        unit_column=plan.unit_column if isinstance(plan, UserPlan) else None,
+        max_records_per_unit=plan.max_records_per_unit if isinstance(plan, UserPlan) else None,
         normaliser=plan.normaliser,
     )
     metric = plan.metric_event

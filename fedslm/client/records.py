@@ -15,7 +15,7 @@ from fedslm.data.columns import needed
 from fedslm.data.holdout import is_held_out, record_name
 from fedslm.data.owners import owner_of
 from fedslm.privacy.keys import data_commitment
-from fedslm.privacy.plan import PatientPlan, PrivatePlan
+from fedslm.privacy.plan import PrivatePlan, UserPlan
 from fedslm.protocol.loading import model_for, task_for
 from fedslm.protocol.setup import Setup
 from fedslm.tasks.base import Example, Prepared, Row
@@ -61,7 +61,7 @@ def _read(setup: Setup, node: Node) -> ClientRecords:
     """Reads and tokenises."""
     model = model_for(setup)
     task, plan = task_for(setup), setup.plan
-    unit = plan.unit_column if isinstance(plan, PatientPlan) else None
+    unit = plan.unit_column if isinstance(plan, UserPlan) else None
     columns = set(needed(setup.data, setup.task).values()) | ({unit} if unit is not None else set())
     commitment = _commitment(node) if isinstance(plan, PrivatePlan) else ""
     rows = store.read_client(node.data, node.shard, columns)

@@ -21,7 +21,7 @@ from fedslm.errors import FederationError
 from fedslm.models.base import base_sha256, resolve
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.ledger import Ledger
-from fedslm.privacy.plan import PatientPlan, RunPlan
+from fedslm.privacy.plan import RunPlan, UserPlan
 from fedslm.privacy.policy import PlanRequest
 from fedslm.protocol.loading import model_for, task_for
 from fedslm.protocol.messages import Reply, Request
@@ -150,7 +150,7 @@ def _check_columns(setup: Setup, node: Node) -> None:
     if declared is None:
         return
     wanted = set(needed(setup.data, setup.task).values())
-    if isinstance(setup.plan, PatientPlan):
+    if isinstance(setup.plan, UserPlan):
         wanted.add(setup.plan.unit_column)
     if missing := sorted(wanted - declared):
         raise FederationError(

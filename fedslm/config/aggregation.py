@@ -34,8 +34,9 @@ class AggregationConfig(Section):
     weights: Literal["uniform", "records"] = "uniform"
     """Weights of the mean; "records" reveals counts, and believes them; not under privacy."""
     rule: RuleName = "mean"
-    """How updates are combined; all but the mean withstand `hostile` clients, at a trusted server."""
-    hostile: int = Field(0, ge=0)
+    """How updates are combined. All but the mean withstand `num_byzantine` hostile clients, at a server
+    that is trusted."""
+    num_byzantine: int = Field(0, ge=0)
     """Clients of a round that may send anything (rules other than the mean)."""
     norm_bound: float = Field(3.0, ge=1)
     """An update longer than this many median updates is scaled down to that length."""

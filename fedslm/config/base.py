@@ -41,7 +41,14 @@ Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_spli
 OptionalText = Annotated[str | None, BeforeValidator(_blank_is_none)]
 OptionalNumber = Annotated[float | None, BeforeValidator(_blank_is_none)]
 OptionalCount = Annotated[int | None, BeforeValidator(_blank_is_none)]
-Unit = Literal["none", "record", "patient", "client"]
+
+
+def _one_name(value: object) -> object:
+    """Reads "patient" as "user": all records of one person, whoever that is to the data."""
+    return "user" if value == "patient" else value
+
+
+Unit = Annotated[Literal["none", "record", "user"], BeforeValidator(_one_name)]
 TaskName = Literal[
     "classification",
     "multi-label",

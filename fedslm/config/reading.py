@@ -193,11 +193,14 @@ _REMEDIES = {
     "privacy.delta": "use about 1/(10·records of the smallest client)",
     "privacy.epsilon": "smaller is more private; 1 to 8 is common",
     "privacy.sample_rate": "use batch_size / a public estimate of a client's records",
-    "privacy.unit": 'use "record" or "patient", or "none" to train without privacy',
+    "privacy.unit": 'use "record", "user" (or "patient"), or "none" to train without privacy',
     "training.local_steps": "10 to 50 is common",
     "federation.num_clients": "count the hospitals, devices or shards",
 }
 
+
+# Keys of earlier versions, and their names now.
+_RENAMED = {"aggregation.hostile": "aggregation.num_byzantine"}
 
 # Keys that people know from elsewhere, and why they are not here.
 _REFUSED = {
@@ -219,6 +222,8 @@ def _problem(detail: Mapping[str, Any], kind: type[BaseModel] = Config) -> Probl
             message = f"is missing; add a [{key}] section"
         case "missing":
             message = "is missing and has no default"
+        case "extra_forbidden" if kind is Config and key in _RENAMED:
+            message = f"was renamed: write {_RENAMED[key]}"
         case "extra_forbidden" if kind is Config and key in _REFUSED:
             message = f"is not supported: {_REFUSED[key]}; leave it out"
         case "extra_forbidden":

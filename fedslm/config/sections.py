@@ -134,7 +134,7 @@ class DataConfig(Section):
     natural_column: str = "client"
     """Column that names the client (natural partition); the largest clients are taken."""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of each client's units (patients never straddle) that is not trained on; the charged metric
+    """Share of each client's units (users never straddle) that is not trained on; the charged metric
     is measured there."""
     max_evaluation_records: int = Field(2000, ge=1)
     """The evaluation split is cut to this many records."""
@@ -173,7 +173,7 @@ class TrainingConfig(Section):
     local_steps: int = Field(10, ge=1, le=1_000_000)
     """Optimizer steps a client takes in a round."""
     batch_size: int = Field(16, ge=1)
-    """Records (unit = "patient": patients) in a step; under privacy the public constant that the noisy
+    """Records (unit = "user": users) in a step; under privacy the public constant that the noisy
     sum is divided by."""
     micro_batch_size: int = Field(32, ge=1)
     """Most records in one forward pass; larger batches are split."""
@@ -194,12 +194,12 @@ class PrivacyConfig(Section):
     """What is asked; :class:`fedslm.privacy.plan.PrivatePlan` is what will run."""
 
     unit: Unit
-    """Whose participation is protected: one record, or all records of one patient (user, author);
-    "none" trains without privacy; "client" waits for secure aggregation."""
+    """Whose participation is protected: one record, or all records of one user ("patient" is read as
+    "user"); "none" trains without privacy."""
     unit_column: OptionalText = None
-    """Column that says whose a record is (unit = "patient")."""
+    """Column that says whose a record is (unit = "user")."""
     max_records_per_unit: OptionalCount = Field(None, ge=1)
-    """Most records of one patient in a step, chosen at random; public, never looked up in the data."""
+    """Most records of one user in a step, chosen at random; public, never looked up in the data."""
     overlapping: bool = False
     """True if a unit may be in several clients: the network's epsilon then composes all clients."""
     epsilon: OptionalNumber = Field(None, gt=0)

@@ -62,7 +62,7 @@ def needed_to_share(data: DataConfig, privacy: PrivacyConfig) -> dict[str, str]:
         columns["data.partition_column"] = data.partition_column
     elif data.partition in ("dirichlet", "shard") and data.label_column is not None:
         columns["data.label_column"] = data.label_column
-    if privacy.unit == "patient" and privacy.unit_column is not None:
+    if privacy.unit == "user" and privacy.unit_column is not None:
         columns["privacy.unit_column"] = privacy.unit_column
     return columns
 

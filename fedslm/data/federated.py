@@ -138,7 +138,7 @@ def share_out(
         (name, poisoned(shard, attack, labels, **columns) if client in hostile else shard)
         for client, (name, shard) in enumerate(shards)
     ]
-    if privacy.unit == "patient":
+    if privacy.unit == "user":
         parts = [shard for _, shard in shards]
         _check_units(parts, str(privacy.unit_column), privacy.overlapping)
     return Shared(train, public.evaluation, labels, tuple(shards), duplicates, public.records)

@@ -21,7 +21,7 @@ class ClientView:
     Attributes:
         name: Its name.
         records: Number of records.
-        units: Number of patients; None if the unit is not the patient.
+        units: Number of users; None if the unit is not the user.
         labels: Name to how many records (token-classification: words) have it.
     """
 
@@ -70,9 +70,9 @@ def look(shared: Shared, data: DataConfig, task: TaskConfig, privacy: PrivacyCon
         shared: Loaded and shared-out data.
         data: Columns.
         task: Says what a label is.
-        privacy: Says whether patients are counted.
+        privacy: Says whether users are counted.
     """
-    column = str(privacy.unit_column) if privacy.unit == "patient" else None
+    column = str(privacy.unit_column) if privacy.unit == "user" else None
     clients = tuple(
         ClientView(
             name,

@@ -9,7 +9,7 @@ from typing import Any, assert_never
 from fedslm.config import PrivacyConfig, TrainingConfig
 from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.privacy import accounting
-from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan, RunPlan
+from fedslm.privacy.plan import ExamplePlan, NoPrivacy, RunPlan, UserPlan
 from fedslm.records import Event
 
 _STEP, _LARGEST_MULTIPLIER = 1e-3, 10_000
@@ -38,14 +38,12 @@ def calibrated(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) ->
             return NoPrivacy(training.batch_size, training.local_steps)
         case "record":
             return ExamplePlan(**_mechanism(privacy, training, rounds))
-        case "patient":
+        case "user":
             cap = privacy.max_records_per_unit
             if cap is None or privacy.unit_column is None:
-                raise OutOfRange("privacy.unit='patient' needs unit_column and max_records_per_unit")
+                raise OutOfRange("privacy.unit='user' needs unit_column and max_records_per_unit")
             mechanism = _mechanism(privacy, training, rounds)
-            return PatientPlan(**mechanism, unit_column=privacy.unit_column, max_records_per_unit=cap)
-        case "client":
-            raise OutOfRange("privacy.unit='client' needs secure aggregation, which is not there yet")
+            return UserPlan(**mechanism, unit_column=privacy.unit_column, max_records_per_unit=cap)
         case _:
             assert_never(privacy.unit)
 

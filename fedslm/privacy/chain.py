@@ -29,12 +29,15 @@ from fedslm.privacy.lines import (
     Unprotected,
     is_index,
     is_short_text,
+    stored_unit,
+    unit_of,
 )
 from fedslm.privacy.merkle import root_of
 from fedslm.records import Event
 from fedslm.storage import read_lines, read_text
 
 GENESIS = "0" * 64
+_WITH_UNIT = {"opening", "charge"}
 HEAD_SUFFIX = ".head"
 LONGEST_LINE, _MOST_HEAD_BYTES = 1 << 16, 4096
 _NO_ENTRY = (ValueError, TypeError, KeyError, AttributeError, RecursionError, PrivacyError)
@@ -115,6 +118,9 @@ class Chain:
 def encode(key: Ed25519PrivateKey, entry: Entry) -> bytes:
     """Writes an entry as one signed line."""
     values = {name: value for name, value in asdict(entry).items() if value is not None}
+    for part in _WITH_UNIT & set(values):
+        if values[part]["unit"] is not None:
+            values[part]["unit"] = stored_unit(values[part]["unit"])
     return json.dumps({**values, "signature": signature_of(key, values)}).encode() + b"\n"
 
 
@@ -229,6 +235,9 @@ def _parse(line: bytes, public_key: str) -> Entry:
     if not is_signed(key, values, signature):
         raise ValueError("the line does not match its signature")
     opening, charge = values.pop("opening", None), values.pop("charge", None)
+    for part in (opening, charge):
+        if part is not None and part.get("unit") is not None:
+            part["unit"] = unit_of(part["unit"])
     unprotected, correction = values.pop("unprotected", None), values.pop("correction", None)
     entry = Entry(
         **values,

@@ -20,9 +20,31 @@ ADJACENCY = "add-or-remove-one"
 ADAPTER, METRIC = "adapter", "metric"  # what a charge can be for
 PURPOSES = (ADAPTER, METRIC)
 NO_UNIT = "none"  # of a ledger that began with a release without privacy
-UNITS = (NO_UNIT, "record", "patient", "client")
+UNITS = (NO_UNIT, "record", "user", "client")
 LATEST_TIME = 4_102_444_800  # 2100-01-01: no clock is right beyond
 _LONGEST_TEXT, _MOST_LINES = 512, 10**12
+
+
+def stored_unit(unit: str) -> str:
+    """The word that ledgers, statements and plans store for a unit: "patient" for a user.
+
+    Their bytes are signed or hashed, and many exist: they are mapped, never renamed.
+    """
+    return "patient" if unit == "user" else unit
+
+
+def unit_of(stored: str) -> str:
+    """The unit that a stored word stands for.
+
+    Raises:
+        PrivacyError: It is "user", which nothing stores: a unit has one word on disk.
+
+    >>> unit_of(stored_unit("user")), unit_of("record")
+    ('user', 'record')
+    """
+    if stored == "user":
+        raise PrivacyError('the unit is stored as "patient", not as "user"')
+    return "user" if stored == "patient" else stored
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """From what is asked to what will run: the sampler, the clip, the noise and the charge are one object.
 
-Behind :class:`Plan` stand :class:`ExamplePlan` and :class:`PatientPlan` (DP-SGD at the client; the
-unit is one record, or all records of one patient) and :class:`NoPrivacy`. A client's loop takes what
-the plan gives and never asks which it is. :class:`ClientPlan` (the unit is a whole client) can be
-calibrated, but not run: it needs secure aggregation.
+A :class:`Plan` is an :class:`ExamplePlan` or a :class:`UserPlan` (DP-SGD at the client; the unit is
+one record, or all records of one user), or :class:`NoPrivacy`. A client's loop takes what the plan
+gives and never asks which it is.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedslm.config import Unit
 from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.accounting import Accounts
+from fedslm.privacy.lines import stored_unit
 from fedslm.privacy.randomness import SecureStream
 from fedslm.records import LARGEST_DELTA, Event, is_count, is_number, within
 
@@ -56,10 +55,11 @@ class PrivatePlan(ABC):
     """DP-SGD at the client.
 
     Formal guarantees:
-        * Zero-out (add-or-remove) adjacency of one unit of one client. Each step releases the sum of
-          per-unit gradients, each clipped to ``clip_norm``, plus Gaussian noise of standard deviation
-          ``noise_multiplier * clip_norm`` on every coordinate, over a Poisson sample of units drawn at
-          ``sample_rate`` from secure randomness, divided by ``normaliser``.
+        * Add-or-remove adjacency: two data sets of one client are neighbours if one of them has one
+          unit more. Each step releases the sum of per-unit gradients, each clipped to ``clip_norm``,
+          plus Gaussian noise of standard deviation ``noise_multiplier * clip_norm`` on every
+          coordinate, over a Poisson sample of units drawn at ``sample_rate`` from secure randomness,
+          divided by ``normaliser``.
         * ``sample_rate`` and ``normaliser`` are public constants: neither depends on the data.
         * An empty sample still releases noise and is charged.
         * A batch is never cut to a largest size: that would cost more than the accountant knows.
@@ -83,7 +83,7 @@ class PrivatePlan(ABC):
         Abadi et al. 2016 (arXiv 1607.00133).
     """
 
-    unit: ClassVar[Unit]
+    unit: ClassVar[str]
 
     epsilon: float
     delta: float
@@ -157,7 +157,7 @@ class PrivatePlan(ABC):
 
     def to_json(self) -> str:
         """Serialises the plan."""
-        return json.dumps({"unit": self.unit, **dataclasses.asdict(self)}, allow_nan=False)
+        return json.dumps({"unit": stored_unit(self.unit), **dataclasses.asdict(self)}, allow_nan=False)
 
     @abstractmethod
     def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
@@ -173,7 +173,7 @@ class PrivatePlan(ABC):
 class ExamplePlan(PrivatePlan):
     """DP-SGD with one record as the unit."""
 
-    unit: ClassVar[Unit] = "record"
+    unit: ClassVar[str] = "record"
 
     def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
         """Yields Poisson samples of records."""
@@ -184,8 +184,8 @@ class ExamplePlan(PrivatePlan):
 
 
 @dataclass(frozen=True)
-class PatientPlan(PrivatePlan):
-    """DP-SGD with all records of one patient (user, author) as the unit.
+class UserPlan(PrivatePlan):
+    """DP-SGD with all records of one user (a patient, an author) as the unit.
 
     Formal guarantees:
         * Units are sampled, not records. Of a sampled unit, ``max_records_per_unit`` records chosen at
@@ -200,7 +200,7 @@ class PatientPlan(PrivatePlan):
         Charles et al. 2024, user-level sampling (arXiv 2407.07737).
     """
 
-    unit: ClassVar[Unit] = "patient"
+    unit: ClassVar[str] = "user"
 
     unit_column: str = ""
     max_records_per_unit: int = 1
@@ -227,43 +227,6 @@ class PatientPlan(PrivatePlan):
 
 
 @dataclass(frozen=True)
-class ClientPlan:
-    """DP-FedAvg with a whole client as the unit: each update is clipped, the sum is noised.
-
-    Nothing runs it yet: somebody has to sum the updates and add the noise without seeing them, which is
-    what secure aggregation is for. ``fedslm budget plan --unit client`` calibrates it.
-
-    Formal guarantees:
-        * Zero-out adjacency: a client's updates are replaced by zero in all rounds that it joins. Each
-          such round is a Gaussian release. There is no amplification by sampling: cohorts are drawn
-          from a public seed, so that everybody knows who was in a round.
-
-    Attributes:
-        epsilon: Budget of each client over the whole run, > 0.
-        delta: In (0, 0.1].
-        clip_norm: Largest L2 norm of one client's update, > 0.
-        noise_multiplier: Noise standard deviation of the sum / clip norm, > 0.
-        rounds: Most rounds that one client joins, >= 1.
-
-    References:
-        McMahan et al. 2018 (arXiv 1710.06963).
-    """
-
-    unit: ClassVar[Unit] = "client"
-
-    epsilon: float
-    delta: float
-    clip_norm: float
-    noise_multiplier: float
-    rounds: int
-
-    @property
-    def round_events(self) -> tuple[Event, ...]:
-        """The charge of one round that a client joins."""
-        return (Event(1.0, self.noise_multiplier, 1),)
-
-
-@dataclass(frozen=True)
 class NoPrivacy:
     """Plain local training; nothing is promised (epsilon is infinite).
 
@@ -272,7 +235,7 @@ class NoPrivacy:
         steps_per_round: Steps in a round, >= 1.
     """
 
-    unit: ClassVar[Unit] = "none"
+    unit: ClassVar[str] = "none"
 
     batch_size: int
     steps_per_round: int
@@ -305,10 +268,10 @@ class NoPrivacy:
 
     def to_json(self) -> str:
         """Serialises the plan."""
-        return json.dumps({"unit": self.unit, **dataclasses.asdict(self)}, allow_nan=False)
+        return json.dumps({"unit": stored_unit(self.unit), **dataclasses.asdict(self)}, allow_nan=False)
 
 
-RunPlan = ExamplePlan | PatientPlan | NoPrivacy
+RunPlan = ExamplePlan | UserPlan | NoPrivacy
 """The plans that a run can have; each is a :class:`Plan`."""
 
 
@@ -321,7 +284,7 @@ def from_json(text: str) -> RunPlan:
     >>> from_json(NoPrivacy(4, 2).to_json())
     NoPrivacy(batch_size=4, steps_per_round=2)
     """
-    kinds = {kind.unit: kind for kind in (ExamplePlan, PatientPlan, NoPrivacy)}
+    kinds = {stored_unit(kind.unit): kind for kind in (ExamplePlan, UserPlan, NoPrivacy)}
     if len(text) > _LONGEST:
         raise PrivacyError(f"the plan is longer than {_LONGEST} characters")
     try:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedslm.config import Unit
 from fedslm.errors import OutOfRange, PrivacyError, plural
 from fedslm.privacy import accounting
 from fedslm.privacy.accounting import Accounts
@@ -14,6 +13,8 @@ from fedslm.privacy.calibration import affordable_steps, calibrate
 from fedslm.records import Event
 
 _CURVE_POINTS = 10
+PLANNED_UNITS = ("record", "user", "client")
+"""A whole client can be planned for, and not run: that needs secure aggregation."""
 _DROWNED = 2.0  # a signal that is bounded by twice the noise is lost in it: real gradients disagree
 
 
@@ -41,7 +42,7 @@ class BudgetQuery:
     epsilon: float | None = None
     noise_multiplier: float | None = None
     steps_per_round: int = 1
-    unit: Unit = "record"
+    unit: str = "record"
     parameters: int = 0
     batch_size: int = 0
     clients: int = 1
@@ -80,7 +81,7 @@ class BudgetPlan:
         warnings: What will not go well, and the remedy.
     """
 
-    unit: Unit
+    unit: str
     epsilon: float
     delta: float
     noise_multiplier: float
@@ -134,8 +135,8 @@ def plan_budget(query: BudgetQuery) -> BudgetPlan:
 def _noise_and_steps(query: BudgetQuery) -> tuple[float, int]:
     """The two that are not given follow from those that are."""
     epsilon, noise, steps = query.epsilon, query.noise_multiplier, query.steps
-    if query.unit not in ("record", "patient", "client"):
-        raise OutOfRange(f"unit={query.unit!r} must be record, patient or client")
+    if query.unit not in PLANNED_UNITS:
+        raise OutOfRange(f"unit={query.unit!r} must be record, user or client")
     for name, least in (("steps_per_round", 1), ("clients", 1), ("parameters", 0), ("batch_size", 0)):
         if not getattr(query, name) >= least:
             raise OutOfRange(f"{name}={getattr(query, name)} must be >= {least}")

@@ -13,18 +13,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedslm.config import Names, OptionalCount, OptionalNumber, OptionalText, Section, read_file
+from fedslm.config import Names, OptionalCount, OptionalNumber, OptionalText, Section, Unit, read_file
 from fedslm.errors import ConfigError, PolicyRefused
 from fedslm.privacy.limits import Limits
-from fedslm.privacy.plan import NoPrivacy, PatientPlan, PrivatePlan
+from fedslm.privacy.plan import NoPrivacy, PrivatePlan, UserPlan
 from fedslm.records import LARGEST_DELTA
 
 ANY = "any"
-_STRENGTH = {"none": 0, "record": 1, "patient": 2, "client": 3}
+_STRENGTH = {"none": 0, "record": 1, "user": 2}
 
 EXAMPLE = """\
 # What this node lets a server ask for. No message from the server can change it.
-unit = "patient"              # the weakest unit: "record", or "patient" (which refuses "record")
+unit = "patient"              # the weakest unit: "record", or "patient" (as "user"; refuses "record")
 unit_column = "patient"       # the column that says whose a record is
 epsilon = 8.0                 # lifetime budget of this data set, over all runs ...
 delta = 1e-5                  # ... at this delta; a larger one is refused
@@ -68,9 +68,9 @@ class PlanRequest:
 class NodePolicy(Section):
     """A node's policy. What protects somebody has no default."""
 
-    unit: Literal["none", "record", "patient"]
-    """Weakest unit that is allowed. "none" lets a server train without privacy, and then nothing
-    protects the people in the data: for data that are public anyway."""
+    unit: Unit
+    """Weakest unit that is allowed ("patient" is read as "user"). "none" lets a server train without
+    privacy, and then nothing protects the people in the data: for data that are public anyway."""
     unit_column: OptionalText = None
     """Column that says whose a record is; the server cannot name another."""
     epsilon: float = Field(gt=0)
@@ -89,7 +89,7 @@ class NodePolicy(Section):
     max_sample_rate: float = Field(1.0, gt=0, le=1)
     """Largest sample rate."""
     max_records_per_unit: OptionalCount = Field(None, ge=1)
-    """Most records of one patient in a step."""
+    """Most records of one user in a step."""
     max_steps_per_round: int = Field(ge=1)
     """Most steps in a round."""
     max_rounds_per_day: int = Field(ge=1)
@@ -178,12 +178,12 @@ class NodePolicy(Section):
             yield f"noise_multiplier {plan.noise_multiplier:g} is below {self.min_noise_multiplier:g}"
         if plan.batched and not self.batched:
             yield "several units in one pass are not allowed"
-        if isinstance(plan, PatientPlan):
+        if isinstance(plan, UserPlan):
             yield from self._unit_reasons(plan)
         yield from self._metric_reasons(plan)
 
-    def _unit_reasons(self, plan: PatientPlan) -> Iterator[str]:
-        """The column and the cap of a patient are the node's to say."""
+    def _unit_reasons(self, plan: UserPlan) -> Iterator[str]:
+        """The column and the cap of a user are the node's to say."""
         if self.unit_column is None:
             yield "the policy names no unit_column, so the server cannot choose one"
         elif plan.unit_column != self.unit_column:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedslm.errors import LedgerError, PrivacyError
 from fedslm.privacy.chain import Chain
 from fedslm.privacy.keys import is_signed, public_hex, signature_of
-from fedslm.privacy.lines import NO_UNIT, UNITS, is_short_text
+from fedslm.privacy.lines import NO_UNIT, UNITS, is_short_text, stored_unit, unit_of
 from fedslm.records import Event, epsilon_as_json, epsilon_of_json, is_count, is_number
 
 _MOST_BYTES, _MOST_CHARGES, _MOST_KINDS = 8192, 100_000, 32
@@ -153,6 +153,7 @@ def read_statement(text: str) -> Statement:
         values: dict[str, Any] = json.loads(text)
         values["charged"] = tuple(_read_counted(values["charged"]))
         values["epsilon"] = epsilon_of_json(values["epsilon"])
+        values["unit"] = unit_of(values["unit"])
         statement = Statement(**values)
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(statement.public_key))
         _check(statement)
@@ -214,6 +215,7 @@ def _check(statement: Statement) -> None:
 def _values(statement: Statement) -> Mapping[str, Any]:
     """Everything but the signature."""
     values = {**asdict(statement), "epsilon": epsilon_as_json(statement.epsilon)}
+    values["unit"] = stored_unit(statement.unit)
     del values["signature"]
     if not statement.unprotected:
         del values["unprotected"]

@@ -14,9 +14,7 @@ from fedslm.rendering import render
 _COLUMNS: dict[str, dict[Axis, str]] = {
     "no privacy": {"unit": "none"},
     "record": {"unit": "record"},
-    "patient": {"unit": "patient"},
-    "client": {"unit": "client"},
-    "secure sum": {"secure sum": "yes"},
+    "user": {"unit": "user"},
     "several ranks": {"ranks": "several", "unit": "none"},
     "ranks, private": {"ranks": "several", "unit": "record"},
     "robust rules": {"rule": "median"},

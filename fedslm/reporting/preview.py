@@ -18,7 +18,7 @@ _LONGEST_NAME = 24
 
 
 def plot_preview(path: Path, preview: Preview, title: str) -> None:
-    """Draws shares of labels in each client above, records (and patients) of each client below.
+    """Draws shares of labels in each client above, records (and users) of each client below.
 
     Args:
         path: The PNG to write.
@@ -66,13 +66,13 @@ def _draw_labels(axes: Axes, preview: Preview) -> None:
 
 
 def _draw_sizes(axes: Axes, preview: Preview) -> None:
-    """Bars: records of each client, and its patients where they are the unit."""
+    """Bars: records of each client, and its users where they are the unit."""
     clients = preview.clients
     records = [client.records for client in clients]
     axes.bar(range(len(clients)), records, width=0.85, color="slategrey", label="records")
     units = [client.units for client in clients if client.units is not None]
     if units:
-        axes.bar(range(len(units)), units, width=0.45, color="darkorange", label="patients")
+        axes.bar(range(len(units)), units, width=0.45, color="darkorange", label="users")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     axes.set_ylabel("records")
     axes.set_axisbelow(True)

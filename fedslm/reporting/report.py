@@ -145,7 +145,7 @@ def _attack(config: Config) -> dict[str, Any] | None:
         "kind": config.attack.kind,
         "clients": config.attack.clients,
         "rule": aggregation.rule,
-        "hostile": aggregation.hostile,
+        "hostile": aggregation.num_byzantine,
     }
 
 

@@ -32,7 +32,7 @@ class Example:
     Attributes:
         input_ids: Token ids, at least one.
         target: Class index; -1 where something else is the target.
-        owner: Whose the record is, where that matters (privacy.unit = "patient").
+        owner: Whose the record is, where that matters (privacy.unit = "user").
         targets: What each task says: a tag, a word or a label for each token, tokens to be written, or
             0 and 1 for each class.
         rejected: The same prompt with the worse answer (preference).

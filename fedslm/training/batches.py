@@ -10,7 +10,7 @@ import torch
 from fedslm.models.loaded import LoadedModel
 from fedslm.tasks.base import INPUTS, Example, Task, Tensors
 
-Unit = Sequence[Example]  # what is clipped together: one record, or a patient's records
+Unit = Sequence[Example]  # what is clipped together: one record, or a user's records
 
 
 def micro_batches(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:

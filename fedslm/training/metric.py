@@ -55,7 +55,7 @@ def noisy_metric(
     for number, (example, score) in enumerate(
         zip(examples, _scores(model, task, examples), strict=True)
     ):
-        unit = example.owner if plan.unit == "patient" else str(number)
+        unit = example.owner if plan.unit == "user" else str(number)
         by_unit.setdefault(unit, []).append(score)
     parts = sum(round(_GRID * sum(scores) / len(scores)) for scores in by_unit.values())
     exact = (parts / _GRID, float(len(by_unit)))

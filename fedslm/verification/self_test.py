@@ -30,7 +30,7 @@ from fedslm.privacy import accounting, keys
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.limits import Limits
 from fedslm.privacy.lines import ADAPTER, Charge
-from fedslm.privacy.plan import ExamplePlan, PatientPlan, PrivatePlan
+from fedslm.privacy.plan import ExamplePlan, PrivatePlan, UserPlan
 from fedslm.records import Event
 from fedslm.rng import stream
 from fedslm.training.batches import Unit
@@ -94,9 +94,9 @@ def run_self_test() -> SelfTest:
     began = time.monotonic()
     checks: list[tuple[str, Callable[[Bench], tuple[bool, str]]]] = [
         ("removing any one record moves the sum by at most the clip norm", _records),
-        ("removing any one patient moves the sum by at most the clip norm", _patients),
+        ("removing any one user moves the sum by at most the clip norm", _users),
         ("noise has the planned standard deviation and a Gaussian shape", _noise),
-        ("records and patients are sampled at the planned rate", _sampler),
+        ("records and users are sampled at the planned rate", _sampler),
         ("an empty sample releases noise and is charged", _empty),
         ("no seed repeats noise or samples", _seeds),
         ("three accountants agree", _accountants),
@@ -161,9 +161,9 @@ def _records(bench: Bench) -> tuple[bool, str]:
     return _neighbours(bench, _PLAN, others, extra)
 
 
-def _patients(bench: Bench) -> tuple[bool, str]:
-    """Adversarial patients against an ordinary batch."""
-    plan = _patient_plan(_CLIP_NORM, cap=5)
+def _users(bench: Bench) -> tuple[bool, str]:
+    """Adversarial users against an ordinary batch."""
+    plan = _user_plan(_CLIP_NORM, cap=5)
     others: list[Unit] = [[example(3), example(9, 1)], [example(5)], [example(14, 1)] * 3]
     extra: dict[str, Unit] = {
         "ordinary": [example(length, length % 2) for length in (4, 6, 11)],
@@ -175,10 +175,10 @@ def _patients(bench: Bench) -> tuple[bool, str]:
     return _neighbours(bench, plan, others, extra)
 
 
-def _patient_plan(clip_norm: float, cap: int) -> PatientPlan:
-    """A plan with the patient as its unit."""
+def _user_plan(clip_norm: float, cap: int) -> UserPlan:
+    """A plan with the user as its unit."""
     values = {**asdict(_PLAN), "clip_norm": clip_norm}
-    return PatientPlan(**values, unit_column="p", max_records_per_unit=cap)
+    return UserPlan(**values, unit_column="p", max_records_per_unit=cap)
 
 
 def _neighbours(
@@ -234,10 +234,10 @@ def _noise(bench: Bench) -> tuple[bool, str]:
 
 
 def _sampler(bench: Bench) -> tuple[bool, str]:
-    """Who is in the samples, how many, and who together; of records and of patients; none cut off."""
+    """Who is in the samples, how many, and who together; of records and of users; none cut off."""
     passed, scores, cap = True, [], 4
     seeded = stream(0, "self-test")
-    for plan, population in ((_PLAN, 3000), (_patient_plan(1.0, cap), 500)):
+    for plan, population in ((_PLAN, 3000), (_user_plan(1.0, cap), 500)):
         owners = [str(record % population) for record in range(3000)]
         counts, sizes = np.zeros(population), []
         for batch in replace(plan, steps_per_round=_SAMPLES).batches(owners, seeded):
@@ -326,8 +326,8 @@ def _accountants(bench: Bench) -> tuple[bool, str]:
 
 
 def _metric(bench: Bench) -> tuple[bool, str]:
-    """One patient's ten records move the two numbers by at most one each; both are noised."""
-    exact = replace(_patient_plan(1.0, 4), metric_noise_multiplier=1e-6)
+    """One user's ten records move the two numbers by at most one each; both are noised."""
+    exact = replace(_user_plan(1.0, 4), metric_noise_multiplier=1e-6)
     one = [replace(example(length), owner="one") for length in range(3, 13)]
     score, units = noisy_metric(bench.model, bench.task, one, bench.start, exact)
     noisy = replace(exact, metric_noise_multiplier=2.0)
@@ -339,7 +339,7 @@ def _metric(bench: Bench) -> tuple[bool, str]:
         and abs(deviation - 1) <= _SIGMAS / math.sqrt(2 * 600)
         and len({number for draw in draws for number in draw}) == 600
     )
-    return passed, f"ten records of one patient count {units:.3f}; {deviation:.3f} of the planned noise"
+    return passed, f"ten records of one user count {units:.3f}; {deviation:.3f} of the planned noise"
 
 
 def _ledger(bench: Bench) -> tuple[bool, str]:

@@ -22,17 +22,15 @@ BASE: dict[str, Any] = {
     "aggregation": {"method": "fedit"},
 }
 PRIVATE = {"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0, "sample_rate": 0.1}
-PATIENT = {**PRIVATE, "unit": "patient", "unit_column": "p", "max_records_per_unit": 2}
+PATIENT = {**PRIVATE, "unit": "user", "unit_column": "p", "max_records_per_unit": 2}
 # How a config says what stands on an axis.
 SAID: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("unit", "record"): {"privacy": PRIVATE},
-    ("unit", "patient"): {"privacy": PATIENT},
-    ("unit", "client"): {"privacy": {**PRIVATE, "unit": "client"}},
+    ("unit", "user"): {"privacy": PATIENT},
     ("ranks", "several"): {"lora": {"rank": 8, "client_ranks": [4, 8]}},
     ("share sent", "all"): {},
     ("error feedback", "yes"): {"compression": {"error_feedback": True}},
 }
-LINEAR = {"fedit", "ffa", "rolora", "fedrot", "fedsa", "fed-sb"}
 
 
 def config_with(chosen: dict[str, str]) -> Config:
@@ -46,14 +44,13 @@ def config_with(chosen: dict[str, str]) -> Config:
         for section, content in said.items():
             values[section] = {**values.get(section, {}), **content}
     if chosen.get("rule", "mean") != "mean":
-        values["aggregation"]["hostile"] = 1
+        values["aggregation"]["num_byzantine"] = 1
     return from_mapping(values)
 
 
 REFUSED = [
     (number, dict(zip(conflict.where, values, strict=True)))
     for number, conflict in enumerate(CONFLICTS)
-    if "secure sum" not in conflict.where
     for values in itertools.product(*(sorted(each) for each in conflict.where.values()))
 ]
 
@@ -82,14 +79,6 @@ def test_every_method_has_a_valid_place(method: str, privacy: dict[str, Any]) ->
     validation.check(from_mapping(values))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_only_linear_methods_go_with_a_sum_alone(method: str) -> None:
-    """Client-level privacy and secure aggregation see one sum: who needs more is refused, no one else."""
-    for alone in ({"unit": "client"}, {"secure sum": "yes"}):
-        found = list(conflicts({"method": method, **alone}))  # type: ignore[dict-item]
-        assert bool(found) == (method not in LINEAR)
-
-
 @pytest.mark.parametrize("conflict", CONFLICTS, ids=lambda c: c.axis)
 def test_a_conflict_names_things_that_there_are(conflict: Any) -> None:
     """Each row says something, about axes that a config has, and its axis is one of them."""
@@ -102,7 +91,7 @@ def test_a_conflict_names_things_that_there_are(conflict: Any) -> None:
 
 
 def test_choices_read_the_config() -> None:
-    """Every axis but the secure sum, which is not built yet, follows the config."""
+    """Every axis follows the config."""
     config = config_with(
         {"method": "ffa", "unit": "record", "ranks": "several", "upload": "int8", "drift": "fedprox"}
     ).resolved()
@@ -121,7 +110,6 @@ def test_choices_read_the_config() -> None:
         "upload": "int8",
         "share sent": "all",
         "error feedback": "no",
-        "secure sum": "no",
     }
     assert not list(conflicts(found))
 
@@ -130,10 +118,10 @@ def test_choices_read_the_config() -> None:
     ("changes", "key", "reason"),
     [
         ({"lora": {"rank": 4, "client_ranks": [4, 8]}}, "lora.client_ranks", "exceeds lora.rank=4"),
-        ({"aggregation": {"hostile": 2}}, "aggregation.hostile", "the mean does not"),
+        ({"aggregation": {"num_byzantine": 2}}, "aggregation.num_byzantine", "the mean does not"),
         (
-            {"aggregation": {"method": "ffa", "rule": "bulyan", "hostile": 5}},
-            "aggregation.hostile",
+            {"aggregation": {"method": "ffa", "rule": "bulyan", "num_byzantine": 5}},
+            "aggregation.num_byzantine",
             "needs 23 clients in a round",
         ),
         ({"lora": {"initial": "eva"}}, "lora.initial", "set data.public_split"),

@@ -124,7 +124,7 @@ def test_too_few_updates_for_a_rule_are_an_error(tmp_path: Path) -> None:
             tmp_path,
             method="ffa",
             rule="median",
-            hostile=2,
+            num_byzantine=2,
         )
     assert not list(tmp_path.iterdir())
 
@@ -155,7 +155,7 @@ def test_one_silent_client_does_not_stop_a_rule(tmp_path: Path, rule: str, cohor
     """With the fewest clients that a rule takes, the one that may be hostile cannot stop it by keeping still."""
     deltas = [state(1, 1.0)] * (cohort - 1)
     before = ServerState(state(0))
-    found = after(deltas, before, tmp_path, method="ffa", rule=rule, hostile=1, cohort=cohort)
+    found = after(deltas, before, tmp_path, method="ffa", rule=rule, num_byzantine=1, cohort=cohort)
     for key in deltas[0]:
         expected = before.moving[key] + (deltas[0][key] if "lora_A" not in key else 0)
         np.testing.assert_allclose(found.moving[key], expected, rtol=1e-5, atol=1e-6)
@@ -169,5 +169,5 @@ def test_control_variates_follow_the_rule(tmp_path: Path) -> None:
         AdapterState({B: np.full((4, 2), 9e3, np.float32)})
     ]
     before = ServerState(start, control=control)
-    found = after(deltas, before, tmp_path, method="ffa", rule="median", hostile=1)
+    found = after(deltas, before, tmp_path, method="ffa", rule="median", num_byzantine=1)
     np.testing.assert_allclose(found.control[B], -5 / 10 * state(1)[B], rtol=1e-5)

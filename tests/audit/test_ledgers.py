@@ -200,7 +200,7 @@ def test_the_helper_changes_nothing_by_itself(node: Path) -> None:
         ),
         (lambda values: values.update(time=0), "before 2025"),
         (lambda values: values.update(time=values["time"] - 400 * values["index"]), "400 s earlier"),
-        (of_charges(unit="patient", unit_column="visit"), "count by 'patient' too"),
+        (of_charges(unit="patient", unit_column="visit"), "count by 'user' too"),
         (lambda values: values.update(time=True), "time"),
         (of_round_2(plan_sha256="another"), "run 'run-plan' was charged under several plans"),
         (of_round_2(dataset_commitment="others"), "'run-plan' was charged for records that changed"),
@@ -327,10 +327,10 @@ def test_a_correction_of_the_clock_is_noted(node: Path, monkeypatch: pytest.Monk
 
 def test_a_ledger_of_patients_names_its_column(tmp_path: Path) -> None:
     """And the audit says how many charges of an older version name none."""
-    ledger = Ledger(tmp_path / "ledger.jsonl", keys.signing_key(tmp_path), unit="patient")
+    ledger = Ledger(tmp_path / "ledger.jsonl", keys.signing_key(tmp_path), unit="user")
     ledger.reserve([CHARGE], AMPLE)
-    ledger.reserve([replace(CHARGE, unit="patient", unit_column="who", run="new")], AMPLE)
+    ledger.reserve([replace(CHARGE, unit="user", unit_column="who", run="new")], AMPLE)
     found = audit(tmp_path)
     assert found.sound
-    assert (found.unit, found.unit_column) == ("patient", "who")
+    assert (found.unit, found.unit_column) == ("user", "who")
     assert any(note.startswith("1 charges of an older version") for note in found.notes)

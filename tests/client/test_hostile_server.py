@@ -35,7 +35,7 @@ from fedslm.protocol.messages import MEASURE, Reply, Request
 from fedslm.protocol.tensors import from_arrays
 
 MakeConfig = Callable[..., Config]
-OF_PATIENTS = {"unit": "patient", "unit_column": "patient", "max_records_per_unit": 3}
+OF_PATIENTS = {"unit": "user", "unit_column": "patient", "max_records_per_unit": 3}
 NEVER_SENT = ("/", "client-", "train.parquet", "Traceback", "site-")
 
 
@@ -100,11 +100,11 @@ RECORD: list[tuple[str, Weaker, str]] = [
     ("version", lambda r: setup_of(r, version="9.9"), "server runs 9.9"),
 ]
 PATIENTS: list[tuple[str, Weaker, str]] = [
-    ("records", of_records, "unit 'record' is weaker than 'patient'"),
+    ("records", of_records, "unit 'record' is weaker than 'user'"),
     ("column", plan(unit_column="text"), "unit_column 'text' is not 'patient'"),
     ("no column", plan(unit_column=""), "unit_column='' must name a column"),
     ("cap", plan(max_records_per_unit=4), "max_records_per_unit 4 is above 3"),
-    ("no privacy", without_privacy, "unit 'none' is weaker than 'patient'"),
+    ("no privacy", without_privacy, "unit 'none' is weaker than 'user'"),
 ]
 CASES = [
     *(("record", *case) for case in RECORD),
@@ -312,7 +312,7 @@ def test_another_column_is_not_counted_in_one_ledger(
     context = context_of(0, node)
     assert ask(honest["patient"], context).status == "ok"
     (charge,) = chain_of(node).charges
-    assert (charge.unit, charge.unit_column, charge.max_records_per_unit) == ("patient", "patient", 3)
+    assert (charge.unit, charge.unit_column, charge.max_records_per_unit) == ("user", "patient", 3)
     assert charge.normaliser == honest["patient"].setup.plan.normaliser
     charged = ledger_of(node)
     write_policy(node, **{**OF_PATIENTS, "unit_column": "traveller"})

@@ -128,7 +128,7 @@ def test_no_row_is_lost_before_a_late_column(tmp_path: Path) -> None:
         ({"partition": "shard"}, {"unit": "none"}, {"data.label_column": "label"}),
         (
             {"partition": "dirichlet", "partition_column": "ward"},
-            {"unit": "patient", "unit_column": "who"},
+            {"unit": "user", "unit_column": "who"},
             {"data.partition_column": "ward", "privacy.unit_column": "who"},
         ),
     ],
@@ -143,7 +143,7 @@ def test_whose_a_record_is_is_read(
 
 def test_a_run_keeps_the_needed_columns_only(tmp_path: Path) -> None:
     """What a run copies to disk holds nothing that it does not read."""
-    privacy = PrivacyConfig(unit="patient", unit_column="patient", max_records_per_unit=2)
+    privacy = PrivacyConfig(unit="user", unit_column="patient", max_records_per_unit=2)
     rows = [{**row, "client": "c", "patient": n, "age": 7} for n, row in enumerate(ROWS)]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -76,7 +76,7 @@ def shared(directory: Path, ending: str, column: str, value: float | None, **dat
             pq.write_table(pa.table(columns), path)
     privacy = PrivacyConfig(unit="none")
     if column == "patient":
-        privacy = PrivacyConfig(unit="patient", unit_column="patient", overlapping=True)
+        privacy = PrivacyConfig(unit="user", unit_column="patient", overlapping=True)
     config = DataConfig(source=str(directory), **data)
     return share_out(config, TaskConfig(name="classification"), privacy, num_clients=2, seed=0)
 

@@ -245,7 +245,7 @@ def test_the_demo_has_five_hospitals(tmp_path: Path) -> None:
 def patient(column: str = "patient", *, overlapping: bool = False) -> PrivacyConfig:
     """A patient is the unit."""
     return PrivacyConfig(
-        unit="patient", unit_column=column, max_records_per_unit=2, overlapping=overlapping
+        unit="user", unit_column=column, max_records_per_unit=2, overlapping=overlapping
     )
 
 

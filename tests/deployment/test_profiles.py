@@ -119,7 +119,7 @@ def test_our_readers_accept_the_settings() -> None:
     assert not holds_password(node.source)
     assert node.query.strip().startswith("SELECT")
     assert node.profile == "hospital"
-    assert policy.unit == "patient"
+    assert policy.unit == "user"
     assert f"AS {policy.unit_column}" in node.query
     assert not policy.batched
     assert read_federation(SERVER).port == 8443

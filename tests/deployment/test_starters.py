@@ -53,7 +53,7 @@ def test_every_start_is_read(
     node, policy = read_node(tmp_path), read_policy(tmp_path / "policy.toml")
     assert (node.name, node.profile) == ("south-2", profile)
     wanted = unit or {"hospital": "patient", "phone": "record"}[profile]
-    assert policy.unit == wanted
+    assert policy.unit == ("user" if wanted == "patient" else wanted)
     assert policy.unit_column == ("patient" if wanted == "patient" else None)
     assert ("patient" in node.columns) == (wanted == "patient")
     if source:
@@ -115,7 +115,7 @@ def test_the_example_of_a_run_is_sound(deployed: Config) -> None:
     validation.check(deployed)
     assert list(validation.warnings(deployed)) == []
     assert deployed.run.name == "triage"
-    assert deployed.privacy.unit == "patient"
+    assert deployed.privacy.unit == "user"
 
 
 def asked(config: Config) -> PlanRequest:
@@ -149,5 +149,5 @@ def test_a_record_level_run_is_refused_by_the_example_policy(deployed: Config) -
     privacy = deployed.privacy.model_copy(
         update={"unit": "record", "unit_column": None, "max_records_per_unit": None}
     )
-    with pytest.raises(PolicyRefused, match="is weaker than 'patient'"):
+    with pytest.raises(PolicyRefused, match="is weaker than 'user'"):
         policy.check(asked(deployed.model_copy(update={"privacy": privacy})))

@@ -96,7 +96,7 @@ def edited(directory: RunDirectory, edit: Callable[[dict[str, Any]], object]) ->
         lambda values: values["config"].pop("lora") and values["config"].update(lora={"rank": 2}),
         lambda values: values.update(config_sha256="0" * 64),
         lambda values: values["config"].update(nonsense={}),
-        lambda values: values["config"]["privacy"].update(unit="patient"),
+        lambda values: values["config"]["privacy"].update(unit="user"),
         lambda values: values["config"]["privacy"].update(unit="nobody"),
         lambda values: values.pop("config"),
         lambda values: values.pop("config_sha256"),

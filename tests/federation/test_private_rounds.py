@@ -149,7 +149,7 @@ def test_private_replies_depend_on_no_record_count(make_config: MakeConfig) -> N
 
 
 def test_patients_are_trained_and_charged_as_patients(make_config: MakeConfig) -> None:
-    """unit="patient" end to end: plan, every ledger, every statement and the report say so."""
+    """unit="user" end to end: plan, every ledger, every statement and the report say so."""
     config = make_config(privacy=PATIENT)
     report = simulation.simulate(config)
     assert (report["plan"]["unit"], report["plan"]["unit_column"]) == ("patient", "patient")
@@ -160,7 +160,7 @@ def test_patients_are_trained_and_charged_as_patients(make_config: MakeConfig) -
     for node in nodes_of(config):
         chain = chain_of(node)
         assert chain.opening is not None
-        assert chain.opening.unit == "patient"
+        assert chain.opening.unit == "user"
         assert accounting.epsilon(chain.events, 1e-5) == pytest.approx(report["epsilon"])
 
 

@@ -108,7 +108,7 @@ FOREIGN = Event(0.2, 1.5, 2)
 LIES: list[tuple[str, dict[str, Any], str]] = [
     ("run", {"run": "another run"}, "is for another release"),
     ("round", {"round": 2}, "is for another release"),
-    ("unit", {"unit": "patient"}, "is for another release"),
+    ("unit", {"unit": "user"}, "is for another release"),
     ("release", {"release_sha256": "0" * 64}, "is for another release"),
     ("foreign", {"charged": ((FOREIGN, 1),)}, "charges that this plan does not make"),
     ("none", {"charged": ()}, "fewer or more charges than the plan allows"),

@@ -13,12 +13,12 @@ from fedslm.errors import PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.accounting import epsilon
 from fedslm.privacy.calibration import calibrate, calibrated
-from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan
+from fedslm.privacy.plan import ExamplePlan, NoPrivacy, UserPlan
 from fedslm.records import Event
 
 DELTA = 1e-5
 PRIVACY = PrivacyConfig(unit="record", epsilon=8.0, delta=1e-5, clip_norm=0.5, sample_rate=0.05)
-OF_PATIENTS = {"unit": "patient", "unit_column": "patient", "max_records_per_unit": 3}
+OF_PATIENTS = {"unit": "user", "unit_column": "patient", "max_records_per_unit": 3}
 TRAINING = TrainingConfig(local_steps=10, batch_size=32)
 ROUNDS = 3
 
@@ -111,7 +111,7 @@ def test_patients_have_the_same_noise_and_their_own_column_and_cap() -> None:
         calibrated(asked, TRAINING, ROUNDS) for asked in (PRIVACY, asking(**OF_PATIENTS))
     )
     assert isinstance(record, ExamplePlan)
-    assert isinstance(patient, PatientPlan)
+    assert isinstance(patient, UserPlan)
     assert (patient.unit_column, patient.max_records_per_unit) == ("patient", 3)
     assert patient.run_events == record.run_events
     assert {**dataclasses.asdict(patient)}.items() >= dataclasses.asdict(record).items()
@@ -124,7 +124,7 @@ def test_all_rounds_together_fit_the_budget_and_no_more_do(
 ) -> None:
     """Calibration is for every round with every client, metric and all, and it is tight."""
     plan = calibrated(asking(metric_noise_multiplier=metric, **unit), TRAINING, ROUNDS)
-    assert isinstance(plan, ExamplePlan | PatientPlan)
+    assert isinstance(plan, ExamplePlan | UserPlan)
     assert len(plan.round_events) == (1 if metric is None else 2)
     assert accounting.epsilon(plan.round_events * ROUNDS, DELTA) <= 8.0
     assert accounting.epsilon(plan.round_events * (ROUNDS + 1), DELTA) > 8.0
@@ -174,12 +174,6 @@ def test_a_patient_needs_a_column_and_a_cap(key: str) -> None:
     """Neither whose a record is nor how many count is ever guessed."""
     with pytest.raises(PrivacyError, match="unit_column and max_records_per_unit"):
         calibrated(asking(**{**OF_PATIENTS, key: None}), TRAINING, ROUNDS)
-
-
-def test_a_client_as_the_unit_waits_for_secure_aggregation() -> None:
-    """No plan is made that nothing can run."""
-    with pytest.raises(PrivacyError, match="secure aggregation"):
-        calibrated(asking(unit="client"), TRAINING, ROUNDS)
 
 
 def test_without_privacy_nothing_is_promised() -> None:

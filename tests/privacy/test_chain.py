@@ -365,7 +365,7 @@ def test_a_ledger_in_the_place_of_another_is_found(path: Path) -> None:
         copy_of(path, other.read_bytes(), head_of(path).read_bytes()).read()
 
 
-@pytest.mark.parametrize(("opened", "asked"), [("record", "patient"), ("patient", "record")])
+@pytest.mark.parametrize(("opened", "asked"), [("record", "user"), ("user", "record")])
 def test_another_unit_is_refused(path: Path, opened: str, asked: str) -> None:
     """Two units in one ledger would each see half of what was spent."""
     reserve(Ledger(path, KEY, unit=opened))

@@ -53,14 +53,14 @@ def test_a_new_ledger_is_empty(path: Path) -> None:
 def test_the_first_line_says_whose_ledger_it_is(path: Path) -> None:
     """Unit, data set, adjacency and key stand at the start, with an identifier of the ledger's own."""
     first, second = (
-        Ledger(path.with_name(name), KEY, unit="patient", dataset="ward 5") for name in ("a", "b")
+        Ledger(path.with_name(name), KEY, unit="user", dataset="ward 5") for name in ("a", "b")
     )
     for ledger in (first, second):
         reserve(ledger)
     one, other = first.read().opening, second.read().opening
     assert one is not None
     assert other is not None
-    assert (one.unit, one.dataset, one.adjacency) == ("patient", "ward 5", "add-or-remove-one")
+    assert (one.unit, one.dataset, one.adjacency) == ("user", "ward 5", "add-or-remove-one")
     assert one.public_key == KEY.public_key().public_bytes_raw().hex()
     assert one.ledger_id != other.ledger_id
 

@@ -107,8 +107,8 @@ def test_metric_and_adapter_count_together(ledger: Ledger) -> None:
 
 def test_the_column_of_the_unit_is_kept(tmp_path: Path) -> None:
     """It stands in the opening and in each charge; charges by another one, or by none, are refused."""
-    ledger = Ledger(tmp_path / "ledger.jsonl", KEY, unit="patient")
-    who = {"unit": "patient", "unit_column": "who", "max_records_per_unit": 4, "normaliser": 32}
+    ledger = Ledger(tmp_path / "ledger.jsonl", KEY, unit="user")
+    who = {"unit": "user", "unit_column": "who", "max_records_per_unit": 4, "normaliser": 32}
     reserve(ledger, **who)
     chain = ledger.read()
     assert chain.opening is not None
@@ -118,7 +118,7 @@ def test_the_column_of_the_unit_is_kept(tmp_path: Path) -> None:
     for column in ("visit", None, "Who"):
         with pytest.raises(PolicyRefused, match="counts by the column 'who'"):
             reserve(ledger, **{**who, "unit_column": column, "run": "another"})
-    with pytest.raises(LedgerError, match="a charge for one record in a ledger of one patient"):
+    with pytest.raises(LedgerError, match="a charge for one record in a ledger of one user"):
         reserve(ledger, unit="record", unit_column="who")
     assert ledger.path.read_bytes() == before
     reserve(ledger, **{**who, "max_records_per_unit": 8, "run": "another"})
@@ -126,7 +126,7 @@ def test_the_column_of_the_unit_is_kept(tmp_path: Path) -> None:
 
 def test_charges_of_two_columns_are_never_reserved_together(tmp_path: Path) -> None:
     """A metric by another column does not open a ledger beside its adapter."""
-    ledger = Ledger(tmp_path / "ledger.jsonl", KEY, unit="patient")
+    ledger = Ledger(tmp_path / "ledger.jsonl", KEY, unit="user")
     with pytest.raises(PolicyRefused, match="column"):
         ledger.reserve([charge(unit_column="who"), charge(unit_column="visit", purpose=METRIC)], AMPLE)
     assert ledger.events() == ()
@@ -161,9 +161,9 @@ def test_a_release_without_privacy_opens_a_ledger_of_no_unit(tmp_path: Path) -> 
     path = tmp_path / "ledger.jsonl"
     Ledger(path, KEY).release_unprotected(RELEASED, AMPLE)
     assert Ledger(path, KEY).read().unit is None
-    reserve(Ledger(path, KEY, unit="patient"), unit="patient", unit_column="who")
-    assert Ledger(path, KEY, unit="patient").read().unit == "patient"
-    with pytest.raises(PolicyRefused, match="one patient"):
+    reserve(Ledger(path, KEY, unit="user"), unit="user", unit_column="who")
+    assert Ledger(path, KEY, unit="user").read().unit == "user"
+    with pytest.raises(PolicyRefused, match="one user"):
         reserve(Ledger(path, KEY, unit="record"), unit="record")
 
 

@@ -13,6 +13,7 @@ from fedslm.errors import LedgerError, PolicyRefused
 from fedslm.privacy.chain import HEAD_SUFFIX, LONGEST_LINE, line_hash, read_chain, read_head
 from fedslm.privacy.keys import signature_of
 from fedslm.privacy.ledger import Ledger
+from fedslm.privacy.statement import read_statement
 
 
 def values_of(path: Path, line: int) -> dict[str, Any]:
@@ -296,10 +297,39 @@ def test_a_ledger_of_an_older_version_is_read(path: Path) -> None:
 
 def test_an_older_ledger_takes_the_first_column_and_keeps_to_it(path: Path) -> None:
     """Who was counted before the column was written is unknown; from the first that is named on, none else."""
-    ledger = Ledger(as_of_an_older_version(path, unit="patient"), KEY, unit="patient")
-    reserve(ledger, unit="patient", unit_column="who", run="new")
+    ledger = Ledger(as_of_an_older_version(path, unit="patient"), KEY, unit="user")
+    reserve(ledger, unit="user", unit_column="who", run="new")
     before = path.read_bytes()
     with pytest.raises(PolicyRefused, match=r"counts by the column 'who'.*'visit'"):
-        reserve(ledger, unit="patient", unit_column="visit", run="newer")
+        reserve(ledger, unit="user", unit_column="visit", run="newer")
     assert path.read_bytes() == before
     assert ledger.read().unit_column == "who"
+
+
+def test_a_user_is_stored_as_patient(tmp_path: Path) -> None:
+    """Ledgers, statements and plans store "patient" for a user, whatever the config calls it: their bytes are signed."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, KEY, unit="user")
+    reserve(ledger, unit="user", unit_column="who")
+    stored = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert (stored[0]["opening"]["unit"], stored[1]["charge"]["unit"]) == ("patient", "patient")
+    chain = read_chain(path, KEY.public_key())
+    assert (chain.unit, chain.charges[0].unit) == ("user", "user")
+    text = ledger.statement("run", 1, "release").to_json()
+    assert json.loads(text)["unit"] == "patient"
+    assert read_statement(text).unit == "user"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_another_word_for_the_unit_is_refused_on_disk(tmp_path: Path, number: int) -> None:
+    """A line that says "user" is not one that fedslm writes, though the key signed it."""
+    path = tmp_path / "ledger.jsonl"
+    reserve(Ledger(path, KEY, unit="user"), unit="user", unit_column="who")
+    lines = path.read_bytes().splitlines()
+    values = json.loads(lines[number])
+    del values["signature"]
+    values["opening" if number == 0 else "charge"]["unit"] = "user"
+    lines[number] = json.dumps({**values, "signature": signature_of(KEY, values)}).encode()
+    path.write_bytes(b"\n".join([*lines, b""]))
+    with pytest.raises(LedgerError, match='stored as "patient"'):
+        read_chain(path, KEY.public_key())

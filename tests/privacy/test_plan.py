@@ -16,7 +16,7 @@ from support.pace import patient
 
 from fedslm.errors import PrivacyError
 from fedslm.privacy import accounting
-from fedslm.privacy.plan import Batch, ClientPlan, ExamplePlan, NoPrivacy, PatientPlan, Plan, from_json
+from fedslm.privacy.plan import Batch, ExamplePlan, NoPrivacy, Plan, UserPlan, from_json
 from fedslm.records import Event
 
 PLAN = ExamplePlan(
@@ -29,7 +29,7 @@ PLAN = ExamplePlan(
     steps_per_round=10,
     rounds=3,
 )
-PATIENTS = PatientPlan(**dataclasses.asdict(PLAN), unit_column="patient", max_records_per_unit=3)
+PATIENTS = UserPlan(**dataclasses.asdict(PLAN), unit_column="patient", max_records_per_unit=3)
 WITH_METRIC = dataclasses.replace(PATIENTS, metric_noise_multiplier=8.0)
 PLAIN = NoPrivacy(batch_size=4, steps_per_round=2)
 PRIVATE = [PLAN, PATIENTS, WITH_METRIC]
@@ -68,7 +68,7 @@ def shown(batches: list[Batch]) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("plan", PRIVATE, ids=KINDS)
-def test_the_charge_is_what_runs(plan: ExamplePlan | PatientPlan) -> None:
+def test_the_charge_is_what_runs(plan: ExamplePlan | UserPlan) -> None:
     """The event has the sampler's rate, the noise's multiplier and a step for each batch."""
     assert plan.training_event == plan.round_events[0] == Event(0.05, 1.25, 10)
     assert len(drawn(plan, ["a"] * 100)) == plan.training_event.steps
@@ -82,14 +82,14 @@ def test_a_metric_is_charged_as_a_release_over_everybody() -> None:
 
 
 @pytest.mark.parametrize("plan", PRIVATE, ids=KINDS)
-def test_a_run_is_charged_for_all_its_rounds(plan: ExamplePlan | PatientPlan) -> None:
+def test_a_run_is_charged_for_all_its_rounds(plan: ExamplePlan | UserPlan) -> None:
     """All rounds together are so many times one round."""
     assert sum(event.steps for event in plan.run_events) == 3 * sum(e.steps for e in plan.round_events)
     assert accounting.epsilon(plan.run_events, 1e-5) == accounting.epsilon(plan.round_events * 3, 1e-5)
 
 
 @pytest.mark.parametrize("plan", PRIVATE, ids=KINDS)
-def test_a_plan_that_keeps_its_epsilon_is_verified(plan: ExamplePlan | PatientPlan) -> None:
+def test_a_plan_that_keeps_its_epsilon_is_verified(plan: ExamplePlan | UserPlan) -> None:
     """At exactly its cost a plan passes, and the three accounts are those of all its rounds."""
     cost = accounting.epsilon(plan.run_events, plan.delta)
     accounts = dataclasses.replace(plan, epsilon=cost).verify()
@@ -112,7 +112,7 @@ def test_a_plan_that_keeps_its_epsilon_is_verified(plan: ExamplePlan | PatientPl
 )
 @pytest.mark.parametrize("plan", [PLAN, PATIENTS], ids=["record", "patient"])
 def test_a_plan_that_breaks_its_epsilon_is_refused(
-    plan: ExamplePlan | PatientPlan, changes: dict[str, float]
+    plan: ExamplePlan | UserPlan, changes: dict[str, float]
 ) -> None:
     """A server that states a small epsilon and sends too little noise is found out."""
     plan.verify()
@@ -121,7 +121,7 @@ def test_a_plan_that_breaks_its_epsilon_is_refused(
 
 
 @pytest.mark.parametrize("plan", [PLAN, PATIENTS], ids=["record", "patient"])
-def test_units_join_at_the_sample_rate(plan: ExamplePlan | PatientPlan) -> None:
+def test_units_join_at_the_sample_rate(plan: ExamplePlan | UserPlan) -> None:
     """400,000 draws accept the rate at five deviations, and reject 0.8 and 1.25 times it."""
     owners = [str(index) for index in range(2000)]
     taken = inclusion(plan, owners, steps_per_round=200)
@@ -131,7 +131,7 @@ def test_units_join_at_the_sample_rate(plan: ExamplePlan | PatientPlan) -> None:
 
 
 @pytest.mark.parametrize("plan", [PLAN, PATIENTS], ids=["record", "patient"])
-def test_units_join_independently(plan: ExamplePlan | PatientPlan) -> None:
+def test_units_join_independently(plan: ExamplePlan | UserPlan) -> None:
     """Batch sizes and units' counts vary as binomials: neither fixed batches, epochs nor a cap."""
     taken = inclusion(plan, [str(index) for index in range(2000)], steps_per_round=400)
     variance = 0.05 * 0.95
@@ -166,7 +166,7 @@ def test_patients_join_independently_of_each_other() -> None:
 
 
 @pytest.mark.parametrize("plan", [PLAN, PATIENTS], ids=["record", "patient"])
-def test_a_rate_of_one_takes_everybody(plan: ExamplePlan | PatientPlan) -> None:
+def test_a_rate_of_one_takes_everybody(plan: ExamplePlan | UserPlan) -> None:
     """At rate 1 every unit is in every step."""
     assert inclusion(plan, [str(i) for i in range(50)], steps_per_round=20, sample_rate=1.0).all()
 
@@ -211,14 +211,14 @@ def test_equal_names_are_one_patient_wherever_they_stand() -> None:
 
 
 @pytest.mark.parametrize("plan", [PLAN, PATIENTS], ids=["record", "patient"])
-def test_sampling_cannot_be_reproduced_from_the_seed(plan: ExamplePlan | PatientPlan) -> None:
+def test_sampling_cannot_be_reproduced_from_the_seed(plan: ExamplePlan | UserPlan) -> None:
     """Whoever knows the run's seed does not know who took part."""
     owners = [str(index) for index in range(500)]
     assert shown(drawn(plan, owners)) != shown(drawn(plan, owners))
 
 
 @pytest.mark.parametrize("plan", [PLAN, PATIENTS], ids=["record", "patient"])
-def test_sampling_leaves_the_seeded_generator_alone(plan: ExamplePlan | PatientPlan) -> None:
+def test_sampling_leaves_the_seeded_generator_alone(plan: ExamplePlan | UserPlan) -> None:
     """The seeded generator is not even drawn from."""
     generator = seeded()
     before = generator.bit_generator.state
@@ -265,7 +265,7 @@ def test_plain_batches_cover_epoch_after_epoch(num_records: int) -> None:
 
 
 @pytest.mark.parametrize("plan", [*PRIVATE, PLAIN], ids=[*KINDS, "none"])
-def test_json_round_trip(plan: ExamplePlan | PatientPlan | NoPrivacy) -> None:
+def test_json_round_trip(plan: ExamplePlan | UserPlan | NoPrivacy) -> None:
     """A client reads the very plan that the server made, of the same kind."""
     again = from_json(plan.to_json())
     assert again == plan
@@ -363,6 +363,7 @@ def test_a_plain_plan_out_of_range_is_refused(name: str, value: int) -> None:
         '{"unit": "none", "batch_size": 1, "steps_per_round": 1, "more": 1}',
         PLAN.to_json().replace('"record"', '"patient"'),
         PATIENTS.to_json().replace('"patient"', '"record"', 1),
+        PATIENTS.to_json().replace('"patient"', '"user"', 1),  # a unit has one word on the wire
         PLAN.to_json().replace('"record"', '"none"'),
         PLAN.to_json().replace('"record"', '"client"'),
         PLAN.to_json().replace('"record"', '"household"'),
@@ -382,13 +383,6 @@ def test_another_processor_may_round_an_epsilon_otherwise() -> None:
     dataclasses.replace(PLAN, epsilon=cost * (1 - 1e-10)).verify()
     with pytest.raises(PrivacyError, match="costs epsilon"):
         dataclasses.replace(PLAN, epsilon=cost * (1 - 1e-7)).verify()
-
-
-def test_a_clients_plan_charges_a_step_a_round() -> None:
-    """With the client as the unit a round is one Gaussian release, never sampled; nothing runs it."""
-    plan = ClientPlan(8.0, 1e-5, 1.0, noise_multiplier=1.1, rounds=50)
-    assert plan.round_events == (Event(1.0, 1.1, 1),)
-    assert not hasattr(plan, "batches")
 
 
 @pytest.mark.timeout(patient(30))

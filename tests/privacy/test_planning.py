@@ -53,7 +53,7 @@ def test_sampling_buys_a_client_nothing() -> None:
 @pytest.mark.parametrize("unit", ["clients", "Client", "none", ""])
 def test_a_unit_that_is_none_is_refused(unit: Any) -> None:
     """A word that is almost "client" does not get the amplification by sampling that a client has not."""
-    with pytest.raises(PrivacyError, match=r"unit='.*' must be record, patient or client"):
+    with pytest.raises(PrivacyError, match=r"unit='.*' must be record, user or client"):
         plan_budget(BudgetQuery(0.1, 1e-5, steps=10, noise_multiplier=4.0, unit=unit))
 
 

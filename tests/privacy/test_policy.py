@@ -12,11 +12,11 @@ import pytest
 from fedslm.config import TaskName
 from fedslm.errors import PolicyRefused
 from fedslm.privacy.limits import Limits
-from fedslm.privacy.plan import ExamplePlan, NoPrivacy, PatientPlan
+from fedslm.privacy.plan import ExamplePlan, NoPrivacy, UserPlan
 from fedslm.privacy.policy import EXAMPLE, NodePolicy, PlanRequest, read_policy
 
 POLICY = NodePolicy(
-    unit="patient",
+    unit="user",
     unit_column="patient",
     epsilon=8.0,
     delta=1e-6,
@@ -32,7 +32,7 @@ POLICY = NodePolicy(
     min_metric_noise_multiplier=5.0,
 )
 # On every bound: anything more is refused.
-PLAN = PatientPlan(
+PLAN = UserPlan(
     epsilon=8.0,
     delta=1e-6,
     clip_norm=2.0,
@@ -99,12 +99,12 @@ def test_each_bound_is_refused_alone(changes: dict[str, Any], reason: str) -> No
 def test_a_weaker_unit_is_refused() -> None:
     """Who asks for patients does not get records; the stronger unit is always allowed."""
     found = reasons(POLICY, dataclasses.replace(ASKED, plan=RECORDS))
-    assert found == ["unit 'record' is weaker than 'patient'"]
+    assert found == ["unit 'record' is weaker than 'user'"]
     policy(unit="record").check(dataclasses.replace(ASKED, plan=RECORDS))
     policy(unit="record").check(ASKED)
 
 
-@pytest.mark.parametrize("unit", ["record", "patient"])
+@pytest.mark.parametrize("unit", ["record", "user"])
 def test_no_policy_allows_a_plan_without_privacy(unit: str) -> None:
     """Plain training is weaker than any unit, whatever else the policy allows."""
     plain = PlanRequest(NoPrivacy(batch_size=1, steps_per_round=1), "a" * 64, "classification", "demo")
@@ -129,7 +129,7 @@ def test_a_run_that_asks_for_more_than_a_run_may_spend_is_refused() -> None:
 def test_the_budget_in_words() -> None:
     """The operator reads all three bounds, and which are missing."""
     assert policy(max_epsilon_per_run=0.8).budget_in_words() == (
-        "at most ε = 8 at δ = 1e-06 for one patient, 0.8 in a run, no limit for 24 hours"
+        "at most ε = 8 at δ = 1e-06 for one user, 0.8 in a run, no limit for 24 hours"
     )
     assert "without privacy" in policy(unit="none").budget_in_words()
 

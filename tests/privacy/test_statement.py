@@ -275,7 +275,7 @@ def test_a_later_round_has_to_be_paid(ledger: Ledger) -> None:
         {"charged": ()},
         {"charges": 3},
         {"ledger_id": "0" * 32},
-        {"unit": "patient"},
+        {"unit": "user"},
         {"run": "another"},
         {"public_key": public_hex(OTHER_KEY.public_key())},
     ],

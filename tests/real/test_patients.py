@@ -20,7 +20,7 @@ from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel, load
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
-from fedslm.privacy.plan import PatientPlan
+from fedslm.privacy.plan import UserPlan
 from fedslm.progress import Bar
 from fedslm.records import AdapterState
 from fedslm.tasks import build
@@ -96,7 +96,7 @@ def test_patients_in_four_hospitals_at_epsilon_8(assets: Path, admitted: Path, t
         f"{time.monotonic() - began:.0f} s"
     )
     assert after <= before - 0.6
-    assert report["plan"]["unit"] == "patient"
+    assert report["plan"]["unit"] == "user"
     assert report["clients"] == [f"hospital {number}" for number in range(HOSPITALS)]
     assert 7.5 < report["epsilon"] <= 8.0
     assert report["failures"] == []
@@ -104,12 +104,12 @@ def test_patients_in_four_hospitals_at_epsilon_8(assets: Path, admitted: Path, t
         node = tmp_path / "run" / "nodes" / f"client-{client:05d}"
         chain = read_chain(node / "ledger.jsonl", read_public_key(node / PUBLIC_KEY))
         assert chain.opening is not None
-        assert chain.opening.unit == "patient"
+        assert chain.opening.unit == "user"
         assert sum(event.steps for event in chain.events) == report["plan"]["steps_per_round"] * 4
 
 
 def sum_of(
-    model: LoadedModel, task: Task, plan: PatientPlan, start: AdapterState, units: list[Unit]
+    model: LoadedModel, task: Task, plan: UserPlan, start: AdapterState, units: list[Unit]
 ) -> torch.Tensor:
     """The clipped sum of a step before the noise, as float64."""
     model.adapter.write(start)
@@ -137,7 +137,7 @@ def test_a_whole_speaker_moves_the_sum_by_at_most_the_clip_norm(
     config = make_config(assets, admitted, tmp_path / "run")
     model = load(config.model, config.lora, config.task, 0)
     task = build(config.task, config.data, ())
-    plan = PatientPlan(
+    plan = UserPlan(
         8.0, 1e-4, clip_norm, 1.0, 0.25, 15, 6, unit_column="client", max_records_per_unit=CAP
     )
     rows = [json.loads(line) for line in (admitted / "train.jsonl").read_text("utf-8").splitlines()]

@@ -29,7 +29,7 @@ def test_json_has_every_row() -> None:
     assert len(values["conflicts"]) == len(CONFLICTS)
     flexlora = next(row for row in values["methods"] if row["name"] == "flexlora")
     assert flexlora["valid"]["record"]
-    assert not flexlora["valid"]["client"]
+    assert not flexlora["valid"]["robust rules"]
 
 
 def test_people_get_both_tables() -> None:

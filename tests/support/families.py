@@ -15,7 +15,7 @@ from fedslm import tasks
 from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel, load
-from fedslm.privacy.plan import ExamplePlan, PatientPlan, PrivatePlan
+from fedslm.privacy.plan import ExamplePlan, PrivatePlan, UserPlan
 from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
 from fedslm.training.batches import Unit, forward
@@ -104,11 +104,11 @@ def record_plan(
     return ExamplePlan(8.0, 1e-5, clip, noise, 0.5, normaliser, steps, **options)
 
 
-def patient_plan(
+def user_plan(
     noise: float = 1.0, clip: float = 1.0, normaliser: int = 1, steps: int = 1, **options: Any
-) -> PatientPlan:
+) -> UserPlan:
     """A plan with the patient as its unit."""
-    return PatientPlan(
+    return UserPlan(
         8.0,
         1e-5,
         clip,

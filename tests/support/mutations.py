@@ -12,7 +12,7 @@ import torch
 from fedslm.errors import LedgerError
 from fedslm.privacy import accounting, chain
 from fedslm.privacy.gaussian import GaussianNoise
-from fedslm.privacy.plan import ExamplePlan, PatientPlan
+from fedslm.privacy.plan import ExamplePlan, UserPlan
 from fedslm.privacy.randomness import SecureStream
 from fedslm.training import metric, steps
 from fedslm.verification.harness import AdversarialTask
@@ -22,7 +22,7 @@ Patch = pytest.MonkeyPatch
 DRAW, BERNOULLI = GaussianNoise.draw, SecureStream.bernoulli
 CLIP, CALL, SUM = steps.clipped_sum, steps.PrivateStep.__call__, steps.sum_by_unit
 LOSS = AdversarialTask.per_example_loss
-BATCHES = {plan: plan.batches for plan in (ExamplePlan, PatientPlan)}
+BATCHES = {plan: plan.batches for plan in (ExamplePlan, UserPlan)}
 PLD, NO_GRADIENTS = accounting._pld, steps.PrivateStep._no_gradients
 
 
@@ -249,7 +249,7 @@ def no_limit(patch: Patch) -> None:
 
 def metric_by_record(patch: Patch) -> None:
     """The metric's unit is the record in every plan."""
-    patch.setattr(PatientPlan, "unit", "record")
+    patch.setattr(UserPlan, "unit", "record")
 
 
 def metric_without_sensitivity(patch: Patch) -> None:

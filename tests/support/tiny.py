@@ -28,7 +28,7 @@ PRIVATE = {
     "clip_norm": 1.0,
     "sample_rate": 0.2,
 }
-PATIENT = {**PRIVATE, "unit": "patient", "unit_column": "patient", "max_records_per_unit": 3}
+PATIENT = {**PRIVATE, "unit": "user", "unit_column": "patient", "max_records_per_unit": 3}
 
 BASE: dict[str, dict[str, Any]] = {
     "model": {"base": "demo"},

@@ -19,10 +19,10 @@ from support.families import (
     gradient,
     load_family,
     one_step,
-    patient_plan,
     ready,
     record_plan,
     task_of,
+    user_plan,
 )
 
 from fedslm.aggregation.methods import trained_keys
@@ -89,7 +89,7 @@ def test_a_patient_is_clipped_once(family: str, name: str, family_directory: Fam
     own = [gradient(model, task, example) for example in examples]
     units = [examples[:3], examples[3:]]
     expected = clipped(sum(own[:3]), CLIP) + clipped(sum(own[3:]), CLIP)
-    seen = one_step(model, task, patient_plan(1e-6, CLIP, batched=True), units, 8)
+    seen = one_step(model, task, user_plan(1e-6, CLIP, batched=True), units, 8)
     np.testing.assert_allclose(seen.exact, expected, atol=2e-6)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from support.families import examples_of, load_family, patient_plan, record_plan, task_of
+from support.families import examples_of, load_family, record_plan, task_of, user_plan
 
 from fedslm.config import TrainingConfig
 from fedslm.errors import DataError, TrainingError
@@ -27,7 +27,7 @@ from fedslm.training.local import LocalWork, train
 TRAINING = TrainingConfig(local_steps=4, batch_size=4, learning_rate=0.02)
 NOISE_ALONE = TRAINING.model_copy(update={"optimizer": "sgd", "learning_rate": 1.0})
 PLAIN = NoPrivacy(batch_size=4, steps_per_round=4)
-RECORD, PATIENT = (plan(normaliser=4, steps=4) for plan in (record_plan, patient_plan))
+RECORD, PATIENT = (plan(normaliser=4, steps=4) for plan in (record_plan, user_plan))
 PRIVATE = pytest.mark.parametrize("plan", [RECORD, PATIENT], ids=["record", "patient"])
 
 

@@ -19,10 +19,10 @@ from support.families import (
     WILD_TOKEN,
     examples_of,
     load_family,
-    patient_plan,
     random_state,
     record_plan,
     task_of,
+    user_plan,
     wild_token,
 )
 
@@ -38,7 +38,7 @@ from fedslm.training.metric import noisy_metric
 
 Family = tuple[LoadedModel, Task]
 SIGMA = 3.0
-PLANS = [plan(metric_noise_multiplier=SIGMA) for plan in (record_plan, patient_plan)]
+PLANS = [plan(metric_noise_multiplier=SIGMA) for plan in (record_plan, user_plan)]
 BY_PLAN = pytest.mark.parametrize("plan", PLANS, ids=["record", "patient"])
 OFTEN = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

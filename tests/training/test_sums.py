@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from support.families import alone, examples_of, load_family, patient_plan, ready, record_plan, task_of
+from support.families import alone, examples_of, load_family, ready, record_plan, task_of, user_plan
 
 from fedslm.privacy.plan import ExamplePlan, PrivatePlan
 from fedslm.training.steps import PrivateStep, private_optimizer, stepping
@@ -133,7 +133,7 @@ def test_a_clipped_gradient_is_as_long_as_the_bound_allows(unit: Gradient, clip:
     assert min(before, least) <= after <= min(before, Fraction(clip) ** 2)
 
 
-@pytest.mark.parametrize("plan", [record_plan(clip=1e3), patient_plan(clip=1e3)])
+@pytest.mark.parametrize("plan", [record_plan(clip=1e3), user_plan(clip=1e3)])
 def test_a_step_adds_its_passes_up_in_float64(
     plan: ExamplePlan, family_directory: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,9 +20,9 @@ from support.families import (
     gradient,
     load_family,
     one_step,
-    patient_plan,
     record_plan,
     task_of,
+    user_plan,
     wild_token,
 )
 
@@ -89,7 +89,7 @@ def test_sum_equals_autograd_clipped_once_per_patient(family: Family) -> None:
     norms = [float(np.linalg.norm(each)) for each in sums]
     clip = float(np.median(norms))  # some are clipped, some are not
     assert min(norms) < clip < max(norms)
-    exact = one_step(model, task, patient_plan(clip=clip), patients).exact
+    exact = one_step(model, task, user_plan(clip=clip), patients).exact
     np.testing.assert_allclose(exact, sum(clipped(each, clip) for each in sums), atol=4e-5)
 
 
@@ -99,7 +99,7 @@ def test_patients_of_one_record_are_records(family: Family) -> None:
     units = patients_of((1,) * 5, seed=3)
     by_record, by_patient = (
         one_step(model, task, plan, units).exact
-        for plan in (record_plan(clip=0.5), patient_plan(clip=0.5))
+        for plan in (record_plan(clip=0.5), user_plan(clip=0.5))
     )
     np.testing.assert_array_equal(by_record, by_patient)
 
@@ -108,7 +108,7 @@ def test_patients_of_one_record_are_records(family: Family) -> None:
 def test_micro_batches_do_not_change_the_sum_of_patients(family: Family, clip: float) -> None:
     """Micro-batches of 1, 3 or 100 records: the same sum to rounding, since no patient is cut."""
     model, task = family
-    patients, plan = patients_of((1, 4, 2, 3), seed=5), patient_plan(clip=clip)
+    patients, plan = patients_of((1, 4, 2, 3), seed=5), user_plan(clip=clip)
     one, three, whole = (one_step(model, task, plan, patients, size).exact for size in (1, 3, 100))
     assert np.linalg.norm(whole) > 0.1
     np.testing.assert_allclose(one, whole, atol=2e-5)
@@ -148,7 +148,7 @@ def test_a_patient_moves_the_sum_by_itself_alone(
 ) -> None:
     """Adding or removing any patient moves the sum by at most C, and by what it adds when it is alone."""
     model, task = wild
-    plan = patient_plan(clip=clip)
+    plan = user_plan(clip=clip)
     with_extra = [*others[:place], extra, *others[place:]]
     after, before, alone = (
         one_step(model, task, plan, units, size).exact for units in (with_extra, others, [extra])
@@ -164,11 +164,11 @@ def test_bad_records_leave_the_rest_of_a_patient(wild: Family) -> None:
     model, task = wild
     good = examples_of(2, seed=9)
     bad = [Example((7, WILD_TOKEN, 9), 2), Example((5, UNKNOWN_TOKEN, 7), 0)]
-    expected = one_step(model, task, patient_plan(clip=0.5), [good]).exact
+    expected = one_step(model, task, user_plan(clip=0.5), [good]).exact
     assert np.linalg.norm(expected) > 0.1
-    found = one_step(model, task, patient_plan(clip=0.5), [[bad[0], *good, bad[1]]]).exact
+    found = one_step(model, task, user_plan(clip=0.5), [[bad[0], *good, bad[1]]]).exact
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert not one_step(model, task, patient_plan(), [bad]).exact.any()
+    assert not one_step(model, task, user_plan(), [bad]).exact.any()
 
 
 class Steep(Classification):
@@ -192,7 +192,7 @@ def test_a_sum_that_overflows_contributes_zero(
     task = Steep(("bone", "heart", "skin"), "text", "label", 32)
     steep, others = Example((10, 11, 12, 13), 2), patients_of(SIZES, seed=1)
     others = [[Example(each.input_ids, 0) for each in patient] for patient in others]
-    plain, plan = gradient(model, task, steep), patient_plan(clip=0.5)
+    plain, plan = gradient(model, task, steep), user_plan(clip=0.5)
     before = one_step(model, task, plan, others).exact
     assert np.linalg.norm(before) > 0.1
 
@@ -214,6 +214,6 @@ def test_a_sum_that_overflows_contributes_zero(
 def test_an_empty_batch_is_noise_and_nothing_else(family: Family) -> None:
     """A sample without patients has a sum of zero, and releases the same noise as any other."""
     model, task = family
-    seen = one_step(model, task, patient_plan(noise=1.5, clip=0.4, normaliser=8), [])
+    seen = one_step(model, task, user_plan(noise=1.5, clip=0.4, normaliser=8), [])
     assert not seen.exact.any()
     assert float((seen.moved * 8).std()) == pytest.approx(1.5 * 0.4, rel=0.1)

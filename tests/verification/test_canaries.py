@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from fedslm.privacy.gaussian import GaussianNoise
-from fedslm.privacy.plan import ExamplePlan, PatientPlan, PrivatePlan
+from fedslm.privacy.plan import ExamplePlan, PrivatePlan, UserPlan
 from fedslm.privacy.randomness import SecureStream
 from fedslm.training import steps
 from fedslm.verification.canaries import empirical_bound
 
 RECORD = ExamplePlan(8.0, 1e-5, 0.3, 0.8, 0.06, 16, 64)
-PATIENT = PatientPlan(8.0, 1e-5, 0.3, 0.8, 0.06, 16, 64, unit_column="patient")
+PATIENT = UserPlan(8.0, 1e-5, 0.3, 0.8, 0.06, 16, 64, unit_column="patient")
 
 
 @pytest.mark.parametrize("plan", [RECORD, PATIENT])

@@ -12,15 +12,15 @@ from support import mutations as broken
 from support.mutations import cut_at, fixed_size, rate_times, sampler_of
 
 from fedslm.privacy import accounting, chain
-from fedslm.privacy.plan import ExamplePlan, PatientPlan
+from fedslm.privacy.plan import ExamplePlan, UserPlan
 from fedslm.verification import self_test
 from fedslm.verification.harness import Bench
 from fedslm.verification.self_test import Check, SelfTest, run_self_test
 
 RECORDS = "removing any one record moves the sum by at most the clip norm"
-PATIENTS = "removing any one patient moves the sum by at most the clip norm"
+PATIENTS = "removing any one user moves the sum by at most the clip norm"
 NOISE = "noise has the planned standard deviation and a Gaussian shape"
-SAMPLER = "records and patients are sampled at the planned rate"
+SAMPLER = "records and users are sampled at the planned rate"
 EMPTY = "an empty sample releases noise and is charged"
 SEEDS = "no seed repeats noise or samples"
 ACCOUNTANTS = "three accountants agree"
@@ -53,14 +53,14 @@ ELSEWHERE: dict[str, tuple[Mutation, set[str], set[str]]] = {
     "empty batches are skipped": (broken.empty_batches_are_skipped, {NOISE, EMPTY}, {SEEDS}),
     "empty batches have no noise": (broken.empty_batches_have_no_noise, {NOISE, EMPTY}, {SEEDS}),
     "samples of records of a fixed size": (fixed_size(ExamplePlan), {SAMPLER}, set()),
-    "samples of patients of a fixed size": (fixed_size(PatientPlan), {SAMPLER}, set()),
+    "samples of patients of a fixed size": (fixed_size(UserPlan), {SAMPLER}, set()),
     "a rate half as large again": (rate_times(1.5), {SAMPLER}, set()),
     "two thirds of the rate": (rate_times(2 / 3), {SAMPLER}, set()),
     "half are never sampled": (broken.half_are_never_sampled, {SAMPLER}, set()),
     "samples from a seed": (broken.seeded_sampler, {SEEDS}, set()),
     "at most 16 records": (sampler_of(ExamplePlan, cut_at(16)), {SAMPLER}, set()),
     "at most 100 records": (sampler_of(ExamplePlan, cut_at(100)), {SAMPLER}, set()),
-    "at most 16 patients": (sampler_of(PatientPlan, cut_at(16)), {SAMPLER}, set()),
+    "at most 16 patients": (sampler_of(UserPlan, cut_at(16)), {SAMPLER}, set()),
     "an unchecked ledger": (broken.ledger_is_not_checked, {LEDGER}, set()),
     "a ledger without a limit": (broken.no_limit, {LEDGER}, set()),
     "half of epsilon": (broken.halved, {ACCOUNTANTS}, {LEDGER}),
@@ -68,7 +68,7 @@ ELSEWHERE: dict[str, tuple[Mutation, set[str], set[str]]] = {
     "a metric by record": (broken.metric_by_record, {METRIC}, set()),
     "metric noise for one number": (broken.metric_without_sensitivity, {METRIC}, set()),
 }
-SLOW = {RECORDS: "_records", PATIENTS: "_patients", METRIC: "_metric"}
+SLOW = {RECORDS: "_records", PATIENTS: "_users", METRIC: "_metric"}
 
 
 # One or two for each check in every run of the tests; all of them in the slow ones.
@@ -174,7 +174,7 @@ def test_an_exception_is_a_failure(patch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no such thing")
 
     leave_out(patch, {METRIC})
-    for name in ("_records", "_patients", "_noise"):
+    for name in ("_records", "_users", "_noise"):
         patch.setattr(self_test, name, stop)
     result = run_self_test()
     assert failed(result) == {RECORDS, PATIENTS, NOISE}
