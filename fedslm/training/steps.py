@@ -82,6 +82,23 @@ class PrivateStep:
         * An empty batch adds the same noise as any other.
         * Noise is secure randomness, a stream of its own for each round; it is added in float64.
 
+    Edge cases (the tests are in tests/training):
+        * Empty batch: a sum of zero with the same noise. A skipped step would show that nobody was
+          sampled, and the accountant charges one (test_an_empty_batch_is_noise_and_nothing_else).
+        * A sample of one unit: divided by ``normaliser``, not by 1. A divisor that counts units would
+          show how many there are (test_one_unit_is_divided_by_the_normaliser_too).
+        * A gradient that is not finite: the record counts as zero, as does a unit whose sum overflows.
+          0·inf is NaN: no clip factor would remove it (test_bad_records_leave_the_rest_of_a_patient,
+          test_a_sum_that_overflows_contributes_zero).
+        * A gradient of zero: C / 0 is infinite and cut to a factor of 1, which adds zero
+          (test_a_gradient_of_zero_adds_zero).
+        * The least clip norm, 1e-6: the bound holds. The denominator is the norm only: Opacus' norm +
+          1e-6 would halve a gradient of 1e-6 (test_a_clipped_gradient_is_as_long_as_the_bound_allows).
+        * A unit larger than a micro-batch: one pass, never cut, since the clip is of the sum over its
+          records (test_sum_equals_autograd_clipped_once_per_patient).
+        * A unit without records: plans make none. It raises before any pass
+          (test_a_unit_without_records_is_refused).
+
     Args:
         model: The model, with Opacus hooks attached.
         task: The per-example loss.
@@ -227,12 +244,15 @@ def with_noise(optimizer: type[DPOptimizer]) -> type[DPOptimizer]:
             totals = clipped_sum(self.grad_samples, self.max_grad_norm)
             for parameter, total in zip(self.params, totals, strict=True):
                 _check_processed_flag(parameter.grad_sample)
+                # In float64 too: the proof in clipped_sum counts the additions between micro-batches.
                 before = parameter.summed_grad
                 parameter.summed_grad = total if before is None else before + total
                 _mark_as_processed(parameter.grad_sample)
 
         def add_noise(self) -> None:
             """Adds noise to each summed gradient, once, and rounds to the parameter's precision."""
+            # σC on a sum of sensitivity C. Dividing it by a public constant is post-processing: the
+            # accountant needs σ only.
             stddev = self.noise_multiplier * self.max_grad_norm
             for parameter in self.params:
                 _check_processed_flag(parameter.summed_grad)
@@ -267,6 +287,7 @@ def clipped_sum(samples: Sequence[torch.Tensor], clip_norm: float) -> list[torch
     Returns:
         The sum for each parameter, float64; on the CPU if the device has no float64.
     """
+    # One norm over all tensors: k tensors clipped to C one by one would have sensitivity C·√k.
     squares = sum(_double(sample).flatten(1).square().sum(dim=1) for sample in samples)
     factors = (clip_norm * _ROOM / torch.as_tensor(squares).sqrt()).clamp(max=1.0)
     return [torch.einsum("i,i...", factors, _double(sample)) for sample in samples]
@@ -336,6 +357,8 @@ def stepping(
 
     network = model.adapter.network
     hooks = GradSampleHooks(network, batch_first=True, loss_reduction="sum")
+    # In a shared pass the others decide a record's padding, and so its rounding; a hostile adapter
+    # amplifies that beyond the clip norm (tests/training/test_isolation.py).
     size = micro_batch_size if plan.batched else 1  # a pass never cuts a unit
     try:
         yield PrivateStep(model, task, private_optimizer(optimizer, plan), size)

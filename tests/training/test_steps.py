@@ -35,7 +35,7 @@ from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import NoPrivacy
 from fedslm.tasks.base import Example, Task
 from fedslm.training.checks import check_private_model
-from fedslm.training.steps import PlainStep, PrivateStep, stepping, zero_non_finite
+from fedslm.training.steps import PlainStep, PrivateStep, clipped_sum, stepping, zero_non_finite
 
 Family = tuple[LoadedModel, Task]
 
@@ -91,6 +91,37 @@ def test_parameters_move_by_the_noisy_sum_over_a_constant(family: Family) -> Non
         noise = seen.noisy * 7 - seen.exact
         assert float(noise.std()) == pytest.approx(0.5, rel=0.2)
         assert abs(np.corrcoef(noise, seen.exact)[0, 1]) < 0.2 if count else not seen.exact.any()
+
+
+def test_one_unit_is_divided_by_the_normaliser_too(family: Family) -> None:
+    """A sample of one unit moves the parameters by its clipped gradient over the constant, not over 1."""
+    model, task = family
+    example, plan = examples_of(1, seed=2)[0], record_plan(noise=1e-7, clip=0.5, normaliser=7)
+    seen = one_step(model, task, plan, alone([example]))
+    expected = clipped(gradient(model, task, example), 0.5)
+    assert np.linalg.norm(expected) > 0.1
+    np.testing.assert_allclose(seen.moved * 7, expected, atol=1e-5)
+
+
+def test_a_gradient_of_zero_adds_zero() -> None:
+    """A unit whose gradient is zero is not divided by its norm: it adds zero, and the others stay."""
+    samples = [torch.tensor([[0.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0], [4.0]])]
+    first, second = clipped_sum(samples, 1.0)
+    np.testing.assert_allclose([*first.tolist(), *second.tolist()], [0.6, 0.0, 0.8], rtol=1e-5)
+    assert not any(each.any() for each in clipped_sum([each[:1] for each in samples], 1e-6))
+
+
+def test_a_unit_without_records_is_refused(family: Family) -> None:
+    """A unit of no records, which no plan makes, raises before a pass and leaves the parameters."""
+    model, task = family
+    start = ready(model)
+    optimizer = torch.optim.SGD(list(model.adapter.parameters.values()), lr=1.0)
+    with (
+        stepping(model, task, record_plan(), optimizer, 4) as step,
+        pytest.raises(ValueError, match="empty"),
+    ):
+        step([*alone(examples_of(2)), []])
+    assert model.adapter.read().sha256() == start.sha256()
 
 
 def test_micro_batches_do_not_change_the_sum(family: Family) -> None:
