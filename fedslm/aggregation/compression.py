@@ -148,6 +148,10 @@ def compress(
 def with_feedback(difference: AdapterState, error: AdapterState) -> AdapterState:
     """An update and what compression lost of earlier ones (of the same tensors).
 
+    With e ← (Δ + e) - C(Δ + e), what was sent adds up to Σ Δ less the last e: what is lost is late, not
+    gone. So that e stays bounded, E‖u - C(u)‖² must be less than ‖u‖²: a share q of the values as they
+    are leaves (1 - q)·‖u‖²; scaled up by 1 / q it leaves (1 / q - 1)·‖u‖², too much for q <= 1/2.
+
     References:
         Karimireddy et al. 2019 (arXiv 1901.09847).
     """
@@ -161,13 +165,14 @@ def _rounded(values: FloatArray, upload: UploadName, rounding: np.random.Generat
         case "float32":
             return values
         case "bfloat16":
+            # Carries with probability (low 16 bits) / 2^16, the distance from the number below.
             bits = values.view(np.uint32)
             added = rounding.integers(0, 1 << 16, values.shape, dtype=np.uint32)
             return ((bits + added) & np.uint32(0xFFFF0000)).view(np.float32)
         case "int8":
             scale = _scale_of(values)
             exact = values.astype(np.float64) / scale
-            below = np.floor(exact)
+            below = np.floor(exact)  # up with probability exact - below: the mean is exact
             up = rounding.random(values.shape) < exact - below
             return ((below + up) * scale).astype(np.float32)
         case _:

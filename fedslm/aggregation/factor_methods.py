@@ -107,6 +107,7 @@ class FactorRound:
             for layer in layers_of(self.start):
                 a, b = self._pair(client, layer)
                 rank = a.shape[0]
+                # [Bₖ, -B₀]·[Aₖ; A₀] = BₖAₖ - B₀A₀
                 own = np.hstack([b, -_tensor(self.start, layer, "lora_B")[:, :rank]])
                 both = np.vstack([a, _tensor(self.start, layer, "lora_A")[:rank]])
                 square += (self.scaling * norm_of_product(own, both)) ** 2
@@ -130,6 +131,8 @@ class FactorRound:
             case "fedex":
                 stack = self._stack(layer, shares, kept)
                 made = {key: self._mean(key, shares * kept) for key in (a_key, b_key)}
+                # Σ pₖBₖAₖ - B̄Ā = Σ pₖ(Bₖ - B̄)(Aₖ - Ā): n clients of rank r leave (n - 1)·r at most.
+                # B̄ and Ā are those in float32, so the remainder makes up for their rounding too.
                 mean_b, mean_a = (made[key].astype(np.float64) for key in (b_key, a_key))
                 left = np.hstack([stack.left, -self.scaling * mean_b])
                 size = self.scaling * float(np.linalg.norm(mean_b) * np.linalg.norm(mean_a))
@@ -158,7 +161,12 @@ class FactorRound:
         return made | _aside(layer, u[:, rank:] * values[rank:], v[rank:], largest)
 
     def _stack(self, layer: str, shares: Matrix, kept: Matrix) -> Stack:
-        """All clients' factors of a layer, the start's own for what nobody moved, and D."""
+        """All clients' factors of a layer, the start's own for what nobody moved, and D.
+
+        Σ pₖ·s·Bₖ·Aₖ + D_B·D_A = [s·p₁·B₁ … s·pₙ·Bₙ  D_B] · [A₁; …; Aₙ; D_A]: a product of blocks is the
+        sum of the blocks' products (FLoRA, arXiv 2409.05976). A client that the norm bound scales by κ
+        counts as κ·BₖAₖ + (1 - κ)·B₀A₀: its change of the weights is scaled, not its factors.
+        """
         lefts, rights = [], []
         start_b = _tensor(self.start, layer, "lora_B")
         still = np.full(start_b.shape[1], (shares * (1 - kept)).sum())  # what the norm bound takes

@@ -28,6 +28,8 @@ class WeightedMean:
         shapes: The trained tensors at the server's rank.
         cohort_ranks: The rank of every client that was asked, if the denominator is to be the cohort
             whoever answers (privacy: who is missing may tell something); absent: those who answered.
+            With the cohort it is Σ uₖ / n, n public: a uₖ that moves by C moves it by C / n, whoever
+            answers. Over those who answered, one more answer would change the others' shares too.
 
     References:
         McMahan et al. 2017, FedAvg (arXiv 1602.05629). Dilution: arXiv 2602.13486.

@@ -15,6 +15,7 @@ class NormBound:
 
     What it guarantees: one update moves a mean by at most slack · reference · weight / total weight.
     With fewer than half of the clients hostile the reference, a median, lies within the honest norms.
+    Scaling by min(1, limit / ‖u‖) projects onto a ball: see Sun et al. 2019 (arXiv 1911.07963).
     What it does not: many small hostile updates in one direction add up; that takes a robust rule.
 
     Attributes:

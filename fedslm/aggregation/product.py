@@ -16,6 +16,10 @@ _ROUNDING = 2e-7  # two factors' rounding to float32, relative: a direction belo
 def svd_of_product(left: Matrix, right: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     """The singular value decomposition of a product by its QR core.
 
+    With left = Q₁·R₁ and rightᵀ = Q₂·R₂ the product is Q₁·(R₁·R₂ᵀ)·Q₂ᵀ. Q₁ and Q₂ have orthonormal
+    columns, so the core's decomposition, of at most n x n, gives that of the product. Its first r
+    directions are the best approximation of rank r (Eckart and Young 1936).
+
     Args:
         left: (out, n).
         right: (n, in).
@@ -65,6 +69,8 @@ def norm_of_product(left: Matrix, right: Matrix) -> float:
     >>> norm_of_product(np.array([[3.0], [4.0]]), np.array([[2.0]]))
     10.0
     """
+    # Not as √tr(BᵀB·AAᵀ): where the product is a small difference of large ones (drift_norms), that
+    # loses half of the digits.
     _, left_core = np.linalg.qr(left)
     _, right_core = np.linalg.qr(right.T)
     return math.sqrt(float(np.square(left_core @ right_core.T).sum()))

@@ -65,6 +65,16 @@ def still_hostile(rule: RuleName, num_byzantine: int, count: int, silent: int) -
 def combine(rule: RuleName, spool: Spool, num_byzantine: int, shrink: Sequence[float]) -> AdapterState:
     """Puts updates together.
 
+    Of n updates uₖ at most f are hostile; :func:`required_clients` is the n that each rule assumes.
+        * median, n > 2f: of each coordinate; it is within the range of the honest values.
+        * trimmed-mean, n > 2f: of each coordinate, the mean without the f lowest and the f highest; all
+          that is kept is within that range.
+        * geometric-median, n > 2f: argmin over z of Σ ‖uₖ - z‖; a minority moves it a bounded distance.
+        * krum, n > 2f + 2: the uₖ of least Σ ‖uₖ - uⱼ‖² over its n - f - 2 nearest uⱼ.
+        * multi-krum, n > 2f + 2: the mean of the n - f of least such score.
+        * bulyan, n > 4f + 2: θ = n - 2f picked by Krum; of each coordinate the mean of the θ - 2f
+          nearest to their median, since a distance does not bound a single coordinate.
+
     Args:
         rule: Any but the mean.
         spool: The updates, of one rank.
@@ -168,6 +178,7 @@ def _weiszfeld(gram: Matrix) -> Matrix:
     if longest == 0:
         return weights
     for _ in range(_STEPS):
+        # z = Σ wⱼuⱼ: ‖uₖ - z‖² = Gₖₖ - 2(Gw)ₖ + wᵀGw; a step sets wₖ in proportion to 1 / ‖uₖ - z‖.
         square = np.diag(gram) - 2 * gram @ weights + weights @ gram @ weights
         inverse = 1 / np.sqrt(np.maximum(square, _TINY * longest))
         moved = inverse / inverse.sum()

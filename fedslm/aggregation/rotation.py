@@ -44,6 +44,9 @@ def rotated(adapter: AdapterState, reference: AdapterState, turn: int, strength:
 def softened(similarity: Matrix, strength: float) -> Matrix:
     """The rotation nearest to (1 - λ)·I + λ·R, where R aligns best (orthogonal Procrustes, det R = 1).
 
+    ‖Rᵀ·A - A_ref‖² = ‖A‖² + ‖A_ref‖² - 2·tr(Rᵀ·M): of all orthogonal R, U·Vᵀ makes it least, where
+    M = U·Σ·Vᵀ (Schönemann 1966); ‖B·R - B_ref‖ likewise.
+
     Args:
         similarity: M = A·A_refᵀ or Bᵀ·B_ref, (r, r); zero where there is nothing to align.
         strength: λ.

@@ -16,13 +16,19 @@ from fedslm.records import AdapterState, FloatArray
 class ServerOptimizer:
     """A server optimizer, without its memory.
 
+    With g the combined update, for each coordinate, without bias correction:
+        * fedavg: θ ← θ + η·g. fedavgm: m ← β₁·m + g; θ ← θ + η·m.
+        * The others: m ← β₁·m + (1 - β₁)·g; θ ← θ + η·m / (√v + τ), where first
+          fedadam: v ← β₂·v + (1 - β₂)·g²; fedadagrad: v ← v + g²;
+          fedyogi: v ← v - (1 - β₂)·g²·sign(v - g²), which falls by no more than (1 - β₂)·g².
+
     Attributes:
         name: Which.
         learning_rate: The server's rate.
         momentum: β₁, decay of the first moment.
         second_momentum: β₂, decay of the second moment.
-        adaptivity: τ, added to the root of the second moment; the second moment starts at τ², so that a
-            first step is no longer than the rate.
+        adaptivity: τ, added to the root of the second moment, which starts at τ². A first step moves no
+            coordinate by more than the rate if 1 - β₁ <= √(1 - β₂), as by default.
 
     References:
         McMahan et al. 2017 (FedAvg, arXiv 1602.05629); Hsu et al. 2019 (FedAvgM, arXiv 1909.06335);

@@ -51,6 +51,7 @@ def proxy_target(
     own = soft_target(base)
     if alpha == 0 or torch.equal(tuned, untuned):
         return own
+    # Of log-probabilities: a constant added to all logits, which means nothing, would move the clip.
     change = (soft_target(tuned) - soft_target(untuned)).clamp(-clip, clip)
     return F.log_softmax(own + alpha * change, dim=-1)
 
@@ -188,6 +189,8 @@ def softened(target: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
 
 def sparse_forward_kl(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Cross-entropy on sampled tokens: in the mean over draws its gradient is that of forward KL.
+
+    E[-Σ w·log p] = -Σ q·log p = KL(q ‖ p) + H(q), and H(q) has no gradient in p.
 
     Args:
         logits: The student's.

@@ -14,6 +14,9 @@ from fedslm.models.peft_library import peft
 class CoreLora(peft.tuners.lora.layer.LoraVariant):  # type: ignore[misc]
     """PEFT's LoRA layer with ``lora_R`` between its factors; plain PEFT does not know it.
 
+    B and A are shared and frozen, so Σ pₖ·B·Rₖ·A = B·(Σ pₖ·Rₖ)·A: averaging R is exact. R learns from
+    zero: its gradient is s·Bᵀ·G·Aᵀ, where G is that of the layer's weights.
+
     R is a layer of its own, so that per-record gradients of each factor are those of a linear layer.
 
     References:

@@ -90,7 +90,7 @@ class Deltas:
     def _add(
         self, layer: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Adds D_B·D_A·x to a layer's output, in the precision of LoRA's own path."""
+        """Adds D_B·(D_A·x), in the precision of LoRA's own path: (W + s·B·A + D_B·D_A)·x in all."""
         pair = self._pairs.get(layer)
         if pair is None or module.disable_adapters:
             return None
