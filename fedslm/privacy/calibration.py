@@ -57,6 +57,8 @@ def _mechanism(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) ->
     rounds += privacy.spare_rounds
     steps = rounds * training.local_steps
     metric = privacy.metric_noise_multiplier
+    # A unit moves (sum of scores, units) by at most (1, 1), √2 in L2. The noise is σ·√2, so σ is its
+    # multiplier; all units are read, so no sampling amplifies it.
     others = [] if metric is None else [Event(1.0, metric, rounds)]
     noise = privacy.noise_multiplier
     if noise is None:
@@ -114,6 +116,8 @@ def calibrate(
                 f"privacy.epsilon={epsilon_target} at delta={delta} is out of reach for {steps} "
                 f"steps at sample_rate={sample_rate}; ask for fewer steps or a larger epsilon"
             )
+    # Epsilon never rises with the noise, so bisection is right: for τ > σ, N(0, τ²) is
+    # N(0, σ²) + N(0, τ² - σ²), and more noise is post-processing of less.
     low = high / 2 if high > 1 else 0.1
     while high - low > _STEP:
         middle = (low + high) / 2

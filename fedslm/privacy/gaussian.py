@@ -57,6 +57,7 @@ class GaussianNoise:
 
     def _standard_normal(self, count: int) -> NDArray[np.float64]:
         """Box–Muller; both values of a pair are used, for different coordinates."""
+        # Always two normals of two uniforms: how often a rejection method redraws depends on the noise.
         half = (count + 1) // 2
         uniform = self._stream.uniform(2 * half)
         radius = np.sqrt(-2.0 * np.log(uniform[:half]))

@@ -3,6 +3,9 @@
 A spend is *reserved* (written and synced) before the computation that it pays for, and *committed*
 before the release leaves. A crash in between leaves it charged: the ledger may over-count, never
 under-count. Sending the same bytes again is free.
+
+The order is check, reserve, compute, commit, send. A filter refuses a charge before its release exists;
+an odometer would only report afterwards what was spent.
 """
 
 from __future__ import annotations

@@ -97,7 +97,13 @@ def _lost(chain: Chain, budget: tuple[float, float]) -> str:
 
 
 def _check_all(charges: Sequence[Charge], budget: tuple[float, float], whose: str) -> None:
-    """Refuses charges over a budget; of several plans, each may have been chosen after a release."""
+    """Refuses charges over a budget; of several plans, each may have been chosen after a release.
+
+    One plan fixes rate, noise and steps before its first release; what is asked may still adapt, and
+    PLDs compose. A second plan may choose these by what was released: that is fully adaptive
+    composition, where a Rényi filter at an order fixed beforehand holds (Feldman and Zrnic 2021,
+    arXiv 2008.11193).
+    """
     events = [charge.event for charge in charges]
     check_budget(events, budget, whose)
     if len({charge.plan_sha256 for charge in charges}) > 1:

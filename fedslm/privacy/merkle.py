@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-_LEAF, _NODE = b"\x00", b"\x01"
+_LEAF, _NODE = b"\x00", b"\x01"  # without these, two joined hashes could pass for a leaf
 MOST_HASHES = 64  # a proof of a tree of at most 2^62 leaves is not longer
 
 
@@ -33,7 +33,7 @@ def root_of(leaves: Sequence[bytes]) -> bytes:
     if not leaves:
         return hashlib.sha256().digest()
     level = [hashlib.sha256(_LEAF + leaf).digest() for leaf in leaves]
-    while len(level) > 1:
+    while len(level) > 1:  # an odd one goes up as it is: RFC 9162's split at a power of two
         paired = [_parent(level[at], level[at + 1]) for at in range(0, len(level) - 1, 2)]
         level = paired + level[len(paired) * 2 :]
     return level[0]
@@ -79,7 +79,11 @@ def extends(old: tuple[int, bytes], new: tuple[int, bytes], proof: Sequence[byte
 
 
 def _is_proved(path: list[bytes], old: tuple[int, bytes], new: tuple[int, bytes]) -> bool:
-    """RFC 9162, 2.1.4.2: both roots are computed from one path of hashes."""
+    """RFC 9162, 2.1.4.2: both roots are computed from one path of hashes.
+
+    The subtrees that make up the old root are then subtrees of the new one, in the same places. Other
+    leaves under the same hashes would be a collision of SHA-256.
+    """
     at, last = old[0] - 1, new[0] - 1
     while at & 1:
         at, last = at >> 1, last >> 1

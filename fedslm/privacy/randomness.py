@@ -2,6 +2,10 @@
 
 No seed reaches it: neither the run's, nor ``random``'s, NumPy's or torch's. What may be repeated comes
 from :mod:`fedslm.rng` instead.
+
+Why a cipher: noise is as secret as its generator's state. torch's CPU generator is a Mersenne Twister,
+whose state follows from its outputs, and keeps 32 bits of its seed, few enough to try them all.
+ChaCha20 has a key of 256 bits, and runs in constant time without special instructions.
 """
 
 from __future__ import annotations
@@ -56,6 +60,7 @@ class SecureStream:
             self._blocks_left -= 1
             part = numbers[start : start + _BLOCK_WORDS]
             keystream = self._encryptor.update(self._zeros[: len(part) * _WORD_BYTES])
+            # (k + 1/2)·2^-52 is exact in float64, and neither 0, whose log is infinite, nor 1.
             np.add(np.frombuffer(keystream, dtype="<u8") >> np.uint64(12), 0.5, out=part)
             part *= 2.0**-52
         return numbers
