@@ -1,11 +1,11 @@
 """Events to epsilon. The number of record is dp-accounting's PLD accountant.
 
 Formal guarantees:
-    * Add-or-remove-one adjacency of the unit; both directions, the larger counts.
+    * Add-or-remove adjacency of the unit; both directions, the larger counts.
     * Poisson sampling at the event's rate and Gaussian noise at its multiplier, adaptively composed
       over all steps with parameters that are fixed beforehand; :func:`adaptive_epsilon` is for
       parameters that are not. No amplification by client sampling.
-    * The discretised privacy loss is rounded pessimistically: the result is an upper bound.
+    * The discretised privacy loss is a pessimistic one: the result is an upper bound.
     * Where a Rényi bound is above 10,000, it is the result: an upper bound too, which takes no memory.
 
 References:
@@ -46,14 +46,15 @@ Groups = tuple[tuple[float, float, int], ...]  # (sample_rate, noise_multiplier,
 
 @dataclass(frozen=True)
 class Accounts:
-    """Epsilon of the same events by three accountants that share no code.
+    """Epsilon of the same events by three accountants.
 
     Privacy losses of steps add up: PLD and PRV convolve their distributions, PLD's a pessimistic one.
     RDP adds divergences of each order; the best gives epsilon (Balle et al. 2020, arXiv 1905.09982).
 
     Attributes:
         pld: dp-accounting's privacy loss distributions: the number of record.
-        prv: Opacus' privacy random variables; an estimate plus its error bound.
+        prv: Opacus' privacy random variables; an estimate plus its error bound. Its domain comes
+            from Opacus' Rényi accountant; the PLD shares no code with either.
         rdp: Opacus' Rényi accountant; an upper bound, 10 to 25 % larger.
     """
 

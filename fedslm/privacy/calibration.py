@@ -90,7 +90,9 @@ def calibrate(
     steps: int,
     others: Sequence[Event] = (),
 ) -> float:
-    """Noise multiplier at most 0.002 above the smallest for which the steps cost at most the target.
+    """Noise multiplier for which the steps cost at most the target.
+
+    It is at most 0.002 above the smallest such one, or 0.101 if that is below 0.1.
 
     Args:
         epsilon_target: Budget, > 0.

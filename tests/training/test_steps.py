@@ -125,10 +125,10 @@ def test_a_unit_without_records_is_refused(family: Family) -> None:
 
 
 def test_micro_batches_do_not_change_the_sum(family: Family) -> None:
-    """One micro-batch of 8, or 8 of 1: the same sum to rounding."""
+    """One shared pass of 8, or 8 passes of 1: the same sum to rounding."""
     model, task = family
-    units = alone(examples_of(8, seed=5))
-    whole, split = (one_step(model, task, record_plan(), units, size).exact for size in (8, 1))
+    units, plan = alone(examples_of(8, seed=5)), record_plan(batched=True)
+    whole, split = (one_step(model, task, plan, units, size).exact for size in (8, 1))
     np.testing.assert_allclose(whole, split, atol=1e-5)
 
 

@@ -106,9 +106,9 @@ def test_patients_of_one_record_are_records(family: Family) -> None:
 
 @pytest.mark.parametrize("clip", [0.3, 50.0])
 def test_micro_batches_do_not_change_the_sum_of_patients(family: Family, clip: float) -> None:
-    """Micro-batches of 1, 3 or 100 records: the same sum to rounding, since no patient is cut."""
+    """Shared passes of 1, 3 or 100 records: the same sum to rounding, since no patient is cut."""
     model, task = family
-    patients, plan = patients_of((1, 4, 2, 3), seed=5), user_plan(clip=clip)
+    patients, plan = patients_of((1, 4, 2, 3), seed=5), user_plan(clip=clip, batched=True)
     one, three, whole = (one_step(model, task, plan, patients, size).exact for size in (1, 3, 100))
     assert np.linalg.norm(whole) > 0.1
     np.testing.assert_allclose(one, whole, atol=2e-5)
@@ -136,7 +136,6 @@ PATIENTS = st.one_of(
     extra=PATIENTS,
     place=st.integers(0, 3),
     clip=st.sampled_from([0.3, 30.0]),
-    size=st.sampled_from([1, 4, 32]),
 )
 def test_a_patient_moves_the_sum_by_itself_alone(
     wild: Family,
@@ -144,14 +143,13 @@ def test_a_patient_moves_the_sum_by_itself_alone(
     extra: list[Example],
     place: int,
     clip: float,
-    size: int,
 ) -> None:
     """Adding or removing any patient moves the sum by at most C, and by what it adds when it is alone."""
     model, task = wild
     plan = user_plan(clip=clip)
     with_extra = [*others[:place], extra, *others[place:]]
     after, before, alone = (
-        one_step(model, task, plan, units, size).exact for units in (with_extra, others, [extra])
+        one_step(model, task, plan, units).exact for units in (with_extra, others, [extra])
     )
     moved = after - before
     assert np.isfinite(after).all()
