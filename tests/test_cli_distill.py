@@ -37,7 +37,7 @@ def test_it_teaches_and_says_where_to_look(
     """Figures, the privacy that was inherited, the directory; with --json one line."""
     code, said, _ = call("--out", str(tmp_path / "one"))
     assert code == 0
-    assert f"look at {tmp_path / 'one'}/distill.md" in said
+    assert f"report: {tmp_path / 'one'}/distill.md" in said
     assert "student after" in said
     code, said, _ = call("--out", str(tmp_path / "two"), "--json")
     values = json.loads(said)

@@ -76,7 +76,7 @@ def test_predict_shows_a_table(kind: str, expected: str, finished_run: Finished)
     assert result.exit_code == 0
     assert "chest [/b] pain" in result.stdout
     assert expected in result.stdout
-    assert "1 text cut: too long" in result.stderr
+    assert "1 text truncated" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["in.txt", "in.jsonl", "in.csv"])

@@ -88,7 +88,7 @@ def test_info_for_people_names_a_guess(override: str, why: str) -> None:
     options = ("--set", "model.quantization=int4", "--set", override)
     result = run("model", "info", DEMO, *options)
     assert result.exit_code == 0, result.output
-    for part in ("BERT, proved", "2, a guess", "int4, computed in float32", "×4", why):
+    for part in ("BERT, verified", "2, a guess", "int4, computed in float32", "×4", why):
         assert part in result.stdout
 
 
@@ -124,9 +124,9 @@ def test_unproved_bases_are_warned_of_or_refused(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["family"] is None
-    assert any("not proved" in warning for warning in found["warnings"])
+    assert any("not verified" in warning for warning in found["warnings"])
     for command in (("model", "info"), ("config", "check")):
-        assert_clear(run(*command, DEMO, *base), "ModelError", "'opt' is not proved", "llama")
+        assert_clear(run(*command, DEMO, *base), "ModelError", "'opt' is not verified", "llama")
 
 
 def test_a_missing_base_is_a_clear_error(family_directory: Callable[[str, str], Path]) -> None:

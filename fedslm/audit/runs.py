@@ -147,7 +147,7 @@ def _standings(directory: RunDirectory, findings: list[str]) -> dict[str, Any]:
     """What real nodes spent over all runs; adds those that are out to the findings."""
     found = standings_of_run(directory.path)
     findings += [
-        f"{name} is out since {each.since}: {each.out}" for name, each in found.items() if each.out
+        f"{name} is excluded since {each.since}: {each.out}" for name, each in found.items() if each.out
     ]
     return {name: as_values(each) for name, each in found.items()}
 

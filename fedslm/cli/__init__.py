@@ -49,11 +49,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-config_app = typer.Typer(help="Look at and check a configuration.", no_args_is_help=True)
+config_app = typer.Typer(help="Show and check a configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config", rich_help_panel=TRAIN)
 app.add_typer(data_app, name="data", rich_help_panel=TRAIN)
 app.add_typer(model_app, name="model", rich_help_panel=TRAIN)
-app.add_typer(methods_app)  # without a name: its command stands beside these
+app.add_typer(methods_app)  # without a name: a top-level command
 app.add_typer(distill_app)
 app.add_typer(inference_app)
 app.add_typer(budget_app, name="budget", rich_help_panel=PRIVACY)
@@ -96,11 +96,11 @@ def simulate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run a federation on this machine.
+    """Simulate a federation on this machine.
 
     Example: `fedslm simulate simulations/demo.toml --set privacy.epsilon=2`
 
-    Ctrl-C stops after the clients that are at work; continue with `--resume RUN`.
+    Ctrl-C stops once the clients now training are done; continue with `--resume RUN`.
     """
     with clear_errors():
         if config is None and (resume is None or overrides):
@@ -120,7 +120,7 @@ def _finished(config: Config | None, resume: Path | None) -> dict[str, Any] | No
 
     report = finished(resume, config)
     if report is not None:
-        text = f"{resume} is finished: nothing is left to do, and nothing was written"
+        text = f"{resume} is finished: there is nothing left to do, and nothing was written"
         ERRORS.print(text)
     return report
 
@@ -198,7 +198,7 @@ def demo(
     ] = Path("runs/demo"),
     as_json: Json = False,
 ) -> None:
-    """Train the embedded model across five fictional hospitals, without privacy and with it.
+    """Train the embedded model across five fictional hospitals, without and with privacy.
 
     Example: `fedslm demo --directory /tmp/demo`
     """
@@ -221,7 +221,7 @@ def schema() -> None:
 
 
 class Kind(StrEnum):
-    """Configs that can be printed to start from."""
+    """Configurations that `fedslm config example` prints."""
 
     deployed = "deployed"
 
@@ -254,13 +254,13 @@ def check(
     config: ConfigPath,
     overrides: Overrides = [],  # noqa: B006
     data: Annotated[
-        bool, typer.Option("--data", help="Look at the data too, as `fedslm data preview` does.")
+        bool, typer.Option("--data", help="Check the data too, as `fedslm data preview` does.")
     ] = False,
 ) -> None:
-    """Say what is wrong with a configuration's keys and values, and with --data what is with its data.
+    """Check a configuration's keys and values, and with --data its data.
 
-    If the base model is on this machine, its config.json is checked: some architectures cannot be
-    trained privately.
+    If the base model is a local directory, its config.json is checked too: some architectures cannot
+    be trained privately.
 
     Example: `fedslm config check simulations/demo.toml --set privacy.delta=1e-6`
     """

@@ -78,7 +78,7 @@ def print_answers(answers: Rows) -> None:
     print_table("", ("text", "answer"), rows, [])
     cut = sum("truncated" in answer for answer in answers)
     if cut:
-        ERRORS.print(f"{plural(cut, 'text')} cut: too long, the end was not read", style="yellow")
+        ERRORS.print(f"{plural(cut, 'text')} truncated: the model did not see the end", style="yellow")
 
 
 def _said(answer: dict[str, Any]) -> str:

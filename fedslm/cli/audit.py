@@ -17,20 +17,21 @@ from fedslm.storage import json_text
 if TYPE_CHECKING:
     from fedslm.audit.ledgers import LedgerAudit
 
-audit_app = typer.Typer(help="Check what was spent, and the code itself.", no_args_is_help=True)
+audit_app = typer.Typer(help="Audit privacy spending, runs and the privacy code.", no_args_is_help=True)
 
 
 @audit_app.command("ledger")
 def ledger(
-    path: Annotated[Path, typer.Argument(help="A ledger, or the node directory that holds it.")],
+    path: Annotated[Path, typer.Argument(help="A ledger, or the node directory that contains it.")],
     public_key: Annotated[
         str, typer.Option(help="The node's public key: a PEM file, or 64 hexadecimal digits.")
     ],
     head: Annotated[
-        list[str], typer.Option(help="Hash of a line that was once the last; may be repeated.")
+        list[str],
+        typer.Option(help="A saved head: the hash of a line that was once the last; may be repeated."),
     ] = [],  # noqa: B006  (typer copies it)
     statements: Annotated[
-        Path | None, typer.Option(help="A server's statements.jsonl, to hold the ledger against.")
+        Path | None, typer.Option(help="A server's statements.jsonl, to check the ledger against.")
     ] = None,
     delta: Annotated[
         list[float], typer.Option(help="Report epsilon at this delta too; may be repeated.")
@@ -40,10 +41,10 @@ def ledger(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check a ledger offline: chain, signatures, gaps, rollback, epsilon by three accountants.
+    """Check a ledger offline: chain, signatures, gaps, rollback, and epsilon by three accountants.
 
-    Ends with 0 on a sound ledger and 1 on any finding. What cannot be ruled out is an open question: it
-    is printed, and does not change the end.
+    Exits with 0 if the ledger is sound and 1 on any finding. A problem that cannot be ruled out is an
+    open question: it is printed and does not change the exit code.
 
     Example: `fedslm audit ledger node/ledger.jsonl --public-key node/ledger-key.pub.pem`
     """
@@ -79,16 +80,20 @@ def run(
         typer.Option("--with", help="Another run on the same data, such as tuning; may be repeated."),
     ] = [],  # noqa: B006
     records_per_person: Annotated[
-        list[int], typer.Option(help="Report a record-level run for people with so many records.")
+        list[int],
+        typer.Option(
+            help="Records of one person: also report epsilon for them (unit = record); may be repeated."
+        ),
     ] = [2, 4],  # noqa: B006
     empirical: Annotated[
-        bool, typer.Option(help="Attack the mechanism with canaries, for a measured lower bound.")
+        bool,
+        typer.Option(help="Attack the mechanism with canaries to measure a lower bound on epsilon."),
     ] = True,
     as_json: Json = False,
 ) -> None:
     """Write the audit of a run: audit.md, audit.json and a printable audit.html.
 
-    Ends with 0 if nothing is wrong and 1 on any finding.
+    Exits with 0 if nothing is wrong and 1 on any finding.
 
     Example: `fedslm audit run runs/mine --with runs/tuning`
     """
@@ -120,9 +125,9 @@ def run(
 
 @audit_app.command("self-test")
 def self_test(as_json: Json = False) -> None:
-    """Try the promises of the privacy code out on this machine; a node does so before it trains.
+    """Test the guarantees of the privacy code on this machine; a node does so before it trains.
 
-    Ends with 0 if all hold and 1 if not.
+    Exits with 0 if all hold and 1 if not.
 
     Example: `fedslm audit self-test`
     """
@@ -171,7 +176,7 @@ def _print_ledger(found: LedgerAudit) -> None:
     console = Console()
     verdict = "[green]sound[/green]" if found.sound else "[red bold]not sound[/red bold]"
     if found.sound and found.open_questions:
-        verdict = "[yellow]sound, as far as it can be seen from here[/yellow]"
+        verdict = "[yellow]sound, with open questions[/yellow]"
     console.print(f"{verdict}: ", found.path, highlight=False, soft_wrap=True)
     if found.entries:
         by = f" by the column {found.unit_column!r}" if found.unit_column is not None else ""

@@ -19,18 +19,19 @@ from fedslm.storage import json_text
 if TYPE_CHECKING:
     from fedslm.privacy.planning import BudgetPlan, BudgetQuery
 
-budget_app = typer.Typer(help="What a privacy budget buys, before it is spent.", no_args_is_help=True)
+budget_app = typer.Typer(help="Plan a privacy budget before it is spent.", no_args_is_help=True)
 
 
 @budget_app.callback()
 def budget() -> None:
-    """What a privacy budget buys, before it is spent."""
+    """Plan a privacy budget before it is spent."""
 
 
 @budget_app.command("plan")
 def plan(
     config: Annotated[
-        Path | None, typer.Argument(help="Take what is not given from this config.", metavar="[CONFIG]")
+        Path | None,
+        typer.Argument(help="Config that supplies the values not given.", metavar="[CONFIG]"),
     ] = None,
     unit: Annotated[str | None, typer.Option(help="record, user (or patient) or client.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Budget: find the noise.")] = None,
@@ -39,20 +40,26 @@ def plan(
     ] = None,
     delta: Annotated[float | None, typer.Option(help="Failure probability.")] = None,
     sample_rate: Annotated[
-        float | None, typer.Option(help="Chance of a unit to join a step (client: not needed).")
+        float | None,
+        typer.Option(help="Probability that a unit joins a step (not needed for unit client)."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Noisy steps of the whole run.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Noisy steps in the whole run.")] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="In place of --steps; client: the most that one joins.")
+        int | None,
+        typer.Option(help="Instead of --steps; for unit client: the most rounds one client joins."),
     ] = None,
-    local_steps: Annotated[int | None, typer.Option(help="Steps in a round.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Units in a step, for the signal.")] = None,
-    clients: Annotated[int | None, typer.Option(help="Clients, for the signal.")] = None,
-    parameters: Annotated[int | None, typer.Option(help="Trained parameters, for the signal.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write epsilon over the rounds as PNG.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Local steps in a round.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Units in a step, for the signal-to-noise ratio.")
+    ] = None,
+    clients: Annotated[int | None, typer.Option(help="Clients, for the signal-to-noise ratio.")] = None,
+    parameters: Annotated[
+        int | None, typer.Option(help="Trained parameters, for the signal-to-noise ratio.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot epsilon over the rounds as PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Find the noise for an epsilon, the epsilon for a noise, or the rounds that a budget allows.
+    """Find the noise for an epsilon, epsilon for a noise multiplier, or the rounds a budget allows.
 
     Example: `fedslm budget plan --epsilon 3 --delta 1e-5 --sample-rate 0.032 --steps 150`
 
@@ -159,13 +166,13 @@ def _print(found: BudgetPlan, plot: Path | None) -> None:
     )
     accounts = found.accounts
     console.print(
-        f"accountants: PLD {accounts.pld:.3f} (the number of record), PRV {accounts.prv:.3f}, RDP "
+        f"accountants: PLD {accounts.pld:.3f} (reported), PRV {accounts.prv:.3f}, RDP "
         f"{accounts.rdp:.3f}",
         highlight=False,
     )
     if found.affordable_steps is not None:
         paid = plural(found.affordable_steps, "step")
-        console.print(f"the budget pays for {paid}", highlight=False)
+        console.print(f"the budget allows {paid}", highlight=False)
     if found.signal_to_noise is not None:
         console.print(
             f"signal-to-noise ratio over the run, if all gradients agreed: {found.signal_to_noise:.2g}",

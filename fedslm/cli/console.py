@@ -50,7 +50,9 @@ Overrides = Annotated[
 LogFormat = Annotated[
     LogForm, typer.Option("--log-format", help="auto: text on a terminal, JSON lines elsewhere.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON line on standard output.")
+]
 
 
 @contextmanager

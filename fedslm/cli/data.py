@@ -1,4 +1,4 @@
-"""``fedslm data``: look at data before anything is trained, and split one file in two."""
+"""``fedslm data``: inspect data before anything is trained, and split one file in two."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedslm.data.federated import Shared
     from fedslm.data.preview import ClientView, Preview
 
-data_app = typer.Typer(help="Look at data before anything is trained.", no_args_is_help=True)
+data_app = typer.Typer(help="Inspect data before anything is trained.", no_args_is_help=True)
 
 _LOOKED_AT = 5000
 _MOST_CLIENTS = 30
@@ -33,12 +33,12 @@ _MOST_LABELS = 4
 def preview(
     config: ConfigPath,
     overrides: Overrides = [],  # noqa: B006  (typer copies it)
-    plot: Annotated[Path | None, typer.Option(help="Draw clients and labels as PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot clients and labels as PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show who gets which records, before anything is trained or spent.
+    """Show how the records are divided among the clients, before anything is trained or spent.
 
-    The figures come from private records: they are only for the researcher of a simulation.
+    The figures come from private records: they are only for the researcher who runs the simulation.
 
     Example: `fedslm data preview simulations/demo.toml --plot data.png`
     """
@@ -65,17 +65,18 @@ def split(
     source: Annotated[str, typer.Argument(help="A file, a directory, a hub name or a database URL.")],
     out: Annotated[Path, typer.Option(help="Directory for train.parquet and test.parquet.")],
     unit: Annotated[
-        str | None, typer.Option(help="Column that says whose a record is: no one is in both files.")
+        str | None,
+        typer.Option(help="Column that names the unit, such as the patient: none is in both files."),
     ] = None,
     fraction: Annotated[float, typer.Option(help="Share of the units for test.parquet.")] = 0.2,
     name: Annotated[str, typer.Option("--split", help="Split of a directory or hub name.")] = "train",
     query: Annotated[str | None, typer.Option(help="SQL, for a database.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Split one file into train.parquet and test.parquet so that no one is in both.
+    """Split one file into train.parquet and test.parquet; with --unit, no unit is in both.
 
-    The server evaluates on the test file: give it only what may be public.
+    The server evaluates on the test file: it must contain only records that may be public.
 
     Example: `fedslm data split notes.csv --unit patient --fraction 0.2 --out notes`
     """
@@ -200,7 +201,7 @@ def remarks(found: Preview, config: Config) -> list[str]:
         return lines
     limit = f"task.max_length={config.task.max_length}"
     lines.append(
-        f"longer than {limit}: {found.cut_share:.1%} of {plural(found.looked_at, 'record')} looked at"
+        f"longer than {limit}: {found.cut_share:.1%} of {plural(found.looked_at, 'record')} examined"
     )
     if found.unusable:
         lines.append(

@@ -1,4 +1,4 @@
-"""``fedslm distill``: teach a larger model what the federation learned, and prove that it arrived."""
+"""``fedslm distill``: distil the federated model into a larger one, and measure the transfer."""
 
 from __future__ import annotations
 
@@ -45,45 +45,58 @@ def distill(
         ),
     ] = None,
     general: Annotated[
-        str | None, typer.Option(help="General public text on which the student stays near itself.")
+        str | None,
+        typer.Option(
+            help="General public text on which the student is kept close to its original output."
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of the student.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where it goes; left out: RUN/distilled.", metavar="DIR")
+        Path | None, typer.Option(help="Output directory; default: RUN/distilled.", metavar="DIR")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Where the teacher's base is now.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The teacher's base model, if it was moved since training.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     overrides: Overrides = [],  # noqa: B006
     drop_overlap: Annotated[
-        bool, typer.Option("--drop-overlap", help="Leave out public records that hold test records.")
+        bool, typer.Option("--drop-overlap", help="Leave out public records that contain test records.")
     ] = False,
     prove: Annotated[
-        bool, typer.Option("--prove", help="Train the controls too: did the clients' knowledge arrive?")
+        bool,
+        typer.Option(
+            "--prove",
+            help="Train controls too, to test whether the clients' knowledge was transferred.",
+        ),
     ] = False,
     test: Annotated[
         str | None,
-        typer.Option(help="Test records for --prove; left out: the run's evaluation split."),
+        typer.Option(help="Test records for --prove; default: the run's evaluation split."),
     ] = None,
     test_split: Annotated[str, typer.Option(help="Split of --test.")] = "test",
     probe: Annotated[
         str | None,
-        typer.Option(help='For --prove: records that only clients could know; a column "group".'),
+        typer.Option(
+            help='For --prove: probe records that only clients could know; needs a column "group".'
+        ),
     ] = None,
     probe_split: Annotated[str, typer.Option(help="Split of --probe.")] = "probe",
-    seeds: Annotated[int, typer.Option(help="For --prove: trainings of each arm.")] = 1,
-    resamples: Annotated[int, typer.Option(help="For --prove: bootstrap, at least 1000.")] = 2000,
+    seeds: Annotated[int, typer.Option(help="For --prove: training runs (seeds) of each arm.")] = 1,
+    resamples: Annotated[
+        int, typer.Option(help="For --prove: bootstrap resamples, at least 1000.")
+    ] = 2000,
     ceiling: Annotated[
-        bool, typer.Option(help="For --prove: train on a simulation's pooled private records too.")
+        bool, typer.Option(help="For --prove: also train on a simulation's pooled private records.")
     ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and estimate memory and time.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Teach a larger model what the federation learned, on public records only.
+    """Distil the federated model into a larger one, on public records only.
 
-    What comes out has the guarantee of the federated adapter, and nothing more is spent. The same call
-    goes on where an interrupted one stopped.
+    The student has the guarantee of the federated adapter, and no more budget is spent. Run the same
+    command again to resume an interrupted distillation.
 
     Example: `fedslm distill runs/triage --student BiggerLab/base --data public.jsonl`
 
@@ -174,11 +187,13 @@ def _estimated(prepared: PreparedJob, as_json: bool) -> None:
         ("memory", f"about {total / _GIGA:.2f} GB on {found.device}"),
         ("time", f"about {_duration(found.seconds)} for {plural(job.settings.steps, 'step')}"),
     ]
-    print_table("", ("what", "how much"), rows, ["rough: half or twice as much is usual"])
+    print_table(
+        "", ("quantity", "estimate"), rows, ["rough: the true value is often half or twice this"]
+    )
     if found.device_bytes is not None and total > 0.9 * found.device_bytes:
         ERRORS.print(
-            "it will hardly fit: set distill.quantization=int4, distill.gradient_checkpointing=true or "
-            "distill.cached_samples=16",
+            "this may not fit into memory: set distill.quantization=int4, "
+            "distill.gradient_checkpointing=true or distill.cached_samples=16",
             style="yellow",
         )
 
@@ -209,7 +224,7 @@ def _watching(target: Path) -> Iterator[Watcher]:
             yield _Stages(bar)
         except KeyboardInterrupt:
             bar.stop()
-            ERRORS.print(f"interrupted; call it again to resume from {target}")
+            ERRORS.print(f"interrupted; run the same command again to resume from {target}")
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -251,11 +266,11 @@ def _say(report: dict[str, Any], as_json: bool) -> None:
     privacy = report["privacy"]
     if privacy["unit"] is not None:
         console.print(
-            f"privacy: ε = {shown(privacy['epsilon'])} at δ = {privacy['delta']:g}, as the federated "
-            f"adapter's; nothing was spent here",
+            f"privacy: ε = {shown(privacy['epsilon'])} at δ = {privacy['delta']:g}, the federated "
+            f"adapter's; distillation spent nothing",
             highlight=False,
         )
-    page = f"look at {report['directory']}/distill.md"
+    page = f"report: {report['directory']}/distill.md"
     console.print(page, highlight=False, markup=False, soft_wrap=True)
 
 

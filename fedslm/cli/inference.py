@@ -26,12 +26,10 @@ if TYPE_CHECKING:
 inference_app = typer.Typer()
 
 Run = Annotated[Path, typer.Argument(help="A finished run's directory.", metavar="RUN")]
-Base = Annotated[
-    str | None, typer.Option(help="Where the base model is now, if it was moved since training.")
-]
+Base = Annotated[str | None, typer.Option(help="The base model, if it was moved since training.")]
 Device = Annotated[
     Literal["auto", "cpu", "cuda", "mps"] | None,
-    typer.Option(help="Where to compute; as in training if left out."),
+    typer.Option(help="Device; default: as in training."),
 ]
 
 
@@ -47,9 +45,9 @@ def predict(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Classes, entities or next words of texts, by a trained model.
+    """Predict classes, entities or next words with a trained model.
 
-    Answers come in the order of the texts, one for each.
+    There is one answer for each text, in the same order.
 
     Example: `fedslm predict runs/demo/epsilon-8 --text "slurred speech and facial droop"`
 
@@ -91,19 +89,24 @@ def generate(
         Path | None, typer.Option(help="Prompts: .txt (one a line), .jsonl, .csv, …, with columns.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Most new tokens; left out: as many as targets had, or 64.")
+        int | None,
+        typer.Option(help="Most new tokens; default: the targets' limit in training, or 64."),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; 1 draws as the model says.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same texts.")] = 0,
-    samples: Annotated[int, typer.Option(help="Texts for each prompt; needs a temperature.")] = 1,
+    temperature: Annotated[
+        float, typer.Option(help="0: greedy decoding; 1: sample from the model's distribution.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed samples the same texts.")] = 0,
+    samples: Annotated[
+        int, typer.Option(help="Texts for each prompt; more than 1 needs a temperature.")
+    ] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the texts here: .jsonl or .csv.")] = None,
     base: Base = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Let a trained model write: continue a text, answer an instruction, summarise.
+    """Generate text with a trained model: continue a text, answer an instruction, summarise.
 
-    Prompts are put to the model as in training: the same template and chat format.
+    Prompts are formatted as in training: the same template and chat format.
 
     Example: `fedslm generate runs/shakespeare --prompt "My lord," --temperature 0.8 --samples 3`
     """
@@ -140,24 +143,27 @@ def evaluate(
     run: Run,
     data: Annotated[
         str | None,
-        typer.Option(help="Path, hub name or database URL; left out: the run's own split."),
+        typer.Option(help="Path, hub name or database URL; default: the run's own split."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of --data; left out: the run's.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of --data; default: the run's.")] = None,
     query: Annotated[str | None, typer.Option(help="SQL, if --data is a database's URL.")] = None,
     texts: Annotated[
-        bool, typer.Option("--generate", help="Write texts too; score them by ROUGE and exact match.")
+        bool,
+        typer.Option("--generate", help="Generate texts too, and score them by ROUGE and exact match."),
     ] = False,
-    max_generated: Annotated[int, typer.Option(min=1, help="Records to write texts for.")] = 100,
-    max_records: Annotated[int | None, typer.Option(min=1, help="A sample of --data.")] = None,
+    max_generated: Annotated[int, typer.Option(min=1, help="Records to generate texts for.")] = 100,
+    max_records: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate on a sample of this size of --data.")
+    ] = None,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples, at least 1000.")] = 2000,
     out: Annotated[Path | None, typer.Option(help="Write the table here too, as Markdown.")] = None,
     base: Base = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """All metrics of a trained model next to its base, with 95 % bootstrap intervals.
+    """Compare a trained model with its base on all metrics, with 95 % bootstrap intervals.
 
-    Figures on private data are covered by no ε: keep them where the data is.
+    Figures on private data have no ε guarantee: keep them where the data is.
 
     Example: `fedslm evaluate runs/demo/epsilon-8`
 
@@ -196,18 +202,19 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option(help="A new directory.", metavar="DIR")],
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add the adapter to the base's weights; else copy it.")
+        bool,
+        typer.Option("--merge", help="Merge the adapter into the base's weights; otherwise copy it."),
     ] = False,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="Precision of merged weights; left out: float32."),
+        typer.Option(help="Precision of merged weights; default: float32."),
     ] = None,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Take a model out of a run: a plain transformers directory, or only PEFT's adapter.
+    """Export a model from a run: a plain transformers directory, or only the PEFT adapter.
 
-    The model card is included, with what it says about privacy.
+    The model card is included, with its privacy statement.
 
     Example: `fedslm export runs/mine --merge --out models/mine --dtype bfloat16`
     """
@@ -231,7 +238,7 @@ def export(
 def _one_of(texts: list[str], file: Path | None, name: str) -> None:
     """Exactly one place that texts come from."""
     if bool(texts) == (file is not None):
-        raise typer.BadParameter(f"give {name} (may be repeated) or --file, one of them")
+        raise typer.BadParameter(f"give either {name} (may be repeated) or --file")
 
 
 def _check_out(out: Path | None) -> None:
@@ -269,7 +276,7 @@ def _write_aloud(trained: Trained, prompts: list[Prompt], sampling: Any) -> None
     written = write(trained, prompts, sampling, _echo if aloud else None)
     for number, prompt in enumerate(prompts, 1):
         if prompt.cut:
-            ERRORS.print(f"prompt {number} is too long; its middle was left out", style="yellow")
+            ERRORS.print(f"prompt {number} is too long; its middle was cut", style="yellow")
         begun = prompt.text if goes_on else ""
         if aloud:
             _echo(begun)

@@ -1,4 +1,4 @@
-"""``fedslm methods``: what there is to choose from, and what goes with what."""
+"""``fedslm methods``: the aggregation methods, and which settings can be combined."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def _print() -> None:
         if refused:
             console.print(f"    not with: {'; '.join(refused)}", highlight=False)
     console.print(
-        "sends: values of one layer (out x in) at rank r that go up in a round\n", highlight=False
+        "sends: values of one layer (out x in, rank r) that a client uploads in a round\n",
+        highlight=False,
     )
-    table = Table("refused together", "why", "nearest")
+    table = Table("refused", "reason", "alternative")
     for conflict in data["conflicts"]:
         table.add_row(conflict["combination"], conflict["reason"], conflict["nearest"])
     console.print(table)

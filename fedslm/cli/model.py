@@ -1,4 +1,4 @@
-"""``fedslm model``: what a base is, what it takes and what it sends, before anything is loaded."""
+"""``fedslm model``: size, memory and traffic of a base model, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedslm.storage import json_text
 if TYPE_CHECKING:
     from fedslm.models.footprint import Footprint, Memory
 
-model_app = typer.Typer(help="Look at a base model.", no_args_is_help=True)
+model_app = typer.Typer(help="Inspect a base model.", no_args_is_help=True)
 
 _ASSUMED_CLASSES = 2
 _FULL = 0.9  # of the machine's memory
@@ -31,12 +31,12 @@ _HUGE = 1_000_000  # trained parameters, without a plan to say what they cost
 
 @model_app.callback()
 def model() -> None:
-    """Look at a base model."""
+    """Inspect a base model."""
 
 
 @model_app.command("info")
 def info(config: ConfigPath, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
-    """Say what a base is, what training it takes and sends; no weights are read.
+    """Show a base model's size, training memory and traffic, without reading its weights.
 
     Example: `fedslm model info simulations/demo.toml --set model.quantization=int8`
     """
@@ -183,21 +183,21 @@ def _warnings(
         )
     if sizes.family is None:
         found.append(
-            f"model_type={sizes.model_type!r} is not proved; without privacy it may work, with privacy "
-            f"it is refused"
+            f"model_type={sizes.model_type!r} is not verified; it may work without privacy, and is "
+            f"refused with privacy"
         )
     if config.task.max_length > _LONG:
         found.append(
-            f"task.max_length={config.task.max_length} makes passes long; most records are shorter"
+            f"task.max_length={config.task.max_length} makes passes expensive; most records are shorter"
         )
     if sizes.heads and config.task.pooling == "native":
         found.append(
-            f"{', '.join(sizes.heads)} starts from nothing, so the first rounds learn only the classes"
+            f"{', '.join(sizes.heads)} is newly initialised, so the first rounds learn only the classes"
         )
     if config.privacy.unit != "none":
         found += _drowned(config, trained)
     elif trained > _HUGE and config.aggregation.method == "fedit":
-        found.append(f"{trained:,} values travel each way; a lower lora.rank sends fewer")
+        found.append(f"{trained:,} values are sent each way; a lower lora.rank sends fewer")
     return found
 
 
@@ -237,7 +237,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and text of each line."""
     from fedslm.progress import readable
 
-    proved = f"{found['family']}, proved" if found["family"] else "not proved"
+    proved = f"{found['family']}, verified" if found["family"] else "not verified"
     stored = found["dtype"]
     if found["quantization"] != "none":
         stored = f"{found['quantization']}, computed in {found['dtype']}"
@@ -258,14 +258,17 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("classes", f"{found['classes']}{guess}" if found["classes"] else "none"),
         ("trained", f"{found['trained_parameters']:,} values (method {found['method']})"),
         (
-            "a client's round",
+            "client per round",
             f"{readable(found['bytes_down_per_client'])} down, "
             f"{readable(found['bytes_up_per_client'])} up ({methods})",
         ),
-        ("the cohort's", f"{readable(found['bytes_per_round'])} for {found['cohort']} clients"),
+        ("cohort per round", f"{readable(found['bytes_per_round'])} for {found['cohort']} clients"),
         ("memory to train", f"about {readable(needs['total'])}: {parts}"),
         ("to evaluate", f"about {readable(needs['evaluation'])} of logits, before and after training"),
-        ("in a simulation", f"{plural(found['processes'], 'such worker')}, each with its libraries"),
+        (
+            "in a simulation",
+            f"{plural(found['processes'], 'worker')} of this size, each with its libraries",
+        ),
         ("this machine", f"{readable(has) if has else 'unknown'} ({found['device']})"),
     ]
     return lines

@@ -33,7 +33,7 @@ class StartUnit(StrEnum):
     patient = "patient"
 
 
-node_app = typer.Typer(help="The node operator's: enrol, check, run.", no_args_is_help=True)
+node_app = typer.Typer(help="For node operators: enrol, check and run a node.", no_args_is_help=True)
 Directory = Annotated[Path, typer.Argument(help="The node's own directory.", metavar="DIR")]
 
 
@@ -50,12 +50,12 @@ def enroll(
     ] = None,
     unit: Annotated[
         StartUnit | None,
-        typer.Option("--unit", help="Weakest unit of its policy; default: the profile's own."),
+        typer.Option("--unit", help="Weakest unit that its policy allows; default: the profile's."),
     ] = None,
 ) -> None:
-    """Make this node's keys, which never leave it, and a request for the server's operator.
+    """Create this node's keys, which never leave it, and a request for the server's operator.
 
-    Writes node.toml and policy.toml too, unless they exist: no file is overwritten.
+    Also writes node.toml and policy.toml, unless they exist: no file is overwritten.
 
     Example: `fedslm node enroll north --name north --source /srv/north/notes.jsonl`
     """
@@ -70,22 +70,25 @@ def enroll(
             typer.echo(f"wrote {path}: {edit}")
         found = enrolment.fingerprint(enrolment.read_request(request)["node_key"])
         typer.echo(f"send to the server's operator: {request}")
-        typer.echo(f"and tell them, over another way, the fingerprint: {found}")
+        typer.echo(f"and give them the fingerprint over a separate channel: {found}")
 
 
 @node_app.command("accept")
 def accept(
     directory: Directory,
-    admission: Annotated[Path, typer.Argument(help="What the server's operator sent back.")],
+    admission: Annotated[
+        Path, typer.Argument(help="The admission that the server's operator sent back.")
+    ],
     expected: Annotated[
         str | None,
         typer.Option("--fingerprint", help="Refuse it unless the federation has this fingerprint."),
     ] = None,
     replaces: Annotated[
-        bool, typer.Option("--replace", help="Take another authority or operator's key than before.")
+        bool,
+        typer.Option("--replace", help="Accept a different authority or operator's key than before."),
     ] = False,
 ) -> None:
-    """Take what the server's operator sent back.
+    """Accept the admission that the server's operator sent back.
 
     Compare the federation's fingerprint with the server's operator over a separate channel.
 
@@ -103,7 +106,7 @@ def accept(
 
 @node_app.command("check")
 def check(directory: Directory) -> None:
-    """Look at everything that would stop this node later.
+    """Check everything that could stop this node later.
 
     Example: `fedslm node check north`
     """
@@ -123,12 +126,12 @@ def check(directory: Directory) -> None:
 @node_app.command("clock")
 def clock(
     directory: Directory,
-    reason: Annotated[str, typer.Option("--reason", help="What had happened; kept for the audit.")],
+    reason: Annotated[str, typer.Option("--reason", help="What happened; kept for the audit.")],
 ) -> None:
-    """Say that this machine's clock had jumped forwards, and is right now.
+    """Record that this machine's clock had jumped forwards and is correct now.
 
-    Set the clock first. Nothing that was charged is taken back: limits on a day, and on the time
-    between two rounds, count what is ahead of the clock as of now. The ledger keeps the reason.
+    Set the clock first. No charge is refunded: limits for a day, and on the time between two rounds,
+    count charges dated ahead of the clock as of now. The ledger keeps the reason.
 
     Example: `fedslm node clock north --reason "NTP gave 2036; the clock was set by hand on May 2"`
     """
@@ -139,7 +142,7 @@ def clock(
         keep_private()
         ledger = Ledger(directory / layout.LEDGER, private_key(directory / PRIVATE_KEY))
         ahead = ledger.correct_clock(reason)
-        typer.echo(f"the ledger was {ahead} s ahead: what is ahead counts as of now")
+        typer.echo(f"the ledger was {ahead} s ahead: charges dated ahead of the clock count as of now")
 
 
 def _begins(name: str) -> None:
@@ -153,13 +156,13 @@ def up(
     directory: Directory,
     profile: Annotated[
         str | None,
-        typer.Option("--profile", help="hospital or phone, in place of the one in node.toml."),
+        typer.Option("--profile", help="hospital or phone, instead of the one in node.toml."),
     ] = None,
     log_format: LogFormat = LogForm.auto,
 ) -> None:
     """Run this node until Ctrl-C.
 
-    Ends with 1 and one line if the server does not know this node's key (any more).
+    Exits with 1 and one line if the server does not know this node's key, or no longer does.
 
     Example: `fedslm node up north`
     """

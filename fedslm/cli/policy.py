@@ -10,13 +10,13 @@ import typer
 from fedslm.cli.console import clear_errors
 
 policy_app = typer.Typer(
-    help="A node's own policy: what it lets a server ask for.", no_args_is_help=True
+    help="A node's policy: the requests that it accepts from a server.", no_args_is_help=True
 )
 
 
 @policy_app.command("example")
 def example() -> None:
-    """Print a policy to start from.
+    """Print an example policy.
 
     Example: `fedslm policy example > policy.toml`
     """
@@ -27,7 +27,7 @@ def example() -> None:
 
 @policy_app.command("check")
 def check(path: Annotated[Path, typer.Argument(help="A policy file.", metavar="POLICY")]) -> None:
-    """Say whether a node could use a policy, and what it allows.
+    """Check a policy, and show the budget that it allows.
 
     Example: `fedslm policy check policy.toml`
     """

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedslm.deployment.control import Control
 
 provision_app = typer.Typer(
-    help="The server operator's: certificates, and which nodes are let in.", no_args_is_help=True
+    help="For server operators: certificates and node admission.", no_args_is_help=True
 )
 Server = Annotated[
     Path, typer.Option("--server", metavar="DIR", help="The server's directory (federation.toml).")
@@ -62,10 +62,13 @@ def init(
     ] = None,
     host: Annotated[
         str | None,
-        typer.Option("--host", help="Name or address that nodes reach; default: this machine's name."),
+        typer.Option(
+            "--host",
+            help="Name or address at which nodes reach the server; default: this machine's name.",
+        ),
     ] = None,
 ) -> None:
-    """Make the authority and the server's certificate, and federation.toml if there is none.
+    """Create the authority and the server's certificate, and federation.toml if there is none.
 
     Example: `fedslm provision init federation/federation.toml --name triage --host fed.example.org`
     """
@@ -79,11 +82,11 @@ def init(
             raise ConfigError([Problem(str(file), f"the file must be called {FEDERATION_FILE}")])
         keep_private()
         if write_federation(file, name, host):
-            typer.echo(f"wrote {file}: look at host and port, which nodes must be able to reach")
+            typer.echo(f"wrote {file}: check host and port; nodes must be able to reach them")
         certify(file.parent)
         end = expires(file.parent / SERVER)
         typer.echo(
-            f"made authority.crt, server.crt (until {end:%Y-%m-%d}), their keys and operator.key in "
+            f"created authority.crt, server.crt (until {end:%Y-%m-%d}), their keys and operator.key in "
             f"{file.parent}"
         )
         typer.echo(
@@ -93,7 +96,7 @@ def init(
 
 @provision_app.command("renew")
 def renew(server: Server = Path()) -> None:
-    """Make a new server certificate; restart `fedslm server up` afterwards.
+    """Create a new server certificate; restart `fedslm server up` afterwards.
 
     Example: `fedslm provision renew --server federation`
     """
@@ -111,12 +114,12 @@ def lab(
     directory: Annotated[Path, typer.Argument(help="A new directory.", metavar="DIR")],
     config: Annotated[Path, typer.Option("--config", help="A simulation's config.")],
     overrides: Overrides = [],  # noqa: B006  (typer copies it)
-    port: Annotated[int, typer.Option(help="Port that nodes reach.")] = 8443,
+    port: Annotated[int, typer.Option(help="Port that nodes connect to.")] = 8443,
     inner_port: Annotated[int, typer.Option(help="Loopback port of the SuperLink.")] = 9443,
 ) -> None:
-    """Make a server and all nodes on this machine, with a simulation's data: to try it out.
+    """Create a server and all nodes on this machine, with a simulation's data, to try a deployment.
 
-    Every key is on one disk, so it protects no one.
+    All keys are on one disk, so this protects no one.
 
     Example: `fedslm provision lab lab --config simulations/demo.toml --set federation.num_clients=3`
     """
@@ -127,7 +130,7 @@ def lab(
         loaded = load_config(config, overrides)
         nodes = make_lab(directory, loaded, port=port, inner_port=inner_port)
         again = "".join(f" --set {each}" for each in overrides)
-        typer.echo(f"made {plural(len(nodes), 'node')} and a server. Now, each in its own terminal:")
+        typer.echo(f"created {plural(len(nodes), 'node')} and a server. Run each in its own terminal:")
         typer.echo(f"  fedslm server up {directory / SERVER}")
         for node in nodes:
             typer.echo(f"  fedslm node up {directory / node.name}")
@@ -136,7 +139,7 @@ def lab(
 
 @provision_app.command("admit")
 def admit(
-    request: Annotated[Path, typer.Argument(help="What the node sent.", metavar="REQUEST")],
+    request: Annotated[Path, typer.Argument(help="The request that the node sent.", metavar="REQUEST")],
     server: Server = Path(),
     expected: Annotated[
         str | None,
@@ -144,12 +147,12 @@ def admit(
     ] = None,
     reason: Annotated[
         str,
-        typer.Option("--reason", help="Why a revoked node comes back without the ledger that it had."),
+        typer.Option("--reason", help="Why a revoked node returns without its earlier ledger."),
     ] = "",
 ) -> None:
-    """Let a node in, and write what it is to be told. A server that is coming up is waited for.
+    """Admit a node, and write its admission file. Waits for a server that is starting.
 
-    Compare the fingerprint with the node's operator over another way, such as the telephone.
+    Compare the fingerprint with the node's operator over a separate channel, such as the telephone.
 
     Example: `fedslm provision admit north.request.json --server federation`
     """
@@ -174,9 +177,9 @@ def revoke(
     name: Annotated[str, typer.Argument(help="The node's name.", metavar="NAME")],
     server: Server = Path(),
 ) -> None:
-    """Revoke a node. A server that is coming up is waited for.
+    """Revoke a node. Waits for a server that is starting.
 
-    A run under way goes on without it.
+    A run in progress continues without it.
 
     Example: `fedslm provision revoke north --server federation`
     """
@@ -191,15 +194,13 @@ def revoke(
 @provision_app.command("readmit")
 def readmit(
     name: Annotated[str, typer.Argument(help="The node's name.", metavar="NAME")],
-    reason: Annotated[
-        str, typer.Option("--reason", help="Why it is let in again; the audit shows it.")
-    ],
+    reason: Annotated[str, typer.Option("--reason", help="Why it is readmitted; the audit shows it.")],
     server: Server = Path(),
 ) -> None:
-    """Let a node in again whose ledger did not continue what the server had seen.
+    """Readmit a node whose ledger did not extend the one that the server had seen.
 
-    Find out first, with the node's operator, why: what was spent before still counts for the people in
-    its data, whatever its ledger says now.
+    First find out the cause with the node's operator: budget spent before still counts for the people
+    in its data, whatever its ledger says now.
 
     Example: `fedslm provision readmit north --reason "disk lost, ledger restored from the backup of May
     2"`
@@ -208,7 +209,7 @@ def readmit(
         from fedslm.deployment import admission
 
         known = admission.readmit(server, name, reason)
-        typer.echo(f"{name} takes part again; it had been out since {known.since}: {known.out}")
+        typer.echo(f"{name} is readmitted; it was excluded since {known.since}: {known.out}")
         if known.charges:
             typer.echo(
                 f"before, its ledger had {plural(known.charges, 'charge')}, epsilon "
@@ -219,7 +220,7 @@ def readmit(
 
 @provision_app.command("rekey")
 def rekey(server: Server = Path()) -> None:
-    """Make a new operator's key, and admissions that tell the nodes of it. Stop all runs first.
+    """Create a new operator's key, and new admissions for the nodes. Stop all runs first.
 
     Until a node has accepted its new admission (`fedslm node accept … --replace`), it refuses every
     request.
@@ -241,12 +242,12 @@ def _say_fingerprint(server: Path) -> None:
     from fedslm.deployment.admission import federation_fingerprint
 
     found = federation_fingerprint(server)
-    typer.echo(f"and tell them, over a separate channel, the federation's fingerprint: {found}")
+    typer.echo(f"and give them the federation's fingerprint over a separate channel: {found}")
 
 
 @provision_app.command("list")
 def list_nodes(server: Server = Path()) -> None:
-    """List the nodes that were admitted.
+    """List the admitted nodes.
 
     Example: `fedslm provision list --server federation`
     """

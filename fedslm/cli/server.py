@@ -30,16 +30,18 @@ from fedslm.storage import json_text
 
 _STATUS_SECONDS = 6.0
 server_app = typer.Typer(
-    help="The server operator's: processes, and runs on real nodes.", no_args_is_help=True
+    help="For server operators: the server's processes, and runs on real nodes.", no_args_is_help=True
 )
 
 
 @server_app.command("up")
 def up(
-    directory: Annotated[Path, typer.Argument(help="With federation.toml.", metavar="DIR")],
+    directory: Annotated[
+        Path, typer.Argument(help="The server's directory (federation.toml).", metavar="DIR")
+    ],
     log_format: LogFormat = LogForm.auto,
 ) -> None:
-    """Run the server until Ctrl-C: the SuperLink, its launcher, and the proxy that nodes reach.
+    """Run the server until Ctrl-C: the SuperLink, its launcher, and the proxy that nodes connect to.
 
     Example: `fedslm server up federation`
     """
@@ -60,13 +62,13 @@ def run(
     overrides: Overrides = [],  # noqa: B006  (typer copies it)
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue a run that was stopped, or lost its server."),
+        typer.Option("--resume", help="Continue a run that was stopped, or whose server failed."),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a federation on the admitted nodes, with the config of a simulation.
 
-    Ends with an error if the run fails. Ctrl-C stops watching, not the run.
+    Exits with an error if the run fails. Ctrl-C stops watching, not the run.
 
     Example: `fedslm server run triage.toml --server federation`
     """
@@ -106,7 +108,7 @@ def run(
 
 @server_app.command("status")
 def status(server: Server = Path(), as_json: Json = False) -> None:
-    """Show the nodes, what is left of their budgets, and the runs.
+    """Show the nodes, their remaining budgets, and the runs.
 
     Example: `fedslm server status --server federation`
     """
@@ -128,11 +130,11 @@ def status(server: Server = Path(), as_json: Json = False) -> None:
         for node in found.nodes:
             if node.out:
                 command = f"fedslm provision readmit {node.name} --server {server} --reason …"
-                text = f"{node.name} is out {node.out}; to let it in again: {command}"
+                text = f"{node.name} is excluded {node.out}; to readmit it: {command}"
                 Console().print(text, style="red", highlight=False, markup=False, soft_wrap=True)
             if node.readmissions:
                 again = f"readmitted {plural(node.readmissions, 'time')}"
-                text = f"{node.name}: {again}; ε of before is in the audit"
+                text = f"{node.name}: {again}; its ε before that is in the audit"
                 Console().print(text, highlight=False, markup=False, soft_wrap=True)
             if node.reason:
                 text = f"{node.name} was left out of run {found.runs[0].name} in {node.reason}"
@@ -151,7 +153,7 @@ def logs(
     server: Server = Path(),
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each log.")] = 20,
 ) -> None:
-    """Show the ends of the server's logs.
+    """Show the last lines of the server's logs.
 
     Example: `fedslm server logs --server federation -n 50`
     """
@@ -162,7 +164,7 @@ def logs(
 
         found = sorted((server / LOGS).glob("*.log"))
         if not found:
-            raise Unusable(f"{server / LOGS} holds no logs: was `fedslm server up` ever run?")
+            raise Unusable(f"{server / LOGS} contains no logs: was `fedslm server up` ever run?")
         for path in found:
             typer.echo(f"== {path}")
             for line in last_lines(path, lines):
@@ -174,7 +176,7 @@ def stop(
     name: Annotated[str, typer.Argument(help="The run's name.", metavar="RUN")],
     server: Server = Path(),
 ) -> None:
-    """Stop a run after which `fedslm server run … --resume` can resume.
+    """Stop a run; `fedslm server run … --resume` continues it.
 
     Example: `fedslm server stop triage --server federation`
     """

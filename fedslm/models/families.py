@@ -150,8 +150,8 @@ def couplings(base: Configuration) -> Iterator[str]:
     if base["model_type"] not in PROVED:
         known = ", ".join(sorted(PROVED))
         yield (
-            f"model_type={base['model_type']!r} is not proved to treat each record separately; proved "
-            f"are {known}; use one of them, or train without privacy"
+            f"model_type={base['model_type']!r} is not verified to treat each record separately; "
+            f"verified are {known}; use one of them, or train without privacy"
         )
 
 

@@ -201,7 +201,7 @@ def test_a_spend_is_not_forgotten_by_the_next_run(site: Site, make: MakeConfig) 
     assert "fedslm provision readmit south" in out["reasons"][0]
     assert "it says that its ledger was rolled back" in out["reasons"][0]
     text = fedslm("server", "status", "--server", site.server)
-    assert "south is out since" in " ".join(text.split())
+    assert "south is excluded since" in " ".join(text.split())
     said = fedslm("provision", "readmit", "south", "--server", site.server, "--reason", "disk lost")
     assert f"{spent[key].charges} charge" in said
 
@@ -232,7 +232,7 @@ def test_a_restored_backup_is_found_out_by_the_server(site: Site, west: West, ma
     assert standings_of_run(directory)["west"].out == standing.out
     audit = fedslm("audit", "run", directory, "--no-empirical", code=1)
     page = (directory / "audit.md").read_text()
-    assert "west is out since" in page, audit
+    assert "west is excluded since" in page, audit
     assert audit.count("finding: ") == 1, audit  # south, which was readmitted, is none
     assert "disk lost" in page, audit
     fedslm("provision", "readmit", "west", "--server", site.server, "--reason", "a test")

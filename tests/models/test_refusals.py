@@ -32,8 +32,8 @@ IN_PRIVATE: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "phi3", "rope_parameters": {"rope_type": "longrope"}},
         "couples records",
     ),
-    "recurrent": ({"model_type": "mamba"}, "not proved.*llama.*without privacy"),
-    "unproved": ({"model_type": "opt"}, "not proved"),
+    "recurrent": ({"model_type": "mamba"}, "not verified.*llama.*without privacy"),
+    "unproved": ({"model_type": "opt"}, "not verified"),
 }
 
 

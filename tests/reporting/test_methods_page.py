@@ -37,4 +37,4 @@ def test_people_get_both_tables() -> None:
     printed = CliRunner().invoke(app, ["methods"])
     assert printed.exit_code == 0
     assert all(name in printed.stdout for name in METHODS)
-    assert "refused together" in printed.stdout
+    assert "alternative" in printed.stdout
