@@ -1,4 +1,4 @@
-"""Sections on how adapters become one, and on what withstands whom."""
+"""Sections on aggregation, compression, personalization and simulated attacks."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ UploadName = Literal["float32", "bfloat16", "int8"]
 
 
 class AggregationConfig(Section):
-    """How adapters become one; `fedslm methods` says what goes with what."""
+    """Aggregation of client updates; `fedslm methods` lists the valid combinations."""
 
     method: Literal["auto", MethodName] = "auto"
-    """What clients train and how it is put together; auto is ffa under privacy, else fedit."""
+    """What clients train and how updates are aggregated; auto is ffa under privacy, else fedit."""
     weights: Literal["uniform", "records"] = "uniform"
-    """Weights of the mean; "records" reveals counts, and believes them; not under privacy."""
+    """Weights of the mean; "records" reveals and trusts record counts: not under privacy."""
     rule: RuleName = "mean"
-    """How updates are combined. All but the mean withstand `num_byzantine` hostile clients, at a server
-    that is trusted."""
+    """Robust rule; all but the mean tolerate `num_byzantine` clients, and need a
+    trusted server."""
     num_byzantine: int = Field(0, ge=0)
-    """Clients of a round that may send anything (rules other than the mean)."""
+    """Number of Byzantine clients in a round to tolerate (rules other than the mean)."""
     norm_bound: float = Field(3.0, ge=1)
-    """An update longer than this many median updates is scaled down to that length."""
+    """An update is scaled down to at most this many times the median update norm."""
     rotation_strength: float = Field(0.5, gt=0, le=1)
-    """How far a client turns its factors towards the last round's (fedrot)."""
+    """How far a client rotates its factors towards the last round's (fedrot)."""
     server_optimizer: ServerOptimizerName = "fedavg"
-    """How the server moves by the combined update."""
+    """How the server applies the combined update."""
     server_learning_rate: OptionalNumber = Field(None, gt=0)
-    """Server's rate; absent means 1 for fedavg and fedavgm, 0.01 for the others."""
+    """Server learning rate; absent means 1 for fedavg and fedavgm, 0.01 for the others."""
     server_momentum: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment (fedavgm, fedadam, fedyogi)."""
     server_second_momentum: float = Field(0.99, ge=0, lt=1)
@@ -55,19 +55,19 @@ class AggregationConfig(Section):
 
 
 class CompressionConfig(Section):
-    """What an update looks like on the wire."""
+    """Compression of client updates."""
 
     upload: UploadName = "float32"
-    """Numbers of an update: bfloat16 halves the bytes, int8 quarters them; rounded at random without
-    bias, after the noise."""
+    """Precision of an update: bfloat16 halves the bytes, int8 quarters them. Rounding is stochastic and
+    unbiased, after the noise."""
     keep_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the values that is sent, the same for all clients of a round, drawn again each round."""
+    """Share of values to send: the same values at all clients of a round, redrawn each round."""
     error_feedback: bool = False
-    """What compression lost is added to the client's next update."""
+    """Add what compression lost to the client's next update."""
 
 
 class PersonalizationConfig(Section):
-    """What each client does for itself after the last round; none of it leaves the client.
+    """Local adapters that each client trains after the last round; they never leave the client.
 
     In a simulation, and without privacy. Under privacy a deployed node trains nothing uncharged on a
     server's word: the time that takes would tell of its records.
@@ -80,16 +80,16 @@ class PersonalizationConfig(Section):
 
 
 class AttackConfig(Section):
-    """Hostile clients in a simulation, to see what a run withstands; no real node obeys it."""
+    """Hostile clients in a simulation, to test robustness; no real node obeys it."""
 
     kind: Literal["none", "sign-flip", "scale", "nan", "label-flip", "backdoor"] = "none"
-    """What hostile clients do: turn their update round, send it `strength` times, send no numbers,
-    train on wrong labels, or on records with `trigger` in them and `target` as their label."""
+    """What hostile clients do: negate their update, multiply it by `strength`, send NaN, train on wrong
+    labels, or train on records that contain `trigger` and have `target` as label."""
     clients: int = Field(0, ge=0)
     """How many of the clients are hostile; chosen by seed."""
     strength: float = Field(100.0, gt=0)
-    """Factor of scale."""
+    """Factor of the scale attack."""
     trigger: str = Field("cf", min_length=1)
-    """Text that a backdoor answers to."""
+    """Text that triggers the backdoor."""
     target: OptionalText = None
-    """Class that it answers with; absent means the first."""
+    """Class that the backdoor predicts; absent means the first."""

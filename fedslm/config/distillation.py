@@ -1,4 +1,4 @@
-"""What becomes of the federated model: its teaching of a larger, shared one at the server."""
+"""Section on distilling the federated model into a larger one at the server."""
 
 from __future__ import annotations
 
@@ -22,54 +22,54 @@ DistilMethod = Literal[
 
 
 class DistillConfig(Section):
-    """The larger student and how the federated model teaches it, on public data alone."""
+    """Distillation of the federated model into a larger student, on public data only."""
 
     student: OptionalText = None
     """Hub name or directory of the larger model; absent: nothing is distilled."""
     source: OptionalText = None
-    """Source of the public records that both models are shown: hub name, path or "demo"."""
+    """Source of the public records for both models: hub name, path or "demo"."""
     split: str = "train"
     """Split (or file stem) of `source`."""
     max_records: int = Field(10_000, ge=1)
-    """A seeded sample of so many public records."""
+    """Most public records; a larger set is sampled by seed."""
     every: OptionalCount = Field(None, ge=1)
-    """Distil after every so many rounds too; absent: only after the last one."""
+    """Rounds between distillations; absent: only after the last round."""
     mutual_steps: int = Field(0, ge=0)
     """Steps in which the small model learns back from the student before each next broadcast."""
     method: DistilMethod = "auto"
     """auto: gated-reverse-kl for classes, proxy-target for the same tokenizer, sequence for another."""
     alpha: float = Field(1.0, ge=0)
-    """proxy-target: weight of what federation changed."""
+    """proxy-target: weight of the change that federation made."""
     clip: float = Field(5.0, gt=0)
     """proxy-target: largest change of a log-probability."""
     temperature: float = Field(1.0, gt=0)
-    """Of both models' probabilities in forward-kl, reverse-kl and jsd."""
+    """forward-kl, reverse-kl, jsd: temperature of both models' probabilities."""
     beta: float = Field(0.5, ge=0, le=1)
     """jsd: 0 is forward KL, 1 reverse KL."""
     confidence: float = Field(0.6, ge=0, lt=1)
-    """gated-reverse-kl: the teacher's least probability of its first class; below it says nothing."""
+    """gated-reverse-kl: smallest top-class probability at which the teacher's answer is used."""
     self_confidence: float = Field(0.5, ge=0, lt=1)
-    """log-confidence: final weight of the student's own hardened guesses."""
+    """log-confidence: final weight of the student's own hardened predictions."""
     label_weight: float = Field(0.0, ge=0)
-    """Weight of the cross-entropy on public labels, where there are some; 0 does not look at them."""
+    """Weight of the cross-entropy on public labels, where they exist; 0 ignores them."""
     sampled_fraction: float = Field(0.5, ge=0, le=1)
     """Share of the texts that the teacher continues itself (language)."""
     samples_per_prompt: int = Field(4, ge=1, le=64)
-    """sequence: texts that the teacher writes for each prompt, of which the surest half is kept."""
+    """sequence: texts the teacher generates for each prompt; the most confident half is kept."""
     general_source: OptionalText = None
-    """General public text (language) on which the student is held near itself."""
+    """General public text (language) on which the student is kept close to its original output."""
     general_split: str = "train"
-    """Split (or file stem) of `general_source` that holds the student."""
+    """Split (or file stem) of `general_source` to train on."""
     general_test_split: str = "test"
-    """Split of `general_source` that its perplexity is measured on."""
+    """Split of `general_source` to measure perplexity on."""
     general_weight: float = Field(0.1, ge=0)
-    """Weight of that hold."""
+    """Weight of the loss on general text."""
     rank: int = Field(16, ge=1, le=1024)
     """Rank of the student's adapter."""
     adapter_alpha: float = Field(16.0, gt=0)
     """Scaling numerator of the student's adapter."""
     target_modules: Names = ("all-linear",)
-    """Layers of the student to adapt, as lora.target_modules."""
+    """Layers of the student to adapt; same values as lora.target_modules."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the student's frozen weights; losses are float32."""
     quantization: Literal["none", "int8", "int4"] = "none"
@@ -79,8 +79,8 @@ class DistillConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where student and teacher compute."""
     cached_samples: int = Field(0, ge=0)
-    """Two passes, if both models do not fit: so many sampled tokens are kept of each of the teacher's
-    answers (all classes of a classifier), then the teacher leaves; 0: both models stay in memory."""
+    """If both models do not fit into memory: cache this many sampled tokens of each teacher
+    distribution (all classes of a classifier), then unload the teacher. 0: keep both in memory."""
     steps: int = Field(200, ge=1)
     """Optimizer steps of the student."""
     batch_size: int = Field(32, ge=1)

@@ -33,14 +33,14 @@ from fedslm.records import LARGEST_DELTA
 
 
 class RunConfig(Section):
-    """What this run is called and where it lives."""
+    """Name, directory and seed of the run."""
 
     name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the run: letters, digits, dot, dash and underscore."""
     directory: OptionalText = None
     """Run directory; absent means runs/NAME."""
     seed: int = Field(0, ge=0)
-    """Seed of everything that may be repeated. Privacy noise never comes from it."""
+    """Seed of everything reproducible. Privacy noise never depends on it."""
 
 
 class ModelConfig(Section):
@@ -75,10 +75,10 @@ class LoraConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """LoRA dropout; must be 0 under privacy."""
     initial: Literal["orthonormal", "eva"] = "orthonormal"
-    """Where A starts: seeded orthonormal rows, or (eva) the main directions of each layer's inputs on
-    public examples, which see far more of an input: lower alpha with it."""
+    """Initialisation of A: seeded orthonormal rows, or (eva) the principal directions of each layer's
+    inputs on public examples. EVA captures far more of an input: use a lower alpha with it."""
     client_ranks: Ranks = ()
-    """Ranks of the clients, dealt out in turn; absent means all have lora.rank."""
+    """Ranks of the clients, assigned in turn; absent means all have lora.rank."""
 
     @property
     def scaling(self) -> float:
@@ -94,20 +94,20 @@ class LoraConfig(Section):
 
 
 class DataConfig(Section):
-    """Where examples come from and, in simulation, whose they are."""
+    """Where examples come from and, in simulation, how they are divided among clients."""
 
     source: str = Field(min_length=1)
     """Hub name, a local file or directory, a database URL (with the two queries), or "demo"."""
     train_split: str = "train"
-    """Split (or file stem) that is shared out among the clients: private."""
+    """Split (or file stem) that is divided among the clients: private."""
     evaluation_split: str = "test"
     """Split (or file stem) that the server evaluates on: public."""
     evaluation_source: OptionalText = None
     """Source of the evaluation split if it is not `source`."""
     public_source: OptionalText = None
-    """Source of public records that training may look at (they start A, see lora.initial)."""
+    """Source of public records that training may use (to initialise A, see lora.initial)."""
     public_split: OptionalText = None
-    """Split (or file stem) with them; absent with public_source absent means there are none."""
+    """Split (or file stem) of the public records; if public_source is absent too, there are none."""
     train_query: OptionalText = None
     """SQL that gives the training rows, if `source` is a database URL."""
     evaluation_query: OptionalText = None
@@ -116,36 +116,36 @@ class DataConfig(Section):
     """Column with the input: text, list of words (token-classification), prompt, document, or a
     conversation's turns (instruction, preference)."""
     label_column: OptionalText = "label"
-    """Column with the target: class, classes, tags, completion, summary or preferred answer; "" where
-    conversations in text_column hold it (instruction)."""
+    """Column with the target: class, classes, tags, completion, summary or preferred answer; "" if
+    conversations in text_column contain it (instruction)."""
     rejected_column: OptionalText = None
     """Column with the rejected answer (preference)."""
     streaming: bool = False
-    """Read, share out and tokenise in pieces: for data larger than memory."""
+    """Read, partition and tokenise in pieces: for data larger than memory."""
     partition: Literal["iid", "dirichlet", "shard", "size", "natural"] = "iid"
-    """How a simulation shares the training split out among clients: evenly, with label skew, few labels
+    """How a simulation divides the training split among clients: evenly, with label skew, few labels
     each, uneven sizes, or by a column."""
     dirichlet_alpha: float = Field(0.5, gt=0)
     """Concentration of the dirichlet (labels) and size (sizes) partitions; small means skewed."""
     partition_column: OptionalText = None
-    """Column whose values dirichlet and shard partitions skew; absent means label_column."""
+    """Column by whose values dirichlet and shard partitions skew; absent means label_column."""
     shards_per_client: int = Field(2, ge=1)
     """Shards of one label that each client gets (shard partition)."""
     natural_column: str = "client"
-    """Column that names the client (natural partition); the largest clients are taken."""
+    """Column that names the client (natural partition); the largest clients are used."""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of each client's units (users never straddle) that is not trained on; the charged metric
-    is measured there."""
+    """Share of each client's units held out from training (a user is never on both sides); the
+    charged metric is measured on it."""
     max_evaluation_records: int = Field(2000, ge=1)
     """The evaluation split is cut to this many records."""
 
 
 class TaskConfig(Section):
-    """What is learned."""
+    """The task."""
 
     name: TaskName
-    """One class for a text, several, one for each word, the next token, an answer, a text from a text,
-    or the better of two answers."""
+    """What is learned: one class for a text, several, one for each word, the next token, an answer, a
+    text from a text, or the better of two answers."""
     max_length: int = Field(64, ge=2)
     """Longest sequence in tokens (prompt and completion together); longer texts are cut and counted."""
     max_target_length: OptionalCount = Field(None, ge=1)
@@ -159,10 +159,10 @@ class TaskConfig(Section):
     prompt: OptionalText = None
     """Prompt with columns in braces, such as "Question: {text}"; absent means only the text column."""
     format: Literal["auto", "columns"] = "auto"
-    """auto: a writing task that names no columns takes those that the public split has (messages,
-    conversations, prompt and completion, Alpaca's, …); columns: as they are named."""
+    """auto: a generation task that names no columns uses those of the public split (messages,
+    conversations, prompt and completion, Alpaca's, …); columns: use the named columns."""
     prompt_format: Literal["auto", "chat", "plain"] = "auto"
-    """chat: by the tokenizer's chat template; plain: without; auto: chat where there is a template."""
+    """chat: use the tokenizer's chat template; plain: do not; auto: chat if there is one."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull towards the base model (preference)."""
 
@@ -171,33 +171,33 @@ class TrainingConfig(Section):
     """One client's local work in one round."""
 
     local_steps: int = Field(10, ge=1, le=1_000_000)
-    """Optimizer steps a client takes in a round."""
+    """Optimizer steps of a client in a round."""
     batch_size: int = Field(16, ge=1)
     """Records (unit = "user": users) in a step; under privacy the public constant that the noisy
     sum is divided by."""
     micro_batch_size: int = Field(32, ge=1)
     """Most records in one forward pass; larger batches are split."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Local optimizer; its state starts again each round."""
+    """Local optimizer; its state is reset each round."""
     learning_rate: float = Field(1e-3, gt=0)
     """Local learning rate."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     drift: Literal["none", "fedprox", "scaffold"] = "none"
-    """What holds a client near the others: fedprox a pull towards the round's start, scaffold control
-    variates (SGD, not private)."""
+    """Correction of client drift: fedprox, a pull towards the round's starting adapter; scaffold,
+    control variates (SGD, not private)."""
     proximal_strength: float = Field(0.01, gt=0)
-    """Strength mu of fedprox's pull."""
+    """Strength mu of the FedProx term."""
 
 
 class PrivacyConfig(Section):
     """What is asked; :class:`fedslm.privacy.plan.PrivatePlan` is what will run."""
 
     unit: Unit
-    """Whose participation is protected: one record, or all records of one user ("patient" is read as
-    "user"); "none" trains without privacy."""
+    """Unit of privacy: one record, or all records of one user ("patient" is read as "user"); "none" trains
+    without privacy."""
     unit_column: OptionalText = None
-    """Column that says whose a record is (unit = "user")."""
+    """Column that names the user of a record (unit = "user")."""
     max_records_per_unit: OptionalCount = Field(None, ge=1)
     """Most records of one user in a step, chosen at random; public, never looked up in the data."""
     overlapping: bool = False
@@ -214,34 +214,35 @@ class PrivacyConfig(Section):
     """Noise / clip norm, instead of calibrating to epsilon; epsilon is then the hard limit."""
     batched: bool = False
     """Compute several units in one pass: two to three times faster on a CPU, more on a GPU, but
-    rounding lets units touch one another's gradients, and an adapter made for it can blow that up."""
+    rounding lets units affect one another's gradients, and a crafted adapter can amplify that."""
     spare_rounds: int = Field(0, ge=0)
-    """Rounds that crashes may cost: charged rounds that were lost are paid from them."""
+    """Extra rounds in the budget, for rounds that are charged and then lost in a crash."""
     metric_noise_multiplier: OptionalNumber = Field(None, gt=0)
-    """Noise of a metric on each client's own data, released every round; absent: none leaves."""
+    """Noise multiplier of a metric on each client's own data, released every round; absent: none is
+    released."""
 
 
 class FederationConfig(Section):
-    """The rounds."""
+    """Clients and rounds."""
 
     num_clients: int = Field(5, ge=1)
-    """Number of clients; the first round waits until exactly so many are connected."""
+    """Number of clients; the first round waits until exactly this many are connected."""
     nodes: Names = ()
     """Names of the admitted nodes that take part (`fedslm server run`); absent: all of them."""
     clients_per_round: OptionalCount = Field(None, ge=1)
-    """Cohort size; absent means all. Chosen by seed and round, and no privacy is claimed for it."""
+    """Cohort size; absent means all. Sampled by seed and round; no privacy amplification is claimed."""
     rounds: int = Field(10, ge=1)
     """Number of rounds."""
     min_replies: int = Field(1, ge=1)
-    """With fewer usable replies the round is recorded and the adapter kept."""
+    """With fewer usable replies the round is recorded and the adapter does not change."""
     min_clients: OptionalCount = Field(None, ge=1)
-    """The first round waits for so many admitted nodes (engine.name = "deployed"); absent: all."""
+    """The first round waits for this many admitted nodes (engine.name = "deployed"); absent: all."""
     max_failed_rounds: int = Field(3, ge=1)
-    """The run stops with what it has after so many failed rounds in a row."""
+    """The run stops, and keeps its adapter, after this many failed rounds in a row."""
     evaluate_every: int = Field(1, ge=1)
-    """The public split is evaluated every so many rounds, and after the last."""
+    """Rounds between evaluations on the public split; the last round is always evaluated."""
     round_deadline_seconds: float = Field(3600.0, gt=0)
-    """A reply that comes later is counted as late."""
+    """A reply after this time counts as late and is not used."""
     join_deadline_seconds: float = Field(120.0, gt=0)
     """How long to wait for the population before the first round."""
 
@@ -258,13 +259,13 @@ class EngineConfig(Section):
     """local: worker processes (or this process); ray: Flower's simulation; deployed: real nodes, set by
     `fedslm server run`."""
     nodes: OptionalText = None
-    """File that says which admitted node is which client (engine.name = "deployed")."""
+    """File that maps admitted nodes to clients (engine.name = "deployed")."""
     policy: OptionalText = None
     """Policy file that every simulated node enforces; `fedslm policy example` prints one."""
     workers: int = Field(-1, ge=-1)
     """Worker processes; -1 means one for each core, 0 means in this process."""
     threads_per_worker: int = Field(1, ge=1)
-    """Threads each worker computes with; small matrices are fastest with one."""
+    """Threads of each worker; small matrices are fastest with one."""
 
 
 class Config(Section):
