@@ -82,18 +82,18 @@ class Conflict:
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         {"rule": _ROBUST, "method": frozenset(METHODS) - _SHARED_A}, "rule",
-        "compares updates by coordinates, which mean nothing where A and B both move: a client may "
-        "turn one against the other without changing their product",
+        "compares updates by coordinates, which have no meaning if A and B both change: a client may "
+        "rotate both without changing their product",
         "mean, or aggregation.method = ffa or rolora",
     ),
     Conflict(
         {"rule": _ROBUST, "ranks": frozenset({"several"})}, "rule",
-        "compares updates that have the same coordinates; clients of several ranks have not",
+        "compares updates with the same coordinates, which clients of several ranks do not have",
         "mean, or one rank",
     ),
     Conflict(
         {"rule": _ROBUST, "weights": frozenset({"records"})}, "weights",
-        "a rule that withstands hostile clients cannot take their word for how much they count",
+        "a rule against hostile clients cannot trust the record counts that they state",
         "uniform",
     ),
     Conflict(
@@ -108,22 +108,22 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         {"ranks": frozenset({"several"}), "method": _FACTORS, "unit": _PRIVATE}, "ranks",
-        "noise would train rows and columns that a client of a lower rank does not hold",
+        "noise would change rows and columns that a client of a lower rank does not have",
         "one rank, or aggregation.method = ffa",
     ),
     Conflict(
         {"server optimizer": _ADAPTIVE, "method": _FACTORS}, "server optimizer",
-        "the method gives new factors, not a step in the old ones' coordinates",
+        "the method makes new factors, not a step in the coordinates of the old ones",
         "fedavg",
     ),
     Conflict(
         {"drift": frozenset({"scaffold"}), "unit": _PRIVATE}, "drift",
-        "control variates are made of differences that noise drowns",
+        "control variates are differences that are smaller than the noise",
         "fedprox",
     ),
     Conflict(
         {"drift": frozenset({"scaffold"}), "local optimizer": frozenset({"adamw"})}, "drift",
-        "control variates are gradients, and AdamW's steps are not in their units",
+        "control variates are gradients, and AdamW's steps have another scale",
         'fedprox, or training.optimizer = "sgd"',
     ),
     Conflict(
@@ -140,12 +140,12 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         {"error feedback": frozenset({"yes"}), "upload": frozenset({"float32"}),
          "share sent": frozenset({"all"})}, "error feedback",
-        "nothing is lost on the wire that could be made up for",
+        "nothing is lost on the wire, so there is no error to feed back",
         "false",
     ),
     Conflict(
         {"error feedback": frozenset({"yes"}), "method": _FACTORS | {"fedrot"}}, "error feedback",
-        "what was lost is in coordinates that the next round no longer has",
+        "the lost part is in coordinates that the next round no longer has",
         "false, or aggregation.method = fedit, ffa or rolora",
     ),
 )  # fmt: skip
@@ -190,7 +190,7 @@ def refusal(conflict: Conflict, chosen: Mapping[Axis, str]) -> str:
         if axis != conflict.axis
     )
     return (
-        f"value {_written(conflict.axis, chosen)} does not go with {others}: {conflict.reason}; "
+        f"value {_written(conflict.axis, chosen)} cannot be combined with {others}: {conflict.reason}; "
         f"nearest: {conflict.nearest}"
     )
 

@@ -49,19 +49,19 @@ class Method:
 METHODS: dict[MethodName, Method] = {
     "fedit": Method(
         "FedIT", "arXiv 2305.05644", "linear", False, _AB, _AB,
-        "A and B averaged apart: off by the factors' covariance, more with more clients and noise",
+        "A and B averaged separately: the error is their covariance, more with more clients and noise",
     ),
     "ffa": Method(
         "FFA-LoRA", "arXiv 2403.12313", "linear", True, _B, _B,
-        "A is shared and frozen: half the bytes, linear in the noise: the default under privacy",
+        "A is shared and frozen: half the bytes, linear in the noise; the default under privacy",
     ),
     "rolora": Method(
         "RoLoRA", "arXiv 2502.01755", "linear", True, _B, _A,
-        "B and A in turn, B first: half the upload, both factors learn",
+        "trains B and A in turn, B first: half the upload, and both factors learn",
     ),
     "fedrot": Method(
         "FedRot-LoRA", "arXiv 2602.23638", "linear", False, _AB, _AB,
-        "FedIT after each client has turned its factors towards the last round's",
+        "FedIT after each client has rotated its factors towards the last round's",
     ),
     "fedsa": Method(
         "FedSA-LoRA", "arXiv 2410.01463", "linear", True, _AB, _AB,
@@ -74,19 +74,19 @@ METHODS: dict[MethodName, Method] = {
     ),
     "stack": Method(
         "exact stack", "arXiv 2409.05976, 2402.11505", "factors", True, _AB, _AB,
-        "best rank-r part in the adapter, the exact remainder next to it: the download grows",
+        "best rank-r approximation in the adapter, exact remainder next to it: the download grows",
     ),
     "flexlora": Method(
         "FlexLoRA", "arXiv 2402.11505", "factors", False, _AB, _AB,
-        "exact product cut to rank r: exact only while the clients' ranks together fit into r",
+        "exact product truncated to rank r: exact only while the clients' ranks add up to at most r",
     ),
     "fedex": Method(
         "FedEx-LoRA", "arXiv 2410.09432", "factors", True, _AB, _AB,
-        "FedIT's factors and their exact residual next to them: the download grows",
+        "FedIT's factors, with their exact residual next to them: the download grows",
     ),
     "flora": Method(
         "FLoRA", "arXiv 2409.05976", "factors", True, _AB, _AB,
-        "everything moves into the remainder and the factors start again: hurts with few local steps",
+        "moves everything into the remainder and restarts the factors: worse with few local steps",
     ),
     "hetlora": Method(
         "HetLoRA", "arXiv 2401.06432", "factors", False, _AB, _AB,

@@ -74,7 +74,7 @@ TASKS: Mapping[TaskName, TaskKind] = {
     ),
     "token-classification": TaskKind(
         columns="list of words, list of tags (`O`, `B-…`, `I-…`)",
-        metrics="entity F1 (as CoNLL counts), precision, recall",
+        metrics="entity F1 (as in CoNLL), precision, recall",
         network="tagger",
         auto_class="AutoModelForTokenClassification",
         classes="each word",
@@ -82,7 +82,7 @@ TASKS: Mapping[TaskName, TaskKind] = {
     ),
     "causal-lm": TaskKind(
         columns='text (`label_column = ""`)',
-        metrics="perplexity, next token and next word (first, first three)",
+        metrics="perplexity, next token and next word (top 1, top 3)",
         network="decoder",
         auto_class="AutoModelForCausalLM",
         label="none",
@@ -94,7 +94,7 @@ TASKS: Mapping[TaskName, TaskKind] = {
         columns=(
             "prompt, completion, as text or turns; whole conversations ([TRL, ShareGPT]"
             '(data.md#conversations)); or `prompt = "Question: {question}"`, with columns in braces; '
-            "chat template if there is one"
+            "uses the chat template if there is one"
         ),
         metrics="perplexity of the completion",
         network="decoder",
@@ -117,7 +117,7 @@ TASKS: Mapping[TaskName, TaskKind] = {
     ),
     "preference": TaskKind(
         columns="prompt, better answer; `rejected_column` (DPO)",
-        metrics="accuracy, margin; the reference is the base itself",
+        metrics="accuracy, margin; the reference is the base model",
         network="decoder",
         auto_class="AutoModelForCausalLM",
         has_rejected=True,

@@ -118,7 +118,7 @@ def test_choices_read_the_config() -> None:
     ("changes", "key", "reason"),
     [
         ({"lora": {"rank": 4, "client_ranks": [4, 8]}}, "lora.client_ranks", "exceeds lora.rank=4"),
-        ({"aggregation": {"num_byzantine": 2}}, "aggregation.num_byzantine", "the mean does not"),
+        ({"aggregation": {"num_byzantine": 2}}, "aggregation.num_byzantine", "not the mean"),
         (
             {"aggregation": {"method": "ffa", "rule": "bulyan", "num_byzantine": 5}},
             "aggregation.num_byzantine",
@@ -128,10 +128,10 @@ def test_choices_read_the_config() -> None:
         (
             {"personalization": {"method": "fine-tune"}},
             "data.validation_fraction",
-            "is needed to tell what personalization is worth",
+            "is required to measure personalization",
         ),
         ({"attack": {"kind": "nan", "clients": 21}}, "attack.clients", "exceeds"),
-        ({"attack": {"kind": "nan"}}, "attack.clients", "do not go together"),
+        ({"attack": {"kind": "nan"}}, "attack.clients", "contradicts"),
         (
             {"attack": {"kind": "backdoor", "clients": 1}, "task": {"name": "causal-lm"}},
             "attack.kind",
