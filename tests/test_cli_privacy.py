@@ -192,7 +192,7 @@ def test_a_wrong_policy_is_explained(tmp_path: Path) -> None:
     assert_clear(result, "ConfigError", "3 problems")
     said = [line.strip() for line in result.stderr.splitlines()]
     assert any(
-        line.startswith("policy.toml: epsilon: value -1.0: should be greater than 0; it says: Budget")
+        line.startswith("policy.toml: epsilon: value -1.0: should be greater than 0; meaning: Budget")
         for line in said
     )
     assert any(line.startswith("policy.toml: delta: is missing") for line in said)

@@ -348,10 +348,10 @@ def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
     [
         (
             "metrics_port = 0",
-            "node.toml: metrics_port: value 0: should be greater than or equal to 1; it says: ",
+            "node.toml: metrics_port: value 0: should be greater than or equal to 1; meaning: ",
         ),
         ("thread = 2", "node.toml: thread: is not known; did you mean 'threads'?"),
-        ('profile = "fone"', "did you mean 'phone'?; it says: What kind of machine this is"),
+        ('profile = "fone"', "did you mean 'phone'?; meaning: Kind of machine"),
         ("[conditions]\nhour = 2", "node.toml: conditions.hour: is not known; did you mean 'hours'?"),
     ],
 )

@@ -257,7 +257,7 @@ def _meaning(location: list[str], kind: type[BaseModel]) -> str:
     """What a key of a file says: the first sentence of its description."""
     field = _beside(location, kind).get(location[-1]) if location else None
     first = ((field.description if field else None) or "").replace("\n", " ").split(". ")[0]
-    return f"it says: {first.rstrip('.')}" if first else ""
+    return f"meaning: {first.rstrip('.')}" if first else ""
 
 
 def _beside(location: list[str], kind: type[BaseModel]) -> dict[str, FieldInfo]:

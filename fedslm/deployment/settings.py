@@ -36,17 +36,17 @@ class FederationFile(_File):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the federation."""
     host: str = Field(min_length=1)
-    """Name or address under which nodes reach the server."""
+    """Name or address at which nodes reach the server."""
     port: int = Field(8443, ge=1, le=65535)
-    """Port that nodes reach: open it in the firewall, and no other."""
+    """Port that nodes connect to: open only this one in the firewall."""
     inner_port: int = Field(9443, ge=1, le=65535)
-    """Loopback port of the SuperLink behind the proxy: keep it closed to the world."""
+    """Loopback port of the SuperLink behind the proxy: keep it closed to the network."""
     metrics_port: int | None = Field(None, ge=1, le=65535)
     """Loopback port for Prometheus (/metrics); absent: none."""
     message_mb: int = Field(1024, ge=1)
-    """Largest reply that is taken from a node."""
+    """Largest reply that is accepted from a node."""
     also_known_as: list[str] = []
-    """Further names and addresses that the server's certificate is for."""
+    """Additional names and addresses in the server's certificate."""
     certificate_days: int = Field(365, ge=1, le=3650)
     """How long the server's certificate is valid."""
     authority_days: int = Field(3650, ge=1, le=36500)
@@ -70,7 +70,7 @@ class Conditions(_File):
     """A program with its arguments that ends with 0 while the node may take part (charging, idle, not
     metered, say); run without a shell, in the node's directory, for 30 seconds at most."""
     check_seconds: float = Field(60.0, gt=0, le=3600)
-    """How often the conditions are looked at."""
+    """How often the conditions are checked."""
 
     @field_validator("hours")
     @classmethod
@@ -96,13 +96,13 @@ class NodeFile(_File):
     split: str = "train"
     """Split (or file stem) of `source`."""
     profile: Profile = "hospital"
-    """What kind of machine this is: it gives other settings their defaults. A phone asks the server
-    every 15 seconds, computes in 1024 MB, and must have conditions."""
+    """Kind of machine. It sets the defaults of other settings. A phone asks the server every 15 s,
+    computes in 1024 MB, and must have conditions."""
     threads: int = Field(1, ge=1, le=256)
     """Threads to compute with."""
     warm: bool = True
-    """Whether the worker stays between messages with its imports and its base model. Off, it ends after
-    each message and leaves no memory taken; every message waits until they are loaded again."""
+    """Whether the worker keeps running between messages, with imports and base model loaded. If false,
+    it ends after each message and frees its memory; every message then waits for both to load."""
     poll_seconds: float = Field(1.0, gt=0, le=3600)
     """How often the server is asked for work; soon after a message it is asked more often."""
     metrics_port: int | None = Field(None, ge=1, le=65535)
@@ -110,9 +110,9 @@ class NodeFile(_File):
     memory_mb: int | None = Field(None, ge=256)
     """Most memory that the training process may allocate; beyond it a message is answered "failed"."""
     message_mb: int = Field(1024, ge=1)
-    """Largest message that is taken from the server."""
+    """Largest message that is accepted from the server."""
     conditions: Conditions | None = Field(None, validate_default=True)
-    """When the node takes part; absent is always."""
+    """When the node takes part; absent: always."""
     approved_bundles: list[str] = []
     """Hashes of application bundles that may run here besides this version's own."""
 

@@ -76,10 +76,10 @@ def write_node_files(directory: Path, start: Start) -> dict[Path, str]:
     edit = {
         NODE_FILE: "edit columns" if start.source else "edit source, query and columns",
         layout.POLICY: "edit epsilon, delta and base_models; read every line, it binds this node",
-        _COMMAND: "edit what it takes for charged and unmetered on this device",
+        _COMMAND: "edit the checks for charging and unmetered on this device",
     }
     if start.profile == "phone":
-        edit[NODE_FILE] = edit[NODE_FILE].replace(", query", "") + "; look at [conditions]"
+        edit[NODE_FILE] = edit[NODE_FILE].replace(", query", "") + "; check [conditions]"
     written = {}
     for name, content in node_files(directory.expanduser().absolute(), start).items():
         if _write_new(directory / name, content):
@@ -103,7 +103,7 @@ def write_federation(path: Path, name: str | None = None, host: str | None = Non
     """
     if path.exists():
         if name is not None or host is not None:
-            problem = f"{path} exists: edit it, or leave --name and --host out"
+            problem = f"{path} exists: edit it, or omit --name and --host"
             raise ConfigError([Problem(FEDERATION_FILE, problem)])
         return False
     text = _with_value(_template(FEDERATION_FILE), "name", name or "federation")
@@ -130,7 +130,7 @@ def _settings(directory: Path, start: Start) -> str:
         return _with_value(text, "source", str(Path(start.source).expanduser().absolute()))
     if holds_password(start.source):
         raise Unusable(
-            "--source holds a password: leave it out, and set FEDSLM_DATABASE_USER and "
+            "--source contains a password: leave it out, and set FEDSLM_DATABASE_USER and "
             "FEDSLM_DATABASE_PASSWORD for the node"
         )
     return _with_value(text, "source", start.source)

@@ -23,27 +23,27 @@ ANY = "any"
 _STRENGTH = {"none": 0, "record": 1, "user": 2}
 
 EXAMPLE = """\
-# What this node lets a server ask for. No message from the server can change it.
-unit = "patient"              # the weakest unit: "record", or "patient" (as "user"; refuses "record")
-unit_column = "patient"       # the column that says whose a record is
+# The requests that this node accepts from a server. No message can change this file.
+unit = "patient"              # the weakest unit: "record", or "patient" (which refuses "record")
+unit_column = "patient"       # the column that identifies the patient
 epsilon = 8.0                 # lifetime budget of this data set, over all runs ...
 delta = 1e-5                  # ... at this delta; a larger one is refused
-max_epsilon_per_run = 0.8     # of it, what any one run may spend ...
-max_epsilon_per_day = 0.8     # ... and what all runs may spend within 24 hours
+max_epsilon_per_run = 0.8     # the part of it that one run may spend ...
+max_epsilon_per_day = 0.8     # ... and that all runs may spend within 24 hours
 min_noise_multiplier = 0.5
 max_clip_norm = 10.0
 max_sample_rate = 0.1
 max_records_per_unit = 16
 max_steps_per_round = 100
 max_rounds_per_day = 50
-# max_rounds = 500                      # over the lifetime of the ledger, whatever is left of epsilon
+# max_rounds = 500                      # over the ledger's lifetime, whatever epsilon is left
 # min_seconds_between_rounds = 3600.0
 base_models = ["any"]         # sha256 of allowed base models (fedslm prints it in report.md), or "any"
-base_names = ["any"]          # names or paths under which a server may ask for one, or "any"
+base_names = ["any"]          # names or paths that a server may request, or "any"
 tasks = ["classification"]    # allowed tasks: "classification", "multi-label", "token-classification",
                               # "causal-lm", "instruction", "seq2seq", "preference"
-batched = false               # true lets several units share a pass: faster, exact only up to rounding
-metrics = "none"              # "noisy" lets a metric leave as a Gaussian release of its own
+batched = false               # true: several units may share a pass; faster, exact only up to rounding
+metrics = "none"              # "noisy" allows a metric as a separate Gaussian release
 min_metric_noise_multiplier = 5.0
 """
 
@@ -69,17 +69,17 @@ class NodePolicy(Section):
     """A node's policy. What protects somebody has no default."""
 
     unit: Unit
-    """Weakest unit that is allowed ("patient" is read as "user"). "none" lets a server train without
-    privacy, and then nothing protects the people in the data: for data that are public anyway."""
+    """Weakest allowed unit ("patient" is read as "user"). "none" lets a server train without privacy, and then nothing protects the
+    people in the data: only for data that are already public."""
     unit_column: OptionalText = None
-    """Column that says whose a record is; the server cannot name another."""
+    """Column that identifies the unit of a record; the server cannot choose another."""
     epsilon: float = Field(gt=0)
     """Budget over the node's lifetime, over all runs on this data set."""
     delta: float = Field(gt=0, le=LARGEST_DELTA)
     """Delta of the budget; a plan with a larger one is refused."""
     max_epsilon_per_run: OptionalNumber = Field(None, gt=0)
-    """Most epsilon, at the budget's delta, that one run may spend: also in one round, whatever the
-    run's plan says. Left out: one request can spend the whole budget."""
+    """Most epsilon, at the budget's delta, that one run may spend, even in one round and whatever
+    the run's plan says. Absent: one request can spend the whole budget."""
     max_epsilon_per_day: OptionalNumber = Field(None, gt=0)
     """Most epsilon, at the budget's delta, that all runs together may spend within 24 hours."""
     min_noise_multiplier: float = Field(gt=0)
@@ -99,16 +99,16 @@ class NodePolicy(Section):
     min_seconds_between_rounds: OptionalNumber = Field(None, gt=0)
     """Least time from one round to the next."""
     base_models: Names
-    """SHA-256 of the base models that may be trained on, or "any"."""
+    """SHA-256 of the allowed base models, or "any"."""
     base_names: Names = (ANY,)
-    """Names or paths under which a server may ask for a base model: no other is looked for, on the node
-    or on a hub; or "any"."""
+    """Names or paths that a server may request as a base model, or "any": no other is looked up, on the
+    node or on a hub."""
     tasks: Names
-    """Names of the tasks that may be trained."""
+    """Allowed tasks."""
     batched: bool = False
     """Whether several units may be computed in one pass, where rounding couples them."""
     metrics: Literal["none", "noisy"] = "none"
-    """Whether a metric may leave, as a Gaussian release of its own."""
+    """Whether a metric may leave the node, as a separate Gaussian release."""
     min_metric_noise_multiplier: OptionalNumber = Field(None, gt=0)
     """Least noise of a metric."""
 

@@ -81,7 +81,7 @@ def test_a_source_with_quotes_or_a_password(tmp_path: Path) -> None:
     odd = tmp_path / 'a "b" \\1 ü.jsonl'
     files = starters.node_files(tmp_path, Start("north", source=str(odd)))
     assert tomllib.loads(files["node.toml"])["source"] == str(odd)
-    with pytest.raises(RunError, match="holds a password"):
+    with pytest.raises(RunError, match="contains a password"):
         starters.write_node_files(tmp_path, Start("n", source="postgresql://me:secret@host/notes"))
     assert list(tmp_path.iterdir()) == []
 
