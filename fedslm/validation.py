@@ -87,7 +87,7 @@ def _unit(config: Config) -> Iterator[Problem]:
                 yield Problem(f"privacy.{key}", 'is only for privacy.unit="user"; leave it out')
         return
     if privacy.unit_column is None:
-        message = 'is required with unit="user"; name the column that says whose a record is'
+        message = 'is required with unit="user"; name the column that identifies the user'
         yield Problem("privacy.unit_column", message)
     if cap is None:
         message = 'is required with unit="user"; set a public constant, such as 4'
@@ -120,14 +120,16 @@ def _engine(config: Config) -> Iterator[Problem]:
     """Real nodes are admitted ones, keep their own policies, and are no simulation's attackers."""
     engine = config.engine
     if (engine.name == "deployed") != (engine.nodes is not None):
-        message = 'and engine.name="deployed" go together; `fedslm server run` sets both'
+        message = 'must be set exactly when engine.name="deployed"; `fedslm server run` sets both'
         yield Problem("engine.nodes", message)
     if engine.name != "deployed":
         return
     if engine.policy is not None:
-        yield Problem("engine.policy", "is for simulated nodes; a real one has its own policy.toml")
+        yield Problem(
+            "engine.policy", "is only for simulated nodes; a real node has its own policy.toml"
+        )
     if config.attack.kind != "none":
-        yield Problem("attack.kind", "is for simulations; no real node obeys it")
+        yield Problem("attack.kind", "is only for simulations; no real node obeys it")
 
 
 def _aggregation(config: Config) -> Iterator[Problem]:
@@ -145,11 +147,11 @@ def _aggregation(config: Config) -> Iterator[Problem]:
             yield Problem("lora.client_ranks", message)
     if aggregation.rule == "mean" and aggregation.num_byzantine > 0:
         message = (
-            f"value {aggregation.num_byzantine} needs a rule that withstands them; the mean does not"
+            f"value {aggregation.num_byzantine} needs a robust aggregation.rule, such as median; not the mean"
         )
         yield Problem("aggregation.num_byzantine", message)
     if lora.initial == "eva" and config.data.public_source is config.data.public_split is None:
-        message = 'value "eva" looks at public records: set data.public_split (or data.public_source)'
+        message = 'value "eva" needs public records: set data.public_split (or data.public_source)'
         yield Problem("lora.initial", message)
     cohort = config.federation.cohort_size
     needed = required_clients(aggregation.rule, aggregation.num_byzantine)
@@ -170,7 +172,9 @@ def _attack(config: Config) -> Iterator[Problem]:
         message = f"value {attack.clients} exceeds federation.num_clients={population}"
         yield Problem("attack.clients", message)
     if (attack.kind == "none") != (attack.clients == 0):
-        message = f'value {attack.clients} and attack.kind="{attack.kind}" do not go together'
+        message = (
+            f'value {attack.clients} contradicts attack.kind="{attack.kind}"; set both, or neither'
+        )
         yield Problem("attack.clients", message)
     if attack.kind in ("sign-flip", "scale", "nan") and config.privacy.unit != "none":
         message = (
@@ -192,7 +196,7 @@ def _personalization(config: Config) -> Iterator[Problem]:
         yield Problem("personalization.method", message)
     if config.personalization.method != "none" and config.data.validation_fraction == 0:
         message = (
-            "is needed to tell what personalization is worth: set the share of each client's units "
+            "is required to measure personalization: set the share of each client's units "
             "that is held out, such as 0.2"
         )
         yield Problem("data.validation_fraction", message)
@@ -217,7 +221,7 @@ def _data(config: Config) -> Iterator[Problem]:
     measured = config.privacy.metric_noise_multiplier is not None or config.privacy.unit == "none"
     if data.validation_fraction > 0 and not measured and config.personalization.method == "none":
         message = (
-            f"value {data.validation_fraction} holds records out that nothing measures: set "
+            f"value {data.validation_fraction} holds out records on which nothing is measured: set "
             f"privacy.metric_noise_multiplier, or leave it out"
         )
         yield Problem("data.validation_fraction", message)
@@ -227,20 +231,24 @@ def _distill(config: Config) -> Iterator[Problem]:
     """A student that has something to learn from, and goes on where it may teach back."""
     distill, method = config.distill, config.resolved().aggregation.method
     if distill.mutual_steps and distill.every is None:
-        message = f"value {distill.mutual_steps} is for distill.every: set after how many rounds"
+        message = (
+            f"value {distill.mutual_steps} needs distill.every: set the rounds between distillations"
+        )
         yield Problem("distill.mutual_steps", message)
     if distill.student is None:
         if distill.every is not None:
             yield Problem("distill.every", "needs distill.student: name the larger model")
         return
     if distill.source is None:
-        message = "is missing; name public records that both models are shown"
+        message = "is missing; name the public records for both models"
         yield Problem("distill.source", message)
     if config.task.name not in _TAUGHT:
-        message = f"goes with {', '.join(_TAUGHT)}; task.name is {config.task.name!r}"
+        message = f"needs task.name to be one of {', '.join(_TAUGHT)}; it is {config.task.name!r}"
         yield Problem("distill.student", message)
     if distill.every is not None and method in ("stack", "fedex", "flora", "fed-sb", "fedsa"):
-        message = f"value {distill.every} does not go with aggregation.method={method!r}; leave it out"
+        message = (
+            f"value {distill.every} is not supported with aggregation.method={method!r}; leave it out"
+        )
         yield Problem("distill.every", message)
 
 
@@ -289,10 +297,11 @@ def _labels(config: Config) -> Iterator[Problem]:
         yield Problem(f"task.{key}", f"is for tasks with classes, not task.name={task.name!r}")
     if labels and task.labels_file:
         yield Problem(
-            "task.labels_file", "is set as well as task.labels; name the classes in one place"
+            "task.labels_file",
+            "is set in addition to task.labels; name the classes in only one of them",
         )
     if len(labels) == 1:
-        yield Problem("task.labels", f"value {list(labels)}: give at least two classes")
+        yield Problem("task.labels", f"value {list(labels)} must name at least two classes")
     if len(set(labels)) != len(labels):
         yield Problem("task.labels", f"value {list(labels)} names a class twice")
     if TASKS[task.name].classes == "each word" and labels and (wrong := malformed_tags(labels)):
@@ -348,19 +357,21 @@ def _weak_promises(config: Config) -> Iterator[str]:
             f"use {0.1 / records:.0e} or less"
         )
     if privacy.epsilon is not None and privacy.epsilon > 20:
-        yield f"privacy.epsilon={privacy.epsilon:g} promises little; 8 or less is common"
+        yield f"privacy.epsilon={privacy.epsilon:g} is a weak guarantee; 8 or less is common"
 
 
 def _without_effect(config: Config) -> Iterator[str]:
     """Settings of aggregation that do nothing, or less than they seem to."""
     aggregation, method = config.aggregation, config.resolved().aggregation.method
     if aggregation.rule != "mean" and aggregation.num_byzantine == 0 and aggregation.rule != "median":
-        rule = f"aggregation.rule={aggregation.rule!r}"
-        yield f"{rule} withstands nobody with aggregation.num_byzantine=0"
+        yield (
+            f"aggregation.rule={aggregation.rule!r} tolerates no hostile client with "
+            f"aggregation.num_byzantine=0; set it to the number to tolerate"
+        )
     if aggregation.rule != "mean" and config.attack.clients > aggregation.num_byzantine:
         yield (
             f"attack.clients={config.attack.clients} is more than aggregation.num_byzantine="
-            f"{aggregation.num_byzantine}: beyond that number a rule promises nothing"
+            f"{aggregation.num_byzantine}: the rule guarantees nothing beyond that number"
         )
     if len(config.lora.client_ranks) > config.federation.num_clients:
         yield (

@@ -175,9 +175,9 @@ GOOD = [{"text": f"note {n}", "label": "ab"[n % 2]} for n in range(20)]
         ([*GOOD, {"text": "x", "label": "c"}], [], ["'c' (1) in rows 20", "known: a, b"]),
         ([*GOOD, {"text": " ", "label": "a"}], [], ["no text in column 'text' (rows 20)"]),
         ([], [], ["train.jsonl is empty"]),
-        (GOOD, ["data.source=$NOTES_UNSET/data"], ["a variable in it is not set"]),
+        (GOOD, ["data.source=$NOTES_UNSET/data"], ["an environment variable in it is not set"]),
         (GOOD, ["data.source=notse"], ["no such file or directory"]),
-        (GOOD, ["federation.num_clients=30"], ["20 records cannot be shared out"]),
+        (GOOD, ["federation.num_clients=30"], ["20 records cannot be divided"]),
         (GOOD, ["data.partition=shard", "data.shards_per_client=9"], ["cannot be cut into 45 shards"]),
     ],
 )

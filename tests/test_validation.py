@@ -125,7 +125,11 @@ def test_without_privacy_nothing_is_required() -> None:
         ([("data.rejected_column", "worse")], "data.rejected_column", "classification"),
         ([("task.name", "instruction"), ("task.labels", ["a", "b"])], "task.labels", "instruction"),
         ([("task.name", "seq2seq"), ("task.labels_file", "x")], "task.labels_file", "seq2seq"),
-        ([("task.labels", ["a", "b"]), ("task.labels_file", "x")], "task.labels_file", "one place"),
+        (
+            [("task.labels", ["a", "b"]), ("task.labels_file", "x")],
+            "task.labels_file",
+            "only one of them",
+        ),
         (
             [("task.name", "token-classification"), ("task.labels", ["O", "Drug"])],
             "task.labels",
@@ -263,13 +267,13 @@ def test_a_delta_of_one_record_or_more_warns(delta: float, warned: bool) -> None
 def test_a_huge_epsilon_warns(epsilon: float, warned: bool) -> None:
     """An epsilon that promises little is allowed, with a warning."""
     found = validation.warnings(from_mapping(changed(("privacy.epsilon", epsilon))))
-    assert any("promises little" in text for text in found) is warned
+    assert any("weak guarantee" in text for text in found) is warned
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ([("aggregation.rule", "krum")], "withstands nobody"),
+        ([("aggregation.rule", "krum")], "tolerates no hostile client"),
         (
             [("aggregation.rule", "median"), ("attack.kind", "backdoor"), ("attack.clients", 1)],
             "more than",

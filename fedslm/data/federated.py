@@ -125,8 +125,8 @@ def share_out(
     duplicates = count_duplicates(train, public.whole, inputs(data, task))
     if duplicates:
         logger.warning(
-            "%d of %d training records (%.1f %%) are in the public evaluation split too: metrics there "
-            "flatter the model; remove them",
+            "%d of %d training records (%.1f %%) are in the public evaluation split too: metrics on it "
+            "overestimate the model; remove them",
             duplicates,
             len(train),
             100 * duplicates / len(train),

@@ -46,14 +46,14 @@ def load(source: str, split: str) -> Dataset:
     except Exception as error:  # the hub client raises dozens of unrelated types
         if unreachable:
             raise DataError(
-                f"data.source={source!r} is not a local path, and the hub cannot be reached "
-                f"({unreachable}) nor has its cache this data set; give the path of a local file or "
+                f"data.source={source!r} is not a local path, the hub cannot be reached "
+                f"({unreachable}), and its cache lacks this data set; give the path of a local file or "
                 f"directory"
             ) from error
         first = (str(error).splitlines() or [""])[0]
         raise DataError(
             f"data.source={source!r} (split {split!r}) is neither a local path nor a data set that the "
-            f"hub gives: {type(error).__name__}: {first}"
+            f"hub provides: {type(error).__name__}: {first}"
         ) from error
 
 

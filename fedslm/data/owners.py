@@ -60,8 +60,8 @@ def refuse_unfit(dataset: Dataset, column: str, key: str) -> None:
     dtype = str(getattr(feature, "dtype", ""))
     if not isinstance(feature, Value | ClassLabel) or "binary" in dtype:
         raise DataError(
-            f"{key}={column!r} holds {dtype if 'binary' in dtype else 'lists or objects'}, which name "
-            f"nobody; save one text or whole number for each record"
+            f"{key}={column!r} holds {dtype if 'binary' in dtype else 'lists or objects'}, which "
+            f"cannot name a unit; save one text or whole number for each record"
         )
     if dtype.startswith("float"):
         raise DataError(

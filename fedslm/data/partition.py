@@ -47,7 +47,7 @@ def partition(
     """
     if config.partition != "natural" and len(dataset) < num_clients:
         raise DataError(
-            f"{plural(len(dataset), 'record')} cannot be shared out among "
+            f"{plural(len(dataset), 'record')} cannot be divided among "
             f"federation.num_clients={num_clients}; use fewer clients"
         )
     shared = _rows(dataset, config, num_clients, seed)
@@ -167,7 +167,7 @@ def _keys(dataset: Dataset, config: DataConfig) -> list[int]:
     if empty:
         raise DataError(
             f"data.{key}={column!r} is empty in {plural(len(empty), 'record')} ({named(empty)}), so "
-            f"data.partition={config.partition!r} cannot go by it; set data.partition_column"
+            f"data.partition={config.partition!r} cannot use it; set data.partition_column"
         )
     ranks = {value: rank for rank, value in enumerate(sorted(set(values)))}
     return [ranks[value] for value in values]

@@ -185,7 +185,7 @@ def load(
         return spool(_checked(tables, wanted), scratch, str(found[0]))
     if "$" in expanded:
         raise DataError(
-            f"data.source={source!r}: a variable in it is not set in the environment, or not to text"
+            f"data.source={source!r}: an environment variable in it is not set, or is not text"
         )
     if _is_path(expanded, path):
         raise DataError(

@@ -99,7 +99,7 @@ def texts_in(folder: Path) -> list[Path]:
     left = sorted({path for path in records if _is_visible(path, folder)} - set(texts))
     if texts and left:
         raise DataError(
-            f"{folder}: a folder of texts may hold *.txt and LABEL/*.txt; move or unpack "
+            f"{folder}: a folder of texts may contain only *.txt and LABEL/*.txt; move or unpack "
             f"{_named(left, folder)}"
         )
     return texts
@@ -168,7 +168,7 @@ def _complete(directory: Path, split: str, pieces: Mapping[Path, re.Match[str]])
     first = 1 if total in known and 0 not in known else 0
     if len(totals) > 1 or len(known) < len(pieces) or max(known) >= first + total:
         raise DataError(
-            f"data.source={str(directory)!r}: the pieces of split {split!r} do not go together: "
+            f"data.source={str(directory)!r}: the pieces of split {split!r} do not match: "
             f"{_named(ordered)}; keep those of one total, each once"
         )
     if len(known) < total:
@@ -185,7 +185,7 @@ def _readable(directory: Path, path: Path) -> Path:
     """A split in one file or folder, if its form is one that is read."""
     if is_text_folder(path) if path.is_dir() else format_of(path) is not None:
         return path
-    holds = "a folder without .txt files" if path.is_dir() else "of a form that is not read"
+    holds = "a folder without .txt files" if path.is_dir() else "in an unsupported format"
     raise DataError(
         f"data.source={str(directory)!r}: {path.name} is {holds}; convert it to one of "
         f"{', '.join(FORMATS)} (text also with .gz) or a folder of .txt, or give the path of a file"

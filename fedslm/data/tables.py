@@ -316,5 +316,5 @@ def _fitted(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
             for each in schema
         ]
     except pa.ArrowException as error:
-        raise DataError(f"{source}: a column's types do not go together: {error}") from None
+        raise DataError(f"{source}: a column has incompatible types: {error}") from None
     return pa.table(columns, schema=schema)

@@ -69,8 +69,8 @@ class NodePolicy(Section):
     """A node's policy. What protects somebody has no default."""
 
     unit: Unit
-    """Weakest allowed unit ("patient" is read as "user"). "none" lets a server train without privacy, and then nothing protects the
-    people in the data: only for data that are already public."""
+    """Weakest allowed unit ("patient" is read as "user"). "none" lets a server train without privacy,
+    and then nothing protects the people in the data: only for data that are already public."""
     unit_column: OptionalText = None
     """Column that identifies the unit of a record; the server cannot choose another."""
     epsilon: float = Field(gt=0)

@@ -332,5 +332,5 @@ def test_a_variable_in_a_path_is_put_in(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(DataError, match="is the private training split"):
         sources.load_evaluation(same, TASK, 0)
     monkeypatch.delenv("NOTES_ROOT")
-    with pytest.raises(DataError, match=r"\$NOTES_ROOT.* a variable in it is not set"):
+    with pytest.raises(DataError, match=r"\$NOTES_ROOT.* an environment variable in it is not set"):
         sources.load_train(data, TASK, 0)
