@@ -49,7 +49,7 @@ class Method:
 METHODS: dict[MethodName, Method] = {
     "fedit": Method(
         "FedIT", "arXiv 2305.05644", "linear", False, _AB, _AB,
-        "A and B averaged separately: the error is their covariance, more with more clients and noise",
+        "A and B averaged separately: the error, their covariance, grows with clients and noise",
     ),
     "ffa": Method(
         "FFA-LoRA", "arXiv 2403.12313", "linear", True, _B, _B,
