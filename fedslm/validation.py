@@ -146,9 +146,7 @@ def _aggregation(config: Config) -> Iterator[Problem]:
             message = f"value {rank} exceeds lora.rank={lora.rank}, which the server holds"
             yield Problem("lora.client_ranks", message)
     if aggregation.rule == "mean" and aggregation.num_byzantine > 0:
-        message = (
-            f"value {aggregation.num_byzantine} needs a robust aggregation.rule, such as median; not the mean"
-        )
+        message = f"value {aggregation.num_byzantine} needs a robust rule, such as median; not the mean"
         yield Problem("aggregation.num_byzantine", message)
     if lora.initial == "eva" and config.data.public_source is config.data.public_split is None:
         message = 'value "eva" needs public records: set data.public_split (or data.public_source)'

@@ -194,8 +194,8 @@ class PrivacyConfig(Section):
     """What is asked; :class:`fedslm.privacy.plan.PrivatePlan` is what will run."""
 
     unit: Unit
-    """Unit of privacy: one record, or all records of one user ("patient" is read as "user"); "none" trains
-    without privacy."""
+    """Unit of privacy: one record, or all records of one user ("patient" is read as "user"); "none"
+    trains without privacy."""
     unit_column: OptionalText = None
     """Column that names the user of a record (unit = "user")."""
     max_records_per_unit: OptionalCount = Field(None, ge=1)

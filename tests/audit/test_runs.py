@@ -84,7 +84,9 @@ def test_the_page_names_clients_as_the_report_does_and_has_a_date(run: Path) -> 
     today = str(datetime.now(UTC).year)
     page = (run / "report.md").read_text()
     assert f"finished {today}-" in page
-    assert [page.count(f"\n- {line}") for line in ("Not the default: ", "Parameters that rounds")] == [
+    assert [
+        page.count(f"\n- {line}") for line in ("Non-default settings: ", "Parameters that rounds")
+    ] == [
         1,
         1,
     ]
@@ -121,7 +123,7 @@ def test_a_changed_ledger_is_a_finding(run: Path) -> None:
     )
     (finding,) = audited(run)["findings"]
     assert finding.startswith("site-1: ")
-    assert "not in order" in (run / "audit.md").read_text()
+    assert "has problems" in (run / "audit.md").read_text()
 
 
 def statements_of(run: Path) -> list[dict[str, Any]]:
@@ -345,7 +347,7 @@ def test_a_readmitted_node_is_shown_and_is_not_a_finding(run: Path) -> None:
     for standing, expected in ((out, 1), (Standing(readmissions=(again,)), 0)):
         content = {"north": {"standing": as_values(standing)}}
         (run / STANDING).write_text(json.dumps(content))
-        found = [each for each in audited(run)["findings"] if "north is out" in each]
+        found = [each for each in audited(run)["findings"] if "north is excluded" in each]
         assert len(found) == expected
         assert not found or "it was rolled back" in found[0]
     assert audited(run)["findings"] == []

@@ -248,7 +248,7 @@ def test_an_attack_is_carried_out(make_config: MakeConfig, kind: str) -> None:
     assert line["failed"] == (1 if kind == "nan" else 0)
     assert report["attack"] == {"kind": kind, "clients": 1, "rule": "mean", "hostile": 0}
     for page in ("report.md", "adapter/README.md"):
-        assert "Attacked on purpose" in (Path(report["directory"]) / page).read_text(encoding="utf-8")
+        assert "Simulated attack" in (Path(report["directory"]) / page).read_text(encoding="utf-8")
 
 
 def test_a_report_names_what_is_not_the_default(make_config: MakeConfig) -> None:
