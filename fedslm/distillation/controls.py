@@ -30,11 +30,11 @@ FEDERATED, BASE, UNTUNED, PUBLIC, LABELS, POOLED = (
 CONTROLS = (BASE, UNTUNED, PUBLIC, LABELS)
 WHAT = {
     FEDERATED: "the student after distillation from the federated small model",
-    BASE: "the student before (control)",
+    BASE: "the student before distillation (control)",
     UNTUNED: "distilled from the small model before federation (control)",
     PUBLIC: "distilled from the small model tuned only on the public records (control)",
     LABELS: "the student tuned on the public records' own labels or texts (control)",
-    POOLED: "the student tuned on all private records together (ceiling; covered by no ε)",
+    POOLED: "the student tuned on all private records together (upper reference; not covered by any ε)",
 }
 
 

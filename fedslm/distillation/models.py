@@ -229,9 +229,7 @@ def check_task(run: TunedModel) -> None:
         ConfigError: With the tasks that have one.
     """
     if run.method == "fedsa":
-        message = (
-            'value "fedsa" left B and the head with each client: there is no model that could teach'
-        )
+        message = 'value "fedsa" left B and the head with each client: there is no teacher model'
         raise ConfigError([Problem("aggregation.method", message)])
     if run.task.name not in TAUGHT:
         message = f"value {run.task.name!r} cannot be distilled; {', '.join(TAUGHT)} can"
@@ -249,7 +247,7 @@ def check_student(run: TunedModel, settings: DistillConfig) -> None:
     same_name = model.base == run.model.base
     if same_name or (find_student(model) is not None and resolve(model) == resolve(run.model)):
         raise ModelError(
-            f"distill.student={model.base!r} is the base of the teacher; name the larger model that is "
+            f"distill.student={model.base!r} is the teacher's base; name the larger model that is "
             f"to learn from it"
         )
 
@@ -276,7 +274,7 @@ def warn_if_smaller(teacher: Teacher, student: Student) -> str | None:
         return None
     text = (
         f"the student has {sizes[0]:,} parameters and its teacher {sizes[1]:,}: a smaller student can "
-        f"only lose; is it the right model?"
+        f"only lose quality; check distill.student"
     )
     logger.warning("%s", text)
     return text

@@ -76,7 +76,7 @@ class ProofRequest:
         if self.seeds < 1:
             raise ConfigError([Problem("--seeds", f"value {self.seeds} must be at least 1")])
         if not self.tests:
-            raise DataError("there are no test records to prove anything on; give them with --test")
+            raise DataError("--prove needs test records; give them with --test")
 
 
 def prove(trainer: ControlTrainer, question: ProofRequest) -> dict[str, Any]:

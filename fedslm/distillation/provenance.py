@@ -62,8 +62,8 @@ def chain_of(run: FinishedRun, adapter: AdapterState, before: dict[str, LedgerMa
     if after != before:
         moved = sorted(name for name in after if after[name] != before.get(name))
         raise PrivacyError(
-            f"the ledgers of {', '.join(moved)} moved during the distillation: another run charged "
-            f"them; nothing can be said of what this one spent"
+            f"the ledgers of {', '.join(moved)} changed during the distillation: another run charged "
+            f"them, so the spending of this one is unknown"
         )
     report = run.report
     plan = report["plan"]

@@ -59,8 +59,8 @@ def rows_of(run: TunedModel, source: str, split: str, most: int) -> Rows:
     private = run.data
     if same_records((source, split), (private.source, private.train_split)):
         raise DataError(
-            f"{source} ({split}) is the private training split: what is learned from it directly is "
-            f"covered by no ε; give public records"
+            f"{source} ({split}) is the private training split, and no ε covers what is learned "
+            f"from it directly; give public records"
         )
     columns = needed(run.data, run.task)
     label = frozenset({columns.pop(_LABEL)} if _LABEL in columns else ())

@@ -234,9 +234,9 @@ def working(directory: Path, identity: dict[str, Any]) -> Iterator[Path]:
     """
     path = directory.expanduser().absolute()
     if (path / layout.DISTILL_REPORT).exists():
-        raise Unusable(f"{path} holds a finished distillation; give another --out")
+        raise Unusable(f"{path} contains a finished distillation; give another --out")
     if path.exists() and not (path / _ASKED).exists() and any(path.iterdir()):
-        raise Unusable(f"{path} exists and holds something else; give another --out")
+        raise Unusable(f"{path} exists and contains something else; give another --out")
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / ".lock", timeout=1.0)
@@ -261,8 +261,8 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
     changed = sorted(key for key in identity if before.get(key) != identity[key])
     if changed:
         raise Unusable(
-            f"{path.parent} holds an interrupted distillation that was asked otherwise "
-            f"({', '.join(changed)}); ask the same to resume, or give another --out"
+            f"{path.parent} contains an interrupted distillation with different settings "
+            f"({', '.join(changed)}); use the same settings to resume, or give another --out"
         )
 
 

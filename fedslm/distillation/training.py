@@ -233,7 +233,7 @@ class StudentTrainer:
                         for n, m in moments.items()
                     },
                 }
-        logger.info("goes on after step %d", step)
+        logger.info("resumed after step %d", step)
         return step
 
 

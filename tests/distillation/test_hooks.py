@@ -59,7 +59,7 @@ def test_a_run_ends_with_its_student_and_the_audit_sees_the_chain(
     (chain,) = audit["distillations"]
     assert chain["sound"]
     assert chain["teacher_adapter_sha256"] == report["adapter_sha256"]
-    assert "What was distilled from it" in (path / "audit.md").read_text()
+    assert "## Distillations" in (path / "audit.md").read_text()
     weights = path / "distilled" / "adapter" / "adapter_model.safetensors"
     adapter = load_adapter(weights)
     save_adapter(weights, adapter.plus(adapter))
@@ -120,13 +120,14 @@ def test_what_a_config_may_ask() -> None:
     """A student needs public records, a task that is taught, and rounds that it can follow."""
     student = ("distill.student", "demo-large")
     source = ("distill.source", "demo")
-    assert "name public records" in problems(changed(student))["distill.source"]
+    assert "name the public records" in problems(changed(student))["distill.source"]
     assert (
-        "set after how many" in problems(changed(("distill.mutual_steps", 2)))["distill.mutual_steps"]
+        "set the rounds between"
+        in problems(changed(("distill.mutual_steps", 2)))["distill.mutual_steps"]
     )
     assert "name the larger" in problems(changed(("distill.every", 2)))["distill.every"]
     tagging = ("task.name", "token-classification")
     labels = ("task.labels", ["O", "B-x", "I-x"])
-    assert "goes with" in problems(changed(student, source, tagging, labels))["distill.student"]
+    assert "needs task.name" in problems(changed(student, source, tagging, labels))["distill.student"]
     stack = [("distill.every", 2), ("aggregation.method", "stack")]
-    assert "does not go with" in problems(changed(student, source, *stack))["distill.every"]
+    assert "is not supported with" in problems(changed(student, source, *stack))["distill.every"]
