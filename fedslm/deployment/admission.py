@@ -164,9 +164,9 @@ def _former_key(directory: Path, asked: dict[str, str], *, nodes: list[Admitted]
     found = next((key for key, each in known.items() if each.charges or each.readmissions), "")
     if found and not reason.strip():
         raise Refused(
-            f"node {asked['name']!r} had another ledger, and what it spent still counts for the people "
-            f"in its data: it must keep its ledger and {keys.PRIVATE_KEY}. If they are lost, give a "
-            f"--reason: the audit shows it"
+            f"node {asked['name']!r} had another ledger, and its spent budget still counts for the "
+            f"people in its data: it must keep its ledger and {keys.PRIVATE_KEY}. If they are lost, "
+            f"give a --reason: the audit shows it"
         )
     return found
 

@@ -47,7 +47,7 @@ def tidy(path: Path, most_seconds: float = _MOST_SECONDS) -> None:
             _remove(database)
             _vacuum(database, path)
     except (sqlite3.Error, OSError) as error:
-        logger.warning("%s is not made smaller: %s (most %g s)", path, error, most_seconds)
+        logger.warning("%s was not compacted: %s (limit %g s)", path, error, most_seconds)
         return
     after = path.stat().st_size
     if after < before:

@@ -148,7 +148,7 @@ class Link:
             if pulled_bytes > self.most_bytes:
                 raise FederationError(f"a message has more than message_mb={self.most_bytes >> 20} MiB")
             if hashlib.sha256(content).hexdigest() != identifier:
-                raise FederationError("an object of a message is another than its identifier says")
+                raise FederationError("an object of a message does not match its identifier")
             return content
 
         return pull_objects(
@@ -249,7 +249,7 @@ def check_outline(outline: Message) -> None:
         if len(getattr(metadata, key)) > _LONGEST_NAME:
             raise FederationError(f"a message's {key} is longer than {_LONGEST_NAME} characters")
     if outline.has_content() and len(outline.content):
-        raise FederationError("a message's outline brings records: they come as objects")
+        raise FederationError("a message's description contains records; they must be objects")
 
 
 def _check_same(message: Message, outline: Message) -> None:
@@ -260,7 +260,7 @@ def _check_same(message: Message, outline: Message) -> None:
     inner, outer = message.metadata, outline.metadata
     for key in _METADATA:
         if getattr(inner, key) != getattr(outer, key):
-            raise FederationError(f"a message's {key} is another than its outline's")
+            raise FederationError(f"a message's {key} differs from its description's")
     inner.__dict__["_message_id"] = outer.message_id
 
 

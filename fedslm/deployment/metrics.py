@@ -85,7 +85,7 @@ def served(port: int | None, collect: Collect) -> Iterator[None]:
     try:
         server, thread = start_http_server(port, LOOPBACK, registry)
     except OSError as error:
-        text = f"metrics_port={port} cannot be listened on: {error.strerror}"
+        text = f"cannot listen on metrics_port={port}: {error.strerror}"
         raise RunError(f"{text}; stop the program that has it, or set another port") from error
     try:
         yield
@@ -110,7 +110,7 @@ class _Collector:
         try:
             yield from self._collect()
         except FedslmError as error:
-            logger.warning("figures are left out: %s", error)
+            logger.warning("metrics are left out: %s", error)
 
 
 def server_figures(directory: Path) -> Iterator[Metric]:
@@ -163,7 +163,7 @@ def _of_nodes(status: FederationStatus) -> Iterator[Metric]:
     spent = {(n.name,): n.lifetime_epsilon for n in status.nodes if n.lifetime_epsilon is not None}
     yield _gauge("node_lifetime_epsilon", "Over all runs, as signed last", spent, ("node",))
     out = {(node.name,): float(bool(node.out)) for node in status.nodes}
-    yield _gauge("node_out", "1 if the node is out until it is readmitted", out, ("node",))
+    yield _gauge("node_out", "1 if the node is excluded until it is readmitted", out, ("node",))
 
 
 def _of_latest_run(status: FederationStatus) -> Iterator[Metric]:

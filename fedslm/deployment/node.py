@@ -82,8 +82,8 @@ def open_node(directory: Path, profile: str | None = None) -> Ready:
     file = read_node(directory, profile)
     if not (directory / ADMISSION).exists():
         raise RunError(
-            f"{directory.name} was not admitted yet: `fedslm node enroll`, send the request to the "
-            f"server's operator, and `fedslm node accept` what comes back"
+            f"{directory.name} is not admitted yet: run `fedslm node enroll`, send the request to the "
+            f"server's operator, and run `fedslm node accept` on the admission"
         )
     return Ready(directory, file, read_admission(directory / ADMISSION))
 

@@ -120,12 +120,12 @@ def _ledger(directory: Path) -> str:
     if not path.exists():
         return "no ledger yet"
     chain = read_chain(path, read_public_key(directory / PUBLIC_KEY))
-    found = f"a whole ledger of {plural(len(chain.entries), 'line')}"
+    found = f"a complete ledger of {plural(len(chain.entries), 'line')}"
     ahead = clock.seconds_ahead(chain.entries)
     if ahead > clock.AHEAD_SECONDS:
         raise _Warning(
-            f"{found}, {ahead} s ahead of this machine's clock: rounds may be refused for as long. If "
-            f"the clock had jumped forwards and is right now: fedslm node clock {directory} --reason …"
+            f"{found}, {ahead} s ahead of this machine's clock: rounds may be refused until then. "
+            f"If the clock jumped forwards and is correct now: fedslm node clock {directory} --reason …"
         )
     if chain.unprotected:
         raise _Warning(
@@ -146,7 +146,7 @@ def _bases(directory: Path) -> str:
     """The base models that the policy names are here, or can be fetched, and are allowed."""
     policy = open_policy(directory / layout.POLICY)
     if ANY in policy.base_names:
-        return "the policy names none; a run's is looked for when it is asked for"
+        return "the policy names none; a run's base model is checked on request"
     found = {name: base_sha256(resolve(ModelConfig(base=name))) for name in policy.base_names}
     strange = [name for name, sha256 in found.items() if sha256 not in policy.base_models]
     if strange and ANY not in policy.base_models:
@@ -160,7 +160,7 @@ def _disk(directory: Path) -> str:
     status = os.statvfs(directory)
     free = status.f_bavail * status.f_frsize
     if free < _LEAST_BYTES:
-        raise RunError(f"{free / 1e9:.1f} GB free in {directory}; 1 GB is the least")
+        raise RunError(f"{free / 1e9:.1f} GB free in {directory}; at least 1 GB is needed")
     return f"{free / 1e9:.0f} GB free"
 
 
@@ -172,14 +172,16 @@ def _memory(ready: Ready) -> str:
         found = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE)
         held = int(found[1]) << 10 if found else held
     if held < least:
-        raise RunError(f"{held / 1e9:.1f} GB of memory to be had; {least / 1e9:.1f} GB is the least")
-    return f"{held / 1e9:.1f} GB to be had"
+        raise RunError(
+            f"{held / 1e9:.1f} GB of memory available; at least {least / 1e9:.1f} GB is needed"
+        )
+    return f"{held / 1e9:.1f} GB available"
 
 
 def _conditions(ready: Ready) -> str:
     """Whether the node takes part now; that it does not is no mistake."""
     if ready.file.conditions is None:
-        return "none: takes part always"
+        return "none: always takes part"
     reason = reason_against(ready.file.conditions, ready.directory, datetime.now())
     return "takes part now" if reason is None else f"does not take part now: {reason}"
 
@@ -209,7 +211,7 @@ def _certificates(ready: Ready) -> str:
     warnings = node_warnings(ready.admission.address, ready.admission.authority)
     if warnings:
         raise _Warning("; ".join(warnings))
-    return f"neither the server's nor the authority's ends within {WARNING_DAYS} days"
+    return f"neither the server's nor the authority's expires within {WARNING_DAYS} days"
 
 
 def _key(ready: Ready) -> str:

@@ -90,7 +90,7 @@ def start(control: Control, server: Path, config: Config, *, resume: bool) -> tu
         if exists and not resume:
             raise Unusable(f"{directory} exists; continue it with --resume, or set another run.name")
         if resume and not exists:
-            raise Unusable(f"{directory} holds no run to continue")
+            raise Unusable(f"{directory} contains no run to continue")
         if (directory / layout.REPORT).exists():
             raise RunError(f"{directory} is finished: see {directory / 'report.md'}")
         if not exists:
@@ -131,14 +131,14 @@ def _refuse_living(control: Control, directory: Path, *, seconds: float) -> None
         if (found and held) or time.monotonic() > deadline:
             break
         if not told:
-            logger.warning("%s looks alive; waiting to see whether it is", directory.name)
+            logger.warning("%s may still be active; waiting to find out", directory.name)
         told = True
         time.sleep(_POLL_SECONDS)
     state = " and ".join(f"run {number} is {status}" for number, status in found.items())
     number = _number(directory)
     state = state or f"the process of run {number if number else 'of another start'} has not ended yet"
     raise RunError(
-        f"{directory.name} is alive: {state}. See it with `fedslm server status`; stop it with "
+        f"{directory.name} is active: {state}. Check it with `fedslm server status`; stop it with "
         f"`fedslm server stop {directory.name}` before you start or continue it"
     )
 
@@ -221,8 +221,8 @@ def follow(
             if time.monotonic() > since + _OUTAGE_SECONDS:
                 raise FederationError(
                     f"the SuperLink has not answered for {_OUTAGE_SECONDS:g} s, and run {run_id} may "
-                    f"still go on: {error}. Once it answers, `fedslm server status` says how the run "
-                    f"is; continue it with --resume only if it is failed or interrupted"
+                    f"still be active: {error}. Once it answers, `fedslm server status` shows its "
+                    f"state; continue it with --resume only if it is failed or interrupted"
                 ) from error
         for record in lines.new():
             on_round(record)
@@ -299,5 +299,5 @@ def _check_nodes(server: Path, config: Config) -> None:
     if len(nodes) - len(out) < least:
         raise FederationError(
             f"{', '.join(out)} must be readmitted first (fedslm provision readmit): "
-            f"{len(nodes) - len(out)} nodes are left, and federation.min_clients={least} is the least"
+            f"{len(nodes) - len(out)} nodes are left, fewer than federation.min_clients={least}"
         )

@@ -268,8 +268,8 @@ def _check_ports(federation: FederationFile) -> None:
                 probe.listen(1)
             except OSError as error:
                 raise RunError(
-                    f"{key}={address[1]} cannot be listened on: {error.strerror}; stop the program "
-                    f"that has it, or set another {key} in federation.toml"
+                    f"{key}={address[1]} is not available: {error.strerror}; stop the program "
+                    f"that uses it, or set another {key} in federation.toml"
                 ) from error
 
 

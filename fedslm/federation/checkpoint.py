@@ -144,7 +144,7 @@ class RunDirectory:
         if expected is not None and expected.sha256() != sha256:
             raise Unusable(
                 f"{path} was made with another config (hash {sha256[:12]}, now "
-                f"{expected.sha256()[:12]}); leave the config out to continue it as it is"
+                f"{expected.sha256()[:12]}); omit the config to continue with the run's own"
             )
         return cls(path, run_id), config
 

@@ -62,7 +62,7 @@ def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:
             said = f"{bounds.cut(version, 40)} as client {bounds.cut(client, 40)}"
             raise FederationError(f"node {node} runs fedslm {said}, the server {fedslm.__version__}")
         if client in nodes:
-            raise FederationError(f"nodes {nodes[client]} and {node} both say that they are {client}")
+            raise FederationError(f"nodes {nodes[client]} and {node} both claim to be client {client}")
         nodes[client] = node
     if sorted(nodes) != list(range(num_clients)):
         raise FederationError(

@@ -43,12 +43,12 @@ def checked(message: Message, request: Request, client: int) -> Reply | str:
     if (problem := _problem_of_statement(request.setup.plan, request, reply)) is not None:
         return problem
     if reply.delta is None or reply.delta.shapes != shapes:
-        return "the update has other tensors or shapes than were asked for"
+        return "the update has tensors or shapes that differ from the request"
     delta = reply.delta
     if not delta.is_finite():
-        return "the update holds NaN or infinity"
+        return "the update contains NaN or infinity"
     if any(float(abs(delta[key]).max(initial=0.0)) > _LARGEST_VALUE for key in delta):
-        return f"the update holds values beyond {_LARGEST_VALUE:g}"
+        return f"the update contains values beyond {_LARGEST_VALUE:g}"
     if reply.round != request.round:
         return f"the update is for round {reply.round}"
     if reply.base_sha256 != request.setup.base_sha256:
@@ -106,6 +106,6 @@ def continued(reply: Reply, statements: dict[int, Statement], client: int) -> Re
     """Notes a client's statement; one that does not continue its ledger is not used."""
     statement, earlier = read_statement(reply.statement), statements.get(client)
     if earlier is not None and not statement.follows(earlier):
-        return "the spend statement does not continue this client's ledger: it was rolled back"
+        return "the spend statement does not extend this client's ledger: it was rolled back"
     statements[client] = statement
     return reply

@@ -164,7 +164,7 @@ def readmit(path: Path, key: str, reason: str) -> Standing:
         current = dict(read_standings(path))
         known = current.get(key, Standing())
         if not known.out:
-            raise Unusable("the node is not out: nothing to readmit; see `fedslm server status`")
+            raise Unusable("the node is not excluded; see `fedslm server status`")
         current[key] = _anew(known, reason)
         _write(path, current)
     return known

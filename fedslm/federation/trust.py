@@ -73,7 +73,7 @@ class Trust:
         active, least = len(self.active()), min_clients or 1
         if active < least:
             raise FederationError(
-                f"{active} of the run's {len(self.roster)} nodes are neither revoked nor out; "
+                f"{active} of the run's {len(self.roster)} nodes are neither revoked nor excluded; "
                 f"federation.min_clients={least} is the least: see `fedslm server status`"
             )
         return min_clients or active
@@ -90,8 +90,8 @@ class Trust:
                 found[client] = REVOKED
             elif standing.out:
                 found[client] = (
-                    f"out since {standing.since}: {standing.out}; `fedslm provision readmit "
-                    f"{node.name} --reason …` lets it in again"
+                    f"excluded since {standing.since}: {standing.out}; `fedslm provision readmit "
+                    f"{node.name} --reason …` readmits it"
                 )
         return found
 
@@ -149,7 +149,7 @@ class Trust:
         if problem is None:
             return None
         logger.error("%s is out: %s", node.name, problem)
-        return f"the node is out: {problem}; `fedslm provision readmit {node.name} --reason …`"
+        return f"the node is excluded: {problem}; `fedslm provision readmit {node.name} --reason …`"
 
     def save(self) -> None:
         """Writes what was learned, and the run's copy; synced when it returns, so the round may count.

@@ -162,7 +162,7 @@ def test_a_message_is_what_its_outline_says() -> None:
     assert taken.metadata.message_id == honest.object_id
     for changes in ({"ttl": 61.0}, {"group_id": "2"}, {"dst_node_id": 3}, {"message_type": "evaluate"}):
         other = message(created_at=honest.metadata.created_at, **changes)
-        with pytest.raises(FederationError, match="is another than its outline's"):
+        with pytest.raises(FederationError, match="differs from its description"):
             answered(other, honest)
 
 

@@ -55,7 +55,7 @@ def test_a_run_that_is_alive_is_left_alone(site: Site, make: MakeConfig) -> None
     with control.connected(site.server) as connection:
         number, directory = runs.start(connection, site.server, config, resume=False)
         for resume in (False, True):  # its process has not even taken the directory
-            with pytest.raises(RunError, match=rf"alive is alive: run {number} is"):
+            with pytest.raises(RunError, match=rf"alive is active: run {number} is"):
                 runs.start(connection, site.server, config, resume=resume)
         eventually(lambda: len(rounds_of(directory)) >= 1, "a first round")
         command = ("server", "run", written(site, config), "--server", site.server, "--resume")

@@ -58,7 +58,7 @@ def test_a_taken_port_is_an_error_at_once(tmp_path: Path, taken: str) -> None:
     directory = server_directory(tmp_path, **ports)
     with socket.create_server(("127.0.0.1", ports[taken])):
         said = fedslm("server", "up", directory, code=1)
-    assert f"{taken}={ports[taken]} cannot be listened on: Address already in use" in said
+    assert f"{taken}={ports[taken]} is not available: Address already in use" in said
     assert f"set another {taken} in federation.toml" in said
     assert "the server is up" not in said
     assert not (directory / "logs" / "superlink.log").exists()

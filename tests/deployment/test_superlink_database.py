@@ -123,7 +123,7 @@ def test_it_stops_in_time(database: Found, caplog: pytest.LogCaptureFixture) -> 
     tidy(path, most_seconds=0.0)
     assert path.stat().st_size == before
     assert count(path, "message_ins") == 2
-    assert "is not made smaller: interrupted (most 0 s)" in caplog.text
+    assert "was not compacted: interrupted (limit 0 s)" in caplog.text
 
 
 def test_a_database_in_use_is_left_alone(database: Found, caplog: pytest.LogCaptureFixture) -> None:
@@ -133,7 +133,7 @@ def test_a_database_in_use_is_left_alone(database: Found, caplog: pytest.LogCapt
         other.execute("BEGIN IMMEDIATE")
         tidy(path)
         other.execute("ROLLBACK")
-    assert "is not made smaller: database is locked" in caplog.text
+    assert "was not compacted: database is locked" in caplog.text
     assert count(path, "message_ins") == 2
 
 
@@ -143,4 +143,4 @@ def test_what_is_no_database_stops_nobody(tmp_path: Path, caplog: pytest.LogCapt
     assert not caplog.text
     (tmp_path / "odd.db").write_text("no database" * 100)
     tidy(tmp_path / "odd.db")
-    assert "is not made smaller: file is not a database" in caplog.text
+    assert "was not compacted: file is not a database" in caplog.text

@@ -75,7 +75,7 @@ def test_too_few_replies_in_every_round_end_with_1(make_config: MakeConfig, tmp_
     assert result.exit_code == 1
     assert "tiny failed: no round of 1 moved the adapter" in result.stderr
     assert "2 replies are fewer than federation.min_replies=3" in result.stderr
-    assert "the update holds NaN or infinity" in result.stderr
+    assert "the update contains NaN or infinity" in result.stderr
     assert "fewer than" in json.loads(result.stdout.splitlines()[-1])["stopped"]
 
 

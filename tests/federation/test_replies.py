@@ -312,7 +312,7 @@ def test_a_lying_node_is_counted_and_left_out(make_config: MakeConfig) -> None:
     lines = records_of(config)
     assert [(line["completed"], line["failed"]) for line in lines] == [(3, 0), (2, 1), (3, 0)]
     assert lines[1]["reasons"] == [
-        "site-1: the spend statement does not continue this client's ledger: it was rolled back"
+        "site-1: the spend statement does not extend this client's ledger: it was rolled back"
     ]
     assert lines[1]["left_out"] == [1]
     assert report["stopped"] == ""

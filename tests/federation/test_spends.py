@@ -151,7 +151,7 @@ def test_readmission_needs_a_reason_and_a_fault(spends: Spends, ledger: Ledger) 
     """Nobody is readmitted who is not out, nor without a word."""
     assert told(spends, ledger) is None
     spends.save()
-    with pytest.raises(RunError, match="not out"):
+    with pytest.raises(RunError, match="not excluded"):
         readmit(spends.path, ME, "why")
     spends.put_out(ME, "it says so")
     spends.save()
