@@ -1,4 +1,4 @@
-"""``fedslm distill``: distil the federated model into a larger one, and measure the transfer."""
+"""``fedslm distill``: distill the federated model into a larger one, and measure the transfer."""
 
 from __future__ import annotations
 

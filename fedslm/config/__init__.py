@@ -19,7 +19,7 @@ from fedslm.config.base import (
     TaskName,
     Unit,
 )
-from fedslm.config.distillation import DistillConfig, DistilMethod
+from fedslm.config.distillation import DistillConfig, DistillMethod
 from fedslm.config.reading import (
     from_flat,
     from_mapping,
@@ -48,8 +48,8 @@ __all__ = [
     "CompressionConfig",
     "Config",
     "DataConfig",
-    "DistilMethod",
     "DistillConfig",
+    "DistillMethod",
     "EngineConfig",
     "FederationConfig",
     "LoraConfig",

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from fedslm.config.base import Names, OptionalCount, OptionalText, Section
 
-DistilMethod = Literal[
+DistillMethod = Literal[
     "auto",
     "proxy-target",
     "forward-kl",
@@ -36,7 +36,7 @@ class DistillConfig(Section):
     """Rounds between distillations; absent: only after the last round."""
     mutual_steps: int = Field(0, ge=0)
     """Steps in which the small model learns back from the student before each next broadcast."""
-    method: DistilMethod = "auto"
+    method: DistillMethod = "auto"
     """auto: gated-reverse-kl for classes, proxy-target for the same tokenizer, sequence for another."""
     alpha: float = Field(1.0, ge=0)
     """proxy-target: weight of the change that federation made."""

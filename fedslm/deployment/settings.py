@@ -114,7 +114,8 @@ class NodeFile(_File):
     conditions: Conditions | None = Field(None, validate_default=True)
     """When the node takes part; absent: always."""
     approved_bundles: list[str] = []
-    """Hashes of application bundles that may run here besides this version's own."""
+    """Hashes of application bundles whose messages this node also answers, besides this version's own.
+    No code of a bundle runs here."""
 
     @model_validator(mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from typing import assert_never
 
 import torch
 
-from fedslm.config import DistillConfig, DistilMethod
+from fedslm.config import DistillConfig, DistillMethod
 from fedslm.distillation import losses
 from fedslm.distillation.contexts import Context
 from fedslm.distillation.models import LANGUAGE, Student, Teacher
@@ -46,7 +46,7 @@ class Objective:
         steps: Optimizer steps in all.
     """
 
-    method: DistilMethod
+    method: DistillMethod
     settings: DistillConfig
     vocabulary: int
     steps: int
@@ -132,7 +132,7 @@ _NEEDS_BOTH = Problem(
 )
 
 
-def resolved_method(settings: DistillConfig, task_name: str, vocabulary: int | None) -> DistilMethod:
+def resolved_method(settings: DistillConfig, task_name: str, vocabulary: int | None) -> DistillMethod:
     """The method that will run.
 
     Args:
