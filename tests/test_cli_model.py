@@ -136,3 +136,11 @@ def test_a_missing_base_is_a_clear_error(family_directory: Callable[[str, str], 
     base = f"model.base={family_directory('bert', 'classification')}"
     result = run("model", "info", DEMO, "--set", base, *DENSE)
     assert_clear(result, "ModelError", "reads forwards")
+
+
+def test_a_base_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    """`config check` says so as `simulate` would; it does not say ok."""
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    base = ("--set", f"model.base={tmp_path}/model.safetensors")
+    for command in (("config", "check"), ("simulate",)):
+        assert_clear(run(*command, DEMO, *base), "ModelError", "is a file; give the directory")

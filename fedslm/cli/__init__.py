@@ -266,7 +266,7 @@ def check(
     """
     with clear_errors():
         loaded = load_config(config, overrides)
-        if loaded.model.base == "demo" or Path(expand(loaded.model.base)).is_dir():
+        if loaded.model.base == "demo" or Path(expand(loaded.model.base)).exists():
             check_early(loaded.model, loaded.lora, private=loaded.privacy.unit != "none")
         if data:
             from fedslm.simulation import with_layout
