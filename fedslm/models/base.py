@@ -80,9 +80,7 @@ def local(model: ModelConfig) -> Path | None:
             raise ModelError(f"model.base={model.base!r} has no config.json")
         return path.resolve()
     if path.is_file():
-        raise ModelError(
-            f"model.base={model.base!r} is a file; give the directory of its config.json"
-        )
+        raise ModelError(f"model.base={model.base!r} is a file; give the directory of its config.json")
     if path.is_absolute() or text.startswith(".") or text.count("/") > 1:
         raise ModelError(f"model.base={model.base!r}: no such directory")
     return None
