@@ -1,1 +1,1 @@
-"""How adapters become one."""
+"""Aggregation of client updates into one adapter."""

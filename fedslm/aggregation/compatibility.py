@@ -1,7 +1,7 @@
-"""What goes with what: every combination that is refused, as data, with the reason and what is nearest.
+"""Incompatible settings as data: each refused combination, with the reason and the nearest valid one.
 
-A combination is refused if a guarantee would not hold, if the result would mean nothing, or if a
-setting would silently do nothing. Whatever stands in no row is valid.
+A combination is refused if a guarantee would not hold, if the result would be meaningless, or if a
+setting would silently have no effect. Every combination that matches no row is valid.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ KEYS: dict[Axis, str] = {
 
 
 def _names(text: str) -> frozenset[str]:
-    """Words as a set."""
+    """Splits a string into a set of words."""
     return frozenset(text.split())
 
 
@@ -158,7 +158,7 @@ def choices(
     aggregation: AggregationConfig,
     compression: CompressionConfig,
 ) -> dict[Axis, str]:
-    """Where a config stands on each axis."""
+    """Returns a config's value on each axis."""
     ranks = {lora.rank, *lora.client_ranks} if lora.client_ranks else {lora.rank}
     return {
         "method": aggregation.method,
@@ -176,14 +176,14 @@ def choices(
 
 
 def conflicts(chosen: Mapping[Axis, str]) -> Iterator[Conflict]:
-    """The refused combinations that choices fall into; axes that are left out fall into none."""
+    """Yields the refused combinations that the choices match; a missing axis matches none."""
     for conflict in CONFLICTS:
         if all(chosen.get(axis) in values for axis, values in conflict.where.items()):
             yield conflict
 
 
 def refusal(conflict: Conflict, chosen: Mapping[Axis, str]) -> str:
-    """What is told to whoever made the choice."""
+    """Returns the error message for a refused combination."""
     others = ", ".join(
         f"{KEYS.get(axis, axis)}={_written(axis, chosen)}"
         for axis in conflict.where
@@ -196,7 +196,7 @@ def refusal(conflict: Conflict, chosen: Mapping[Axis, str]) -> str:
 
 
 def _written(axis: Axis, chosen: Mapping[Axis, str]) -> str:
-    """A choice as it stands in a config, where its place on the axis is another word."""
+    """Returns a choice as it is written in a config, where the axis uses another word for it."""
     words = {"yes": "true", "no": "false", "all": "1", "some": "below 1"}
     if axis == "ranks":
         return "several ranks" if chosen[axis] == "several" else "one rank"

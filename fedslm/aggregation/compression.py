@@ -1,13 +1,14 @@
-"""What an update looks like on the wire: fewer bits for a value, and fewer values.
+"""Compression of updates for the wire: fewer bits per value, and fewer values.
 
-:func:`compress` gives an update that holds only what the wire can carry; :meth:`Packing.pack` and
-:meth:`Packing.unpack` then carry exactly that, so a release's hash is that of what the server uses.
+:func:`compress` returns an update that holds only values that the wire format can represent;
+:meth:`Packing.pack` and :meth:`Packing.unpack` then transfer it without loss, so the hash of a release
+is the hash of what the server uses.
 
 When each is sound:
-    * Rounding and leaving out come after clip and noise: post-processing, whatever the unit.
+    * Rounding and dropping values come after clipping and noise: post-processing for every unit.
     * Both are unbiased: E[compress(u)] = u, over the rounding and the choice of values.
-    * With error feedback values are not scaled up, and what was lost comes to the next update. Under
-      record- and patient-level privacy what was lost is a function of noised values alone.
+    * With error feedback, values are not scaled up, and the error is added to the next update. Under
+      record- and user-level privacy the error is a function of noised values only.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ _SMALLEST, _LARGEST = 2.0**-126, 2.0**100
 
 @dataclass(frozen=True)
 class Packing:
-    """How updates of one round are packed; server and client derive it from the request.
+    """How the updates of one round are packed; server and client derive it from the request.
 
     Attributes:
-        upload: Numbers on the wire.
+        upload: Number format on the wire.
         keep_fraction: Share of each tensor's values that is sent, in (0, 1]; at least one value.
-        mask_seed: (run's seed, round): all clients of a round send the same places.
+        mask_seed: (run's seed, round): all clients of a round send the same positions.
     """
 
     upload: UploadName = "float32"
@@ -47,11 +48,11 @@ class Packing:
 
     @property
     def is_whole(self) -> bool:
-        """True if updates travel as they are."""
+        """True if updates are sent unchanged."""
         return self.upload == "float32" and self.keep_fraction == 1
 
     def places(self, key: str, size: int) -> NDArray[np.int64]:
-        """Which values of a flattened tensor are sent, ascending."""
+        """Returns the indices of the values of a flattened tensor that are sent, ascending."""
         if self.keep_fraction == 1:
             return np.arange(size)
         seed, round_number = self.mask_seed
@@ -61,24 +62,24 @@ class Packing:
 
     @property
     def number_types(self) -> tuple[str, ...]:
-        """What tensors look like on the wire, in the words of safetensors."""
+        """The safetensors dtypes of the arrays on the wire."""
         return {"float32": ("F32",), "bfloat16": ("U16",), "int8": ("I8", "F32")}[self.upload]
 
     def bytes_of(self, size: int) -> int:
-        """Bytes on the wire of one tensor with so many values."""
+        """Returns the bytes on the wire of one tensor with this many values."""
         kept = size if self.keep_fraction == 1 else max(1, round(self.keep_fraction * size))
         return {"float32": 4 * kept, "bfloat16": 2 * kept, "int8": kept + 4}[self.upload]
 
     def keys_of(self, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-        """Names of the arrays that a message has for these tensors."""
+        """Returns the names of the arrays that a message contains for these tensors."""
         scales = {f"{_SCALE}{key}" for key in shapes} if self.upload == "int8" else set()
         return set(shapes) | scales
 
     def pack(self, state: AdapterState) -> Packed:
-        """Packs what :func:`compress` gave.
+        """Packs the result of :func:`compress`.
 
         Raises:
-            FederationError: The update holds what this packing cannot carry.
+            FederationError: The update has values that this packing cannot represent.
         """
         if self.is_whole:
             return dict(state.tensors)
@@ -93,14 +94,14 @@ class Packing:
     def unpack(
         self, packed: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> AdapterState:
-        """Unpacks what came from outside.
+        """Unpacks arrays that were received.
 
         Args:
-            packed: Arrays of a message.
-            shapes: The tensors that are expected; needed unless all is sent in float32.
+            packed: The arrays of a message.
+            shapes: The expected tensors; required unless everything is sent in float32.
 
         Raises:
-            FederationError: Anything is missing, too much, or not what this packing makes.
+            FederationError: An array is missing, unexpected, or not a possible output of this packing.
         """
         if self.is_whole:
             return AdapterState(packed)
@@ -123,14 +124,14 @@ WHOLE = Packing()
 def compress(
     difference: AdapterState, packing: Packing, rounding: np.random.Generator, *, unbiased: bool
 ) -> AdapterState:
-    """An update that the wire can carry.
+    """Returns an update that the wire format can represent.
 
     Args:
         difference: A client's difference, after all noise.
-        packing: Of this round.
-        rounding: Draws which way values are rounded.
-        unbiased: Scales the kept values up by 1 / keep_fraction; without it error feedback makes up for
-            what is left out.
+        packing: The round's packing.
+        rounding: Draws the direction in which each value is rounded.
+        unbiased: Scales the kept values up by 1 / keep_fraction; if False, error feedback compensates
+            for the values that are dropped.
     """
     tensors: dict[str, FloatArray] = {}
     for key in difference:
@@ -146,11 +147,12 @@ def compress(
 
 
 def with_feedback(difference: AdapterState, error: AdapterState) -> AdapterState:
-    """An update and what compression lost of earlier ones (of the same tensors).
+    """Adds the compression error of earlier updates (of the same tensors) to an update.
 
-    With e ← (Δ + e) - C(Δ + e), what was sent adds up to Σ Δ less the last e: what is lost is late, not
-    gone. So that e stays bounded, E‖u - C(u)‖² must be less than ‖u‖²: a share q of the values as they
-    are leaves (1 - q)·‖u‖²; scaled up by 1 / q it leaves (1 / q - 1)·‖u‖², too much for q <= 1/2.
+    With e ← (Δ + e) - C(Δ + e), the updates sent add up to Σ Δ less the last e: the error is delayed,
+    not lost. For e to stay bounded, E‖u - C(u)‖² must be less than ‖u‖². Keeping a share q of the
+    values leaves (1 - q)·‖u‖² if they are not scaled up; scaled up by 1 / q it leaves
+    (1 / q - 1)·‖u‖², too much for q <= 1/2.
 
     References:
         Karimireddy et al. 2019 (arXiv 1901.09847).
@@ -160,7 +162,7 @@ def with_feedback(difference: AdapterState, error: AdapterState) -> AdapterState
 
 
 def _rounded(values: FloatArray, upload: UploadName, rounding: np.random.Generator) -> FloatArray:
-    """Values that the wire has numbers for, chosen at random between the two nearest, without bias."""
+    """Rounds at random, without bias, to one of the two nearest values of the wire format."""
     match upload:
         case "float32":
             return values
@@ -180,7 +182,7 @@ def _rounded(values: FloatArray, upload: UploadName, rounding: np.random.Generat
 
 
 def _scale_of(values: FloatArray) -> float:
-    """A power of two, so that its multiples are exact: rounding twice is rounding once."""
+    """Returns a power of two, so that its multiples are exact: rounding twice equals rounding once."""
     largest = float(np.abs(values).max(initial=0.0))
     if largest == 0:
         return 1.0
@@ -189,7 +191,7 @@ def _scale_of(values: FloatArray) -> float:
 
 
 def _encode(key: str, values: FloatArray, upload: UploadName) -> Packed:
-    """Bytes of values that were rounded."""
+    """Encodes rounded values for the wire."""
     match upload:
         case "float32":
             return {key: values}
@@ -204,7 +206,7 @@ def _encode(key: str, values: FloatArray, upload: UploadName) -> Packed:
 
 
 def _decode(key: str, packed: Mapping[str, NDArray[Any]], upload: UploadName, count: int) -> FloatArray:
-    """Values from bytes that came from outside."""
+    """Decodes values that were received."""
     wanted = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}[upload]
     array = packed[key]
     if array.dtype != wanted or array.shape != (count,):

@@ -1,9 +1,9 @@
-"""Methods that need every client's own A and B: a trusted server.
+"""Methods that need each client's own A and B, and so a trusted server.
 
-Per layer, with weights pₖ that sum to one, the ideal is ``D + Σ pₖ·s·Bₖ·Aₖ``, where D is what earlier
-rounds put aside. A client of a lower rank leaves the rows and columns that it does not hold where they
-were (HetLoRA alone counts them as zero). Everything is computed on stacked factors, layer by layer; no
-out x in matrix is formed.
+Per layer, with weights pₖ that sum to one, the ideal is ``D + Σ pₖ·s·Bₖ·Aₖ``, where D is the remainder
+of earlier rounds. A client of a lower rank leaves the rows and columns that it does not hold unchanged
+(only HetLoRA counts them as zero). All computations use stacked factors, layer by layer; no out x in
+matrix is formed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Stack:
     """One layer of all clients, as stacked factors.
 
     Attributes:
-        left: s·pₖ·Bₖ side by side, and D_B: (out, n).
-        right: Aₖ one upon the other, and D_A: (n, in).
+        left: The s·pₖ·Bₖ concatenated along columns, and D_B: (out, n).
+        right: The Aₖ concatenated along rows, and D_A: (n, in).
     """
 
     left: Matrix
@@ -49,14 +49,14 @@ class Stack:
 
 @dataclass(frozen=True)
 class FactorRound:
-    """One round's factors: what every client started from, and its difference.
+    """One round's factors: the common start, and each client's difference.
 
     Attributes:
         start: The adapter that the clients started from.
         updates: Their differences.
         scaling: s = alpha / r (or alpha / √r) of the server and of all clients.
-        fresh: The initial tensors, from which A's unused rows (and all of FLoRA's) start anew.
-        slack: HetLoRA counts no client's adapter for longer than so many median ones.
+        fresh: The initial tensors, to which A's unused rows (and all of FLoRA's) are reset.
+        slack: HetLoRA weights by the adapter's norm, capped at this multiple of the median.
     """
 
     start: AdapterState
@@ -66,17 +66,17 @@ class FactorRound:
     slack: float = math.inf
 
     def aggregate(self, method: MethodName, shrink: Sequence[float] | None = None) -> AdapterState:
-        """The next adapter of the server.
+        """Computes the server's next adapter.
 
         Args:
-            method: One of the family.
-            shrink: For each client a factor in (0, 1] that its change of the weights is scaled by.
+            method: One of the factor methods.
+            shrink: For each client, the factor in (0, 1] by which its weight change is scaled.
 
         Returns:
-            A, B and heads of the same shapes; D_A and D_B where the method puts something aside.
+            A, B and heads of the same shapes; D_A and D_B if the method keeps a remainder.
 
         Raises:
-            FederationError: The method is not of this family.
+            FederationError: The method is not a factor method.
 
         References:
             FedEx-LoRA arXiv 2410.09432, FLoRA 2409.05976, FlexLoRA 2402.11505, HetLoRA 2401.06432.
@@ -97,9 +97,9 @@ class FactorRound:
         return AdapterState(tensors)
 
     def drift_norms(self) -> list[float]:
-        """How far each client changed the weights: ‖ΔWₖ - ΔW‖ over all layers and heads.
+        """Returns how far each client changed the weights: ‖ΔWₖ - ΔW‖ over all layers and heads.
 
-        It is the same however a client turns its factors against one another.
+        The value does not change if a client rotates its factors without changing their product.
         """
         norms = []
         for client in range(len(self.updates.clients)):
@@ -119,7 +119,7 @@ class FactorRound:
     def _layer(
         self, method: MethodName, layer: str, shares: Matrix, kept: Matrix
     ) -> dict[str, FloatArray]:
-        """One layer's next tensors."""
+        """Computes the next tensors of one layer."""
         a_key, b_key = key_of(layer, "lora_A"), key_of(layer, "lora_B")
         match method:
             case "stack" | "flexlora":
@@ -132,7 +132,7 @@ class FactorRound:
                 stack = self._stack(layer, shares, kept)
                 made = {key: self._mean(key, shares * kept) for key in (a_key, b_key)}
                 # Σ pₖBₖAₖ - B̄Ā = Σ pₖ(Bₖ - B̄)(Aₖ - Ā): n clients of rank r leave (n - 1)·r at most.
-                # B̄ and Ā are those in float32, so the remainder makes up for their rounding too.
+                # B̄ and Ā are the float32 values, so the remainder also corrects their rounding.
                 mean_b, mean_a = (made[key].astype(np.float64) for key in (b_key, a_key))
                 left = np.hstack([stack.left, -self.scaling * mean_b])
                 size = self.scaling * float(np.linalg.norm(mean_b) * np.linalg.norm(mean_a))
@@ -145,7 +145,7 @@ class FactorRound:
                 assert_never(method)
 
     def _decomposed(self, layer: str, stack: Stack, is_whole: bool) -> dict[str, FloatArray]:
-        """The best part of the adapter's rank, and if all is kept the remainder beside it."""
+        """Truncates to the adapter's rank; if all is kept, the rest goes into the remainder."""
         a_key, b_key = key_of(layer, "lora_A"), key_of(layer, "lora_B")
         u, values, v = svd_of_product(stack.left, stack.right)
         rank = self.start[a_key].shape[0]
@@ -161,15 +161,15 @@ class FactorRound:
         return made | _aside(layer, u[:, rank:] * values[rank:], v[rank:], largest)
 
     def _stack(self, layer: str, shares: Matrix, kept: Matrix) -> Stack:
-        """All clients' factors of a layer, the start's own for what nobody moved, and D.
+        """Stacks all clients' factors of a layer, the start's own for unchanged parts, and D.
 
-        Σ pₖ·s·Bₖ·Aₖ + D_B·D_A = [s·p₁·B₁ … s·pₙ·Bₙ  D_B] · [A₁; …; Aₙ; D_A]: a product of blocks is the
+        Σ pₖ·s·Bₖ·Aₖ + D_B·D_A = [s·p₁·B₁ … s·pₙ·Bₙ  D_B] · [A₁; …; Aₙ; D_A]: a block product is the
         sum of the blocks' products (FLoRA, arXiv 2409.05976). A client that the norm bound scales by κ
-        counts as κ·BₖAₖ + (1 - κ)·B₀A₀: its change of the weights is scaled, not its factors.
+        counts as κ·BₖAₖ + (1 - κ)·B₀A₀: its weight change is scaled, not its factors.
         """
         lefts, rights = [], []
         start_b = _tensor(self.start, layer, "lora_B")
-        still = np.full(start_b.shape[1], (shares * (1 - kept)).sum())  # what the norm bound takes
+        still = np.full(start_b.shape[1], (shares * (1 - kept)).sum())  # cut by the norm bound
         for client, share in enumerate(shares * kept):
             a, b = self._pair(client, layer)
             lefts.append(self.scaling * share * b)
@@ -184,7 +184,7 @@ class FactorRound:
         return Stack(np.hstack(lefts), np.vstack(rights))
 
     def _pair(self, client: int, layer: str) -> tuple[Matrix, Matrix]:
-        """A client's own A and B, at its own rank."""
+        """Returns a client's own A and B, at its own rank."""
         a_delta, b_delta = (
             self.updates.delta(client, key_of(layer, part)) for part in ("lora_A", "lora_B")
         )
@@ -195,12 +195,12 @@ class FactorRound:
         )
 
     def _product_norm(self, client: int) -> float:
-        """‖Bₖ·Aₖ‖ of a client over all layers: HetLoRA's measure of what it has learned."""
+        """Returns ‖Bₖ·Aₖ‖ of a client over all layers, HetLoRA's measure of how much it has learned."""
         pairs = [self._pair(client, layer) for layer in layers_of(self.start)]
         return float(np.sqrt(sum(norm_of_product(b, a) ** 2 for a, b in pairs)))
 
     def _mean(self, key: str, shares: Matrix) -> FloatArray:
-        """The start, moved by the weighted mean of one tensor's differences."""
+        """Returns the start plus the weighted mean of one tensor's differences."""
         total = self.start[key].astype(np.float64)
         for client, share in enumerate(shares):
             delta = self.updates.delta(client, key)
@@ -208,7 +208,7 @@ class FactorRound:
         return total.astype(np.float32)
 
     def _padded_mean(self, key: str, shares: Matrix) -> FloatArray:
-        """The weighted mean of one tensor; a client of a lower rank has zeros beyond it."""
+        """Returns the weighted mean of one tensor; clients of a lower rank are padded with zeros."""
         start = self.start[key].astype(np.float64)
         total = self._mean(key, shares).astype(np.float64)
         for client, share in enumerate(shares):
@@ -219,12 +219,12 @@ class FactorRound:
 
 
 def set_aside(start: AdapterState, scaling: float, fresh: AdapterState) -> AdapterState:
-    """Moves all that an adapter does into D, and starts its factors anew.
+    """Moves an adapter's whole effect into D and resets its factors.
 
     Args:
         start: A whole adapter without cores.
         scaling: s.
-        fresh: Where A and B start anew; heads go on.
+        fresh: The values to which A and B are reset; heads are kept.
     """
     still = AdapterState(
         {key: np.zeros_like(start[key]) for key in start if not part_of(key).startswith("delta")}
@@ -234,7 +234,7 @@ def set_aside(start: AdapterState, scaling: float, fresh: AdapterState) -> Adapt
 
 
 def effective_weights(state: AdapterState, scaling: float) -> dict[str, Matrix]:
-    """What an adapter adds to each layer's weights, (out, in), dense: for small models."""
+    """Returns what an adapter adds to each layer's weights, (out, in), dense: for small models."""
     found = {}
     for layer in layers_of(state):
         core = state.tensors.get(key_of(layer, "lora_R"))
@@ -247,7 +247,7 @@ def effective_weights(state: AdapterState, scaling: float) -> dict[str, Matrix]:
 
 
 def _aside(layer: str, left: Matrix, right: Matrix, beside: float = 0.0) -> dict[str, FloatArray]:
-    """What is put aside, in as few rows as it needs; nothing if it is nothing beside the factors."""
+    """Returns the remainder, compressed to its rank; empty if negligible next to the factors."""
     if not left.shape[1]:
         return {}
     up, down = compressed(left, right, beside)
@@ -257,9 +257,9 @@ def _aside(layer: str, left: Matrix, right: Matrix, beside: float = 0.0) -> dict
 
 
 def _beginning_with(leading: FloatArray, rest: FloatArray) -> FloatArray:
-    """A tensor whose first rows and columns are replaced.
+    """Replaces the first rows and columns of a tensor.
 
-    With fewer directions than the rank A keeps fresh rows under zero columns of B: they do nothing
+    With fewer directions than the rank, A keeps fresh rows under zero columns of B: they have no effect
     yet, but a row of zeros would never get a gradient again.
     """
     whole = rest.copy()
@@ -268,5 +268,5 @@ def _beginning_with(leading: FloatArray, rest: FloatArray) -> FloatArray:
 
 
 def _tensor(state: AdapterState, layer: str, part: Part) -> Matrix:
-    """One factor in double precision."""
+    """Returns one factor in double precision."""
     return state[key_of(layer, part)].astype(np.float64)

@@ -1,4 +1,4 @@
-"""The linear primitive: one streaming weighted mean of what clients sent this round.
+"""The linear primitive: one streaming weighted mean of the updates of a round.
 
 Memory is one adapter, whatever the number of clients. All linear methods are this mean over different
 tensors; secure aggregation and client-level privacy need nothing else.
@@ -19,17 +19,18 @@ from fedslm.records import AdapterState, ClientUpdate, FloatArray
 
 
 class WeightedMean:
-    """The mean of differences, added one at a time, in a fixed order for a reproducible result.
+    """Mean of differences, added one at a time, in a fixed order so that the result is reproducible.
 
-    A client of a lower rank holds the leading rows and columns; every row and column is averaged over
+    A client of a lower rank holds the leading rows and columns. Each row and column is averaged over
     the clients that hold it, so that clients without it do not dilute it.
 
     Args:
         shapes: The trained tensors at the server's rank.
-        cohort_ranks: The rank of every client that was asked, if the denominator is to be the cohort
-            whoever answers (privacy: who is missing may tell something); absent: those who answered.
-            With the cohort it is Σ uₖ / n, n public: a uₖ that moves by C moves it by C / n, whoever
-            answers. Over those who answered, one more answer would change the others' shares too.
+        cohort_ranks: The rank of each client of the cohort, if the mean is over the whole cohort,
+            whoever answers (privacy: who is missing may reveal something); if absent, it is over those
+            who answered. With the cohort the mean is Σ uₖ / n, n public: a uₖ that moves by C moves it
+            by C / n, whoever answers. Over those who answered, one more answer would change the others'
+            shares too.
 
     References:
         McMahan et al. 2017, FedAvg (arXiv 1602.05629). Dilution: arXiv 2602.13486.
@@ -46,22 +47,22 @@ class WeightedMean:
         self.count = 0
 
     def add(self, update: ClientUpdate, limit: float = math.inf) -> float:
-        """Adds one checked update, scaled down to a length if it is longer (the norm bound).
+        """Adds one checked update, scaled down to ``limit`` if its norm is larger (the norm bound).
 
-        A tensor is measured and added while it lies in the processor's cache: one pass. What was added
-        of an update before it proved too long is no longer than ``limit``, so taking the excess back
-        loses no precision, however long the whole is.
+        Each tensor is measured and added in one pass, while it is in the processor's cache. The part of
+        an update that was added before its norm exceeded ``limit`` is no longer than ``limit``, so
+        subtracting the excess loses no precision, however large the whole is.
 
         Args:
-            update: Its tensors may be those of a lower rank.
-            limit: The longest L2 norm that it may have in the mean.
+            update: The update; its tensors may be of a lower rank.
+            limit: The largest L2 norm that the update may have in the mean.
 
         Returns:
-            Its L2 norm as it came.
+            The update's L2 norm before scaling.
 
         Raises:
-            FederationError: The weight is not positive and finite, or is not 1 where the cohort is the
-                denominator; or the mean was taken already.
+            FederationError: The weight is not positive and finite, or is not 1 with the cohort as the
+                denominator; or the mean was already taken.
         """
         weight, tensors = update.weight, update.delta.tensors
         if not 0 < weight < math.inf or (self._is_fixed and weight != 1):
@@ -86,7 +87,7 @@ class WeightedMean:
         return norm
 
     def result(self) -> AdapterState:
-        """The mean difference, made of the sums themselves: a second adapter is never in memory.
+        """Returns the mean difference; it reuses the sums' memory, so no second adapter is needed.
 
         Raises:
             FederationError: Nothing was added.
@@ -107,7 +108,7 @@ class WeightedMean:
         return signal_to_noise(self.count, self._square_norms / self.count, square)
 
     def _mean(self, key: str, total: FloatArray) -> FloatArray:
-        """One tensor's mean: each entry over the weight of the clients that hold it."""
+        """Returns one tensor's mean: each entry over the total weight of the clients that hold it."""
         axes = RANK_AXES.get(part_of(key), ())
         if len(self._weights) == 1 or not axes:
             total /= np.float32(sum(self._weights.values()))
@@ -117,7 +118,7 @@ class WeightedMean:
         for rank, of_rank in self._weights.items():
             weight += of_rank * (position < rank)
         shape = [total.shape[axis] if axis in axes else 1 for axis in range(total.ndim)]
-        divisor = np.where(weight > 0, weight, 1).reshape(shape)  # nobody holds it: nobody moved it
+        divisor = np.where(weight > 0, weight, 1).reshape(shape)  # no client holds it, so none moved it
         return (total / divisor).astype(np.float32)
 
 
@@ -132,10 +133,10 @@ def _accumulate(total: FloatArray, tensor: FloatArray, weight: float) -> None:
 
 
 def signal_to_noise(num_clients: int, mean_square: float, square_of_mean: float) -> float:
-    """How far the mean update stands out of its noise, estimated from released updates alone.
+    """Estimates the signal-to-noise ratio of the mean update, from released updates only.
 
     If every update is a common signal plus independent noise, then E‖uₖ‖² = S + V and
-    E‖ū‖² = S + V/n. What differs between clients' data counts as noise too, so under privacy this is
+    E‖ū‖² = S + V/n. Differences between clients' data count as noise too, so under privacy this is
     a lower estimate of the signal-to-DP-noise ratio.
 
     Args:

@@ -1,7 +1,7 @@
-"""What each method trains, sends and keeps: one row for each, read by everything else.
+"""The parts that each method trains, sends and keeps: one table row per method, read by all other code.
 
-A *turn* is a round that moved the adapter, counted from 1: methods that alternate go by it, so that a
-round with too few replies does not skip a factor.
+A *turn* is a round that moved the adapter, counted from 1. Methods that alternate count turns, so that
+a round with too few replies does not skip a factor.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _AB: frozenset[Part] = _A | _B
 
 @dataclass(frozen=True)
 class Method:
-    """One row.
+    """One aggregation method.
 
     Attributes:
         title: The name in the literature.
         source: Where it is defined.
-        family: linear: one weighted sum of what was sent; factors: needs every client's own A and B.
+        family: linear: one weighted sum of the updates; factors: needs each client's own A and B.
         exact: Whether the aggregate is the weighted mean of the clients' weight changes.
         odd: Parts that clients train on odd turns.
         even: Parts that clients train on even turns.
         local: Trained parts that stay with the client.
-        note: What to know before choosing it.
+        note: A hint for choosing the method.
     """
 
     title: str
@@ -96,10 +96,10 @@ METHODS: dict[MethodName, Method] = {
 
 
 def method_of(aggregation: AggregationConfig) -> MethodName:
-    """The method of a resolved section.
+    """Returns the method of a resolved section.
 
     Raises:
-        ValueError: It is still "auto".
+        ValueError: The method is still "auto".
     """
     if aggregation.method == "auto":
         raise ValueError("the aggregation method must be resolved first")
@@ -107,7 +107,7 @@ def method_of(aggregation: AggregationConfig) -> MethodName:
 
 
 def trained_keys(name: MethodName, keys: Iterable[str], turn: int = 1) -> frozenset[str]:
-    """Keys that clients train on a turn; all others stay bit-identical.
+    """Returns the keys that clients train on a turn; all others stay bit-identical.
 
     >>> keys = ["q.lora_A.weight", "q.lora_B.weight"]
     >>> sorted(trained_keys("rolora", keys, 1)), sorted(trained_keys("rolora", keys, 2))
@@ -119,7 +119,7 @@ def trained_keys(name: MethodName, keys: Iterable[str], turn: int = 1) -> frozen
 
 
 def sent_keys(name: MethodName, keys: Iterable[str], turn: int = 1) -> frozenset[str]:
-    """Keys that clients send on a turn: what they trained, but for what stays with them.
+    """Returns the keys that clients send on a turn: those they trained, except the local ones.
 
     >>> sorted(sent_keys("fedsa", ["q.lora_A.weight", "q.lora_B.weight", "score.weight"]))
     ['q.lora_A.weight']
@@ -129,7 +129,7 @@ def sent_keys(name: MethodName, keys: Iterable[str], turn: int = 1) -> frozenset
 
 
 def moving_keys(name: MethodName, keys: Iterable[str]) -> frozenset[str]:
-    """Keys of the server's adapter that some turn changes; the others are shared once, by hash.
+    """Returns the server's keys that some turn changes; the others are shared once, by hash.
 
     >>> sorted(moving_keys("ffa", ["q.lora_A.weight", "q.lora_B.weight", "score.weight"]))
     ['q.lora_B.weight', 'score.weight']
@@ -139,7 +139,7 @@ def moving_keys(name: MethodName, keys: Iterable[str]) -> frozenset[str]:
 
 
 def kind_of(name: MethodName, turn: int) -> str:
-    """What updates of this turn can be compared with: those of the same parts.
+    """Returns the kind of a turn: updates of one kind have the same parts and can be compared.
 
     >>> kind_of("rolora", 3), kind_of("rolora", 4), kind_of("fedit", 4)
     ('odd', 'even', 'all')
@@ -151,7 +151,7 @@ def kind_of(name: MethodName, turn: int) -> str:
 
 
 def rank_of_client(lora: LoraConfig, client: int) -> int:
-    """The rank that a client holds: ``lora.client_ranks`` are dealt out in turn.
+    """Returns the rank that a client holds: ``lora.client_ranks`` are assigned in turn.
 
     >>> [rank_of_client(LoraConfig(rank=8, client_ranks=(4, 8)), client) for client in range(3)]
     [4, 8, 4]

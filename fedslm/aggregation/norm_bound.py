@@ -1,4 +1,4 @@
-"""The norm bound: no update is longer than a few median ones. It is always on."""
+"""The norm bound: no update is longer than a few times the median norm. It is always on."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class NormBound:
-    """Scales down what is longer than ``slack`` times a reference length.
+    """Scales down an update that is longer than ``slack`` times a reference length.
 
     What it guarantees: one update moves a mean by at most slack · reference · weight / total weight.
-    With fewer than half of the clients hostile the reference, a median, lies within the honest norms.
+    With fewer than half of the clients hostile the reference, a median, is within the honest norms.
     Scaling by min(1, limit / ‖u‖) projects onto a ball: see Sun et al. 2019 (arXiv 1911.07963).
-    What it does not: many small hostile updates in one direction add up; that takes a robust rule.
+    What it does not: many small hostile updates in one direction add up; that needs a robust rule.
 
     Attributes:
-        slack: How many references an update may be long, >= 1.
-        reference: The median norm of comparable updates; None bounds nothing yet.
+        slack: The largest norm of an update, in multiples of the reference, >= 1.
+        reference: The median norm of comparable updates; None means no bound yet.
     """
 
     slack: float
@@ -28,7 +28,7 @@ class NormBound:
 
     @property
     def limit(self) -> float:
-        """The longest norm that an update keeps; infinite without a reference.
+        """The largest norm that is left unscaled; infinite without a reference.
 
         >>> NormBound(3.0, 2.0).limit, NormBound(3.0, None).limit
         (6.0, inf)
@@ -36,7 +36,7 @@ class NormBound:
         return math.inf if self.reference is None else self.slack * self.reference
 
     def factor(self, norm: float) -> float:
-        """What an update of this norm is scaled by, in (0, 1].
+        """Returns the factor by which an update of this norm is scaled, in (0, 1].
 
         >>> NormBound(3.0, 2.0).factor(12.0), NormBound(3.0, 2.0).factor(5.0)
         (0.5, 1.0)
@@ -45,7 +45,7 @@ class NormBound:
 
 
 def median_norm(norms: Sequence[float]) -> float:
-    """The lower median: with an even number, hostile giants cannot pull it up between two.
+    """Returns the lower median: with an even count, no huge hostile norm is averaged into it.
 
     >>> median_norm([1.0, 900.0, 2.0, 1000.0])
     2.0

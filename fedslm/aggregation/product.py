@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from fedslm.records import FloatArray
 
 Matrix = NDArray[np.float64]
-_ROUNDING = 2e-7  # two factors' rounding to float32, relative: a direction below it is none
+_ROUNDING = 2e-7  # relative float32 rounding of two factors; a direction below it counts as zero
 
 
 def svd_of_product(left: Matrix, right: Matrix) -> tuple[Matrix, Matrix, Matrix]:
-    """The singular value decomposition of a product by its QR core.
+    """Computes the singular value decomposition of a product from its QR core.
 
     With left = Q₁·R₁ and rightᵀ = Q₂·R₂ the product is Q₁·(R₁·R₂ᵀ)·Q₂ᵀ. Q₁ and Q₂ have orthonormal
     columns, so the core's decomposition, of at most n x n, gives that of the product. Its first r
@@ -36,18 +36,18 @@ def svd_of_product(left: Matrix, right: Matrix) -> tuple[Matrix, Matrix, Matrix]
 def balanced(
     left: Matrix, values: Matrix, right: Matrix, scaling: float = 1.0
 ) -> tuple[FloatArray, FloatArray]:
-    """(B, A) with scaling · B·A = left · diag(values) · right, the values shared out evenly."""
+    """Returns (B, A) with scaling · B·A = left · diag(values) · right, values split evenly."""
     root = np.sqrt(values / scaling)
     return (left * root).astype(np.float32), (root[:, None] * right).astype(np.float32)
 
 
 def compressed(left: Matrix, right: Matrix, beside: float = 0.0) -> tuple[FloatArray, FloatArray]:
-    """The same product with as few columns and rows as its numerical rank.
+    """Returns the same product with only as many columns and rows as its numerical rank.
 
     Args:
         left: (out, n).
         right: (n, in).
-        beside: Size of what it stands beside in float32: less than that one's rounding is nothing.
+        beside: Norm of the float32 matrix next to this one; values below its rounding are dropped.
     """
     u, values, v = svd_of_product(left, right)
     kept = numerical_rank(values, beside)
@@ -55,7 +55,7 @@ def compressed(left: Matrix, right: Matrix, beside: float = 0.0) -> tuple[FloatA
 
 
 def numerical_rank(values: Matrix, beside: float = 0.0) -> int:
-    """How many singular values are more than float32's rounding of the largest, or of ``beside``.
+    """Counts the singular values above float32's rounding of the largest, or of ``beside``.
 
     >>> numerical_rank(np.array([5.0, 1.0, 1e-9])), numerical_rank(np.zeros(3))
     (2, 0)
@@ -64,12 +64,12 @@ def numerical_rank(values: Matrix, beside: float = 0.0) -> int:
 
 
 def norm_of_product(left: Matrix, right: Matrix) -> float:
-    """Frobenius norm: the same for every pair of factors with this product.
+    """Returns the Frobenius norm; it is the same for every pair of factors with this product.
 
     >>> norm_of_product(np.array([[3.0], [4.0]]), np.array([[2.0]]))
     10.0
     """
-    # Not as √tr(BᵀB·AAᵀ): where the product is a small difference of large ones (drift_norms), that
+    # Not √tr(BᵀB·AAᵀ): if the product is a small difference of large ones (drift_norms), that form
     # loses half of the digits.
     _, left_core = np.linalg.qr(left)
     _, right_core = np.linalg.qr(right.T)

@@ -8,12 +8,12 @@ from fedslm.adapter_keys import part_of
 from fedslm.errors import FederationError
 from fedslm.records import AdapterState
 
-# Which axes of a factor are as long as the rank.
+# The axes of a factor whose length is the rank.
 RANK_AXES = {"lora_A": (0,), "lora_B": (1,), "lora_R": (0, 1)}
 
 
 def crop(state: AdapterState, rank: int) -> AdapterState:
-    """What a client of a rank holds of an adapter; heads and deltas are held whole.
+    """Returns the part of an adapter that a client of a rank holds; heads and deltas stay whole.
 
     >>> crop(AdapterState({"q.lora_B.weight": np.ones((3, 4), np.float32)}), 2).shapes
     {'q.lora_B.weight': (3, 2)}
@@ -28,10 +28,10 @@ def crop(state: AdapterState, rank: int) -> AdapterState:
 
 
 def pad(state: AdapterState, like: AdapterState) -> AdapterState:
-    """Zero rows and columns up to the shapes of another adapter.
+    """Pads with zero rows and columns to the shapes of another adapter.
 
     Raises:
-        FederationError: A tensor is unknown, or larger than that of the other adapter.
+        FederationError: A tensor is unknown, or larger than in the other adapter.
     """
     padded = {}
     for key, tensor in state.tensors.items():
@@ -44,7 +44,7 @@ def pad(state: AdapterState, like: AdapterState) -> AdapterState:
 
 
 def rank_of(state: AdapterState) -> int:
-    """The rank of an adapter's factors; 0 if it has none."""
+    """Returns the rank of an adapter's factors; 0 if it has none."""
     for key in state:
         axes = RANK_AXES.get(part_of(key))
         if axes:

@@ -1,7 +1,7 @@
-"""Rules that withstand hostile clients: every client's own update counts alike, whatever it weighs.
+"""Rules that withstand hostile clients: all clients' updates count equally, whatever their weight.
 
-They compare updates coordinate by coordinate or by distance, so the coordinates must mean the same to
-all: the methods that freeze one factor (ffa, rolora, fed-sb).
+The rules compare updates by coordinate or by distance, so coordinates must mean the same for all
+clients: this holds for the methods that freeze one factor (ffa, rolora, fed-sb).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STEPS, _TINY = 2000, 1e-12
 
 
 def required_clients(rule: RuleName, num_byzantine: int) -> int:
-    """Clients that a rule needs in a round to withstand so many hostile ones.
+    """Returns the number of clients that a rule needs in a round to withstand this many hostile ones.
 
     >>> [required_clients(rule, 2) for rule in ("median", "krum", "bulyan")]
     [5, 7, 11]
@@ -41,10 +41,10 @@ def required_clients(rule: RuleName, num_byzantine: int) -> int:
 
 
 def still_hostile(rule: RuleName, num_byzantine: int, count: int, silent: int) -> int:
-    """How many of those who answered may be hostile.
+    """Returns how many of the clients that answered may be hostile.
 
-    As many as were asked about, as long as enough answer. If too few do, silence counts as a fault,
-    as it does in Byzantine agreement: otherwise hostile clients could stop a run by keeping still.
+    This is ``num_byzantine``, as long as enough clients answer. If too few do, silence counts as a
+    fault, as in Byzantine agreement: otherwise hostile clients could stop a run by not answering.
 
     Args:
         rule: The rule.
@@ -63,23 +63,23 @@ def still_hostile(rule: RuleName, num_byzantine: int, count: int, silent: int) -
 
 
 def combine(rule: RuleName, spool: Spool, num_byzantine: int, shrink: Sequence[float]) -> AdapterState:
-    """Puts updates together.
+    """Combines the updates by a robust rule.
 
     Of n updates uₖ at most f are hostile; :func:`required_clients` is the n that each rule assumes.
         * median, n > 2f: of each coordinate; it is within the range of the honest values.
         * trimmed-mean, n > 2f: of each coordinate, the mean without the f lowest and the f highest; all
-          that is kept is within that range.
+          kept values are within that range.
         * geometric-median, n > 2f: argmin over z of Σ ‖uₖ - z‖; a minority moves it a bounded distance.
-        * krum, n > 2f + 2: the uₖ of least Σ ‖uₖ - uⱼ‖² over its n - f - 2 nearest uⱼ.
-        * multi-krum, n > 2f + 2: the mean of the n - f of least such score.
-        * bulyan, n > 4f + 2: θ = n - 2f picked by Krum; of each coordinate the mean of the θ - 2f
+        * krum, n > 2f + 2: the uₖ with the least Σ ‖uₖ - uⱼ‖² over its n - f - 2 nearest uⱼ.
+        * multi-krum, n > 2f + 2: the mean of the n - f updates with the least such scores.
+        * bulyan, n > 4f + 2: θ = n - 2f selected by Krum; of each coordinate the mean of the θ - 2f
           nearest to their median, since a distance does not bound a single coordinate.
 
     Args:
-        rule: Any but the mean.
+        rule: Any rule except the mean.
         spool: The updates, of one rank.
-        num_byzantine: f, the most that may be hostile.
-        shrink: Each update's factor in (0, 1] (the norm bound), which comes first.
+        num_byzantine: f, the largest number of hostile clients.
+        shrink: Each update's factor in (0, 1] (the norm bound), which is applied first.
 
     Returns:
         The combined difference.
@@ -123,10 +123,10 @@ def combine(rule: RuleName, spool: Spool, num_byzantine: int, shrink: Sequence[f
 
 
 def krum_order(square_distances: Matrix, num_byzantine: int) -> NDArray[np.intp]:
-    """Clients from the lowest Krum score: the sum over the n - f - 2 nearest others.
+    """Orders clients from the lowest Krum score: the sum over the n - f - 2 nearest others.
 
     Ties (of two that are each other's nearest, for instance) go to the client whose next neighbours are
-    nearer, so that the order of clients does not decide; among equal ones to the lower index.
+    nearer, so that the order of clients does not decide; equal clients are ordered by index.
     """
     count = len(square_distances)
     others = np.sort(square_distances + np.diag([np.inf] * count), axis=1)
@@ -135,9 +135,9 @@ def krum_order(square_distances: Matrix, num_byzantine: int) -> NDArray[np.intp]
 
 
 def bulyan_selection(square_distances: Matrix, num_byzantine: int) -> list[int]:
-    """The n - 2f clients that Krum picks one after the other, each time from those that are left.
+    """Selects n - 2f clients: Krum picks one at a time from those that remain.
 
-    Krum's number of neighbours shrinks with the set, and is never below one.
+    The number of neighbours in Krum shrinks with the set, and is never below one.
     """
     left = list(range(len(square_distances)))
     chosen: list[int] = []
@@ -149,20 +149,20 @@ def bulyan_selection(square_distances: Matrix, num_byzantine: int) -> list[int]:
 
 
 def _by_column(spool: Spool, scale: Matrix, rule: Callable[[Matrix], Matrix]) -> AdapterState:
-    """Applies a rule to some coordinates of all updates at a time."""
+    """Applies a rule to all updates, a block of coordinates at a time."""
     parts = [rule(values) for _, values in spool.columns(scale=scale)]
     return spool.unflatten(np.concatenate(parts))
 
 
 def _trimmed(values: Matrix, num_byzantine: int) -> Matrix:
-    """The mean without the f lowest and the f highest values of each coordinate."""
+    """Returns the mean without the f lowest and the f highest values of each coordinate."""
     kept: Matrix = np.sort(values, axis=0)[num_byzantine : len(values) - num_byzantine]
     mean: Matrix = kept.mean(axis=0)
     return mean
 
 
 def _around_median(values: Matrix, num_byzantine: int) -> Matrix:
-    """The mean of the θ - 2f values of each coordinate that are nearest to its median."""
+    """Returns the mean of the θ - 2f values of each coordinate that are nearest to its median."""
     kept = max(1, len(values) - 2 * num_byzantine)
     values = np.sort(values, axis=0)  # ties go to the lower value, whoever sent it
     order = np.argsort(np.abs(values - np.median(values, axis=0)), axis=0, kind="stable")[:kept]
@@ -171,7 +171,7 @@ def _around_median(values: Matrix, num_byzantine: int) -> Matrix:
 
 
 def _weiszfeld(gram: Matrix) -> Matrix:
-    """Weights of the geometric median, which is a mean of the updates: inner products suffice."""
+    """Returns the geometric median's weights: it is a mean of updates, so inner products suffice."""
     count = len(gram)
     weights = np.full(count, 1 / count)
     longest = float(np.diag(gram).max())

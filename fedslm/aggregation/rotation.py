@@ -1,7 +1,7 @@
-"""FedRot: a client turns its factors towards the last round's before it sends them.
+"""FedRot: a client rotates its factors towards the last round's before it sends them.
 
-The product B·A stays what it was; only which of its many pairs of factors is sent changes, so that
-clients' factors are nearer to one another and averaging them errs less.
+The product B·A does not change; only the choice among its many pairs of factors does. Clients' factors
+are then closer to one another, and averaging them has a smaller error.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from fedslm.records import AdapterState, FloatArray
 
 
 def rotated(adapter: AdapterState, reference: AdapterState, turn: int, strength: float) -> AdapterState:
-    """Turns the factors of each layer.
+    """Rotates the factors of each layer.
 
-    Under record- or patient-level privacy this is post-processing: it reads the client's own noised
+    Under record- or user-level privacy this is post-processing: it reads the client's own noised
     factors and the reference, which the server sent.
 
     Args:
         adapter: A client's factors after training; heads stay as they are.
         reference: The factors that the round started from.
-        turn: Odd turns go by A, even turns by B; on the first, B was zero and nothing is turned.
-        strength: λ in (0, 1]: 1 turns all the way, less keeps nearer to what it was.
+        turn: Odd turns align A, even turns align B; on the first, B was zero and nothing is rotated.
+        strength: λ in (0, 1]: 1 rotates fully, less stays closer to the original factors.
 
     References:
         FedRot-LoRA (arXiv 2602.23638).
@@ -42,9 +42,9 @@ def rotated(adapter: AdapterState, reference: AdapterState, turn: int, strength:
 
 
 def softened(similarity: Matrix, strength: float) -> Matrix:
-    """The rotation nearest to (1 - λ)·I + λ·R, where R aligns best (orthogonal Procrustes, det R = 1).
+    """Finds the rotation nearest to (1 - λ)·I + λ·R with the best R (orthogonal Procrustes, det R = 1).
 
-    ‖Rᵀ·A - A_ref‖² = ‖A‖² + ‖A_ref‖² - 2·tr(Rᵀ·M): of all orthogonal R, U·Vᵀ makes it least, where
+    ‖Rᵀ·A - A_ref‖² = ‖A‖² + ‖A_ref‖² - 2·tr(Rᵀ·M): of all orthogonal R, U·Vᵀ minimises it, where
     M = U·Σ·Vᵀ (Schönemann 1966); ‖B·R - B_ref‖ likewise.
 
     Args:
@@ -58,7 +58,7 @@ def softened(similarity: Matrix, strength: float) -> Matrix:
 
 
 def _proper(matrix: Matrix) -> Matrix:
-    """The rotation nearest to a matrix: U·Vᵀ, the weakest direction flipped if it would reflect."""
+    """Returns the rotation nearest to a matrix: U·Vᵀ, its weakest direction flipped if det < 0."""
     u, _, v = np.linalg.svd(matrix)
     if np.linalg.det(u @ v) < 0:
         v[-1] *= -1

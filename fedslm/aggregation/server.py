@@ -1,4 +1,4 @@
-"""One round at the server: bound each update, put them together by the method, move the adapter."""
+"""One round at the server: bounds each update, combines them by the method, moves the adapter."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _ADAPTIVE_RATE = 0.01
 
 @dataclass(frozen=True)
 class ServerState:
-    """What aggregation carries from round to round.
+    """The state that aggregation carries from round to round.
 
     Attributes:
         moving: The tensors that rounds change.
-        turn: The turn that comes next, from 1: rounds that moved the adapter, and one.
+        turn: The next turn, from 1: one more than the rounds that moved the adapter.
         memory: The server optimizer's moments.
         control: SCAFFOLD's server control variate; empty without it.
-        norms: Kind of turn to the median norm of its last updates.
+        norms: Maps each kind of turn to the median norm of its last updates.
     """
 
     moving: AdapterState
@@ -44,14 +44,14 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Aggregation:
-    """How rounds are put together.
+    """How the updates of a round are aggregated.
 
     Attributes:
         config: The resolved section.
         lora: The adapter at the server's rank.
         num_clients: The population.
         fixed_denominator: True if the mean is over the cohort, whoever answers (privacy).
-        fresh: The initial tensors, which FLoRA starts anew from.
+        fresh: The initial tensors, to which FLoRA resets its factors.
         local_reach: A client's steps times its rate: the unit of SCAFFOLD's control variates.
     """
 
@@ -77,17 +77,17 @@ class Aggregation:
 
 
 class Round:
-    """Takes a round's updates one at a time and gives the next state.
+    """Takes a round's updates one at a time and returns the next state.
 
     The linear methods stream: one adapter in memory, whatever the cohort. The norm bound needs a
-    median, which is that of the last round of the same kind; a first round has none, so its updates
-    wait on disk. So do those of robust rules and of methods that need every client's factors.
+    median, and uses that of the last round of the same kind. A first round has none, so its updates are
+    kept on disk, as are those of robust rules and of methods that need each client's factors.
 
     Args:
-        aggregation: How rounds are put together.
+        aggregation: How the updates are aggregated.
         state: The state before the round.
-        cohort: The clients that were asked.
-        directory: Where updates may wait on disk.
+        cohort: The clients of the round.
+        directory: Where updates may be kept on disk.
     """
 
     def __init__(
@@ -107,17 +107,17 @@ class Round:
         self._spool = Spool(directory, self._shapes) if waits else None
 
     def close(self) -> None:
-        """Removes what waits on disk."""
+        """Removes the updates kept on disk."""
         if self._spool is not None:
             self._spool.close()
 
     @property
     def count(self) -> int:
-        """Updates so far."""
+        """Number of updates so far."""
         return len(self._norms)
 
     def add(self, update: ClientUpdate) -> None:
-        """Takes one checked update."""
+        """Adds one checked update."""
         if self._spool is not None:
             self._spool.add(update)
             self._norms.append(update.delta.norm())
@@ -125,7 +125,7 @@ class Round:
             self._norms.append(self._mean.add(update, self._bound.limit))
 
     def finish(self) -> ServerState:
-        """The state after the round.
+        """Returns the state after the round.
 
         Raises:
             FederationError: There are too few updates for the rule, or the result is not finite.
@@ -145,18 +145,18 @@ class Round:
         return ServerState(moving, self._state.turn + 1, memory, control, norms)
 
     def signal_to_noise(self) -> float | None:
-        """How far the mean update stands out of its noise; None if it is not a plain mean."""
+        """Returns the mean update's signal-to-noise ratio; None if the rule is not a plain mean."""
         return None if self._mean is None else self._mean.signal_to_noise()
 
     def _new_mean(self) -> WeightedMean:
-        """An empty mean over the cohort, or over those who answer."""
+        """Returns an empty mean over the cohort, or over those who answer."""
         ranks = None
         if self._how.fixed_denominator:
             ranks = [rank_of_client(self._how.lora, client) for client in self._cohort]
         return WeightedMean(self._shapes, ranks)
 
     def _difference(self) -> AdapterState:
-        """What linear methods move the adapter by."""
+        """Returns the combined update of a linear method."""
         spool, mean = self._spool, self._mean
         if spool is None and mean is not None:
             return mean.result()
@@ -172,7 +172,7 @@ class Round:
         return mean.result()
 
     def _factors(self) -> AdapterState:
-        """What methods make that need every client's factors."""
+        """Returns the next adapter of a factor method."""
         if self._spool is None:
             raise FederationError("this method needs its updates on disk")
         slack = self._how.config.norm_bound
@@ -180,24 +180,24 @@ class Round:
             self._state.moving, self._spool, self._how.lora.scaling, self._how.fresh, slack
         )
         shrink = self._shrink(factors.drift_norms())
-        if self._method in AVERAGE_BOTH:  # a huge A beside B = 0 changes no weights, but does the mean
+        if self._method in AVERAGE_BOTH:  # with B = 0 a huge A changes no weights, but moves the mean
             shrink = list(map(min, shrink, self._shrink(self._norms)))
         return factors.aggregate(self._method, shrink)
 
     def _shrink(self, norms: list[float]) -> list[float]:
-        """Each update's factor, by the median of these norms."""
+        """Returns each update's factor, by the median of these norms."""
         bound = self._bound_by(norms)
         return [bound.factor(norm) for norm in norms]
 
     def _bound_by(self, norms: list[float]) -> NormBound:
-        """The bound by this round's own median."""
+        """Returns the bound by this round's own median."""
         return replace(self._bound, reference=median_norm(norms))
 
     def _next_control(self, difference: AdapterState) -> AdapterState:
-        """SCAFFOLD: the mean of the clients' control variates, over the whole population.
+        """Returns SCAFFOLD's mean of the clients' control variates, over the whole population.
 
         A client's moves by -c - Δ / (steps · rate) (Karimireddy et al. 2020, option II), so the server
-        needs nothing but the updates: what bounds them, or leaves some out, holds for this too.
+        needs only the updates: a bound on the updates, or a dropped update, applies here too.
         """
         share, reach = self.count / self._how.num_clients, self._how.local_reach
         before = self._state.control

@@ -1,4 +1,4 @@
-"""How the server moves by the combined update: functions of a sum, so they go with any privacy."""
+"""Server optimizers: functions of the combined update only, so they work with any privacy unit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedslm.records import AdapterState, FloatArray
 
 @dataclass(frozen=True)
 class ServerOptimizer:
-    """A server optimizer, without its memory.
+    """A server optimizer, without its state.
 
     With g the combined update, for each coordinate, without bias correction:
         * fedavg: θ ← θ + η·g. fedavgm: m ← β₁·m + g; θ ← θ + η·m.
@@ -23,7 +23,7 @@ class ServerOptimizer:
           fedyogi: v ← v - (1 - β₂)·g²·sign(v - g²), which falls by no more than (1 - β₂)·g².
 
     Attributes:
-        name: Which.
+        name: The optimizer.
         learning_rate: The server's rate.
         momentum: β₁, decay of the first moment.
         second_momentum: β₂, decay of the second moment.
@@ -48,9 +48,9 @@ class ServerOptimizer:
 
         Args:
             start: The server's tensors.
-            difference: The combined update, of the tensors trained this round alone.
-            memory: Moments, under ``m/KEY`` and ``v/KEY``; those of other tensors stay as they are, so
-                a factor that is not trained this round is not moved by what is left of its momentum.
+            difference: The combined update, only of the tensors trained this round.
+            memory: Moments, under ``m/KEY`` and ``v/KEY``; those of other tensors stay unchanged, so a
+                factor that is not trained this round is not moved by its remaining momentum.
 
         Returns:
             The moved tensors and the new memory.
@@ -72,7 +72,7 @@ class ServerOptimizer:
     def _direction(
         self, key: str, g: FloatArray, memory: AdapterState
     ) -> tuple[FloatArray, dict[str, FloatArray]]:
-        """What one tensor moves by at rate 1, and its new moments."""
+        """Returns one tensor's step at rate 1, and its new moments."""
         beta1, beta2 = np.float32(self.momentum), np.float32(self.second_momentum)
         tau, rest2 = np.float32(self.adaptivity), np.float32(1) - beta2
         m: FloatArray = memory.tensors.get(f"m/{key}", np.zeros_like(g))

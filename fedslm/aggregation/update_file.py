@@ -1,4 +1,4 @@
-"""A round's updates on disk, one row of float32 for each client: for what needs them all at once."""
+"""A round's updates on disk, one float32 row per client, for rules that need all of them at once."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _ITEM = 4
 
 
 class Spool:
-    """Holds updates until the round is over; the file is gone when the spool is closed.
+    """Holds updates until the round is over; closing the spool removes the file.
 
-    Memory does not grow with the number of updates. A client of a lower rank has zeros beyond it in
-    rows and columns, and its own shapes in :meth:`delta`.
+    Memory does not grow with the number of updates. A client of a lower rank is padded with zeros in
+    rows and columns; :meth:`delta` returns its own shapes.
 
     Args:
-        directory: Where the file lies; made if it is not there.
+        directory: Where the file is stored; created if missing.
         shapes: The tensors of an update at the server's rank.
 
     Raises:
-        RunError: The file cannot be written (the disk is full, for instance).
+        RunError: The file cannot be written (for instance because the disk is full).
     """
 
     def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -41,7 +41,7 @@ class Spool:
             key: slice(int(starts[i]), int(starts[i + 1])) for i, key in enumerate(self._whole)
         }
         self._size = int(starts[-1])
-        self._path = directory / "updates.f32"  # what a killed round left is overwritten
+        self._path = directory / "updates.f32"  # overwrites the file of an interrupted round
         self._shapes: list[dict[str, tuple[int, ...]]] = []
         self.clients: list[int] = []
         self.weights: list[float] = []
@@ -64,19 +64,19 @@ class Spool:
 
     @property
     def count(self) -> int:
-        """Updates so far."""
+        """Number of updates so far."""
         return len(self.clients)
 
     @property
     def keys(self) -> list[str]:
-        """What each update holds."""
+        """Keys of the tensors in each update."""
         return list(self._whole)
 
     def close(self) -> None:
         """Removes the file."""
         self._file.close()
         self._path.unlink(missing_ok=True)
-        with suppress(OSError):  # somebody else's file may lie there
+        with suppress(OSError):  # the directory may hold other files
             self._path.parent.rmdir()
 
     def add(self, update: ClientUpdate) -> None:
@@ -84,7 +84,7 @@ class Spool:
 
         Raises:
             FederationError: A tensor is missing, is larger than the server's, or is not finite.
-            RunError: It does not fit on the disk.
+            RunError: The disk is full, or the file cannot be written.
         """
         if not update.delta.is_finite():
             raise FederationError(f"client {update.client}: the update is not finite")
@@ -111,28 +111,28 @@ class Spool:
         self.weights.append(update.weight)
 
     def delta(self, index: int, key: str) -> FloatArray:
-        """One tensor of one update, as it was added."""
+        """Returns one tensor of one update, as it was added."""
         place, shape = self._places[key], self._shapes[index][key]
         flat = self._read(index * self._size + place.start, place.stop - place.start)
         whole = flat.reshape(self._whole[key])
         return np.ascontiguousarray(whole[tuple(slice(length) for length in shape)])
 
     def update(self, index: int) -> ClientUpdate:
-        """One update, as it was added."""
+        """Returns one update, as it was added."""
         delta = AdapterState({key: self.delta(index, key) for key in self._whole})
         return ClientUpdate(self.clients[index], delta, self.weights[index])
 
     def columns(
         self, chunk: int = _CHUNK, scale: Matrix | float = 1.0
     ) -> Iterator[tuple[slice, Matrix]]:
-        """Yields all updates' values of some coordinates at a time.
+        """Yields all updates' values, a block of coordinates at a time.
 
         Args:
-            chunk: How many coordinates.
-            scale: What each update is multiplied by, (count, 1), or all of them.
+            chunk: Number of coordinates in a block.
+            scale: Factor of each update, (count, 1), or one factor for all.
 
         Yields:
-            (their place, (count, up to chunk)).
+            (slice of the coordinates, values (count, up to chunk)).
         """
         for start in range(0, self._size, chunk):
             width = min(chunk, self._size - start)
@@ -140,14 +140,14 @@ class Spool:
             yield slice(start, start + width), np.stack(rows).astype(np.float64) * scale
 
     def gram(self, scale: Matrix | float = 1.0) -> Matrix:
-        """Inner products of all pairs of updates, (count, count)."""
+        """Returns the inner products of all pairs of updates, (count, count)."""
         total: Matrix = np.zeros((self.count, self.count))
         for _, values in self.columns(scale=scale):
             total += values @ values.T
         return total
 
     def square_distances(self, scale: Matrix | float = 1.0) -> Matrix:
-        """‖uᵢ - uⱼ‖² of all pairs, from differences: exact also where updates nearly coincide."""
+        """Returns ‖uᵢ - uⱼ‖² of all pairs, from differences: exact even if updates nearly coincide."""
         total: Matrix = np.zeros((self.count, self.count))
         for _, values in self.columns(scale=scale):
             for index, row in enumerate(values):
@@ -155,7 +155,7 @@ class Spool:
         return total
 
     def unflatten(self, flat: Matrix) -> AdapterState:
-        """A row as tensors."""
+        """Reshapes a flat row into tensors."""
         return AdapterState(
             {
                 key: flat[self._places[key]].reshape(shape).astype(np.float32)
@@ -164,7 +164,7 @@ class Spool:
         )
 
     def _read(self, first: int, length: int) -> FloatArray:
-        """Some values."""
+        """Reads ``length`` values from position ``first``."""
         self._file.seek(first * _ITEM)
         content = self._file.read(length * _ITEM)
         if len(content) != length * _ITEM:

@@ -1,4 +1,4 @@
-"""A round's updates, read as often as a method needs them."""
+"""The updates of a round, which a method may read several times."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from fedslm.records import ClientUpdate, FloatArray
 
 
 class Updates(Protocol):
-    """Every client's own difference, at its own rank."""
+    """All clients' own differences, each at its client's rank."""
 
     @property
     def clients(self) -> list[int]:
-        """Who sent them."""
+        """The clients that sent the updates."""
 
     @property
     def weights(self) -> list[float]:
-        """What they weigh, > 0."""
+        """The updates' weights, > 0."""
 
     @property
     def keys(self) -> list[str]:
-        """What they hold, sorted."""
+        """The updates' keys, sorted."""
 
     def delta(self, index: int, key: str) -> FloatArray:
-        """One tensor of one update."""
+        """Returns one tensor of one update."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,19 @@ class Listed:
 
     @property
     def clients(self) -> list[int]:
-        """Who sent them."""
+        """The clients that sent the updates."""
         return [update.client for update in self.updates]
 
     @property
     def weights(self) -> list[float]:
-        """What they weigh."""
+        """The updates' weights."""
         return [update.weight for update in self.updates]
 
     @property
     def keys(self) -> list[str]:
-        """What they hold."""
+        """The updates' keys."""
         return list(self.updates[0].delta)
 
     def delta(self, index: int, key: str) -> FloatArray:
-        """One tensor of one update."""
+        """Returns one tensor of one update."""
         return self.updates[index].delta[key]
