@@ -1,1 +1,1 @@
-"""One client's local work."""
+"""Local training on one client."""

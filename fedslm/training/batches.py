@@ -1,4 +1,4 @@
-"""Logical batches cut into micro-batches, and the forward pass that all loops share."""
+"""Splits logical batches into micro-batches, and runs the forward pass that all loops share."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from fedslm.models.loaded import LoadedModel
 from fedslm.tasks.base import INPUTS, Example, Task, Tensors
 
-Unit = Sequence[Example]  # what is clipped together: one record, or a user's records
+Unit = Sequence[Example]  # records that are clipped together: one record, or a user's records
 
 
 def micro_batches(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
-    """Cuts a logical batch into pieces of similar length, never through a unit.
+    """Splits a logical batch into parts of similar length; a unit is never split.
 
     Args:
         units: The logical batch.
-        size: Most records in a piece, unless one unit alone has more.
+        size: Most records in a part, unless one unit has more on its own.
 
     >>> short, long = Example((1,)), Example((1, 2))
     >>> [len(part) for part in micro_batches([[short], [long], [short]], 2)]
@@ -45,8 +45,8 @@ def forward(
     """Runs the model on one micro-batch.
 
     Returns:
-        Logits, and the batch on the model's device; with the base's own logits where the task compares
-        with them.
+        Logits, and the batch on the model's device; the batch includes the base's own logits if the
+        task compares with them.
     """
     collated = task.collate(examples, int(model.tokenizer.pad_token_id))
     batch = {key: tensor.to(model.device) for key, tensor in collated.items()}

@@ -1,7 +1,7 @@
-"""Self-checks of local training: hard gates against training that silently does nothing.
+"""Self-checks of local training: hard failures instead of training that silently does nothing.
 
-Each of them answers a failure that was seen in the field: an optimizer that holds stale parameters, an
-adapter that never moves, bytes that reload as something else.
+Each check covers a failure that was seen in practice: an optimizer with stale parameters, an adapter
+that never moves, bytes that reload as something else.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from fedslm.records import AdapterState
 
 
 def check_parameters(adapter: AttachedAdapter, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer holds exactly the trained parameters of the module, all on one device.
+    """Checks that the optimizer holds exactly the module's trained parameters, all on one device.
 
     Raises:
-        TrainingError: It does not.
+        TrainingError: The parameters differ, or are on several devices.
     """
     held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     trained = {id(p): p for p in adapter.network.parameters() if p.requires_grad}
@@ -36,11 +36,11 @@ def check_parameters(adapter: AttachedAdapter, optimizer: torch.optim.Optimizer)
 
 
 def check_private_model(network: torch.nn.Module) -> None:
-    """The base treats each record alone, whatever else is in the batch.
+    """Checks that the base treats each record separately, whatever else is in the batch.
 
     Raises:
-        PrivacyError: Its position encoding or its experts look at the whole batch, or its architecture
-            is not among the proved ones.
+        PrivacyError: Its position encoding or its experts depend on the whole batch, or its
+            architecture is not verified.
     """
     config: Any = network.config
     reasons = list(families.couplings(config.to_dict()))
@@ -51,11 +51,11 @@ def check_private_model(network: torch.nn.Module) -> None:
 def check_moved(
     before: AdapterState, after: AdapterState, unmoved: frozenset[str] = frozenset()
 ) -> None:
-    """Every trained tensor has changed.
+    """Checks that every trained tensor has changed.
 
     Args:
-        before: Trained tensors before.
-        after: The same tensors after.
+        before: Trained tensors before training.
+        after: The same tensors after training.
         unmoved: Tensors whose gradient was exactly zero, such as A while B is zero.
 
     Raises:

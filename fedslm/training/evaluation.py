@@ -1,4 +1,4 @@
-"""Statistics of an adapter on examples that are not trained on."""
+"""Statistics of an adapter on examples that are not used for training."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def statistics(
     adapter: AdapterState,
     batch_size: int = MOST_EXAMPLES,
 ) -> Statistics:
-    """The task's statistics of each example.
+    """Computes the task's statistics of each example.
 
     Args:
         model: The loaded model; its adapter is overwritten.
-        task: What is measured.
+        task: The task that is evaluated.
         examples: Any number.
         adapter: The whole adapter.
-        batch_size: Most examples in one forward pass, as :func:`fedslm.tasks.passes.passes`.
+        batch_size: Most examples in one forward pass, as in :func:`fedslm.tasks.passes.passes`.
 
     Returns:
         Name to an array of shape (examples, …), in the order of the examples; empty without examples.
@@ -58,14 +58,14 @@ def count(
     adapter: AdapterState,
     batch_size: int = MOST_EXAMPLES,
 ) -> Statistics:
-    """Adds the task's statistics up over examples.
+    """Sums the task's statistics over the examples.
 
     Args:
         model: The loaded model; its adapter is overwritten.
-        task: What is measured.
+        task: The task that is evaluated.
         examples: Any number.
         adapter: The whole adapter.
-        batch_size: As :func:`statistics`.
+        batch_size: As in :func:`statistics`.
 
     Returns:
         Sums, for :meth:`fedslm.tasks.base.Task.metrics`; empty without examples.

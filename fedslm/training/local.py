@@ -1,4 +1,4 @@
-"""One client's local work in one round: load the adapter, take the plan's steps, read it back."""
+"""One client's local work in a round: loads the adapter, takes the plan's steps, reads it back."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from fedslm.training.steps import PrivateStep, stepping
 
 @dataclass(frozen=True)
 class LocalWork:
-    """What a client was asked to do.
+    """The work that the server requests from a client.
 
     Attributes:
         adapter: The whole adapter to start from.
         trained: Keys to train; the others stay bit-identical.
         seed: The run's seed.
-        round: Counts from 1.
+        round: Round number, from 1.
         client: Index of the client.
         correction: Added to every gradient: SCAFFOLD's c - cₖ; empty without it.
     """
@@ -54,7 +54,7 @@ def train(
 
     Args:
         model: The loaded model; its adapter is overwritten.
-        task: What is learned.
+        task: The task to learn.
         examples: The client's examples; may be empty under privacy.
         plan: Sampler, clip and noise.
         training: Optimizer and micro-batch size.
@@ -97,10 +97,10 @@ def train(
 
 
 def rehearse(model: LoadedModel, task: Task, plan: PrivatePlan, trained: frozenset[str]) -> None:
-    """Tries one made-up record out: a base without per-record gradients is found before any charge.
+    """Runs one made-up record, so that a base without per-record gradients fails before any charge.
 
     Raises:
-        TrainingError: This base gives no gradient for each record.
+        TrainingError: This base has no per-record gradients.
     """
     model.adapter.train_only(set(trained))
     enter_training(model)
@@ -117,10 +117,10 @@ def rehearse(model: LoadedModel, task: Task, plan: PrivatePlan, trained: frozens
 
 
 def enter_training(model: LoadedModel) -> None:
-    """Puts just the trained modules into training mode: the frozen base has no dropout.
+    """Puts the trained modules into training mode, but not the frozen base: it has no dropout.
 
-    So it does with layers that forget their activations, which they do in training mode alone; the
-    modules inside them stay as they are.
+    Layers that recompute their activations are also put into training mode, since they do so only in
+    that mode; the modules inside them stay in evaluation mode.
     """
     network = model.adapter.network.eval()
     for name, module in network.named_modules():
@@ -130,7 +130,7 @@ def enter_training(model: LoadedModel) -> None:
 
 
 def _optimizer(model: LoadedModel, training: TrainingConfig) -> torch.optim.Optimizer:
-    """The local optimizer over the trained parameters."""
+    """Returns the local optimizer over the trained parameters."""
     parameters = [p for p in model.adapter.parameters.values() if p.requires_grad]
     rate, decay = training.learning_rate, training.weight_decay
     match training.optimizer:
@@ -145,10 +145,10 @@ def _optimizer(model: LoadedModel, training: TrainingConfig) -> torch.optim.Opti
 def hold(
     optimizer: torch.optim.Optimizer, model: LoadedModel, training: TrainingConfig, work: LocalWork
 ) -> None:
-    """Keeps a client near the others, before each step of its optimizer.
+    """Limits client drift, before each step of the client's optimizer.
 
-    Under privacy this comes after clip and noise, and adds the adapter of the round's start and noised
-    tensors alone: it is post-processing.
+    Under privacy this comes after clipping and noise, and adds only the adapter of the round's start
+    and noised tensors: it is post-processing.
 
     References:
         FedProx: Li et al. 2020 (arXiv 1812.06127): the gradient of (mu / 2)·‖w - w₀‖².
@@ -176,7 +176,7 @@ def hold(
 
 
 def _zero_gradients(model: LoadedModel) -> frozenset[str]:
-    """Trained tensors whose gradient exists and is exactly zero: A, as long as B is zero."""
+    """Returns the trained tensors whose gradient exists and is exactly zero: A, while B is zero."""
     return frozenset(
         key
         for key, parameter in model.adapter.parameters.items()

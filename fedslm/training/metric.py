@@ -1,4 +1,4 @@
-"""The optional metric on a client's own data: one Gaussian release of its own."""
+"""The optional metric on a client's own data, as a separate Gaussian release."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
 from fedslm.training.batches import forward
 
-_GRID = 2**32  # scores are counted in its parts: whole numbers add up without rounding
+_GRID = 2**32  # scores are counted in units of 1 / _GRID: integers add up without rounding
 
 
 def noisy_metric(
@@ -25,7 +25,7 @@ def noisy_metric(
     adapter: AdapterState,
     plan: PrivatePlan,
 ) -> tuple[float, float]:
-    """How right an adapter is on a client's own records, with noise.
+    """Computes an adapter's score on a client's own records, with noise.
 
     Formal guarantees:
         * Adding or removing one unit moves the two numbers by at most √2 (L2) before noise: a unit adds
@@ -36,7 +36,7 @@ def noisy_metric(
 
     Args:
         model: The loaded model; its adapter is overwritten.
-        task: What is scored.
+        task: The task that scores the records.
         examples: The client's examples, each with its owner.
         adapter: The whole adapter.
         plan: Gives the unit and the noise.
@@ -45,7 +45,7 @@ def noisy_metric(
         (sum of the units' scores, number of units), both noisy. Their ratio is the metric.
 
     Raises:
-        PrivacyError: The plan lets no metric leave.
+        PrivacyError: The plan does not allow a metric.
     """
     if plan.metric_noise_multiplier is None:
         raise PrivacyError("the plan lets no metric leave")
@@ -64,7 +64,7 @@ def noisy_metric(
 
 
 def _scores(model: LoadedModel, task: Task, examples: Sequence[Example]) -> list[float]:
-    """Score of each example, in [0, 1]; each is computed alone, so that none can spoil another's."""
+    """Scores each example, in [0, 1]; each is computed separately, so that none can affect another."""
     scores = []
     with torch.inference_mode():
         for example in examples:
@@ -72,7 +72,7 @@ def _scores(model: LoadedModel, task: Task, examples: Sequence[Example]) -> list
                 logits, batch = forward(model, task, [example])
                 computed = bool(torch.isfinite(logits).all())
                 score = float(task.per_example_score(logits, batch)[0]) if computed else 0.0
-            except Exception:  # the record alone decides, and counts as zero
+            except Exception:  # the failure depends only on the record; it counts as zero
                 score = 0.0
             scores.append(min(1.0, max(0.0, score)) if math.isfinite(score) else 0.0)
     return scores
