@@ -1,7 +1,7 @@
-"""Main directions of what each adapted layer sees on public examples (EVA): a start for A.
+"""Initial values of A from the main directions of each adapted layer's inputs on public examples (EVA).
 
-A frozen A passes on what lies in its rows alone, and of all rows these keep the most of the inputs.
-They would tell about the examples: those must be public.
+A frozen A keeps only the part of its inputs that is in the span of its rows; of all rows, these keep
+the most. They reveal information about the examples, which must therefore be public.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from fedslm.tasks.base import INPUTS, Example, Task, Tensors
 from fedslm.tasks.passes import passes, width_of
 
 _WIDEST = 4096
-_MOMENTS_BYTES = 512 << 20  # held at a time; more layers take further passes
+_MOMENTS_BYTES = 512 << 20  # held at once; more layers need further passes
 _BATCH_SIZE = 16
-_NOISE_LEVEL = 1e-10  # of the largest moment: below it, a direction is rounding
+_NOISE_LEVEL = 1e-10  # relative to the largest eigenvalue; a direction below it is rounding error
 
 
 def input_directions(
     model: LoadedModel, task: Task, examples: Sequence[Example], rank: int
 ) -> dict[str, FloatArray]:
-    """Leading right singular vectors of each adapted layer's inputs, over all real tokens.
+    """Computes the leading right singular vectors of each adapted layer's inputs, over all real tokens.
 
-    The moments Σ x·xᵀ are added up in float64 and decomposed, so the result does not depend on how
-    examples are batched. Inputs are not centred: a constant part of them is a direction like any other.
+    The moments Σ x·xᵀ are summed in float64 and decomposed, so the result does not depend on how
+    examples are batched. Inputs are not centred: their constant part counts as a direction as well.
 
     Args:
-        model: The loaded model; its adapter is off meanwhile, and is left as it was.
-        task: Makes batches of examples.
+        model: The loaded model; its adapter is disabled during the computation and is not changed.
+        task: The task, which collates the examples.
         examples: PUBLIC examples.
         rank: Number of directions.
 
     Returns:
-        For each layer orthonormal rows in falling order of what they keep, each with its largest
-        component positive: (rank, in), or fewer rows if the inputs span no more.
+        For each layer, orthonormal rows in decreasing order of the input energy they keep, each with
+        its largest component positive: (rank, in), or fewer rows if the inputs span fewer dimensions.
 
     Raises:
-        ModelError: There is no example, a layer is too wide, or its inputs belong to no tokens.
+        ModelError: There is no example, a layer is too wide, or its inputs cannot be matched to tokens.
 
     References:
         Paischer et al. 2024, EVA (arXiv 2410.07170), with the same rank for all layers.
@@ -64,14 +64,14 @@ def input_directions(
 
 
 def eva_state(initial: AdapterState, directions: Mapping[str, FloatArray]) -> AdapterState:
-    """Replaces every A by directions, completed by the seeded rows where there are too few.
+    """Replaces each A by the directions, filled up with the seeded rows if there are too few.
 
     Args:
         initial: The seeded adapter.
-        directions: As :func:`input_directions` gives them.
+        directions: The result of :func:`input_directions`.
 
     Raises:
-        ModelError: Directions and adapter do not belong together.
+        ModelError: The directions do not match the adapter.
     """
     changed: dict[str, FloatArray] = {}
     for key in (key for key in initial if part_of(key) == "lora_A"):
@@ -86,7 +86,7 @@ def eva_state(initial: AdapterState, directions: Mapping[str, FloatArray]) -> Ad
 
 
 def _layers(model: LoadedModel) -> dict[str, Any]:
-    """PEFT's modules by the names that adapter keys have."""
+    """Returns PEFT's modules by the layer names in adapter keys."""
     modules = dict(model.adapter.network.named_modules())
     keys = [key for key in model.adapter.parameters if part_of(key) == "lora_A"]
     layers = {name: modules[name] for name in (key.removesuffix(".lora_A.weight") for key in keys)}
@@ -100,7 +100,7 @@ def _layers(model: LoadedModel) -> dict[str, Any]:
 
 
 def _groups(layers: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Layers whose moments are held in memory together."""
+    """Yields groups of layers whose moments are held in memory together."""
     group: dict[str, Any] = {}
     held = 0
     for name, module in layers.items():
@@ -116,7 +116,7 @@ def _groups(layers: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _moments(
     model: LoadedModel, task: Task, examples: Sequence[Example], group: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """Σ x·xᵀ of each layer of a group, float64, (in, in)."""
+    """Computes Σ x·xᵀ of each layer of a group, float64, (in, in)."""
     home = torch.device("cpu") if model.device.type == "mps" else model.device  # mps has no float64
     moments = {
         name: torch.zeros(2 * (module.in_features,), dtype=torch.float64, device=home)
@@ -147,7 +147,7 @@ def _moments(
 def _watched(
     group: Mapping[str, Any], moments: Mapping[str, torch.Tensor], masks: list[torch.Tensor]
 ) -> Iterator[None]:
-    """Adds up the moments of every forward pass inside the block."""
+    """Adds to the moments in every forward pass inside the block."""
 
     def add(name: str, _: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         rows = _real(name, inputs[0], masks).to(moments[name].device).double()
@@ -163,7 +163,7 @@ def _watched(
 
 @contextmanager
 def _evaluating(network: Any) -> Iterator[None]:
-    """No dropout inside the block; the modes of all modules are as before after it."""
+    """Disables dropout inside the block, and restores the modes of all modules after it."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -174,7 +174,7 @@ def _evaluating(network: Any) -> Iterator[None]:
 
 
 def _masks(batch: Tensors) -> list[torch.Tensor]:
-    """Which positions hold tokens: those of the input, and those that a decoder reads."""
+    """Returns the masks of token positions: of the input, and of the decoder's input if any."""
     masks = [batch["attention_mask"].bool()]
     if "decoder_input_ids" in batch:
         masks.append(batch["labels"] >= 0)
@@ -182,7 +182,7 @@ def _masks(batch: Tensors) -> list[torch.Tensor]:
 
 
 def _told_apart(batch: Tensors) -> Tensors:
-    """Makes a decoder's length differ from its encoder's, so that a shape says which one it is."""
+    """Makes the decoder's length differ from the encoder's, so that shapes tell them apart."""
     if "decoder_input_ids" not in batch:
         return batch
     if batch["decoder_input_ids"].shape != batch["input_ids"].shape:
@@ -192,7 +192,7 @@ def _told_apart(batch: Tensors) -> Tensors:
 
 
 def _real(name: str, inputs: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A layer's inputs at real tokens, (tokens, in); one for each text where a layer sees no more."""
+    """Returns a layer's inputs at real tokens, (tokens, in), or one per text for a pooled layer."""
     for mask in masks:
         if inputs.shape[:-1] == mask.shape:
             return inputs[mask]
@@ -205,7 +205,7 @@ def _real(name: str, inputs: torch.Tensor, masks: Sequence[torch.Tensor]) -> tor
 
 
 def _leading(moment: torch.Tensor, rank: int) -> FloatArray:
-    """Eigenvectors of the largest eigenvalues, those at rounding's level left out, (≤ rank, in)."""
+    """Returns the eigenvectors of the largest eigenvalues, except at rounding level, (≤ rank, in)."""
     values, vectors = torch.linalg.eigh(moment)
     if not bool(torch.isfinite(values).all()):
         raise ModelError(
@@ -216,13 +216,13 @@ def _leading(moment: torch.Tensor, rank: int) -> FloatArray:
 
 
 def _signed(rows: NDArray[np.float64]) -> FloatArray:
-    """The same rows, the largest component of each positive."""
+    """Returns the same rows with the largest component of each positive."""
     largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1, keepdims=True), axis=1)
     return np.ascontiguousarray(rows * np.where(largest < 0, -1.0, 1.0), dtype=np.float32)
 
 
 def _completed(rows: FloatArray, seeded: FloatArray) -> FloatArray:
-    """Rows, and behind them orthonormal ones from the span of the seeded ones, as many as those."""
+    """Appends orthonormal rows from the span of the seeded ones, up to the number of seeded rows."""
     missing = len(seeded) - len(rows)
     if missing == 0:
         return rows

@@ -1,4 +1,4 @@
-"""Attach a LoRA adapter to a base model; read, write and save it as an :class:`AdapterState`."""
+"""Attaches a LoRA adapter to a base; reads, writes and saves it as an :class:`AdapterState`."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class AttachedAdapter:
 
     Attributes:
         network: The PEFT model.
-        parameters: PEFT state-dict key to the parameter object behind it, sorted by key.
-        deltas: What aggregation put aside beside the factors; not trained, and not read.
+        parameters: Maps each PEFT state-dict key to its parameter object, sorted by key.
+        deltas: The remainders that aggregation keeps next to the factors; not trained, and not read.
     """
 
     network: nn.Module
@@ -39,7 +39,7 @@ class AttachedAdapter:
     deltas: Deltas
 
     def read(self, keys: list[str] | None = None) -> AdapterState:
-        """Copies tensors out of the model as float32."""
+        """Copies tensors from the model as float32."""
         chosen = self.parameters if keys is None else {key: self.parameters[key] for key in keys}
         return AdapterState(
             {key: parameter.detach().float().cpu().numpy().copy() for key, parameter in chosen.items()}
@@ -49,8 +49,8 @@ class AttachedAdapter:
         """Copies tensors into the model; the parameter objects stay the same.
 
         Args:
-            state: Any of the parameters and deltas. One with every parameter is a whole adapter: the
-                model then has its deltas and no others.
+            state: Any of the parameters and deltas. If it has every parameter, it is a whole adapter:
+                the model then has only the deltas of ``state``.
 
         Raises:
             ModelError: A key is unknown or a shape differs; nothing was written.
@@ -76,8 +76,8 @@ class AttachedAdapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Runs the base without the adapter inside the block; afterwards all is as it was."""
-        # PEFT makes every adapter tensor trainable when it turns them on again, frozen factors too.
+        """Disables the adapter inside the block, and restores the previous state after it."""
+        # PEFT makes all adapter tensors trainable when it re-enables the adapter, also frozen factors.
         wanted = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
         try:
             with self.network.disable_adapter():  # type: ignore[operator]
@@ -87,10 +87,10 @@ class AttachedAdapter:
                 parameter.requires_grad_(is_trained)
 
     def save(self, directory: Path) -> None:
-        """Writes the adapter as PEFT does, so that ``PeftModel.from_pretrained`` loads it.
+        """Writes the adapter in PEFT's format, so that ``PeftModel.from_pretrained`` loads it.
 
         Raises:
-            ModelError: PEFT has no place for what the adapter holds.
+            ModelError: PEFT's format cannot represent a tensor of the adapter.
         """
         if len(self.deltas) or any(part_of(key) == "lora_R" for key in self.parameters):
             raise ModelError(
@@ -105,7 +105,7 @@ def attach(network: nn.Module, lora: LoraConfig, *, core: bool = False) -> Attac
     Args:
         network: The frozen base.
         lora: Rank, scaling and targets.
-        core: Whether each layer has a core R between its factors, which the caller freezes (Fed-SB).
+        core: Whether each layer gets a core R between its factors, which the caller freezes (Fed-SB).
 
     Raises:
         ModelError: No layer matches ``lora.target_modules``.
@@ -119,7 +119,7 @@ def attach(network: nn.Module, lora: LoraConfig, *, core: bool = False) -> Attac
     heads = [name for name, _ in network.named_children() if name in HEAD_NAMES]
     targets, is_conv1d = _targets(network, lora.target_modules, heads)
     with warnings.catch_warnings():
-        # PEFT asks by a name that transformers is about to give up: news for neither's users.
+        # PEFT uses a name that transformers has deprecated; the warning does not concern users.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted: Any = peft.get_peft_model(
             network,
@@ -150,7 +150,7 @@ def attach(network: nn.Module, lora: LoraConfig, *, core: bool = False) -> Attac
 
 
 def _targets(network: nn.Module, wanted: tuple[str, ...], heads: list[str]) -> tuple[list[str], bool]:
-    """Full names of the layers to adapt, and whether they store weights transposed (GPT-2)."""
+    """Returns the layers to adapt, and whether they store weights transposed (GPT-2)."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

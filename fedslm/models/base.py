@@ -1,4 +1,4 @@
-"""Load a frozen base model and its tokenizer, and name its exact content by a hash."""
+"""Loads a frozen base model and its tokenizer, and identifies its exact content by a hash."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _BLOCK_BYTES = 1 << 20
 
 
 def resolve(model: ModelConfig, *, may_fetch: bool = True) -> Path:
-    """Finds the local directory of a base model, downloading it if it is a hub name.
+    """Finds the local directory of a base model, and downloads it if it is a hub name.
 
     Args:
         model: The base.
-        may_fetch: False looks for a hub name in the cache alone, and refuses a path with a variable.
+        may_fetch: If False, looks up a hub name only in the cache, and refuses a path with a variable.
 
     Raises:
         ModelError: There is no such directory, and no such model on the hub or in its cache.
@@ -51,19 +51,19 @@ def resolve(model: ModelConfig, *, may_fetch: bool = True) -> Path:
 
 
 def resolve_config(model: ModelConfig) -> Path:
-    """Finds a directory with a base's ``config.json``, without its weights if it is a hub name.
+    """Finds a directory with a base's ``config.json``; does not download the weights of a hub model.
 
     Raises:
-        ModelError: As :func:`resolve`.
+        ModelError: As in :func:`resolve`.
     """
     return local(model) or _download(model.base, model.revision, _FILES[:1])
 
 
 def local(model: ModelConfig) -> Path | None:
-    """The local directory of a base model; None if it can only be a hub name.
+    """Returns the local directory of a base model; None if it can only be a hub name.
 
     Raises:
-        ModelError: It is a path, and there is no such directory or it holds no model.
+        ModelError: It is a path, but there is no such directory or it contains no model.
     """
     if model.base == "demo":
         return DEMO_DIRECTORY
@@ -87,7 +87,9 @@ def local(model: ModelConfig) -> Path | None:
 
 
 def check_early(model: ModelConfig, lora: LoraConfig, *, private: bool) -> None:
-    """Refuses what cannot be trained, before data or weights are read; a hub name waits until loading.
+    """Refuses a base or targets that cannot be trained, before data or weights are read.
+
+    A hub name is checked only when it is loaded.
 
     Args:
         model: The base.
@@ -95,7 +97,7 @@ def check_early(model: ModelConfig, lora: LoraConfig, *, private: bool) -> None:
         private: Whether training is private.
 
     Raises:
-        ModelError: With the reason.
+        ModelError: The base or a target cannot be trained; the message gives the reason.
     """
     families.check_targets(lora.target_modules)
     directory = local(model)
@@ -106,7 +108,7 @@ def check_early(model: ModelConfig, lora: LoraConfig, *, private: bool) -> None:
 def _download(
     name: str, revision: str | None, files: tuple[str, ...], *, may_fetch: bool = True
 ) -> Path:
-    """Fetches some files of a hub snapshot, or takes them from the local cache."""
+    """Downloads some files of a hub snapshot, or finds them in the local cache."""
     from transformers.utils import hub
 
     try:
@@ -124,7 +126,7 @@ def _download(
 
 @lru_cache(maxsize=8)
 def base_sha256(directory: Path) -> str:
-    """Hash over the names and bytes of config, weights and tokenizer."""
+    """Returns a hash over the names and bytes of config, weights and tokenizer."""
     digest = hashlib.sha256()
     files = {file for pattern in (*_HASHED, *_HASHED_TOO) for file in directory.glob(pattern)}
     for file in sorted(files):
@@ -136,7 +138,7 @@ def base_sha256(directory: Path) -> str:
 
 
 def device_of(model: ModelConfig) -> torch.device:
-    """The device that clients compute on.
+    """Returns the device that clients compute on.
 
     Raises:
         ModelError: This machine has no such device.
@@ -155,7 +157,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Loads a tokenizer that pads on the right and has a padding token.
 
     Raises:
-        ModelError: The directory has none.
+        ModelError: The directory has no usable tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -190,7 +192,7 @@ def load_base(
         raise ModelError(f"{directory} holds an adapter, not a base; merge it first")
     families.check(families.configuration(directory), (), private=False)
     device, dtype = device_of(model), getattr(torch, model.dtype)
-    # As in the files they are mapped, so that the whole base is never in memory at once.
+    # In their stored precision the weights are mapped: the whole base is never in memory at once.
     stored = dtype if model.quantization == "none" else "auto"
     network = networks.from_files(directory, task, num_labels, int(tokenizer.pad_token_id), stored)
     networks.check_length(network, task)

@@ -1,9 +1,9 @@
 """The larger model of the demo: the embedded base, twice as wide, with the same function.
 
-Each unit is there twice, and what reads it takes half of each copy, a little more of one and a little
-less of the other: so the copies learn different things, and nothing is lost (Chen et al. 2016, Net2Net,
-arXiv 1511.05641). It is made on first use, in the user's cache, byte for byte the same on every
-machine: nodes compare its hash.
+Each unit is duplicated, and the next layer takes half of each copy, a little more of one and a little
+less of the other: so the copies learn different things, and the function does not change (Chen et al.
+2016, Net2Net, arXiv 1511.05641). It is built on first use, in the user's cache, byte for byte the same
+on every machine, because nodes compare its hash.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from fedslm.storage import load_tensors, save_adapter, with_usual_modes, write_t
 
 NAME = "demo-large"
 _WIDER = 2
-_MADE = 2  # how it is made; a new number for new values, so that no older copy is taken for one
-_ASYMMETRY = 0.1  # root mean squares of a matrix
+_MADE = 2  # version of the build; change it when the values change, so that no older copy is reused
+_ASYMMETRY = 0.1  # relative to the root mean square of a matrix
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def demo_large(small: Path, sha256: str) -> Path:
-    """The directory of the larger demo model; builds it if it is not there.
+    """Returns the directory of the larger demo model; builds it if it is missing.
 
     Args:
         small: The embedded base.
         sha256: Its hash.
 
     Raises:
-        ModelError: It cannot be written.
+        ModelError: The model cannot be written.
     """
     place = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     target = Path(place) / "fedslm" / f"{NAME}-{_MADE}-{sha256[:16]}"
@@ -77,7 +77,7 @@ def _build(small: Path, target: Path) -> None:
 
 
 def _wider(name: str, values: FloatArray) -> FloatArray:
-    """One tensor for twice the width.
+    """Widens one tensor to twice the width.
 
     Each value comes from single IEEE operations in a fixed order, and the sum is exact
     (:func:`math.fsum`): no instruction set rounds them differently.

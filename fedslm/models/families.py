@@ -1,6 +1,6 @@
-"""Which architectures are proved, what they usually adapt, and what cannot be done and why.
+"""Verified architectures, their usual LoRA targets, and the bases that are refused, with reasons.
 
-Everything here is read from a base's ``config.json`` alone: no weights, no torch.
+Only a base's ``config.json`` is read here: no weights, no torch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Configuration = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture whose private training was tried out against plain autograd.
+    """An architecture whose private training is verified against plain autograd.
 
     Attributes:
-        name: As people call it.
-        reads: How its attention looks at a text.
+        name: Its common name.
+        reads: How it reads a text: in both directions, forwards, or as an encoder-decoder.
         targets: Suffixes of the layers that LoRA usually adapts.
     """
 
@@ -53,7 +53,7 @@ PROVED = {
     "t5": Family("T5", "a text, then writes another", ("q", "v")),
     "xlm-roberta": Family("XLM-RoBERTa", "both ways", ("query", "value")),
 }
-USUAL = "usual"  # as lora.target_modules: the family's own targets
+USUAL = "usual"  # value of lora.target_modules: the family's own targets
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _BATCH_ROPE = frozenset({"dynamic", "longrope"})
 _EMBEDDINGS = frozenset(
@@ -76,7 +76,7 @@ def configuration(directory: Path) -> Configuration:
     """Reads a base's ``config.json``.
 
     Raises:
-        ModelError: It is missing or is not JSON.
+        ModelError: The file is missing or is not valid JSON.
     """
     try:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def configuration(directory: Path) -> Configuration:
 
 
 def check(base: Configuration, targets: tuple[str, ...], *, private: bool) -> None:
-    """Refuses what cannot be trained, before data or weights are read.
+    """Refuses a base or targets that cannot be trained, before data or weights are read.
 
     Args:
         base: Content of ``config.json``.
@@ -96,7 +96,7 @@ def check(base: Configuration, targets: tuple[str, ...], *, private: bool) -> No
         private: Whether training is private.
 
     Raises:
-        ModelError: With the reason.
+        ModelError: The base or a target cannot be trained; the message gives the reason.
     """
     check_targets(targets)
     usual_targets(base["model_type"], targets)
@@ -106,10 +106,10 @@ def check(base: Configuration, targets: tuple[str, ...], *, private: bool) -> No
 
 
 def usual_targets(model_type: str, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """Puts a family's own layers for ``"usual"``; other targets stay as they are.
+    """Replaces ``"usual"`` with the family's own layers; other targets stay unchanged.
 
     Raises:
-        ModelError: Nobody said which layers are usual for this architecture.
+        ModelError: The usual layers of this architecture are not known.
 
     >>> usual_targets("gpt2", ("usual",))
     ('c_attn',)
@@ -139,7 +139,7 @@ def check_targets(targets: tuple[str, ...]) -> None:
 
 
 def couplings(base: Configuration) -> Iterator[str]:
-    """Why a base cannot be trained privately: it couples records, or nobody proved that it does not."""
+    """Yields why a base cannot be trained privately: it couples records, or is not verified."""
     kinds = sorted(_rope_types(base) & _BATCH_ROPE)
     if kinds:
         yield (
@@ -156,7 +156,7 @@ def couplings(base: Configuration) -> Iterator[str]:
 
 
 def _refusals(base: Configuration) -> Iterator[str]:
-    """Why a base cannot be trained at all."""
+    """Yields why a base cannot be trained at all."""
     yield from _experts(base)
     if base.get("quantization_config"):
         method = dict(base["quantization_config"]).get("quant_method", "an unnamed method")
@@ -167,7 +167,7 @@ def _refusals(base: Configuration) -> Iterator[str]:
 
 
 def _experts(base: Configuration) -> Iterator[str]:
-    """Mixtures of experts, by their keys or their name."""
+    """Yields a reason if the base is a mixture of experts, by its keys or its name."""
     number = max((base[key] for key in _EXPERTS if isinstance(base.get(key), int)), default=0)
     if number > 1 or "moe" in base["model_type"] or base["model_type"] == "mixtral":
         yield (
@@ -177,7 +177,7 @@ def _experts(base: Configuration) -> Iterator[str]:
 
 
 def _rope_types(base: Configuration) -> set[str]:
-    """All kinds of position scaling in a config, also one for each kind of layer."""
+    """Returns all kinds of position scaling in a config, also those given per layer kind."""
     scaling = base.get("rope_scaling") or base.get("rope_parameters") or {}
     each = [scaling, *scaling.values()] if isinstance(scaling, Mapping) else []
     found = {item.get("rope_type", item.get("type")) for item in each if isinstance(item, Mapping)}

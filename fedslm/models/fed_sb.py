@@ -12,12 +12,12 @@ from fedslm.models.peft_library import peft
 
 
 class CoreLora(peft.tuners.lora.layer.LoraVariant):  # type: ignore[misc]
-    """PEFT's LoRA layer with ``lora_R`` between its factors; plain PEFT does not know it.
+    """PEFT's LoRA layer with ``lora_R`` between its factors; PEFT itself does not support it.
 
-    B and A are shared and frozen, so Σ pₖ·B·Rₖ·A = B·(Σ pₖ·Rₖ)·A: averaging R is exact. R learns from
-    zero: its gradient is s·Bᵀ·G·Aᵀ, where G is that of the layer's weights.
+    B and A are shared and frozen, so Σ pₖ·B·Rₖ·A = B·(Σ pₖ·Rₖ)·A: averaging R is exact. R starts at
+    zero: its gradient is s·Bᵀ·G·Aᵀ, where G is the gradient of the layer's weights.
 
-    R is a layer of its own, so that per-record gradients of each factor are those of a linear layer.
+    R is a separate layer, so that the per-record gradients of each factor are those of a linear layer.
 
     References:
         Singhal et al. 2025, Fed-SB (arXiv 2502.15436).
@@ -34,12 +34,12 @@ class CoreLora(peft.tuners.lora.layer.LoraVariant):  # type: ignore[misc]
         return result + added
 
     def supports_lora_conversion(self) -> bool:
-        """False: :func:`fedslm.models.peft_export.plain` does it."""
+        """Returns False: :func:`fedslm.models.peft_export.plain` converts it instead."""
         return False
 
 
 def insert_cores(layers: Iterable[Any]) -> None:
-    """Puts R = 0 between the factors of PEFT's LoRA layers.
+    """Inserts R = 0 between the factors of PEFT's LoRA layers.
 
     Args:
         layers: Layers with one adapter, "default".

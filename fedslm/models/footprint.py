@@ -1,4 +1,4 @@
-"""How large a base, its adapter and a training step are, found without weights and without memory."""
+"""Sizes of a base, its adapter and a training step, computed without loading weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _FLOAT = 4
-_SCALE_OF_4_BITS = 1 / 64 + 4 / (64 * 256)  # a byte for 64 values, a float for 256 of those
-_HIDDEN_STATES, _WIDE_STATES, _LOGITS = 14, 4, 5  # kept for each layer, for each layer, once
+_SCALE_OF_4_BITS = 1 / 64 + 4 / (64 * 256)  # one byte per 64 values, one float per 256 of those bytes
+_HIDDEN_STATES, _WIDE_STATES, _LOGITS = 14, 4, 5  # kept per layer, per layer, once
 _EVALUATED = (
-    3  # copies of the logits at once: they, their logarithms, and what a kernel makes on its way
+    3  # copies of the logits at once: the logits, their logarithms, and a kernel's intermediate result
 )
 
 
@@ -34,15 +34,15 @@ class Footprint:
 
     Attributes:
         model_type: As in ``config.json``.
-        family: Name of the architecture, if it is proved.
-        parameters: Of the base.
-        base_bytes: The base in the precision that the config asks for.
-        whole_bytes: The base in float32.
-        shapes: Adapter tensors, heads among them: key to shape.
-        targets: Name of an adapted layer to how many there are.
-        heads: Names of new heads, which are trained from nothing.
-        activation_bytes: Kept for the backward pass of one record of the longest length; rough.
-        evaluation_bytes: Logits and their copies in one pass of an evaluation; rough.
+        family: Name of the architecture, if it is verified.
+        parameters: Number of parameters of the base.
+        base_bytes: Size of the base in the precision that the config requests.
+        whole_bytes: Size of the base in float32.
+        shapes: Maps the key of each adapter tensor, heads included, to its shape.
+        targets: Maps the name of each adapted layer to how many there are.
+        heads: Names of new heads, which are trained from scratch.
+        activation_bytes: Kept for the backward pass of one record of the maximum length; rough.
+        evaluation_bytes: Logits and their copies in one evaluation pass; rough.
     """
 
     model_type: str
@@ -60,17 +60,17 @@ class Footprint:
 def footprint(
     directory: Path, model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int
 ) -> Footprint:
-    """Builds a base without weights and adds up what it would take.
+    """Builds a base without weights and computes its sizes.
 
     Args:
-        directory: With ``config.json``; nothing else is read.
+        directory: Directory with ``config.json``; no other file is read.
         model: Precision and checkpointing.
         lora: The adapter.
-        task: What the network is for.
+        task: The task of the network.
         num_labels: Classes; 0 if the task has none.
 
     Raises:
-        ModelError: The architecture cannot do the task, or cannot be trained.
+        ModelError: The architecture does not support the task, or cannot be trained.
     """
     values = families.configuration(directory)
     families.check(values, lora.target_modules, private=False)
@@ -99,15 +99,15 @@ def footprint(
 
 @dataclass(frozen=True)
 class Memory:
-    """What one process needs to train, in bytes; libraries come on top.
+    """Memory that one process needs for training, in bytes, without libraries.
 
     Attributes:
         base: The frozen base.
-        adapter: The adapter in float32, frozen factors among it.
+        adapter: The adapter in float32, including frozen factors.
         optimizer: Gradients, sums and the optimizer's state.
         gradients: One gradient for each record of a pass (private training).
-        activations: Of one pass; rough.
-        evaluation: Of one pass over public records, in place of the last three; rough.
+        activations: Activations of one pass; rough.
+        evaluation: One pass over public records, instead of the last three; rough.
     """
 
     base: int
@@ -119,7 +119,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The most at once: a process trains or evaluates."""
+        """The peak: a process either trains or evaluates."""
         training = self.optimizer + self.gradients + self.activations
         return self.base + self.adapter + max(training, self.evaluation)
 
@@ -133,15 +133,15 @@ def memory(
     records: int,
     private: bool,
 ) -> Memory:
-    """Estimates what training takes.
+    """Estimates the memory that training needs.
 
     Args:
-        sizes: Of the base.
+        sizes: The base's sizes.
         shapes: The adapter's tensors (Fed-SB: with its cores).
         trained: Keys that are trained.
         training: The optimizer.
         records: Records that share a forward pass.
-        private: Whether each record has a gradient of its own.
+        private: Whether each record has its own gradient.
     """
     values = parameters(shapes, trained)
     copies = {"adamw": 2, "sgd": 0}[training.optimizer] + (2 if private else 1)
@@ -156,7 +156,7 @@ def memory(
 
 
 def machine(model: ModelConfig) -> tuple[str, int | None]:
-    """Where clients compute here, and how many bytes of memory that has; None if it is not known.
+    """Returns the device on which clients compute and its memory in bytes (None if unknown).
 
     Raises:
         ModelError: This machine has no such device.
@@ -173,7 +173,7 @@ def machine(model: ModelConfig) -> tuple[str, int | None]:
 
 
 def parameters(shapes: Mapping[str, tuple[int, ...]], keys: frozenset[str]) -> int:
-    """Number of values in some tensors.
+    """Returns the number of values in some tensors.
 
     >>> parameters({"a": (2, 3), "b": (4,)}, frozenset({"a"}))
     6
@@ -188,7 +188,7 @@ def parameters(shapes: Mapping[str, tuple[int, ...]], keys: frozenset[str]) -> i
 
 
 def _frozen(network: nn.Module, heads: tuple[str, ...]) -> list[tuple[int, str]]:
-    """Values of each frozen tensor and what it belongs to: a linear layer, a table or the rest."""
+    """Returns each frozen tensor's size and kind: a linear layer, a table or the rest."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -213,7 +213,7 @@ def _frozen(network: nn.Module, heads: tuple[str, ...]) -> list[tuple[int, str]]
 
 
 def _bytes(model: ModelConfig, kind: str) -> float:
-    """Bytes of one value of a frozen tensor."""
+    """Returns the bytes of one value of a frozen tensor."""
     plain = _BYTES[model.dtype]
     match model.quantization, kind:
         case ("none", _) | (_, "rest"):
@@ -226,7 +226,7 @@ def _bytes(model: ModelConfig, kind: str) -> float:
 
 
 def _activations(network: Any, model: ModelConfig, task: TaskConfig) -> int:
-    """Bytes that one record of the longest length keeps for the backward pass, roughly."""
+    """Estimates the bytes that one record of the maximum length keeps for the backward pass."""
     config: Any = network.config
     length, hidden = task.max_length, int(config.hidden_size)
     wide = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", None) or 4 * hidden
@@ -245,9 +245,10 @@ def _activations(network: Any, model: ModelConfig, task: TaskConfig) -> int:
 
 
 def _evaluation(network: Any, task: TaskConfig, num_labels: int) -> int:
-    """Bytes of one evaluation pass's logits, or of one layer's states, by :mod:`fedslm.tasks.passes`.
+    """Estimates the bytes of one evaluation pass's logits, or of one layer's states.
 
-    Without gradients a layer's activations go with the next layer.
+    The pass size is that of :mod:`fedslm.tasks.passes`. Without gradients, a layer's activations are
+    freed when the next layer has run.
     """
     length, width = task.max_length, num_labels or int(network.config.vocab_size)
     kind = TASKS[task.name]

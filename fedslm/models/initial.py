@@ -12,18 +12,18 @@ _HEAD_STDDEV = 0.02
 
 
 def initial_state(shapes: dict[str, tuple[int, ...]], seed: int) -> AdapterState:
-    """The adapter before training: A has seeded orthonormal rows, B is zero, the head is small.
+    """Creates the adapter before training: A has seeded orthonormal rows, B is zero, the head is small.
 
-    With orthonormal rows A·Aᵀ = I, so the noise that private training adds to B is passed on to the
-    weights undistorted. A layer with a core R starts with R = 0 between frozen orthonormal factors (A's
-    rows, B's columns), so that it too starts as the base and passes noise on undistorted.
+    With orthonormal rows A·Aᵀ = I, so the noise that private training adds to B reaches the weights
+    undistorted. A layer with a core R starts with R = 0 between frozen orthonormal factors (A's rows,
+    B's columns), so it too starts as the base and passes noise on undistorted.
 
     Fed-SB's authors take the factors from a singular value decomposition of the first gradient on the
     private records, without noise: that would be a release outside the ledger. Here they are seeded.
 
     Args:
-        shapes: Key to shape, as in an attached or a trained adapter. There is no delta at the start:
-            keys of one are left out.
+        shapes: Maps keys to shapes, as in an attached or a trained adapter. There is no delta at the
+            start: the keys of deltas are skipped.
         seed: The run's seed.
 
     References:
@@ -42,7 +42,7 @@ def initial_state(shapes: dict[str, tuple[int, ...]], seed: int) -> AdapterState
 
 
 def _initial(key: str, shape: tuple[int, ...], seed: int, *, has_core: bool) -> FloatArray:
-    """One tensor of the initial adapter."""
+    """Creates one tensor of the initial adapter."""
     generator = stream(seed, "adapter", key)
     match part_of(key):
         case "lora_A":
@@ -56,7 +56,7 @@ def _initial(key: str, shape: tuple[int, ...], seed: int, *, has_core: bool) -> 
 
 
 def _orthonormal(generator: np.random.Generator, length: int, count: int) -> FloatArray:
-    """Seeded orthonormal columns, (length, count); beyond ``length`` of them the rest is zero."""
+    """Draws seeded orthonormal columns, (length, count); columns beyond ``length`` are zero."""
     columns, _ = np.linalg.qr(generator.standard_normal((length, count)))
     padded = np.zeros((length, count))
     padded[:, : columns.shape[1]] = columns

@@ -27,9 +27,9 @@ class LoadedModel:
     Attributes:
         adapter: The attached adapter; ``adapter.network`` gives ``.logits``.
         tokenizer: Pads on the right.
-        device: Where the model lives.
+        device: The device of the model.
         base_sha256: Hash of the base model's files.
-        dtype: What the base computes in; the adapter is float32.
+        dtype: The precision in which the base computes; the adapter is float32.
     """
 
     adapter: AttachedAdapter
@@ -40,7 +40,7 @@ class LoadedModel:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that a language model tells apart: logits of one position."""
+        """Vocabulary size of a language model: the number of logits at one position."""
         config: Any = self.adapter.network.config
         return int(config.vocab_size)
 
@@ -49,12 +49,12 @@ class LoadedModel:
 def load(
     model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int, core: bool = False
 ) -> LoadedModel:
-    """Loads a base model and attaches an adapter; one stays in memory per process.
+    """Loads a base model and attaches an adapter; one model stays in memory per process.
 
     Args:
         model: The base.
         lora: The adapter.
-        task: What the network is for.
+        task: The task of the network.
         num_labels: Classes; 0 if the task has none.
         core: See :func:`fedslm.models.adapter.attach`.
 
@@ -77,7 +77,7 @@ def load(
 
 
 def _check_template(model: ModelConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a chat template that is not there, or that cannot write an answer."""
+    """Refuses a chat template that is missing, or that cannot write an answer."""
     if task.prompt_format == "chat" and not tokenizer.chat_template:
         raise ModelError(
             f'task.prompt_format="chat", but the tokenizer of {model.base!r} has no chat template; use '
