@@ -1,4 +1,4 @@
-"""The network that a task needs: which class of transformers, and with which head."""
+"""The network that a task needs: the transformers class and its head."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ if TYPE_CHECKING:
     from torch import nn
 
 HEAD_NAMES = ("classifier", "pre_classifier", "score", "classification_head")
-_PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # they count from pad_token_id + 1
+_PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their positions start at pad_token_id + 1
 
 
 def from_files(
     directory: Path, task: TaskConfig, num_labels: int, pad_token_id: int, dtype: torch.dtype | str
 ) -> nn.Module:
-    """Loads a base and puts the task's head on it.
+    """Loads a base and adds the task's head.
 
     Args:
-        directory: With ``config.json`` and weights.
-        task: What the network is for.
+        directory: Directory with ``config.json`` and weights.
+        task: The task of the network.
         num_labels: Classes; 0 if the task has none.
-        pad_token_id: The tokenizer's.
-        dtype: Of the weights in memory; "auto" is as in the files, which are then mapped, not read.
+        pad_token_id: The tokenizer's padding token.
+        dtype: Precision of the weights in memory; "auto" keeps that of the files, which are then
+            memory-mapped.
 
     Raises:
         ModelError: The architecture has no network for this task, or the files lack weights.
@@ -49,7 +50,7 @@ def from_files(
 
 
 def on_meta(directory: Path, task: TaskConfig, num_labels: int, pad_token_id: int = 0) -> nn.Module:
-    """The same network without weights and without memory, from ``config.json`` alone.
+    """Builds the same network from ``config.json`` only: no weights, no memory.
 
     Raises:
         ModelError: The architecture has no network for this task.
@@ -63,19 +64,19 @@ def on_meta(directory: Path, task: TaskConfig, num_labels: int, pad_token_id: in
 
 
 def inner(network: nn.Module) -> Any:
-    """The transformers model inside, which is the network itself unless it is pooled by us."""
+    """Returns the transformers model inside: the network itself, or the encoder of our pooling."""
     from fedslm.models.pooling import MeanPoolingClassifier
 
     return network.encoder if isinstance(network, MeanPoolingClassifier) else network
 
 
 def checkpoint_activations(network: nn.Module) -> None:
-    """Makes the network forget its activations and compute them again in the backward pass.
+    """Makes the network recompute its activations in the backward pass instead of storing them.
 
-    The reentrant way: the other one runs forward passes that the hooks of private training miss.
+    Uses the reentrant variant: the other one runs forward passes that private training's hooks miss.
 
     Raises:
-        ModelError: The architecture cannot.
+        ModelError: The architecture does not support it.
     """
     try:
         inner(network).activation_checkpointing_enable({"use_reentrant": True})
@@ -86,17 +87,17 @@ def checkpoint_activations(network: nn.Module) -> None:
 
 
 def forgets_activations(module: nn.Module) -> bool:
-    """True for a layer that :func:`checkpoint_activations` has changed: it does so in training mode."""
+    """True for a layer changed by :func:`checkpoint_activations`; it recomputes in training mode."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return isinstance(module, GradientCheckpointingLayer) and bool(module.gradient_checkpointing)
 
 
 def check_length(network: nn.Module, task: TaskConfig) -> None:
-    """Refuses sequences longer than the model's positions: here, not when a long record comes.
+    """Refuses a maximum length above the model's positions, before a long record fails.
 
     Raises:
-        ModelError: With the number of positions.
+        ModelError: The maximum length is too large; the message gives the number of positions.
     """
     config: Any = network.config
     positions = getattr(config, "max_position_embeddings", None)
@@ -109,10 +110,10 @@ def check_length(network: nn.Module, task: TaskConfig) -> None:
 
 
 def check_vocabulary(network: nn.Module, num_tokens: int) -> None:
-    """Refuses a tokenizer that knows tokens for which the base has no embedding.
+    """Refuses a tokenizer with tokens that have no row in the base's embedding.
 
     Raises:
-        ModelError: With both numbers.
+        ModelError: The tokenizer has too many tokens; the message gives both numbers.
     """
     rows = int(inner(network).get_input_embeddings().weight.shape[0])
     if num_tokens > rows:
@@ -123,7 +124,7 @@ def check_vocabulary(network: nn.Module, num_tokens: int) -> None:
 
 
 def _configuration(directory: Path, num_labels: int, pad_token_id: int) -> Any:
-    """The config of a base as transformers has it, for a number of classes."""
+    """Loads the transformers config of a base, for a number of classes."""
     from transformers import AutoConfig, logging
 
     logging.set_verbosity_error()
@@ -135,13 +136,13 @@ def _configuration(directory: Path, num_labels: int, pad_token_id: int) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{directory}/config.json is not usable: {first(error)}") from error
-    if pad_token_id < config.vocab_size:  # else the vocabulary is refused, once there is an embedding
+    if pad_token_id < config.vocab_size:  # otherwise check_vocabulary refuses it later
         config.pad_token_id = pad_token_id
     return config
 
 
 def _class_for(task: TaskConfig, config: Any) -> Any:
-    """The class of transformers for a task and an architecture."""
+    """Returns the transformers class for a task and an architecture."""
     import transformers
 
     names, wanted = _names(task, bool(config.is_encoder_decoder))
@@ -156,7 +157,7 @@ def _class_for(task: TaskConfig, config: Any) -> Any:
 
 
 def _names(task: TaskConfig, is_encoder_decoder: bool) -> tuple[Any, str]:
-    """Names of classes by architecture, and what those are in words."""
+    """Returns class names by architecture, and a description of what the task needs."""
     from transformers.models.auto import modeling_auto as auto
 
     match TASKS[task.name].network:
@@ -186,22 +187,22 @@ def _names(task: TaskConfig, is_encoder_decoder: bool) -> tuple[Any, str]:
 
 
 def _is_pooled(task: TaskConfig) -> bool:
-    """True if the head is ours."""
+    """True if the task uses our own head."""
     return task.pooling == "mean" and TASKS[task.name].network == "classifier"
 
 
 def first(error: Exception) -> str:
-    """The first line of an error: transformers lists all it knows behind it."""
+    """Returns the first line of an error; transformers appends long lists after it."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _attention(wanted: Any) -> str:
-    """Padded attention, named: left to itself, a library may take a kernel that joins records."""
+    """Names padded attention: by default, a library may choose a kernel that joins records."""
     return "sdpa" if wanted._supports_sdpa else "eager"
 
 
 def _complete(directory: Path, loaded: tuple[nn.Module, dict[str, Any]], task: TaskConfig) -> nn.Module:
-    """Refuses a model with weights that its files lack, but for the head that the adapter brings."""
+    """Refuses a model whose files lack weights, except the head, which the adapter provides."""
     network, info = loaded
     new = ("pooler",) if _is_pooled(task) else HEAD_NAMES
     missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in new)
@@ -215,8 +216,8 @@ def _complete(directory: Path, loaded: tuple[nn.Module, dict[str, Any]], task: T
 
 
 def _finished(network: Any, task: TaskConfig, num_labels: int) -> nn.Module:
-    """Adds our own head where one is asked for, and checks what the task relies on."""
-    network.config.use_cache = False  # a cache of keys is of no use in training
+    """Adds our own head if the task needs it, and checks the task's assumptions."""
+    network.config.use_cache = False  # training does not use a KV cache
     if TASKS[task.name].network == "encoder-decoder":
         begins, pads = network.config.decoder_start_token_id, network.config.pad_token_id
         if begins != pads:

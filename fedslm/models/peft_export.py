@@ -1,4 +1,4 @@
-"""Any adapter as one ordinary LoRA adapter, which PEFT alone loads and merges."""
+"""Exports any adapter as one ordinary LoRA adapter that PEFT loads and merges without fedslm."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from fedslm.records import AdapterState, FloatArray
 if TYPE_CHECKING:
     import torch
 
-_ADAPTER = "default"  # PEFT's name of the one adapter
+_ADAPTER = "default"  # PEFT's name for the single adapter
 
 
 def plain(state: AdapterState, lora: LoraConfig) -> tuple[AdapterState, LoraConfig]:
     """Folds cores into A and appends deltas to the factors.
 
-    ``s·B·(R·A) + D_B·D_A`` is ``s·[B, D_B/s]·[R·A; D_A]``. All layers get the rank that the largest
-    needs, padded with zeros, and alpha is what keeps the scaling s.
+    ``s·B·(R·A) + D_B·D_A`` is ``s·[B, D_B/s]·[R·A; D_A]``. All layers get the largest rank that any
+    layer needs, padded with zeros; alpha is set so that the scaling stays s.
 
     Args:
         state: A whole adapter.
-        lora: What it was attached with.
+        lora: The config it was attached with.
 
     Returns:
-        The adapter and what it attaches with, whose rank may be beyond the bound of ``lora.rank``; both
-        as they were if there is neither a core nor a delta.
+        The adapter and the config it attaches with, whose rank may exceed the bound of ``lora.rank``;
+        both are unchanged if there is neither a core nor a delta.
 
     Raises:
-        ModelError: A factor lacks its other half, or a layer its A.
+        ModelError: A layer has only one factor of a pair, or lacks its A.
     """
     parts = {part_of(key) for key in state}
     if not parts & {"lora_R", "delta_A", "delta_B"}:
@@ -58,19 +58,19 @@ def plain(state: AdapterState, lora: LoraConfig) -> tuple[AdapterState, LoraConf
 def save_plain(
     adapter: AttachedAdapter, state: AdapterState, lora: LoraConfig, directory: Path
 ) -> AdapterState:
-    """Writes any adapter as PEFT does, so that ``PeftModel.from_pretrained`` loads it.
+    """Writes any adapter in PEFT's format, so that ``PeftModel.from_pretrained`` loads it.
 
     Args:
-        adapter: Of the model that it belongs to; it stays as it is.
+        adapter: The attached adapter of the model; it is not changed.
         state: A whole adapter.
-        lora: What the model was attached with.
-        directory: Where PEFT's files go.
+        lora: The config the model was attached with.
+        directory: The directory for PEFT's files.
 
     Returns:
         The tensors that were written.
 
     Raises:
-        ModelError: The state is not whole, or does not belong to this model.
+        ModelError: The state is not whole, or does not match this model.
     """
     import torch
 
@@ -95,7 +95,7 @@ def save_plain(
 
 
 def _factors(state: AdapterState, layer: str, scaling: float) -> tuple[FloatArray, FloatArray]:
-    """A and B of a layer, such that s·B·A is all that the layer adds."""
+    """Returns A and B of a layer, such that s·B·A is the layer's whole change."""
     down, up, core, down_aside, up_aside = (
         state.tensors.get(key_of(layer, part))
         for part in ("lora_A", "lora_B", "lora_R", "delta_A", "delta_B")
@@ -110,7 +110,7 @@ def _factors(state: AdapterState, layer: str, scaling: float) -> tuple[FloatArra
 
 
 def _with_rank(kept: Any, lora: LoraConfig) -> Any:
-    """PEFT's config with another rank and scaling."""
-    changed = copy.copy(kept)  # its sets keep their order in the file
+    """Returns PEFT's config with another rank and scaling."""
+    changed = copy.copy(kept)  # a shallow copy: its sets keep their order in the file
     changed.r, changed.lora_alpha = lora.rank, lora.alpha
     return changed

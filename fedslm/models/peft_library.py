@@ -1,7 +1,7 @@
-"""PEFT and bitsandbytes, imported without a compiler that it has no use for here.
+"""Imports PEFT and bitsandbytes without starting a compiler that is not needed here.
 
-PEFT imports bitsandbytes, whose plain-torch kernels ask for ``torch.compile`` while they are defined: a
-second and 40 MB for each process, for kernels that this library never compiles.
+PEFT imports bitsandbytes, whose plain-torch kernels call ``torch.compile`` when they are defined: this
+costs a second and 40 MB per process, for kernels that this library never compiles.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 
 
 def _bitsandbytes() -> Any:
-    """The library that packs weights, with its kernels as they are written."""
+    """Imports the library that packs weights, with its kernels uncompiled."""
     kept = torch.compile
-    # It warns of kernels that are fetched from the network; none of them is used.
+    # It warns about kernels that are downloaded; none of them is used.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     setattr(torch, "compile", _as_written)  # noqa: B010  (mypy knows its type)
     try:

@@ -1,9 +1,9 @@
 """Bases in 8 or 4 bits: the linear layers of a loaded base, quantised one at a time.
 
-What is not a linear layer stays as it is, but for embeddings, which keep half their bits. All is
-computed in the precision that the config names: a few rows of a weight at a time are widened where they
-are used, and activations are never rounded to integers, so that no record's rounding depends on
-another's. bitsandbytes packs and unpacks.
+Other layers stay unchanged, except embeddings, which keep half their bits. All computation uses the
+precision in the config: a few rows of a weight at a time are widened when they are used, and
+activations are never rounded to integers, so that no record's rounding depends on another's.
+bitsandbytes packs and unpacks the weights.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fedslm.models.networks import HEAD_NAMES, inner
 from fedslm.models.peft_library import bitsandbytes as bnb
 
 Kind = Literal["int8", "int4"]
-Rows = Callable[[slice, torch.Tensor], torch.Tensor]  # widened rows of a stored weight, like another
-_PIECE_BYTES = 1 << 20  # widened at a time
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+Rows = Callable[[slice, torch.Tensor], torch.Tensor]  # widens rows of a stored weight, like another
+_PIECE_BYTES = 1 << 20  # widened at once
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants from malloc.h
 _BLOCK = 64  # values that share a scale in 4 bits
 
 
@@ -34,13 +34,13 @@ def quantize(network: nn.Module, kind: Kind, dtype: torch.dtype, device: torch.d
     """Quantises a frozen base in place and moves it to its device.
 
     Args:
-        network: Best as its files map it: then the whole of it is never in memory at once.
-        kind: "int8" is one scale for each row, "int4" is NF4 in blocks of 64 with compressed scales.
-        dtype: What is computed in.
-        device: Where the base goes.
+        network: Best memory-mapped from its files: then the whole base is never in memory at once.
+        kind: "int8" uses one scale per row, "int4" is NF4 in blocks of 64 with compressed scales.
+        dtype: The precision of the computation.
+        device: The device for the base.
 
     Raises:
-        ModelError: This device or this machine's library cannot.
+        ModelError: This device or this machine's library does not support it.
 
     References:
         Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339); 2023, QLoRA (arXiv 2305.14314).
@@ -48,9 +48,7 @@ def quantize(network: nn.Module, kind: Kind, dtype: torch.dtype, device: torch.d
     left = _left_alone(network)
     smaller = _in_8_bits if kind == "int8" else _in_4_bits
     if kind == "int4":
-        _heap(
-            "mallopt", _M_MMAP_THRESHOLD, _PIECE_BYTES // 2
-        )  # it is unpacked into new memory each time
+        _heap("mallopt", _M_MMAP_THRESHOLD, _PIECE_BYTES // 2)  # each unpacking allocates new memory
         _heap("mallopt", _M_TRIM_THRESHOLD, 64 << 20)
     try:
         for name, layer in list(network.named_modules()):
@@ -64,32 +62,32 @@ def quantize(network: nn.Module, kind: Kind, dtype: torch.dtype, device: torch.d
             f"device"
         ) from error
     _keep_the_rest(network, dtype, device)
-    setattr(network, f"is_loaded_in_{'8bit' if kind == 'int8' else '4bit'}", True)  # PEFT asks for it
+    setattr(network, f"is_loaded_in_{'8bit' if kind == 'int8' else '4bit'}", True)  # PEFT checks it
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
-    """A layer in 8 bits; its activations are left alone, unlike the library's."""
+    """A layer in 8 bits; unlike the library's, it does not quantise its activations."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x·Wᵀ + b."""
         return _product(x, self.rows, self.out_features, self.bias)
 
     def rows(self, which: slice, like: torch.Tensor) -> torch.Tensor:
-        """Some rows of W."""
+        """Returns some rows of W."""
         packed = self.weight.data[which]
         scales = (self.weight.SCB[which].unsqueeze(1) / 127.0).to(like.dtype)
         return _room(packed, like).copy_(packed).mul_(scales)
 
 
 class Int4Linear(bnb.nn.Linear4bit):  # type: ignore[misc]
-    """A layer in 4 bits; the same in training and in evaluation, unlike the library's."""
+    """A layer in 4 bits; unlike the library's, it is the same in training and in evaluation."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x·Wᵀ + b."""
         return _product(x, self.rows, self.out_features, self.bias)
 
     def rows(self, which: slice, like: torch.Tensor) -> torch.Tensor:
-        """Some rows of W; they begin where a block of values does."""
+        """Returns some rows of W; they start at a block boundary."""
         state = self.weight.quant_state
         scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
         start, stop, _ = which.indices(self.out_features)
@@ -106,7 +104,7 @@ class HalfStored(nn.Linear):
     """An output layer whose weight is stored in fewer bits than it is computed in.
 
     Args:
-        layer: Gives weight and bias; the weight may be an embedding's too.
+        layer: The layer with weight and bias; the weight may be tied to an embedding.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -119,13 +117,13 @@ class HalfStored(nn.Linear):
         return _product(input, self.rows, self.out_features, self.bias)
 
     def rows(self, which: slice, like: torch.Tensor) -> torch.Tensor:
-        """Some rows of W."""
+        """Returns some rows of W."""
         stored = self.weight.data[which]
         return _room(stored, like).copy_(stored)
 
 
 def _product(x: torch.Tensor, rows: Rows, count: int, bias: torch.Tensor | None) -> torch.Tensor:
-    """x·Wᵀ + b of a stored weight, in the precision that is computed in."""
+    """Returns x·Wᵀ + b of a stored weight, in the precision of the computation."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
@@ -134,11 +132,11 @@ def _product(x: torch.Tensor, rows: Rows, count: int, bias: torch.Tensor | None)
 
 
 class _Widened(torch.autograd.Function):
-    """x·Wᵀ in the precision of x, of a weight that is frozen and widened a few rows at a time."""
+    """x·Wᵀ in the precision of x, with a frozen weight that is widened a few rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rows: Rows, count: int) -> torch.Tensor:
-        """Fills the product piece by piece."""
+        """Computes the product piece by piece."""
         ctx.rows, ctx.count, ctx.width = rows, count, x.shape[-1]
         product = x.new_empty((*x.shape[:-1], count))
         for piece in _pieces(x, count, ctx.width):
@@ -147,7 +145,7 @@ class _Widened(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Adds up what each piece gives."""
+        """Sums the gradients of all pieces."""
         (gradient,) = gradients
         total = gradient.new_zeros((*gradient.shape[:-1], ctx.width))
         for piece in _pieces(gradient, ctx.count, ctx.width):
@@ -156,7 +154,7 @@ class _Widened(torch.autograd.Function):
 
 
 def _pieces(like: torch.Tensor, count: int, width: int) -> Iterator[slice]:
-    """Rows that are widened together; all of them where the device has an allocator of its own."""
+    """Yields the rows that are widened together; all rows at once if the device is not the CPU."""
     size = count
     if like.device.type == "cpu":
         size = max(_BLOCK, _PIECE_BYTES // like.element_size() // width // _BLOCK * _BLOCK)
@@ -165,7 +163,7 @@ def _pieces(like: torch.Tensor, count: int, width: int) -> Iterator[slice]:
 
 
 class _Rooms(threading.local):
-    """A thread's memory for widened rows; anew for each piece, it would tear holes into the heap."""
+    """A thread's memory for widened rows; a new buffer per piece would fragment the heap."""
 
     def __init__(self) -> None:
         self.of: dict[torch.dtype, torch.Tensor] = {}
@@ -175,24 +173,24 @@ _ROOMS = _Rooms()
 
 
 def _room(stored: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Memory for widened rows, good until the next call."""
+    """Returns memory for widened rows, valid until the next call."""
     if like.device.type != "cpu":
         return like.new_empty(stored.shape)
     room = _ROOMS.of.get(like.dtype)
     if room is None or room.numel() < stored.numel():
-        with torch.inference_mode(False):  # made in evaluation, it is still to serve in training
+        with torch.inference_mode(False):  # created in evaluation, but also used in training
             room = _ROOMS.of[like.dtype] = torch.empty(stored.numel(), dtype=like.dtype)
     return room[: stored.numel()].view(stored.shape)
 
 
 def _heap(function: str, *numbers: int) -> None:
-    """Asks glibc to give back what it holds free: else the holes take more than the base itself."""
+    """Makes glibc return free memory: otherwise fragmentation takes more than the base itself."""
     with suppress(AttributeError, OSError, TypeError):  # other C libraries do not need it
         getattr(ctypes.CDLL(None), function)(*numbers)
 
 
 def _left_alone(network: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """Says which linear layers are not quantised: heads, the output, what must stay precise."""
+    """Returns a test for the linear layers to leave unquantised: heads, output, precise ones."""
     output = inner(network).get_output_embeddings()
     precise = set(inner(network)._keep_in_fp32_modules or ())
 
@@ -204,13 +202,13 @@ def _left_alone(network: nn.Module) -> Callable[[str, nn.Module], bool]:
 
 
 def _stored(layer: Any) -> torch.Tensor:
-    """A layer's weight of shape (outputs, inputs); GPT-2 stores it the other way round."""
+    """Returns a layer's weight with shape (outputs, inputs); GPT-2 stores it transposed."""
     weight: torch.Tensor = layer.weight.data
     return weight.t() if isinstance(layer, Conv1D) else weight
 
 
 def _in_8_bits(layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Packs a layer, a few rows at a time."""
+    """Packs a layer in 8 bits, a few rows at a time."""
     weight = _stored(layer)
     count, width = weight.shape
     packed = torch.empty((count, width), dtype=torch.int8, device=device)
@@ -225,7 +223,7 @@ def _in_8_bits(layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Modul
 
 
 def _in_4_bits(layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Packs a layer."""
+    """Packs a layer in 4 bits."""
     weight = _stored(layer).to(dtype).contiguous()
     count, width = weight.shape
     with torch.device("meta"):
@@ -238,14 +236,14 @@ def _in_4_bits(layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Modul
 
 
 def _with_bias(new: Any, layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Gives a packed layer the bias of the one that it stands for."""
+    """Gives a packed layer the bias of the layer that it replaces."""
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.data.to(device, dtype), requires_grad=False)
     return new  # type: ignore[no-any-return]
 
 
 def _keep_the_rest(network: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Moves what is not quantised; embeddings and the output layer keep half their bits."""
+    """Moves the layers that are not quantised; embeddings and the output layer keep half their bits."""
     stored = torch.bfloat16 if dtype == torch.float32 else dtype
     output = inner(network).get_output_embeddings()
     moved: dict[int, nn.Parameter] = {}
@@ -267,5 +265,5 @@ def _keep_the_rest(network: nn.Module, dtype: torch.dtype, device: torch.device)
 
 
 def _widened(dtype: torch.dtype, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """What an embedding gave, in the precision that is computed in."""
+    """Returns an embedding's output in the precision of the computation."""
     return output.to(dtype)

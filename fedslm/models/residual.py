@@ -1,8 +1,9 @@
-"""What aggregation put aside beside LoRA: a low-rank change of a layer that is never trained.
+"""The remainder that aggregation keeps next to LoRA: a low-rank, untrained change of a layer.
 
-An aggregate of clients' products is in general of a higher rank than the adapter. What the adapter
-cannot hold stays exact as ``D_B·D_A`` with a scaling of 1, computed beside the layer and never added to
-the base's weights: the base stays the one whose hash everybody checked, and no rounding piles up in it.
+An aggregate of clients' products generally has a higher rank than the adapter. The part that the
+adapter cannot represent stays exact as ``D_B·D_A`` with a scaling of 1. It is computed next to the
+layer and never added to the base's weights: the base keeps the hash that was checked, and no
+rounding accumulates in it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _Pair = tuple[torch.Tensor, torch.Tensor]
 class Deltas:
     """The deltas of a network's adapted layers.
 
-    They are no parameters and no buffers: an optimizer, Opacus, PEFT's files and an average of
-    parameters do not see them. Gradients pass through them to the layers below.
+    They are not parameters and not buffers: an optimizer, Opacus, PEFT's files and an average of
+    parameters do not include them. Gradients pass through them to the layers below.
 
     Args:
-        layers: Layer, as in adapter keys, to PEFT's module, whose output is added to.
+        layers: Maps each layer's name in adapter keys to PEFT's module; deltas are added to its output.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -44,13 +45,13 @@ class Deltas:
         return len(self._pairs)
 
     def check(self, state: AdapterState) -> None:
-        """Refuses deltas that do not fit.
+        """Refuses deltas that do not fit the layers.
 
         Args:
-            state: Keys of deltas alone.
+            state: Only keys of deltas.
 
         Raises:
-            ModelError: A layer is unknown, has one factor alone, or a shape differs.
+            ModelError: A layer is unknown, has only one factor, or a shape differs.
         """
         for layer in _layers(state):
             keys = key_of(layer, "delta_A"), key_of(layer, "delta_B")
@@ -72,11 +73,11 @@ class Deltas:
                 )
 
     def write(self, state: AdapterState, *, others_stay: bool) -> None:
-        """Takes over deltas that were checked.
+        """Stores deltas that were checked.
 
         Args:
-            state: Keys of deltas alone; a delta of rank 0 is none.
-            others_stay: Whether layers without a delta in ``state`` keep the one they have.
+            state: Only keys of deltas; a delta of rank 0 removes the layer's delta.
+            others_stay: Whether layers without a delta in ``state`` keep their current one.
         """
         if not others_stay:
             self._pairs.clear()
@@ -90,7 +91,7 @@ class Deltas:
     def _add(
         self, layer: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Adds D_B·(D_A·x), in the precision of LoRA's own path: (W + s·B·A + D_B·D_A)·x in all."""
+        """Adds D_B·(D_A·x), in the precision of LoRA's own path: in total (W + s·B·A + D_B·D_A)·x."""
         pair = self._pairs.get(layer)
         if pair is None or module.disable_adapters:
             return None
@@ -100,11 +101,11 @@ class Deltas:
 
 
 def _layers(state: Iterable[str]) -> list[str]:
-    """Layers that a state has a delta's factor of, sorted."""
+    """Returns the layers for which a state has a factor of a delta, sorted."""
     return sorted({key.removesuffix(f".{part_of(key)}.weight") for key in state})
 
 
 def _tensor(values: FloatArray, device: torch.device) -> torch.Tensor:
-    """A copy that training can compute with, wherever it is made."""
+    """Returns a copy that training can use, even if it is created in inference mode."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device)
