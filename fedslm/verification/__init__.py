@@ -1,1 +1,1 @@
-"""The promises of the private path, tried out."""
+"""Tests of the private path's guarantees."""

@@ -1,9 +1,9 @@
 """An empirical lower bound on epsilon: the strongest attacker against the mechanism that runs.
 
-Each canary is a unit whose gradient has a coordinate of its own and is far too long. Half of them,
-drawn at random, are in the data. Sampler, clip, noise and optimizer are those of a training step; the
-attacker sees every noisy sum and knows everything but who was in. What they can tell is evidence that
-the code does what the accountant assumes, and no proof: the upper bound is the accountant's.
+Each canary is a unit whose gradient has its own coordinate and is far too long. Half of them, drawn at
+random, are in the data. Sampler, clip, noise and optimizer are those of a training step; the attacker
+sees every noisy sum and knows everything except who was in the data. The result is evidence that the
+code does what the accountant assumes, not a proof: the upper bound is the accountant's.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from fedslm.privacy.randomness import SecureStream
 from fedslm.rng import stream
 from fedslm.training.steps import private_optimizer
 
-_TOO_LONG = 10.0  # clip norms
-_ROWS = 512  # canaries in one piece of a step
+_TOO_LONG = 10.0  # in clip norms
+_ROWS = 512  # canaries in one micro-batch of a step
 _THRESHOLDS = 200
 _RATES = (0.01, 0.1)
 _FEWEST, _WORK = 2_000, 1e10
-_SURPRISE = 1e-6  # how unlikely a measurement must be to contradict the bound
+_SURPRISE = 1e-6  # a measurement must be this unlikely to contradict the bound
 _LARGEST_RATE = 0.999
 
 
 @dataclass(frozen=True)
 class Attack:
-    """How many members the attacker pointed out at a rate of false alarms.
+    """The share of members that the attacker identified at a given false positive rate.
 
     Attributes:
-        false_positive_rate: What the attacker aimed at.
-        measured: Share of members that they pointed out.
-        bound: Largest share that any attacker can, by the accountant.
+        false_positive_rate: The attacker's target rate.
+        measured: Share of members that the attacker identified.
+        bound: Largest share that any attacker can identify, by the accountant.
         within_bound: False if the measurement cannot be explained by chance within the bound.
     """
 
@@ -50,16 +50,16 @@ class Attack:
 
 @dataclass(frozen=True)
 class EmpiricalBound:
-    """What an attacker achieved.
+    """The result of the attack.
 
     Attributes:
-        lower: Lower bound on epsilon; 0 if the attacker learnt nothing significant.
+        lower: Lower bound on epsilon; 0 if the attacker learned nothing significant.
         upper: Epsilon of the same steps by the accountant.
         delta: The delta of both.
-        confidence: Chance with which the lower bound holds.
-        canaries: Units that were inserted or left out.
-        steps: Noisy steps that the attacker saw.
-        attacks: Members pointed out at several rates of false alarms.
+        confidence: Probability with which the lower bound holds.
+        canaries: Number of units that were inserted or left out.
+        steps: Number of noisy steps that the attacker saw.
+        attacks: Members identified at several false positive rates.
     """
 
     lower: float
@@ -72,7 +72,7 @@ class EmpiricalBound:
 
     @property
     def consistent(self) -> bool:
-        """False if the mechanism leaks more than was proven: then one of the two is wrong."""
+        """False if the mechanism leaks more than was proven: then the code or the proof is wrong."""
         return self.lower <= self.upper and all(attack.within_bound for attack in self.attacks)
 
 
@@ -84,12 +84,12 @@ def empirical_bound(
     Formal guarantees:
         * If the steps together are (epsilon, delta)-private for a unit, ``lower`` is above epsilon with
           probability at most ``1 - confidence``: the threshold is chosen on one half of the canaries
-          and judged on the other, by Clopper-Pearson bounds. Canaries do not touch one another's
-          coordinate, so each is an experiment of its own.
+          and evaluated on the other, by Clopper-Pearson bounds. Canaries do not affect one another's
+          coordinate, so each is a separate experiment.
 
     Args:
         plan: ``steps_per_round`` steps are attacked, at its sampler, clip and noise.
-        canaries: Most canaries, >= 2,000; fewer if they would take long.
+        canaries: Most canaries, >= 2,000; fewer are used if they would take long.
         confidence: In (0, 1).
 
     References:
@@ -122,13 +122,13 @@ def empirical_bound(
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores of canaries, and which of them were in the data."""
+    """The canaries' scores, and which of them were in the data."""
 
     scores: NDArray[np.float64]
     present: NDArray[np.bool_]
 
     def rates(self, threshold: float, level: float) -> tuple[float, float]:
-        """Lower bound of the true and upper bound of the false positive rate, each at ``level``."""
+        """Bounds the true positive rate from below and the false one from above, each at ``level``."""
         from scipy.stats import beta
 
         accused = self.scores > threshold
@@ -139,13 +139,13 @@ class _Scores:
         return lower, upper
 
     def bound(self, threshold: float, delta: float, level: float) -> float:
-        """Lower bound on epsilon from one threshold."""
+        """Returns a lower bound on epsilon from one threshold."""
         true_rate, false_rate = self.rates(threshold, level)
         return math.log((true_rate - delta) / false_rate) if true_rate - delta > false_rate else 0.0
 
 
 def _attack(rate: float, fitting: _Scores, judging: _Scores, plan: PrivatePlan) -> Attack:
-    """Aims at a rate of false alarms on one half, and counts on the other."""
+    """Sets the threshold for a false positive rate on one half, and evaluates it on the other."""
     threshold = float(np.quantile(fitting.scores[~fitting.present], 1 - rate))
     measured = float((judging.scores[judging.present] > threshold).mean())
     true_rate, false_rate = judging.rates(threshold, _SURPRISE)
@@ -156,7 +156,7 @@ def _attack(rate: float, fitting: _Scores, judging: _Scores, plan: PrivatePlan) 
 
 
 def _releases(plan: PrivatePlan, present: NDArray[np.bool_]) -> Iterator[NDArray[np.float64]]:
-    """The noisy sums of all steps in clip norms, one value for each canary."""
+    """Yields the noisy sum of each step in clip norms, one value per canary."""
     parameter = torch.nn.Parameter(torch.zeros(len(present)))
     optimizer = private_optimizer(torch.optim.SGD([parameter], lr=1.0), plan)
     members = np.flatnonzero(present)
@@ -175,8 +175,8 @@ def _releases(plan: PrivatePlan, present: NDArray[np.bool_]) -> Iterator[NDArray
 
 
 def _log_likelihood_ratio(plan: PrivatePlan, release: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How much more likely each canary's coordinate is if the canary is in the data."""
+    """Returns each canary's log-likelihood ratio, in the data against not in the data."""
     shift = (2 * release - 1) / (2 * plan.noise_multiplier**2)
     rate = plan.sample_rate
-    with np.errstate(divide="ignore"):  # a rate of 1 leaves no chance to be left out
+    with np.errstate(divide="ignore"):  # with a rate of 1 every member is in the sample
         return np.logaddexp(np.log1p(-rate), math.log(rate) + shift)

@@ -1,4 +1,4 @@
-"""The embedded model, and steps of the real path that can be looked into, for the self-test."""
+"""The embedded model, and observable steps of the real path, for the self-test."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from fedslm.training.batches import Unit
 from fedslm.training.local import enter_training
 from fedslm.training.steps import PrivateStep, stepping
 
-WILD, BROKEN = 2, 3  # class of a record whose gradient is infinite; of one that cannot be computed
+WILD, BROKEN = 2, 3  # classes: the gradient is infinite; the batch cannot be computed
 _MICRO_BATCH = 8
 
 
 class AdversarialTask(Classification):
-    """Classification in which a class can make its record's gradient infinite, or the batch fail."""
+    """Classification in which some classes make the record's gradient infinite, or the batch fail."""
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Each record's loss; infinite for one class, an error for another."""
+        """Returns each record's loss; it is infinite for one class, and another class raises."""
         labels = batch["labels"]
         if bool((labels == BROKEN).any()):
             raise ValueError("a record that cannot be computed")
@@ -43,7 +43,7 @@ class AdversarialTask(Classification):
 
 @dataclass(frozen=True)
 class Bench:
-    """The embedded model and what the checks do with it."""
+    """The embedded model and the operations that the checks need."""
 
     model: LoadedModel
     task: AdversarialTask
@@ -51,7 +51,7 @@ class Bench:
 
     @classmethod
     def load(cls) -> Bench:
-        """Loads a model of its own, so that the node's stays loaded."""
+        """Loads a separate model, so that the node's stays loaded."""
         base = ModelConfig(base="demo")
         config = TaskConfig(name="classification", pooling="mean", max_length=32)
         labels = ("a", "b", "wild", "broken")
@@ -66,7 +66,7 @@ class Bench:
         return cls(model, AdversarialTask(labels, "text", "label", 32), start)
 
     def steps(self, plan: PrivatePlan, batches: Sequence[Sequence[Unit]]) -> Seen:
-        """Steps of the real path, all in one round."""
+        """Takes steps of the real path, all in one round, and records them."""
         adapter = self.model.adapter
         adapter.write(self.start)
         adapter.train_only(set(self.start))
@@ -92,13 +92,13 @@ class Bench:
         return Seen(exact, noise, moved)
 
     def total(self, plan: PrivatePlan, units: Sequence[Unit]) -> torch.Tensor:
-        """The sum of one step before the noise."""
+        """Returns the sum of one step before noise."""
         return self.steps(plan, [units]).exact[0]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the hook saw in each step, and whether every tensor moved."""
+    """The sums and the noise that the hook recorded in each step, and whether every tensor moved."""
 
     exact: list[torch.Tensor]
     noise: list[torch.Tensor]
@@ -106,11 +106,11 @@ class Seen:
 
 
 def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All values in one float64 vector on the CPU."""
+    """Concatenates all values into one float64 vector on the CPU."""
     return torch.cat([tensor.detach().cpu().double().flatten() for tensor in tensors])
 
 
 def example(length: int, target: int = 0) -> Example:
-    """A record of a given length."""
+    """Creates a record of a given length."""
     tokens = stream(length, "self-test", target).integers(5, 1700, size=length)
     return Example(tuple(int(token) for token in tokens), target)

@@ -1,11 +1,11 @@
-"""The self-test that a node passes before it trains: the promises of the privacy code, tried out.
+"""The self-test that a node must pass before it trains: it tests the privacy code's guarantees.
 
-Everything goes through the code that trains (plans, steps, noise, ledger), on the embedded model; the
-only thing that looks inside is Opacus' own step hook, which sees the sum before and after the noise.
+All checks use the code that trains (plans, steps, noise, ledger), on the embedded model. Only Opacus'
+own step hook looks inside: it sees the sum before and after the noise.
 
 References:
     Cebere et al. 2026 (replaying neighbours); the checks of noise and sampler are exact tests with a
-    chance of about 1e-8 to fail on a sound node.
+    probability of about 1e-8 to fail on a sound node.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from fedslm.training.steps import logger as steps_logger
 from fedslm.verification.harness import BROKEN, WILD, Bench, example
 
 _CLIP_NORM = 0.05  # small, so that every gradient is clipped
-_SLACK = 1e-4  # float32 gradients of shared passes of other shapes
-_WIDE = 1e6  # large, so that none is
+_SLACK = 1e-4  # tolerance for float32 gradients of shared passes with other shapes
+_WIDE = 1e6  # large, so that no gradient is clipped
 _COUPLING = 1e-3
 _STEPS = 60
 _SAMPLES = 400
@@ -53,12 +53,12 @@ _PLAN = ExamplePlan(8.0, 1e-5, _CLIP_NORM, 1.5, 0.03, 16, _STEPS, batched=True) 
 
 @dataclass(frozen=True)
 class Check:
-    """One promise that was tried out.
+    """One guarantee that was tested.
 
     Attributes:
-        name: What must hold.
-        passed: Whether it did.
-        detail: The figures.
+        name: The guarantee.
+        passed: Whether it held.
+        detail: The measured values.
     """
 
     name: str
@@ -71,7 +71,7 @@ class SelfTest:
     """The result of a self-test.
 
     Attributes:
-        checks: In the order in which they ran.
+        checks: The checks, in the order in which they ran.
         seconds: Wall time.
     """
 
@@ -80,17 +80,17 @@ class SelfTest:
 
     @property
     def passed(self) -> bool:
-        """True if every promise held."""
+        """True if every guarantee held."""
         return all(check.passed for check in self.checks)
 
     @property
     def failures(self) -> list[str]:
-        """What did not hold."""
+        """The checks that failed, each with its detail."""
         return [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
 
 
 def run_self_test() -> SelfTest:
-    """Tries every promise out, with one thread; an exception counts as a failure."""
+    """Runs all checks with one thread; an exception counts as a failure."""
     began = time.monotonic()
     checks: list[tuple[str, Callable[[Bench], tuple[bool, str]]]] = [
         ("removing any one record moves the sum by at most the clip norm", _records),
@@ -109,7 +109,7 @@ def run_self_test() -> SelfTest:
         for name, check in checks:
             try:
                 passed, detail = check(bench)
-            except Exception as error:  # whatever it was, the promise was not shown to hold
+            except Exception as error:  # any error means that the guarantee was not shown to hold
                 passed, detail = False, f"{type(error).__name__}: {error}"
             results.append(Check(name, passed, detail))
     return SelfTest(tuple(results), round(time.monotonic() - began, 2))
@@ -117,7 +117,7 @@ def run_self_test() -> SelfTest:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps warnings of records that fail on purpose out of the client's log."""
+    """Keeps warnings about records that fail on purpose out of the client's log."""
     disabled, steps_logger.disabled = steps_logger.disabled, True
     try:
         yield
@@ -127,7 +127,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Computes with one thread: between these tiny steps, others spin and cost most of the time."""
+    """Computes with one thread: in steps this small, idle threads spin and cost most of the time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -137,7 +137,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def kernels() -> str:
-    """What a step's bits depend on besides code: processor, threads and precision."""
+    """Describes what a step's bits depend on besides code: processor, threads and precision."""
     device, precision = device_of(ModelConfig(base="demo")), torch.get_float32_matmul_precision()
     gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
     return (
@@ -148,7 +148,7 @@ def kernels() -> str:
 
 
 def _records(bench: Bench) -> tuple[bool, str]:
-    """Adversarial records against an ordinary batch."""
+    """Tests adversarial records against an ordinary batch."""
     others: list[Unit] = [[example(length, length % 2)] for length in (3, 5, 9, 14)]
     extra: dict[str, Unit] = {
         "ordinary": [example(6)],
@@ -162,7 +162,7 @@ def _records(bench: Bench) -> tuple[bool, str]:
 
 
 def _users(bench: Bench) -> tuple[bool, str]:
-    """Adversarial users against an ordinary batch."""
+    """Tests adversarial users against an ordinary batch."""
     plan = _user_plan(_CLIP_NORM, cap=5)
     others: list[Unit] = [[example(3), example(9, 1)], [example(5)], [example(14, 1)] * 3]
     extra: dict[str, Unit] = {
@@ -176,7 +176,7 @@ def _users(bench: Bench) -> tuple[bool, str]:
 
 
 def _user_plan(clip_norm: float, cap: int) -> UserPlan:
-    """A plan with the user as its unit."""
+    """Returns a plan with the user as its unit."""
     values = {**asdict(_PLAN), "clip_norm": clip_norm}
     return UserPlan(**values, unit_column="p", max_records_per_unit=cap)
 
@@ -184,10 +184,10 @@ def _user_plan(clip_norm: float, cap: int) -> UserPlan:
 def _neighbours(
     bench: Bench, plan: PrivatePlan, others: list[Unit], extra: dict[str, Unit]
 ) -> tuple[bool, str]:
-    """Steps with and without each extra unit, and alone against an empty sample.
+    """Compares steps with and without each extra unit, and one unit with an empty sample.
 
-    With a clip norm that clips nothing, a unit must add exactly what it adds alone: no loss, weight or
-    layer may couple it to the others.
+    With a clip norm that clips nothing, a unit must add exactly what it adds on its own: no loss,
+    weight or layer may couple it to the others.
     """
     without = bench.total(plan, others)
     moves = {
@@ -212,7 +212,7 @@ def _neighbours(
 
 
 def _noise(bench: Bench) -> tuple[bool, str]:
-    """Pure-noise steps: deviation, shape, independence, and that the test of shape could fail."""
+    """Tests pure-noise steps: deviation, shape, independence, and the power of the shape test."""
     from scipy import stats
 
     noises = bench.steps(_PLAN, [[], [], []]).noise
@@ -234,7 +234,7 @@ def _noise(bench: Bench) -> tuple[bool, str]:
 
 
 def _sampler(bench: Bench) -> tuple[bool, str]:
-    """Who is in the samples, how many, and who together; of records and of users; none cut off."""
+    """Tests which units are in the samples, how many and which together; for records and users; none cut off."""
     passed, scores, cap = True, [], 4
     seeded = stream(0, "self-test")
     for plan, population in ((_PLAN, 3000), (_user_plan(1.0, cap), 500)):
@@ -261,17 +261,17 @@ def _sampler(bench: Bench) -> tuple[bool, str]:
 
 
 def _is_one(unit: np.ndarray, owners: list[str], cap: int) -> bool:
-    """True if a unit holds different records of one owner, at most the cap."""
+    """True if a unit has different records of one owner, at most the cap."""
     return 1 <= len(set(unit.tolist())) == len(unit) <= cap and len({owners[r] for r in unit}) == 1
 
 
 def _z(count: int, trials: int, rate: float) -> float:
-    """Standard score of a binomial count."""
+    """Returns the standard score of a binomial count."""
     return (count - trials * rate) / math.sqrt(trials * rate * (1 - rate))
 
 
 def _dispersion(counts: np.ndarray, trials: int, rate: float) -> float:
-    """Standard score of the variance of independent binomial counts."""
+    """Returns the standard score of the variance of independent binomial counts."""
     variance = trials * rate * (1 - rate)
     squares = (counts - trials * rate) ** 2 / variance
     spread = math.sqrt((2 + (1 - 6 * rate * (1 - rate)) / variance) * len(counts))
@@ -279,7 +279,7 @@ def _dispersion(counts: np.ndarray, trials: int, rate: float) -> float:
 
 
 def _empty(bench: Bench) -> tuple[bool, str]:
-    """A round over no records releases the noise of all the steps that it is charged for."""
+    """Tests that a round over no records releases the noise of all the steps that are charged."""
     work = LocalWork(bench.start, frozenset(bench.start), 0, 1, 0)
     training = TrainingConfig(optimizer="sgd", learning_rate=1.0)
     released = train(bench.model, bench.task, [], _PLAN, training, work)
@@ -292,7 +292,7 @@ def _empty(bench: Bench) -> tuple[bool, str]:
 
 
 def _seeds(bench: Bench) -> tuple[bool, str]:
-    """Seeding everything that can be seeded repeats neither noise nor samples."""
+    """Tests that seeding every generator repeats neither noise nor samples."""
     metered, owners = replace(_PLAN, metric_noise_multiplier=2.0), [str(n) for n in range(400)]
     noises, samples = [], []
     for _ in range(2):
@@ -303,21 +303,21 @@ def _seeds(bench: Bench) -> tuple[bool, str]:
         _seed_everything()
         batches = list(_PLAN.batches(owners, np.random.default_rng(0)))
         samples.append([int(unit[0]) for batch in batches for unit in batch])
-    repeated = float((noises[0] == noises[1]).double().mean())  # float32 values may meet by chance
+    repeated = float((noises[0] == noises[1]).double().mean())  # float32 values may coincide by chance
     differ = bool((noises[0][-2:] != noises[1][-2:]).all())
     passed = repeated <= 1 - _DISTINCT and differ and samples[0] != samples[1]
     return passed, "two draws under the same seeds differ" if passed else "a seed repeats randomness"
 
 
 def _seed_everything() -> None:
-    """What a hostile or careless caller does."""
+    """Seeds all global generators, as a hostile or careless caller may do."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
 
 
 def _accountants(bench: Bench) -> tuple[bool, str]:
-    """A known figure by three accountants, and by what the ledger asks."""
+    """Compares three accountants and the ledger's value with a known figure."""
     event = Event(0.032, 0.946, 150)
     accounts = accounting.cross_check([event], 1e-5)
     asked = accounting.epsilon([event], 1e-5)
@@ -326,7 +326,7 @@ def _accountants(bench: Bench) -> tuple[bool, str]:
 
 
 def _metric(bench: Bench) -> tuple[bool, str]:
-    """One user's ten records move the two numbers by at most one each; both are noised."""
+    """Tests that one user's ten records move the two numbers by at most one each, and the noise."""
     exact = replace(_user_plan(1.0, 4), metric_noise_multiplier=1e-6)
     one = [replace(example(length), owner="one") for length in range(3, 13)]
     score, units = noisy_metric(bench.model, bench.task, one, bench.start, exact)
@@ -343,7 +343,7 @@ def _metric(bench: Bench) -> tuple[bool, str]:
 
 
 def _ledger(bench: Bench) -> tuple[bool, str]:
-    """A ledger takes what fits, refuses what does not, and notices what was changed or left out."""
+    """Tests that a ledger accepts what fits, refuses what does not, and detects changes or gaps."""
     charge = Charge(Event(0.05, 3.0, 10), ADAPTER, 1.0, 1e-5, "run", 1, "", "", "", "", "", "")
     with tempfile.TemporaryDirectory() as directory:
         key = keys.signing_key(Path(directory))
