@@ -1,4 +1,4 @@
-"""What is learned: one file for each task."""
+"""Tasks: one module per task."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def build(task: TaskConfig, data: DataConfig, labels: tuple[str, ...]) -> Task:
     """Builds the task that a config names.
 
     Args:
-        task: Name, lengths and prompt.
-        data: Columns.
+        task: Name, lengths and prompt of the task.
+        data: Columns of the data.
         labels: Class names, from the config or the public split.
     """
     text, target = data.text_column, str(data.label_column)

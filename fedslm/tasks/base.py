@@ -1,7 +1,7 @@
-"""The seam between what is learned and everything else.
+"""The interface between a task and all other code.
 
-A task prepares rows into examples, collates examples into a padded batch, gives one loss per example
-(never a mean over a batch: examples must not be coupled), and turns added-up statistics into metrics.
+A task prepares rows into examples, collates examples into a padded batch, returns one loss per example
+(never a mean over a batch: examples must not be coupled), and turns summed statistics into metrics.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Tokens = tuple[int, ...]
 Tensors = dict[str, "torch.Tensor"]
 Sums = Mapping[str, NDArray[np.float64]]
 Row = Mapping[str, Any]
-INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")  # what of a batch a network takes
-CHARACTERS = 32  # of a text, for each token that is wanted: a public bound on what one record costs
+INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")  # tensors that a network takes
+CHARACTERS = 32  # characters of a text per token wanted: a public bound on the cost of one record
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Example:
 
     Attributes:
         input_ids: Token ids, at least one.
-        target: Class index; -1 where something else is the target.
-        owner: Whose the record is, where that matters (privacy.unit = "user").
-        targets: What each task says: a tag, a word or a label for each token, tokens to be written, or
-            0 and 1 for each class.
+        target: Class index; -1 if the task has another kind of target.
+        owner: The owner of the record, if privacy.unit = "user"; otherwise empty.
+        targets: Depends on the task: a tag, a word or a label for each token, the tokens to generate,
+            or 0 and 1 for each class.
         rejected: The same prompt with the worse answer (preference).
     """
 
@@ -46,7 +46,7 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Longest sequence that the example needs."""
+        """Length of the longest sequence that the example needs."""
         own = max(len(self.input_ids), len(self.targets))
         return own if self.rejected is None else max(own, self.rejected.length)
 
@@ -56,10 +56,10 @@ class Prepared:
     """A client's examples.
 
     Attributes:
-        examples: What can be trained on.
-        kept: Index of the row behind each example. Records without tokens or with an unknown label are
-            left out; whether one is depends on it alone.
-        truncated: Number of examples that were cut to the longest length.
+        examples: The usable examples.
+        kept: Row index of each example. Records without tokens or with an unknown label are skipped;
+            whether one is depends only on the record itself.
+        truncated: Number of examples that were truncated to the maximum length.
     """
 
     examples: tuple[Example, ...]
@@ -68,7 +68,7 @@ class Prepared:
 
     @classmethod
     def of(cls, made: Iterable[tuple[int, Example, bool]]) -> Prepared:
-        """Gathers (row, example, whether it was cut)."""
+        """Collects (row index, example, whether it was truncated)."""
         rows = list(made)
         return cls(
             tuple(example for _, example, _ in rows),
@@ -78,7 +78,7 @@ class Prepared:
 
 
 class Task(Protocol):
-    """What is learned."""
+    """A training task."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class Task(Protocol):
 
     @property
     def rows_per_example(self) -> int:
-        """Rows of a batch that stand together for one example."""
+        """Number of adjacent batch rows that belong to one example."""
 
     @property
     def uses_base(self) -> bool:
@@ -94,28 +94,28 @@ class Task(Protocol):
 
     @property
     def headline(self) -> str:
-        """Name of the metric that people look at first."""
+        """Name of the main metric."""
 
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-        """Tokenises rows."""
+        """Tokenises rows into examples."""
 
     def made_up(self) -> Example:
-        """An example of no one's, to try a model out with."""
+        """Returns an artificial example, for testing a model without any user's data."""
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads examples on the right into ``input_ids``, ``attention_mask`` and ``labels``."""
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Loss of each example, shape (batch,), independent of the other examples."""
+        """Returns the loss of each example, shape (batch,), independent of the other examples."""
 
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """How right each example is, in [0, 1], shape (batch,), independent of the other examples."""
+        """Returns each example's score in [0, 1], shape (batch,), independent of other examples."""
 
     def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
-        """Additive statistics, each of shape (batch, …): what metrics are made of."""
+        """Returns the additive statistics behind the metrics, each of shape (batch, …)."""
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Turns added-up statistics into metrics."""
+        """Turns summed statistics into metrics."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class Encoded:
 
     Attributes:
         input_ids: Token ids.
-        cut: True if it was longer.
-        offsets: First and last character of each token; (0, 0) for special ones. Empty if unknown.
+        cut: True if the text was longer and was truncated.
+        offsets: Start and end character of each token; (0, 0) for special ones. Empty if unknown.
     """
 
     input_ids: Tokens
@@ -136,15 +136,15 @@ class Encoded:
 def tokenise(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, **options: bool
 ) -> list[Encoded]:
-    """Tokenises texts, each cut to ``max_length`` tokens.
+    """Tokenises texts, each truncated to ``max_length`` tokens.
 
-    Of a very long text only the first :data:`CHARACTERS` × ``max_length`` characters are looked at.
+    Only the first :data:`CHARACTERS` × ``max_length`` characters of a very long text are used.
 
     Args:
-        texts: Any number, even none.
-        tokenizer: The base model's.
-        max_length: In tokens, special ones among them.
-        options: More for the tokenizer, such as ``add_special_tokens=False``.
+        texts: Any number of texts, including none.
+        tokenizer: The base model's tokenizer.
+        max_length: Maximum length in tokens, including special ones.
+        options: Further tokenizer options, such as ``add_special_tokens=False``.
     """
     if not texts:
         return []
@@ -154,7 +154,7 @@ def tokenise(
         [text[:room] for text in texts], truncation=True, max_length=max_length, **options
     )
     fast = getattr(encoded, "encodings", None)
-    if fast is None:  # a tokenizer in Python does not say what it cut
+    if fast is None:  # a Python tokenizer does not report what it truncated
         return [Encoded(tuple(ids), len(ids) >= max_length) for ids in encoded["input_ids"]]
     return [
         Encoded(tuple(one.ids), bool(one.overflowing) or cut, tuple(map(tuple, one.offsets)))
@@ -163,7 +163,7 @@ def tokenise(
 
 
 def pad(sequences: Sequence[Tokens], value: int) -> torch.Tensor:
-    """Right-pads sequences to the longest.
+    """Right-pads sequences to the longest one.
 
     Returns:
         int64 of shape (sequences, longest).

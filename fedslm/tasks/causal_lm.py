@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Causal language modelling; ``targets`` of an example number the words that its tokens belong to.
+    """Causal language modelling; ``targets`` of an example are the word numbers of its tokens.
 
     Attributes:
         text_column: Column with the text.
-        max_length: Longest sequence in tokens; the rest of a longer text is cut off.
+        max_length: Maximum sequence length in tokens; longer texts are truncated.
     """
 
     text_column: str
@@ -44,7 +44,7 @@ class CausalLM:
     headline = "loss"
 
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-        """Tokenises texts; one with fewer than two tokens has nothing to predict."""
+        """Tokenises texts; skips a text with fewer than two tokens, since it has nothing to predict."""
         shortest = max(2, tokenizer.num_special_tokens_to_add() + 1)
         texts = [text_in(row[self.text_column]) for row in rows]
         encoded = tokenise(texts, tokenizer, self.max_length)
@@ -55,28 +55,28 @@ class CausalLM:
         )
 
     def made_up(self) -> Example:
-        """Five tokens."""
+        """Returns an example of five tokens."""
         return Example((1, 2, 3, 2, 1))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
-        """Pads texts; ``labels`` are the token ids, ``words`` their words (0: none)."""
+        """Pads texts; ``labels`` are the token ids, ``words`` their word numbers (0: none)."""
         batch = pad_inputs([example.input_ids for example in examples], pad_token_id)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, tokens.IGNORED)
         words = pad([each.targets or (0,) * len(each.input_ids) for each in examples], 0)
         return {**batch, "labels": labels, "words": words}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Mean over an example's own tokens."""
+        """Returns the mean loss over each example's own tokens."""
         pair = tokens.shifted(logits, batch["labels"])
         return tokens.own_mean(tokens.losses(*pair), pair[1])
 
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Share of an example's own next tokens that are predicted."""
+        """Returns the share of each example's next tokens that are predicted correctly."""
         pair = tokens.shifted(logits, batch["labels"])
         return tokens.own_mean(tokens.hits(*pair), pair[1])
 
     def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
-        """Tokens and words, and how many of them are right."""
+        """Returns counts of tokens and words, and of those predicted correctly."""
         pair = tokens.shifted(logits, batch["labels"])
         found = tokens.statistics(*pair)
         for among in (1, 3):
@@ -85,7 +85,7 @@ class CausalLM:
         return found
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Token metrics; a word is predicted if each of its tokens is (in the first three)."""
+        """Returns token metrics; a word is correct if all its tokens are (among the top three)."""
         found = tokens.metrics(sums)
         if words := float(sums["words"]):
             found["next_word_top1"] = float(sums["words_top1"]) / words
@@ -94,7 +94,7 @@ class CausalLM:
 
 
 def _words(text: str, encoded: Encoded) -> Tokens:
-    """Number of the word that each token belongs to, from 1; 0 for special tokens."""
+    """Returns the number of the word that each token belongs to, from 1; 0 for special tokens."""
     numbers, word = [], 0
     for first, last in encoded.offsets:
         if last > first:
@@ -105,7 +105,7 @@ def _words(text: str, encoded: Encoded) -> Tokens:
 
 
 def _right_words(misses: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Words without a miss, and words: of each row; one that begins with the row is not predicted."""
+    """Counts correct words and all words of each row; a row's first word is not predicted."""
     import torch
 
     most = int(words.max()) + 1

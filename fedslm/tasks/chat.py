@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: how it writes turns, and what it puts around an assistant's answer."""
+"""A tokenizer's chat template: how it formats turns, and the text around an assistant's answer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from fedslm.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARK = "\ue000"  # stands for an answer; of the private-use area, so no text means anything by it
+_MARK = "\ue000"  # placeholder for an answer; from the private-use area, so it has no meaning in a text
 _LONGEST_REASON = 200
-_MOST_WRITTEN = 200_000  # characters, beside ten times the turns' own: a tool's schema has less
+_MOST_WRITTEN = 200_000  # characters, added to ten times the turns' own: a tool's schema is shorter
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What a template puts around an assistant's answer.
+    """The text that a template puts around an assistant's answer.
 
     Attributes:
-        begin: Between the generation prompt and the answer: a space, mostly nothing.
-        end: From the answer to the first special token behind it; empty if the template has none.
-        header: What stands before an answer, if the template writes it only with one: then it has no
-            generation prompt, and this takes its place.
+        begin: The text between the generation prompt and the answer: a space, usually nothing.
+        end: The text from the answer to the first special token after it; empty if there is none.
+        header: The text before an answer, if the template writes it only together with one: such a
+            template has no generation prompt, and this replaces it.
     """
 
     begin: str
@@ -38,7 +38,7 @@ class Segment:
     """A piece of a conversation's text.
 
     Attributes:
-        text: As the template writes it.
+        text: The text as the template writes it.
         learned: Whether it is an assistant's text with the end of its turn.
     """
 
@@ -47,21 +47,21 @@ class Segment:
 
 
 def rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, asks: bool) -> str:
-    """Turns in the tokenizer's own format; a template that can reason is told not to.
+    """Renders turns in the tokenizer's own format, with reasoning disabled if the template has it.
 
     Args:
-        turns: In order.
-        tokenizer: With a chat template.
-        asks: Whether the text ends where an answer begins.
+        turns: The turns, in order.
+        tokenizer: A tokenizer with a chat template.
+        asks: Whether the text ends where an answer starts.
 
     Raises:
-        ModelError: The template does not parse, or refuses these turns.
+        ModelError: The template does not parse, refuses these turns, or writes too much text.
     """
     try:
         text = tokenizer.apply_chat_template(
             list(turns), tokenize=False, add_generation_prompt=asks, enable_thinking=False
         )
-    except Exception as error:  # a template is the base's own program: it raises what it likes
+    except Exception as error:  # a template is the base's own program and may raise any error
         first = (str(error).splitlines() or [""])[0][:_LONGEST_REASON]
         roles = ", ".join(dict.fromkeys(turn["role"] for turn in turns))
         raise ModelError(
@@ -78,7 +78,7 @@ def rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, asks:
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """What the tokenizer's template puts around an answer, tried out on turns of nobody's.
+    """Finds the text that the tokenizer's template puts around an answer, with made-up turns.
 
     Raises:
         ModelError: The template cannot be used.
@@ -100,19 +100,20 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
 
 
 def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, frame: Frame) -> list[Segment]:
-    """A conversation up to where the next answer begins, cut where each earlier answer begins and ends.
+    """Splits a conversation up to the next answer at the start and end of each earlier answer.
 
     Formal guarantees:
         * Joined, the segments are the template's own text of the turns without the space around them.
         * What is learned of a turn is the assistant's text and what ends the turn, nothing else.
 
     Args:
-        turns: In order; a system's turn joins the first user's if the template refuses it.
-        tokenizer: With a chat template.
-        frame: From :func:`frame_of`.
+        turns: The turns, in order; if the template refuses a system turn, it is merged into the first
+            user turn.
+        tokenizer: A tokenizer with a chat template.
+        frame: The result of :func:`frame_of`.
 
     Raises:
-        ModelError: The template refuses these turns.
+        ModelError: The template refuses these turns, or does not write each answer once.
     """
     answers = [turn["content"].strip() for turn in turns if turn["role"] == "assistant"]
     pieces = _asked([_marked(turn) for turn in turns], tokenizer).split(_MARK)
@@ -134,14 +135,14 @@ def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, frame: F
 
 
 def _marked(turn: Turn) -> Turn:
-    """A turn whose content is a mark if an assistant speaks, and holds none else."""
+    """Replaces an assistant turn's content by the mark, and removes the mark from other turns."""
     content = turn["content"].strip().replace(_MARK, "\ufffd")
     content = _MARK if turn["role"] == "assistant" else content
     return {**turn, "content": content}
 
 
 def _asked(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Turns up to where an answer begins, with the system's turn where the template takes it."""
+    """Renders turns up to an answer's start; merges the system turn if the template refuses it."""
     try:
         return rendered(turns, tokenizer, asks=True)
     except ModelError:
@@ -152,7 +153,7 @@ def _asked(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that ends an assistant's turn; None if no usable template names one."""
+    """Returns the special token that ends an assistant's turn; None if no usable template has one."""
     if not tokenizer.chat_template:
         return None
     try:
@@ -164,7 +165,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _up_to_special(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The beginning of a text up to and with its first special token; empty without one."""
+    """Returns a text up to and including its first special token; empty without one."""
     special = [each.content for each in tokenizer.added_tokens_decoder.values() if each.special]
     found = [(text.index(each), -len(each)) for each in special if each in text]
     if not found:

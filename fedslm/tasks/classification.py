@@ -1,4 +1,4 @@
-"""Sequence classification: one label for each text."""
+"""Sequence classification: one label per text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Classification:
         labels: Class names in the order of the logits.
         text_column: Column with the text.
         label_column: Column with the class name.
-        max_length: Longest sequence in tokens.
+        max_length: Maximum sequence length in tokens.
     """
 
     labels: tuple[str, ...]
@@ -37,9 +37,9 @@ class Classification:
     headline = "accuracy"
 
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-        """Tokenises texts and looks labels up; a record with another label is skipped and counted.
+        """Tokenises texts and looks labels up; a record with an unknown label is skipped and counted.
 
-        Skipping depends on the record alone: failing would tell everybody that there is such a record.
+        Skipping depends only on the record itself; an error would reveal that such a record exists.
         A simulation refuses unknown labels before it starts.
         """
         index = {label: position for position, label in enumerate(self.labels)}
@@ -53,7 +53,7 @@ class Classification:
         )
 
     def made_up(self) -> Example:
-        """Five tokens of the first class."""
+        """Returns an example of five tokens with the first class."""
         return Example((1, 2, 3, 2, 1), 0)
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
@@ -64,17 +64,17 @@ class Classification:
         return {**pad_inputs([each.input_ids for each in examples], pad_token_id), "labels": labels}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Cross-entropy of logits (batch, classes) in float32."""
+        """Returns the cross-entropy of logits (batch, classes) in float32."""
         import torch.nn.functional as F
 
         return F.cross_entropy(logits.float(), batch["labels"], reduction="none")
 
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """1 where the class is right, else 0."""
+        """Returns 1 if the class is correct, else 0."""
         return (logits.argmax(dim=-1) == batch["labels"]).float()
 
     def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
-        """Records, hits and losses; and for each class records, guesses and hits."""
+        """Returns records, hits and losses; and for each class records, guesses and hits."""
         import torch.nn.functional as F
 
         right = self.per_example_score(logits, batch)
@@ -89,7 +89,7 @@ class Classification:
         }
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Accuracy, macro F1 (over classes that occur) and mean loss."""
+        """Returns accuracy, macro F1 (over classes that occur) and mean loss."""
         records = float(sums["records"])
         by_class = f1(sums["right"], sums["guessed"], sums["actual"])
         return {

@@ -1,4 +1,4 @@
-"""Instruction tuning: a completion for each prompt; the loss is on the completion alone."""
+"""Instruction tuning: a completion for each prompt; the loss covers only the completion."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class Instruction:
     """Instruction tuning of a causal model; ``targets`` of an example are the completion's tokens.
 
-    A conversation is one example: its answers are all learned, and its loss is their tokens' mean.
+    A conversation is one example: all its answers are learned; its loss is the mean over their tokens.
 
     Attributes:
-        prompts: How a row becomes a prompt.
-        completion_column: Column with the completion; None: conversations end with it.
+        prompts: Builds a prompt from a row.
+        completion_column: Column with the completion; None if the conversation ends with it.
     """
 
     prompts: Prompts
@@ -46,28 +46,28 @@ class Instruction:
         return Prepared.of(made)
 
     def made_up(self) -> Example:
-        """Two tokens after three."""
+        """Returns an example with three prompt tokens and two completion tokens."""
         return Example((1, 2, 3, 2, 1), targets=(*(tokens.IGNORED,) * 3, 2, 1))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
-        """Pads; ``labels`` are the completion's tokens, shape (batch, longest), else ignored."""
+        """Pads; ``labels`` are the completion's tokens, shape (batch, longest), others are ignored."""
         inputs = pad_inputs([example.input_ids for example in examples], pad_token_id)
         return {**inputs, "labels": pad([each.targets for each in examples], tokens.IGNORED)}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Mean over a completion's own tokens."""
+        """Returns the mean loss over each completion's own tokens."""
         pair = tokens.shifted(logits, batch["labels"])
         return tokens.own_mean(tokens.losses(*pair), pair[1])
 
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Share of a completion's own tokens that are predicted."""
+        """Returns the share of each completion's tokens that are predicted correctly."""
         pair = tokens.shifted(logits, batch["labels"])
         return tokens.own_mean(tokens.hits(*pair), pair[1])
 
     def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
-        """Completion tokens, and how many of them are right."""
+        """Returns counts of completion tokens, and of those predicted correctly."""
         return tokens.statistics(*tokens.shifted(logits, batch["labels"]))
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Token metrics over completions."""
+        """Returns token metrics over completions."""
         return tokens.metrics(sums)

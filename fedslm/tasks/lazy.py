@@ -1,4 +1,4 @@
-"""Examples of data larger than memory: rows stay on disk and are tokenised when they are asked for."""
+"""Examples of data larger than memory: rows stay on disk and are tokenised on access."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fedslm.tasks.base import Example, Prepared, Row
 
 
 class LazyExamples(Sequence[Example]):
-    """Examples that are not kept.
+    """Examples that are created on access and not kept in memory.
 
     Args:
         rows: All rows of a client.
-        kept: Number of the row behind each example.
-        owners: Whose each example is.
-        prepare: Tokenises rows; each row by itself gives what it gives among others.
+        kept: Row index of each example.
+        owners: Owner of each example.
+        prepare: Tokenises rows; the result for a row must not depend on the other rows.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LazyExamples(Sequence[Example]):
 
 
 def owners_of(examples: Sequence[Example]) -> Sequence[str]:
-    """Whose each example is, without tokenising what is lazy."""
+    """Returns the owner of each example, without tokenising lazy examples."""
     if isinstance(examples, LazyExamples):
         return examples.owners
     return [example.owner for example in examples]

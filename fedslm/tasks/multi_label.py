@@ -1,4 +1,4 @@
-"""Multi-label classification: any number of labels for each text."""
+"""Multi-label classification: any number of labels per text."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class MultiLabel:
     Attributes:
         labels: Class names in the order of the logits.
         text_column: Column with the text.
-        label_column: Column with the class names: a list, or a text that separates them by commas.
-        max_length: Longest sequence in tokens.
+        label_column: Column with the class names: a list, or a text with commas between the names.
+        max_length: Maximum sequence length in tokens.
     """
 
     labels: tuple[str, ...]
@@ -37,7 +37,7 @@ class MultiLabel:
     headline = "f1_micro"
 
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-        """Tokenises texts; a record with an unknown label is skipped, for it alone decides."""
+        """Tokenises texts; skips a record with an unknown label, which depends only on the record."""
         special = tokenizer.num_special_tokens_to_add()
         texts = [text_in(row[self.text_column]) for row in rows]
         encoded = tokenise(texts, tokenizer, self.max_length)
@@ -48,12 +48,12 @@ class MultiLabel:
         )
 
     def _targets(self, row: Row) -> Tokens:
-        """0 or 1 for each class; empty if a name is unknown."""
+        """Returns 0 or 1 for each class; empty if a name is unknown."""
         named = set(names_in(row[self.label_column]))
         return () if named - set(self.labels) else tuple(int(each in named) for each in self.labels)
 
     def made_up(self) -> Example:
-        """Five tokens of no class."""
+        """Returns an example of five tokens without any class."""
         return Example((1, 2, 3, 2, 1), targets=(0,) * len(self.labels))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
@@ -64,7 +64,7 @@ class MultiLabel:
         return {**pad_inputs([each.input_ids for each in examples], pad_token_id), "labels": labels}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Binary cross-entropy in float32, mean over the classes of an example."""
+        """Returns the binary cross-entropy in float32, the mean over an example's classes."""
         import torch.nn.functional as F
 
         labels = batch["labels"].float()
@@ -72,11 +72,11 @@ class MultiLabel:
         return losses.mean(dim=1)
 
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Share of an example's classes that are right."""
+        """Returns the share of each example's classes that are correct."""
         return ((logits > 0) == (batch["labels"] > 0)).float().mean(dim=1)
 
     def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
-        """Records, exact matches and losses; and for each class records, guesses and hits."""
+        """Returns records, exact matches and losses; and for each class records, guesses and hits."""
         guessed, actual = logits > 0, batch["labels"] > 0
         exact = (guessed == actual).all(dim=1)
         return {
@@ -89,7 +89,7 @@ class MultiLabel:
         }
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Micro and macro F1, share of records with all classes right, and mean loss."""
+        """Returns micro and macro F1, the share of records with all classes correct, and mean loss."""
         counts = (sums["right"], sums["guessed"], sums["actual"])
         records = float(sums["records"])
         return {

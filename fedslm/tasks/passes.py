@@ -1,4 +1,4 @@
-"""Which examples share a pass without gradients: what it holds is bounded, whatever the vocabulary."""
+"""Groups examples into passes without gradients, with bounded memory whatever the vocabulary."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from fedslm.tasks.base import Example, Task
 
 MOST_EXAMPLES = 32
 MOST_LOGITS = 1 << 24  # 64 MiB in float32, for each copy that a metric makes
-LEAST_WIDTH = 1 << 11  # what a layer holds of a token, however few the classes
+LEAST_WIDTH = 1 << 11  # least values that a layer holds per token, even with few classes
 
 
 def passes(examples: Sequence[Example], width: int, size: int = MOST_EXAMPLES) -> Iterator[list[int]]:
-    """Numbers of the examples that share a pass, short ones first.
+    """Yields the indices of the examples that share a pass, short ones first.
 
     Args:
-        examples: Any number.
-        width: From :func:`width_of`.
-        size: Most examples in a pass. There are fewer where their padded tokens times ``width`` (at
-            least :data:`LEAST_WIDTH`) would exceed :data:`MOST_LOGITS`, and always one.
+        examples: Any number of examples.
+        width: The result of :func:`width_of`.
+        size: Most examples in a pass. A pass has fewer if their padded tokens times ``width`` (at
+            least :data:`LEAST_WIDTH`) would exceed :data:`MOST_LOGITS`, and always at least one.
 
     >>> list(passes([Example((1,) * 512), Example((1,) * 256), Example((1,))], 2**15))
     [[2, 1], [0]]
@@ -36,7 +36,7 @@ def passes(examples: Sequence[Example], width: int, size: int = MOST_EXAMPLES) -
 
 
 def width_of(task: Task, vocabulary: int) -> int:
-    """Logits of one token of an example: its classes, or the vocabulary in each row that it needs."""
+    """Returns the logits per token: the number of classes, or the vocabulary in each row needed."""
     if task.labels:
         return len(task.labels)
     return vocabulary * task.rows_per_example * (2 if task.uses_base else 1)

@@ -1,4 +1,4 @@
-"""Preference: of two answers to a prompt, the better one should become likelier (DPO)."""
+"""Preference tuning (DPO): makes the better of two answers to a prompt more likely."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class Preference:
     """Direct preference optimisation against the base without its adapter.
 
-    Each example stands in two rows of a batch, the preferred answer and the rejected one; its loss
-    looks at these two alone.
+    Each example has two rows in a batch, the preferred answer and the rejected one; its loss depends
+    only on these two.
 
     Attributes:
-        prompts: How a row becomes a prompt.
+        prompts: Builds a prompt from a row.
         chosen_column: Column with the preferred answer.
         rejected_column: Column with the other answer.
         beta: Strength of the pull towards the base, > 0.
@@ -43,7 +43,7 @@ class Preference:
     headline = "accuracy"
 
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-        """Tokenises both answers; skips a record without either, with equal ones or two prompts."""
+        """Tokenises both answers; skips a record with one missing, equal ones or two prompts."""
         columns = (self.chosen_column, self.rejected_column)
         said = [[self.prompts.said(row, column) for row in rows] for column in columns]
         asked = [_unlearned(each) for each in self.prompts.asked(said[0], tokenizer)]
@@ -60,7 +60,7 @@ class Preference:
         return Prepared.of(made)
 
     def made_up(self) -> Example:
-        """Two tokens after three, rather than two others."""
+        """Returns an example with three prompt tokens and two answers of two tokens."""
         ignored = (tokens.IGNORED,) * 3
         worse = Example((1, 2, 3, 1, 2), targets=(*ignored, 1, 2))
         return Example((1, 2, 3, 2, 1), targets=(*ignored, 2, 1), rejected=worse)
@@ -72,24 +72,24 @@ class Preference:
         return {**inputs, "labels": pad([row.targets for row in rows], tokens.IGNORED)}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """−log σ(margin), shape (batch,)."""
+        """Returns −log σ(margin), shape (batch,)."""
         import torch.nn.functional as F
 
         return -F.logsigmoid(self._margins(logits, batch))
 
     def _margins(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """β·(gain of the chosen answer over the base − gain of the rejected one), shape (batch,)."""
+        """Returns β·(chosen answer's gain over the base − rejected answer's gain), shape (batch,)."""
         gains = _log_likelihoods(logits, batch) - _log_likelihoods(batch["base_logits"], batch)
         pairs = gains.view(-1, 2)
         return self.beta * (pairs[:, 0] - pairs[:, 1])
 
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """1 where the chosen answer gained more, 1/2 where both gained alike, else 0."""
+        """Returns 1 if the chosen answer gained more, 1/2 if both gained equally, else 0."""
         margins = self._margins(logits, batch)
         return (margins > 0).float() + 0.5 * (margins == 0).float()
 
     def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
-        """Pairs, right pairs, margins and losses."""
+        """Returns counts of pairs and correct pairs, margins and losses."""
         margins = self._margins(logits, batch)
         return {
             "records": margins.new_ones(len(margins)),
@@ -99,7 +99,7 @@ class Preference:
         }
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """How often the chosen answer gained more, the mean margin and the mean loss."""
+        """Returns the share of pairs whose chosen answer gained more, mean margin and mean loss."""
         records = float(sums["records"])
         return {
             "accuracy": float(sums["correct"]) / records,
@@ -109,10 +109,10 @@ class Preference:
 
 
 def _unlearned(prompt: EncodedPrompt) -> EncodedPrompt:
-    """A prompt whose earlier answers are none of the two that are compared."""
+    """Masks the prompt's earlier answers, which are neither of the two that are compared."""
     return replace(prompt, targets=(tokens.IGNORED,) * len(prompt.ids))
 
 
 def _log_likelihoods(logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-    """Log-likelihood of each row's completion in nats, shape (rows,)."""
+    """Returns the log-likelihood of each row's completion in nats, shape (rows,)."""
     return -tokens.losses(*tokens.shifted(logits, batch["labels"])).sum(dim=1)

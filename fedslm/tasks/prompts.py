@@ -1,4 +1,4 @@
-"""From a row to the tokens of a prompt, and of the completion behind it."""
+"""Turns a row into the tokens of a prompt and of the completion after it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNCUT = 1_000_000
-_BETWEEN = "\n\n"  # turns without a chat template
+_BETWEEN = "\n\n"  # between turns without a chat template
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a row says.
+    """A row as turns and an answer.
 
     Attributes:
-        turns: What is put to a model; a plain prompt is one user's turn. Empty if it cannot be read.
-        answer: What the model should answer.
+        turns: The model's input; a plain prompt is one user turn. Empty if it cannot be read.
+        answer: The answer that the model should give.
     """
 
     turns: tuple[Turn, ...]
@@ -40,8 +40,8 @@ class EncodedPrompt:
     """A prompt in tokens.
 
     Attributes:
-        ids: Uncut, ready for an answer to follow; empty if a prompt cannot be put to the model.
-        targets: The same where an assistant spoke before, with the end of its turn; else ignored.
+        ids: Not truncated, ready for an answer to follow; empty if the prompt cannot be used.
+        targets: The token ids of earlier assistant turns, including their end; others are ignored.
     """
 
     ids: Tokens
@@ -50,16 +50,16 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """How a row is put to a model.
+    """How a row becomes the model's input.
 
     Attributes:
         template: Text with columns in braces.
-        format: "chat", "plain" or "auto" (chat where the tokenizer has a template).
-        max_length: Longest prompt and completion together, in tokens.
-        max_target_length: Longest completion in tokens; None: what there is room for.
+        format: "chat", "plain" or "auto" (chat if the tokenizer has a template).
+        max_length: Maximum length of prompt and completion together, in tokens.
+        max_target_length: Maximum length of a completion in tokens; None: the remaining room.
 
     Raises:
-        ConfigError: The template is none.
+        ConfigError: The template is not valid.
     """
 
     template: str
@@ -68,32 +68,33 @@ class Prompts:
     max_target_length: int | None
 
     def __post_init__(self) -> None:
-        placeholders(self.template)  # names of columns alone: a template may come from a server
+        placeholders(self.template)  # only column names are allowed: a template may come from a server
 
     @classmethod
     def of(cls, task: TaskConfig, data: DataConfig) -> Prompts:
-        """The prompts that a config describes."""
+        """Returns the prompts that a config describes."""
         template = task.prompt or f"{{{data.text_column}}}"
         style = task.prompt_format if TASKS[task.name].reads_turns else "plain"
         return cls(template, style, task.max_length, task.max_target_length)
 
     def text(self, row: Row) -> str:
-        """The prompt of a row, before any chat template."""
+        """Returns the prompt of a row, before any chat template is applied."""
         room = CHARACTERS * self.max_length
         return self.template.format_map({key: _bounded(text_in(row[key]), room) for key in row})
 
     def is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether prompts are put to a model by the tokenizer's chat template."""
+        """True if prompts use the tokenizer's chat template."""
         return self.format == "chat" or (self.format == "auto" and bool(tokenizer.chat_template))
 
     def said(self, row: Row, column: str | None) -> Said:
-        """A row as turns and an answer.
+        """Reads a row as turns and an answer.
 
         Args:
-            row: Its prompt is a template's text, or the text column: a text, or turns as TRL and
-                ShareGPT write them.
-            column: With the answer: a text, or turns, which bring their own prompt if anybody but an
-                assistant speaks in them. None: the prompt's last assistant's turn is the answer.
+            row: A row; its prompt is the filled template or the text column, which contains a text, or
+                turns in the format of TRL and ShareGPT.
+            column: Column with the answer: a text, or turns. Turns replace the row's prompt if they
+                have a role other than the assistant before the answer. None: the prompt's last
+                assistant turn is the answer.
         """
         turns = self._turns(row)
         if column is None:
@@ -106,14 +107,14 @@ class Prompts:
         return Said(before if whole else (*turns, *before), answer)
 
     def _turns(self, row: Row) -> tuple[Turn, ...]:
-        """A row's prompt."""
+        """Returns a row's prompt as turns."""
         names = placeholders(self.template)
         if self.template == f"{{{names[0]}}}" and not is_value(value := row[names[0]]):
             return self._within(turns_of(value))
         return ({"role": "user", "content": self.text(row)},)
 
     def _within(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        """The last turns for which there may be room, and a system's turn before them."""
+        """Returns the last turns that may fit, after the system turn if there is one."""
         room = CHARACTERS * self.max_length
         bounded = [{**turn, "content": _bounded(turn["content"], room)} for turn in turns]
         first, used = len(bounded), 0
@@ -126,7 +127,7 @@ class Prompts:
         return (*opening, *bounded[first:])
 
     def asked(self, said: Sequence[Said], tokenizer: PreTrainedTokenizerBase) -> list[EncodedPrompt]:
-        """Prompts in tokens; without any if the chat template refuses the turns.
+        """Tokenises prompts; a prompt gets no tokens if the chat template refuses its turns.
 
         Formal guarantees:
             * Whether a prompt has tokens depends only on its own turns, the tokenizer and the config.
@@ -144,7 +145,7 @@ class Prompts:
     def _asked_plainly(
         self, said: Sequence[Said], tokenizer: PreTrainedTokenizerBase
     ) -> list[EncodedPrompt]:
-        """Prompts without a template: a text as it is, or turns one after another."""
+        """Tokenises prompts without a template: a text unchanged, or turns one after another."""
         cut = [_one_after_another(each.turns) for each in said]
         begun = tokenise([each[0].text for each in cut if each], tokenizer, _UNCUT)
         firsts = iter([_unended(each.input_ids, tokenizer) for each in begun])
@@ -160,7 +161,7 @@ class Prompts:
         return found
 
     def completions(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
-        """Token ids of completions, uncut, each ended: as the chat template ends a turn, or by EOS.
+        """Tokenises completions, not truncated; each ends as in the chat template, or with EOS.
 
         Raises:
             ModelError: The chat template cannot be used.
@@ -173,7 +174,7 @@ class Prompts:
         return [(*each.input_ids, *end) for each in _bare(texts, tokenizer)]
 
     def ending(self, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-        """Token ids behind a completion; none if nothing ends one.
+        """Returns the token ids after a completion; empty if there is no end token.
 
         Raises:
             ModelError: The chat template cannot be used.
@@ -183,12 +184,12 @@ class Prompts:
         return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
     def join(self, prompt: EncodedPrompt, completion: Tokens) -> tuple[Example, bool]:
-        """Puts a completion behind a prompt, and says whether either was cut.
+        """Appends a completion to a prompt, and returns whether either was truncated.
 
-        A long completion loses its end: it may take ``max_target_length`` tokens, or else what the
-        prompt leaves, but at least half. A prompt that is then too long keeps its first token and its
-        end: there the question stands, and what a chat template puts before the answer. ``targets`` are
-        the completion's tokens, and those of earlier answers.
+        A long completion loses its end: it may have ``max_target_length`` tokens, or otherwise the
+        room that the prompt leaves, but at least half. A prompt that is then too long keeps its first
+        token and its end, which contains the question and the chat template's text before the answer.
+        ``targets`` are the completion's tokens, and those of earlier answers.
         """
         length = len(prompt.ids)
         most = self.max_target_length or max(self.max_length // 2, self.max_length - length)
@@ -207,7 +208,7 @@ def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Enco
 def _in_chat(
     turns: tuple[Turn, ...], tokenizer: PreTrainedTokenizerBase, frame: chat.Frame
 ) -> list[chat.Segment]:
-    """Turns as the template writes them; nothing if it refuses them."""
+    """Splits turns as the template writes them; empty if the template refuses them."""
     try:
         return chat.segments(turns, tokenizer, frame) if turns else []
     except ModelError:  # only this record: loading refuses a template that no turns fit
@@ -215,7 +216,7 @@ def _in_chat(
 
 
 def _one_after_another(turns: tuple[Turn, ...]) -> list[chat.Segment]:
-    """Turns without a template; the first segment is never learned."""
+    """Turns without a template become segments; the first one is never learned."""
     if len(turns) == 1:
         return [chat.Segment(turns[0]["content"], learned=False)]
     found: list[chat.Segment] = []
@@ -227,12 +228,12 @@ def _one_after_another(turns: tuple[Turn, ...]) -> list[chat.Segment]:
 
 
 def _unended(ids: Tokens, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Token ids of a text without what ends it."""
+    """Removes the end-of-sequence token from a text's token ids."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _joined(pieces: Sequence[tuple[Tokens, bool]]) -> EncodedPrompt:
-    """Pieces one after another."""
+    """Concatenates token ids, with targets for the learned pieces."""
     ids = tuple(token for piece, _ in pieces for token in piece)
     targets = tuple(
         token if learned else tokens.IGNORED for piece, learned in pieces for token in piece
@@ -241,10 +242,10 @@ def _joined(pieces: Sequence[tuple[Tokens, bool]]) -> EncodedPrompt:
 
 
 def _fitted(prompt: Tokens, room: int) -> Tokens:
-    """A prompt, or its first token and its end."""
+    """Truncates a prompt that is too long to its first token and its end."""
     return prompt if len(prompt) <= room else (*prompt[:1], *prompt[len(prompt) - room + 1 :])
 
 
 def _bounded(text: str, room: int) -> str:
-    """A text, or the beginning and the end of a very long one."""
+    """Truncates a very long text to its start and its end."""
     return text if len(text) <= room else text[: room // 2] + text[-(room - room // 2) :]

@@ -11,7 +11,7 @@ Counts = NDArray[np.float64]
 
 
 def ratio(part: Any, whole: Any) -> Counts:
-    """``part / whole``, 0 where there is nothing.
+    """Returns ``part / whole``, and 0 where ``whole`` is 0.
 
     >>> ratio(np.array([1.0, 0.0]), np.array([2.0, 0.0])).tolist()
     [0.5, 0.0]
@@ -22,7 +22,7 @@ def ratio(part: Any, whole: Any) -> Counts:
 
 
 def f1(right: Any, guessed: Any, actual: Any) -> Counts:
-    """Harmonic mean of precision and recall, from counts of hits, guesses and truths.
+    """Returns the harmonic mean of precision and recall, from counts of hits, guesses and truths.
 
     >>> float(f1(1.0, 2.0, 2.0))
     0.5
@@ -31,6 +31,6 @@ def f1(right: Any, guessed: Any, actual: Any) -> Counts:
 
 
 def mean_of_present(values: Counts, actual: Counts) -> float:
-    """Mean over the classes that occur; 0 if none does."""
+    """Returns the mean over the classes that occur; 0 if none does."""
     present = actual > 0
     return float(values[present].mean()) if present.any() else 0.0

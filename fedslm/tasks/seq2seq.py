@@ -1,4 +1,4 @@
-"""Sequence to sequence: a text from a text, such as a summary from a report."""
+"""Sequence to sequence: generates a text from a text, such as a summary from a report."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Seq2Seq:
-    """An encoder–decoder model; ``targets`` of an example are the tokens to be written.
+    """An encoder–decoder model; ``targets`` of an example are the tokens to generate.
 
-    The decoder starts with the padding token, as T5's does; loading refuses a base where it does not.
+    The decoder starts with the padding token, as in T5; loading refuses any other base.
 
     Attributes:
-        prompts: How a row becomes the encoder's text.
-        target_column: Column with the text to be written.
+        prompts: Builds the encoder's text from a row.
+        target_column: Column with the text to generate.
     """
 
     prompts: Prompts
@@ -36,7 +36,7 @@ class Seq2Seq:
     headline = "loss"
 
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-        """Tokenises sources and targets; a record without either is skipped."""
+        """Tokenises sources and targets; skips a record in which one is missing."""
         special = tokenizer.num_special_tokens_to_add()
         sources = tokenise([self.prompts.text(row) for row in rows], tokenizer, self.prompts.max_length)
         texts = [text_in(row[self.target_column]) for row in rows]
@@ -53,28 +53,28 @@ class Seq2Seq:
         )
 
     def made_up(self) -> Example:
-        """Two tokens from five."""
+        """Returns an example with five source tokens and two target tokens."""
         return Example((1, 2, 3, 2, 1), targets=(2, 1))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
-        """Pads; ``labels`` are the targets, ``decoder_input_ids`` the same one step later."""
+        """Pads; ``labels`` are the targets, ``decoder_input_ids`` the targets shifted by one step."""
         labels = pad([each.targets for each in examples], tokens.IGNORED)
         begun = pad([(pad_token_id, *each.targets[:-1]) for each in examples], pad_token_id)
         inputs = pad_inputs([example.input_ids for example in examples], pad_token_id)
         return {**inputs, "decoder_input_ids": begun, "labels": labels}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Mean over a target's own tokens."""
+        """Returns the mean loss over each target's own tokens."""
         return tokens.own_mean(tokens.losses(logits, batch["labels"]), batch["labels"])
 
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Share of a target's own tokens that are predicted."""
+        """Returns the share of each target's tokens that are predicted correctly."""
         return tokens.own_mean(tokens.hits(logits, batch["labels"]), batch["labels"])
 
     def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
-        """Target tokens, and how many of them are right."""
+        """Returns counts of target tokens, and of those predicted correctly."""
         return tokens.statistics(logits, batch["labels"])
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Token metrics over targets; ROUGE needs writing, which ``fedslm evaluate`` does."""
+        """Returns token metrics over targets; ``fedslm evaluate`` generates texts and adds ROUGE."""
         return tokens.metrics(sums)

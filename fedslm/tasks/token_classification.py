@@ -1,4 +1,4 @@
-"""Token classification: one tag for each word, such as named entities in BIO."""
+"""Token classification: one tag per word, such as named entities in BIO."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Entity = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class TokenClassification:
-    """Token classification; ``targets`` of an example are the tag of each word's first piece.
+    """Token classification; ``targets`` of an example are the tags on each word's first piece.
 
     Attributes:
         labels: Tags in the order of the logits, such as O, B-Disease, I-Disease.
         text_column: Column with the words, a list.
         label_column: Column with the tags, a list of the same length.
-        max_length: Longest sequence in word pieces; words behind it are neither learned nor scored.
+        max_length: Maximum length in word pieces; words beyond it are neither learned nor scored.
     """
 
     labels: tuple[str, ...]
@@ -40,10 +40,10 @@ class TokenClassification:
     headline = "f1"
 
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-        """Cuts words into pieces; a record whose words and tags do not fit is skipped.
+        """Splits words into pieces; skips a record whose words and tags do not match.
 
         Raises:
-            ModelError: The tokenizer does not say which word a piece belongs to.
+            ModelError: The tokenizer does not report which word a piece belongs to.
         """
         if not tokenizer.is_fast:
             raise ModelError("token-classification needs a fast tokenizer (tokenizer.json)")
@@ -68,7 +68,7 @@ class TokenClassification:
         return Prepared.of(made)
 
     def _fits(self, row: Row, index: dict[str, int]) -> bool:
-        """True if a row holds as many known tags as words."""
+        """True if a row has as many known tags as words."""
         words, tags = row[self.text_column], row[self.label_column]
         lists = isinstance(words, list | tuple) and isinstance(tags, list | tuple)
         return (
@@ -79,24 +79,24 @@ class TokenClassification:
         )
 
     def made_up(self) -> Example:
-        """Five tokens of the first tag."""
+        """Returns an example of five tokens with the first tag."""
         return Example((1, 2, 3, 2, 1), targets=(0,) * 5)
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
-        """Pads sentences; ``labels`` are tag indices of shape (batch, longest), else ignored."""
+        """Pads sentences; ``labels`` are tag indices of shape (batch, longest), others are ignored."""
         inputs = pad_inputs([example.input_ids for example in examples], pad_token_id)
         return {**inputs, "labels": pad([each.targets for each in examples], tokens.IGNORED)}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Mean over a sentence's own words."""
+        """Returns the mean loss over each sentence's own words."""
         return tokens.own_mean(tokens.losses(logits, batch["labels"]), batch["labels"])
 
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
-        """Share of a sentence's own tags that are right."""
+        """Returns the share of each sentence's tags that are correct."""
         return tokens.own_mean(tokens.hits(logits, batch["labels"]), batch["labels"])
 
     def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
-        """Words, right tags and losses; entities there, guessed, and both."""
+        """Returns counts of words, correct tags and losses; and of guessed, true and found entities."""
         import torch
 
         labels = batch["labels"]
@@ -112,14 +112,14 @@ class TokenClassification:
         }
 
     def _entities(self, guesses: torch.Tensor, labels: torch.Tensor) -> tuple[int, int, int]:
-        """Entities guessed, there, and both, in one sentence."""
+        """Counts the guessed, true and correctly found entities of one sentence."""
         at = labels != tokens.IGNORED
         guessed = entities([self.labels[number] for number in guesses[at].tolist()])
         actual = entities([self.labels[number] for number in labels[at].tolist()])
         return len(guessed), len(actual), len(guessed & actual)
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Entity-level F1, precision and recall (micro), share of right tags, and loss per word."""
+        """Returns entity F1, precision and recall (micro), share of correct tags, and loss per word."""
         words = float(sums["tokens"])
         return {
             "f1": float(f1(sums["right"], sums["guessed"], sums["actual"])),
@@ -131,7 +131,7 @@ class TokenClassification:
 
 
 def entities(tags: Sequence[str]) -> set[Entity]:
-    """Kind, first and last word of each entity, as CoNLL's scorer reads tags that follow no rule too.
+    """Returns each entity's kind, first and last word, as CoNLL's scorer does, also for invalid tags.
 
     Tags are O, B (begins), I (inside), E (ends) and S (one word), each with its kind.
 
@@ -156,7 +156,7 @@ def entities(tags: Sequence[str]) -> set[Entity]:
 
 
 def _on_first_pieces(words: Sequence[int | None], tags: Sequence[int]) -> tuple[int, ...]:
-    """The tag of each word on its first piece; other pieces and special tokens are ignored."""
+    """Puts the tag of each word on its first piece; other pieces and special tokens are ignored."""
     targets, before = [], None
     for word in words:
         first = word is not None and word != before

@@ -1,6 +1,6 @@
-"""Arithmetic on token logits that several tasks share; no row ever touches another.
+"""Computations on token logits that several tasks share; rows are always independent.
 
-``labels`` are token ids of shape (rows, length), :data:`IGNORED` where nothing is to be predicted.
+``labels`` are token ids of shape (rows, length), :data:`IGNORED` where no token is to be predicted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _LONGEST_EXPONENT = 50.0
 
 
 def shifted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs each token of a causal model with the one that it should be followed by."""
+    """Pairs each position's logits in a causal model with the token that should follow it."""
     return logits[:, :-1], labels[:, 1:]
 
 
 def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each position in float32, shape (rows, length), zero where ignored."""
+    """Returns each position's cross-entropy in float32, shape (rows, length), zero where ignored."""
     import torch.nn.functional as F
 
     transposed = logits.float().transpose(1, 2)
@@ -31,18 +31,18 @@ def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def own_mean(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over a row's own positions, shape (rows,), so that no length touches another's loss."""
+    """Returns each row's mean over its own positions, shape (rows,), so rows stay independent."""
     return values.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
 
 
 def hits(logits: torch.Tensor, labels: torch.Tensor, among: int = 1) -> torch.Tensor:
-    """Where the label is among the ``among`` likeliest, bool of shape (rows, length)."""
+    """True where the label is among the ``among`` most likely, bool of shape (rows, length)."""
     best = logits.topk(min(among, logits.shape[-1]), dim=-1).indices
     return (best == labels.unsqueeze(-1)).any(dim=-1)
 
 
 def statistics(logits: torch.Tensor, labels: torch.Tensor) -> Tensors:
-    """Predicted tokens, hits among the first and the first three, and losses of each row."""
+    """Returns predicted tokens, hits in the top one and top three, and losses of each row."""
     return {
         "tokens": (labels != IGNORED).sum(dim=1),
         "top1": hits(logits, labels).sum(dim=1),
@@ -52,7 +52,7 @@ def statistics(logits: torch.Tensor, labels: torch.Tensor) -> Tensors:
 
 
 def metrics(sums: Sums) -> dict[str, float]:
-    """Loss per token (nats), perplexity, and how often a token is among the first guesses."""
+    """Returns loss per token (nats), perplexity, and the shares of tokens in the top one and three."""
     tokens = max(float(sums["tokens"]), 1.0)
     loss = float(sums["loss"]) / tokens
     return {

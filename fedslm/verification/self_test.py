@@ -234,7 +234,7 @@ def _noise(bench: Bench) -> tuple[bool, str]:
 
 
 def _sampler(bench: Bench) -> tuple[bool, str]:
-    """Tests which units are in the samples, how many and which together; for records and users; none cut off."""
+    """Tests who is sampled, how many, and who together; for records and users; none is cut off."""
     passed, scores, cap = True, [], 4
     seeded = stream(0, "self-test")
     for plan, population in ((_PLAN, 3000), (_user_plan(1.0, cap), 500)):
