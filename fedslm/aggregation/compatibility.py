@@ -67,9 +67,9 @@ class Conflict:
     """One refused combination.
 
     Attributes:
-        where: The values of each axis that together are refused.
+        where: The values on each axis whose combination is refused.
         axis: The axis to change.
-        reason: Why.
+        reason: Why the combination is refused.
         nearest: The nearest valid choice.
     """
 

@@ -27,7 +27,7 @@ class Method:
 
     Attributes:
         title: The name in the literature.
-        source: Where it is defined.
+        source: The paper that defines it.
         family: linear: one weighted sum of the updates; factors: needs each client's own A and B.
         exact: Whether the aggregate is the weighted mean of the clients' weight changes.
         odd: Parts that clients train on odd turns.

@@ -78,7 +78,7 @@ def combine(rule: RuleName, spool: Spool, num_byzantine: int, shrink: Sequence[f
     Args:
         rule: Any rule except the mean.
         spool: The updates, of one rank.
-        num_byzantine: f, the largest number of hostile clients.
+        num_byzantine: f, the largest number of clients that may be hostile.
         shrink: Each update's factor in (0, 1] (the norm bound), which is applied first.
 
     Returns:

@@ -1,7 +1,7 @@
 """Initial values of A from the main directions of each adapted layer's inputs on public examples (EVA).
 
-A frozen A keeps only the part of its inputs that is in the span of its rows; of all rows, these keep
-the most. They reveal information about the examples, which must therefore be public.
+A frozen A keeps only the part of its inputs that is in the span of its rows; of all rows, the main
+directions keep the most. They reveal information about the examples, which must therefore be public.
 """
 
 from __future__ import annotations
@@ -230,6 +230,6 @@ def _completed(rows: FloatArray, seeded: FloatArray) -> FloatArray:
     rest = seeded - (seeded @ known.T) @ known
     _, values, vectors = np.linalg.svd(rest, full_matrices=False)
     found = np.zeros((missing, seeded.shape[1]))
-    count = min(missing, int((values > 1e-6).sum()))  # there are none beyond the layer's width
+    count = min(missing, int((values > 1e-6).sum()))  # there are no more than the layer's width
     found[:count] = vectors[:count]
     return np.vstack([rows, _signed(found)])

@@ -104,7 +104,7 @@ def segments(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, frame: F
 
     Formal guarantees:
         * Joined, the segments are the template's own text of the turns without the space around them.
-        * What is learned of a turn is the assistant's text and what ends the turn, nothing else.
+        * Of a turn, exactly the assistant's text and the text that ends the turn are learned.
 
     Args:
         turns: The turns, in order; if the template refuses a system turn, it is merged into the first

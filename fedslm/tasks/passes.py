@@ -8,7 +8,7 @@ from fedslm.tasks.base import Example, Task
 
 MOST_EXAMPLES = 32
 MOST_LOGITS = 1 << 24  # 64 MiB in float32, for each copy that a metric makes
-LEAST_WIDTH = 1 << 11  # least values that a layer holds per token, even with few classes
+LEAST_WIDTH = 1 << 11  # fewest values that a layer holds per token, even with few classes
 
 
 def passes(examples: Sequence[Example], width: int, size: int = MOST_EXAMPLES) -> Iterator[list[int]]:

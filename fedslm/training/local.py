@@ -117,7 +117,7 @@ def rehearse(model: LoadedModel, task: Task, plan: PrivatePlan, trained: frozens
 
 
 def enter_training(model: LoadedModel) -> None:
-    """Puts the trained modules into training mode, but not the frozen base: it has no dropout.
+    """Puts trained modules and LoRA's dropout into training mode; the frozen base has no dropout.
 
     Layers that recompute their activations are also put into training mode, since they do so only in
     that mode; the modules inside them stay in evaluation mode.
