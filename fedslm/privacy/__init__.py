@@ -1,1 +1,1 @@
-"""Plans, accounting and ledgers: torch-free, and held to a higher standard."""
+"""Plans, accounting and ledgers: torch-free, with stricter checks than the rest of the package."""

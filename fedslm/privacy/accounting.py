@@ -1,12 +1,13 @@
-"""Events to epsilon. The number of record is dp-accounting's PLD accountant.
+"""Computes epsilon from events. The number of record comes from dp-accounting's PLD accountant.
 
 Formal guarantees:
-    * Add-or-remove adjacency of the unit; both directions, the larger counts.
+    * Adjacency is add-or-remove of one unit; the larger of both directions counts.
     * Poisson sampling at the event's rate and Gaussian noise at its multiplier, adaptively composed
       over all steps with parameters that are fixed beforehand; :func:`adaptive_epsilon` is for
-      parameters that are not. No amplification by client sampling.
-    * The discretised privacy loss is a pessimistic one: the result is an upper bound.
-    * Where a Rényi bound is above 10,000, it is the result: an upper bound too, which takes no memory.
+      parameters that are not. There is no amplification by client sampling.
+    * The privacy loss is discretised pessimistically: the result is an upper bound.
+    * If a Rényi bound is above 10,000, that bound is the result: also an upper bound, and computed
+      without large memory.
 
 References:
     Koskela et al. 2020 (arXiv 1906.03049); Doroshenko et al. 2022 (arXiv 2207.04380).
@@ -30,16 +31,16 @@ _TOLERANCE = 1e-3
 _LEAST_MULTIPLIER = 0.05
 _PRV_TOLERANCE = (0.02, 0.005)  # absolute, relative
 _PRV_MESH = 0.01  # Opacus' default eps_error
-_MOST_POINTS = 10_000_000  # of a PRV: some 350 bytes each
-_LARGEST_CHECKED, _LARGEST_TIGHT = 1_000, 10_000  # epsilon beyond, which promises nothing
+_MOST_POINTS = 10_000_000  # of a PRV, at about 350 bytes each
+_LARGEST_CHECKED, _LARGEST_TIGHT = 1_000, 10_000  # a larger epsilon guarantees nothing
 _ROUGH_ORDERS = (2, 3, 4, 8, 16, 32, 64)
 MOST_STEPS = 1_000_000
 _NEARLY = 0.8
-_MANY_STEPS = 10**9  # so many that no conversion is cut off at zero
+_MANY_STEPS = 10**9  # enough steps that no conversion is clamped to zero
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
 
 _EPSILON_GRID = tuple(step / 20 for step in range(241))  # 0 to 12
-_ANY_DELTA = 1e-5  # grouping alone; no delta enters
+_ANY_DELTA = 1e-5  # only for grouping; delta has no effect there
 
 Groups = tuple[tuple[float, float, int], ...]  # (sample_rate, noise_multiplier, steps), sorted
 
@@ -48,14 +49,15 @@ Groups = tuple[tuple[float, float, int], ...]  # (sample_rate, noise_multiplier,
 class Accounts:
     """Epsilon of the same events by three accountants.
 
-    Privacy losses of steps add up: PLD and PRV convolve their distributions, PLD's a pessimistic one.
-    RDP adds divergences of each order; the best gives epsilon (Balle et al. 2020, arXiv 1905.09982).
+    The privacy losses of the steps add up: PLD and PRV convolve their distributions (PLD a pessimistic
+    one). RDP adds the divergence of each order; the best order gives epsilon (Balle et al. 2020,
+    arXiv 1905.09982).
 
     Attributes:
-        pld: dp-accounting's privacy loss distributions: the number of record.
-        prv: Opacus' privacy random variables; an estimate plus its error bound. Its domain comes
+        pld: From dp-accounting's privacy loss distributions: the number of record.
+        prv: From Opacus' privacy random variables: an estimate plus its error bound. Its domain comes
             from Opacus' Rényi accountant; the PLD shares no code with either.
-        rdp: Opacus' Rényi accountant; an upper bound, 10 to 25 % larger.
+        rdp: From Opacus' Rényi accountant: an upper bound, 10 to 25 % larger.
     """
 
     pld: float
@@ -67,15 +69,15 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
     """Epsilon of all events together at ``delta``.
 
     Args:
-        events: What was charged, in any order; none gives 0.
+        events: The charged events, in any order; an empty list gives 0.
         delta: In (0, 0.1].
 
     Returns:
         An upper bound on epsilon.
 
     Raises:
-        PrivacyError: Delta is out of its range, or the events are beyond what can be computed: more
-            than a million steps, or noise below 0.05 clip norms.
+        PrivacyError: Delta is out of range, or the events are too many or too weakly noised to
+            compute: more than a million steps, or noise below 0.05 clip norms.
 
     >>> epsilon([], 1e-5)
     0.0
@@ -86,19 +88,19 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
 
 
 def cross_check(events: Iterable[Event], delta: float) -> Accounts:
-    """Epsilon by three accountants, which must agree.
+    """Computes epsilon with three accountants and checks that they agree.
 
     Formal guarantees:
         * Returns only if RDP >= PLD (an upper bound is above a tight one) and
           |PRV - PLD| <= 0.02 + 0.5 %. An estimate below 0 counts as 0.
-        * What would take gigabytes is refused before it is computed.
+        * A computation that would need gigabytes of memory is refused before it starts.
 
     Args:
-        events: What was charged or is planned.
+        events: The charged or planned events.
         delta: In (0, 0.1].
 
     Raises:
-        PrivacyError: The accountants disagree, one of them fails, or RDP says more than 1,000.
+        PrivacyError: The accountants disagree, one of them fails, or RDP exceeds 1,000.
 
     References:
         Gopi et al. 2021, PRV (arXiv 2106.02848); Mironov et al. 2019, RDP (arXiv 1908.10530).
@@ -108,13 +110,13 @@ def cross_check(events: Iterable[Event], delta: float) -> Accounts:
 
 
 def adaptive_epsilon(events: Sequence[Event], delta: float, budget: float) -> float:
-    """Epsilon of events whose parameters may have been chosen after seeing earlier releases.
+    """Epsilon of events whose parameters may have been chosen adaptively, after earlier releases.
 
     A PLD is valid for parameters fixed beforehand. A Rényi filter is valid for any adaptive choice if
-    its order is fixed beforehand: here by the first event and the budget alone.
+    its order is fixed beforehand: here only the first event and the budget determine it.
 
     Args:
-        events: What was charged, in the order in which it was.
+        events: The charged events, in the order in which they were charged.
         delta: In (0, 0.1].
         budget: Epsilon that must not be exceeded, > 0.
 
@@ -137,15 +139,15 @@ def adaptive_epsilon(events: Sequence[Event], delta: float, budget: float) -> fl
 
 
 def group_epsilon(events: Iterable[Event], delta: float, group_size: int) -> float:
-    """Epsilon for somebody with ``group_size`` records in a run whose unit is the record.
+    """Epsilon for a person with ``group_size`` records in a run whose unit is the record.
 
     The number of the group's records in a Poisson sample is binomial, and each moves the sum by at most
-    one clip norm: a mixture of Gaussians. This is tight; ``group_size * epsilon`` is no bound at all.
+    one clip norm: a mixture of Gaussians. This is tight; ``group_size * epsilon`` is not a bound.
 
     Args:
-        events: What was charged at record level.
+        events: The events charged at record level.
         delta: In (0, 0.1].
-        group_size: Records that the person has at most, >= 1.
+        group_size: Largest number of records of the person, >= 1.
 
     Raises:
         PrivacyError: A value is out of range.
@@ -160,13 +162,13 @@ def group_epsilon(events: Iterable[Event], delta: float, group_size: int) -> flo
 
 
 def network_epsilon(clients: Sequence[Iterable[Event]], delta: float, *, overlapping: bool) -> float:
-    """Epsilon of somebody in a network of clients.
+    """Epsilon of one unit in a network of clients.
 
     Args:
-        clients: What each client charged.
+        clients: The events that each client charged.
         delta: In (0, 0.1].
-        overlapping: False if no unit lies in two clients: then each unit is touched by one client alone
-            and the largest epsilon counts. True composes all clients.
+        overlapping: False if no unit has records at two clients: then each unit is touched by only one
+            client, and the largest epsilon counts. True composes all clients.
 
     >>> network_epsilon([[Event(1.0, 5.0, 1)], []], 1e-5, overlapping=False) < 1
     True
@@ -177,12 +179,12 @@ def network_epsilon(clients: Sequence[Iterable[Event]], delta: float, *, overlap
 
 
 def true_positive_bound(events: Iterable[Event], false_positive_rate: float) -> float:
-    """Largest share of members that any attacker can point out, at a rate of false alarms.
+    """Largest true positive rate of any membership inference attack at a false positive rate.
 
     The smallest of e^ε·FPR + δ(ε) over the whole privacy curve, so tighter than one (ε, δ) gives.
 
     Args:
-        events: What was charged.
+        events: The charged events.
         false_positive_rate: In (0, 1).
 
     >>> true_positive_bound([], 0.01)
@@ -205,7 +207,7 @@ def true_positive_bound(events: Iterable[Event], false_positive_rate: float) -> 
 
 
 def check_delta(delta: float) -> None:
-    """Refuses a delta at which nothing is promised.
+    """Refuses a delta that is too large to guarantee anything.
 
     Raises:
         OutOfRange: It is not in (0, 0.1].
@@ -220,7 +222,7 @@ def check_delta(delta: float) -> None:
 
 
 def _grouped(events: Iterable[Event], delta: float) -> Groups:
-    """Steps with the same parameters together: the order does not matter."""
+    """Groups steps that have the same parameters; their order does not matter."""
     check_delta(delta)
     steps: Counter[tuple[float, float]] = Counter()
     for event in events:
@@ -235,7 +237,7 @@ def _grouped(events: Iterable[Event], delta: float) -> Groups:
 
 @lru_cache(maxsize=4096)
 def _pld(grouped: Groups, delta: float) -> float:
-    """Epsilon by privacy loss distributions; a Rényi bound where that is beyond any use."""
+    """Epsilon by privacy loss distributions; a Rényi bound if that bound is too large to be useful."""
     if not grouped:
         return 0.0
     with _computing(delta):
@@ -247,7 +249,7 @@ def _pld(grouped: Groups, delta: float) -> float:
 
 @contextmanager
 def _computing(delta: float) -> Iterator[None]:
-    """Makes one of our errors of whatever stops an accountant: there is no epsilon then."""
+    """Turns any exception of an accountant into a PrivacyError: there is no epsilon then."""
     try:
         yield
     except PrivacyError:
@@ -279,7 +281,7 @@ def _composed(grouped: Groups) -> Any:
 
 @lru_cache(maxsize=16)
 def _of_one_step(rate: float, noise: float) -> Any:
-    """The privacy loss distribution of one step, kept: a run asks for the same one in each round."""
+    """The privacy loss distribution of one step, cached: a run needs the same one in each round."""
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
@@ -319,7 +321,7 @@ def _cross_checked(grouped: Groups, delta: float) -> Accounts:
     rdp, prv = RDPAccountant(), PRVAccountant()
     rdp.history = prv.history = [(noise, rate, count) for rate, noise, count in grouped]
     with _computing(delta), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the order at the edge, and of log(0)
+        warnings.simplefilter("ignore")  # about the best order at the edge of the range, and log(0)
         loose = max(0.0, float(rdp.get_epsilon(delta)))
         _check_size(loose, float(rdp.get_epsilon(delta / 4000)), grouped, delta)
         estimate = max(0.0, float(prv.get_epsilon(delta)))
@@ -333,9 +335,9 @@ def _check_size(rdp: float, width: float, grouped: Groups, delta: float) -> None
 
     Args:
         rdp: Epsilon by RDP.
-        width: The same at the delta at which Opacus' PRV cuts its domain off.
-        grouped: What was charged.
-        delta: The delta.
+        width: Epsilon by RDP at the delta at which Opacus' PRV truncates its domain.
+        grouped: The charged events.
+        delta: The delta of the budget.
     """
     steps = sum(count for _, _, count in grouped)
     points = 2 * (width + 3) * math.sqrt(steps * math.log(12_000 / delta) / 2) / _PRV_MESH
@@ -348,11 +350,11 @@ def _check_size(rdp: float, width: float, grouped: Groups, delta: float) -> None
 
 
 def check_agreement(accounts: Accounts) -> None:
-    """Refuses figures that cannot all be right.
+    """Refuses figures that cannot all be correct.
 
     Raises:
-        PrivacyError: RDP is below PLD, or PRV is further from PLD than 0.02 + 0.5 %. If both are below
-            PLD, its rounding is what is too coarse.
+        PrivacyError: RDP is below PLD, or PRV differs from PLD by more than 0.02 + 0.5 %. If both are
+            below PLD, the PLD's discretisation is too coarse.
     """
     absolute, relative = _PRV_TOLERANCE
     allowed = absolute + relative * accounts.pld
@@ -370,7 +372,7 @@ def check_agreement(accounts: Accounts) -> None:
 
 
 def _step(rate: float, noise: float) -> object:
-    """One Poisson-sampled Gaussian step as dp-accounting names it."""
+    """One Poisson-sampled Gaussian step as a dp-accounting event."""
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
     return PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
@@ -380,7 +382,7 @@ def _step(rate: float, noise: float) -> object:
 def _order(first: Event, delta: float, budget: float) -> float:
     """Smallest Rényi order at which a budget pays for nearly the most steps like the first event's.
 
-    The best order would be a little better for such steps, and far worse for steps with less noise.
+    The best order would be slightly better for such steps, and far worse for steps with less noise.
     """
     from dp_accounting.rdp import RdpAccountant
 

@@ -1,4 +1,4 @@
-"""What is asked, turned into a plan that keeps it: the noise is found, or a given noise is checked."""
+"""Turns the requested privacy into a plan that keeps it: calibrates or checks the noise."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _STEP, _LARGEST_MULTIPLIER = 1e-3, 10_000
 
 
 def calibrated(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) -> RunPlan:
-    """Turns what is asked into what will run, for the worst case: a client joins every round.
+    """Turns the requested privacy into a plan, for the worst case: a client joins every round.
 
     Args:
-        privacy: What is asked.
+        privacy: The requested privacy.
         training: Steps and batch size.
-        rounds: Rounds of the run; ``privacy.spare_rounds`` come on top.
+        rounds: Rounds of the run; ``privacy.spare_rounds`` are added to them.
 
     Returns:
         The plan that every client follows.
 
     Raises:
-        PrivacyError: A value is missing or out of reach, or a given noise multiplier would exceed
+        PrivacyError: A value is missing or infeasible, or a given noise multiplier would exceed
             epsilon.
 
     References:
@@ -90,16 +90,16 @@ def calibrate(
     steps: int,
     others: Sequence[Event] = (),
 ) -> float:
-    """Noise multiplier for which the steps cost at most the target.
+    """Finds a noise multiplier for which the steps cost at most the target.
 
-    It is at most 0.002 above the smallest such one, or 0.101 if that is below 0.1.
+    It is at most 0.002 above the smallest such multiplier, or 0.101 if the smallest is below 0.1.
 
     Args:
         epsilon_target: Budget, > 0.
         delta: In (0, 0.1].
         sample_rate: In (0, 1].
-        steps: Most steps that a client can take, not the expected number.
-        others: What the budget must pay for besides.
+        steps: Largest number of steps that a client can take, not the expected number.
+        others: Further events that the same budget must pay for.
 
     Raises:
         PrivacyError: The target is not a positive number, or no noise multiplier up to 10,000 meets it.
@@ -118,7 +118,7 @@ def calibrate(
                 f"privacy.epsilon={epsilon_target} at delta={delta} is out of reach for {steps} "
                 f"steps at sample_rate={sample_rate}; ask for fewer steps or a larger epsilon"
             )
-    # Epsilon never rises with the noise, so bisection is right: for τ > σ, N(0, τ²) is
+    # Epsilon never rises with the noise, so bisection is valid: for τ > σ, N(0, τ²) is
     # N(0, σ²) + N(0, τ² - σ²), and more noise is post-processing of less.
     low = high / 2 if high > 1 else 0.1
     while high - low > _STEP:
@@ -128,7 +128,7 @@ def calibrate(
 
 
 def affordable_steps(epsilon_target: float, delta: float, event: Event) -> int:
-    """Most steps like ``event``'s that cost at most the target together; 0 if not even one.
+    """Largest number of steps like ``event`` that cost at most the target in total; 0 if none.
 
     >>> affordable_steps(3.0, 1e-5, Event(0.032, 0.946, 1))
     149
@@ -142,7 +142,7 @@ def affordable_steps(epsilon_target: float, delta: float, event: Event) -> int:
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """Largest number up to ``limit`` that fits, if all smaller ones do; 0 if none."""
+    """Largest number up to ``limit`` that fits, if all smaller ones fit; 0 if none does."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, high * 2

@@ -1,7 +1,7 @@
-"""A ledger as a file: signed lines, each of which names the hash of the line before.
+"""A ledger as a file: signed lines, each of which contains the hash of the line before.
 
-Reading needs only the public key. What a line can say is in :mod:`fedslm.privacy.lines`; writing is
-:mod:`fedslm.privacy.ledger`.
+Reading needs only the public key. :mod:`fedslm.privacy.lines` defines the content of a line;
+:mod:`fedslm.privacy.ledger` writes lines.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _NO_ENTRY = (ValueError, TypeError, KeyError, AttributeError, RecursionError, Pr
 
 @dataclass(frozen=True)
 class Chain:
-    """A whole ledger, checked.
+    """A complete ledger that was checked.
 
     Attributes:
         entries: All entries; the first is the opening. Empty if there is no ledger yet.
         head: Hash of the last line.
-        torn: True if bytes follow the last line that are no line: a crash while it was written.
+        torn: True if bytes that are not a line follow the last line: a crash during a write.
     """
 
     entries: tuple[Entry, ...]
@@ -59,12 +59,12 @@ class Chain:
 
     @property
     def opening(self) -> Opening | None:
-        """What the ledger is about."""
+        """The ledger's opening; None if there is no ledger yet."""
         return self.entries[0].opening if self.entries else None
 
     @property
     def charges(self) -> tuple[Charge, ...]:
-        """Everything that was ever charged, in order."""
+        """Every charge of the ledger, in order."""
         return tuple(entry.charge for entry in self.entries if entry.charge is not None)
 
     @property
@@ -79,19 +79,19 @@ class Chain:
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """Every run that was charged, or released without privacy, once, in order."""
+        """Every run with a charge or a release without privacy, once each, in order."""
         made = (entry.charge or entry.unprotected for entry in self.entries)
         return tuple(dict.fromkeys(each.run for each in made if each is not None))
 
     @property
     def unit(self) -> str | None:
-        """Whose participation is counted; None if nothing says it yet."""
+        """The unit whose participation is counted; None if no line names one yet."""
         opened = None if self.opening is None or self.opening.unit == NO_UNIT else self.opening.unit
         return opened or next((each.unit for each in self.charges if each.unit is not None), None)
 
     @property
     def unit_column(self) -> str | None:
-        """The column of the unit: the opening's, or that of the first charge which names one."""
+        """The unit's column: that of the opening, or of the first charge that names one."""
         opened = None if self.opening is None else self.opening.unit_column
         named = (each.unit_column for each in self.charges if each.unit_column is not None)
         return opened if opened is not None else next(named, None)
@@ -100,7 +100,7 @@ class Chain:
         """Epsilon of everything that was ever released; infinite after a release without privacy.
 
         Raises:
-            PrivacyError: Delta is out of its range, or the events are beyond what can be computed.
+            PrivacyError: Delta is out of range, or the events are beyond what can be computed.
         """
         return math.inf if self.unprotected else accounting.epsilon(self.events, delta)
 
@@ -125,12 +125,12 @@ def encode(key: Ed25519PrivateKey, entry: Entry) -> bytes:
 
 
 def line_hash(line: bytes) -> str:
-    """Hash of a line without its end."""
+    """Hash of a line without its line end."""
     return hashlib.sha256(line).hexdigest()
 
 
 def whole_lines(content: bytes) -> list[bytes]:
-    """The lines that were written to their end, without it."""
+    """The lines that were written completely, without their line ends."""
     return content.split(b"\n")[:-1]
 
 
@@ -140,12 +140,12 @@ def read_chain(path: Path, key: Ed25519PublicKey) -> Chain:
     Formal guarantees:
         * Any changed, inserted, dropped, swapped or duplicated byte or line before the end of the last
           line is refused.
-        * Lines missing at the end are seen if the head (beside the file, or saved elsewhere) is known:
-          :func:`check_head`.
-        * There is one way to write a line, and any other is refused, whoever signed it: further spaces,
-          a line end of another system, a key twice, another spelling of a number or a letter. So every
-          reader of JSON finds the same in it.
-        * A line of more than 64 KiB is refused; no more of it is read.
+        * Lines missing at the end are detected if the head (stored next to the file, or saved
+          elsewhere) is known: :func:`check_head`.
+        * A line has exactly one valid encoding, and any other is refused, whoever signed it: extra
+          spaces, another system's line end, a duplicate key, another spelling of a number or a letter.
+          So every JSON reader finds the same content in it.
+        * A line of more than 64 KiB is refused; no more than that is read of it.
 
     Raises:
         LedgerError: The file cannot be read or was changed.
@@ -169,7 +169,7 @@ def read_chain(path: Path, key: Ed25519PublicKey) -> Chain:
 
 
 def read_head(path: Path) -> tuple[int, str] | None:
-    """Index and hash of a saved head; None if there is no such file.
+    """Reads the index and hash of a saved head; None if there is no such file.
 
     Raises:
         LedgerError: The file cannot be read.
@@ -187,10 +187,10 @@ def read_head(path: Path) -> tuple[int, str] | None:
 
 
 def check_head(path: Path, chain: Chain, index: int, sha256: str) -> None:
-    """Checks that a ledger still holds the line that was once its last.
+    """Checks that a ledger still contains the line that was once its last.
 
     Raises:
-        LedgerError: It does not: the ledger was rolled back, or is another one.
+        LedgerError: It does not: the ledger was rolled back, or is a different one.
     """
     if not 0 <= index < len(chain.entries):
         raise LedgerError(
@@ -203,7 +203,7 @@ def check_head(path: Path, chain: Chain, index: int, sha256: str) -> None:
 
 
 def _entries(path: Path, lines: Iterable[bytes], key: Ed25519PublicKey) -> Iterator[Entry]:
-    """Yields entries, checking the links between them."""
+    """Yields the entries and checks the links between them."""
     previous, open_reservations = GENESIS, set[int]()
     for index, line in enumerate(lines):
         try:
@@ -226,7 +226,7 @@ def _entries(path: Path, lines: Iterable[bytes], key: Ed25519PublicKey) -> Itera
 
 @lru_cache(maxsize=16_384)
 def _parse(line: bytes, public_key: str) -> Entry:
-    """Reads one line and checks its signature; what it says must be of one kind."""
+    """Reads one line, checks its signature, and checks that it is of exactly one kind."""
     values: dict[str, Any] = json.loads(line)
     if json.dumps(values).encode() != line:
         raise ValueError("the line is not written as fedslm writes it")

@@ -1,17 +1,19 @@
-"""A ledger's own time: it never goes back by itself, and no clock makes a charge look older than it is.
+"""A ledger's own time: it never runs backwards, and no charge looks older than it is.
 
-A node's clock can be wrong: set back, at 1970 after a flat battery, years ahead after a bad answer.
-Limits on a day, or on the time between two rounds, need times of charges that are never too early.
+A node's clock can be wrong: set back, at 1970 after a flat battery, or years ahead after a bad time
+server's answer. Limits per day, or on the time between two rounds, need charge times that are never too
+early.
 
 Formal guarantees (if the clock is right now, and whenever it was corrected):
     * A charge counts as made when it was made, or later: a limit refuses too much, never too little.
-    * A line is written with the latest time so far, if the clock is behind it. With a clock that is
-      before 2025 or after 2099 nothing is written.
+    * If the clock is behind the latest time so far, a line is written with that latest time. With a
+      clock that is before 2025 or after 2099 nothing is written.
     * A line of an older version whose time is before that of a line above it counts as of the later
       one; one before 2025 counts as of the first line below that has a time, or as of now.
-    * After a jump forwards charges count as of a time to come, and limits refuse until then. A
-      correction (:class:`fedslm.privacy.lines.Correction`) says that the clock is right now: no line
-      above it can have been written later, so all that are ahead count as of the correction.
+    * After a forward jump of the clock, charges count as of a future time, and limits refuse until
+      then. A correction (:class:`fedslm.privacy.lines.Correction`) records that the clock is right now:
+      no line above it can have been written later, so all lines that are ahead count as of the
+      correction.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from fedslm.errors import LedgerError
 from fedslm.privacy.lines import ADAPTER, LATEST_TIME, Entry
 
 DAY_SECONDS = 86_400
-EARLIEST_TIME = 1_735_689_600  # 2025-01-01: fedslm is younger
-AHEAD_SECONDS = 300  # less is an ordinary clock's correction
+EARLIEST_TIME = 1_735_689_600  # 2025-01-01: fedslm did not exist before
+AHEAD_SECONDS = 300  # a smaller jump is an ordinary clock correction
 
 
 def counted_times(entries: Iterable[Entry], now: float) -> list[float]:
-    """When each line counts as written, in order."""
+    """When each line counts as written, in the ledger's order."""
     times: list[float] = []
     latest = 0.0
     for entry in entries:
@@ -45,17 +47,17 @@ def counted_times(entries: Iterable[Entry], now: float) -> list[float]:
 
 
 def next_time(entries: Sequence[Entry]) -> int:
-    """The time of a line that is written now.
+    """The time to write into the next line.
 
     Raises:
-        LedgerError: The clock says what cannot be.
+        LedgerError: The clock shows an impossible time.
     """
     now = right_now()
     return max(now, *map(int, counted_times(entries, now)[-1:])) if entries else now
 
 
 def right_now() -> int:
-    """The clock's time.
+    """The clock's current time.
 
     Raises:
         LedgerError: It is before 2025 or after 2099.
@@ -70,7 +72,7 @@ def right_now() -> int:
 
 
 def seconds_ahead(entries: Sequence[Entry]) -> int:
-    """By how many seconds a ledger is ahead of this machine's clock; 0 if it is not."""
+    """Number of seconds by which a ledger is ahead of this machine's clock; 0 if it is not."""
     now = time.time()
     return max(0, int(counted_times(entries, now)[-1] - now)) if entries else 0
 
@@ -86,12 +88,12 @@ def rounds(entries: Sequence[Entry], now: float) -> list[float]:
 
 
 def _purpose(what: object) -> str | None:
-    """What a charge or a release is for; None without one."""
+    """The purpose of a charge or a release; None for other lines."""
     return getattr(what, "purpose", None)
 
 
 def _day(seconds: int) -> str:
-    """A time as people write it."""
+    """A time as a readable date."""
     try:
         return datetime.fromtimestamp(seconds, UTC).date().isoformat()
     except (ValueError, OverflowError, OSError):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedslm.errors import PrivacyError
 from fedslm.privacy.randomness import SecureStream
 
-_SAMPLES = 4  # each value is the sum of four Gaussians, halved
+_SAMPLES = 4  # each value is half the sum of four Gaussians
 _BLOCK = 8_192
 
 
@@ -18,12 +18,13 @@ class GaussianNoise:
     """A stream of Gaussian noise for one release.
 
     Formal guarantees:
-        * Values are independent N(0, stddev²) up to float64 rounding, from a
-          :class:`~fedslm.privacy.randomness.SecureStream` of their own. Each of the four samples in a
-          value is cut at 8.57 standard deviations by the resolution of its uniform (probability below
+        * Values are independent N(0, stddev²) up to float64 rounding, from a separate
+          :class:`~fedslm.privacy.randomness.SecureStream`. Each of the four samples in a value is
+          truncated at 8.57 standard deviations by the resolution of its uniform (probability below
           2^-52).
         * Each value is half the sum of four independent Box–Muller samples, as in Opacus' secure mode:
-          whoever sees the low bits of a release has to find all four among about 2^(3·52) candidates.
+          an attacker who sees the low bits of a release has to find all four among about 2^(3·52)
+          candidates.
 
     References:
         Box and Muller 1958; Mironov 2012 (the attack); Holohan and Braghin 2021 (arXiv 2107.10138).
@@ -37,7 +38,7 @@ class GaussianNoise:
 
         Args:
             shape: Shape of the noise.
-            stddev: Standard deviation, > 0: no noise is never a release.
+            stddev: Standard deviation, > 0: a release without noise is never allowed.
 
         Raises:
             PrivacyError: ``stddev`` is not a positive number.
@@ -57,7 +58,7 @@ class GaussianNoise:
 
     def _standard_normal(self, count: int) -> NDArray[np.float64]:
         """Box–Muller; both values of a pair are used, for different coordinates."""
-        # Always two normals of two uniforms: how often a rejection method redraws depends on the noise.
+        # Two uniforms always give two normals: the redraws of a rejection method depend on the noise.
         half = (count + 1) // 2
         uniform = self._stream.uniform(2 * half)
         radius = np.sqrt(-2.0 * np.log(uniform[:half]))

@@ -1,6 +1,6 @@
-"""A node's own secrets: the Ed25519 key that signs its ledger, the key of its data commitments.
+"""A node's own secrets: the Ed25519 key that signs its ledger, and the key of its data commitments.
 
-Both are made on the node at first use, are readable by its owner alone, and never leave it.
+Both are made on the node at first use, are readable only by its owner, and never leave the node.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _SMALL_ORDER = frozenset(
 
 
 def signing_key(directory: Path) -> Ed25519PrivateKey:
-    """The node's signing key; made at first use, with the public key beside it.
+    """The node's signing key; made at first use, with the public key stored next to it.
 
     Raises:
-        LedgerError: The key cannot be made or read, is no Ed25519 key, or others can read it.
+        LedgerError: The key cannot be made or read, is not an Ed25519 key, or others can read it.
     """
     path = directory / PRIVATE_KEY
     key = _as_private(path, _secret(path, new_private_key))
@@ -62,7 +62,7 @@ def private_key(path: Path) -> Ed25519PrivateKey:
     """Reads a private key from a PEM file.
 
     Raises:
-        LedgerError: It is missing, is no Ed25519 key, or others can read it.
+        LedgerError: It is missing, is not an Ed25519 key, or others can read it.
     """
     if not path.exists():
         raise LedgerError(f"{path} is missing")
@@ -70,7 +70,7 @@ def private_key(path: Path) -> Ed25519PrivateKey:
 
 
 def _as_private(path: Path, content: bytes) -> Ed25519PrivateKey:
-    """A PEM file's content as a private key."""
+    """Parses the content of a PEM file as a private key."""
     try:
         key = serialization.load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -81,10 +81,11 @@ def _as_private(path: Path, content: bytes) -> Ed25519PrivateKey:
 
 
 def read_public_key(source: Path | str) -> Ed25519PublicKey:
-    """Reads a public key from 64 hexadecimal digits, whatever files there are, or else from a PEM file.
+    """Reads a public key from 64 hexadecimal digits, whatever files exist, or else from a PEM file.
 
     Raises:
-        LedgerError: It is neither, or one for which anybody can sign: its owner could deny everything.
+        LedgerError: It is neither, or a key for which anybody can sign: its owner could repudiate every
+            signature.
     """
     text = str(source)
     try:
@@ -103,7 +104,7 @@ def read_public_key(source: Path | str) -> Ed25519PublicKey:
 
 
 def _without_sign(point: bytes) -> bytes:
-    """A point's bytes without the highest bit, which says the sign of its other coordinate."""
+    """A point's bytes without the highest bit, which is the sign of its other coordinate."""
     return bytes([*point[:31], point[31] & 0x7F])
 
 
@@ -123,9 +124,9 @@ def signature_of(key: Ed25519PrivateKey, values: Mapping[str, Any]) -> str:
 
 
 def is_signed(key: Ed25519PublicKey, values: Mapping[str, Any], signature: object) -> bool:
-    """True if the signature of these values was made with the private half of ``key``.
+    """True if these values were signed with the private half of ``key``.
 
-    Only what :func:`signature_of` writes is a signature: no capital digits, no spaces.
+    Only the exact output of :func:`signature_of` is a signature: no capital digits, no spaces.
     """
     if not (isinstance(signature, str) and re.fullmatch(r"[0-9a-f]{128}", signature)):
         return False
@@ -142,14 +143,14 @@ def sha256_of(values: Any) -> str:
 
 
 def masked(key: bytes, name: str, content: bytes) -> bytes:
-    """Content under a keystream (ChaCha20); the same call gives it back.
+    """Encrypts content with a keystream (ChaCha20); the same call decrypts it.
 
-    It hides nothing from whoever has the key, which travels beside it: it makes bytes, and so their
-    hashes, ones that nobody can know beforehand.
+    It hides nothing from anyone who has the key, which is sent together with the content: it only makes
+    the bytes, and so their hashes, impossible to know beforehand.
 
     Args:
         key: 32 random bytes, new for each message.
-        name: What the content is; two contents of one message have two names.
+        name: Name of the content; two contents of one message have two names.
         content: Any bytes.
     """
     nonce = hashlib.sha256(name.encode()).digest()[:16]
@@ -164,7 +165,7 @@ def data_commitment(directory: Path, rows: Iterable[Mapping[str, Any]]) -> str:
           the records. With the key an auditor on the node can check which records a charge was for.
 
     Raises:
-        LedgerError: The key cannot be made or read, or others can read it. A record never raises.
+        LedgerError: The key cannot be made or read, or others can read it. No record raises.
     """
     key = _secret(directory / _COMMITMENT_KEY, lambda: os.urandom(_COMMITMENT_BYTES))
     each = sorted(_mac(key, json.dumps(row, sort_keys=True, default=_typed).encode()) for row in rows)
@@ -172,7 +173,7 @@ def data_commitment(directory: Path, rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _typed(value: object) -> list[str]:
-    """What JSON does not know, with its type."""
+    """A value that JSON does not support, with its type."""
     match value:
         case bytes():
             return ["bytes", value.hex()]
@@ -181,7 +182,7 @@ def _typed(value: object) -> list[str]:
 
 
 def _publish(path: Path, content: bytes) -> None:
-    """Makes the public key's file say what the private key says."""
+    """Writes the public key's file so that it matches the private key."""
     try:
         if not path.exists() or path.read_bytes() != content:
             _write(path, content, mode=0o644)
@@ -197,7 +198,7 @@ def _mac(key: bytes, message: bytes) -> bytes:
 
 
 def _canonical(values: Any) -> bytes:
-    """The one way to write JSON values for hashing and signing."""
+    """The canonical encoding of JSON values for hashing and signing."""
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -211,7 +212,7 @@ def new_private_key() -> bytes:
 
 
 def _secret(path: Path, make: Any) -> bytes:
-    """Reads a secret file, or makes it; refuses one that others can read."""
+    """Reads a secret file, or creates it; refuses one that others can read."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -226,7 +227,7 @@ def _secret(path: Path, make: Any) -> bytes:
 
 
 def _write(path: Path, content: bytes, *, mode: int) -> None:
-    """Writes a file with its mode, beside and then renamed, so that it is there whole or not at all."""
+    """Writes a file with its mode under a temporary name and renames it: it is complete or absent."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

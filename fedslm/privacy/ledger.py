@@ -1,7 +1,7 @@
-"""What was spent on one data set: an append-only, signed file that never forgets.
+"""What was spent on one data set: an append-only, signed file.
 
 A spend is *reserved* (written and synced) before the computation that it pays for, and *committed*
-before the release leaves. A crash in between leaves it charged: the ledger may over-count, never
+before the release is sent. A crash in between leaves it charged: the ledger may over-count, never
 under-count. Sending the same bytes again is free.
 
 The order is check, reserve, compute, commit, send. A filter refuses a charge before its release exists;
@@ -61,28 +61,28 @@ class Ledger:
         * ``reserve`` returns only after the charges are on disk (fsync), and only if they stay within
           all limits: a filter, not an odometer.
         * Every reserved event counts, committed or not, over all runs and restarts.
-        * Of rounds there are never more than the limits say, nor two nearer in time: every reserved
-          round counts (its adapter's charge), committed or not, over all runs and restarts, and so
-          does a round without privacy. Time is the ledger's own (:mod:`fedslm.privacy.clock`); a
+        * There are never more rounds than the limits allow, nor two rounds closer in time: every
+          reserved round counts (its adapter's charge), committed or not, over all runs and restarts,
+          and so does a round without privacy. Time is the ledger's own (:mod:`fedslm.privacy.clock`); a
           clock that was set back refuses until it has caught up. A request that is answered again is
           not a round.
         * No run charges more than ``per_run``, over all days, restarts and plans; and no 24 hours hold
-          more than ``per_day``, over all runs: whenever a charge is taken, it and all charges of the
-          24 hours before it stay within it. The server names the runs, so the limit of a run holds off
-          one request or one run; the limit of a day and the lifetime hold off many.
+          more than ``per_day``, over all runs: whenever a charge is made, it and all charges of the
+          24 hours before it stay within that limit. The server names the runs, so the limit per run
+          restrains one request or one run; the limit per day and the lifetime limit restrain many.
         * After a release without privacy epsilon is infinite, and the lifetime budget is exceeded:
           nothing more is charged, unless the limits say that such releases are allowed.
         * Charges in another unit than the ledger's, or by another column, are refused: two ledgers for
           the same people would each see half of what was spent. A ledger of an older version, which
-          names no column, takes that of the first charge that names one, and keeps to it.
+          names no column, adopts that of the first charge that names one, and keeps it.
         * Within one run neither the plan nor the data can change. Over several plans, which may have
-          been chosen after seeing earlier releases, the lifetime budget is held by a Rényi filter as
-          well. A server that lets its second plan depend on the first one's releases can reach twice
-          the delta: one for stopping under the first plan, one for going on.
-        * That the data changed is a LedgerError, for the node's own log: a server that read of it would
-          learn that a record was admitted or withdrawn.
+          been chosen after seeing earlier releases, a Rényi filter also enforces the lifetime budget.
+          A server that lets its second plan depend on the first one's releases can reach twice the
+          delta: once for stopping under the first plan, once for continuing.
+        * Changed data raises a LedgerError, which only the node's own log shows: a server that could
+          read it would learn that a record was admitted or withdrawn.
         * A file with a changed, reordered or missing line is refused, and so is one that is shorter
-          than the head beside it. A torn last line is left out: no release can have followed it.
+          than its saved head. A torn last line is left out: no release can have followed it.
 
     Args:
         path: The file; its directory is created.
@@ -107,11 +107,11 @@ class Ledger:
             raise LedgerError(f"the ledger {path} cannot be created: {error}") from error
 
     def read(self) -> Chain:
-        """Reads and checks the whole file, and that nothing is missing at its end.
+        """Reads and checks the whole file, and checks that no lines are missing at its end.
 
         Raises:
             LedgerError: The file is unreadable, changed or rolled back.
-            PolicyRefused: It counts in another unit.
+            PolicyRefused: The ledger counts in another unit.
         """
         chain = self._whole()
         if chain.unit not in (None, self.unit):
@@ -136,7 +136,7 @@ class Ledger:
         return chain
 
     def events(self, run: str | None = None) -> tuple[Event, ...]:
-        """Everything that was ever charged, or everything that one run charged."""
+        """Every event that was ever charged, or that one run charged."""
         charges = self.read().charges
         return tuple(charge.event for charge in charges if run is None or charge.run == run)
 
@@ -147,21 +147,21 @@ class Ledger:
         return PrivacySpent(chain.epsilon(delta), delta, steps)
 
     def reserve(self, charges: Sequence[Charge], limits: Limits) -> list[int]:
-        """Charges what will be released together, before it is computed.
+        """Charges all parts of a release before they are computed.
 
         Args:
             charges: All of one run and round.
-            limits: Must hold after the charges.
+            limits: The limits that must hold after the charges.
 
         Returns:
             The indices to commit.
 
         Raises:
             BudgetExceeded: A limit would be exceeded; nothing was charged.
-            PolicyRefused: The run was begun with another plan, or the charges count in another unit
-                or by another column; nothing was charged.
-            LedgerError: The run was begun with other data, or the charges could not be written; nothing
-                may be released.
+            PolicyRefused: The run began with another plan, or the charges count in another unit or by
+                another column; nothing was charged.
+            LedgerError: The run began with other data, or the charges could not be written; nothing may
+                be released.
         """
         with self._locked():
             chain = self.read()
@@ -176,13 +176,13 @@ class Ledger:
             return [first + number for number in range(len(charges))]
 
     def check(self, charges: Sequence[Charge], limits: Limits) -> None:
-        """Refuses what :meth:`reserve` would refuse, except that the data changed; charges nothing.
+        """Refuses what :meth:`reserve` would refuse, except for changed data; charges nothing.
 
-        A node asks this before it reads a record: what is refused takes no time that tells of them.
+        A node calls this before it reads a record: the time of a refusal reveals nothing about them.
 
         Args:
-            charges: As :meth:`reserve`; what they say of the data does not matter.
-            limits: Must hold after the charges.
+            charges: As in :meth:`reserve`; their data commitment does not matter.
+            limits: The limits that must hold after the charges.
 
         Raises:
             BudgetExceeded: As :meth:`reserve`.
@@ -193,9 +193,9 @@ class Ledger:
         _check_limits(chain, charges, limits)
 
     def check_unprotected(self, run: str, round: int, purpose: str, limits: Limits) -> None:
-        """Refuses a round without privacy that is one too many, before a record is read for it.
+        """Refuses a round without privacy that would exceed a limit, before a record is read for it.
 
-        A round that is in the ledger already may be released again.
+        A round that is already in the ledger may be released again.
 
         Raises:
             BudgetExceeded: A limit on rounds would be exceeded.
@@ -206,9 +206,9 @@ class Ledger:
             check_rounds(chain, limits)
 
     def release_unprotected(self, released: Unprotected, limits: Limits) -> None:
-        """Records a release without privacy, before it leaves: epsilon is infinite from here on.
+        """Records a release without privacy before it is sent: from here on epsilon is infinite.
 
-        The same bytes of the same round again are recorded once.
+        The same bytes of the same round are recorded only once.
 
         Raises:
             BudgetExceeded: A limit on rounds would be exceeded; nothing may be released.
@@ -226,20 +226,20 @@ class Ledger:
             self._append(chain, [*entries, Entry(index, "", 0, unprotected=released)])
 
     def correct_clock(self, reason: str) -> int:
-        """Takes the operator's word that the clock had jumped forwards and is right now.
+        """Accepts the operator's statement that the clock had jumped forwards and is right now.
 
         Formal guarantees:
             * No limit lets more pass than if the clock had never jumped: every line that is ahead
               counts as written now, which is no earlier than it was. What was charged stays charged.
 
         Args:
-            reason: The operator's words; kept for the audit.
+            reason: The operator's reason; kept for the audit.
 
         Returns:
-            By how many seconds the ledger was ahead.
+            Number of seconds by which the ledger was ahead.
 
         Raises:
-            LedgerError: It is not ahead, there is no reason, or it cannot be written.
+            LedgerError: It is not ahead, the reason is empty, or it cannot be written.
         """
         if not reason.strip():
             raise LedgerError("a correction of the clock needs a reason: the audit shows it")
@@ -257,7 +257,7 @@ class Ledger:
             return ahead
 
     def commit(self, reserved: int, release_sha256: str) -> None:
-        """Records which bytes a reserved charge paid for, before they leave.
+        """Records which bytes a reserved charge paid for, before they are sent.
 
         Raises:
             LedgerError: The index is not an open reservation, or the file cannot be written.
@@ -274,7 +274,7 @@ class Ledger:
             self._append(chain, [entry])
 
     def released(self, request_sha256: str) -> dict[str, str]:
-        """Hashes of what an equal request was already charged for, by purpose; empty if nothing."""
+        """Hashes of what an equal request was already charged for, by purpose; empty if none."""
         entries = self.read().entries
         paid = {
             entry.index: entry.charge.purpose
@@ -288,7 +288,7 @@ class Ledger:
         }
 
     def statement(self, run: str, round: int, release_sha256: str) -> Statement:
-        """States, signed, what a run has charged so far.
+        """Makes a signed statement of what a run has charged so far.
 
         Raises:
             LedgerError: Nothing was ever charged or released.
@@ -296,16 +296,16 @@ class Ledger:
         return signed(self._key, self._whole(), run=run, round=round, release_sha256=release_sha256)
 
     def extension(self, seen: Sequence[tuple[int, str]]) -> list[list[str]]:
-        """Proofs that this ledger extends what a server has seen of it.
+        """Proofs that this ledger extends each state of it that a server has seen.
 
         Args:
-            seen: Number of lines and Merkle root (hexadecimal) at each time.
+            seen: Number of lines and Merkle root (hexadecimal) of each state.
 
         Returns:
             One proof for each: hashes, hexadecimal.
 
         Raises:
-            RolledBack: The ledger is shorter than what was seen, or its first lines are others.
+            RolledBack: The ledger is shorter than what was seen, or its first lines differ.
         """
         chain = self._whole()
         for size, root in seen:
@@ -325,7 +325,7 @@ class Ledger:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keeps other processes out between check and append."""
+        """Locks out other processes between check and append."""
         try:
             self._lock.acquire()
         except Timeout as error:
@@ -338,11 +338,11 @@ class Ledger:
             self._lock.release()
 
     def _append(self, chain: Chain, entries: list[Entry], now: int | None = None) -> None:
-        """Drops a torn last line, writes lines, syncs them, and moves the head."""
+        """Drops a torn last line, appends lines, syncs them, and updates the head."""
         now = clock.next_time(chain.entries) if now is None else now
         try:
             if not self._head.exists():
-                self._move_head(-1, GENESIS)  # before the first line: a ledger without one was cut
+                self._move_head(-1, GENESIS)  # a ledger without a head was truncated
             with self.path.open("a+b") as file:
                 file.seek(0)
                 lines = whole_lines(file.read())
@@ -365,12 +365,12 @@ class Ledger:
             raise LedgerError(f"the ledger {self.path} cannot be written: {error}") from error
 
     def _move_head(self, index: int, sha256: str) -> None:
-        """Notes the last line that is on disk."""
+        """Saves the index and hash of the last line that is on disk."""
         write_text(self._head, json.dumps({"index": index, "sha256": sha256}) + "\n")
 
 
 def _check_limits(chain: Chain, charges: Sequence[Charge], limits: Limits) -> None:
-    """Refuses charges that would go over a limit."""
+    """Refuses charges that would exceed a limit."""
     if len({(charge.run, charge.round, charge.plan_sha256) for charge in charges}) != 1:
         raise LedgerError("charges that are reserved together must be of one run, round and plan")
     first = charges[0]
@@ -384,7 +384,7 @@ def _check_limits(chain: Chain, charges: Sequence[Charge], limits: Limits) -> No
 
 
 def _check_data(chain: Chain, charges: Sequence[Charge]) -> None:
-    """Refuses charges of a run that was begun with other records."""
+    """Refuses charges of a run that began with other records."""
     known = {each.dataset_commitment for each in chain.charges if each.run == charges[0].run}
     if known | {each.dataset_commitment for each in charges} != {charges[0].dataset_commitment}:
         raise LedgerError("the records of this run are not those that it began with")

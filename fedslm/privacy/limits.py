@@ -1,4 +1,4 @@
-"""What a ledger may hold, and the refusal of charges that would go over it."""
+"""The limits of a ledger, and the refusal of charges that would exceed them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fedslm.records import Event
 
 @dataclass(frozen=True)
 class Limits:
-    """What a ledger may hold.
+    """The limits of a ledger.
 
     Attributes:
-        run: (epsilon, delta) over the charges of one run, as the server asks for it.
+        run: (epsilon, delta) over the charges of one run, as requested by the server.
         lifetime: (epsilon, delta) over all charges; None: no limit but the run's.
-        per_run: (epsilon, delta) that the node lets any one run charge; None: no limit but those.
+        per_run: The node's own (epsilon, delta) for any one run; None: no limit but those above.
         per_day: (epsilon, delta) over the charges within 24 hours, of all runs; None: no limit.
         rounds_per_day: Most rounds charged within 24 hours; None: no limit.
         rounds: Most rounds ever charged; None: no limit.
-        seconds_between: Least seconds from one charged round to the next; None: no limit.
-        allows_unprotected: Whether releases without privacy are allowed: the lifetime budget is then
-            over the charges only, since nothing else is promised.
+        seconds_between: Fewest seconds from one charged round to the next; None: no limit.
+        allows_unprotected: Whether releases without privacy are allowed: the lifetime budget then
+            covers only the charges, since nothing else is guaranteed.
     """
 
     run: tuple[float, float]
@@ -40,10 +40,10 @@ class Limits:
 
 
 def check_node_budgets(chain: Chain, charges: Sequence[Charge], limits: Limits) -> None:
-    """Refuses charges of one run that would go over a budget of the node's own.
+    """Refuses charges of one run that would exceed one of the node's own budgets.
 
     Raises:
-        BudgetExceeded: Of a run, of 24 hours, or of its lifetime.
+        BudgetExceeded: The budget of a run, of 24 hours, or of the lifetime would be exceeded.
     """
     run = charges[0].run
     if limits.per_run is not None:
@@ -59,7 +59,7 @@ def check_node_budgets(chain: Chain, charges: Sequence[Charge], limits: Limits) 
 
 
 def _of_last_day(chain: Chain) -> list[Charge]:
-    """What was charged within the last 24 hours, or is ahead of the clock."""
+    """The charges of the last 24 hours, and those ahead of the clock."""
     now = time.time()
     times = clock.counted_times(chain.entries, now)
     return [
@@ -70,7 +70,7 @@ def _of_last_day(chain: Chain) -> list[Charge]:
 
 
 def check_unit(chain: Chain, charges: Sequence[Charge], unit: str) -> None:
-    """Refuses charges that would not be counted with those that are there."""
+    """Refuses charges in another unit than the ledger's: they could not be counted together."""
     columns = (chain.unit_column, *(charge.unit_column for charge in charges))
     column = next((each for each in columns if each is not None), None)
     for charge in charges:
@@ -84,9 +84,9 @@ def check_unit(chain: Chain, charges: Sequence[Charge], unit: str) -> None:
 
 
 def _lost(chain: Chain, budget: tuple[float, float]) -> str:
-    """Why nothing more can be charged after a release without privacy.
+    """Explains why nothing more can be charged after a release without privacy.
 
-    A server reads it: it names no run, which may be another federation's.
+    The server reads the text, so it names no run: the run may be another federation's.
     """
     releases = plural(len(chain.unprotected), "release")
     return (
@@ -97,9 +97,9 @@ def _lost(chain: Chain, budget: tuple[float, float]) -> str:
 
 
 def _check_all(charges: Sequence[Charge], budget: tuple[float, float], whose: str) -> None:
-    """Refuses charges over a budget; of several plans, each may have been chosen after a release.
+    """Refuses charges over a budget; each of several plans may have been chosen after a release.
 
-    One plan fixes rate, noise and steps before its first release; what is asked may still adapt, and
+    One plan fixes rate, noise and steps before its first release; the requests may still adapt, and
     PLDs compose. A second plan may choose these by what was released: that is fully adaptive
     composition, where a Rényi filter at an order fixed beforehand holds (Feldman and Zrnic 2021,
     arXiv 2008.11193).
@@ -109,11 +109,11 @@ def _check_all(charges: Sequence[Charge], budget: tuple[float, float], whose: st
     if len({charge.plan_sha256 for charge in charges}) > 1:
         epsilon, delta = budget
         filtered = accounting.adaptive_epsilon(events, delta, epsilon)
-        _refuse_above(filtered, (epsilon, 2 * delta), f"{whose} (several plans)")  # what it holds at
+        _refuse_above(filtered, (epsilon, 2 * delta), f"{whose} (several plans)")  # the filter's delta
 
 
 def check_rounds(chain: Chain, limits: Limits) -> None:
-    """Refuses a round that is one too many, or comes too soon."""
+    """Refuses a round that exceeds a limit on rounds, or comes too soon."""
     now = time.time()
     rounds = clock.rounds(chain.entries, now)
     ahead = clock.seconds_ahead(chain.entries)
@@ -143,7 +143,7 @@ def check_budget(events: list[Event], budget: tuple[float, float], whose: str) -
 
 
 def _refuse_above(after: float, budget: tuple[float, float], whose: str) -> None:
-    """Refuses a figure above a budget; NaN is above every budget."""
+    """Refuses an epsilon above a budget; NaN is above every budget."""
     epsilon, delta = budget
     if not after <= epsilon:
         raise BudgetExceeded(

@@ -1,9 +1,9 @@
-"""What one line of a ledger can say: an opening, a charge, a commit, or what is no charge and counts.
+"""The possible contents of one line of a ledger: an opening, a charge, a commit, or another kind.
 
 Formal guarantees:
-    * What is read and what is written is held to the same types, ranges and lists of words: a ledger
-      never holds a line that it cannot read, and no word that nothing counts ("adapter" with one
-      foreign letter) passes for a purpose, a unit or a relation.
+    * Reading and writing enforce the same types, ranges and lists of words: a ledger never contains a
+      line that it cannot read, and no word that nothing counts ("adapter" with one foreign letter) is
+      accepted as a purpose, a unit or a relation.
     * A boolean is not a number here.
 """
 
@@ -17,18 +17,18 @@ from fedslm.records import Event, is_count, is_number
 from fedslm.storage import is_text
 
 ADJACENCY = "add-or-remove-one"
-ADAPTER, METRIC = "adapter", "metric"  # what a charge can be for
+ADAPTER, METRIC = "adapter", "metric"  # the purposes of a charge
 PURPOSES = (ADAPTER, METRIC)
-NO_UNIT = "none"  # of a ledger that began with a release without privacy
+NO_UNIT = "none"  # for a ledger that began with a release without privacy
 UNITS = (NO_UNIT, "record", "user", "client")
-LATEST_TIME = 4_102_444_800  # 2100-01-01: no clock is right beyond
+LATEST_TIME = 4_102_444_800  # 2100-01-01: no clock beyond this date is right
 _LONGEST_TEXT, _MOST_LINES = 512, 10**12
 
 
 def stored_unit(unit: str) -> str:
     """The word that ledgers, statements and plans store for a unit: "patient" for a user.
 
-    Their bytes are signed or hashed, and many exist: they are mapped, never renamed.
+    The stored words are signed or hashed, and many exist: they are mapped, never renamed.
     """
     return "patient" if unit == "user" else unit
 
@@ -37,7 +37,7 @@ def unit_of(stored: str) -> str:
     """The unit that a stored word stands for.
 
     Raises:
-        PrivacyError: It is "user", which nothing stores: a unit has one word on disk.
+        PrivacyError: It is "user", which is never stored: each unit has one word on disk.
 
     >>> unit_of(stored_unit("user")), unit_of("record")
     ('user', 'record')
@@ -49,20 +49,21 @@ def unit_of(stored: str) -> str:
 
 @dataclass(frozen=True)
 class Opening:
-    """Whose ledger this is: its first line.
+    """The first line of a ledger: whose participation it counts, and who signs it.
 
     Attributes:
         ledger_id: Random identifier; two ledgers never share one.
         dataset: The node's name for its data.
         unit: Whose participation every charge protects; "none" if the ledger began with a release
-            without privacy: then the first charge says it.
+            without privacy: then the first charge determines it.
         adjacency: Relation of neighbouring data sets.
         public_key: Ed25519 key (hexadecimal) that signs all lines.
-        unit_column: Column that says whose a record is; None: the unit needs none, or a version
-            that did not write it made the ledger: then the first charge that names one says it.
+        unit_column: Column that identifies the owner of a record; None: the unit needs none, or the
+            ledger was made by a version that did not write it: then the first charge that names one
+            determines it.
 
     Raises:
-        PrivacyError: A value has another type, or is not one of those that there are.
+        PrivacyError: A value has another type, or is not one of the known words.
     """
 
     ledger_id: str
@@ -85,7 +86,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class Charge:
-    """What one release costs, and everything that it is bound to.
+    """What one release costs, and everything that the charge is bound to.
 
     Attributes:
         event: Sample rate, noise multiplier and steps.
@@ -95,19 +96,19 @@ class Charge:
         run: Identifier of the run.
         round: Round of the run, from 1.
         plan_sha256: Hash of the plan; one run has one plan.
-        request_sha256: Hash of what was asked for: an equal request may be answered again.
+        request_sha256: Hash of the request: an equal request may be answered again.
         base_sha256: Hash of the base model.
-        config_sha256: Hash of the run's config, as the server states it.
+        config_sha256: Hash of the run's config, as stated by the server.
         code_version: Version of fedslm on the node.
         dataset_commitment: Keyed hash of the records.
-        unit: Whose participation it protects; this and what follows is None in lines of older versions.
-        unit_column: Column that says whose a record is; None if the unit needs none.
+        unit: Whose participation it protects; this and the following are None in older lines.
+        unit_column: Column that identifies the owner of a record; None if the unit needs none.
         max_records_per_unit: Most records of a unit in one step; None if the unit needs none.
-        normaliser: What each noisy sum is divided by.
+        normaliser: Divisor of each noisy sum.
 
     Raises:
-        PrivacyError: A value has another type, or is out of its range. What is read and what is
-            written is held to the same: a ledger never holds a line that it cannot read.
+        PrivacyError: A value has another type, or is out of range. Reading and writing apply the same
+            checks: a ledger never contains a line that it cannot read.
     """
 
     event: Event
@@ -173,11 +174,11 @@ class Unprotected:
 
 @dataclass(frozen=True)
 class Correction:
-    """The operator's word that the clock had jumped forwards, and is right at this line.
+    """The operator's statement that the clock had jumped forwards, and is right at this line.
 
     Attributes:
-        ahead: By how many seconds the ledger was ahead of the clock.
-        reason: The operator's words; for the audit.
+        ahead: Number of seconds by which the ledger was ahead of the clock.
+        reason: The operator's reason; for the audit.
     """
 
     ahead: int
@@ -191,18 +192,18 @@ class Correction:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line: of exactly one kind, once it is in a ledger.
+    """One line; in a ledger it is of exactly one kind.
 
     Attributes:
         index: Position in the file, from 0.
         previous: SHA-256 of the line before.
         time: Seconds since 1970 by the ledger's own time (:mod:`fedslm.privacy.clock`).
-        opening: What the ledger is about (only the first line).
+        opening: Identifies the ledger (only in the first line).
         charge: A reservation: charged from here on, committed or not.
         reserve: A commit: the index of the reservation that it releases.
-        release_sha256: Hash of what was released (only of a commit).
+        release_sha256: Hash of what was released (only in a commit).
         unprotected: A release without privacy.
-        correction: The clock was put right.
+        correction: A correction of the clock.
     """
 
     index: int
@@ -226,7 +227,7 @@ class Entry:
 
 
 def is_short_text(value: object) -> bool:
-    """True for a text that a line has room for, and that any file can hold."""
+    """True for a text that is short enough for a line and can be stored in any file."""
     return isinstance(value, str) and len(value) <= _LONGEST_TEXT and is_text(value)
 
 
@@ -236,10 +237,10 @@ def is_index(value: object) -> bool:
 
 
 def _check(**holds: object) -> None:
-    """Refuses a line in which something does not hold.
+    """Refuses a line in which a condition does not hold.
 
     Raises:
-        PrivacyError: With the first name of it.
+        PrivacyError: Names the first condition that does not hold.
     """
     for name, holding in holds.items():
         if not holding:

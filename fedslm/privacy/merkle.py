@@ -6,10 +6,10 @@ grown since, without seeing a line of it: lines name other federations' runs and
 Formal guarantees (SHA-256 is collision-resistant):
     * :func:`extends` returns True only if the first ``old`` leaves of the tree with root ``new_root``
       are the leaves of the tree with root ``old_root``. In particular, nothing was removed or changed.
-    * A proof reveals hashes of subtrees alone.
+    * A proof reveals nothing but hashes of subtrees.
 
-Edge cases: two trees of one size are equal or do not extend each other, and the proof is empty. The
-empty tree is extended by every tree, with an empty proof.
+Edge cases: two trees of one size are either equal or do not extend each other, and the proof is empty.
+Every tree extends the empty tree, with an empty proof.
 
 References:
     RFC 9162, Certificate Transparency 2.0, sections 2.1.1 and 2.1.4.
@@ -20,12 +20,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-_LEAF, _NODE = b"\x00", b"\x01"  # without these, two joined hashes could pass for a leaf
+_LEAF, _NODE = b"\x00", b"\x01"  # without these, two concatenated hashes could pass for a leaf
 MOST_HASHES = 64  # a proof of a tree of at most 2^62 leaves is not longer
 
 
 def root_of(leaves: Sequence[bytes]) -> bytes:
-    """The root of the tree over ``leaves``, 32 bytes; that of no leaves is the hash of nothing.
+    """The root of the tree over ``leaves``, 32 bytes; without leaves, the hash of the empty string.
 
     >>> root_of([]).hex()[:16]
     'e3b0c44298fc1c14'
@@ -33,7 +33,7 @@ def root_of(leaves: Sequence[bytes]) -> bytes:
     if not leaves:
         return hashlib.sha256().digest()
     level = [hashlib.sha256(_LEAF + leaf).digest() for leaf in leaves]
-    while len(level) > 1:  # an odd one goes up as it is: RFC 9162's split at a power of two
+    while len(level) > 1:  # an odd one moves up unchanged: RFC 9162's split at a power of two
         paired = [_parent(level[at], level[at + 1]) for at in range(0, len(level) - 1, 2)]
         level = paired + level[len(paired) * 2 :]
     return level[0]
@@ -63,7 +63,7 @@ def extends(old: tuple[int, bytes], new: tuple[int, bytes], proof: Sequence[byte
     Args:
         old: Size and root of the older tree.
         new: Size and root of the newer one.
-        proof: What :func:`consistency_proof` gave.
+        proof: The result of :func:`consistency_proof`.
     """
     (old_size, old_root), (new_size, new_root) = old, new
     if not 0 <= old_size <= new_size or len(proof) > MOST_HASHES:

@@ -1,8 +1,8 @@
-"""From what is asked to what will run: the sampler, the clip, the noise and the charge are one object.
+"""From the requested privacy to a plan: sampler, clipping, noise and charge are one object.
 
 A :class:`Plan` is an :class:`ExamplePlan` or a :class:`UserPlan` (DP-SGD at the client; the unit is
-one record, or all records of one user), or :class:`NoPrivacy`. A client's loop takes what the plan
-gives and never asks which it is.
+one record, or all records of one user), or :class:`NoPrivacy`. A client's training loop works with any
+of them and does not distinguish between them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fedslm.records import LARGEST_DELTA, Event, is_count, is_number, within
 Records = NDArray[np.int64]
 Batch = list[Records]  # one array of record indices for each unit in the sample
 METRIC_SENSITIVITY = math.sqrt(2.0)  # a unit moves (sum of scores, number of units) by at most (1, 1)
-_LONGEST = 4096  # characters of a plan
-_LEAST_CLIP_NORM = 1e-6  # far below, an update is lost in float32 parameters
+_LONGEST = 4096  # in characters
+_LEAST_CLIP_NORM = 1e-6  # far below, an update is lost to float32 rounding
 
 
 class Plan(Protocol):
@@ -41,7 +41,7 @@ class Plan(Protocol):
 
     @property
     def round_events(self) -> tuple[Event, ...]:
-        """The charges of one round; none if nothing is promised."""
+        """The charges of one round; none without a privacy guarantee."""
 
     def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
         """Yields the units of each step, each as the indices of its records."""
@@ -62,7 +62,7 @@ class PrivatePlan(ABC):
           divided by ``normaliser``.
         * ``sample_rate`` and ``normaliser`` are public constants: neither depends on the data.
         * An empty sample still releases noise and is charged.
-        * A batch is never cut to a largest size: that would cost more than the accountant knows.
+        * A batch is never cut to a maximum size: that would cost more than the accountant counts.
         * ``rounds`` rounds cost at most ``epsilon`` at ``delta`` for every client, against the server,
           the other clients and everybody downstream; :meth:`verify` checks it.
 
@@ -72,11 +72,11 @@ class PrivatePlan(ABC):
         clip_norm: Largest L2 norm of one unit's gradient, >= 1e-6.
         noise_multiplier: Noise standard deviation / clip norm, > 0.
         sample_rate: Probability in (0, 1] with which a unit joins a step.
-        normaliser: What the noisy sum is divided by (units), >= 1.
+        normaliser: Divisor of the noisy sum (units), >= 1.
         steps_per_round: Noisy steps in a round, >= 1.
         rounds: Rounds that the budget pays for, >= 1.
-        metric_noise_multiplier: Noise of the optional metric of each round; None: no metric leaves.
-        batched: False computes every unit in a pass of its own, so that its gradient is a function of
+        metric_noise_multiplier: Noise of the optional metric of each round; None: no metric is sent.
+        batched: False computes every unit in a separate pass, so that its gradient is a function of
             its own records to the last bit; True is faster, and exact only up to rounding.
 
     References:
@@ -142,7 +142,7 @@ class PrivatePlan(ABC):
     def verify(self) -> Accounts:
         """Checks with three accountants that all rounds cost at most ``epsilon``, up to rounding.
 
-        Server and nodes check the same plan on different processors: :func:`within`.
+        The server and the nodes check the same plan on different processors: see :func:`within`.
 
         Raises:
             PrivacyError: They cost more, or the accountants disagree.
@@ -161,10 +161,10 @@ class PrivatePlan(ABC):
 
     @abstractmethod
     def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
-        """Yields Poisson samples; ``seeded`` is ignored, since whoever knows it must not know them.
+        """Yields Poisson samples; ``seeded`` is ignored: samples must be unpredictable to its holders.
 
         Args:
-            owners: Whose each of the client's records is.
+            owners: The owner of each of the client's records.
             seeded: Not used.
         """
 
@@ -188,12 +188,12 @@ class UserPlan(PrivatePlan):
     """DP-SGD with all records of one user (a patient, an author) as the unit.
 
     Formal guarantees:
-        * Units are sampled, not records. Of a sampled unit, ``max_records_per_unit`` records chosen at
-          random take part; their gradients are summed and clipped once. What a unit adds to the sum
-          depends on its own records alone.
+        * Units are sampled, not records. From a sampled unit, ``max_records_per_unit`` records chosen
+          at random take part; their gradients are summed and clipped once. The contribution of a unit
+          to the sum depends only on its own records.
 
     Attributes:
-        unit_column: Column that says whose a record is.
+        unit_column: Column that identifies the owner of a record.
         max_records_per_unit: Most records of a unit in one step, >= 1; a public constant.
 
     References:
@@ -228,7 +228,7 @@ class UserPlan(PrivatePlan):
 
 @dataclass(frozen=True)
 class NoPrivacy:
-    """Plain local training; nothing is promised (epsilon is infinite).
+    """Plain local training without any privacy guarantee (epsilon is infinite).
 
     Attributes:
         batch_size: Records in a step, >= 1.
@@ -248,7 +248,7 @@ class NoPrivacy:
 
     @property
     def round_events(self) -> tuple[Event, ...]:
-        """Nothing is charged, since nothing is promised."""
+        """No charges: nothing is guaranteed."""
         return ()
 
     def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Answers before a run: the noise for an epsilon, the epsilon for a noise, the rounds of a budget."""
+"""Answers questions before a run: noise for an epsilon, epsilon for a noise, rounds for a budget."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fedslm.records import Event
 _CURVE_POINTS = 10
 PLANNED_UNITS = ("record", "user", "client")
 """A whole client can be planned for, and not run: that needs secure aggregation."""
-_DROWNED = 2.0  # a signal that is bounded by twice the noise is lost in it: real gradients disagree
+_DROWNED = 2.0  # below this, the noise dominates: the bound assumes that all gradients agree
 
 
 @dataclass(frozen=True)
 class BudgetQuery:
-    """What is known; of steps, epsilon and noise_multiplier two are enough.
+    """The known values; of steps, epsilon and noise_multiplier two are enough.
 
     Attributes:
         sample_rate: Probability in (0, 1] with which a unit joins a step; 1 for a client, since cohorts
-            are public and hide nobody.
+            are public and give no amplification.
         delta: In (0, 0.1].
         steps: Noisy steps of the whole run, >= 1; for a client, the most rounds that it joins.
         epsilon: Budget, > 0.
@@ -32,7 +32,7 @@ class BudgetQuery:
         steps_per_round: >= 1.
         unit: Whose participation is protected.
         parameters: Trained parameters, for the signal; 0: unknown.
-        batch_size: What the noisy sum is divided by (units), for the signal; 0: unknown.
+        batch_size: Divisor of the noisy sum (units), for the signal; 0: unknown.
         clients: Clients whose updates are averaged, >= 1.
     """
 
@@ -54,7 +54,7 @@ class Point:
 
     Attributes:
         round: Rounds taken.
-        epsilons: Epsilon at each delta of the answer.
+        epsilons: Epsilon at each of the plan's deltas.
     """
 
     round: int
@@ -68,17 +68,17 @@ class BudgetPlan:
     Attributes:
         unit: Whose participation is protected.
         epsilon: What the steps cost at ``delta``.
-        delta: The delta that was asked.
+        delta: The requested delta.
         noise_multiplier: Noise standard deviation / clip norm.
-        sample_rate: As asked.
+        sample_rate: The requested sample rate.
         steps: Noisy steps.
-        rounds: Steps in whole rounds, the last one perhaps short.
+        rounds: Number of rounds; the last one may be shorter.
         affordable_steps: Most steps that the budget pays for; None without a budget.
         accounts: Epsilon by three accountants.
         deltas: The deltas of the curve.
         curve: Epsilon over the rounds.
         signal_to_noise: Best case over the run; None if parameters or batch size are unknown.
-        warnings: What will not go well, and the remedy.
+        warnings: Likely problems, each with its remedy.
     """
 
     unit: str
@@ -97,11 +97,11 @@ class BudgetPlan:
 
 
 def plan_budget(query: BudgetQuery) -> BudgetPlan:
-    """Finds what is not known, and cross-checks it.
+    """Computes the missing value and cross-checks the plan.
 
     Raises:
-        OutOfRange: Too little is known, or a value is out of its range.
-        PrivacyError: The budget is out of reach, or the accountants disagree.
+        OutOfRange: Too few values are given, or one is out of range.
+        PrivacyError: The budget is infeasible, or the accountants disagree.
 
     >>> plan_budget(BudgetQuery(0.032, 1e-5, steps=150, epsilon=3.0)).noise_multiplier
     0.947
@@ -133,7 +133,7 @@ def plan_budget(query: BudgetQuery) -> BudgetPlan:
 
 
 def _noise_and_steps(query: BudgetQuery) -> tuple[float, int]:
-    """The two that are not given follow from those that are."""
+    """The noise multiplier and the steps: given, or computed from the other values."""
     epsilon, noise, steps = query.epsilon, query.noise_multiplier, query.steps
     if query.unit not in PLANNED_UNITS:
         raise OutOfRange(f"unit={query.unit!r} must be record, user or client")
@@ -162,7 +162,7 @@ def _noise_and_steps(query: BudgetQuery) -> tuple[float, int]:
 
 
 def _curve(query: BudgetQuery, event: Event, rounds: int, deltas: Sequence[float]) -> tuple[Point, ...]:
-    """Epsilon after about ten numbers of rounds, the last included."""
+    """Epsilon after about ten numbers of rounds, including the last round."""
     marks = sorted({max(1, round(rounds * part / _CURVE_POINTS)) for part in range(1, 11)})
     points = []
     for mark in marks:
@@ -173,7 +173,7 @@ def _curve(query: BudgetQuery, event: Event, rounds: int, deltas: Sequence[float
 
 
 def _signal_to_noise(query: BudgetQuery, noise: float, steps: int) -> float | None:
-    """How far the sum of all steps stands out of its noise if every gradient agreed.
+    """Signal-to-noise ratio of the sum of all steps if every gradient agreed.
 
     A step's mean gradient has norm <= C, its noise norm σ·C·√d / (L·√n); over T steps the signal grows
     with T, the noise with √T.
@@ -185,7 +185,7 @@ def _signal_to_noise(query: BudgetQuery, noise: float, steps: int) -> float | No
 
 
 def _warnings(query: BudgetQuery, signal: float | None, epsilon: float, steps: int) -> list[str]:
-    """What will not go well, and the remedy."""
+    """Likely problems, each with its remedy."""
     found = []
     if signal is not None and signal < _DROWNED:
         found.append(

@@ -1,6 +1,6 @@
-"""The node's own policy: what it lets a server ask for, whatever the server says.
+"""The node's own policy: what it allows a server to request, whatever the server sends.
 
-The file lies on the node, is read anew for every request, and no message can set or change it.
+The file is stored on the node and read again for every request; no message can set or change it.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ min_metric_noise_multiplier = 5.0
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a server asks for, as far as a policy looks at it.
+    """A server's request, as far as a policy checks it.
 
     Attributes:
         plan: The plan.
         base_sha256: Hash of the base model on the node.
         task: Name of the task.
-        base: Under what name the server asks for the base model.
+        base: Name by which the server requests the base model.
     """
 
     plan: PrivatePlan | NoPrivacy
@@ -66,7 +66,7 @@ class PlanRequest:
 
 
 class NodePolicy(Section):
-    """A node's policy. What protects somebody has no default."""
+    """A node's policy. No setting that protects people has a default."""
 
     unit: Unit
     """Weakest allowed unit ("patient" is read as "user"). "none" lets a server train without privacy,
@@ -113,11 +113,11 @@ class NodePolicy(Section):
     """Least noise of a metric."""
 
     def check(self, asked: PlanRequest) -> None:
-        """Refuses what is weaker than this policy.
+        """Refuses a request that is weaker than this policy.
 
         Formal guarantees:
-            * Returns only if every bound of the policy holds for what is asked.
-            * The reason holds values of plan and policy alone, nothing computed from records.
+            * Returns only if every bound of the policy holds for the request.
+            * The reason contains only values of plan and policy, nothing computed from records.
 
         Raises:
             PolicyRefused: With every reason.
@@ -127,7 +127,7 @@ class NodePolicy(Section):
             raise PolicyRefused("refused by the node's policy: " + "; ".join(reasons))
 
     def limits(self, plan: PrivatePlan | NoPrivacy) -> Limits:
-        """What the ledger holds a plan to."""
+        """The limits that the ledger enforces for a plan."""
         run, day = self.max_epsilon_per_run, self.max_epsilon_per_day
         return Limits(
             run=(plan.epsilon, plan.delta) if isinstance(plan, PrivatePlan) else (math.inf, self.delta),
@@ -141,7 +141,7 @@ class NodePolicy(Section):
         )
 
     def budget_in_words(self) -> str:
-        """What may be spent, for the node's operator."""
+        """The budget as a text for the node's operator."""
         bounds = ((self.max_epsilon_per_run, "a run"), (self.max_epsilon_per_day, "24 hours"))
         within = ", ".join(
             f"no limit for {what}" if most is None else f"{most:g} in {what}" for most, what in bounds
@@ -151,7 +151,7 @@ class NodePolicy(Section):
         return f"at most ε = {self.epsilon:g} at δ = {self.delta:g} for one {self.unit}, {within}"
 
     def _reasons(self, asked: PlanRequest) -> Iterator[str]:
-        """Everything that is weaker than allowed."""
+        """Yields every way in which the request is weaker than allowed."""
         plan = asked.plan
         if _STRENGTH[plan.unit] < _STRENGTH[self.unit]:
             yield f"unit {plan.unit!r} is weaker than {self.unit!r}"
@@ -183,7 +183,7 @@ class NodePolicy(Section):
         yield from self._metric_reasons(plan)
 
     def _unit_reasons(self, plan: UserPlan) -> Iterator[str]:
-        """The column and the cap of a user are the node's to say."""
+        """Checks the column and the cap of a user, which the node determines."""
         if self.unit_column is None:
             yield "the policy names no unit_column, so the server cannot choose one"
         elif plan.unit_column != self.unit_column:
@@ -193,7 +193,7 @@ class NodePolicy(Section):
             yield f"max_records_per_unit {plan.max_records_per_unit} is above {cap}"
 
     def _metric_reasons(self, plan: PrivatePlan) -> Iterator[str]:
-        """A metric leaves only with enough noise, if at all."""
+        """Checks that a metric, if allowed at all, has enough noise."""
         noise = plan.metric_noise_multiplier
         if noise is None:
             return
@@ -205,10 +205,10 @@ class NodePolicy(Section):
 
 
 def open_policy(path: Path) -> NodePolicy:
-    """Reads a policy file for the node's own operator: errors show what is in it.
+    """Reads a policy file for the node's own operator: errors show its content.
 
     Raises:
-        ConfigError: It is missing, unreadable or invalid: everything that is wrong.
+        ConfigError: It is missing, unreadable or invalid: lists every problem.
     """
     return read_file(path, NodePolicy)
 
@@ -217,8 +217,8 @@ def read_policy(path: Path) -> NodePolicy:
     """Reads a policy file on behalf of a server.
 
     Raises:
-        PolicyRefused: It is missing, unreadable or invalid: then nothing is allowed. The message holds
-            no path beyond the file's name and no value, since the server sees it.
+        PolicyRefused: It is missing, unreadable or invalid: then nothing is allowed. The message
+            contains no path beyond the file's name and no value, since the server sees it.
     """
     try:
         return open_policy(path)
@@ -227,7 +227,7 @@ def read_policy(path: Path) -> NodePolicy:
 
 
 def _without_values(path: Path, error: ConfigError) -> str:
-    """What is wrong with a policy, as far as a server may know it."""
+    """Describes what is wrong with a policy, without anything that a server must not learn."""
     if not path.exists():
         return f"this node has no {path.name}"
     keys = sorted({problem.key for problem in error.problems} - {str(path)})

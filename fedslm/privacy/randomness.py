@@ -1,11 +1,11 @@
-"""Randomness that protects somebody: a ChaCha20 keystream under a fresh operating-system key.
+"""Randomness for privacy: a ChaCha20 keystream under a fresh operating-system key.
 
-No seed reaches it: neither the run's, nor ``random``'s, NumPy's or torch's. What may be repeated comes
-from :mod:`fedslm.rng` instead.
+No seed affects it: neither the run's, nor that of ``random``, NumPy or torch. Reproducible randomness
+comes from :mod:`fedslm.rng` instead.
 
-Why a cipher: noise is as secret as its generator's state. torch's CPU generator is a Mersenne Twister,
-whose state follows from its outputs, and keeps 32 bits of its seed, few enough to try them all.
-ChaCha20 has a key of 256 bits, and runs in constant time without special instructions.
+Why a cipher: noise is only as secret as its generator's state. torch's CPU generator is a Mersenne
+Twister: its state follows from its outputs, and it keeps 32 bits of its seed, few enough to try them
+all. ChaCha20 has a key of 256 bits, and runs in constant time without special instructions.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from fedslm.errors import PrivacyError
 
 _KEY_BYTES = 32
-_NONCE = bytes(16)  # a key is used for one stream alone, so its nonce need not vary
+_NONCE = bytes(16)  # a key is used for only one stream, so its nonce need not vary
 _WORD_BYTES = 8
-_BLOCK_WORDS = 16_384  # fits into a core's own cache
+_BLOCK_WORDS = 16_384  # fits into the cache of a core
 _BLOCKS_PER_KEY = 2**18  # 32 GiB; ChaCha20's counter ends after 256 GiB
 
 
@@ -31,8 +31,8 @@ class SecureStream:
 
     Formal guarantees:
         * Every stream is the keystream of ChaCha20 (RFC 8439) under 256-bit keys of its own, from the
-          operating system: predicting it is breaking ChaCha20 or the operating system.
-        * No two objects share numbers: a stream cannot be copied or pickled, and refuses to go on in
+          operating system: predicting it means breaking ChaCha20 or the operating system.
+        * No two objects share numbers: a stream cannot be copied or pickled, and refuses to continue in
           another process (a fork would repeat it).
         * No seed of the run, of ``random``, NumPy or torch changes it.
     """
@@ -46,7 +46,7 @@ class SecureStream:
         """Draws ``count`` numbers from (0, 1), each one of 2^52 equally likely midpoints.
 
         Raises:
-            PrivacyError: The stream was carried into another process.
+            PrivacyError: The stream was used in another process.
 
         >>> bool(((0 < SecureStream().uniform(100)) & (SecureStream().uniform(100) < 1)).all())
         True
@@ -66,13 +66,13 @@ class SecureStream:
         return numbers
 
     def _renew(self) -> None:
-        """Takes a fresh key, long before the counter of the old one is used up."""
+        """Takes a fresh key, long before the counter of the old one is exhausted."""
         key = os.urandom(_KEY_BYTES)
         self._encryptor = Cipher(algorithms.ChaCha20(key, _NONCE), mode=None).encryptor()
         self._blocks_left = _BLOCKS_PER_KEY
 
     def bernoulli(self, count: int, rate: float) -> NDArray[np.bool_]:
-        """Draws ``count`` independent coins, each True with probability ``rate`` (to 2^-52).
+        """Draws ``count`` independent booleans, each True with probability ``rate`` (to 2^-52).
 
         >>> SecureStream().bernoulli(3, 1.0).tolist()
         [True, True, True]
@@ -80,7 +80,7 @@ class SecureStream:
         return self.uniform(count) < rate
 
     def subset(self, count: int, size: int) -> NDArray[np.int64]:
-        """Draws ``min(size, count)`` of the indices below ``count``, every such set equally likely.
+        """Draws ``min(size, count)`` of the indices below ``count``; every such set is equally likely.
 
         >>> sorted(SecureStream().subset(3, 5).tolist())
         [0, 1, 2]

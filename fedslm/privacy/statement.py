@@ -1,4 +1,4 @@
-"""What a node tells the server of its spending: signed, bound to one release, at most 2 kB."""
+"""A node's statement to the server of what it spent: signed, bound to one release, at most 2 kB."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ LONGEST_STATEMENT, _MOST, _LONGEST_NAME = 8_192, 10**12, 200
 
 @dataclass(frozen=True)
 class Statement:
-    """A signed spend statement: public constants and hashes alone, nothing computed from records.
+    """A signed spend statement: only public constants and hashes, nothing computed from records.
 
     Attributes:
         run: Identifier of the run.
         round: Round of the run.
         unit: Whose participation the charges protect; "none" if nothing was ever charged.
-        charged: Each different event that this run has charged so far, and how often; sorted.
+        charged: Each distinct event that this run has charged so far, with its count; sorted.
         release_sha256: Hash of the released adapter.
         ledger_id: Random identifier of the ledger.
         index: Position of the ledger's last line.
-        head_sha256: Hash of that line: a saved head, against which a rollback shows.
+        head_sha256: Hash of that line: a saved head, which reveals a rollback.
         root_sha256: Root of the Merkle tree over the hashes of all lines
             (:mod:`fedslm.privacy.merkle`).
         charges: Number of charges in the ledger, over all runs.
         epsilon: Epsilon of all of them at ``delta``, for plans that were fixed beforehand: what the
             node has spent in its lifetime. Infinite (in JSON: "infinite") after a release without
-            privacy, of whatever run.
+            privacy in any run.
         delta: The delta of this run's budget.
         public_key: Ed25519 key (hexadecimal).
-        signature: Over all of the other values.
-        unprotected: Number of releases without privacy in the ledger, over all runs: why epsilon is
-            infinite. JSON leaves out a zero, so that statements of older versions can be read.
+        signature: Signature over all of the other values.
+        unprotected: Number of releases without privacy in the ledger, over all runs: the reason for an
+            infinite epsilon. JSON omits a zero, so that statements of older versions can be read.
     """
 
     run: str
@@ -67,7 +67,7 @@ class Statement:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """Every charge of this run; equal ones stand beside each other."""
+        """Every charge of this run; equal ones are adjacent."""
         return tuple(event for event, count in self.charged for _ in range(count))
 
     @property
@@ -77,7 +77,7 @@ class Statement:
 
     @property
     def _ledger(self) -> tuple[object, ...]:
-        """What two statements of one ledger, at one time, say of it."""
+        """The values that two statements of one ledger must share if nothing was written in between."""
         told = (self.index, self.head_sha256, self.root_sha256, self.charges, self.charged)
         return (*told, self.unprotected)
 
@@ -88,8 +88,8 @@ class Statement:
     def follows(self, earlier: Statement) -> bool:
         """True if this can come after ``earlier`` from the same ledger.
 
-        The ledger has only grown, nothing that was charged is gone, and a later round was charged for.
-        That the lines before are the same ones is shown by a proof of extension
+        The ledger has only grown, no charge is missing, and a later round was charged for.
+        That the earlier lines are unchanged is shown by a proof of extension
         (:func:`fedslm.privacy.merkle.extends`), not here.
         """
         same = (self.public_key, self.ledger_id, self.run) == (
@@ -110,7 +110,7 @@ class Statement:
 def signed(
     key: Ed25519PrivateKey, chain: Chain, *, run: str, round: int, release_sha256: str
 ) -> Statement:
-    """States what a ledger holds for a run, and how much it holds in all.
+    """Makes a signed statement of what a ledger contains for a run, and in total.
 
     Raises:
         LedgerError: The ledger is empty.
@@ -167,13 +167,13 @@ def read_statement(text: str) -> Statement:
 
 
 def _counted(events: Iterable[Event]) -> tuple[tuple[Event, int], ...]:
-    """Different events and how often each is there, sorted."""
+    """Distinct events with their counts, sorted."""
     counts = Counter(events)
     return tuple(sorted(counts.items(), key=lambda each: (*vars(each[0]).values(),)))
 
 
 def _read_counted(values: Any) -> list[tuple[Event, int]]:
-    """What :func:`_values` writes for ``charged``."""
+    """Reads what :func:`_values` writes for ``charged``."""
     if not isinstance(values, list) or len(values) > _MOST_KINDS:
         raise ValueError(f"charged must list at most {_MOST_KINDS} different events")
     found = [(Event(*event), count) for *event, count in values]
@@ -186,7 +186,7 @@ def _read_counted(values: Any) -> list[tuple[Event, int]]:
 
 
 def _check(statement: Statement) -> None:
-    """Types and ranges of what a signature is over: a key may sign anything."""
+    """Checks types and ranges of the signed values: a key may sign anything."""
     whole = (statement.round, statement.index, statement.charges, statement.unprotected)
     if any(type(number) is not int or not 0 <= number <= _MOST for number in whole):
         raise ValueError("round, index and charges must be whole numbers from 0 to 10^12")
@@ -213,7 +213,7 @@ def _check(statement: Statement) -> None:
 
 
 def _values(statement: Statement) -> Mapping[str, Any]:
-    """Everything but the signature."""
+    """All values but the signature."""
     values = {**asdict(statement), "epsilon": epsilon_as_json(statement.epsilon)}
     values["unit"] = stored_unit(statement.unit)
     del values["signature"]
