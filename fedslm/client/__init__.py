@@ -1,1 +1,1 @@
-"""One client's side of a round."""
+"""The client's side of a round."""

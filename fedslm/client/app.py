@@ -1,4 +1,4 @@
-"""The Flower ClientApp; ``clients/app.py`` at the edge is one line around it."""
+"""The Flower ClientApp; ``clients/app.py`` on a client is a one-line wrapper of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client answers: message in, training, message out. The same functions run on every engine."""
+"""Message handlers of a client: message in, training, reply out. They are the same on every engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def hello(message: Message, context: Context) -> Message:
-    """Answers who this client is: its index in the population and its version of fedslm."""
+    """Answers with this client's index in the population and its version of fedslm."""
     values = ConfigRecord(
         {"client": int(context.node_config["partition-id"]), "version": fedslm.__version__}
     )
@@ -31,20 +31,21 @@ def train(message: Message, context: Context) -> Message:
     """Trains for one round.
 
     Formal guarantees (under privacy):
-        * Nothing leaves that the node's policy does not allow and that is not charged first: the charge
-          is on disk before training starts. What policy or ledger refuse, they refuse before a record
-          is read: a refusal takes no time that depends on the records.
-        * A reply holds noised tensors, a noised metric if one is allowed, a signed statement of what
+        * Nothing is sent that the node's policy does not allow and that is not charged first: the
+          charge is on disk before training starts. Policy and ledger refuse before a record is read: a
+          refusal takes no time that depends on the records.
+        * A reply contains noised tensors, a noised metric if one is allowed, a signed statement of what
           was charged, public hashes and public constants. A refusal states values of plan and policy;
           a failure is one fixed sentence.
-        * A run keeps the records that it began with at a deployed node, so that neither a reply nor a
-          refusal depends on records that come and go while it is under way
+        * At a deployed node a run keeps the records that it began with, so that neither a reply nor a
+          refusal depends on records that are added or removed while it is running
           (:mod:`fedslm.client.kept_runs`).
         * The same request again gets the same bytes, free of charge, and no record is read for it.
 
     Without privacy, at a deployed node whose policy allows it:
-        * Nothing leaves before the ledger has it on disk as a release without privacy; the statement in
-          the reply says so, and that epsilon is infinite. That training failed is such a release, too.
+        * Nothing is sent before the ledger has recorded it on disk as a release without privacy; the
+          statement in the reply contains that record and an infinite epsilon. A failure of training is
+          also such a release.
     """
     round_number = 0
     try:
@@ -57,10 +58,10 @@ def train(message: Message, context: Context) -> Message:
     except RolledBack as error:
         logger.error("round %d: %s", round_number, error)
         reply = Reply("rolled-back", round_number, reason=str(error))
-    except (BudgetExceeded, PolicyRefused, FederationError) as error:  # these hold public values only
+    except (BudgetExceeded, PolicyRefused, FederationError) as error:  # these hold only public values
         logger.warning("round %d is refused: %s", round_number, error)
         reply = Reply("refused", round_number, reason=str(error))
-    except Exception:  # the edge of the client: a coarse status leaves, details stay here
+    except Exception:  # boundary of the client: only a coarse status is sent
         logger.exception("training failed")
         reply = Reply("failed", round_number, reason=FAILED)
     return Message(reply.to_records(), reply_to=message)

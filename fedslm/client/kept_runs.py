@@ -1,8 +1,9 @@
 """The records of a run at a deployed node, as they were when the run began there.
 
-Records come and go while a run is under way. A run that saw it would tell the server, free of charge,
-that somebody was admitted or withdrawn; one that refused to go on would tell it exactly. So a run keeps
-the records of its first request, in its own directory at the node, and new records serve new runs.
+Records are added and removed while a run is in progress. If the run used the changed records, its
+replies would reveal to the server, free of charge, that somebody was admitted or withdrawn; a refusal
+would reveal it exactly. So a run keeps the records of its first request, in a separate directory at the
+node, and new records serve new runs.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ _MOST_RUNS, _LONGEST_SECONDS = 8, 30 * 86_400.0
 
 
 def with_own_records(setup: Setup, node: Node, *, has_begun: bool) -> Node:
-    """The node, with the records that a run began with.
+    """Gives the node with the records that a run began with.
 
     Formal guarantees:
         * At a deployed node all requests of one run and plan read the same records, also after the
           node's records were replaced and the node was started again.
-        * A run that has begun and whose records are not kept any more is refused with one fixed text,
+        * A run that has begun and whose records are no longer kept is refused with one fixed text,
           whether or not the node's records have changed since.
-        * The records are on disk, for the node's owner only, before this returns. At most eight runs'
-          are kept, each for 30 days after its last request.
+        * The records are on disk, readable only by the node's owner, before this returns. At most eight
+          runs' records are kept, each for 30 days after the run's last request.
 
     Args:
         setup: Names the run and its plan.
-        node: A simulated one is given back: its run directory holds the records of one run.
+        node: A simulated node is returned unchanged: its run directory has the records of one run.
         has_begun: Whether something was charged for this run.
 
     Raises:
-        FederationError: The run's records are not kept any more.
+        FederationError: The run's records are no longer kept.
         RunError: They cannot be kept.
     """
     if not node.deployed:
@@ -62,17 +63,17 @@ def with_own_records(setup: Setup, node: Node, *, has_begun: bool) -> Node:
 
 
 def forget_records(setup: Setup, node: Node) -> None:
-    """Removes a deployed node's records of a run that can charge nothing more."""
+    """Removes a deployed node's records of a run that can make no more charges."""
     if node.deployed:
         own = node.run_directory(setup.run_id, setup.plan)
         shutil.rmtree(own / _RECORDS, ignore_errors=True)
 
 
 def remove_old(directory: Path) -> None:
-    """Removes what a node keeps of runs beyond the eight that asked last, or that have not for a month.
+    """Removes the data of runs beyond the eight that asked last, or that have not asked for a month.
 
     Args:
-        directory: The node's own.
+        directory: The node's own directory.
     """
     asked = {each: each.stat().st_mtime for each in (directory / layout.NODE_RUNS).glob("*")}
     latest = sorted(asked, key=lambda each: asked[each], reverse=True)

@@ -1,10 +1,10 @@
-"""What a client keeps for itself from round to round, on its own disk.
+"""A client's own state between rounds, on its own disk.
 
-FedSA's B and head, SCAFFOLD's control variate, and what compression lost. One file for each round that
-used it, two kept: a round that is asked again starts from where it started before.
+It holds FedSA's B and head, SCAFFOLD's control variate, and the compression error. There is one file
+for each round that used it, and two are kept: a repeated round starts from the same state as before.
 
-Without privacy these tensors are functions of the records, un-noised. So each run has a directory of
-its own (:meth:`fedslm.client.node.Node.run_directory`), and none is read by another run or plan.
+Without privacy these tensors are functions of the records, without noise. So each run has a separate
+directory (:meth:`fedslm.client.node.Node.run_directory`), and no other run or plan reads it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _NOTHING = AdapterState({})
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept.
+    """The kept tensors.
 
     Attributes:
         local: Trained tensors that the method does not share.
         control: The client's control variate.
-        error: What compression left out of earlier updates.
+        error: The part of earlier updates that compression left out.
     """
 
     local: AdapterState = field(default=_NOTHING)
@@ -40,13 +40,13 @@ class ClientMemory:
     """A client's memory of one run.
 
     Attributes:
-        directory: The run's own, at this client.
+        directory: The run's own directory at this client.
     """
 
     directory: Path
 
     def before(self, round: int) -> Kept:
-        """What was kept by the last round before this one."""
+        """The tensors that the last round before this one kept."""
         earlier = [number for number in self._rounds() if number < round]
         if not earlier:
             return Kept()
@@ -64,9 +64,9 @@ class ClientMemory:
         return Kept(**rooms)
 
     def keep(self, round: int, kept: Kept) -> None:
-        """Keeps what a round leaves behind; nothing is written if that is nothing.
+        """Keeps the tensors of a round; writes nothing if there are none.
 
-        What is kept of later rounds is removed: the server went back, and takes another way from here.
+        The files of later rounds are removed: the server went back, and continues from here.
         """
         tensors = {
             f"{room}/{key}": value
@@ -82,10 +82,10 @@ class ClientMemory:
             self._path(number).unlink(missing_ok=True)
 
     def _rounds(self) -> list[int]:
-        """Rounds that left something."""
+        """Rounds for which tensors are kept."""
         found = self.directory.glob("memory-*.safetensors")
         return [int(path.stem.removeprefix("memory-")) for path in found]
 
     def _path(self, round: int) -> Path:
-        """A round's file."""
+        """The file of a round."""
         return self.directory / f"memory-{round:05d}.safetensors"

@@ -1,8 +1,8 @@
-"""A node's own directory: policy, ledger, keys and the last release. No message can name or change it.
+"""A node's own directory: policy, ledger, keys and the last release. No message can set or change it.
 
 In a simulation it is ``nodes/client-NNNNN`` under the run directory, and a policy is optional. In a
-deployment the node's operator names it and the data (``node-directory`` and ``data-directory`` in the
-node's config), and without a policy nothing is trained. One node directory stands for one data set.
+deployment the node's operator sets it and the data directory (``node-directory`` and ``data-directory``
+in the node's config), and nothing is trained without a policy. One node directory is for one data set.
 
 policy.toml                  what the node allows
 ledger.jsonl  .head          what was spent, and the last line that was synced
@@ -36,9 +36,9 @@ from fedslm.privacy.policy import NodePolicy, PlanRequest, read_policy
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter, save_adapter, write_text
 
-FAILED = "failed; see the client's log"  # all that leaves of an exception
-OWN_SHARD = 0  # a deployed node's data directory holds its records alone, whatever its index in a run
-_NO_BUDGET = (math.inf, 0.5)  # of a run that charges nothing
+FAILED = "failed; see the client's log"  # the only part of an exception that is sent
+OWN_SHARD = 0  # a deployed node's data directory has only its own records, whatever its index in a run
+_NO_BUDGET = (math.inf, 0.5)  # for a run that charges nothing
 _NODE_DIRECTORY, _DATA_DIRECTORY = "node-directory", "data-directory"
 _SIMULATED = {"partition-id", "num-partitions"}
 _DEPLOYED = {"partition-id", _NODE_DIRECTORY, _DATA_DIRECTORY}
@@ -49,7 +49,7 @@ def deployed_config(directory: Path, data: Path, client: int) -> dict[str, str |
 
     Args:
         directory: The node's own directory.
-        data: Where its records are.
+        data: Directory of its records.
         client: Its index in the run.
     """
     return {"partition-id": client, _NODE_DIRECTORY: str(directory), _DATA_DIRECTORY: str(data)}
@@ -57,11 +57,11 @@ def deployed_config(directory: Path, data: Path, client: int) -> dict[str, str |
 
 @dataclass(frozen=True)
 class Release:
-    """What leaves in one round.
+    """The data that a client sends in one round.
 
     Attributes:
-        delta: What was trained and is sent, minus where it started.
-        metric: Noisy (sum of scores, number of units); None if none was asked.
+        delta: The sent tensors: their values after training minus those before.
+        metric: Noisy (sum of scores, number of units); None if none was requested.
     """
 
     delta: AdapterState
@@ -77,13 +77,13 @@ class Release:
 
 @dataclass(frozen=True)
 class Node:
-    """Where a client keeps what is its own.
+    """A client's own directory and data.
 
     Attributes:
         directory: The node's directory.
-        data: Where its records are.
+        data: Directory of its records.
         client: Index in the population.
-        deployed: True if the operator named the directory: then a policy is required.
+        deployed: True if the operator set the directory: then a policy is required.
     """
 
     directory: Path
@@ -93,12 +93,12 @@ class Node:
 
     @classmethod
     def of(cls, context: Context, run_directory: str) -> Node:
-        """The node that a Flower context stands for.
+        """The node that a Flower context describes.
 
         Args:
-            context: Its node config is exactly a simulation's, or names both directories of the node: a
-                key that is misspelt must not turn a hospital into a simulated client.
-            run_directory: Where a simulated client's directories are; a deployed node does not use it.
+            context: Its node config has exactly a simulation's keys, or both directories of the node: a
+                misspelt key must not turn a hospital into a simulated client.
+            run_directory: Parent of the directories of simulated clients; not used if deployed.
 
         Raises:
             FederationError: The node config is neither.
@@ -117,18 +117,18 @@ class Node:
 
     @property
     def shard(self) -> int:
-        """Which of the clients in ``data`` this one is."""
+        """Index of this client's shard in ``data``."""
         return OWN_SHARD if self.deployed else self.client
 
     def run_directory(self, run_id: str, plan: RunPlan) -> Path:
-        """Where this node keeps what is of one run under one plan.
+        """The directory in which this node keeps the data of one run under one plan.
 
-        The server chooses a run's identifier, and may choose that of a run under another plan. So the
-        plan (with its unit) is part of the name, and nothing of a run without privacy is read by a
-        private one. The name is a whole SHA-256: nobody finds two runs of one name.
+        The server chooses a run's identifier, and may reuse one under another plan. So the plan (with
+        its unit) is part of the name, and a private run reads nothing from a run without privacy. The
+        name is a whole SHA-256: nobody can find two runs with the same name.
 
         Args:
-            run_id: As the server says.
+            run_id: As given by the server.
             plan: The run's plan.
         """
         name = hashlib.sha256(
@@ -137,7 +137,7 @@ class Node:
         return self.directory / layout.NODE_RUNS / name
 
     def policy(self) -> NodePolicy | None:
-        """The policy, read anew; None in a simulation without one.
+        """Reads the policy again; None in a simulation without one.
 
         Raises:
             PolicyRefused: It is invalid, or missing in a deployment.
@@ -163,7 +163,7 @@ class Node:
         return not self.deployed or (policy is not None and base in policy.base_names)
 
     def limits(self, plan: PrivatePlan | NoPrivacy) -> Limits:
-        """What the ledger holds a plan to: the run's budget, and the node's own."""
+        """The limits that the ledger enforces for a plan: the run's budget, and the node's own."""
         policy = self.policy()
         if policy is not None:
             return policy.limits(plan)
@@ -171,15 +171,16 @@ class Node:
         return Limits(own, allows_unprotected=True)
 
     def ledger(self, unit: str) -> Ledger:
-        """The ledger, in a unit."""
+        """The ledger, counting in a unit."""
         key = keys.signing_key(self.directory)
         return Ledger(self.directory / layout.LEDGER, key, unit=unit, dataset=self.directory.name)
 
     def open_ledger(self) -> Ledger | None:
-        """The ledger that records releases without privacy; None: a simulated client without any.
+        """The ledger that records releases without privacy; None for a simulated client without any.
 
-        A simulation without privacy keeps no ledger: it promises nothing, and its node directories are
-        of one run. A deployed node's records outlive the run, so what left unprotected is recorded.
+        A simulation without privacy keeps no ledger: it guarantees nothing, and its node directories
+        belong to one run. A deployed node's records outlive the run, so unprotected releases are
+        recorded.
         """
         if not self.deployed and not (self.directory / layout.LEDGER).exists():
             return None
@@ -189,13 +190,13 @@ class Node:
     def unprotected(
         self, plan: NoPrivacy, run: str, round: int, purpose: str
     ) -> Iterator[Callable[[str], None]]:
-        """Stands around whatever reads records without privacy, so that nothing told of them is lost.
+        """Context for reading records without privacy: records every release in the ledger.
 
-        Gives a function that records the hash of a release in the ledger, before it leaves. If the
-        block fails, that is recorded in its place: whether it fails may depend on one record.
+        Yields a function that records the hash of a release in the ledger, before it is sent. If the
+        block fails, the failure is recorded instead: whether it fails may depend on one record.
 
         Raises:
-            BudgetExceeded: A limit on rounds would be exceeded; the block was not begun.
+            BudgetExceeded: A limit on rounds would be exceeded; the block was not run.
             LedgerError: The ledger cannot be written; nothing may be released.
         """
         ledger, limits = self.open_ledger(), self.limits(plan)
@@ -214,14 +215,14 @@ class Node:
             raise
 
     def keep(self, release: Release) -> None:
-        """Keeps a release for a request that is sent again."""
+        """Keeps a release in case its request is repeated."""
         save_adapter(self.directory / layout.RELEASE_TENSORS, release.delta)
         write_text(
             self.directory / layout.RELEASE, json.dumps({"metric": release.metric}, allow_nan=False)
         )
 
     def kept(self, hashes: dict[str, str]) -> Release | None:
-        """The release with these hashes, if it is still there undamaged."""
+        """The release with these hashes, if it is still stored and undamaged."""
         if not hashes:
             return None
         try:

@@ -1,13 +1,13 @@
 """After the last round: each client measures the shared adapter on its held-out records, and its own.
 
 Formal guarantees (under privacy):
-    * A deployed node answers the same word before it reads a record: it trains and measures nothing on
-      a server's word, since the time that takes would tell of the records, free of charge.
-    * In a simulation, whose server and nodes are one researcher, numbers and personal adapters stay in
-      the node's own directory. Nothing is charged, since nothing leaves.
+    * A deployed node gives the same answer before it reads a record: it neither trains nor measures on
+      a server's request, since the time that this takes would depend on the records, free of charge.
+    * In a simulation, whose server and nodes are one researcher's, numbers and personal adapters stay
+      in the node's own directory. Nothing is charged, since nothing is sent.
 
-Without privacy numbers leave: a deployed node's ledger records them before, as a release without
-privacy, and so it does if measuring fails.
+Without privacy the numbers are sent: a deployed node's ledger records them before, as a release without
+privacy, and also records a failure to measure.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ logger = logging.getLogger(__name__)
 
 
 def measure(message: Message, context: Context) -> Message:
-    """Measures, and personalises if the setup says so."""
+    """Measures, and personalises if the setup requests it."""
     answer = {"status": "ok", "metrics": ""}
     try:
         request = Request.from_records(message.content)
         node = Node.of(context, request.setup.directory)
         answer["metrics"] = _measured(admitted(request, node))
-    except (PolicyRefused, FederationError) as error:  # these hold public values only
+    except (PolicyRefused, FederationError) as error:  # these contain only public values
         answer = {"status": cut(error, LONGEST_REASON - 1), "metrics": ""}
-    except Exception:  # the edge of the client: details stay here
+    except Exception:  # boundary of the client: details stay here
         logger.exception("measuring failed")
         answer = {"status": FAILED, "metrics": ""}
     return Message(
@@ -60,7 +60,7 @@ def measure(message: Message, context: Context) -> Message:
 
 
 def _measured(client_round: ClientRound) -> str:
-    """Measures; the answer's text is empty under privacy."""
+    """Measures; the text of the answer is empty under privacy."""
     node, plan, setup = client_round.node, client_round.plan, client_round.setup
     if not isinstance(plan, PrivatePlan):
         with node.unprotected(plan, setup.run_id, client_round.request.round, METRIC) as record:
@@ -72,13 +72,13 @@ def _measured(client_round: ClientRound) -> str:
     try:
         found = _both(client_round)
         write_text(_own(client_round) / "metrics.json", json_text(asdict(found)))
-    except Exception:  # whatever the records do, it must not show
+    except Exception:  # no effect of the records may be visible
         logger.exception("measuring failed")
     return ""
 
 
 def _both(client_round: ClientRound) -> ClientMetrics:
-    """Measures the shared adapter, trains the client's own, and measures that."""
+    """Measures the shared adapter, and trains and measures the client's own."""
     setup, model = client_round.setup, client_round.model
     records, start = client_round.records(has_begun=False), client_round.start.adapter
     shared = _metrics(client_round, records, start)
@@ -93,7 +93,7 @@ def _both(client_round: ClientRound) -> ClientMetrics:
 
 
 def _own(client_round: ClientRound) -> Path:
-    """Where a run's personal adapter is, for PEFT."""
+    """Directory of a run's personal adapter, in PEFT format."""
     node, setup = client_round.node, client_round.setup
     return node.directory / "personal" / node.run_directory(setup.run_id, setup.plan).name
 
@@ -107,7 +107,7 @@ def _metrics(client_round: ClientRound, records: ClientRecords, adapter: Adapter
 
 
 def _personal(client_round: ClientRound, records: ClientRecords) -> AdapterState:
-    """Trains the client's own adapter; nothing of it leaves."""
+    """Trains the client's own adapter; nothing of it is sent."""
     from fedslm.training.local import LocalWork, train
 
     setup, start = client_round.setup, client_round.start.adapter

@@ -1,4 +1,4 @@
-"""A private round: what is checked, charged, computed and released, in this order."""
+"""A private round: check, charge, compute and release, in this order."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
     """Charges, trains, keeps the release for a repeated request, and answers.
 
     Formal guarantees:
-        * Everything that can refuse does so before a record is read: the time of a refusal says nothing
-          of the records.
+        * Every check that can refuse runs before a record is read: the time of a refusal says nothing
+          about the records.
         * The charge is on disk before training starts. If training fails, the charge stays.
-        * The same request again gets the release that was kept, free of charge, and no record is read.
+        * The same request again gets the stored release, free of charge, and no record is read.
 
     Raises:
         PolicyRefused: The plan, the setup or this machine does not allow private training.
@@ -41,7 +41,7 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
     request, node = client_round.request, client_round.node
     _verify(plan)
     ledger = node.ledger(plan.unit)
-    ledger.extension(request.seen)  # before anything is charged: a ledger that lost lines takes no more
+    ledger.extension(request.seen)  # before any charge: a ledger that lost lines takes no more
     again = node.kept(ledger.released(client_round.request_sha256))
     if again is not None:
         return client_round.reply(again, ledger=ledger)
@@ -49,7 +49,7 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
     attest(node.directory if node.deployed else node.directory.parent)
     charged = _rounds_charged(client_round, ledger, plan)
     charges, limits = _charges(client_round, plan), node.limits(plan)
-    ledger.check(charges, limits)  # before a record is read: the time of a refusal tells nothing
+    ledger.check(charges, limits)  # before a record is read: the time of a refusal reveals nothing
     records = client_round.records(has_begun=charged > 0)
     charges = [replace(charge, dataset_commitment=records.commitment) for charge in charges]
     reserved = ledger.reserve(charges, limits)
@@ -65,7 +65,7 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
 
 
 def _check_request(client_round: ClientRound) -> None:
-    """Refuses what cannot be private, and an adapter that does not fit, before anything is charged."""
+    """Refuses what cannot be private, and an adapter that does not fit, before any charge."""
     from fedslm.training.checks import check_private_model
 
     if client_round.request.control:
@@ -78,10 +78,10 @@ def _check_request(client_round: ClientRound) -> None:
 
 
 def _rounds_charged(client_round: ClientRound, ledger: Ledger, plan: PrivatePlan) -> int:
-    """How many rounds this run was charged for under its plan so far.
+    """Number of rounds that this run was charged for under its plan so far.
 
     Raises:
-        BudgetExceeded: All that the plan pays for.
+        BudgetExceeded: The plan pays for no more rounds.
     """
     setup = client_round.setup
     of_run = (setup.run_id, _plan_sha256(setup), ADAPTER)
@@ -97,7 +97,7 @@ def _rounds_charged(client_round: ClientRound, ledger: Ledger, plan: PrivatePlan
 
 
 def _check_adapter(whole: AdapterState, model: LoadedModel) -> None:
-    """Refuses tensors that do not fit the model before anything is charged for them."""
+    """Refuses tensors that do not fit the model, before any charge for them."""
     fitting = {key: tuple(each.shape) for key, each in model.adapter.parameters.items()}
     own = whole.select(set(whole) - delta_keys(whole))
     if own.shapes != fitting or not whole.is_finite() or not _deltas_fit(whole):
@@ -105,7 +105,7 @@ def _check_adapter(whole: AdapterState, model: LoadedModel) -> None:
 
 
 def _deltas_fit(whole: AdapterState) -> bool:
-    """True if what aggregation put aside has the layers' own widths, and both factors."""
+    """True if the tensors that aggregation set aside have the layers' widths, and both factors."""
     shapes, layers = whole.shapes, set(layers_of(whole))
     if {key.rsplit(".", 2)[0] for key in delta_keys(whole)} - layers:
         return False
@@ -123,7 +123,7 @@ def _deltas_fit(whole: AdapterState) -> bool:
 
 @lru_cache(maxsize=8)
 def _rehearsed(setup: Setup) -> None:
-    """Rehearses with the model that is loaded for a setup, once per process."""
+    """Runs the rehearsal with the model that is loaded for a setup, once per process."""
     from fedslm.training.local import rehearse
 
     model = model_for(setup)
@@ -139,10 +139,10 @@ def _rehearsed(setup: Setup) -> None:
 
 @lru_cache(maxsize=8)
 def _verify(plan: PrivatePlan) -> None:
-    """Holds the server's claim against this node's own accountants.
+    """Checks the server's claim with this node's own accountants.
 
     Raises:
-        PolicyRefused: The plan costs more than it says, or the accountants disagree.
+        PolicyRefused: The plan costs more than it claims, or the accountants disagree.
     """
     try:
         plan.verify()
@@ -151,7 +151,7 @@ def _verify(plan: PrivatePlan) -> None:
 
 
 def _charges(client_round: ClientRound, plan: PrivatePlan) -> list[Charge]:
-    """What a round costs, and everything that it is bound to, but for the records."""
+    """The charges of a round with everything they are bound to, except for the records."""
     setup = client_round.setup
     training = Charge(
         event=plan.training_event,
@@ -181,14 +181,14 @@ def _charges(client_round: ClientRound, plan: PrivatePlan) -> list[Charge]:
 
 
 def _plan_sha256(setup: Setup) -> str:
-    """Names a plan in the ledger."""
+    """Hash that identifies a plan in the ledger."""
     return hashlib.sha256(setup.plan.to_json().encode()).hexdigest()
 
 
 def _metric(
     client_round: ClientRound, records: ClientRecords, plan: PrivatePlan
 ) -> tuple[float, float]:
-    """How right the server's adapter is on the client's own (or held-out) records, with noise."""
+    """The noised score of the server's adapter on the client's own (or held-out) records."""
     from fedslm.training.metric import noisy_metric
 
     start = client_round.start.adapter

@@ -1,4 +1,4 @@
-"""A client's own records: read, tokenised, each with its owner, some held out."""
+"""A client's own records: read and tokenised, each with its owner; some are held out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedslm.tasks.lazy import LazyExamples
 logger = logging.getLogger(__name__)
 _CACHED_CLIENTS = 64
 _PIECE_ROWS = 1000
-_STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # meant for the process, not made by a record
+_STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # meant for the process, not caused by a record
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class ClientRecords:
     """A client's examples, each with its owner.
 
     Attributes:
-        trained: What is trained on.
-        measured: What the noisy metric is measured on: held out, if ``data.validation_fraction`` says
-            so, else what is trained on.
+        trained: The examples for training.
+        measured: The examples for the noisy metric: the held-out ones if ``data.validation_fraction``
+            requests them, else those for training.
         commitment: Keyed hash of all its records, with all columns; empty without privacy.
     """
 
@@ -46,19 +46,19 @@ class ClientRecords:
 def records_of(setup: Setup, node: Node) -> ClientRecords:
     """A client's records, read once per process.
 
-    A deployed node keeps one setup's: a server that asks in many ways does not fill its memory.
+    A deployed node caches one setup's records: a server that varies its requests cannot fill memory.
 
     Formal guarantees:
         * Whether a record is left out (no tokens, an unknown label, no owner, or it cannot be
-          tokenised) depends on it alone, and none makes this fail.
-        * Whether a unit is held out depends on its name alone (:func:`is_held_out`).
+          tokenised) depends only on this record, and no record makes this fail.
+        * Whether a unit is held out depends only on its name (:func:`is_held_out`).
         * With ``data.streaming`` examples and their order are the same; rows and tokens stay on disk.
     """
     return (_only if node.deployed else _each)(setup, node)
 
 
 def _read(setup: Setup, node: Node) -> ClientRecords:
-    """Reads and tokenises."""
+    """Reads and tokenises the records."""
     model = model_for(setup)
     task, plan = task_for(setup), setup.plan
     unit = plan.unit_column if isinstance(plan, UserPlan) else None
@@ -66,7 +66,7 @@ def _read(setup: Setup, node: Node) -> ClientRecords:
     commitment = _commitment(node) if isinstance(plan, PrivatePlan) else ""
     rows = store.read_client(node.data, node.shard, columns)
     prepare = partial(task.prepare, tokenizer=model.tokenizer)
-    prepare([])  # what is wrong with the tokenizer itself shows here, whatever the records
+    prepare([])  # an error of the tokenizer itself shows here, whatever the records
     lazy, fraction = setup.data.streaming, setup.data.validation_fraction
     sides = {False: _Side(), True: _Side()}
     truncated = 0
@@ -90,7 +90,7 @@ def _read(setup: Setup, node: Node) -> ClientRecords:
 
 
 def _commitment(node: Node) -> str:
-    """Keyed hash of a client's whole records: the columns that a server asks for do not change it."""
+    """Keyed hash of a client's whole records; the columns that a server requests do not change it."""
     return data_commitment(node.directory, store.read_client(node.data, node.shard))
 
 
@@ -99,15 +99,16 @@ _each = lru_cache(maxsize=_CACHED_CLIENTS)(_read)
 
 
 def _prepared(prepare: Callable[[Sequence[Row]], Prepared], piece: list[Row]) -> Prepared:
-    """Prepares rows together, or one by one if that raises; a row that raises alone is left out.
+    """Prepares rows together, or one by one if that raises; a row that raises by itself is left out.
 
-    A tokenizer that panics in Rust raises what is no ``Exception``, and would end the process.
+    A tokenizer that panics in Rust raises an error that is not an ``Exception``, and would end the
+    process.
     """
     try:
         return prepare(piece)
     except _STOPS:
         raise
-    except BaseException:  # whatever a record does to a tokenizer or a template, it must not show
+    except BaseException:  # no record's effect on a tokenizer or a template may be visible
         logger.warning("some records cannot be prepared", exc_info=True)
     made = []
     for number, row in enumerate(piece):
@@ -115,7 +116,7 @@ def _prepared(prepare: Callable[[Sequence[Row]], Prepared], piece: list[Row]) ->
             one = prepare([row])
         except _STOPS:
             raise
-        except BaseException:  # noqa: S112  (said above; this record alone decides)
+        except BaseException:  # noqa: S112  (see above; only this record decides)
             continue
         made += [(number, example, one.truncated > 0) for example in one.examples]
     return Prepared.of(made)
@@ -123,7 +124,7 @@ def _prepared(prepare: Callable[[Sequence[Row]], Prepared], piece: list[Row]) ->
 
 @dataclass
 class _Side:
-    """What is trained on, or what is held out."""
+    """The records for training, or the held-out ones."""
 
     rows: array[int] = field(default_factory=lambda: array("q"))
     owners: list[str] = field(default_factory=list)
@@ -131,7 +132,7 @@ class _Side:
     _names: dict[str, str] = field(default_factory=dict)
 
     def add(self, row: int, owner: str, example: Example | None) -> None:
-        """Adds one record; its example only if that is to be kept in memory."""
+        """Adds one record; its example only if examples are kept in memory."""
         self.rows.append(row)
         self.owners.append(self._names.setdefault(owner, owner))
         if example is not None:
@@ -139,7 +140,7 @@ class _Side:
 
 
 def _pieces(rows: Sequence[Row]) -> Iterator[tuple[int, list[Row]]]:
-    """(number of the first row, rows), a thousand at a time."""
+    """Yields (number of the first row, rows), a thousand rows at a time."""
     iterator, first = iter(rows), 0
     while piece := list(islice(iterator, _PIECE_ROWS)):
         yield first, piece
@@ -147,7 +148,7 @@ def _pieces(rows: Sequence[Row]) -> Iterator[tuple[int, list[Row]]]:
 
 
 def _log(client: int, unusable: int, truncated: int) -> None:
-    """Says in the client's own log what is not used, or not whole."""
+    """Writes to the client's own log what is not used, or is truncated."""
     if unusable:
         text = "client %d: %d records have no tokens, an unknown label or no owner"
         logger.warning(text, client, unusable)

@@ -1,4 +1,4 @@
-"""One client's round: what it works with, once this node has admitted the request.
+"""One client's round: everything it works with, once this node has admitted the request.
 
 The order of a round is fixed: :func:`admitted`, then the ledger, then the records. A
 :class:`ClientRound` reads no record until :meth:`ClientRound.records` is called.
@@ -31,16 +31,16 @@ from fedslm.tasks.base import Task
 
 @dataclass(frozen=True)
 class ClientRound:
-    """A request that this node has admitted, and what it takes to answer it.
+    """A request that this node has admitted, and everything needed to answer it.
 
     Formal guarantees:
         * Only :func:`admitted` makes one: the node's policy allows the plan, and the base model here is
-          the server's.
+          the same as the server's.
         * Nothing but :meth:`records` reads a record.
 
     Attributes:
-        request: What the server asks.
-        node: Where the client keeps what is its own.
+        request: The server's request.
+        node: The client's own directory and data.
     """
 
     request: Request
@@ -48,7 +48,7 @@ class ClientRound:
 
     @property
     def setup(self) -> Setup:
-        """What stays the same over the run."""
+        """The constants of the run."""
         return self.request.setup
 
     @property
@@ -63,26 +63,26 @@ class ClientRound:
 
     @cached_property
     def task(self) -> Task:
-        """What is learned."""
+        """The task to learn."""
         return task_for(self.setup)
 
     @cached_property
     def start(self) -> Start:
-        """Where the round starts.
+        """The state from which the round starts.
 
         Raises:
-            FederationError: What came or what was kept does not fit; nothing was charged yet.
+            FederationError: The received or the kept tensors do not fit; nothing was charged yet.
         """
         return start_of(self.request, self.node)
 
     @property
     def memory(self) -> ClientMemory:
-        """What the client keeps from round to round."""
+        """The client's state between rounds."""
         return memory_of(self.request, self.node)
 
     @property
     def request_sha256(self) -> str:
-        """Names the request: the same run, round, plan and starting adapter give the same name."""
+        """Identifies the request: equal run, round, plan and starting adapter give equal hashes."""
         parts = (
             self.setup.to_json(),
             str(self.request.round),
@@ -99,13 +99,13 @@ class ClientRound:
             has_begun: Whether something was charged for this run.
 
         Raises:
-            FederationError: The run's records are not kept any more.
+            FederationError: The run's records are no longer kept.
             RunError: They cannot be kept.
         """
         return records_of(self.setup, with_own_records(self.setup, self.node, has_begun=has_begun))
 
     def forget_records(self) -> None:
-        """Removes a deployed node's records of this run, which can charge nothing more."""
+        """Removes a deployed node's records of this run, which can make no more charges."""
         forget_records(self.setup, self.node)
 
     def reply(self, release: Release, *, ledger: Ledger | None = None, weight: float = 1.0) -> Reply:
@@ -126,11 +126,11 @@ class ClientRound:
 
 
 def admitted(request: Request, node: Node) -> ClientRound:
-    """Holds a request against this node before any of the base's files is interpreted.
+    """Checks a request against this node before any of the base's files is interpreted.
 
     Raises:
         PolicyRefused: The policy does not allow it.
-        FederationError: Another base model, or a column that this node does not declare.
+        FederationError: The base model differs, or a column is one that this node does not declare.
     """
     setup = request.setup
     node.admit(PlanRequest(setup.plan, setup.base_sha256, setup.task.name, setup.model.base))
@@ -142,9 +142,9 @@ def admitted(request: Request, node: Node) -> ClientRound:
 
 
 def _check_columns(setup: Setup, node: Node) -> None:
-    """Refuses a run that needs a column which this node's operator does not declare.
+    """Refuses a run that needs a column that this node's operator does not declare.
 
-    What the records themselves have is not looked at: one record may bring a column.
+    The records' own columns are not checked: one record may add a column.
     """
     declared = declared_columns(node.data)
     if declared is None:

@@ -1,4 +1,4 @@
-"""A node trains under privacy only after this very code has passed the self-test on this machine."""
+"""Blocks private training until exactly this code has passed the self-test on this machine."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ _LIBRARIES = (
     "torch",
     "transformers",
 )
-_READ = ("fedslm", "opacus", "dp_accounting")  # packages whose source carries the promise
+_READ = ("fedslm", "opacus", "dp_accounting")  # packages whose source implements the guarantees
 
 
 def attest(directory: Path) -> None:
     """Runs the self-test unless this code has passed it here before.
 
     Formal guarantees:
-        * Returns only if the self-test has passed with this very source of fedslm, Opacus and
+        * Returns only if the self-test has passed with exactly this source of fedslm, Opacus and
           dp-accounting, these versions of the other libraries, this machine's architecture, CPU
           kernels and GPU, and with assertions, threads and precision of torch as they are in this
-          process now; anything else refuses. A torch of the same version that was changed by hand is
+          process now; anything else refuses. A torch of the same version that was modified by hand is
           not noticed.
 
     Args:
-        directory: Where the result is kept.
+        directory: Where the result is stored.
 
     Raises:
         PolicyRefused: The self-test failed or could not be recorded.
@@ -68,14 +68,14 @@ def attest(directory: Path) -> None:
 
 
 def is_attested(directory: Path) -> bool:
-    """Whether this code has passed here before: with the same threads, :func:`attest` tests no more."""
+    """Whether this code has passed here before: :func:`attest` then skips the test, for equal threads."""
     passed = _passed_with(directory / layout.SELF_TEST)
     return passed is not None and passed[0] == code_fingerprint()
 
 
 @lru_cache(maxsize=1)
 def _self_test(kernels: str) -> dict[str, str]:
-    """Runs the self-test, once per process and kernels if it passes; gives what was checked."""
+    """Runs the self-test, once per process and kernels if it passes; returns what was checked."""
     from fedslm.verification.self_test import run_self_test
 
     result = run_self_test()
@@ -87,7 +87,7 @@ def _self_test(kernels: str) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def code_fingerprint() -> str:
-    """Hash of the source that carries the promise, versions of libraries, and the architecture."""
+    """Hash of the source that implements the guarantees, library versions, and the architecture."""
     digest = hashlib.sha256()
     for package in _READ:
         directory = _directory(package)
@@ -97,12 +97,12 @@ def code_fingerprint() -> str:
     for library in _LIBRARIES:
         digest.update(f"{library}=={version(library)}\0".encode())
     digest.update(f"{platform.python_version()} {platform.machine()} {platform.system()}".encode())
-    digest.update(f" -{'O' * sys.flags.optimize}".encode())  # which leaves assertions out
+    digest.update(f" -{'O' * sys.flags.optimize}".encode())  # which disables assertions
     return digest.hexdigest()
 
 
 def _directory(package: str) -> Path:
-    """Where a package's source is; it is not imported."""
+    """Directory of a package's source; the package is not imported."""
     found = find_spec(package)
     if found is None or found.origin is None:
         raise RunError(f"package={package} is not installed: install fedslm again")
@@ -110,7 +110,7 @@ def _directory(package: str) -> Path:
 
 
 def _passed_with(path: Path) -> tuple[str, str] | None:
-    """Fingerprint of the code that passed here, and the kernels that it ran on; None if none did."""
+    """Fingerprint of the code that passed here, and the kernels that it ran on; None if none passed."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return str(values["fingerprint"]), str(values["kernels"])

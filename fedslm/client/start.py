@@ -1,4 +1,4 @@
-"""Where a client's round starts: what the server sent, the frozen tensors, and what the client kept."""
+"""The start of a client's round: the server's tensors, the frozen tensors, and the client's own."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ NOT_FITTING = (
 
 @dataclass(frozen=True)
 class Start:
-    """Where a client's round starts.
+    """The state from which a client's round starts.
 
     Attributes:
-        adapter: The whole adapter, at the client's rank: what is beyond it is zero.
-        kept: What the client kept of earlier rounds.
+        adapter: The whole adapter, at the client's rank: entries beyond it are zero.
+        kept: The tensors that the client kept from earlier rounds.
     """
 
     adapter: AdapterState
@@ -37,11 +37,11 @@ class Start:
 
 
 def start_of(request: Request, node: Node) -> Start:
-    """Puts together what the server sent, what is shared by hash, and what the client kept.
+    """Combines the server's tensors, the frozen ones shared by hash, and the client's own.
 
     Raises:
-        FrozenMissing: This client lacks the frozen tensors that the server names.
-        FederationError: One of them does not fit the others; nothing was charged yet.
+        FrozenMissing: This client lacks the frozen tensors that the server requires.
+        FederationError: Some tensors do not fit the others; nothing was charged yet.
     """
     setup = request.setup
     whole = _frozen_of(request, node).merged(request.adapter)
@@ -57,20 +57,21 @@ def start_of(request: Request, node: Node) -> Start:
 
 
 def memory_of(request: Request, node: Node) -> ClientMemory:
-    """What a client keeps from round to round of the request's run."""
+    """The client's state between rounds, for the request's run."""
     return ClientMemory(node.run_directory(request.setup.run_id, request.setup.plan))
 
 
 def _fits(kept: AdapterState, adapter: AdapterState) -> bool:
-    """Whether tensors that were kept have the shapes of the adapter's: numpy would stretch others."""
+    """Whether kept tensors have exactly the adapter's shapes: numpy would broadcast others."""
     shapes = adapter.shapes
     return all(shapes.get(key, shape) == shape for key, shape in kept.shapes.items())
 
 
 def _frozen_of(request: Request, node: Node) -> AdapterState:
-    """The shared frozen tensors, checked against the hash that the server names.
+    """The shared frozen tensors, checked against the hash that the server sent.
 
-    A simulated client reads the run directory's; a deployed node keeps those that it was sent last.
+    A simulated client reads those of the run directory; a deployed node keeps those that it last
+    received.
     """
     sha256 = request.setup.frozen_sha256
     if not node.deployed:
@@ -87,7 +88,7 @@ def _frozen_of(request: Request, node: Node) -> AdapterState:
 
 @lru_cache(maxsize=2)
 def _frozen(path: Path, sha256: str) -> AdapterState:
-    """Reads frozen tensors of a hash."""
+    """Reads the frozen tensors with a given hash."""
     try:
         state = load_adapter(path)
     except RunError as error:

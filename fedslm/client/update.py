@@ -1,8 +1,8 @@
-"""From a start to what is sent: local training, and the difference that it made.
+"""From the start of a round to the update: local training, compression, and the difference.
 
-Under privacy everything after local training reads noised values and public constants only: it is
-post-processing and costs nothing. What a client kept of earlier rounds is of the same run under the
-same private plan, and so it was noised and charged as well.
+Under privacy everything after local training reads only noised values and public constants: it is
+post-processing and costs nothing. The client's state from earlier rounds belongs to the same run under
+the same private plan, and so it was noised and charged as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NOTHING = AdapterState({})
 
 
 def make_update(client_round: ClientRound, examples: Sequence[Example]) -> Release:
-    """Trains on a client's examples and gives what is sent.
+    """Trains on a client's examples and returns the release.
 
     Raises:
         TrainingError: A self-check failed, or training diverged.
@@ -46,14 +46,14 @@ def make_update(client_round: ClientRound, examples: Sequence[Example]) -> Relea
     kept = Kept(
         local,
         start.kept.control.plus(control) if start.kept.control else control,
-        start.kept.error.merged(error),  # RoLoRA's other factor keeps its own
+        start.kept.error.merged(error),  # the compression error of RoLoRA's other factor is kept
     )
     client_round.memory.keep(request.round, kept)
     return Release(delta)
 
 
 def _trained(client_round: ClientRound, examples: Sequence[Example]) -> AdapterState:
-    """The trained tensors, as the model holds them."""
+    """The trained tensors, as stored in the model."""
     from fedslm.training.local import LocalWork, train
 
     request, setup, start = client_round.request, client_round.setup, client_round.start
@@ -72,7 +72,7 @@ def _trained(client_round: ClientRound, examples: Sequence[Example]) -> AdapterS
 
 
 def _control(client_round: ClientRound, after: AdapterState) -> AdapterState:
-    """SCAFFOLD: how far the client's control variate moves (Karimireddy et al. 2020, option II).
+    """SCAFFOLD: the change of the client's control variate (Karimireddy et al. 2020, option II).
 
     c_i' - c_i = (x - y_i) / (K η) - c: start x, end y_i, K local steps, rate η, server's variate c.
     """
@@ -89,7 +89,7 @@ def _control(client_round: ClientRound, after: AdapterState) -> AdapterState:
 
 
 def _compressed(client_round: ClientRound, delta: AdapterState) -> tuple[AdapterState, AdapterState]:
-    """What of a difference the wire can carry, and what is left for the next round."""
+    """The part of a difference that compression transmits, and the rest for the next round."""
     request, setup = client_round.request, client_round.setup
     if request.packing.is_whole:
         return delta, _NOTHING

@@ -32,11 +32,11 @@ class LocalGrid(Grid):
     """Runs the same client functions as any other grid.
 
     Messages start in the order in which they were pushed; replies may be pulled in any order, and at
-    most two per worker wait unpulled.
+    most two replies per worker wait to be pulled.
 
     Args:
         num_clients: Size of the population.
-        pool: Where clients run.
+        pool: The workers in which clients run.
     """
 
     def __init__(self, num_clients: int, pool: Pool) -> None:
@@ -77,7 +77,7 @@ class LocalGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """All clients are always there."""
+        """Ids of all clients; each is always available."""
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -93,7 +93,7 @@ class LocalGrid(Grid):
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Returns the replies that are there, waiting a short while for the first."""
+        """Returns the available replies; waits a short while for the first."""
         replies: list[Message] = []
         for identifier in message_ids:
             if identifier not in self._jobs:
@@ -108,7 +108,7 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Pushes messages and pulls replies until all are there or the time is over."""
+        """Pushes messages and pulls replies until all have arrived or the time is over."""
         pending = list(self.push_messages(messages))
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
@@ -121,7 +121,7 @@ class LocalGrid(Grid):
         return replies
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Gives up on messages: queued ones never start, running ones are stopped."""
+        """Cancels messages: queued ones never start, running ones are stopped."""
         known = [identifier for identifier in message_ids if identifier in self._jobs]
         self._pool.abandon([self._jobs.pop(identifier)[0] for identifier in known])
 
@@ -140,9 +140,9 @@ def handle(message: Message, context: Context) -> Message:
 
 
 def wait_for(pool: Pool, job: int, message: Message, seconds: float) -> Message:
-    """The reply of a job that answers a message; an error if it is not there in time.
+    """The reply of a job to a message; an error if it does not arrive in time.
 
-    A worker that takes too long is replaced, so that the next message finds one that works.
+    A worker that takes too long is replaced, so that the next message gets a working one.
     """
     result = pool.poll(job, seconds)
     if result is None:
@@ -154,7 +154,7 @@ def wait_for(pool: Pool, job: int, message: Message, seconds: float) -> Message:
 def reply_of(message: Message, result: object) -> Message:
     """Unwraps a worker's result, or turns its failure into Flower's error message.
 
-    What leaves of a failure is one fixed text for its kind: an exception's own text may quote a record.
+    A failure is sent as one fixed text for its kind: an exception's own text may quote a record.
     """
     if isinstance(result, Failure):
         code = _CLIENT_DIED if isinstance(result.error, WorkerDied) else _CLIENT_RAISED

@@ -21,12 +21,12 @@ def run_on_ray(serve: Callable[[Grid], T], num_clients: int, engine: EngineConfi
     """Runs a server function against simulated nodes on Ray.
 
     Args:
-        serve: What the server does on a grid.
+        serve: The server function; it is called with the grid.
         num_clients: Number of simulated nodes.
         engine: Worker processes and their threads.
 
     Returns:
-        What ``serve`` returned.
+        The return value of ``serve``.
 
     Raises:
         FederationError: Ray is not installed, or the simulation crashed.
