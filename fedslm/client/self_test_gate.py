@@ -68,7 +68,7 @@ def attest(directory: Path) -> None:
 
 
 def is_attested(directory: Path) -> bool:
-    """Whether this code has passed here before: :func:`attest` then skips the test, for equal threads."""
+    """Whether this code has passed here before: for equal threads, :func:`attest` skips the test."""
     passed = _passed_with(directory / layout.SELF_TEST)
     return passed is not None and passed[0] == code_fingerprint()
 

@@ -1,4 +1,4 @@
-"""What hostile clients of a simulation do to their updates, between client and server."""
+"""Attacks of hostile clients in a simulation: changes to their updates before the server gets them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fedslm.records import AdapterState
 def attacked(
     message: Message, request: Request, attack: AttackConfig, shapes: dict[str, tuple[int, ...]]
 ) -> Message:
-    """A hostile client's reply in place of its honest one.
+    """A hostile client's reply, which replaces its honest one.
 
-    Its hash fits, since the attacker makes it too.
+    Its hash is valid, since the attacker computes it too.
 
     Args:
-        message: What the client would have sent.
-        request: What was asked.
-        attack: What it does.
-        shapes: The tensors that are expected.
+        message: The reply that the client would have sent.
+        request: The server's request.
+        attack: The attack.
+        shapes: Shapes of the expected tensors.
     """
     if message.has_error():
         return message
@@ -44,8 +44,8 @@ def changed(delta: AdapterState, attack: AttackConfig) -> AdapterState:
     """A hostile client's update.
 
     Args:
-        delta: What an honest client would send.
-        attack: Its kind; data poisoning changes nothing here.
+        delta: The update that an honest client would send.
+        attack: The attack; data poisoning changes nothing here.
     """
     match attack.kind:
         case "sign-flip":

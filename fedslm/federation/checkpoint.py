@@ -1,4 +1,4 @@
-"""A run's directory: what was asked, what happened, and where to go on after a crash.
+"""A run's directory: its config, its history, and the state to resume from after a crash.
 
 config.toml config.json     the resolved config and its hash
 data/                       the simulation's shards and the public evaluation split
@@ -8,7 +8,7 @@ nodes/                      each simulated client's own directory: ledger, keys,
 statements.jsonl            the signed spend statements that the server received
 checkpoint/                 the state after the last round
 adapter/ report.json report.md     written at the end
-error.txt                   why the server's side of a run on real nodes ended, if it failed
+error.txt                   the error that ended the server's side of a run on real nodes, if any
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from fedslm.storage import is_text, json_text, load_adapter, locked, save_adapte
 
 _PARTS = ("moving", "memory", "control")
 _BLOCK_BYTES = 4096
-_LOCK_SECONDS = 1.0  # whoever only asks whether a run is going on holds it for a moment
+_LOCK_SECONDS = 1.0  # a process that only checks whether a run is active holds it briefly
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Checkpoint:
 
     Attributes:
         round: Last finished round; 0 before the first.
-        server: What aggregation carries on: the moving tensors, turn and moments.
+        server: The state of aggregation: the moving tensors, turn and moments.
         metrics_before: Public metrics of the initial adapter.
         metrics: Public metrics of the adapter.
-        failed_in_row: Rounds without enough replies, up to this one.
+        failed_in_row: Number of consecutive rounds without enough replies, up to this one.
         statements: Client index to the last spend statement that it signed.
-        epsilons: Client index to epsilon by that statement; empty without privacy.
+        epsilons: Client index to epsilon from that statement; empty without privacy.
     """
 
     round: int
@@ -68,7 +68,7 @@ class Checkpoint:
     epsilons: Mapping[int, float] = field(default_factory=dict)
 
     def after(self, record: RoundRecord, **changes: Any) -> Checkpoint:
-        """The state after one more round."""
+        """The state after one further round."""
         metrics = record.metrics or self.metrics
         return replace(self, round=record.round, metrics=metrics, **changes)
 
@@ -87,10 +87,10 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunDirectory:
-        """Makes a new run directory.
+        """Creates a new run directory.
 
         Raises:
-            ConfigError: Its path is not text.
+            ConfigError: Its path cannot be written as text.
             RunError: It exists and is not empty, or cannot be written.
         """
         path = path.expanduser().absolute()
@@ -123,10 +123,10 @@ class RunDirectory:
 
         Args:
             path: The directory.
-            expected: Refuse the directory if it was made with another config.
+            expected: Refuse the directory if it was created with another config.
 
         Raises:
-            RunError: It is no run directory, was edited, or belongs to another config.
+            RunError: It is not a run directory, was edited, or belongs to another config.
         """
         path = path.expanduser().absolute()
         try:
@@ -150,10 +150,10 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes out while this one runs.
+        """Locks out other processes while this one runs.
 
         Raises:
-            RunError: Another process runs here.
+            RunError: Another process has the lock.
         """
         problem = f"{self.path} is in use by another process"
         with locked(self.path / ".lock", _LOCK_SECONDS, problem):
@@ -161,7 +161,7 @@ class RunDirectory:
 
     @property
     def has_checkpoint(self) -> bool:
-        """True once there is something to resume."""
+        """True if there is a checkpoint to resume from."""
         return (self.path / layout.CHECKPOINT / layout.CHECKPOINT_STATE).exists()
 
     @property
@@ -180,7 +180,7 @@ class RunDirectory:
         return self.path / layout.FROZEN
 
     def save(self, checkpoint: Checkpoint, record: RoundRecord | None = None) -> None:
-        """Writes a round's line, then the checkpoint that makes it count.
+        """Writes a round's line, then the checkpoint that makes the round count.
 
         Raises:
             RunError: The disk is full, for instance; the previous checkpoint stays valid.
@@ -213,10 +213,10 @@ class RunDirectory:
                 old.unlink()
 
     def load(self) -> Checkpoint | None:
-        """Reads the last checkpoint and forgets lines of rounds that it does not cover.
+        """Reads the last checkpoint and removes the lines of rounds that it does not cover.
 
         Returns:
-            None if the run never reached its first checkpoint.
+            The checkpoint; None if the run never reached its first one.
 
         Raises:
             RunError: The checkpoint is damaged.
@@ -243,7 +243,7 @@ class RunDirectory:
         return checkpoint
 
     def last_statements(self) -> dict[int, tuple[Statement, float | None]]:
-        """Client to the last spend statement that it signed, and epsilon by it; empty before the first.
+        """The last spend statement that each client signed, and epsilon from it; empty before any.
 
         Epsilon is None if the checkpoint does not hold it.
 
@@ -264,7 +264,7 @@ class RunDirectory:
             raise RunError(f"the checkpoint in {path.parent} is damaged: {error}") from error
 
     def _forget_after(self, round: int) -> None:
-        """Removes the lines of later rounds, and a torn one; leaves a file alone that has none."""
+        """Removes the lines of later rounds, and a torn one; does not rewrite a file without any."""
         path, records = self.path / layout.ROUNDS, self.records()
         kept = [record for record in records if record.round <= round]
         is_whole = path.exists() and _torn_bytes(path) == 0
@@ -295,7 +295,7 @@ class RunDirectory:
             raise RunError(f"{path} is damaged: {error}") from error
 
     def _unseen(self, checkpoint: Checkpoint) -> list[str]:
-        """Lines for the statements of a checkpoint's last round."""
+        """Lines for the statements of a checkpoint's last round that are not in the file yet."""
         return [
             json_text({"client": client, "statement": statement.to_json()})
             for client, statement in checkpoint.statements.items()
@@ -303,7 +303,7 @@ class RunDirectory:
         ]
 
     def _append(self, name: str, lines: list[str]) -> None:
-        """Appends synced lines to a file; a torn last line of an earlier crash is dropped."""
+        """Appends synced lines to a file; drops a torn last line of an earlier crash."""
         path = self.path / name
         try:
             torn = _torn_bytes(path) if path.exists() else 0
@@ -318,13 +318,13 @@ class RunDirectory:
 
 
 def _whole_lines(path: Path) -> list[Any]:
-    """The values of a file's lines, without a torn one at its end; none if there is no file."""
+    """The values of a file's lines, without a torn last line; none if there is no file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _torn_bytes(path: Path) -> int:
-    """Bytes after a file's last newline: 0 unless a crash tore a line. Reads the end alone."""
+    """Bytes after a file's last newline: 0 unless a crash tore a line. Reads only the end."""
     with path.open("rb") as file:
         size = end = file.seek(0, os.SEEK_END)
         while end > 0:
@@ -338,7 +338,7 @@ def _torn_bytes(path: Path) -> int:
 
 
 def metrics_of(values: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics that were written: null is one that was not finite.
+    """Reads stored metrics: null stands for a value that was not finite.
 
     >>> metrics_of({"accuracy": 0.5, "loss": None})
     {'accuracy': 0.5, 'loss': nan}
@@ -347,12 +347,12 @@ def metrics_of(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _epsilons(values: Mapping[str, Any]) -> dict[int, float]:
-    """Client to epsilon, of a checkpoint; empty in one of an older version."""
+    """Reads a checkpoint's map from client to epsilon; empty in one of an older version."""
     return {int(client): _epsilon(each) for client, each in values.get("epsilons", {}).items()}
 
 
 def _epsilon(value: object) -> float:
-    """An epsilon of a run's file; older versions wrote null for an infinite one."""
+    """Reads an epsilon of a run's file; older versions wrote null for an infinite one."""
     return math.inf if value is None else epsilon_of_json(value)
 
 
@@ -362,7 +362,7 @@ def _line(record: RoundRecord) -> str:
 
 
 def _record(values: Mapping[str, Any]) -> RoundRecord:
-    """A round's line; older versions wrote none of ``left_out``."""
+    """Reads a round's line; older versions did not write ``left_out``."""
     for name in ("round", "cohort", "completed", "failed", "late", "refused"):
         if not is_index(values[name]):
             raise ValueError(f"{name}={values[name]!r} must be a whole number >= 0")
@@ -376,7 +376,7 @@ def _record(values: Mapping[str, Any]) -> RoundRecord:
 
 
 def _server_state(directory: Path, values: Mapping[str, Any]) -> ServerState:
-    """Reads the tensors that a checkpoint names, checked against their hashes."""
+    """Reads the tensors that a checkpoint lists, and checks them against their hashes."""
     parts = {}
     for part, file in values["files"].items():
         if part not in _PARTS:

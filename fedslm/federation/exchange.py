@@ -30,16 +30,16 @@ _RECORD_BYTES, _PIECE_BYTES, _RECORDS = 1 << 17, 5 << 20, 8
 
 @dataclass
 class Exchange:
-    """Asks the nodes of a run, for as long as the server's process lives.
+    """Sends requests to the nodes of a run, for the lifetime of the server's process.
 
     Attributes:
-        grid: Where nodes are reached.
+        grid: The grid that connects the nodes.
         nodes: Client index to node id.
         seconds: How long one exchange may take; a reply that comes later is dropped.
-        frozen: What a node may not have yet: sent until it has answered once; empty in a simulation,
-            whose clients read it from the run directory.
-        trust: Signs requests, and says which replies and nodes are believed; None in a simulation.
-        away: Nodes that are not waited for until the grid sees them again.
+        frozen: Tensors that a node may not have yet: sent until it has answered once; empty in a
+            simulation, whose clients read them from the run directory.
+        trust: Signs requests, and decides which replies and nodes are trusted; None in a simulation.
+        away: Nodes that are not waited for until they are connected to the grid again.
         bytes_down: Bytes of tensors sent so far.
     """
 
@@ -60,11 +60,10 @@ class Exchange:
     ) -> Iterator[tuple[int, Message | str | None]]:
         """Yields each reply in the order of the clients.
 
-        None stands for a reply that is late, or a node that is not there; a text says why a node was
-        not asked, or why its reply is not believed. A fixed order makes the sum reproducible; replies
-        that came earlier wait at the grid. Nodes that the grid does not see are not asked: they would
-        only keep the others waiting. If the SuperLink does not answer until the deadline, everybody is
-        late.
+        None stands for a late reply or an absent node; a text is the reason why a node was not asked,
+        or why its reply is not trusted. A fixed order makes the sum reproducible; earlier replies wait
+        at the grid. Nodes that are not connected to the grid are not asked: the others would have to
+        wait for them. If the SuperLink does not answer until the deadline, all replies are late.
         """
         deadline = time.monotonic() + self.seconds
         shut_out = {} if self.trust is None else self.trust.shut_out(clients)
@@ -91,7 +90,7 @@ class Exchange:
     def _sent(
         self, request: Request, clients: list[int], kind: str, deadline: float
     ) -> dict[str, tuple[int, Message]]:
-        """Asks the clients whose nodes are there; gives each identifier with client and message."""
+        """Sends the request to the connected nodes; returns each message id with client and message."""
         seen = self._seen(clients, deadline)
         asked = [client for client in clients if self.nodes[client] in seen]
         messages = self._messages(request, asked, kind)
@@ -99,7 +98,7 @@ class Exchange:
             return {}
         try:
             pushed = self._steady.call(lambda grid: list(grid.push_messages(messages)), deadline)
-        except Unanswered as error:  # some of it may have come: their replies count
+        except Unanswered as error:  # some messages may have arrived: their replies count
             logger.warning("not all requests were sent: %s", error)
             pushed = [message.metadata.message_id for message in messages]
         taken = zip(pushed, asked, messages, strict=True)
@@ -108,13 +107,13 @@ class Exchange:
     def _taker(
         self, sent: Mapping[str, Message], deadline: float, limits: Limits
     ) -> Callable[[str], Message | None]:
-        """What takes the reply to a message; None if it is late."""
+        """A function that fetches the reply to a message; it returns None if the reply is late."""
         if self._steady.is_remote:
             return Fetch(self._steady, sent, deadline, limits).reply
         return lambda identifier: pull(self.grid, identifier, deadline)
 
     def save(self) -> None:
-        """Keeps what was learned of the nodes' spending; on disk when it returns.
+        """Saves what was learned of the nodes' spending; it is on disk on return.
 
         Raises:
             RunError: It cannot be written.
@@ -123,7 +122,7 @@ class Exchange:
             self.trust.save()
 
     def heard(self, client: int, answer: Reply | str) -> None:
-        """Takes note of whether a node has the frozen tensors."""
+        """Records whether a node has the frozen tensors."""
         if not isinstance(answer, Reply):
             return
         if answer.status == "ok":
@@ -132,14 +131,14 @@ class Exchange:
             self._have.discard(client)
 
     def _messages(self, request: Request, asked: list[int], kind: str) -> list[Message]:
-        """One message for each client that is asked, signed in a real federation."""
+        """One message for each client that is asked; signed in a real federation."""
         contents, ttl = self._contents(request), lifetime_of(self.seconds)
         for client in asked:
             lacking = client not in self._have
             self.bytes_down += request.num_bytes + lacking * self.frozen.num_bytes
         own = {client: contents[client in self._have] for client in asked}
         if self.trust is not None:
-            seconds = self.seconds + _GRACE_SECONDS  # later than that a node would train for nothing
+            seconds = self.seconds + _GRACE_SECONDS  # after that, training would be wasted
             grid_run = self.grid.run.run_id
             asked_for = RequestHeader(request.setup.run_id, grid_run, request.round, kind, seconds)
             own = self.trust.signed(own, asked_for)
@@ -149,9 +148,9 @@ class Exchange:
         ]
 
     def _seen(self, clients: list[int], deadline: float = math.inf) -> set[int]:
-        """Nodes that the grid sees; those that it saw before are waited for, once, for a while.
+        """Nodes that are connected to the grid; waits once, for a while, for those that were before.
 
-        After a restart of the SuperLink nodes need a heartbeat to be seen again.
+        After a restart of the SuperLink each node must send a heartbeat to count as connected again.
 
         Raises:
             Unanswered: The grid does not answer until the deadline.
@@ -175,7 +174,7 @@ class Exchange:
 
 
 def _limits(request: Request, clients: list[int]) -> Limits:
-    """How large a reply may be: the records, and the tensors that were asked for."""
+    """Limits on a reply: the size of its records and of the requested tensors."""
     most = max(
         (most_bytes(request.packing, expected_shapes(request, client)) for client in clients), default=0
     )

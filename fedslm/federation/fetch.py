@@ -1,14 +1,14 @@
-"""The replies of one exchange, from a SuperLink: in a fixed order, and no longer than the deadline.
+"""Fetches the replies of one exchange from a SuperLink: in a fixed order, within the deadline.
 
 Flower's own ``pull_messages`` waits for the objects of a reply that is still being uploaded, up to the
-180 s of an upload session after each piece: one node that dies in mid-upload holds everybody.
+180 s of an upload session after each piece: one node that dies during an upload delays all others.
 
 Formal guarantees:
-    * One request asks for all outstanding replies; what is kept of those that wait is their outline.
+    * One request asks for all outstanding replies; for waiting replies only the outline is kept.
     * Nothing is waited for after the deadline. A reply that was announced by then, and is complete when
       its turn comes, is still taken, for at most a minute; any other is late.
-    * A reply is bounded as :mod:`fedslm.protocol.inflating` says; one that is not allowed counts as
-      failed, with the reason.
+    * A reply is bounded as described in :mod:`fedslm.protocol.inflating`; one that is not allowed
+      counts as failed, with the reason.
     * A reply answers the request that it is counted for.
 """
 
@@ -34,12 +34,12 @@ _NOT_USABLE = 2  # Flower's code for a client that raised
 
 @dataclass
 class Fetch:
-    """Takes the replies to messages that were pushed.
+    """Fetches the replies to pushed messages.
 
     Attributes:
         steady: Calls the SuperLink.
         sent: Identifier to message.
-        deadline: When the exchange ends, as ``time.monotonic`` counts.
+        deadline: End of the exchange, by ``time.monotonic``.
         limits: How large a reply may be.
     """
 
@@ -56,10 +56,10 @@ class Fetch:
         self._outstanding = set(self.sent)
 
     def reply(self, identifier: str) -> Message | None:
-        """The reply to one message; waits for it, within the deadline.
+        """Waits for the reply to one message, within the deadline.
 
         Args:
-            identifier: Of the message.
+            identifier: Identifier of the message.
 
         Returns:
             The reply; an error if it is not allowed or cannot be read; None if it is late.
@@ -85,9 +85,9 @@ class Fetch:
             self._forget(root)
 
     def _is_there(self, identifier: str) -> bool:
-        """Waits for the outline of a reply; False if it did not come by the deadline."""
+        """Waits for the outline of a reply; False if it did not arrive by the deadline."""
         while not self._is_closed:
-            self._is_closed = time.monotonic() >= self.deadline  # the last poll, for everybody
+            self._is_closed = time.monotonic() >= self.deadline  # the last poll, for all replies
             if identifier in self._outlines and not self._is_closed:
                 break
             if self._outstanding:
@@ -98,7 +98,7 @@ class Fetch:
         return identifier in self._outlines
 
     def _poll(self) -> None:
-        """Asks for the outlines of all replies that are still to come."""
+        """Asks for the outlines of all outstanding replies."""
         from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 
         request = PullAppMessagesRequest(message_ids=sorted(self._outstanding))
@@ -117,10 +117,10 @@ class Fetch:
                 self._outlines[metadata.reply_to_message_id] = metadata.message_id, tree
 
     def _contents(self, tree: Any) -> dict[str, bytes] | None:
-        """All objects of a reply; None if they are not there by the deadline.
+        """All objects of a reply; None if they are not complete by the deadline.
 
         Raises:
-            FederationError: They are too many or too large, or the SuperLink has given them up.
+            FederationError: They are too many or too large, or the SuperLink has discarded them.
             Unanswered: The SuperLink does not answer.
         """
         contents: dict[str, bytes] = {}
@@ -136,7 +136,7 @@ class Fetch:
         return contents
 
     def _object(self, identifier: str) -> bytes | None:
-        """One object, waited for within the deadline; None if it is not there by then."""
+        """Waits for one object within the deadline; None if it is not available by then."""
         from flwr.proto.message_pb2 import PullObjectRequest
 
         wait_seconds = _POLL_SECONDS
@@ -159,7 +159,7 @@ class Fetch:
         return None
 
     def _forget(self, root: str) -> None:
-        """Has the SuperLink delete a reply's objects, whatever became of it."""
+        """Makes the SuperLink delete a reply's objects, whether or not the reply was used."""
         from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 
         def confirm(grid: Any) -> None:
@@ -179,7 +179,7 @@ class Fetch:
 
     @property
     def _until(self) -> float:
-        """How long a call is tried again; after one in vain nothing more is asked."""
+        """Until when a call is retried; after one unsuccessful call nothing more is requested."""
         return max(self.deadline, time.monotonic()) + GRACE_SECONDS
 
     def _sleep(self, seconds: float) -> None:

@@ -1,14 +1,14 @@
-"""How long a message lives: beyond its exchange, so that no complete reply expires."""
+"""Lifetime of a message: longer than its exchange, so that no complete reply expires."""
 
 from __future__ import annotations
 
-GRACE_SECONDS = 10.0  # how long a call after the deadline is tried again
+GRACE_SECONDS = 10.0  # how long a call after the deadline is retried
 SWEEP_SECONDS = 60.0  # how long replies that were complete by the deadline are still taken
 _SESSION_SECONDS = 180.0  # flwr.supercore.constant.OBJECT_PUSH_SESSION_TTL_SECONDS
 
 
 def lifetime_of(seconds: float) -> float:
-    """Time to live of the messages of an exchange: no complete reply expires before it is taken.
+    """Time to live of an exchange's messages: no complete reply expires before it is fetched.
 
     Args:
         seconds: How long the exchange may take.
@@ -20,7 +20,7 @@ def lifetime_of(seconds: float) -> float:
 
 
 def exchange_seconds(lifetime: float) -> float:
-    """How long an exchange may take, by its messages' time to live; a shorter one is taken as it is.
+    """Longest duration of an exchange, from its messages' time to live; a shorter one is kept as is.
 
     >>> exchange_seconds(lifetime_of(100.0)), exchange_seconds(30.0)
     (100.0, 30.0)

@@ -1,4 +1,4 @@
-"""What is told how a run goes: a bar on a terminal, a tracker, a test."""
+"""Observers of a run's progress: a progress bar, a tracker, a test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Is told how a run goes. Subclass it and override what you need; each method does nothing here.
+    """Observes a run's progress. Subclass it and override what you need; each method does nothing here.
 
     An exception that a method raises ends the run, which can be resumed.
 
@@ -26,7 +26,7 @@ class Observer:
         """The run starts, or continues after ``done``."""
 
     def on_client(self, round: int, done: int, cohort: int) -> None:
-        """One more client of the round has answered, failed or come late."""
+        """One more client of the round has answered, failed or is late."""
 
     def on_round(self, record: RoundRecord) -> None:
         """A round is over and on disk."""

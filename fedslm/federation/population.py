@@ -1,4 +1,4 @@
-"""Who is there, who is asked, and who answers: the population on any Flower ``Grid``."""
+"""The population on any Flower ``Grid``: which nodes are connected, asked, and answering."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.05, 1.0
 
 
 def choose_cohort(config: FederationConfig, seed: int, round: int) -> list[int]:
-    """The clients of a round: a function of seed and round, so that a resumed run needs no replay."""
+    """Chooses the clients of a round: a function of seed and round, so a resume needs no replay."""
     generator = stream(seed, "cohort", round)
     chosen = generator.choice(config.num_clients, config.cohort_size, replace=False)
     return sorted(int(index) for index in chosen)
 
 
 def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:
-    """Waits for the exact population and asks who is who.
+    """Waits for the exact population and asks each node for its client index.
 
     Returns:
         Client index to node id.
 
     Raises:
-        FederationError: Nodes are missing, answer nothing, or run another version.
+        FederationError: Nodes are missing, do not answer, or run another version.
     """
     deadline = time.monotonic() + seconds
     while len(found := list(grid.get_node_ids())) < num_clients:
@@ -72,10 +72,10 @@ def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:
 
 
 def gather(grid: Grid, nodes: Iterable[int], needed: int, seconds: float) -> frozenset[int]:
-    """Waits until so many of these nodes are there; gives those that are.
+    """Waits until enough of these nodes are connected; returns the connected ones.
 
     Raises:
-        FederationError: They are not, within the time, or the SuperLink does not answer.
+        FederationError: Too few connect within the time, or the SuperLink does not answer.
     """
     deadline, steady, wanted = time.monotonic() + seconds, Steady(grid), set(nodes)
 
@@ -93,9 +93,9 @@ def gather(grid: Grid, nodes: Iterable[int], needed: int, seconds: float) -> fro
 
 
 def pull(grid: Grid, identifier: str, deadline: float) -> Message | None:
-    """Waits for one reply; None when the deadline has passed.
+    """Waits for one reply; None once the deadline has passed.
 
-    The longer it waits, the more seldom it asks: every question costs the grid, and so the nodes, time.
+    The longer it waits, the less often it asks: every request costs the grid, and so the nodes, time.
     """
     began = time.monotonic()
     while True:

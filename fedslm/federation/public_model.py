@@ -1,4 +1,4 @@
-"""What the server does with the model itself, on public data only: describe, evaluate, export.
+"""The server's own work with the model, only on public data: describe, evaluate, export.
 
 Plain functions, so that they run in the server's process or in one of its workers (the server's own
 process then never imports torch).
@@ -31,11 +31,11 @@ from fedslm.workers import Pool
 
 @dataclass(frozen=True)
 class Description:
-    """What the server must know about the model.
+    """What the server needs to know about the model.
 
     Attributes:
         moving: Initial tensors that rounds change.
-        frozen: Tensors that stay as they are at the server, shared by hash.
+        frozen: Tensors that no round changes at the server, shared by hash.
         base_sha256: Hash of the base model's files.
     """
 
@@ -45,11 +45,11 @@ class Description:
 
 
 def describe(setup: Setup) -> Description:
-    """Loads the model and makes the initial adapter.
+    """Loads the model and creates the initial adapter.
 
     Raises:
         ModelError: The model or its LoRA targets are not usable.
-        PrivacyError: The plan is private, and the base couples records or the accountants disagree.
+        PrivacyError: The plan is private, and the base couples records, or the accountants disagree.
     """
     model, plan = model_for(setup), setup.plan
     if isinstance(plan, PrivatePlan):
@@ -70,7 +70,7 @@ def describe(setup: Setup) -> Description:
 
 
 def _from_public_inputs(setup: Setup, model: LoadedModel, state: AdapterState) -> AdapterState:
-    """A from the main directions of what each layer sees on the public records."""
+    """Initialises A from the main directions of each layer's inputs on the public records."""
     from fedslm.models.activations import eva_state, input_directions
 
     task = task_for(setup)
@@ -80,10 +80,10 @@ def _from_public_inputs(setup: Setup, model: LoadedModel, state: AdapterState) -
 
 
 def evaluate(pool: Pool, setup: Setup, adapter: AdapterState) -> dict[str, float]:
-    """Metrics of a whole adapter on the public evaluation split, shared out among the workers.
+    """Metrics of a whole adapter on the public evaluation split, distributed over the workers.
 
     Raises:
-        DataError: No record of the split gives tokens.
+        DataError: No record of the split yields tokens.
     """
     parts = max(1, pool.num_workers)
     counted = pool.map(count, [(setup, adapter, part, parts) for part in range(parts)])
@@ -105,7 +105,7 @@ def count(setup: Setup, adapter: AdapterState, part: int, parts: int) -> dict[st
 
 
 def export(setup: Setup, adapter: AdapterState, directory: Path) -> None:
-    """Writes a whole adapter as one ordinary LoRA adapter of PEFT, and the tokenizer beside it."""
+    """Writes a whole adapter as one ordinary PEFT LoRA adapter, together with the tokenizer."""
     model = model_for(setup)
     save_plain(model.adapter, adapter, setup.lora, directory)
     model.tokenizer.save_pretrained(directory)
@@ -113,7 +113,7 @@ def export(setup: Setup, adapter: AdapterState, directory: Path) -> None:
 
 
 def truncated(setup: Setup) -> tuple[int, int]:
-    """How many public records are longer than the task's lengths and are cut, and of how many."""
+    """Number of public records that are longer than the task's lengths and are cut, and the total."""
     public = _public(setup)
     return public.truncated, len(public.examples)
 

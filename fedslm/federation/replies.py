@@ -1,4 +1,4 @@
-"""What the server believes of a reply: what is not exactly right counts as failed, never as zero."""
+"""Checks of replies at the server: a reply that is not exactly right is failed, never a zero."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _LARGEST_WEIGHT = 2**31
 
 
 def checked(message: Message, request: Request, client: int) -> Reply | str:
-    """Checks one reply; what is not exactly right counts as failed, never as zero.
+    """Checks one reply; one that is not exactly right counts as failed, never as zero.
 
     Args:
         message: The reply.
-        request: What was asked.
-        client: Who was asked.
+        request: The server's request.
+        client: Index of the client that was asked.
 
     Returns:
-        The reply, or why it cannot be used.
+        The reply, or the reason why it cannot be used.
     """
     if message.has_error():
         return cut(f"error {message.error.code}: {message.error.reason}")
@@ -62,7 +62,7 @@ def checked(message: Message, request: Request, client: int) -> Reply | str:
 
 
 def expected_shapes(request: Request, client: int) -> dict[str, tuple[int, ...]]:
-    """The tensors that a client is to send: those of its method and turn, at its own rank."""
+    """The tensors that a client must send: those of its method and turn, at its own rank."""
     setup = request.setup
     sent = sent_keys(setup.method, request.adapter, request.turn)
     return crop(request.adapter.select(sent), rank_of_client(setup.lora, client)).shapes
@@ -74,7 +74,7 @@ def _problem_of_statement(plan: Plan, request: Request, reply: Reply) -> str | N
     if (reply.metric is None) != (metric is None):
         return "the reply has another metric than the plan"
     if not isinstance(plan, PrivatePlan) and not reply.statement:
-        return None  # of a simulation, which keeps no ledger without privacy
+        return None  # in a simulation, which keeps no ledger without privacy
     try:
         statement = read_statement(reply.statement)
     except FedslmError as error:
@@ -103,7 +103,7 @@ def _problem_of_statement(plan: Plan, request: Request, reply: Reply) -> str | N
 
 
 def continued(reply: Reply, statements: dict[int, Statement], client: int) -> Reply | str:
-    """Notes a client's statement; one that does not continue its ledger is not used."""
+    """Records a client's statement; a statement that does not continue its ledger is not used."""
     statement, earlier = read_statement(reply.statement), statements.get(client)
     if earlier is not None and not statement.follows(earlier):
         return "the spend statement does not extend this client's ledger: it was rolled back"

@@ -1,4 +1,4 @@
-"""The nodes of one run: named when it begins, and the same until it ends, even if one is revoked."""
+"""The nodes of one run: fixed when it begins and unchanged until it ends, even if one is revoked."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _MOST_LIST_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Registered:
-    """An admitted node, as `fedslm provision admit` wrote it down.
+    """An admitted node, as recorded by `fedslm provision admit`.
 
     Attributes:
         name: Its name.
-        node_id: Its number at the grid.
+        node_id: Its number at the SuperLink.
         ledger_key: The public key that signs its ledger and its replies, hexadecimal.
     """
 
@@ -34,15 +34,15 @@ class Registered:
 def roster_of(
     directory: Path, listed: Path, *, names: Sequence[str], num_clients: int
 ) -> dict[int, Registered]:
-    """The nodes of a run: those that it began with, or now, when it begins, the admitted ones.
+    """The nodes of a run: those that it began with or, for a new run, those admitted now.
 
-    What a node says of itself plays no part: its key names it.
+    Nothing that a node claims about itself is used: its key identifies it.
 
     Args:
         directory: The run's directory; the roster is written there once.
         listed: The server's list of nodes.
         names: Nodes that take part; empty: all that are admitted.
-        num_clients: What the config says.
+        num_clients: Number of clients from the config.
 
     Returns:
         Client index (position in the list of nodes) to node.
@@ -61,10 +61,10 @@ def roster_of(
 
 
 def chosen_nodes(listed: Path, names: Sequence[str], num_clients: int) -> dict[int, Registered]:
-    """The nodes that a new run takes, in the order in which they were admitted.
+    """The nodes for a new run, in the order in which they were admitted.
 
     Raises:
-        FederationError: As :func:`roster_of`.
+        FederationError: As for :func:`roster_of`.
     """
     admitted = [node for node in _listed(listed) if not node["revoked"]]
     there = {str(node["name"]): _registered(node) for node in admitted}
@@ -85,7 +85,7 @@ def chosen_nodes(listed: Path, names: Sequence[str], num_clients: int) -> dict[i
 
 
 def revoked_keys(listed: Path, roster: dict[int, Registered]) -> frozenset[str]:
-    """Ledger keys of a run's nodes that are not admitted now.
+    """Ledger keys of a run's nodes that are no longer admitted.
 
     Raises:
         FederationError: The list cannot be read.
@@ -105,7 +105,7 @@ def clients_of(directory: Path) -> dict[str, int]:
 
 
 def _read(path: Path) -> dict[int, Registered]:
-    """The roster that a run began with."""
+    """Reads the roster that a run began with."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {int(client): Registered(**node) for client, node in values.items()}
@@ -114,12 +114,12 @@ def _read(path: Path) -> dict[int, Registered]:
 
 
 def _registered(node: dict[str, Any]) -> Registered:
-    """One node of the list."""
+    """Reads one node of the list."""
     return Registered(str(node["name"]), int(node["node_id"]), str(node["ledger_key"]))
 
 
 def _listed(path: Path) -> list[dict[str, Any]]:
-    """The server's list of nodes."""
+    """Reads the server's list of nodes."""
     try:
         nodes: list[dict[str, Any]] = json.loads(read_text(path, _MOST_LIST_BYTES))["nodes"]
         for node in nodes:

@@ -1,4 +1,4 @@
-"""The round loop, as the paper would write it, on any Flower ``Grid``."""
+"""The round loop, written like the paper's algorithm, on any Flower ``Grid``."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ Follow = Callable[[int, Setup, AdapterState, frozenset[str]], AdapterState | Non
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
-        setup: What clients were told.
+        setup: The setup that clients received.
         frozen: Tensors that no round changed.
         checkpoint: The last state.
         stopped: Why the run stopped before its last round; empty if it did not.
-        measured: Client to what it measured on its held-out records; empty if nobody was asked.
+        measured: Client to its metrics on its held-out records; empty if no client was asked.
     """
 
     setup: Setup
@@ -69,13 +69,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RunConstants:
-    """What stays the same over a run.
+    """The constants of a run.
 
     Attributes:
-        setup: What clients are told.
+        setup: The setup that clients receive.
         frozen: Tensors that no round changes at the server.
-        aggregation: How rounds are put together.
-        names: What people call the clients, by index.
+        aggregation: The aggregation method.
+        names: Display names of the clients, by index.
     """
 
     setup: Setup
@@ -86,16 +86,16 @@ class RunConstants:
 
 @dataclass(frozen=True)
 class Federation:
-    """What the loop works with.
+    """Everything that the round loop works with.
 
     Attributes:
         config: The resolved config.
-        grid: Where clients are reached.
-        pool: Where the server's own model work runs: here or in workers.
-        directory: Where the run is recorded.
-        observers: Are told how the run goes.
-        follow: Sees each round's whole adapter (with its number and the keys that rounds change) before
-            it is evaluated and kept, and may give another; it may look at public data alone.
+        grid: The grid that connects the clients.
+        pool: The workers, or this process, in which the server's own model work runs.
+        directory: The directory in which the run is recorded.
+        observers: Observers of the run's progress.
+        follow: Receives each round's whole adapter (with its number and the keys that rounds change)
+            before it is evaluated and stored, and may return another; it may use only public data.
     """
 
     config: Config
@@ -106,17 +106,17 @@ class Federation:
     follow: Follow | None = None
 
     def run(self, plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
-        """Runs all rounds that are still to run.
+        """Runs all remaining rounds.
 
         Args:
             plan: The calibrated plan.
-            labels: Class names: public.
+            labels: Class names, which are public.
 
         Returns:
-            The adapter and how the run ended.
+            The adapter and the run's result.
 
         Raises:
-            FederationError: The population never came together.
+            FederationError: The population was never complete.
             ModelError: The loss of the base is not finite before the first round.
             RunError: A checkpoint could not be written; the previous one stays valid.
         """
@@ -152,7 +152,7 @@ class Federation:
     def _measured(
         self, run: RunConstants, state: Checkpoint, exchange: Exchange
     ) -> dict[int, ClientMetrics]:
-        """What clients measure on their held-out records after the last round, if they may say it."""
+        """What clients measure on their held-out records after the last round, if they may send it."""
         config = self.config
         personalised = config.personalization.method != "none"
         if config.data.validation_fraction == 0 or not (personalised or config.privacy.unit == "none"):
@@ -172,7 +172,7 @@ class Federation:
         return measured
 
     def _begin(self, plan: RunPlan, labels: tuple[str, ...]) -> tuple[RunConstants, Checkpoint]:
-        """Makes or finds the initial state."""
+        """Creates or loads the initial state."""
         config = self.config
         setup = _setup(config, plan, labels, self.directory)
         description = self.pool.call(public_model.describe, setup)
@@ -202,20 +202,20 @@ class Federation:
         return RunConstants(setup, frozen, aggregation, self._names()), state
 
     def _names(self) -> dict[int, str]:
-        """What people call the clients: the names of admitted nodes, or those that the data give."""
+        """Display names of the clients: those of admitted nodes, or those from the data."""
         if self.config.engine.nodes is None:
             return dict(enumerate(client_names(self.directory.data)))
         return {client: node.name for client, node in self._roster().items()}
 
     def _roster(self) -> dict[int, Registered]:
-        """The run's real nodes."""
+        """The real nodes of the run."""
         federation, listed = self.config.federation, Path(str(self.config.engine.nodes))
         return roster_of(
             self.directory.path, listed, names=federation.nodes, num_clients=federation.num_clients
         )
 
     def _say_what_is_cut(self, setup: Setup) -> None:
-        """Warns of long public records: the private ones are likely to be as long."""
+        """Warns about long public records: the private ones are likely to be as long."""
         cut, records = self.pool.call(public_model.truncated, setup)
         if cut:
             text = (
@@ -226,7 +226,7 @@ class Federation:
     def _round(
         self, run: RunConstants, state: Checkpoint, exchange: Exchange, number: int
     ) -> Checkpoint:
-        """One round: push, stream replies into the aggregate, evaluate, record, checkpoint."""
+        """Runs one round: push, stream replies into the aggregate, evaluate, record, checkpoint."""
         began, config = time.monotonic(), self.config
         cohort = choose_cohort(config.federation, config.run.seed, number)
         server, statements = state.server, dict(state.statements)
@@ -242,7 +242,7 @@ class Federation:
                     aggregate.add(ClientUpdate(client, answer.delta, answer.weight))
                 for observer in self.observers:
                     observer.on_client(number, tally.done, len(cohort))
-            exchange.save()  # what was spent is on disk before the round counts
+            exchange.save()  # spends are on disk before the round counts
             tally.bytes_down = exchange.bytes_down - sent_before
             moved = _finished(aggregate, config.federation.min_replies, tally=tally)
             moved = self._followed(run, number, moved)
@@ -275,7 +275,7 @@ class Federation:
     def _followed(
         self, run: RunConstants, number: int, moved: ServerState | None
     ) -> ServerState | None:
-        """What a round moved, after whoever follows has seen it."""
+        """The state after a round, possibly replaced by ``follow``."""
         if moved is None or self.follow is None:
             return moved
         keys = frozenset(moved.moving)
@@ -285,7 +285,7 @@ class Federation:
     def _answers(
         self, exchange: Exchange, request: Request, cohort: list[int]
     ) -> Iterator[tuple[int, Reply | str]]:
-        """Asks a cohort and yields each answer, or why there is none."""
+        """Asks a cohort and yields each reply, or the reason why there is none."""
         attack, population = self.config.attack, self.config.federation.num_clients
         hostile = hostile_clients(attack, population, self.config.run.seed)
         for client, reply in exchange.replies(request, cohort, TRAIN):
@@ -300,7 +300,7 @@ class Federation:
 
 
 def _setup(config: Config, plan: RunPlan, labels: tuple[str, ...], directory: RunDirectory) -> Setup:
-    """What clients are told in every round."""
+    """The setup that clients receive in every round."""
     resolved = config.resolved()
     return Setup(
         run_id=directory.run_id,
@@ -322,7 +322,7 @@ def _setup(config: Config, plan: RunPlan, labels: tuple[str, ...], directory: Ru
 
 
 def _network_epsilon(config: Config, statements: dict[int, Statement]) -> float:
-    """Epsilon of the network so far, by what the clients stated; infinite without privacy."""
+    """Epsilon of the network so far, from the clients' statements; infinite without privacy."""
     privacy = config.privacy
     if privacy.unit == "none" or privacy.delta is None:
         return math.inf
@@ -331,7 +331,7 @@ def _network_epsilon(config: Config, statements: dict[int, Statement]) -> float:
 
 
 def _epsilons(config: Config, statements: dict[int, Statement]) -> dict[int, float]:
-    """Epsilon of each client so far, by what it stated; empty without privacy."""
+    """Epsilon of each client so far, from its statement; empty without privacy."""
     privacy = config.privacy
     if privacy.unit == "none" or privacy.delta is None:
         return {}
@@ -339,7 +339,7 @@ def _epsilons(config: Config, statements: dict[int, Statement]) -> dict[int, flo
 
 
 def _check_base(config: Config, metrics: Mapping[str, float]) -> None:
-    """Refuses a base that gives no figures: nothing that is trained on it could be judged."""
+    """Refuses a base without finite metrics: nothing trained on it could be evaluated."""
     wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if wrong:
         figures = ", ".join(f"{name}={value}" for name, value in wrong.items())
@@ -351,7 +351,7 @@ def _check_base(config: Config, metrics: Mapping[str, float]) -> None:
 
 
 def _finished(aggregate: Round, min_replies: int, *, tally: Tally) -> ServerState | None:
-    """The state after a round; None if it moves nothing: the tally is told why, if clients answered."""
+    """The state after a round; None if it moves nothing: the tally gets the reason if any replied."""
     if aggregate.count < min_replies:
         if aggregate.count:
             few = f"{aggregate.count} replies are fewer than federation.min_replies={min_replies}"
@@ -365,5 +365,5 @@ def _finished(aggregate: Round, min_replies: int, *, tally: Tally) -> ServerStat
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no infinity."""
+    """The value if it is finite, else None: JSON has no infinity."""
     return value if value is not None and math.isfinite(value) else None

@@ -1,22 +1,22 @@
-"""What each admitted node's ledger was last seen to hold, over all runs: no spend is forgotten.
+"""The last known state of each admitted node's ledger, over all runs: no spend is forgotten.
 
-The file lies beside the server's list of nodes. It is written, and synced, before a round counts.
+The file is stored next to the server's list of nodes. It is written, and synced, before a round counts.
 
 Formal guarantees:
-    * A statement is believed only if its ledger extends everything that the server has seen of this
-      ledger key before, in whatever run: a deleted, replaced or restored ledger is found out by the
+    * A statement is accepted only if its ledger extends everything that the server has seen of this
+      ledger key before, in whatever run: a deleted, replaced or restored ledger is detected by the
       first statement that follows, since a Merkle proof binds the lines before.
-    * A node that failed once is out: it is not asked, and nothing of it counts, until the operator lets
-      it in again (:func:`readmit`) with a reason, which is kept for the audit.
-    * A node that shows one ledger to one run and another to a second run that goes on beside it is
-      found out when the second one saves, if the charges of both are more than either ledger has, and
-      else as soon as either asks again: each point that was seen must be extended.
-    * Epsilon falls only where delta rises: a statement is held against every (delta, epsilon) that was
-      stated before and says more than it.
+    * A node that failed once is excluded: it is not asked, and nothing of it counts, until the operator
+      readmits it (:func:`readmit`) with a reason, which is kept for the audit.
+    * A node that shows one ledger to one run and another to a second, concurrent run is detected when
+      the second one saves, if the charges of both are more than either ledger has, and otherwise as
+      soon as either asks again: each point that was seen must be extended.
+    * Epsilon falls only where delta rises: a statement is checked against every (delta, epsilon) that
+      was stated before and implies more.
     * Nothing is taken from the node but hashes and counts, all signed with its admitted ledger key.
 
-What a node spent and never stated (its reply was lost, or it was asked by another server) shows as soon
-as it states again: charges and epsilon are those of its whole ledger.
+What a node spent and never stated (its reply was lost, or another server asked it) shows in its next
+statement: charges and epsilon are those of its whole ledger.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fedslm.protocol.envelopes import MOST_SEEN
 from fedslm.storage import locked, write_text
 
 SPENDS = "spends.json"
-STANDING = "standing.json"  # in a run's directory: what was known of its nodes after its last round
+STANDING = "standing.json"  # in a run's directory: the standings of its nodes after its last round
 _LOCK_SECONDS = 30.0
 _LONGEST_REASON = 300
 _MOST_RUNS, _MOST_STATED = 512, 16
@@ -57,14 +57,14 @@ class Spends:
     _news: dict[str, Standing] = field(default_factory=dict)
 
     def standing(self, key: str) -> Standing:
-        """What is known of a ledger key now."""
+        """The current standing of a ledger key."""
         return self._news.get(key) or self._standings.get(key) or Standing()
 
     def refresh(self) -> None:
-        """Reads what other runs, or the operator, wrote.
+        """Reads the changes made by other runs, or by the operator.
 
         Raises:
-            RunError: The file cannot be read: then nobody is believed.
+            RunError: The file cannot be read: then no node is trusted.
         """
         self._standings = dict(read_standings(self.path))
         self._news.clear()
@@ -75,15 +75,15 @@ class Spends:
         asked: Sequence[tuple[int, str]],
         proofs: Sequence[Sequence[str]],
     ) -> str | None:
-        """Takes note of a statement whose signature and admitted key were checked.
+        """Records a statement whose signature and admitted key were already checked.
 
         Args:
             statement: The statement.
-            asked: What the request said that the server had seen.
+            asked: What the request listed as seen by the server.
             proofs: One for each of ``asked``.
 
         Returns:
-            Why the node is out from now on; None if the statement extends what was seen.
+            Why the node is excluded from now on; None if the statement extends what was seen.
         """
         known, new = self.standing(statement.public_key), (statement.index + 1, statement.root_sha256)
         runs = _with_run(known.runs, statement.run, statement.num_charged)
@@ -105,14 +105,14 @@ class Spends:
         return None
 
     def put_out(self, key: str, reason: str) -> None:
-        """Puts a node out; a node that is out already stays so for its first reason."""
+        """Excludes a node; a node that is already excluded keeps its first reason."""
         known = self.standing(key)
         if not known.out:
             out = printable(reason, _LONGEST_REASON)
             self._news[key] = replace(known, out=out, since=_now())
 
     def save(self) -> None:
-        """Writes what was learned, beside what other runs wrote meanwhile; synced when it returns.
+        """Writes what was learned, merged with the changes of other runs; synced on return.
 
         Raises:
             RunError: It cannot be written: the round must not count.
@@ -129,7 +129,7 @@ class Spends:
 
 
 def read_standings(path: Path) -> Mapping[str, Standing]:
-    """Ledger key to what is known of it.
+    """Ledger key to standing.
 
     Raises:
         RunError: The file cannot be read.
@@ -147,18 +147,18 @@ def read_standings(path: Path) -> Mapping[str, Standing]:
 
 
 def readmit(path: Path, key: str, reason: str) -> Standing:
-    """Lets a node in again that was put out; whatever ledger it has now is the new beginning.
+    """Readmits a node that was excluded; its present ledger is the new beginning, whatever it is.
 
     Args:
         path: The register.
         key: The node's ledger key.
-        reason: The operator's words; kept for the audit.
+        reason: The operator's reason; kept for the audit.
 
     Returns:
-        What was known of the node.
+        The previous standing of the node.
 
     Raises:
-        RunError: The node is not out, there is no reason, or the file cannot be written.
+        RunError: The node is not excluded, the reason is empty, or the file cannot be written.
     """
     with _locked(path):
         current = dict(read_standings(path))
@@ -171,10 +171,10 @@ def readmit(path: Path, key: str, reason: str) -> Standing:
 
 
 def succeed(path: Path, former: str, key: str, *, reason: str) -> None:
-    """Keeps what is known of a node under its new ledger key, whose ledger is a new beginning.
+    """Keeps a node's standing under its new ledger key, whose ledger is a new beginning.
 
     Raises:
-        RunError: There is no reason, or the file cannot be written.
+        RunError: The reason is empty, or the file cannot be written.
     """
     with _locked(path):
         current = dict(read_standings(path))
@@ -184,7 +184,7 @@ def succeed(path: Path, former: str, key: str, *, reason: str) -> None:
 
 
 def _anew(known: Standing, reason: str) -> Standing:
-    """A new beginning, with what was known before."""
+    """A standing for a new beginning, which keeps the previous figures."""
     if not reason.strip():
         raise Unusable("readmission needs a reason: the audit shows it")
     again = Readmission(
@@ -200,7 +200,7 @@ def _anew(known: Standing, reason: str) -> Standing:
 
 
 def standings_of_run(directory: Path) -> dict[str, Standing]:
-    """Name to standing of a run's nodes, as its last round left them; empty for a simulation.
+    """Name to standing of a run's nodes, as after its last round; empty for a simulation.
 
     Raises:
         RunError: The file is damaged.
@@ -253,7 +253,7 @@ def _problem(
 
 
 def _with_run(before: Mapping[str, int], run: str, charges: int) -> dict[str, int]:
-    """Charges by run, with those that were stated for one; only the latest runs are kept."""
+    """Charges by run, with those stated for one run added; only the latest runs are kept."""
     runs = dict(before)
     runs[run] = max(runs.pop(run, 0), charges)
     while len(runs) > _MOST_RUNS:
@@ -262,7 +262,7 @@ def _with_run(before: Mapping[str, int], run: str, charges: int) -> dict[str, in
 
 
 def _strongest(stated: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """The (delta, epsilon) that no other one implies: one does with a larger delta and epsilon.
+    """The (delta, epsilon) pairs that no other pair implies: larger delta and epsilon are implied.
 
     >>> _strongest([(1e-5, 8.0), (1e-6, 7.0), (1e-6, 9.0), (1e-4, 2.0)])
     ((0.0001, 2.0), (1e-05, 8.0), (1e-06, 9.0))
@@ -275,7 +275,7 @@ def _strongest(stated: Sequence[tuple[float, float]]) -> tuple[tuple[float, floa
 
 
 def _merged(before: Standing, current: Standing | None, news: Standing) -> Standing:
-    """What this run learned, and what another run or the operator wrote since it was read."""
+    """Merges what this run learned with later changes by another run or the operator."""
     if current is None or current == before:
         return news
     others = [point for point in current.seen if point not in before.seen and point not in news.seen]
@@ -305,7 +305,7 @@ def _merged(before: Standing, current: Standing | None, news: Standing) -> Stand
 def _contradiction(
     seen: Sequence[tuple[int, str]], runs: Mapping[str, int], charges: int
 ) -> str | None:
-    """Why what two runs saw of one ledger cannot both be true; None if it can."""
+    """Why two runs' observations of one ledger cannot both be true; None if they can."""
     if len(seen) > MOST_SEEN:
         return f"more than {MOST_SEEN} runs saw its ledger at different points"
     if (together := sum(runs.values())) > charges:
@@ -314,7 +314,7 @@ def _contradiction(
 
 
 def _bytes(text: str) -> bytes:
-    """Hexadecimal digits as bytes; none if they are no such digits, which no hash equals."""
+    """Hexadecimal digits as bytes; empty if they are invalid, which equals no hash."""
     try:
         return bytes.fromhex(text)
     except ValueError:
@@ -322,13 +322,13 @@ def _bytes(text: str) -> bytes:
 
 
 def _write(path: Path, standings: Mapping[str, Standing]) -> None:
-    """Replaces the file atomically, and waits until it is on disk."""
+    """Replaces the file atomically and syncs it to disk."""
     values = {key: as_values(each) for key, each in sorted(standings.items())}
     write_text(path, json.dumps({"ledgers": values}, indent=2, allow_nan=False) + "\n")
 
 
 def _locked(path: Path) -> AbstractContextManager[None]:
-    """Keeps other processes out between reading and writing."""
+    """Locks out other processes between reading and writing."""
     problem = f"{path} is in use by another process; try again"
     return locked(path.with_name(f"{path.name}.lock"), _LOCK_SECONDS, problem)
 

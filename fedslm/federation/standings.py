@@ -1,4 +1,4 @@
-"""What a server knows of one ledger key, and how it is written down."""
+"""A server's record of one ledger key, and its JSON form."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fedslm.records import epsilon_as_json, epsilon_of_json, is_number
 
 @dataclass(frozen=True)
 class Readmission:
-    """One time that an operator let a node in again.
+    """One readmission of a node by the operator.
 
     Attributes:
         at: When, ISO 8601, UTC.
-        reason: The operator's words.
-        was_out_for: Why the node was out.
+        reason: The operator's reason.
+        was_out_for: Why the node was excluded.
         ledger_id: Ledger that was seen before; empty if none was.
         charges: Number of its charges.
-        epsilon: What was spent by it, as it was stated; infinite after a release without privacy.
-        delta: At this delta.
+        epsilon: Its stated spend; infinite after a release without privacy.
+        delta: The delta of that epsilon.
     """
 
     at: str
@@ -34,22 +34,22 @@ class Readmission:
 
 @dataclass(frozen=True)
 class Standing:
-    """What the server knows of one ledger key.
+    """The server's record of one ledger key.
 
     Attributes:
         ledger_id: Identifier of the ledger; empty before the first statement.
-        seen: Every (lines, Merkle root) that the next statement must extend; one, unless runs go on
-            beside one another.
+        seen: Every (lines, Merkle root) that the next statement must extend; one, unless runs are
+            concurrent.
         charges: Number of charges in the ledger, over all runs and servers, as stated.
         epsilon: Epsilon of all of them; infinite (in JSON: "infinite") after a release without privacy,
-            and from then on for good.
-        delta: At this delta.
+            and permanently from then on.
+        delta: The delta of that epsilon.
         stated: Each (delta, epsilon) that was stated for the whole ledger, the largest delta first;
             only those that no other one implies.
-        runs: Run to the charges that were stated for it, of the latest runs.
-        out: Why the node is out; empty if it is not.
-        since: When it was put out, ISO 8601, UTC.
-        readmissions: Each time that it was let in again.
+        runs: Run to the charges that were stated for it, for the latest runs.
+        out: Why the node is excluded; empty if it is not.
+        since: When it was excluded, ISO 8601, UTC.
+        readmissions: Each readmission of the node.
     """
 
     ledger_id: str = ""
@@ -65,7 +65,7 @@ class Standing:
 
 
 def as_values(standing: Standing) -> dict[str, Any]:
-    """A standing as JSON values: it has no infinity."""
+    """A standing as JSON values, which cannot be infinite numbers."""
     stated = [(delta, epsilon_as_json(epsilon)) for delta, epsilon in standing.stated]
     values = {**asdict(standing), "epsilon": epsilon_as_json(standing.epsilon), "stated": stated}
     again = [
@@ -75,7 +75,7 @@ def as_values(standing: Standing) -> dict[str, Any]:
 
 
 def standing_of(values: Mapping[str, Any]) -> Standing:
-    """Reads one entry; what it says must have the right types, or no figure of it is believed.
+    """Reads one entry; if a value has the wrong type, no figure of the entry is accepted.
 
     Raises:
         ValueError, KeyError, TypeError, PrivacyError: It is not what :func:`as_values` wrote.
@@ -84,7 +84,7 @@ def standing_of(values: Mapping[str, Any]) -> Standing:
     again = tuple(Readmission(**_spent(each)) for each in values["readmissions"])
     pairs = values.get("stated", ())
     stated = tuple((_delta(delta), epsilon_of_json(epsilon)) for delta, epsilon in pairs)
-    kept = {key: each for key, each in _spent(values).items() if key != "older"}  # of earlier versions
+    kept = {key: each for key, each in _spent(values).items() if key != "older"}  # from old versions
     found = Standing(**{**kept, "seen": seen, "readmissions": again, "stated": stated})
     for text in (found.ledger_id, found.out, found.since):
         _text(text)
@@ -94,27 +94,27 @@ def standing_of(values: Mapping[str, Any]) -> Standing:
 
 
 def _spent(values: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry's values, once its charges, epsilon and delta are numbers."""
+    """An entry's values, after a check that charges, epsilon and delta are numbers."""
     numbers = {"charges": _count(values["charges"]), "delta": _delta(values["delta"])}
     return {**values, **numbers, "epsilon": epsilon_of_json(values["epsilon"])}
 
 
 def _delta(value: object) -> float:
-    """A delta in (0, 1)."""
+    """Checks a delta in (0, 1)."""
     if not (isinstance(value, int | float) and is_number(value) and 0 < value < 1):
         raise ValueError(f"delta={str(value)[:40]!r} must be in (0, 1)")
     return value
 
 
 def _count(value: object) -> int:
-    """A whole number from 0; a boolean is not one."""
+    """Checks a whole number >= 0; a boolean is not one."""
     if type(value) is not int or value < 0:
         raise ValueError(f"{str(value)[:40]!r} must be a whole number >= 0")
     return value
 
 
 def _text(value: object) -> str:
-    """A text."""
+    """Checks a text."""
     if not isinstance(value, str):
         raise ValueError(f"{str(value)[:40]!r} must be text")
     return value

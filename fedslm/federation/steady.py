@@ -1,4 +1,4 @@
-"""Calls to a grid that end: a failed one is tried again for a while, and never for longer."""
+"""Calls to a grid with a time limit: a failed call is retried for a while, and never for longer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ T = TypeVar("T")
 class Steady:
     """A grid whose calls survive a restart of the SuperLink.
 
-    Flower's own grid tries a call again for ever if the connection fails, and ends the run at any other
-    error of the SuperLink. Here both are tried again until a time that the caller gives. Any other grid
-    is called once: its failures are not a network's.
+    Flower's own grid retries a call for ever if the connection fails, and ends the run at any other
+    error of the SuperLink. Here both are retried until a time that the caller gives. Any other grid is
+    called once: its failures are not network failures.
 
     Args:
-        grid: Where nodes are reached.
+        grid: The grid that connects the nodes.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -38,25 +38,25 @@ class Steady:
 
     @property
     def is_remote(self) -> bool:
-        """True if the grid is a SuperLink that is reached over HTTP."""
+        """True if the grid is a SuperLink reached over HTTP."""
         return self._once is not None
 
     def call(self, what: Callable[[Any], T], until: float) -> T:
-        """Calls a grid, again and again while the SuperLink is away or answers with a 5xx.
+        """Calls a grid, repeatedly while the SuperLink is away or answers with a 5xx.
 
-        A SuperLink that ends the run (401, 403) is obeyed as Flower obeys it: it interrupts the process
-        at the first 401.
+        A SuperLink that ends the run (401, 403) is handled as in Flower: the first 401 interrupts the
+        process.
 
         Args:
-            what: Is given the grid; may be repeated.
-            until: When to give up, as ``time.monotonic`` counts; one call at least is made.
+            what: Called with the grid; may be repeated.
+            until: When to give up, by ``time.monotonic``; at least one call is made.
 
         Returns:
-            What ``what`` returns.
+            The return value of ``what``.
 
         Raises:
             Unanswered: There was no answer until then.
-            RunNotRunningException: The run is over; somebody stopped it.
+            RunNotRunningException: The run is over; it was stopped.
         """
         if self._once is None:
             return what(self.grid)
@@ -65,7 +65,7 @@ class Steady:
             _limit(self._once, until - time.monotonic())
             try:
                 result = what(self._once)
-            except Exception as error:  # judged by _is_passing: whatever does not pass is raised
+            except Exception as error:  # _is_passing decides: other errors are raised
                 if _ends_the_run(error):
                     return self._obeyed(what)
                 if not _is_passing(error):
@@ -80,13 +80,13 @@ class Steady:
             wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
 
     def _obeyed(self, what: Callable[[Any], T]) -> T:
-        """Asks Flower's own grid, which ends a run; a thread that hears of it later says so, too."""
+        """Calls Flower's own grid, which ends a run; the same error in other threads is raised too."""
         from flwr.supercore.run import RunNotRunningException
 
         try:
             return what(self.grid)
         except Exception as error:
-            if _ends_the_run(error):  # another thread was told before, and interrupts the process
+            if _ends_the_run(error):  # another thread got the error first, and interrupts the process
                 raise RunNotRunningException from error
             raise
 
@@ -98,9 +98,10 @@ class Steady:
 
 
 def _without_retries(grid: Grid) -> Any:
-    """A second connection of Flower's own grid, which tries nothing again; None for other grids.
+    """A second connection of Flower's own grid, without retries; None for other grids.
 
-    A module that was never imported has made no grid: a simulation need not import Flower's database.
+    If Flower's module was never imported, no such grid exists: a simulation need not import Flower's
+    database.
     """
     remote = sys.modules.get("flwr.superlink.grid")
     if remote is None or not isinstance(grid, remote.HttpGrid):
@@ -111,7 +112,7 @@ def _without_retries(grid: Grid) -> Any:
 
 
 def _limit(once: Any, seconds: float) -> None:
-    """Has calls time out when there is no use in waiting longer."""
+    """Sets a time limit for calls: there is no use in waiting longer."""
     seconds = min(_LONGEST_CALL_SECONDS, max(_SHORTEST_CALL_SECONDS, seconds))
     once._runtime_client._client.timeout = seconds
 
@@ -127,7 +128,7 @@ def _is_passing(error: Exception) -> bool:
 
 
 def _ends_the_run(error: Exception) -> bool:
-    """True if the SuperLink says that this run is over."""
+    """True if the SuperLink answers that this run is over."""
     import httpx
 
     return isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (

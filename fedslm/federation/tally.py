@@ -1,4 +1,4 @@
-"""What came of a round: its answers counted, and why each of the others is missing."""
+"""Counts the answers of a round, and records why each missing one is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tally:
 
     Attributes:
         cohort: Number of clients asked.
-        names: What people call them, by index; one without a name is called "client N".
+        names: Display names by index; a client without one is called "client N".
         bytes_down: Bytes of tensors sent to them.
         bytes_up: Bytes of tensors received from them.
     """
@@ -41,7 +41,7 @@ class Tally:
 
     @property
     def done(self) -> int:
-        """Clients that answered, failed or came late."""
+        """Number of clients that answered, failed or are late."""
         return self._counts.total()
 
     def count(self, client: int, answer: Reply | str) -> None:
@@ -64,12 +64,12 @@ class Tally:
             logger.warning("%s", line)
 
     def add_reason(self, reason: str) -> None:
-        """Says why a round with answers moves nothing; after the last client was counted."""
+        """Adds why a round with answers moves nothing; called after the last client was counted."""
         self._reasons.append(f"the round: {printable(reason, _LONGEST_REASON)}")
         logger.warning("the round moves nothing: %s", reason)
 
     def record(self, number: int, **values: Any) -> RoundRecord:
-        """The round's line."""
+        """Makes the round's record; called once per round, after all answers."""
         return RoundRecord(
             round=number,
             cohort=self.cohort,

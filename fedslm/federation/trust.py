@@ -1,6 +1,6 @@
-"""What a server in a real federation signs, whom it believes, and who is out: one object for one run.
+"""Trust in a real federation: signed requests, accepted replies, excluded nodes; one object per run.
 
-A simulation has none of it: its clients are the server's own processes.
+A simulation does not use it: its clients are the server's own processes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ REVOKED = "the node was revoked"
 
 @dataclass
 class Trust:
-    """Signs a run's requests and holds its replies against the nodes that were admitted.
+    """Signs a run's requests and checks its replies against the admitted nodes.
 
     Attributes:
         roster: Client index to node.
-        listed: The server's list of nodes; its directory holds the operator's key and the register.
-        directory: The run's directory: gets a copy of its nodes' standing, for the audit.
+        listed: The server's list of nodes; its directory contains the operator's key and the register.
+        directory: The run's directory: gets a copy of its nodes' standings, for the audit.
     """
 
     roster: Mapping[int, Registered]
@@ -57,18 +57,18 @@ class Trust:
         self.spends.refresh()
 
     def active(self) -> list[int]:
-        """Node ids of those that are neither revoked nor out."""
+        """Node ids of the nodes that are neither revoked nor excluded."""
         shut_out = self.shut_out(list(self.roster))
         return [node.node_id for client, node in self.roster.items() if client not in shut_out]
 
     def needed(self, min_clients: int | None) -> int:
-        """How many nodes the run waits for before it begins, or goes on after a restart.
+        """Number of nodes that the run waits for before it begins, or resumes after a restart.
 
         Args:
-            min_clients: What the config says; None: all that are active.
+            min_clients: Minimum from the config; None: all active nodes.
 
         Raises:
-            FederationError: Fewer are active, or none is.
+            FederationError: Fewer nodes are active, or none is.
         """
         active, least = len(self.active()), min_clients or 1
         if active < least:
@@ -79,7 +79,7 @@ class Trust:
         return min_clients or active
 
     def shut_out(self, clients: list[int]) -> dict[int, str]:
-        """Which clients are not asked now, and why; both files are read anew."""
+        """The clients that are not asked now, with reasons; reads both files again."""
         self.spends.refresh()
         revoked = revoked_keys(self.listed, dict(self.roster))
         found = {}
@@ -100,7 +100,7 @@ class Trust:
 
         Args:
             contents: Client index to content; contents that are one object are hashed once.
-            asked: What is signed for all of them.
+            asked: The header that is signed for all of them.
         """
         hashes = {id(content): content_sha256(content) for content in contents.values()}
         found = {}
@@ -113,10 +113,10 @@ class Trust:
         return found
 
     def is_proven(self, client: int, reply: Message) -> bool:
-        """Whether a reply was signed by the admitted node as the answer to the last request.
+        """Whether the admitted node signed a reply as the answer to the last request.
 
-        Flower's own errors (a node that went away) have no content and no author; they count as failed
-        whoever made them.
+        Flower's own errors (a disconnected node) have no content and no author; they count as failed
+        regardless of their origin.
         """
         if reply.has_error():
             return True
@@ -124,13 +124,13 @@ class Trust:
         return asked is not None and is_answer(reply.content, asked[0], self._public[client])
 
     def problem_of(self, client: int, reply: Message) -> str | None:
-        """Holds a proven reply's statement against everything that was seen of its ledger.
+        """Checks a proven reply's statement against everything that was seen of its ledger.
 
-        That comes before anything else of the reply is judged: what was spent counts, whatever becomes
-        of the update.
+        This check comes before all others of the reply: what was spent counts, whatever happens to the
+        update.
 
         Returns:
-            Why the node is out from now on; None if nothing speaks against it.
+            Why the node is excluded from now on; None if no check failed.
         """
         node = self.roster[client]
         if reply.has_error() or (values := reply.content.config_records.get("reply")) is None:
@@ -142,7 +142,7 @@ class Trust:
             statement = read_statement(str(values.get("statement", "")))
             extension = proofs_of(values.get("extension"))
         except FedslmError:
-            return None  # there is none, or the reply is refused for it
+            return None  # there is no statement, or the reply is refused for it
         if statement.public_key != node.ledger_key:
             return "the spend statement is not signed with the ledger key that was admitted"
         problem = self.spends.believe(statement, self._asked[client][1], extension)
@@ -152,7 +152,7 @@ class Trust:
         return f"the node is excluded: {problem}; `fedslm provision readmit {node.name} --reason …`"
 
     def save(self) -> None:
-        """Writes what was learned, and the run's copy; synced when it returns, so the round may count.
+        """Writes what was learned, and the run's copy; synced on return, so the round may count.
 
         Raises:
             RunError: It cannot be written.
