@@ -1,1 +1,1 @@
-"""What server and clients say to each other, and what both know of it."""
+"""The messages between server and clients, and the run constants that both sides share."""

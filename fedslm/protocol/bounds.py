@@ -1,10 +1,10 @@
-"""What a message may hold at most: everything from outside is held against this before it is parsed.
+"""Bounds on messages: everything from outside is checked against them before it is parsed.
 
 Formal guarantees:
-    * JSON is parsed from a text of bounded length only; NaN and infinities are refused.
-    * Tensors are allocated after their header was checked: their number, names, number types and
-      shapes, and that their sizes add up to the bytes that came.
-    * Whatever is wrong is a FederationError of at most 300 characters.
+    * JSON is parsed only from a text of bounded length; NaN and infinities are refused.
+    * Tensors are allocated only after a check of their header: their number, names, number types and
+      shapes, and that their sizes add up to the bytes received.
+    * Every error is a FederationError of at most 300 characters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TENSORS = "tensors"
 
 
 def cut(text: object, longest: int = _LONGEST_ERROR) -> str:
-    """A text from outside, no longer than is wanted.
+    """Shortens a text from outside to a maximum length.
 
     >>> cut("too long", 3)
     'too…'
@@ -42,15 +42,15 @@ def cut(text: object, longest: int = _LONGEST_ERROR) -> str:
 
 
 def parsed(text: object, most: int, what: str) -> Any:
-    """JSON from outside.
+    """Parses JSON from outside.
 
     Args:
         text: The text.
-        most: Its largest length.
-        what: What it is, for the error.
+        most: Its maximum length.
+        what: Name of the value, for the error.
 
     Raises:
-        FederationError: It is too long, or none.
+        FederationError: It is too long, or not valid JSON.
     """
     if type(text) is not str or len(text) > most:
         raise FederationError(f"{what} must be a text of at most {most} characters")
@@ -61,15 +61,15 @@ def parsed(text: object, most: int, what: str) -> Any:
 
 
 def _refuse(name: str) -> None:
-    """NaN and infinities are no JSON."""
+    """Refuses NaN and infinities, which are not JSON."""
     raise ValueError(f"{name} is not a number")
 
 
 def text(values: Mapping[str, Any], key: str, longest: int) -> str:
-    """A text of a bounded length.
+    """Reads a text of a bounded length.
 
     Raises:
-        FederationError: It is another thing, or longer.
+        FederationError: It is not a text, or is longer.
     """
     value = values[key]
     if type(value) is not str or len(value) > longest:
@@ -78,10 +78,10 @@ def text(values: Mapping[str, Any], key: str, longest: int) -> str:
 
 
 def count(values: Mapping[str, Any], key: str, least: int, most: int) -> int:
-    """A whole number within bounds; a boolean is none.
+    """Reads a whole number within bounds; a boolean is not one.
 
     Raises:
-        FederationError: It is another thing, or out of bounds.
+        FederationError: It is not a whole number, or is out of bounds.
     """
     value = values[key]
     if type(value) is not int or not least <= value <= most:
@@ -90,10 +90,10 @@ def count(values: Mapping[str, Any], key: str, least: int, most: int) -> int:
 
 
 def texts(values: Mapping[str, Any], key: str, most: int, longest: int) -> tuple[str, ...]:
-    """A list of so many texts.
+    """Reads a list of at most ``most`` texts.
 
     Raises:
-        FederationError: It is another thing, has more, or one is longer.
+        FederationError: It is not a list of texts, has more, or one is longer.
     """
     value = values[key]
     if type(value) is not list or len(value) > most:
@@ -104,10 +104,10 @@ def texts(values: Mapping[str, Any], key: str, most: int, longest: int) -> tuple
 
 
 def exactly(values: Any, keys: Iterable[str], what: str, *, perhaps: Iterable[str] = ()) -> None:
-    """Refuses a mapping that has other keys than these.
+    """Refuses a mapping whose keys differ from these.
 
     Raises:
-        FederationError: A key is missing, or is not known.
+        FederationError: A key is missing or unknown.
     """
     wanted = set(keys)
     allowed = wanted | set(perhaps)
@@ -123,16 +123,16 @@ def exactly(values: Any, keys: Iterable[str], what: str, *, perhaps: Iterable[st
 def records(
     content: RecordDict, *, configs: Iterable[str], arrays: Iterable[str], perhaps: Iterable[str] = ()
 ) -> None:
-    """Refuses a message that has other records than these.
+    """Refuses a message whose records differ from these.
 
     Args:
-        content: The message's.
-        configs: ConfigRecords that it must have; an envelope or a seal may be there as well.
-        arrays: ArrayRecords that it must have.
-        perhaps: ArrayRecords that it may have.
+        content: The records of the message.
+        configs: Required ConfigRecords; an envelope or a seal is allowed as well.
+        arrays: Required ArrayRecords.
+        perhaps: Optional ArrayRecords.
 
     Raises:
-        FederationError: One is missing, or is not known.
+        FederationError: A record is missing or unknown.
     """
     exactly(content.config_records, configs, "the message", perhaps=(ENVELOPE, SEAL))
     exactly(content.array_records, arrays, "the message", perhaps=perhaps)
@@ -143,13 +143,13 @@ def moderate(values: Any, what: str, depth: int = 4) -> None:
     """Refuses numbers beyond 10^12, texts of more than 20,000 characters and lists of more than 10,000.
 
     Raises:
-        FederationError: One is beyond that, or they are nested too deeply.
+        FederationError: A value is beyond these bounds, or values are nested too deeply.
     """
     match values:
         case None | bool():
             return
         case int() | float():
-            good = abs(values) <= _LARGEST_NUMBER  # of NaN as well: it is not
+            good = abs(values) <= _LARGEST_NUMBER  # NaN fails this as well
         case str():
             good = len(values) <= 20_000
         case list() | dict() if depth > 0:
@@ -172,16 +172,16 @@ def tensor_bytes(
     *,
     mask: tuple[bytes, str] | None = None,
 ) -> bytes:
-    """The safetensors content of a record whose header is sound; empty if it has no tensors.
+    """The safetensors content of a record whose header is valid; empty if it has no tensors.
 
     Args:
-        record: It holds one array or none.
-        number_types: The safetensors names of those that are allowed, such as "F32".
+        record: It contains one array or none.
+        number_types: The safetensors names of the allowed number types, such as "F32".
         most_bytes: Largest content; None: no limit but the message's own.
-        mask: Key and name of the keystream that it is under; None: it is under none.
+        mask: Key and name of the keystream that masks the content; None: it is not masked.
 
     Raises:
-        FederationError: It has other arrays, is too large, or its header is not sound.
+        FederationError: It has other arrays, is too large, or its header is not valid.
     """
     if not record:
         return b""
@@ -198,7 +198,7 @@ def tensor_bytes(
 
 
 def most_tensor_bytes(keys: Iterable[str], value_bytes: int) -> int:
-    """Bytes of a safetensors content with these tensors, at most.
+    """Largest number of bytes of a safetensors content with these tensors.
 
     >>> most_tensor_bytes(["a"], 4)
     271
@@ -207,7 +207,7 @@ def most_tensor_bytes(keys: Iterable[str], value_bytes: int) -> int:
 
 
 def _check_header(content: bytes, number_types: frozenset[str]) -> None:
-    """Refuses a safetensors content whose header claims what is not there."""
+    """Refuses a safetensors content whose header does not match its data."""
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or not 2 <= length <= min(_HEADER_BYTES, len(content) - 8):
         raise FederationError("the tensors have no header, or one that is too long")
@@ -226,7 +226,7 @@ def _check_header(content: bytes, number_types: frozenset[str]) -> None:
 
 
 def _claimed(key: str, entry: Any, number_types: frozenset[str]) -> int:
-    """Bytes of one tensor, by its own words."""
+    """Number of bytes of one tensor, as claimed by the header."""
     name = cut(key, 60)
     if len(key) > _LONGEST_KEY:
         raise FederationError(f"a tensor's name is longer than {_LONGEST_KEY} characters")
@@ -243,7 +243,7 @@ def _claimed(key: str, entry: Any, number_types: frozenset[str]) -> int:
 
 
 def _are_counts(values: Any, most: int) -> bool:
-    """Whether something is a list of so many whole numbers, at most."""
+    """Whether a value is a list of whole numbers within bounds."""
     if type(values) is not list or len(values) > most:
         return False
     return all(type(each) is int and 0 <= each <= _LONGEST_AXIS << 8 for each in values)

@@ -1,22 +1,22 @@
-"""Who says what in a real federation: signed requests and signed replies.
+"""Authentication of messages in a real federation: signed requests and signed replies.
 
 Flower authenticates who opens a connection, not who wrote a message. So the server's operator signs
-each request with a key of its own, and each node signs each reply with its ledger key. Both sides keep
-to this module; a simulation, whose clients are the server's own processes, signs nothing.
+each request with a separate key, and each node signs each reply with its ledger key. Both sides use
+this module; a simulation, whose clients are the server's own processes, signs nothing.
 
 Formal guarantees:
     * :func:`opened` returns only if the request was signed by the operator for this node, this Flower
       run and this message type, over exactly this content, and is neither expired nor from the future.
-      Whether it was seen before is the caller's to keep
+      The caller must check whether it was seen before
       (:class:`fedslm.deployment.instructions.Instructions`).
     * :func:`is_answer` returns True only if the reply's content was signed by the node's key as the
       answer to exactly one request: the hash that is signed covers the request's random nonce. It
-      raises nothing, whatever the reply holds.
-    * A signature says which of the two it is for: none can be used as the other, nor as a ledger's
-      line.
+      raises nothing, whatever the reply contains.
+    * A signature states which of the two it is for: none can be used as the other, nor as that of a
+      ledger line.
 
-The content's hash covers names, types, shapes and bytes of all records, in an order of its own. Records
-of another type than Flower's arrays and configs are refused.
+The content's hash covers names, types, shapes and bytes of all records, in a fixed order. Records of
+other types than Flower's arrays and configs are refused.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ _SKEW_SECONDS = 300.0  # as Flower tolerates
 
 @dataclass(frozen=True)
 class Envelope:
-    """What an operator's signature is over.
+    """The values that an operator signs.
 
     Attributes:
         run: Identifier of the run.
         grid_run: Flower's number of the run.
         round: Round of the run.
         kind: Flower's message type.
-        node: Ledger key (hexadecimal) of the node that it is for.
+        node: Ledger key (hexadecimal) of the node that the request is for.
         client: The node's index in the run.
         content_sha256: Hash of the other records of the message.
-        created: Unix time at which it was signed.
-        expires: Unix time after which it is refused.
+        created: Unix time of the signature.
+        expires: Unix time after which the request is refused.
         nonce: 128 random bits, hexadecimal.
         seen: What the server has seen of the node's ledger: (lines, Merkle root).
-        signature: Over all of the above.
+        signature: Signature over all of the above.
     """
 
     run: str
@@ -85,14 +85,14 @@ class Envelope:
 
 @dataclass(frozen=True)
 class RequestHeader:
-    """What an operator signs in one exchange, for all nodes.
+    """The values that an operator signs for all nodes of one exchange.
 
     Attributes:
         run: Identifier of the run.
         grid_run: Flower's number of the run.
         round: Round of the run.
         kind: Flower's message type.
-        seconds: How long the request is good for.
+        seconds: How long the request is valid.
     """
 
     run: str
@@ -104,7 +104,7 @@ class RequestHeader:
     def envelope(
         self, node: str, client: int, content_sha256: str, seen: Sequence[tuple[int, str]]
     ) -> Envelope:
-        """The envelope of one node, not signed yet."""
+        """The unsigned envelope for one node."""
         now = time.time()
         return Envelope(
             run=self.run,
@@ -122,11 +122,11 @@ class RequestHeader:
 
 
 def content_sha256(records: RecordDict, own: str = ENVELOPE) -> str:
-    """Hash of all records of a message but the one that holds its signature.
+    """Hash of all records of a message but the one that contains its signature.
 
     Args:
         records: The content.
-        own: Name of that record: the envelope of a request, the seal of a reply.
+        own: Name of that record: the envelope of a request, or the seal of a reply.
 
     Raises:
         FederationError: There are too many records, or one is neither arrays nor config.
@@ -148,7 +148,7 @@ def content_sha256(records: RecordDict, own: str = ENVELOPE) -> str:
             add(_config_text(record))
         elif isinstance(record, ArrayRecord):
             add(b"arrays")
-            add(str(len(record)).encode())  # else a key could be read as the record's end
+            add(str(len(record)).encode())  # otherwise a key could be read as the record's end
             for key in sorted(record):
                 array = record[key]
                 add(key.encode())
@@ -160,13 +160,13 @@ def content_sha256(records: RecordDict, own: str = ENVELOPE) -> str:
 
 
 def _config_text(record: ConfigRecord) -> bytes:
-    """The one way to write a config record: its values with their types."""
+    """The canonical encoding of a config record: its values with their types."""
     typed = {key: [type(value).__name__, _plain(value)] for key, value in record.items()}
     return json.dumps(typed, sort_keys=True).encode()
 
 
 def _plain(value: Any) -> Any:
-    """Bytes as hexadecimal digits; floats by their exact value, whatever they are."""
+    """Bytes as hexadecimal digits; floats by their exact value, including non-finite ones."""
     match value:
         case bytes():
             return value.hex()
@@ -182,12 +182,12 @@ def enclosed(records: RecordDict, envelope: Envelope, key: Ed25519PrivateKey) ->
     """Adds a signed envelope to a request.
 
     Args:
-        records: The request's content; it stays as it is.
+        records: The request's content; it is not changed.
         envelope: Not signed yet; its ``content_sha256`` is that of ``records``.
-        key: The operator's.
+        key: The operator's private key.
 
     Returns:
-        The content with the envelope, and the request's hash: what the reply must be signed for.
+        The content with the envelope, and the request's hash: the reply must be signed for this hash.
     """
     envelope = replace(envelope, signature=signature_of(key, _signed_values(envelope)))
     text = envelope.to_json()
@@ -197,7 +197,7 @@ def enclosed(records: RecordDict, envelope: Envelope, key: Ed25519PrivateKey) ->
 
 
 def request_sha256(text: str) -> str:
-    """Names a signed request."""
+    """Hash that identifies a signed request."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -218,7 +218,7 @@ def opened(
 
     Raises:
         FederationError: It is unsigned, signed by another key, for another node, run or message type,
-            over another content, expired or from the future. The text says which.
+            over another content, expired or from the future. The text names the reason.
     """
     text = _text_of(records, ENVELOPE)
     if text is None:
@@ -252,9 +252,9 @@ def opened(
 
 
 def seen_of(records: RecordDict) -> tuple[tuple[int, str], ...]:
-    """What the server has seen of the ledger, by a request's envelope; nothing without one.
+    """What the server has seen of the ledger, from a request's envelope; empty without one.
 
-    The envelope was checked at the door (:func:`opened`).
+    The envelope was checked on arrival (:func:`opened`).
 
     Raises:
         FederationError: The envelope cannot be read.
@@ -283,30 +283,30 @@ def is_answer(records: RecordDict, request: str, key: Ed25519PublicKey) -> bool:
     Args:
         records: The reply's content.
         request: Hash of the request.
-        key: The node's ledger key, as it was admitted.
+        key: The node's admitted ledger key.
     """
     try:
         signature = _text_of(records, SEAL)
         values = _seal_values(request, content_sha256(records, SEAL))
-    except Exception:  # records from outside: what cannot be hashed is not an answer
+    except Exception:  # records from outside: content that cannot be hashed is not an answer
         return False
     return signature is not None and is_signed(key, values, signature)
 
 
 def _seal_values(request: str, content: str) -> dict[str, str]:
-    """What a node's signature is over."""
+    """The values that a node signs."""
     return {"purpose": _REPLY, "request_sha256": request, "content_sha256": content}
 
 
 def _signed_values(envelope: Envelope) -> dict[str, Any]:
-    """Everything but the signature, and what it is for."""
+    """All values but the signature, and the purpose of the signature."""
     values = asdict(envelope)
     del values["signature"]
     return {**values, "purpose": _REQUEST}
 
 
 def _text_of(records: RecordDict, name: str) -> str | None:
-    """The one text of a config record; None if there is none, or not such a one."""
+    """The only text of a config record; None if there is no such record or text."""
     record = records.config_records.get(name)
     if record is None or set(record) != {name}:
         return None
@@ -315,7 +315,7 @@ def _text_of(records: RecordDict, name: str) -> str | None:
 
 
 def _read(text: str) -> Envelope:
-    """Reads an envelope; the types and ranges of its values are checked, its signature is not."""
+    """Reads an envelope; checks types and ranges of its values, but not its signature."""
     try:
         values = json.loads(text)
         values["seen"] = tuple((size, root) for size, root in values["seen"])

@@ -1,15 +1,15 @@
-"""From Flower's objects to a message, within limits: Flower joins whatever the objects say.
+"""Builds messages from Flower's objects within limits: Flower itself joins whatever the objects list.
 
 A message is a tree of objects: the message, its records, their arrays, and the pieces of 5 MiB that an
-array is cut into. An array lists its pieces by number and may list one again and again: 5 MiB that were
-sent become any number of bytes.
+array is cut into. An array lists its pieces by number and may list one repeatedly: 5 MiB of received
+data can become any number of bytes.
 
 Formal guarantees:
     * Before an object is built, the sizes of all are known and within the limits: each record's own
-      bytes, and all arrays together. A piece counts as often as an array lists it, and an array as
-      often as a record names it, and so on: whoever hashes the message goes through all of that.
+      bytes, and all arrays together. A piece counts as often as an array lists it, an array as often as
+      a record names it, and so on: hashing the message processes all of these bytes.
     * An array is made of pieces, and a record of arrays: an array of arrays is refused.
-    * What cannot be built is a FederationError, whatever is wrong with it.
+    * Every failure to build a message is a FederationError, whatever its cause.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from flwr.app import Message
 from fedslm.errors import FederationError
 
 _DEEPEST = 8
-_LONGEST_HEAD = 1 << 19  # an array of 7,000 pieces names them all
+_LONGEST_HEAD = 1 << 19  # an array of 7,000 pieces lists all of them
 _LONGEST_REASON, _MOST_RECORDS = 200, 16
 _KINDS = frozenset(
     {"Message", "RecordDict", "ArrayRecord", "ConfigRecord", "MetricRecord", "Array", "ArrayChunk"}
 )
 
 
-_RECORDS = ("ConfigRecord", "MetricRecord")  # those without arrays
+_RECORDS = ("ConfigRecord", "MetricRecord")  # the records without arrays
 
 
 @dataclass(frozen=True)
 class _Head:
-    """An object's kind, the identifiers of its children, and where its body begins."""
+    """An object's kind, the identifiers of its children, and the start of its body."""
 
     kind: str
     children: list[str]
@@ -45,12 +45,12 @@ class _Head:
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a message may be.
+    """Limits on the size of a message.
 
     Attributes:
-        most_bytes: All arrays together.
-        record_bytes: A ConfigRecord.
-        head_bytes: Every other object that is no piece of an array.
+        most_bytes: Bytes of all arrays together.
+        record_bytes: Bytes of a ConfigRecord.
+        head_bytes: Bytes of every other object that is not a piece of an array.
         most_objects: Objects of one message.
     """
 
@@ -64,7 +64,7 @@ def objects_of(tree: Any, limits: Limits) -> list[str]:
     """The identifiers of a message's objects, each once, before any of them is pulled.
 
     Raises:
-        FederationError: They are too many or too deep, or one has no identifier.
+        FederationError: There are too many, they are too deep, or one has no identifier.
     """
     found: dict[str, None] = {}
     level = [tree]
@@ -84,10 +84,10 @@ def objects_of(tree: Any, limits: Limits) -> list[str]:
 
 
 def inflated(identifier: str, contents: dict[str, bytes], limits: Limits) -> Message:
-    """Builds a message from its objects; takes them out of ``contents``.
+    """Builds a message from its objects; removes them from ``contents``.
 
     Raises:
-        FederationError: They are too large, or are no message.
+        FederationError: They are too large, or do not form a message.
     """
     from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
@@ -96,7 +96,7 @@ def inflated(identifier: str, contents: dict[str, bytes], limits: Limits) -> Mes
         message = inflate_object_from_contents(identifier, contents)
     except FederationError:
         raise
-    except Exception as error:  # bytes from outside: whatever they do, they are no message
+    except Exception as error:  # bytes from outside: on any error, they are not a message
         reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
         raise FederationError(f"the message cannot be read: {reason}") from error
     if not isinstance(message, Message):
@@ -105,7 +105,7 @@ def inflated(identifier: str, contents: dict[str, bytes], limits: Limits) -> Mes
 
 
 def _check(contents: Mapping[str, bytes], limits: Limits) -> None:
-    """Refuses objects that are too large, or become so when they are put together."""
+    """Refuses objects that are too large, or become too large when they are joined."""
     if len(contents) > limits.most_objects:
         raise FederationError(f"a message has more than {limits.most_objects} objects")
     heads = {key: _head(content) for key, content in contents.items()}
@@ -130,7 +130,7 @@ def _check(contents: Mapping[str, bytes], limits: Limits) -> None:
 
 
 def _parts(head: _Head, content: bytes) -> list[str]:
-    """What an object is made of, as often as it says; its kind is one that has parts."""
+    """The parts of an object, as often as it lists them; checks that its kind can have parts."""
     body = json.loads(content[head.end :])
     if head.kind == "Array":
         return [head.children[number] for number in body["arraychunk_ids"]]

@@ -1,4 +1,4 @@
-"""The model and the task that a setup asks for."""
+"""Loads the model and the task that a setup requests."""
 
 from __future__ import annotations
 

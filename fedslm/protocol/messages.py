@@ -1,4 +1,4 @@
-"""Records to Flower records and back: what a request and a reply hold."""
+"""Requests and replies, and their conversion to and from Flower records."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ _NOTHING = AdapterState({})
 
 @dataclass(frozen=True)
 class Request:
-    """What a client is asked in one round.
+    """The request to a client in one round.
 
     Attributes:
-        setup: What stays the same.
+        setup: The constants of the run.
         round: Counts from 1.
-        adapter: The server's moving tensors, to start from.
-        turn: Which factors are trained: rounds that moved the adapter so far, and one.
-        control: SCAFFOLD's server control variate; empty without it.
-        frozen: The tensors that no round changes, for a node that may not have them; else empty.
+        adapter: The server's moving tensors, from which training starts.
+        turn: Determines which factors are trained: number of rounds that moved the adapter, plus one.
+        control: SCAFFOLD's server control variate; empty without SCAFFOLD.
+        frozen: The tensors that no round changes, for a node that may not have them; otherwise empty.
         seen: What the server has seen of the node's ledger (lines, Merkle root): the reply proves that
             the ledger extends it.
     """
@@ -73,8 +73,8 @@ class Request:
     def to_records(self) -> RecordDict:
         """Packs the request.
 
-        Flower names objects by their hashes, and believes whoever announces a name first: so each
-        packing has a key of its own, and no hash can be known before it is sent.
+        Flower names objects by their hashes, and trusts whoever announces a name first: so each packing
+        has a separate key, and no hash can be known before the message is sent.
         """
         key = secrets.token_bytes(_KEY_BYTES)
         values = ConfigRecord({"setup": self.setup.to_json(), "round": self.round, "turn": self.turn})
@@ -90,7 +90,7 @@ class Request:
         """Unpacks a request.
 
         Raises:
-            FederationError: It has other records or values than a request, or one is out of its bounds.
+            FederationError: Its records or values are not those of a request, or are out of bounds.
         """
         bounds.records(records, configs=("request",), arrays=(), perhaps=_STATES)
         values, arrays = records.config_records["request"], records.array_records
@@ -112,7 +112,7 @@ class Request:
 
     @property
     def packing(self) -> Packing:
-        """What this round's updates look like on the wire."""
+        """The encoding of this round's updates."""
         compression = self.setup.compression
         return Packing(compression.upload, compression.keep_fraction, (self.setup.seed, self.round))
 
@@ -124,23 +124,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client answers.
+    """The reply of a client.
 
     Attributes:
         status: ok, refused (budget, policy, version), failed, rolled-back (the node's ledger lacks
             lines that the server has seen), or needs-frozen (the node lacks the frozen tensors; the
-            next request brings them).
-        round: The round that was asked.
-        reason: Why not ok; coarse under privacy.
-        delta: What was trained and is sent, minus where it started; None unless ok.
-        delta_sha256: Its hash.
+            next request contains them).
+        round: The round of the request.
+        reason: Why the status is not ok; coarse under privacy.
+        delta: The sent tensors: their values after training minus those before; None unless ok.
+        delta_sha256: Hash of ``delta``.
         base_sha256: Hash of the base model that the client used.
         weight: Weight in the mean; 1 under privacy.
         statement: Signed spend statement (JSON); empty without privacy.
         extension: Proofs that the node's ledger extends what the server has seen of it, one for each
             of the request's ``seen``.
-        metric: Noisy (sum of scores, number of units) on the client's data; None if none was asked.
-        num_bytes: Bytes of tensors that came; 0 at the client.
+        metric: Noisy (sum of scores, number of units) on the client's data; None if none was requested.
+        num_bytes: Bytes of tensors that were received; 0 at the client.
     """
 
     status: Status
@@ -167,7 +167,7 @@ class Reply:
                 "weight": self.weight,
                 "statement": self.statement,
                 "extension": json.dumps(self.extension),
-                "salt": secrets.token_hex(16),  # no refusal can be foreseen by another node
+                "salt": secrets.token_hex(16),  # no other node can predict a refusal's hash
             }
         )
         if self.metric is not None:
@@ -188,15 +188,15 @@ class Reply:
 
         Args:
             records: The content of the message.
-            packing: What updates look like on the wire.
-            shapes: The tensors that are expected; needed unless they are packed whole.
+            packing: The encoding of updates.
+            shapes: The expected tensors; required unless they are packed whole.
 
         Raises:
             FederationError: It is not a reply.
         """
         try:
             return cls._from(records, packing, shapes)
-        except Exception as error:  # bytes from outside: whatever they do, they are not a reply
+        except Exception as error:  # bytes from outside: on any error, they are not a reply
             reason = bounds.cut(f"{type(error).__name__}: {error}")
             raise FederationError(f"the reply cannot be read: {reason}") from error
 
@@ -204,7 +204,7 @@ class Reply:
     def _from(
         cls, records: RecordDict, packing: Packing, shapes: Mapping[str, tuple[int, ...]] | None
     ) -> Reply:
-        """Unpacks a reply; anything may be raised."""
+        """Unpacks a reply; may raise any exception."""
         bounds.records(records, configs=("reply",), arrays=(), perhaps=("delta",))
         values, packed = records.config_records["reply"], records.array_records.get("delta")
         bounds.exactly(values, _REPLY_KEYS, "the reply", perhaps=("metric",))
@@ -231,13 +231,13 @@ class Reply:
 
 
 def most_bytes(packing: Packing, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes of a reply's tensors with these shapes, at most."""
+    """Largest number of bytes of a reply's tensors with these shapes."""
     values = sum(packing.bytes_of(math.prod(shape)) for shape in shapes.values())
     return bounds.most_tensor_bytes(packing.keys_of(shapes), values)
 
 
 def status_of_reply(records: RecordDict) -> str:
-    """What a reply says of itself, such as "ok"; "other" if it is no answer to a training request."""
+    """The status of a reply, such as "ok"; "other" if it does not answer a training request."""
     values = records.config_records.get("reply")
     return "other" if values is None else str(values.get("status", "other"))
 
@@ -254,7 +254,7 @@ def _key_of(values: Mapping[str, Any]) -> bytes:
 
 
 def proofs_of(text: object) -> tuple[tuple[str, ...], ...]:
-    """What :class:`Reply` writes for ``extension``."""
+    """Reads what :class:`Reply` writes for ``extension``."""
     found = bounds.parsed(text, _LONGEST_EXTENSION, "extension")
     if type(found) is not list or len(found) > MOST_SEEN:
         raise FederationError(f"extension must be at most {MOST_SEEN} proofs")
@@ -264,12 +264,12 @@ def proofs_of(text: object) -> tuple[tuple[str, ...], ...]:
 
 
 def _is_moderate(value: object) -> bool:
-    """True for a number that sums of do not overflow."""
+    """True for a number whose sums do not overflow."""
     return type(value) in (int, float) and abs(value) <= _LARGEST_METRIC  # type: ignore[arg-type]
 
 
 def _pair(values: object) -> tuple[float, float]:
-    """Two finite numbers."""
+    """Reads two finite numbers."""
     if not isinstance(values, list) or len(values) != 2 or not all(map(_is_moderate, values)):
         raise ValueError("a metric is two numbers up to 10^12")
     return float(values[0]), float(values[1])

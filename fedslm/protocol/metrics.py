@@ -1,4 +1,4 @@
-"""What clients measured on their own held-out records, and how evenly it is spread over them."""
+"""Clients' metrics on their own held-out records, and their spread over clients."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fedslm.protocol import bounds
 
 _LOWER_IS_BETTER = ("loss", "perplexity")
 _LARGEST, _MOST_METRICS, _LONGEST_TEXT = 1e12, 100, 16_384
-_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")  # a report holds it, as text and as a cell of a table
+_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")  # it appears in reports, as text and in table cells
 
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
 class ClientMetrics:
-    """What one client measured on its held-out records.
+    """One client's metrics on its held-out records.
 
     Attributes:
-        records: How many they are.
-        shared: Metrics of the shared adapter (FedSA: with what the client keeps).
+        records: Number of held-out records.
+        shared: Metrics of the shared adapter (FedSA: with the tensors that the client keeps).
         personal: Metrics of the client's own adapter; empty without personalization.
     """
 
@@ -35,7 +35,7 @@ class ClientMetrics:
 
 
 def read_metrics(message: Message) -> ClientMetrics | str | None:
-    """What a client answered: metrics, why there are none, or None if it keeps them."""
+    """Reads a client's answer: metrics, the reason why there are none, or None if it keeps them."""
     if message.has_error():
         return bounds.cut(f"error {message.error.code}: {message.error.reason}")
     try:
@@ -50,19 +50,19 @@ def read_metrics(message: Message) -> ClientMetrics | str | None:
         found = ClientMetrics(**bounds.parsed(text, _LONGEST_TEXT, "metrics")) if text else None
         if found is not None:
             _check(found)
-    except Exception as error:  # bytes from outside: whatever they do, they are no metrics
+    except Exception as error:  # bytes from outside: on any error, they are not metrics
         return bounds.cut(f"the metrics cannot be read: {error}")
     return found
 
 
 def spread(values: Sequence[Metrics]) -> dict[str, Metrics]:
-    """How evenly a metric is spread over clients: fairness.
+    """Spread of each metric over clients, a measure of fairness.
 
     Args:
-        values: One client's metrics each.
+        values: The metrics of each client.
 
     Returns:
-        For each metric min, median, max, and the mean of the worst tenth (one client at least).
+        For each metric min, median, max, and the mean of the worst tenth (at least one client).
 
     >>> spread([{"accuracy": 0.5}, {"accuracy": 1.0}])["accuracy"]["worst_decile"]
     0.5
@@ -82,7 +82,7 @@ def spread(values: Sequence[Metrics]) -> dict[str, Metrics]:
 
 
 def _check(found: ClientMetrics) -> None:
-    """Refuses what is no count and finite numbers."""
+    """Refuses metrics without a valid count or with numbers that are not finite."""
     numbers: Iterator[Any] = (
         value for part in (found.shared, found.personal) for value in part.values()
     )
@@ -96,7 +96,7 @@ def _check(found: ClientMetrics) -> None:
 
 
 def as_json(measured: Mapping[str, ClientMetrics]) -> dict[str, Any]:
-    """Client name to its metrics, and their spread."""
+    """Each client's metrics by name, and their spread."""
     shared = [each.shared for each in measured.values() if each.shared]
     personal = [each.personal for each in measured.values() if each.personal]
     return {

@@ -1,4 +1,4 @@
-"""What stays the same over a run, as the server tells it to every client."""
+"""The constants of a run, which the server sends to every client."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ _LONGEST_TEXTS = {
 
 @dataclass(frozen=True)
 class Setup:
-    """What stays the same over a run; every request repeats it, since a client may be new.
+    """The constants of a run; every request repeats them, since a client may be new.
 
     Attributes:
         run_id: Identifier of the run.
         seed: The run's seed; private sampling and noise do not use it.
         directory: The run directory (simulation).
         version: fedslm's version at the server.
-        aggregation: How adapters become one; the method is resolved.
-        compression: What updates look like on the wire.
-        personalization: What clients do for themselves after the last round.
-        labels: Class names: public.
+        aggregation: How adapters are aggregated; the method is resolved.
+        compression: The encoding of updates.
+        personalization: Personalization at the clients after the last round.
+        labels: Class names, which are public.
         plan: The calibrated plan.
         config_sha256: Hash of the run's config.
         base_sha256: Hash of the base model that the server uses.
@@ -103,8 +103,8 @@ class Setup:
         """Reads what :meth:`to_json` wrote.
 
         Raises:
-            FederationError: Another version of fedslm wrote it, it is too long, it has other fields, or
-                one is out of its bounds.
+            FederationError: Another version of fedslm wrote it, it is too long, or its fields differ
+                or are out of bounds.
             PolicyRefused: The plan cannot be run.
         """
         values = bounds.parsed(text, bounds.MOST_SETUP_BYTES, "the setup")
@@ -131,7 +131,7 @@ class Setup:
 
 
 def _check_version(values: object) -> None:
-    """Refuses a setup of another version by name, before its fields are compared with this one's."""
+    """Refuses a setup of another version by its name, before comparing its fields with this one's."""
     version = values.get("version") if isinstance(values, dict) else None
     if type(version) is str and version != fedslm.__version__:
         raise FederationError(
@@ -140,7 +140,7 @@ def _check_version(values: object) -> None:
 
 
 def _plan_of(values: Mapping[str, Any]) -> RunPlan:
-    """The plan, decoded once; what cannot be run is refused."""
+    """Decodes the plan once; refuses one that cannot be run."""
     try:
         return plan_from_json(bounds.text(values, "plan", _LONGEST_PLAN))
     except PrivacyError as error:

@@ -1,4 +1,4 @@
-"""Tensors as one Flower array: packed, masked, and read again within bounds."""
+"""Tensors as one Flower array: packed, masked, and unpacked within bounds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def from_arrays(record: ArrayRecord, mask: Mask | None = None) -> AdapterState:
 
 
 def record_of(tensors: Mapping[str, NDArray[Any]], mask: Mask | None = None) -> ArrayRecord:
-    """All tensors as one array: with real nodes, Flower makes at least two requests for each array."""
+    """Packs tensors into one array: with real nodes, Flower makes at least two requests per array."""
     from safetensors.numpy import save
 
     if not tensors:
@@ -51,7 +51,7 @@ def arrays_of(
     most_bytes: int | None = None,
     mask: Mask | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """What :func:`record_of` packed."""
+    """Unpacks the result of :func:`record_of`."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
