@@ -1,1 +1,1 @@
-"""Real federations: certificates and keys, a server, and nodes, over TLS."""
+"""Real federations: certificates, keys, a server and nodes that communicate over TLS."""

@@ -1,9 +1,9 @@
-"""Which nodes are let in, and what they are told: the server's list, and admissions.
+"""Admission of nodes: the server's list of nodes, and the admission files that nodes receive.
 
-An admission says where the server is, how to know it, and with which key its operator signs requests;
-it is signed with that key. The federation's fingerprint, which operators compare over another way, is
-of the authority's certificate and the operator's key together; the operator's signature covers the rest
-of an admission.
+An admission contains the server's address, its certificate authority, and the operator's public key for
+requests; it is signed with the operator's key. The federation's fingerprint, which operators compare
+over a separate channel, covers the authority's certificate and the operator's key together; the
+operator's signature covers the rest of an admission.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Admitted:
         node_id: Its number at the SuperLink.
         node_key: Its public key, SSH text.
         ledger_key: The public key that signs its ledger, hexadecimal.
-        admitted_at: When.
-        revoked: True if it is shut out.
+        admitted_at: When it was admitted.
+        revoked: True if its admission was revoked.
     """
 
     name: str
@@ -68,19 +68,19 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Admission:
-    """What a node is told.
+    """The data that an admitted node receives.
 
     Attributes:
         federation: The federation's name.
         address: Host and port of the server.
-        authority: The certificate that the server is known by, PEM.
+        authority: Certificate of the server's authority, PEM.
         operator_key: Public half (Ed25519, hexadecimal) of the key that signs requests.
         node_id: The node's number at the SuperLink.
         node_key: The node's public key that was admitted.
         bundle_sha256: Hash of the application bundle that the server sends.
         version: The server's version of fedslm.
-        signature: Of all of the above, by the operator's key. It is checked when the admission is
-            accepted.
+        signature: Signature over all of the above by the operator's key. It is checked when the
+            admission is accepted.
     """
 
     federation: str
@@ -95,12 +95,12 @@ class Admission:
 
     @property
     def fingerprint(self) -> str:
-        """What the server's operator reads to the node's over the telephone."""
+        """The fingerprint that the two operators compare over the telephone."""
         return fingerprint(self.authority + self.operator_key)
 
 
 def admitted_nodes(directory: Path) -> list[Admitted]:
-    """The server's list of nodes.
+    """Reads the server's list of nodes.
 
     Raises:
         RunError: It cannot be read.
@@ -115,25 +115,25 @@ def admitted_nodes(directory: Path) -> list[Admitted]:
 
 
 def admit(directory: Path, request: Path, register: Any, *, reason: str = "") -> tuple[Admitted, Path]:
-    """Lets a node in.
+    """Admits a node.
 
     Args:
         directory: The server's directory.
         request: The node's request.
-        register: Registers (public key, name) with the SuperLink and gives the node's number.
+        register: Registers (public key, name) with the SuperLink and returns the node's number.
         reason: Why a node that spent something before begins a new ledger; the audit shows it.
 
     Returns:
-        The node, and the admission's file, to be sent back.
+        The node, and the admission file to send back.
 
     Raises:
         Refused: The name or a key is taken or revoked, a signature is wrong, or a node of this name had
-            another ledger and there is no reason.
+            another ledger and the reason is empty.
         RunError: The request is not one.
         FederationError: The SuperLink refuses.
     """
     asked = read_request(request)
-    with _locked(directory):  # nobody else gets the name or a key between the check and the list
+    with _locked(directory):  # the name and keys stay free between check and write
         nodes = admitted_nodes(directory)
         _refuse_taken(directory, request, asked, nodes=nodes)
         former = _former_key(directory, asked, nodes=nodes, reason=reason)
@@ -151,10 +151,10 @@ def admit(directory: Path, request: Path, register: Any, *, reason: str = "") ->
 
 
 def _former_key(directory: Path, asked: dict[str, str], *, nodes: list[Admitted], reason: str) -> str:
-    """The other ledger key by which a revoked node of this name spent something; empty if none did.
+    """The other ledger key with which a revoked node of this name spent something; empty if none.
 
     Raises:
-        Refused: There is one, and no reason.
+        Refused: There is such a key, and the reason is empty.
     """
     standings = spends.read_standings(directory / spends.SPENDS)
     former = [node.ledger_key for node in nodes if node.name == asked["name"]]
@@ -190,7 +190,7 @@ def _refuse_taken(
 
 
 def revoke(directory: Path, name: str, unregister: Any) -> Admitted:
-    """Shuts a node out; its name is free again.
+    """Revokes a node's admission; its name can be used again.
 
     Args:
         directory: The server's directory.
@@ -213,7 +213,7 @@ def revoke(directory: Path, name: str, unregister: Any) -> Admitted:
 
 
 def _locked(directory: Path) -> AbstractContextManager[None]:
-    """Keeps other commands out between reading and writing the list."""
+    """Locks out other commands between reading and writing the list."""
     problem = f"{directory / NODES} is in use by another process; try again"
     return locked(directory / f"{NODES}.lock", _LOCK_SECONDS, problem)
 
@@ -225,7 +225,7 @@ def _write(directory: Path, nodes: list[Admitted]) -> None:
 
 
 def write_admission(directory: Path, node: Admitted) -> Path:
-    """Writes what a node is told.
+    """Writes a node's admission file.
 
     Raises:
         RunError: It cannot be written.
@@ -249,15 +249,15 @@ def write_admission(directory: Path, node: Admitted) -> Path:
 
 
 def _admission_of(directory: Path, name: str) -> Path:
-    """Where a node's admission is written."""
+    """Path of a node's admission file."""
     return directory / "admissions" / f"{name}.admission.json"
 
 
 def federation_fingerprint(directory: Path) -> str:
-    """Fingerprint of the authority and the operator's key together.
+    """Fingerprint over the authority and the operator's key.
 
     Raises:
-        RunError: One cannot be read.
+        RunError: One of them cannot be read.
     """
     try:
         certificate = (directory / AUTHORITY).read_text(encoding="utf-8")
@@ -267,19 +267,19 @@ def federation_fingerprint(directory: Path) -> str:
 
 
 def rekey(directory: Path) -> list[Path]:
-    """Makes a new operator's key, and the admissions that tell the nodes of it.
+    """Creates a new operator's key, and the admissions that announce it to the nodes.
 
     Returns:
-        The admissions of all admitted nodes, to be sent to them.
+        The admissions of all admitted nodes, to send to them.
 
     Raises:
         ConfigError: This is not a server's directory.
-        RunError: A run is under way, or something cannot be written.
+        RunError: A run is active, or something cannot be written.
     """
     read_federation(directory)
-    authority.read_certificate(directory / AUTHORITY)  # without it nobody could be told of the key
+    authority.read_certificate(directory / AUTHORITY)  # without it no admission could announce the key
     for run in (directory / "runs").glob("*/config.json"):
-        with RunDirectory(run.parent, "").locked():  # a run that goes on signs with the old key
+        with RunDirectory(run.parent, "").locked():  # an active run signs with the old key
             pass
     authority.rekey(directory)
     nodes = [node for node in admitted_nodes(directory) if not node.revoked]
@@ -287,14 +287,14 @@ def rekey(directory: Path) -> list[Path]:
 
 
 def readmit(directory: Path, name: str, reason: str) -> Standing:
-    """Lets a node in again that was put out for its ledger.
+    """Readmits a node that was excluded because of its ledger.
 
     Returns:
-        What was known of it.
+        The previous standing of the node.
 
     Raises:
         ConfigError: This is not a server's directory.
-        RunError: There is no such node, it is not out, or there is no reason.
+        RunError: There is no such node, it is not excluded, or the reason is empty.
     """
     read_federation(directory)
     for node in admitted_nodes(directory):
@@ -304,7 +304,7 @@ def readmit(directory: Path, name: str, reason: str) -> Standing:
 
 
 def _signed_part(admission: Admission) -> dict[str, Any]:
-    """What an admission's signature is over."""
+    """The values that an admission's signature covers."""
     values = asdict(admission)
     del values["signature"]
     return {**values, "purpose": "fedslm admission, version 1"}
@@ -313,17 +313,17 @@ def _signed_part(admission: Admission) -> dict[str, Any]:
 def accept(
     directory: Path, admission: Path, *, expected: str | None = None, replaces: bool = False
 ) -> Admission:
-    """Puts an admission into the node's directory, if it is for this node.
+    """Stores an admission in the node's directory, if it is for this node.
 
-    The fingerprint is of the authority and the operator's key; the operator's signature covers the
-    rest. So compare the fingerprint with the server's operator over another way, and nothing else is
-    left to trust.
+    The fingerprint covers the authority and the operator's key; the operator's signature covers the
+    rest. So if the fingerprint was compared with the server's operator over a separate channel, nothing
+    else needs to be trusted.
 
     Args:
-        directory: The node's own.
-        admission: What came back.
-        expected: The federation's fingerprint that it must have; None: whatever it has.
-        replaces: Take another authority, or another operator's key, than was accepted before.
+        directory: The node's own directory.
+        admission: The admission file that was sent back.
+        expected: The federation's fingerprint that it must have; None: any.
+        replaces: Accept another authority or operator's key than the ones accepted before.
 
     Raises:
         Refused: It is not signed by the key that it names, is for another node's key, or has another
@@ -352,7 +352,7 @@ def accept(
 
 
 def _is_signed_by_its_operator(admission: Admission) -> bool:
-    """True if the operator's key that an admission names has signed it."""
+    """True if an admission is signed with the operator's key that it contains."""
     try:
         key = keys.read_public_key(admission.operator_key)
     except LedgerError:
@@ -381,7 +381,7 @@ def read_admission(path: Path) -> Admission:
 
 
 def address_of(federation: FederationFile) -> str:
-    """Host and port that nodes reach.
+    """Host and port at which nodes reach the server.
 
     >>> address_of(FederationFile(name="f", host="::1"))
     '[::1]:8443'

@@ -1,9 +1,8 @@
 """An offline certificate authority, and the server's certificate.
 
-The authority's key never leaves the directory that it was made in; it is needed for a new server
-certificate alone, and may be kept offline otherwise. Nodes have keys of their own and no certificate:
-the server knows their public keys. The operator's key signs every request to a node, so it stays with
-the server.
+The authority's key never leaves the directory in which it was created; it is needed only for a new
+server certificate, and may be kept offline otherwise. Nodes have keys but no certificates: the server
+knows their public keys. The operator's key signs every request to a node, so it stays on the server.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ _CLOCK_SKEW = timedelta(minutes=5)
 
 
 def certify(server: Path) -> None:
-    """Makes the authority, the operator's key and the server's certificate.
+    """Creates the authority, the operator's key and the server's certificate.
 
     Raises:
-        ConfigError: ``federation.toml`` is wrong.
-        RunError: There is an authority already.
+        ConfigError: ``federation.toml`` is invalid.
+        RunError: There is already an authority.
     """
     federation = read_federation(server)
     create_authority(server, federation.name, federation.authority_days)
@@ -43,7 +42,7 @@ def certify(server: Path) -> None:
 
 
 def rekey(server: Path) -> None:
-    """Makes the operator's key, which signs requests (Ed25519, mode 0600); replaces an old one.
+    """Creates the operator's key, which signs requests (Ed25519, mode 0600); replaces an old one.
 
     Raises:
         RunError: It cannot be written.
@@ -64,10 +63,10 @@ def operator_public(server: Path) -> str:
 
 
 def renew(server: Path) -> None:
-    """Makes a server certificate for all its names, and for its own loopback.
+    """Creates a server certificate for all of the server's names, and for loopback.
 
     Raises:
-        ConfigError: ``federation.toml`` is wrong.
+        ConfigError: ``federation.toml`` is invalid.
         RunError: The authority cannot be read, or has expired.
     """
     federation = read_federation(server)
@@ -76,10 +75,10 @@ def renew(server: Path) -> None:
 
 
 def create_authority(directory: Path, name: str, days: int) -> None:
-    """Makes the authority: a P-384 key (mode 0600) and a certificate that it signs itself.
+    """Creates the authority: a P-384 key (mode 0600) and a self-signed certificate.
 
     Raises:
-        RunError: There is one already, or it cannot be written.
+        RunError: There is already one, or it cannot be written.
     """
     if (directory / AUTHORITY).exists():
         raise Unusable(f"{directory / AUTHORITY} exists: a federation has one authority")
@@ -96,15 +95,15 @@ def create_authority(directory: Path, name: str, days: int) -> None:
 
 
 def issue_server(directory: Path, names: Sequence[str], days: int) -> None:
-    """Makes a new key and certificate for the server, signed by the authority; replaces old ones.
+    """Creates a new key and certificate for the server, signed by the authority; replaces old ones.
 
     Args:
-        directory: Holds the authority.
+        directory: Directory of the authority.
         names: Names and addresses that the certificate is for.
         days: How long it is valid; never longer than the authority.
 
     Raises:
-        ConfigError: A name is none.
+        ConfigError: A name is not valid.
         RunError: The authority cannot be read, or has expired.
     """
     key = ec.generate_private_key(ec.SECP384R1())
@@ -129,7 +128,7 @@ def issue_server(directory: Path, names: Sequence[str], days: int) -> None:
 
 
 def expires(path: Path) -> datetime:
-    """When a certificate ends.
+    """Expiry time of a certificate.
 
     Raises:
         RunError: It cannot be read.
@@ -150,7 +149,7 @@ def read_certificate(path: Path) -> x509.Certificate:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Writes a secret that its owner alone can read; an old one is replaced.
+    """Writes a secret that only its owner can read; an old one is replaced.
 
     Raises:
         RunError: It cannot be written.
@@ -184,7 +183,7 @@ def _authority(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certif
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
-    """What all certificates have."""
+    """The fields that all certificates have in common."""
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -199,7 +198,7 @@ def _builder(
 
 
 def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    """Key usage of an authority, or of a server."""
+    """Key usage of an authority or of a server."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         content_commitment=False,
@@ -214,7 +213,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _general_name(name: str) -> x509.GeneralName:
-    """A DNS name or an address."""
+    """Parses a DNS name or an address."""
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
@@ -236,7 +235,7 @@ def _pem_of_key(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write_public(path: Path, content: bytes) -> None:
-    """Writes what everybody may read."""
+    """Writes a file that everybody may read."""
     try:
         path.write_bytes(content)
     except OSError as error:

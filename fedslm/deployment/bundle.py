@@ -1,7 +1,7 @@
-"""The application bundle: what Flower carries from the server to the nodes.
+"""The application bundle that Flower sends from the server to the nodes.
 
-A bundle of one version of fedslm is the same bytes everywhere, whatever a run's config says (the config
-travels as overrides), so that its hash can be approved once. A node runs no code of it: it runs its own
+A bundle of one version of fedslm has the same bytes everywhere, whatever a run's config (the config is
+sent as overrides), so that its hash can be approved once. A node runs none of its code: it runs its own
 installed fedslm, and only for bundles whose hash it approves.
 """
 
@@ -70,12 +70,12 @@ def bundle() -> bytes:
 
 
 def sha256_of(content: bytes) -> str:
-    """Hash of a bundle's bytes, which is how Flower names it."""
+    """Hash of a bundle's bytes, by which Flower identifies it."""
     return hashlib.sha256(content).hexdigest()
 
 
 def _defaults() -> str:
-    """Every key with a value of its type: Flower's overrides may only name keys that are there."""
+    """Every key with a value of its type: Flower's overrides may use only existing keys."""
     config = Config.model_validate(
         {
             "model": {"base": "demo"},

@@ -1,4 +1,4 @@
-"""When certificates end, said in time; and what TLS errors may mean where a clock is wrong."""
+"""Early warnings of expiring certificates, and hints on TLS errors caused by a wrong clock."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _BY_THE_CLOCK = ("certificate is not yet valid", "certificate has expired")
 
 
 def ending(what: str, end: datetime, remedy: str) -> str:
-    """A warning of a certificate that ends within 30 days, or has ended; empty for any other.
+    """A warning for a certificate that expires within 30 days, or has expired; otherwise empty.
 
     Args:
         what: Whose certificate it is, such as "the server's certificate".
-        end: When it ends.
-        remedy: What to do, and who.
+        end: When it expires.
+        remedy: What to do, and who must do it.
     """
     left = end - datetime.now(UTC)
     if left >= timedelta(days=WARNING_DAYS):
@@ -33,9 +33,9 @@ def ending(what: str, end: datetime, remedy: str) -> str:
 
 
 def server_warnings(server: Path) -> list[str]:
-    """Warnings of the certificates in a server's directory; a file that cannot be read gives none here.
+    """Warnings for the certificates in a server's directory; an unreadable file gives none here.
 
-    Whoever uses such a file says what is wrong with it.
+    The code that uses such a file reports what is wrong with it.
     """
     remedies = {
         SERVER: ("the server's certificate", "run `fedslm provision renew`, then restart the server"),
@@ -54,14 +54,14 @@ def server_warnings(server: Path) -> list[str]:
 
 
 def node_warnings(address: str, authority: str) -> list[str]:
-    """Warnings of the server's certificate, as the server shows it, and of the authority's.
+    """Warnings for the server's certificate, as presented by the server, and for the authority's.
 
     Args:
         address: Host and port of the server.
-        authority: The certificate that the server is known by, PEM.
+        authority: Certificate of the server's authority, PEM.
 
     Raises:
-        FederationError: The server cannot be reached, or is not who the authority says.
+        FederationError: The server cannot be reached, or its certificate is not from the authority.
     """
     operator = "the server's operator"
     found = (
@@ -80,10 +80,10 @@ def node_warnings(address: str, authority: str) -> list[str]:
 
 
 def end_at_server(address: str, authority: str) -> datetime:
-    """When the certificate ends that a server shows, which the authority vouches for.
+    """Expiry time of a server's certificate, which the authority must have signed.
 
     Raises:
-        FederationError: The server cannot be reached, or is not who the authority says.
+        FederationError: The server cannot be reached, or its certificate is not from the authority.
     """
     try:
         shown = certificate_at(address, authority)
@@ -93,14 +93,14 @@ def end_at_server(address: str, authority: str) -> datetime:
 
 
 def certificate_at(address: str, authority: str) -> bytes:
-    """The certificate (DER) that a server shows, which the authority vouches for.
+    """The certificate (DER) that a server presents, which the authority must have signed.
 
     Args:
         address: Host and port.
-        authority: The certificate that the server is known by, PEM.
+        authority: Certificate of the server's authority, PEM.
 
     Raises:
-        ssl.SSLCertVerificationError: The server is not who the authority says.
+        ssl.SSLCertVerificationError: The server's certificate is not from the authority.
         OSError: It cannot be reached.
     """
     host, _, port = address.rpartition(":")
@@ -114,7 +114,7 @@ def certificate_at(address: str, authority: str) -> bytes:
 
 
 def with_clock(error: Exception) -> str:
-    """An error's text; if a certificate is too young or too old, also this machine's time.
+    """An error's text; if a certificate is not yet valid or expired, with this machine's time.
 
     >>> with_clock(OSError("no route"))
     'no route'

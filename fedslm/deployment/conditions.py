@@ -1,7 +1,7 @@
-"""When a node takes part: within its hours, and while its operator's own command says so.
+"""Conditions for a node to take part: its hours, and the result of its operator's own command.
 
-A phone trains while it is charged, idle and on a network that costs nothing; what that means there, its
-operator's command knows. Outside its conditions a node is not connected at all.
+A phone trains while it is charged, idle and on an unmetered network; the operator's command checks
+these conditions on that device. Outside its conditions a node is not connected at all.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _MOST_OF_A_REASON = 200
 
 
 class Attendance:
-    """Whether a node takes part now; asked anew every ``check_seconds``, and logged when it changes.
+    """Whether a node takes part now; checked every ``check_seconds``, and logged when it changes.
 
     Formal guarantees:
-        * True only if every condition held when it was last looked at, at most ``check_seconds`` ago.
-        * A command that is missing, fails, or does not answer in time says no.
+        * True only if every condition held at the last check, at most ``check_seconds`` ago.
+        * A command that is missing, fails, or does not answer in time counts as not met.
 
     Args:
-        conditions: What must hold; None: the node always takes part.
-        directory: Where the command runs.
+        conditions: The conditions; None: the node always takes part.
+        directory: Working directory of the command.
     """
 
     def __init__(self, conditions: Conditions | None, directory: Path) -> None:
@@ -43,7 +43,7 @@ class Attendance:
 
     @property
     def check_seconds(self) -> float:
-        """How often the conditions are looked at."""
+        """How often the conditions are checked."""
         return self._conditions.check_seconds
 
     def takes_part(self) -> bool:
@@ -59,11 +59,11 @@ class Attendance:
 
 
 def reason_against(conditions: Conditions, directory: Path, now: datetime) -> str | None:
-    """Why a node does not take part, in a line; None if it does.
+    """Why a node does not take part, in one line; None if it does.
 
     Args:
-        conditions: What must hold.
-        directory: Where the command runs.
+        conditions: The conditions.
+        directory: Working directory of the command.
         now: Local time.
     """
     if conditions.hours and not is_within(conditions.hours, now):
@@ -72,7 +72,7 @@ def reason_against(conditions: Conditions, directory: Path, now: datetime) -> st
 
 
 def is_within(hours: str, now: datetime) -> bool:
-    """Whether a time lies within hours, of which the first minute counts and the last does not.
+    """Whether a time is within hours; the first minute is included and the last is not.
 
     >>> [is_within("22:00-06:00", datetime(2026, 1, 1, hour)) for hour in (21, 22, 0, 5, 6)]
     [False, True, True, True, False]
@@ -85,7 +85,7 @@ def is_within(hours: str, now: datetime) -> bool:
 
 
 def _refusal(command: Sequence[str], directory: Path) -> str | None:
-    """Why a command says no; None if it ends with 0."""
+    """Why a command is not met; None if it exits with 0."""
     name = command[0]
     try:
         with tempfile.TemporaryFile() as output:

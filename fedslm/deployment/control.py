@@ -24,12 +24,12 @@ _POLL_SECONDS, _LATEST_RUNS = 0.5, 20
 
 @dataclass(frozen=True)
 class SeenNode:
-    """What the SuperLink knows of a node.
+    """The SuperLink's record of a node.
 
     Attributes:
         node_id: Its number at the SuperLink.
         status: online, offline, registered or unregistered.
-        last_seen: When it came or went, as the SuperLink wrote it; empty if it never came.
+        last_seen: When it last connected or disconnected, from the SuperLink; empty if it never did.
     """
 
     node_id: int
@@ -42,16 +42,16 @@ class Control:
     """A connection to the Control API.
 
     Attributes:
-        client: Flower's client.
+        client: Flower's HTTP client.
     """
 
     client: Any
 
     def register(self, node_key: str, name: str) -> int:
-        """Lets a node in, by its public key (SSH text); gives its number.
+        """Registers a node by its public key (SSH text); returns its number.
 
         Raises:
-            FederationError: The SuperLink refuses, or is not there.
+            FederationError: The SuperLink refuses, or is not reachable.
         """
         from flwr.proto.control_pb2 import RegisterNodeRequest
 
@@ -63,10 +63,10 @@ class Control:
             return int(self.client.RegisterNode(request).node_id)
 
     def unregister(self, node_id: int) -> None:
-        """Shuts a node out.
+        """Unregisters a node.
 
         Raises:
-            FederationError: The SuperLink refuses, or is not there.
+            FederationError: The SuperLink refuses, or is not reachable.
         """
         from flwr.proto.control_pb2 import UnregisterNodeRequest
 
@@ -74,14 +74,14 @@ class Control:
             self.client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
     def wait(self, seconds: float, on_wait: Callable[[], None] = lambda: None) -> None:
-        """Waits for a SuperLink that is only coming up.
+        """Waits for a SuperLink that is still starting.
 
         Args:
-            seconds: How long at most.
-            on_wait: Is called once, if it is not there yet.
+            seconds: Longest time to wait.
+            on_wait: Called once, if it is not reachable yet.
 
         Raises:
-            FederationError: It is not there by then.
+            FederationError: It is not reachable by then.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -99,7 +99,7 @@ class Control:
         """All nodes that the SuperLink knows.
 
         Raises:
-            FederationError: It is not there.
+            FederationError: It is not reachable.
         """
         from flwr.proto.control_pb2 import ListNodesRequest
 
@@ -115,13 +115,13 @@ class Control:
         ]
 
     def start(self, overrides: Mapping[str, str | int | float | bool]) -> int:
-        """Starts a run of this version's bundle; gives its number.
+        """Starts a run of this version's bundle; returns its number.
 
         Args:
             overrides: The flat run config.
 
         Raises:
-            FederationError: The SuperLink refuses, or is not there.
+            FederationError: The SuperLink refuses, or is not reachable.
         """
         from flwr.common.serde import fab_to_proto, user_config_to_proto
         from flwr.proto.control_pb2 import StartRunRequest
@@ -142,7 +142,7 @@ class Control:
         """Stops a run.
 
         Raises:
-            FederationError: The SuperLink refuses, or is not there.
+            FederationError: The SuperLink refuses, or is not reachable.
         """
         from flwr.proto.control_pb2 import StopRunRequest
 
@@ -150,10 +150,10 @@ class Control:
             self.client.StopRun(StopRunRequest(run_id=run_id))
 
     def status(self, run_id: int) -> str:
-        """What a run does, such as running, finished:completed or finished:failed.
+        """Status of a run, such as running, finished:completed or finished:failed.
 
         Raises:
-            FederationError: There is no such run, or the SuperLink is not there.
+            FederationError: There is no such run, or the SuperLink is not reachable.
         """
         from flwr.proto.control_pb2 import ListRunsRequest
 
@@ -164,10 +164,10 @@ class Control:
         return _status_of(runs[run_id])
 
     def living(self, directory: Path) -> dict[int, str]:
-        """The latest runs that are recorded in a directory and have not ended: number to status.
+        """Number to status of the latest runs recorded in a directory that have not ended.
 
         Raises:
-            FederationError: The SuperLink is not there.
+            FederationError: The SuperLink is not reachable.
         """
         from flwr.common.serde import user_config_from_proto
         from flwr.proto.control_pb2 import ListRunsRequest
@@ -183,18 +183,18 @@ class Control:
 
 
 def _status_of(run: Any) -> str:
-    """What a run does, in one word or two."""
+    """Status of a run, with its sub-status if there is one."""
     status = run.status
     return f"{status.status}:{status.sub_status}" if status.sub_status else str(status.status)
 
 
 def _nothing() -> None:
-    """It was said already."""
+    """Does nothing: the wait was already reported."""
 
 
 @contextmanager
 def connected(directory: Path) -> Iterator[Control]:
-    """A connection to the SuperLink of a server directory, over TLS.
+    """Opens a connection to the SuperLink of a server directory, over TLS.
 
     Raises:
         FederationError: Its certificate cannot be read.
@@ -221,7 +221,7 @@ def connected(directory: Path) -> Iterator[Control]:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turns errors of HTTP into ours."""
+    """Turns HTTP errors into FederationError."""
     import httpx
 
     try:

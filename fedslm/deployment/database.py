@@ -1,8 +1,8 @@
-"""The SuperLink's database, made smaller before the SuperLink starts.
+"""Shrinks the SuperLink's database before the SuperLink starts.
 
-Flower removes a run's messages and objects when somebody asks for a finished run, and never gives the
-room back. Before the SuperLink starts, and while nobody else has the file, what belongs to no run that
-can go on is removed, and the file is written anew (SQLite's VACUUM) if a quarter of it is empty.
+Flower removes a run's messages and objects when somebody queries a finished run, and never releases the
+disk space. Before the SuperLink starts, and while no other process uses the file, data that belong to
+no resumable run are removed, and the file is rewritten (SQLite's VACUUM) if a quarter of it is empty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
-_MOST_SECONDS, _STEPS = 60.0, 100  # an object of 5 MiB is few of SQLite's steps
+_MOST_SECONDS, _STEPS = 60.0, 100  # an object of 5 MiB takes few of SQLite's steps
 _SMALLEST_BYTES, _EMPTY_SHARE, _LOG_SECONDS = 1 << 20, 0.25, 30 * 86_400.0
 _UNFINISHED = """(SELECT run.run_id FROM run JOIN task ON task.task_id = run.primary_task_id
     WHERE task.finished_at IS NULL)"""
@@ -31,11 +31,11 @@ _REMOVE = (
 
 
 def tidy(path: Path, most_seconds: float = _MOST_SECONDS) -> None:
-    """Removes what finished runs have left, and gives the room back; skips what it cannot do.
+    """Removes data of finished runs, and releases the disk space; skips steps that fail.
 
     Args:
-        path: The database; nothing happens if it is not there.
-        most_seconds: It stops after so long, with the database as it was before that step.
+        path: The database; nothing happens if it does not exist.
+        most_seconds: It stops after this time, with the database as it was before that step.
     """
     if not path.exists():
         return
@@ -55,7 +55,7 @@ def tidy(path: Path, most_seconds: float = _MOST_SECONDS) -> None:
 
 
 def _remove(database: sqlite3.Connection) -> None:
-    """Removes all of it, or nothing."""
+    """Removes all of these data, or none."""
     database.execute("BEGIN IMMEDIATE")
     try:
         for statement in _REMOVE:
@@ -68,7 +68,7 @@ def _remove(database: sqlite3.Connection) -> None:
 
 
 def _vacuum(database: sqlite3.Connection, path: Path) -> None:
-    """Writes the file anew if that is worth its while, and there is room for a copy."""
+    """Rewrites the file if enough of it is empty, and there is room for a copy."""
     (empty,), (pages,), (size,) = (
         database.execute(f"PRAGMA {name}").fetchone()
         for name in ("freelist_count", "page_count", "page_size")

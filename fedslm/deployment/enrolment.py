@@ -1,10 +1,10 @@
-"""How a node asks to be let in: keys of its own, and a signed request.
+"""Enrolment of a node: it creates its keys and a signed request for admission.
 
-The node makes its keys itself; none of them ever leaves it. What it sends to the server's operator (by
-mail, for instance) is a request with its public keys, signed by both private ones. The operator
-compares the fingerprint over another way and answers with an admission
+The node creates its keys itself; no private key ever leaves it. It sends the server's operator (by
+mail, for instance) a request with its public keys, signed by both private ones. The operator compares
+the fingerprint over a separate channel and answers with an admission
 (:mod:`fedslm.deployment.admission`). Treat both files as confidential: they are not enough to take
-part, but they say who does, and where.
+part, but they reveal who does, and where.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedslm.privacy import keys
 from fedslm.storage import read_text, write_text
 
 NODE_KEY = "node-key"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # also a file's name, here and at the server
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # also a file name, here and at the server
 _LEDGER_KEY = re.compile(r"[0-9a-f]{64}")
 _REQUEST_KEYS = {"name", "node_key", "ledger_key", "version", "made_at"}
 MAX_BYTES = 64 * 1024
@@ -36,7 +36,7 @@ _OTHERS = 0o077
 
 
 def enroll(directory: Path, name: str) -> Path:
-    """Makes a node's keys, if it has none, and writes its request.
+    """Creates a node's keys, if it has none, and writes its request.
 
     Args:
         directory: The node's own directory.
@@ -46,7 +46,7 @@ def enroll(directory: Path, name: str) -> Path:
         The request's file.
 
     Raises:
-        RunError: The name is none, something cannot be written, or others can read a key.
+        RunError: The name is not valid, something cannot be written, or others can read a key.
     """
     if not _NAME.fullmatch(name):
         raise Unusable(f"name {name!r} must be 1 to 64 letters, digits, dots, dashes or underscores")
@@ -80,10 +80,10 @@ def enroll(directory: Path, name: str) -> Path:
 
 
 def node_key(directory: Path) -> ec.EllipticCurvePrivateKey:
-    """A node's private key.
+    """Reads a node's private key.
 
     Raises:
-        RunError: It is missing or none, or others can read it.
+        RunError: It is missing or not a valid key, or others can read it.
     """
     path = directory / NODE_KEY
     try:
@@ -98,18 +98,18 @@ def node_key(directory: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def public_text(key: ec.EllipticCurvePrivateKey) -> str:
-    """The public half of a node's key, as SSH writes it."""
+    """The public half of a node's key, in SSH format."""
     return _ssh(key.public_key())
 
 
 def _ssh(key: ec.EllipticCurvePublicKey) -> str:
-    """The one way to write a node's public key."""
+    """The canonical encoding of a node's public key."""
     found = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return found.decode()
 
 
 def fingerprint(key: str) -> str:
-    """What operators read to one another over the telephone: of a node's key, or an authority.
+    """Fingerprint of a node's key or an authority, which operators compare over the telephone.
 
     >>> fingerprint("ecdsa-sha2-nistp384 AAAA")
     'c766-424a-5bb8-8fcc'
@@ -151,10 +151,10 @@ def read_request(path: Path) -> dict[str, str]:
 
 
 def short(error: Exception) -> str:
-    """What is wrong with a file that somebody else wrote, in a line."""
+    """A one-line description of what is wrong with a file from outside."""
     return str(error)[:200]
 
 
 def _canonical(values: dict[str, str]) -> bytes:
-    """The one way to write a request for signing."""
+    """The canonical encoding of a request for signing."""
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()

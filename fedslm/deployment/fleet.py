@@ -4,8 +4,8 @@ Formal guarantees:
     * An answer is read up to the limit of its call and no further: 6 MiB for a piece of a message,
       11 MiB for an application bundle, 1 MiB for everything else, and ten minutes for each.
     * No redirect is followed and no compressed answer is unpacked.
-    * Nothing that a server answers ends or interrupts this process: it becomes an exception, whose text
-      is bounded. Nothing that it answers to a heartbeat ends the heartbeats.
+    * No answer of a server ends or interrupts this process: it becomes an exception, whose text is
+      bounded. No answer to a heartbeat ends the heartbeats.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _USUAL_BYTES = _MIB
 _READ_SECONDS, _WHOLE_SECONDS = 30.0, 600.0
 _LONGEST_TEXT = 200
 UNKNOWN_KEY = "the server does not know this node's key: it was revoked, or never admitted"
-_TOO_MUCH_SECONDS = 240.0  # the server refuses five minutes
+_TOO_MUCH_SECONDS = 240.0  # the server refuses a difference of five minutes
 _OF_A_RUN = {"PullObject", "PushObject", "PushMessages", "GetRun", "GetFab", "ConfirmMessageReceived"}
 
 
@@ -55,7 +55,7 @@ class NotKnown(FederationError):
 
 
 class _Bounded:
-    """Sends a request in place of Flower's client, and reads the answer up to its limit."""
+    """Sends a request instead of Flower's client, and reads the answer up to its limit."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self.client = httpx.Client(verify=context, timeout=_READ_SECONDS, follow_redirects=False)
@@ -85,7 +85,7 @@ class _Bounded:
 
 
 def _read(response: httpx.Response, most: int, name: str) -> bytes:
-    """The content of an answer, if it is not too long and does not take too long."""
+    """The content of an answer; refuses one that is too long or takes too long."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise FederationError(f"the server's answer to {name} is compressed")
     content, until = bytearray(), time.monotonic() + _WHOLE_SECONDS
@@ -111,18 +111,18 @@ def _check_status(status: int, content: bytes, name: str) -> None:
 
 
 def _is_flowers(content: bytes) -> bool:
-    """Whether an error is one that Flower writes."""
+    """Whether an error has the format of Flower's errors."""
     try:
         return FlowerError.from_json(content.decode("utf-8", "replace")) is not None
-    except (ValueError, RecursionError):  # whatever the server wrote
+    except (ValueError, RecursionError):  # the server may send anything
         return False
 
 
 def _why_refused(date: str) -> str:
-    """Why the server does not take a signature: its time is wrong, or its key is not known.
+    """Why the server does not accept a signature: its time is wrong, or its key is unknown.
 
     Args:
-        date: What the server's clock shows, as its answer says.
+        date: The time of the server's clock, from its answer.
     """
     try:
         skew = time.time() - parsedate_to_datetime(date).timestamp()
@@ -137,7 +137,7 @@ def _why_refused(date: str) -> str:
 def _client(
     address: str, authority: bytes, key: ec.EllipticCurvePrivateKey
 ) -> Iterator[FleetHttpClient]:
-    """Flower's client, whose requests are signed and whose answers are bounded."""
+    """Creates Flower's client, with signed requests and bounded answers."""
     context = ssl.create_default_context(cadata=authority.decode("ascii"))
     bounded = _Bounded(context)
     interceptors: list[Any] = [NodeAuthHttpInterceptor(key, key.public_key()), bounded]
@@ -149,14 +149,14 @@ def _client(
 
 
 def check_key(address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, node_id: int) -> None:
-    """Returns if the server knows a node's key; it changes nothing there.
+    """Returns if the server knows a node's key; changes nothing at the server.
 
-    It asks for a run that does not exist. The SuperLink looks at the key first, and answers one that it
-    knows with another error.
+    It requests a run that does not exist. The SuperLink checks the key first, and answers a known key
+    with a different error.
 
     Args:
         address: Host and port.
-        authority: The certificate that the server is known by, PEM.
+        authority: Certificate of the server's authority, PEM.
         key: The node's key.
         node_id: The node's number at the SuperLink.
 
@@ -176,14 +176,14 @@ def check_key(address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, n
 
 
 def step_in(address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, node_id: int) -> None:
-    """Has the server forget an earlier process of this node: one that was killed said no goodbye.
+    """Makes the server forget an earlier process of this node, which was killed without signing off.
 
-    Else the server takes the node for connected, refuses it, and waits for its answers, for a minute.
-    What the server says to it does not matter: whoever connects then hears what is wrong.
+    Otherwise the server takes the node for connected, refuses it, and waits for its answers, for a
+    minute. The server's response does not matter: the following connection reports any problem.
 
     Args:
         address: Host and port.
-        authority: The certificate that the server is known by, PEM.
+        authority: Certificate of the server's authority, PEM.
         key: The node's key.
         node_id: The node's number at the SuperLink.
     """
@@ -195,16 +195,16 @@ def step_in(address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, nod
 def connected(
     address: str, authority: bytes, key: ec.EllipticCurvePrivateKey
 ) -> Iterator[tuple[int, tuple[Callable[..., Any], ...]]]:
-    """Connects to a SuperLink, and stays known there by heartbeats.
+    """Connects to a SuperLink, and stays connected by heartbeats.
 
     Args:
         address: Host and port.
-        authority: The certificate that the server is known by, PEM.
+        authority: Certificate of the server's authority, PEM.
         key: The node's key.
 
     Yields:
-        The node's number, and the functions of :class:`Calls`: what a
-        :class:`fedslm.deployment.link.Link` is made of.
+        The node's number, and the functions of :class:`Calls`, from which a
+        :class:`fedslm.deployment.link.Link` is made.
 
     Raises:
         NotKnown: The server does not know the key.
@@ -235,13 +235,13 @@ def connected(
 
 
 def _say_goodbye(client: FleetHttpClient, node_id: int) -> None:
-    """Tells the server that the node is gone; what it says to that does not matter."""
+    """Tells the server that the node disconnects; the server's response does not matter."""
     with suppress(httpx.HTTPError, FederationError, RuntimeError, ValueError):
         client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=node_id))
 
 
 class Calls:
-    """What a node asks of its server.
+    """The calls of a node to its server.
 
     Args:
         client: A connection.
@@ -253,7 +253,7 @@ class Calls:
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
-        """The functions in the order of Flower's own: a :class:`Link` takes either."""
+        """The functions in the order of Flower's own: :class:`Link` accepts either."""
         return (
             self.receive,
             self.send,
@@ -265,22 +265,22 @@ class Calls:
         )
 
     def heartbeat(self) -> bool:
-        """Says that the node is there; False to say it again soon."""
+        """Sends a heartbeat; False if it should be repeated soon."""
         interval = HEARTBEAT_DEFAULT_INTERVAL
         request = heartbeat_pb2.SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=interval)
         try:
             return bool(self._client.SendNodeHeartbeat(request).success)
         except NotKnown:
-            return True  # whoever asks for messages hears it, and ends the connection
-        except Exception as error:  # whatever the server answers: without heartbeats it sees no node
+            return True  # the request for messages fails too, and ends the connection
+        except Exception as error:  # on any answer: without heartbeats the node is offline
             logger.debug("a heartbeat failed: %s", error)
             return False
 
     def receive(self) -> tuple[Any, Any] | None:
-        """The next message's outline and the tree of its objects; None if there is none.
+        """The next message's outline and its object tree; None if there is no message.
 
         Raises:
-            FederationError: The server gives more than one, or one without its objects.
+            FederationError: The server returns more than one, or one without its objects.
         """
         answer = self._client.PullMessages(fleet_pb2.PullMessagesRequest(node=self._node))
         messages, trees = answer.messages_list, answer.message_object_trees
@@ -291,7 +291,7 @@ class Calls:
         return message_from_proto(messages[0]), trees[0]
 
     def send(self, message: Any, tree: Any, seconds: float) -> tuple[set[str], str]:
-        """Sends a reply's outline; gives the objects that the server lacks, and the upload's name."""
+        """Sends a reply's outline; returns the objects that the server lacks, and the upload's name."""
         answer = self._client.PushMessages(
             fleet_pb2.PushMessagesRequest(
                 node=self._node,
@@ -303,17 +303,17 @@ class Calls:
         return set(answer.objects_to_push), answer.session_id
 
     def get_run(self, run_id: int) -> Any:
-        """What a run is."""
+        """Requests the description of a run."""
         answer = self._client.GetRun(run_pb2.GetRunRequest(node=self._node, run_id=run_id))
         return run_from_proto(answer.run)
 
     def get_fab(self, fab_hash: str, run_id: int) -> Any:
-        """A run's application bundle."""
+        """Requests a run's application bundle."""
         request = GetFabRequest(node=self._node, hash_str=fab_hash, run_id=run_id)
         return fab_from_proto(self._client.GetFab(request).fab)
 
     def pull_object(self, run_id: int, object_id: str) -> bytes:
-        """One object of a message."""
+        """Requests one object of a message."""
         pull = objects.make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id)
         return pull(object_id)
 
@@ -325,7 +325,7 @@ class Calls:
         push(object_id, content)
 
     def confirm(self, run_id: int, object_id: str) -> None:
-        """Says that a message is here."""
+        """Confirms that a message was received."""
         confirm = objects.make_confirm_message_received_fn_protobuf(
             cast(Any, self._client.ConfirmMessageReceived), self._node, run_id
         )

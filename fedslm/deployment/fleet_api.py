@@ -1,13 +1,13 @@
-"""What a node may ask of the SuperLink, and how many bytes each request may have.
+"""The calls that a node may make to the SuperLink, and the maximum size of each request.
 
-The proxy and the guard read the same table: a path that is not in it does not exist for a node.
+The proxy and the guard use the same table: a path that is not in it does not exist for a node.
 """
 
 from __future__ import annotations
 
 MIB = 1024 * 1024
 PIECE_BYTES = 5 * MIB  # Flower sends tensors in pieces of this size
-MOST_REQUEST_BYTES = PIECE_BYTES + 64 * 1024  # one piece, and what a request says about it
+MOST_REQUEST_BYTES = PIECE_BYTES + 64 * 1024  # one piece and the other fields of its request
 MOST_RECORDS = 8  # a reply has five objects besides the pieces of its tensors
 DEEPEST = 5  # message, its content, a record, an array, a piece
 _SMALL_BYTES, _BYTES_PER_OBJECT = 64 * 1024, 80
@@ -27,7 +27,7 @@ REFUSED_PATHS = ("/v1/fleet/register-node", "/v1/fleet/unregister-node")
 
 
 def most_objects(message_mb: int) -> int:
-    """Objects that the largest reply has: its records, and one for each piece of its tensors.
+    """Number of objects of the largest reply: its records, and one for each piece of its tensors.
 
     >>> most_objects(1024)
     213
@@ -36,7 +36,7 @@ def most_objects(message_mb: int) -> int:
 
 
 def most_bytes(path: str, message_mb: int) -> int:
-    """The longest body of a request.
+    """Largest size of a request's body.
 
     >>> most_bytes(PUSH_OBJECT, 1024) - PIECE_BYTES, most_bytes(PULL_MESSAGES, 1024)
     (65536, 65536)

@@ -1,17 +1,20 @@
 """Flower's SuperLink behind a guard.
 
 Run as ``python -m fedslm.deployment.guard MESSAGE_MB flower-superlink``, and Flower's own arguments.
-The guard is the outermost layer of the SuperLink's web application. Whatever a node sends passes it
-first; the Control and Runtime APIs, which the proxy lets nobody reach, pass it untouched.
+The guard is the outermost layer of the SuperLink's web application. Every request of a node passes
+through it first; the Control and Runtime APIs, which nobody can reach through the proxy, are passed on
+unchanged.
 
 Formal guarantees, for every path below ``/v1/fleet`` (``tests/deployment/test_guard.py``):
 
 - Only POST to one of ``fleet_api.PATHS``, spelt exactly so, reaches Flower.
 - No byte of a body is read before its stated length is within ``fleet_api.most_bytes`` and the headers
-  prove an admitted key: a signature over a time that is at most 305 seconds old. A revoked key is none.
+  prove an admitted key: a signature over a time that is at most 305 seconds old. A revoked key is not
+  admitted.
 - A body is read up to its stated length, for at most ten minutes, and for at most eight requests of one
   node at a time.
-- A body that reaches Flower kept the rules of :mod:`fedslm.deployment.guard_rules`, and is unchanged.
+- A body that reaches Flower complies with the rules of :mod:`fedslm.deployment.guard_rules`, and is
+  unchanged.
 - A refusal that leaves a body unread closes the connection.
 - If the guard itself fails, the request does not reach Flower.
 """
@@ -50,11 +53,11 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class Guard:
-    """An ASGI application that lets through what a node may ask.
+    """An ASGI application that passes only the allowed requests of nodes.
 
     Args:
-        app: The SuperLink's.
-        records: What it has stored.
+        app: The SuperLink's application.
+        records: The SuperLink's stored records.
         message_mb: Largest reply of a node, in MiB.
     """
 
@@ -74,7 +77,7 @@ class Guard:
             await self._guarded(scope, receive, send)
 
     async def _guarded(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answers a node, or somebody who says to be one."""
+        """Answers a node, or a client that claims to be one."""
         who, is_read = str((scope.get("client") or ("?",))[0]), False
         try:
             length = self._length(scope)
@@ -95,7 +98,7 @@ class Guard:
             logger.debug("%s broke off", who)
 
     def _length(self, scope: Message) -> int:
-        """The stated length of a request that is one of a node's, by its first line and its headers."""
+        """Checks a request's first line and headers, and returns its stated length."""
         path = scope["path"]
         if path not in fleet_api.PATHS or scope.get("query_string") or scope.get("root_path"):
             raise Refused(404, "there is no such path for a node")
@@ -117,7 +120,7 @@ class Guard:
         return int(text)
 
     def _authenticated(self, scope: Message) -> int:
-        """The node whose key signed the time; nothing of the body is needed."""
+        """The node whose key signed the time; needs nothing of the body."""
         from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
         from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
         from flwr.supercore.date import now
@@ -143,7 +146,7 @@ class Guard:
         return node
 
     def _remembering(self, send: Send, body: bytes, node: int) -> Send:
-        """Sends Flower's answer to a pushed message on, and remembers the session that it opens."""
+        """Passes on Flower's answer to a pushed message, and records the session that it opens."""
         pieces: list[bytes] = []
         is_good = False
 
@@ -160,13 +163,13 @@ class Guard:
         return remember
 
     def _turn(self, node: int, path: str) -> asyncio.Semaphore:
-        """What a request of a node waits for before its body is read; large ones hold no others up."""
+        """The semaphore of a node's request before its body is read; large ones do not block others."""
         kind = path if path in (fleet_api.PUSH_OBJECT, fleet_api.PUSH_MESSAGES) else ""
         most = 1 if kind == fleet_api.PUSH_MESSAGES else _REQUESTS_PER_NODE
         return self._turns.setdefault((node, kind), asyncio.Semaphore(most))
 
     def _say(self, who: str, path: str, refused: Refused) -> None:
-        """Logs a refusal; of one sender and one reason, once in ten seconds."""
+        """Logs a refusal; once in ten seconds for each sender and reason."""
         key, now = (who, refused.reason), time.monotonic()
         last, more = self._said.pop(key, (-_SAY_SECONDS, 0))
         is_due = now - last >= _SAY_SECONDS
@@ -182,11 +185,11 @@ def guarded(app: Any, message_mb: int) -> Guard:
     """Puts the guard around Flower's application.
 
     Args:
-        app: What Flower's ``create_app`` made.
+        app: The result of Flower's ``create_app``.
         message_mb: Largest reply of a node, in MiB.
 
     Raises:
-        RunError: This version of Flower is not as the guard knows it.
+        RunError: The guard does not support this version of Flower.
     """
     import flwr
 
@@ -199,7 +202,7 @@ def guarded(app: Any, message_mb: int) -> Guard:
         records = Records(app.state.linkstate_factory.state())
         records.check()
         return Guard(app, records, message_mb)
-    except Exception as error:  # whatever is different, the SuperLink must not start without its guard
+    except Exception as error:  # on any error, the SuperLink must not start without its guard
         version = getattr(flwr, "__version__", "")
         raise RunError(
             f"flwr {version} is not as the guard knows it: {error}; install the version that "
@@ -208,7 +211,7 @@ def guarded(app: Any, message_mb: int) -> Guard:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the SuperLink until it is told to stop.
+    """Runs the SuperLink until it is stopped.
 
     Args:
         arguments: The largest reply in MiB, the word ``flower-superlink``, and Flower's own arguments.
@@ -266,7 +269,7 @@ async def _body(receive: Receive, length: int) -> bytes:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """Gives a body that was read already, and then whatever comes."""
+    """Returns a body that was read already, and then all further messages."""
     waiting = [body]
 
     async def replay() -> Message:
@@ -280,8 +283,8 @@ def _again(body: bytes, receive: Receive) -> Receive:
 async def _answer(send: Send, refused: Refused, *, is_last: bool) -> None:
     """Answers with one line; the last answer closes the connection.
 
-    A connection on which a body was left unread is of no more use. Uvicorn would keep its buffers
-    (about 0.4 MB) for the whole keep-alive time if the other side then resets it.
+    A connection with an unread body cannot be reused. Uvicorn would keep its buffers (about 0.4 MB) for
+    the whole keep-alive time if the other side then resets it.
     """
     body = f"{refused.reason}\n".encode()
     headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
@@ -291,18 +294,18 @@ async def _answer(send: Send, refused: Refused, *, is_last: bool) -> None:
 
 
 def _header(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> bytes:
-    """A header that is there once and is not long; empty otherwise."""
+    """A header that occurs once and is not long; otherwise empty."""
     found = [value for key, value in headers if key.lower() == name]
     return found[0] if len(found) == 1 and len(found[0]) <= _LONGEST_HEADER else b""
 
 
 def _allow_files() -> None:
-    """Lets this process open as many connections as the system allows: each node keeps one."""
+    """Raises this process's limit of open files to the maximum: each node keeps one connection."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    with suppress(OSError, ValueError):  # a service may forbid it: fewer connections, then
+    with suppress(OSError, ValueError):  # a service may forbid it: then fewer connections are possible
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 

@@ -1,4 +1,4 @@
-"""What the guard asks the SuperLink's database."""
+"""The guard's queries to the SuperLink's database."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _GIVE_AGAIN = "UPDATE message_ins SET delivered_at = '' WHERE message_id = :mess
 
 @dataclass(frozen=True)
 class Records:
-    """What the SuperLink has stored; only :meth:`give_again` writes.
+    """The SuperLink's stored records; only :meth:`give_again` writes.
 
     Attributes:
         state: Flower's LinkState.
@@ -52,15 +52,15 @@ class Records:
         return found
 
     def instruction(self, message: str) -> Mapping[str, Any] | None:
-        """An instruction that is stored and was not answered to its sender; None if there is none."""
+        """A stored instruction that its sender has no answer to yet; None if there is none."""
         return self._one(_INSTRUCTION, message=message)
 
     def session(self, session: str) -> Mapping[str, Any] | None:
-        """The run and the root object of an upload that is under way."""
+        """The run and the root object of an upload in progress."""
         return self._one(_SESSION, session=session)
 
     def are_of_others(self, names: list[str], node: int) -> bool:
-        """Whether one of the names is an instruction's, or that of another node's reply."""
+        """Whether one of the names belongs to an instruction, or to another node's reply."""
         return (
             self._one(_OF_OTHERS, names=json.dumps(names, allow_nan=False), node=_signed(node))
             is not None
@@ -76,16 +76,16 @@ class Records:
         return self._one(_LACKING, message=message) is not None
 
     def given(self, node: int) -> list[str]:
-        """Instructions that the node was given, and that it neither confirmed nor answered."""
+        """Instructions that were delivered to the node, and that it neither confirmed nor answered."""
         rows = self.state.query(_GIVEN, {"node": _signed(node), "now": time.time()})
         return [str(row["message_id"]) for row in rows]
 
     def give_again(self, message: str) -> None:
-        """Has the SuperLink give an instruction's outline at the next question for one."""
+        """Makes the SuperLink deliver an instruction's outline again at the next request for one."""
         self.state.query(_GIVE_AGAIN, {"message": message})
 
     def check(self) -> None:
-        """Asks each question once, so that a database of another shape is found at the start."""
+        """Runs each query once, so that a database with another schema is detected at the start."""
         for ask in (
             lambda: self.node_of(b""),
             lambda: self.instruction(""),
@@ -99,11 +99,11 @@ class Records:
             ask()
 
     def _one(self, query: str, **values: Any) -> Mapping[str, Any] | None:
-        """The first row."""
+        """The first row of a query's result."""
         rows = self.state.query(query, values)
         return rows[0] if rows else None
 
 
 def _signed(number: int) -> int:
-    """A number as SQLite stores it."""
+    """A number in the form in which SQLite stores it."""
     return number - (1 << 64) if number >= 1 << 63 else number

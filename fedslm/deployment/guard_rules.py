@@ -1,7 +1,7 @@
-"""What a node may say to the SuperLink: rules over one parsed request and the SuperLink's database.
+"""Rules on a node's requests to the SuperLink, given one parsed request and the SuperLink's database.
 
-Flower's Fleet API knows who sent a request, and believes what the request says. These rules hold it
-against what the SuperLink has stored.
+Flower's Fleet API knows who sent a request, and trusts the content of the request. These rules check
+the content against the SuperLink's stored records.
 
 Formal guarantees, for a request of node n that passes (``tests/deployment/test_guard.py`` has a refused
 and a passing case of each):
@@ -12,13 +12,13 @@ and a passing case of each):
 - Its tree has at most ``fleet_api.most_objects`` objects, five levels, and hexadecimal SHA-256 names;
   none of them is the name of an instruction, or of another node's reply.
 - An object is pushed under a SHA-256 (names are kept and logged), into a session that was opened for a
-  reply of n. A session of before the guard's start is taken from whoever names it first, which is a
-  secret of 122 random bits. The objects of one reply have at most ``message_mb`` MiB together, as
+  reply of n. A session from before the guard's start is assigned to whoever names it first; its name is
+  a secret of 122 random bits. The objects of one reply have at most ``message_mb`` MiB together, as
   counted since the guard started.
 - An object is pulled only if an instruction for n, in the run that the request names, contains it. Only
   an instruction for n, all of which has been uploaded, is confirmed: confirming deletes it.
-- A reply is announced at most 16 times; a bundle is asked for by its hash.
-- A node that asks for the next instruction is given one again, twice at most, that was given to it and
+- A reply is announced at most 16 times; a bundle is requested by its hash.
+- A node that requests the next instruction gets one again, at most twice, that was delivered to it and
   that it neither confirmed nor answered: its outline was lost when a connection or the SuperLink broke.
 """
 
@@ -51,8 +51,8 @@ class Refused(Exception):
     """A request that does not reach Flower.
 
     Args:
-        status: The answer's HTTP status. 403 tells a node that its run is over, and 401 that it is not
-            admitted: it ends.
+        status: The answer's HTTP status. 403 means to a node that its run is over, and 401 that it is
+            not admitted: it exits.
         reason: One line.
     """
 
@@ -63,10 +63,10 @@ class Refused(Exception):
 
 @dataclass
 class Rules:
-    """The rules, and how much of each reply has come.
+    """The rules, and counts of how much of each reply has arrived.
 
     Attributes:
-        records: What the SuperLink has stored.
+        records: The SuperLink's stored records.
         message_mb: Largest reply, in MiB.
     """
 
@@ -79,15 +79,15 @@ class Rules:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def check(self, path: str, body: bytes, node: int) -> None:
-        """Holds a request against the rules of its path.
+        """Checks a request against the rules of its path.
 
         Args:
             path: One of ``fleet_api.PATHS``.
             body: The protobuf message, no longer than ``fleet_api.most_bytes`` allows.
-            node: Who sent it, by its key.
+            node: The sender, identified by its key.
 
         Raises:
-            Refused: It breaks one; the reason names what is wrong.
+            Refused: It breaks a rule; the reason names the problem.
         """
         if path not in RULED:
             return
@@ -102,10 +102,10 @@ class Rules:
         rule(request, node)
 
     def pushed_message(self, request: Any, node: int) -> None:
-        """A reply, and the names of its objects.
+        """Checks a reply's outline, and the names of its objects.
 
         Raises:
-            Refused: It is none, or not this node's.
+            Refused: It is not a reply, or not this node's.
         """
         _require(len(request.messages_list) == 1, "one message is pushed at a time")
         _require(len(request.message_object_trees) == 1, "a message has one object tree")
@@ -127,18 +127,18 @@ class Rules:
             uploaded = {root for owner, _, root in self._sessions.values() if owner != node}
         is_free = uploaded.isdisjoint(names) and not self.records.are_of_others(names, node)
         _require(is_free, "an object has another message's name")
-        # each announcement holds the database's lock for a while
+        # each announcement locks the database for a while
         if self._times(self._announcements, metadata.reply_to_message_id) > _MOST_ANNOUNCEMENTS:
             raise Refused(429, f"a reply is announced at most {_MOST_ANNOUNCEMENTS} times")
 
     def asked_message(self, request: Any, node: int) -> None:
-        """A question for the next instruction, which a node asks when it is done with the last one."""
+        """Handles a request for the next instruction: the node is done with the last one."""
         for message in self.records.given(node):
             if self._times(self._given, message) <= _MOST_AGAIN:
                 self.records.give_again(message)
 
     def _times(self, counts: OrderedDict[str, int], instruction: str) -> int:
-        """Counts how often something has happened to an instruction, this time included."""
+        """Counts how often an event has happened to an instruction, this time included."""
         with self._lock:
             count = counts.pop(instruction, 0) + 1
             counts[instruction] = count
@@ -147,7 +147,7 @@ class Rules:
         return count
 
     def pushed_object(self, request: Any, node: int) -> None:
-        """A piece of a reply.
+        """Checks a piece of a reply.
 
         Raises:
             Refused: Its session is not one of this node's replies, or the reply is too large.
@@ -162,12 +162,12 @@ class Rules:
         self._count(known[2], request.object_id, len(request.object_content))
 
     def opened(self, body: bytes, answer: bytes, node: int) -> None:
-        """Remembers whose an upload session is: Flower's database does not say.
+        """Records the owner of an upload session, which Flower's database does not contain.
 
         Args:
-            body: The push of a message, as it passed.
+            body: The pushed message, as it passed.
             answer: Flower's answer to it.
-            node: Who pushed it.
+            node: The node that pushed it.
         """
         from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
 
@@ -187,16 +187,16 @@ class Rules:
                 self._sessions.popitem(last=False)
 
     def pulled_object(self, request: Any, node: int) -> None:
-        """A question for a piece of an instruction.
+        """Checks a request for a piece of an instruction.
 
         Raises:
-            Refused: No instruction for this node has it.
+            Refused: No instruction for this node contains it.
         """
         if not self.records.may_pull(node, request.run_id, request.object_id):
             raise Refused(403, "object_id is in no instruction for this node in this run")
 
     def confirmed(self, request: Any, node: int) -> None:
-        """A word that an instruction has come: it is deleted then.
+        """Checks a confirmation that an instruction has arrived; it is deleted then.
 
         Raises:
             Refused: It is not for this node.
@@ -208,15 +208,15 @@ class Rules:
         _require(is_whole, "an instruction is confirmed when all of it has come")
 
     def asked_bundle(self, request: Any, node: int) -> None:
-        """A question for an application bundle.
+        """Checks a request for an application bundle.
 
         Raises:
-            Refused: It does not name one.
+            Refused: It does not name one by its hash.
         """
         _require(_NAME.fullmatch(request.hash_str) is not None, "hash_str is not a SHA-256")
 
     def _check_against_instruction(self, metadata: Any, node: int) -> None:
-        """Refuses what is no answer to a stored instruction for this node."""
+        """Refuses a message that is not an answer to a stored instruction for this node."""
         found = self.records.instruction(metadata.reply_to_message_id)
         if found is None or not _is_for(found, node, metadata.run_id):
             raise Refused(403, "reply_to_message_id is not an instruction for this node in this run")
@@ -229,7 +229,7 @@ class Rules:
             _require(getattr(metadata, key) == found[key], f"{key} is not the instruction's")
 
     def _count(self, reply: str, name: str, size: int) -> None:
-        """Counts a reply's objects; one that is sent again counts once."""
+        """Counts a reply's objects; one that is sent again counts only once."""
         with self._lock:
             pieces = self._pieces.setdefault(reply, {})
             self._pieces.move_to_end(reply)
@@ -268,7 +268,7 @@ def _rules(rules: Rules) -> dict[str, tuple[Any, Callable[[Any, int], None]]]:
 
 
 def _check_outline(message: Any) -> None:
-    """Refuses a message that is not exactly one of an answer and an error, or is no outline."""
+    """Refuses a message that is not an outline, or does not have exactly one of content and error."""
     is_error = message.HasField("error")
     _require(is_error != message.HasField("content"), "a message has content or an error")
     _require(message.content.ByteSize() == 0, "content belongs into the message's objects")
@@ -277,7 +277,7 @@ def _check_outline(message: Any) -> None:
 
 
 def _names_of(tree: Any, most: int) -> list[str]:
-    """The names in an object tree, which is walked no further than it may be long."""
+    """The names in an object tree; stops when there are too many."""
     names, waiting = [], [(tree, 1)]
     while waiting:
         node, depth = waiting.pop()
@@ -301,11 +301,11 @@ def _is_for(found: Mapping[str, Any] | None, node: int, run: int) -> bool:
 
 
 def _require(holds: bool, reason: str) -> None:
-    """Refuses a request that does not keep a rule."""
+    """Refuses a request that breaks a rule."""
     if not holds:
         raise Refused(400, reason)
 
 
 def _unsigned(number: int) -> int:
-    """A number as messages have it."""
+    """A number in the form in which messages contain it."""
     return number % (1 << 64)

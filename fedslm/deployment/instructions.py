@@ -1,15 +1,15 @@
-"""Which instructions a node believes, and its signature under what it answers.
+"""A node's check of instructions, and its signature on replies.
 
 Formal guarantees:
-    * An instruction is believed only if the operator's key that came with the admission has signed it
+    * An instruction is accepted only if the operator's key that came with the admission has signed it
       for this node, this run, this type and exactly this content
       (:func:`fedslm.protocol.envelopes.opened`). Nothing is loaded, trained or charged for any other.
-    * None is believed twice: its nonce is on disk before anything is done, until it expires. A node
-      that is started again, or whose clock was set back by less than that, refuses it still.
-    * Every reply with content carries this node's signature for exactly the request that it answers.
+    * No instruction is accepted twice: its nonce is on disk before anything is done, until it expires.
+      A node that is restarted, or whose clock was set back by less than that, still refuses it.
+    * Every reply with content has this node's signature for exactly the request that it answers.
 
-A list of nonces that cannot be read or written refuses everything: then nothing is known of
-repetitions.
+If the list of nonces cannot be read or written, everything is refused: repetitions could not be
+detected.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Believed:
     """An instruction that was signed for this node.
 
     Attributes:
-        envelope: What the operator signed.
-        request_sha256: The request's hash, which the reply is signed for.
+        envelope: The envelope that the operator signed.
+        request_sha256: The request's hash, for which the reply is signed.
     """
 
     envelope: Envelope
@@ -45,11 +45,11 @@ class Believed:
 
 
 class Instructions:
-    """Checks what comes, and signs what goes.
+    """Checks incoming instructions, and signs outgoing replies.
 
     Args:
-        directory: The node's own: holds its ledger key and the nonces.
-        admission: Names the operator's key.
+        directory: The node's own directory: contains its ledger key and the nonces.
+        admission: Contains the operator's public key.
 
     Raises:
         RunError: A key cannot be read.
@@ -64,14 +64,14 @@ class Instructions:
         self._own, self._path = public_hex(self._key.public_key()), directory / NONCES
 
     def believed(self, message: Message, run_id: int) -> Believed:
-        """Checks an instruction, and takes note of it.
+        """Checks an instruction, and stores its nonce.
 
         Args:
-            message: As it came.
+            message: The received message.
             run_id: Flower's number of the run.
 
         Raises:
-            FederationError: It is not to be believed; the text says why.
+            FederationError: It is not accepted; the text states the reason.
         """
         if not message.has_content():
             raise FederationError("the instruction has no content")
@@ -86,14 +86,14 @@ class Instructions:
         return Believed(envelope, request)
 
     def signed(self, reply: Message, message: Message, believed: Believed) -> Message:
-        """The reply with this node's signature; an error has no content, and stays as it is."""
+        """The reply with this node's signature; an error has no content, and is returned unchanged."""
         if not reply.has_content():
             return reply
         content = sealed(reply.content, believed.request_sha256, self._key)
         return Message(content, reply_to=message)
 
     def _note(self, envelope: Envelope) -> None:
-        """Keeps a nonce until it expires; refuses one that is kept already."""
+        """Stores a nonce until it expires; refuses one that is already stored."""
         now = time.time()
         kept = {
             nonce: until for nonce, until in self._nonces().items() if until > now - LONGEST_SECONDS
@@ -109,7 +109,7 @@ class Instructions:
             raise FederationError("this node cannot take note of instructions; see its log") from error
 
     def _nonces(self) -> dict[str, float]:
-        """Nonces that were given before, and when each expires."""
+        """The stored nonces, with the time at which each expires."""
         try:
             values = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
             return {str(nonce): float(until) for nonce, until in values.items()}

@@ -1,4 +1,4 @@
-"""Logs for people and for machines, and files that do not grow for ever."""
+"""Log formats for people and for machines, and a size limit for log files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class TextLines(logging.Formatter):
-    """One line for each record, and a traceback if any: what others wrote breaks no line."""
+    """One line for each record, and a traceback if any; text from outside cannot break a line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
         """Writes a record's line."""
@@ -46,7 +46,7 @@ class JsonLines(logging.Formatter):
 
 
 def _escaped(character: str) -> str:
-    """A character of a JSON text, such that a terminal shows it."""
+    """A character of a JSON text in a form that a terminal displays safely."""
     return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
@@ -66,10 +66,10 @@ def log_to_stderr(form: str) -> None:
 
 
 def keep_small(path: Path, most_bytes: int = _MOST_BYTES) -> None:
-    """Cuts a log that has grown: its last mebibyte moves to PATH.old, and the file starts anew.
+    """Truncates a log that has grown: its last mebibyte moves to PATH.old, and the file is emptied.
 
-    Whoever appends to it goes on: the file stays the same one. Lines that come in the moment of the
-    cut may be lost; a log is no ledger.
+    Processes that append to it can continue: it stays the same file. Lines that are written at the
+    moment of the truncation may be lost; a log is not a ledger.
     """
     with suppress(OSError):
         if path.stat().st_size <= most_bytes:
@@ -81,7 +81,7 @@ def keep_small(path: Path, most_bytes: int = _MOST_BYTES) -> None:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a log, whatever bytes it holds."""
+    """The last lines of a log, which may contain any bytes."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _KEPT_BYTES))
         return file.read().decode(errors="replace").splitlines()[-count:]

@@ -1,6 +1,6 @@
-"""A whole federation on one machine, to try it out: the server and all nodes, with a simulation's data.
+"""A whole federation on one machine, to try it out: the server and all nodes, with simulated data.
 
-Every key lies on one disk, so this protects nobody: it is for looking and for tests.
+Every key is stored on one disk, so this protects nobody: use it only for demonstrations and tests.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _BUDGETS = 4
 
 
 def make_lab(directory: Path, config: Config, *, port: int, inner_port: int) -> list[Path]:
-    """Makes a server and ``federation.num_clients`` admitted nodes; each has one client's records.
+    """Creates a server and ``federation.num_clients`` admitted nodes with one client's records each.
 
     Args:
         directory: A new directory.
-        config: A simulation's config: says what the data are and how they are shared out.
+        config: A simulation's config: defines the data and how they are partitioned.
         port: Port of the proxy.
         inner_port: Port of the SuperLink.
 
@@ -39,8 +39,8 @@ def make_lab(directory: Path, config: Config, *, port: int, inner_port: int) -> 
         The nodes' directories, by client index.
 
     Raises:
-        RunError: The directory exists, or the server does not come up.
-        DataError: Anything about the data that would stop a client later.
+        RunError: The directory exists, or the server does not start.
+        DataError: The data have a problem that would stop a client later.
     """
     if directory.exists():
         raise Unusable(f"{directory} exists: give a new directory")
@@ -72,7 +72,7 @@ def _node_file(node: Path, columns: list[str]) -> str:
 
 
 def _policy(config: Config) -> str:
-    """A policy that allows what a config asks for, a few times over."""
+    """A policy that allows what a config requests, several times."""
     privacy, training = config.privacy, config.training
     values: dict[str, object] = {
         "unit": privacy.unit,

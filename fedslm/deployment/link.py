@@ -1,8 +1,8 @@
 """A node's side of Flower's Fleet API: messages in, replies out, over TLS and with the node's key.
 
-It stands in place of Flower's SuperNode and its launcher. Whatever application bundle the server sends,
-no code of it is run: the bundle's hash is computed here and held against the approved ones, and the
-message goes to this node's own fedslm, in a worker that keeps its base model.
+It replaces Flower's SuperNode and its launcher. No code of an application bundle from the server is
+ever run: the bundle's hash is computed here and checked against the approved ones, and the message goes
+to this node's own fedslm, in a worker that keeps its base model.
 """
 
 from __future__ import annotations
@@ -60,27 +60,27 @@ class Link:
 
     @property
     def limits(self) -> Limits:
-        """What a message may have: pieces of 5 MiB, and a few objects around them."""
+        """Limits on a message: pieces of 5 MiB, and a few other objects."""
         return Limits(self.most_bytes, most_objects=min(4096, 64 + self.most_bytes // _PIECE_BYTES))
 
     def serve(self, answer: Answer, goes_on: GoesOn, poll_seconds: float) -> None:
-        """Answers messages, one at a time, until it is told to stop; a message under way is finished.
+        """Answers messages one at a time until it is stopped; a message in progress is finished.
 
-        The last reply has a few seconds to be fetched before this returns: Flower's server gives no
-        reply of a node that it knows to be gone, but an error in its place.
+        After the last reply this waits a few seconds before it returns, so that the reply can be
+        fetched: for a disconnected node, Flower's server returns an error instead of its reply.
 
-        A message's tensors come and go in pieces of 5 MiB. If the connection breaks, it is tried again
-        until the message is of no use any more, and what is here already is not pulled again. If a
-        message's outline was lost on its way, the guard gives it again.
+        A message's tensors are transferred in pieces of 5 MiB. If the connection breaks, it is retried
+        until the message has expired, and data that were already received are not pulled again. If a
+        message's outline was lost in transit, the guard delivers it again.
 
         Args:
             answer: Turns (message, run) into its reply; raises nothing.
-            goes_on: Waits for so many seconds, or shorter; False to end.
-            poll_seconds: How long to wait, at most, when there is nothing to do: a server that just got
-                an answer is likely to ask again.
+            goes_on: Waits for up to the given number of seconds; False to end.
+            poll_seconds: Longest time to wait when there is nothing to do: a server that just got an
+                answer is likely to send a request again.
 
         Raises:
-            NotKnown: The server does not know this node's key any more.
+            NotKnown: The server no longer knows this node's key.
         """
         import httpx
         from flwr.supercore.run import RunNotRunningException
@@ -95,7 +95,7 @@ class Link:
                     idle_seconds = time.monotonic() - heard
                     wait_seconds = min(poll_seconds, max(_SHORTEST_WAIT_SECONDS, idle_seconds / 5))
                 breaks = 0
-            except RunNotRunningException:  # Flower's own; it passes by Exception
+            except RunNotRunningException:  # Flower's own; not a subclass of Exception
                 logger.warning("a message is dropped: its run is over")
             except httpx.TransportError as error:
                 level = logging.DEBUG if breaks else logging.WARNING
@@ -106,7 +106,7 @@ class Link:
                 raise
             except FederationError as error:
                 logger.warning("a message is refused: %s", error)
-            except Exception:  # the server is outside: whatever comes from it, the node goes on
+            except Exception:  # the server is untrusted: the node continues on any error
                 logger.exception("a message could not be answered")
         if self._replied is not None:
             time.sleep(max(0.0, self._replied + _FETCHED_SECONDS - time.monotonic()))
@@ -135,7 +135,7 @@ class Link:
         return True
 
     def _pulled(self, identifiers: list[str], run_id: int, patience: Patience) -> dict[str, bytes]:
-        """A message's objects, if all together are not too large."""
+        """Pulls a message's objects; refuses them if they are too large together."""
         from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
         pull_object = self.calls[4]
@@ -154,11 +154,11 @@ class Link:
         return pull_objects(
             identifiers,
             pull,
-            initial_backoff=_SHORTEST_WAIT_SECONDS,  # the server tells of a message before all is there
+            initial_backoff=_SHORTEST_WAIT_SECONDS,  # the server announces a message early
         )
 
     def _refused(self, outline: Message, run_id: int) -> Message | None:
-        """The answer to a message of a bundle that is not approved; None if it is."""
+        """The error reply to a message of a bundle that is not approved; None if it is approved."""
         if run_id not in self._bundles:
             _, _, get_run, get_fab, _, _, _ = self.calls
             run = get_run(run_id)
@@ -197,26 +197,26 @@ class Link:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a broken connection is tried again.
+    """Time limit for retries of a broken connection.
 
     Attributes:
-        until: Time (seconds since 1970) after which it is of no use.
-        goes_on: Waits for so many seconds, or shorter; False to give up.
+        until: Time (seconds since 1970) after which retries stop.
+        goes_on: Waits for up to the given number of seconds; False to give up.
     """
 
     until: float
     goes_on: GoesOn
 
     def call(self, call: Callable[[], T]) -> T:
-        """Calls again while the connection breaks, or while a reply's upload has timed out.
+        """Retries a call while the connection breaks, or while a reply's upload has timed out.
 
-        Flower tries most of it again by itself, but gives up where a connection breaks within TLS.
+        Flower retries most failures itself, but gives up if a connection breaks within TLS.
 
         Args:
             call: May be repeated.
 
         Raises:
-            httpx.TransportError: There was no connection until then, or the node is to stop.
+            httpx.TransportError: There was no connection until then, or the node must stop.
         """
         import httpx
         from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
@@ -238,7 +238,7 @@ def check_outline(outline: Message) -> None:
     """Refuses a message whose metadata no honest server writes, before anything of it is pulled.
 
     Raises:
-        FederationError: A time is no time, a name is too long, or it brings content of its own.
+        FederationError: A time is not valid, a name is too long, or it already contains content.
     """
     metadata = outline.metadata
     times = {"created_at": metadata.created_at, "ttl": metadata.ttl}
@@ -253,9 +253,9 @@ def check_outline(outline: Message) -> None:
 
 
 def _check_same(message: Message, outline: Message) -> None:
-    """Refuses a message that says something else of itself than its outline did.
+    """Refuses a message whose metadata differ from those of its outline.
 
-    Its identifier is set to the outline's: it names what the reply answers.
+    Its identifier is set to the outline's: the reply refers to it.
     """
     inner, outer = message.metadata, outline.metadata
     for key in _METADATA:
@@ -265,7 +265,7 @@ def _check_same(message: Message, outline: Message) -> None:
 
 
 def seconds_of(ttl: float) -> float:
-    """How long a message is worked on: as long as its exchange may take, but a day at most.
+    """Time limit for work on a message: as long as its exchange may take, but at most a day.
 
     >>> seconds_of(60.0), seconds_of(-1.0), seconds_of(float("nan")), seconds_of(1e300)
     (60.0, 0.0, 86400.0, 86400.0)
@@ -274,7 +274,7 @@ def seconds_of(ttl: float) -> float:
 
 
 def until_of(created_at: float, ttl: float) -> float:
-    """When a message is of no use any more: what the server says, but within a day.
+    """When a message expires: the time that the server set, but within a day.
 
     >>> until_of(time.time(), float("inf")) - time.time() <= 86400.0
     True
@@ -287,11 +287,11 @@ def until_of(created_at: float, ttl: float) -> float:
 def is_there(address: str, authority: str) -> bool:
     """Whether a server can be reached now: Flower's own call would wait for it, or end the process.
 
-    One with a wrong certificate is there: that it is refused, whoever connects then says.
+    A server with a wrong certificate counts as reachable: the connection attempt then reports it.
 
     Args:
         address: Host and port.
-        authority: The certificate that the server is known by, PEM.
+        authority: Certificate of the server's authority, PEM.
     """
     try:
         certificate_at(address, authority)

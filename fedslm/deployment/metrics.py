@@ -1,6 +1,6 @@
-"""Figures for Prometheus, on loopback alone: at the server, and at a node for its own operator.
+"""Metrics for Prometheus, only on loopback: at the server, and at a node for its own operator.
 
-They are read when they are asked for, from what is on disk. Names start with ``fedslm_``.
+They are read from disk at each request. Names start with ``fedslm_``.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Collect = Callable[[], Iterator["Metric"]]
 
 @dataclass
 class NodeCounts:
-    """What a node has done since it started.
+    """Counts of a node's work since it started.
 
     Attributes:
-        answers: Kind of answer (ok, refused, failed, error, not-believed) to how many.
+        answers: Number of answers by kind (ok, refused, failed, error, not-believed).
         is_connected: Whether it is connected now.
         last_message: Unix time of the last message; 0 if there was none.
     """
@@ -54,13 +54,13 @@ class NodeCounts:
         self.answers["error" if reply.has_error() else status_of_reply(reply.content)] += 1
 
     def count_unbelieved(self) -> None:
-        """Counts an instruction that was not the operator's."""
+        """Counts an instruction that was not signed by the operator."""
         self.last_message = time.time()
         self.answers["not-believed"] += 1
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Notes that the node is connected meanwhile."""
+        """Marks the node as connected within the context."""
         self.is_connected = True
         try:
             yield
@@ -70,7 +70,7 @@ class NodeCounts:
 
 @contextmanager
 def served(port: int | None, collect: Collect) -> Iterator[None]:
-    """Serves /metrics on a loopback port; does nothing without one.
+    """Serves /metrics on a loopback port; does nothing if the port is None.
 
     Raises:
         RunError: The port is taken.
@@ -96,17 +96,17 @@ def served(port: int | None, collect: Collect) -> Iterator[None]:
 
 
 class _Collector:
-    """What prometheus_client asks; a figure that cannot be read is left out, and logged."""
+    """Collector for prometheus_client; a metric that cannot be read is omitted, and logged."""
 
     def __init__(self, collect: Collect) -> None:
         self._collect = collect
 
     def describe(self) -> list[Metric]:
-        """Nothing ahead of the first question: a server may not be up yet."""
+        """Returns nothing before the first request: a server may not be running yet."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The figures now."""
+        """The current metrics."""
         try:
             yield from self._collect()
         except FedslmError as error:
@@ -114,10 +114,10 @@ class _Collector:
 
 
 def server_figures(directory: Path) -> Iterator[Metric]:
-    """Figures of a server: certificate, nodes, latest run.
+    """Metrics of a server: certificate, nodes, latest run.
 
     Raises:
-        FedslmError: Something cannot be read.
+        FedslmError: A file cannot be read.
     """
     end = expires(directory / SERVER).timestamp()
     yield _gauge("certificate_expiry_seconds", "Unix time at which the certificate ends", {(): end})
@@ -127,13 +127,13 @@ def server_figures(directory: Path) -> Iterator[Metric]:
 
 
 def of_status(status: FederationStatus) -> Iterator[Metric]:
-    """Figures of what `fedslm server status` says: nothing else is read for them."""
+    """Metrics from the data of `fedslm server status`; reads nothing else."""
     yield from _of_nodes(status)
     yield from _of_latest_run(status)
 
 
 def node_figures(directory: Path, counts: NodeCounts) -> Iterator[Metric]:
-    """Figures of a node, for its own operator: they hold what was charged, and nothing of its records.
+    """Metrics of a node, for its own operator: they contain charges, and nothing of its records.
 
     Raises:
         FedslmError: The policy or the ledger cannot be read.
@@ -155,7 +155,7 @@ def node_figures(directory: Path, counts: NodeCounts) -> Iterator[Metric]:
 
 
 def _of_nodes(status: FederationStatus) -> Iterator[Metric]:
-    """Which nodes are there, and what each has left of the latest run's budget."""
+    """Which nodes are connected, and each node's remaining budget in the latest run."""
     online = {(node.name,): float(node.status == "online") for node in status.nodes}
     yield _gauge("node_online", "1 if the SuperLink sees the node", online, ("node",))
     left = {(n.name,): n.epsilon_left for n in status.nodes if n.epsilon_left is not None}
@@ -167,7 +167,7 @@ def _of_nodes(status: FederationStatus) -> Iterator[Metric]:
 
 
 def _of_latest_run(status: FederationStatus) -> Iterator[Metric]:
-    """How the latest run goes."""
+    """Progress of the latest run."""
     if not status.runs:
         return
     run = status.runs[0]
@@ -183,7 +183,7 @@ def _of_latest_run(status: FederationStatus) -> Iterator[Metric]:
 
 
 def _gauge(name: str, text: str, values: Mapping[Any, float], labels: tuple[str, ...] = ()) -> Metric:
-    """One figure, by its labels."""
+    """One metric with its labels."""
     from prometheus_client.core import GaugeMetricFamily
 
     family = GaugeMetricFamily(f"fedslm_{name}", text, labels=labels)

@@ -1,4 +1,4 @@
-"""A node at work: its records imported, its worker warm, its link to the server open."""
+"""A running node: its imported records, its worker, and its connection to the server."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Ready:
     Attributes:
         directory: Its own directory, absolute.
         file: Its operator's settings.
-        admission: What the server's operator said.
+        admission: The admission from the server's operator.
     """
 
     directory: Path
@@ -58,25 +58,25 @@ class Ready:
 
     @property
     def approved(self) -> frozenset[str]:
-        """Hashes of the application bundles that may run: this version's, and the operator's list."""
+        """Hashes of the approved application bundles: this version's, and the operator's list."""
         return frozenset({sha256_of(bundle()), *self.file.approved_bundles})
 
     def context(self, node_id: int, run_id: int, client: int) -> Context:
-        """What a message is answered with; the server says only the node's index in the run."""
+        """The context for answering a message; the server sets only the node's index in the run."""
         config = deployed_config(self.directory, self.directory / _DATA, client)
         return Context(run_id, node_id, config, RecordDict(), {})
 
 
 def open_node(directory: Path, profile: str | None = None) -> Ready:
-    """Reads what a node was given.
+    """Reads a node's settings and admission.
 
     Args:
-        directory: The node's own.
-        profile: In place of the one in its ``node.toml``.
+        directory: The node's own directory.
+        profile: Replaces the profile in its ``node.toml``.
 
     Raises:
-        ConfigError: ``node.toml`` is wrong.
-        RunError: The node was not admitted yet.
+        ConfigError: ``node.toml`` is invalid.
+        RunError: The node has not been admitted yet.
     """
     directory = directory.expanduser().absolute()
     file = read_node(directory, profile)
@@ -89,10 +89,10 @@ def open_node(directory: Path, profile: str | None = None) -> Ready:
 
 
 def import_records(ready: Ready) -> int:
-    """Copies the node's records to where training reads them; gives their number.
+    """Copies the node's records to where training reads them; returns their number.
 
-    They are copied at every start, for runs that begin from then on; a run under way keeps those that
-    it began with (:mod:`fedslm.client.kept_runs`). Of declared columns no other is read.
+    They are copied at every start, for runs that begin from then on; a run in progress keeps those that
+    it began with (:mod:`fedslm.client.kept_runs`). If columns are declared, no others are read.
 
     Raises:
         DataError: They cannot be read.
@@ -113,30 +113,31 @@ def import_records(ready: Ready) -> int:
 
 
 def _unit_column(directory: Path) -> str | None:
-    """The column that says whose a record is; None if the policy names none, or cannot be read."""
+    """The column with the owner of a record; None if the policy names none, or cannot be read."""
     try:
         return read_policy(directory / layout.POLICY).unit_column
-    except PolicyRefused:  # every request is refused, and `fedslm node check` says why
+    except PolicyRefused:  # every request is refused, and `fedslm node check` shows why
         return None
 
 
 def alone(ready: Ready) -> AbstractContextManager[None]:
-    """Makes sure that one process runs a node.
+    """Makes sure that only one process runs a node.
 
     Raises:
-        RunError: Another one does.
+        RunError: Another process runs it.
     """
     problem = f"another process runs the node in {ready.directory}"
     return locked(ready.directory / "node.lock", 0.0, problem)
 
 
 def run_node(ready: Ready, stop: threading.Event) -> None:
-    """Answers the server until it is told to stop.
+    """Answers the server until it is stopped.
 
     Formal guarantees:
         * Outside its conditions a node has no connection: the server sees it offline. Nothing is
-          computed either, and the worker is gone. A message under way when they end is finished, its
-          reply is sent, and the connection stays for the few seconds in which the server fetches it.
+          computed either, and the worker has exited. A message in progress when they end is finished,
+          its reply is sent, and the connection stays for the few seconds in which the server fetches
+          it.
 
     Raises:
         RunError: The node's key cannot be read, or another process runs this node.
@@ -163,7 +164,7 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
             if found:
                 has_met = True
                 found = _took_part(ready, counts, goes_on)
-            elif was_there:  # at the start it may only be coming up
+            elif was_there:  # at the start it may still be starting
                 level = logging.WARNING if has_met else logging.INFO
                 logger.log(level, "%s cannot be reached; retrying", ready.admission.address)
             was_there = found
@@ -171,7 +172,7 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
 
 
 def _took_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool]) -> bool:
-    """Takes part; False if the connection could not be made."""
+    """Connects and answers; False if the connection could not be made."""
     import httpx
 
     try:
@@ -183,7 +184,7 @@ def _took_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool
 
 
 def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool]) -> None:
-    """Connects, answers as long as it goes on, and disconnects."""
+    """Connects, answers until it must stop, and disconnects."""
     address, authority = ready.admission.address, ready.admission.authority.encode()
     key, instructions = node_key(ready.directory), Instructions(ready.directory, ready.admission)
     step_in(address, authority, key, ready.admission.node_id)
@@ -213,7 +214,7 @@ def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool
 
 
 def _say_what_was_done(envelope: Envelope, reply: Message) -> None:
-    """Tells this node's operator what the server asked for, and what became of it."""
+    """Logs for this node's operator what the server requested, and the result."""
     if reply.has_error():
         done, reason = "error", str(reply.error.reason)
     else:
@@ -225,7 +226,7 @@ def _say_what_was_done(envelope: Envelope, reply: Message) -> None:
 
 
 def _say_what_comes(ready: Ready) -> None:
-    """Says what takes a while from here on."""
+    """Logs that the next steps take a while."""
     logger.info("starting the worker")
     if not is_attested(ready.directory):
         logger.info(
@@ -237,7 +238,7 @@ def _say_what_comes(ready: Ready) -> None:
 
 @contextmanager
 def workers(ready: Ready) -> Iterator[Callable[[], AbstractContextManager[WorkerPool]]]:
-    """Gives the worker for each message: one that stays, or (``warm = false``) a new one every time."""
+    """Yields the worker for each message: a persistent one or, if ``warm = false``, a new one."""
     if not ready.file.warm:
         yield lambda: worker(ready)
         return
@@ -249,8 +250,8 @@ def workers(ready: Ready) -> Iterator[Callable[[], AbstractContextManager[Worker
 def worker(ready: Ready) -> Iterator[WorkerPool]:
     """One worker, which keeps its base model from message to message; a dead one is replaced.
 
-    On a phone, and where it is to leave no memory taken, it imports for itself: a template to fork from
-    would stay.
+    On a phone, and if no memory may stay in use, the worker imports its modules itself: a template
+    process to fork from would stay in memory.
     """
     pool = WorkerPool(
         1,

@@ -1,4 +1,4 @@
-"""What a node's operator wants to know before a node starts: each check says yes or no, and why."""
+"""Checks for a node's operator before the node starts: each one passes or fails, with a reason."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key, signing_key
 from fedslm.privacy.policy import ANY, open_policy
 
-_SKEW_SECONDS, _TOO_MUCH_SECONDS = 30.0, 240.0  # the server refuses five minutes
+_SKEW_SECONDS, _TOO_MUCH_SECONDS = 30.0, 240.0  # the server refuses a difference of five minutes
 _LEAST_BYTES = 1 << 30
 _SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
+    """The result of one check.
 
     Attributes:
-        name: What was looked at.
+        name: What was checked.
         is_good: Whether the node can start.
         detail: What was found, or what to do.
-        warns: True if it can start, but something is to be done before long.
+        warns: True if it can start, but something must be done soon.
     """
 
     name: str
@@ -51,15 +51,15 @@ class Check:
 
 
 class _Warning(Exception):
-    """The check is good, but something is to be done before long."""
+    """The check passes, but something must be done soon."""
 
 
 def preflight(ready: Ready, on_start: Callable[[str], None] = lambda name: None) -> Iterator[Check]:
-    """Looks at everything that would stop the node later; yields each result as it comes.
+    """Checks everything that would stop the node later; yields each result as it comes.
 
     Args:
         ready: The node.
-        on_start: Is given each check's name before it begins: some take a while.
+        on_start: Called with each check's name before it begins: some take a while.
     """
     looks: dict[str, Callable[[], str]] = {
         "version and bundle": lambda: _version(ready),
@@ -81,19 +81,19 @@ def preflight(ready: Ready, on_start: Callable[[str], None] = lambda name: None)
 
 
 def _check(name: str, look: Callable[[], str]) -> Check:
-    """One result; whatever goes wrong is the result."""
+    """Runs one check; any error becomes its result."""
     try:
         return Check(name, True, look())
     except _Warning as warning:
         return Check(name, True, str(warning), warns=True)
     except FedslmError as error:
         return Check(name, False, str(error))
-    except Exception as error:  # an odd machine is a result, not a crash
+    except Exception as error:  # an unusual machine is a result, not a crash
         return Check(name, False, f"{type(error).__name__}: {error}")
 
 
 def _version(ready: Ready) -> str:
-    """The server sends the bundle of this version, or of one that was approved."""
+    """Checks that the server sends the bundle of this version, or an approved one."""
     if ready.admission.bundle_sha256 not in ready.approved:
         raise RunError(
             f"the server runs fedslm {ready.admission.version}, whose bundle is not approved here: "
@@ -103,12 +103,12 @@ def _version(ready: Ready) -> str:
 
 
 def _policy(directory: Path) -> str:
-    """What the node allows."""
+    """Checks the policy, and shows what it allows."""
     return open_policy(directory / layout.POLICY).budget_in_words()
 
 
 def _ledger(directory: Path) -> str:
-    """The keys are this owner's alone, and the ledger is whole."""
+    """Checks that only the owner can read the keys, and that the ledger is intact."""
     signing_key(directory)
     clock.right_now()
     path = directory / layout.LEDGER
@@ -136,14 +136,14 @@ def _ledger(directory: Path) -> str:
 
 
 def _records(ready: Ready) -> str:
-    """The records can be read, and have the columns that the operator declares."""
+    """Checks that the records can be read, and have the columns that the operator declares."""
     found = f"{plural(import_records(ready), 'record')} can be read"
     columns = ", ".join(ready.file.columns)
     return f"{found}, with {columns}" if columns else f"{found}; declare their columns in node.toml"
 
 
 def _bases(directory: Path) -> str:
-    """The base models that the policy names are here, or can be fetched, and are allowed."""
+    """Checks that the policy's base models are available, or can be fetched, and are allowed."""
     policy = open_policy(directory / layout.POLICY)
     if ANY in policy.base_names:
         return "the policy names none; a run's base model is checked on request"
@@ -156,7 +156,7 @@ def _bases(directory: Path) -> str:
 
 
 def _disk(directory: Path) -> str:
-    """The ledger must never find a full disk."""
+    """Checks the free disk space: the ledger must never find a full disk."""
     status = os.statvfs(directory)
     free = status.f_bavail * status.f_frsize
     if free < _LEAST_BYTES:
@@ -165,7 +165,7 @@ def _disk(directory: Path) -> str:
 
 
 def _memory(ready: Ready) -> str:
-    """What could be had: free memory, and what the system holds for its files."""
+    """Checks the available memory: free memory, and the system's file cache."""
     least = (ready.file.memory_mb << 20) if ready.file.memory_mb else _LEAST_BYTES
     held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if (info := Path("/proc/meminfo")).exists():
@@ -179,7 +179,7 @@ def _memory(ready: Ready) -> str:
 
 
 def _conditions(ready: Ready) -> str:
-    """Whether the node takes part now; that it does not is no mistake."""
+    """Shows whether the node takes part now; not taking part is not an error."""
     if ready.file.conditions is None:
         return "none: always takes part"
     reason = reason_against(ready.file.conditions, ready.directory, datetime.now())
@@ -187,7 +187,7 @@ def _conditions(ready: Ready) -> str:
 
 
 def _server(ready: Ready) -> str:
-    """The server is there, is who the admission says, and has the same time."""
+    """Checks that the server is reachable, has the admission's certificate, and has the same time."""
     import httpx
 
     context = ssl.create_default_context(cadata=ready.admission.authority)
@@ -207,7 +207,7 @@ def _server(ready: Ready) -> str:
 
 
 def _certificates(ready: Ready) -> str:
-    """None of the certificates that this node relies on ends before long."""
+    """Checks that none of the certificates that this node relies on expires soon."""
     warnings = node_warnings(ready.admission.address, ready.admission.authority)
     if warnings:
         raise _Warning("; ".join(warnings))
@@ -215,7 +215,7 @@ def _certificates(ready: Ready) -> str:
 
 
 def _key(ready: Ready) -> str:
-    """The server knows this node's key."""
+    """Checks that the server knows this node's key."""
     admission = ready.admission
     key = node_key(ready.directory)
     check_key(admission.address, admission.authority.encode(), key, admission.node_id)
@@ -223,7 +223,7 @@ def _key(ready: Ready) -> str:
 
 
 def _self_test(ready: Ready) -> str:
-    """This code keeps its promises on this machine, in a process like the one that will train."""
+    """Runs the self-test on this machine, in a process like the one that will train."""
     with worker(ready) as pool:
         pool.call(attest, ready.directory)
     return "passed"

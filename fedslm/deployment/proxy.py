@@ -1,11 +1,11 @@
-"""The reverse proxy that nodes reach: nginx, with a configuration that passes the Fleet paths alone.
+"""The reverse proxy that nodes reach: nginx, with a configuration that passes only the Fleet paths.
 
-A request passes only if its path, as it was sent, is one of ``fleet_api.PATHS``: no escape, dot
-segment, doubled slash, parameter or query is interpreted anywhere. TLS 1.2 and 1.3 are spoken, with
-authenticated ciphers and ephemeral keys. A body has at most the size of one piece, and comes in time.
+A request passes only if its path, exactly as sent, is one of ``fleet_api.PATHS``: no escape, dot
+segment, doubled slash, parameter or query is interpreted anywhere. TLS 1.2 and 1.3 are supported, with
+authenticated ciphers and ephemeral keys. A body has at most the size of one piece, and a time limit.
 
-The limits leave room for 200 nodes behind one address: a node has at most four requests under way (two
-pieces, a heartbeat and a question). Whoever finds no room gets a 503, and tries again.
+The limits allow for 200 nodes behind one address: a node has at most four requests in progress (two
+pieces, a heartbeat and a query). A request beyond the limits gets a 503, and is retried.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ _LOCATION = (
 
 
 def prepare(directory: Path, state: Path, logs: Path, federation: FederationFile) -> tuple[str, ...]:
-    """Writes the proxy's configuration; gives its command.
+    """Writes the proxy's configuration; returns its command.
 
     Args:
-        directory: The server's.
-        state: Where the configuration and temporary files go.
-        logs: Where its logs go.
+        directory: The server's directory.
+        state: Directory of the configuration and temporary files.
+        logs: Directory of its logs.
         federation: The operator's settings.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A run on real nodes: started, followed, stopped, continued, by the server's operator."""
+"""Runs on real nodes: the server's operator starts, follows, stops and continues them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fedslm.storage import locked, write_text
 logger = logging.getLogger(__name__)
 _POLL_SECONDS, _TURN_SECONDS = 0.5, 10.0
 _LOST_SECONDS = 120.0  # the SuperLink takes a minute to notice that a run's process was killed
-_ENDING_SECONDS = 60.0  # a run's process learns within half a minute that it was stopped
+_ENDING_SECONDS = 60.0  # a run's process notices within half a minute that it was stopped
 _OUTAGE_SECONDS = 120.0
 _PATHS = (
     *("data.source", "data.evaluation_source", "data.public_source"),
@@ -39,7 +39,7 @@ OnRound = Callable[[dict[str, Any]], None]
 
 
 def directory_of(server: Path, config: Config) -> Path:
-    """Where a run lies: what ``run.directory`` says, or runs/NAME below the server's directory."""
+    """A run's directory: ``run.directory`` from the config, or runs/NAME in the server's directory."""
     named = config.run.directory
     return (
         Path(named).expanduser().absolute() if named else server.absolute() / "runs" / config.run.name
@@ -59,7 +59,7 @@ def overrides_of(server: Path, config: Config) -> dict[str, str | int | float | 
 
 
 def _is_here(text: str) -> bool:
-    """Whether a value is a path as seen from here: the run itself lives elsewhere."""
+    """Whether a value is a relative path that exists here: the run has another working directory."""
     return text not in ("", "demo") and not text.startswith(("/", "~", "$")) and Path(text).exists()
 
 
@@ -67,16 +67,16 @@ def start(control: Control, server: Path, config: Config, *, resume: bool) -> tu
     """Starts a run, or continues one whose server was lost.
 
     Formal guarantees:
-        * Nothing is started, and nothing of an earlier start is overwritten, while the run is alive: a
-          process holds its directory, or the SuperLink says that it has not ended. From the start at
-          the SuperLink on it says so; two starts at once take turns.
+        * Nothing is started, and nothing of an earlier start is overwritten, while the run is active: a
+          process holds its directory, or the SuperLink reports that it has not ended. The SuperLink
+          reports this from its start of the run on; two simultaneous starts take turns.
 
     Returns:
         The SuperLink's number of the run, and the run's directory.
 
     Raises:
-        RunError: The run is alive, there is such a run already, or none to continue.
-        FederationError: The SuperLink refuses, or is not there.
+        RunError: The run is active, such a run exists already, or there is none to continue.
+        FederationError: The SuperLink refuses, or is not reachable.
     """
     directory = directory_of(server, config)
     exists = (directory / layout.CONFIG_JSON).exists()
@@ -85,7 +85,7 @@ def start(control: Control, server: Path, config: Config, *, resume: bool) -> tu
         if (directory / layout.ERROR).exists() and not (
             directory / layout.CHECKPOINT / layout.CHECKPOINT_STATE
         ).exists():
-            shutil.rmtree(directory)  # it failed before it began: nothing of it is worth keeping
+            shutil.rmtree(directory)  # it failed before it began: there is nothing to keep
         exists = (directory / layout.CONFIG_JSON).exists()
         if exists and not resume:
             raise Unusable(f"{directory} exists; continue it with --resume, or set another run.name")
@@ -95,7 +95,7 @@ def start(control: Control, server: Path, config: Config, *, resume: bool) -> tu
             raise RunError(f"{directory} is finished: see {directory / 'report.md'}")
         if not exists:
             _check_nodes(server, config)
-        (directory / layout.ERROR).unlink(missing_ok=True)  # what it says is of an earlier attempt
+        (directory / layout.ERROR).unlink(missing_ok=True)  # its content is from an earlier attempt
         run_id = control.start(overrides_of(server, config))
         write_text(_started(directory), str(run_id))
     return run_id, directory
@@ -103,10 +103,10 @@ def start(control: Control, server: Path, config: Config, *, resume: bool) -> tu
 
 @contextmanager
 def _turn(directory: Path) -> Iterator[None]:
-    """Lets one start at a time touch a run.
+    """Allows only one start at a time to touch a run.
 
     Raises:
-        RunError: Another one is under way.
+        RunError: Another start is in progress.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     problem = f"another `fedslm server run` is starting {directory.name}"
@@ -115,13 +115,13 @@ def _turn(directory: Path) -> Iterator[None]:
 
 
 def _refuse_living(control: Control, directory: Path, *, seconds: float) -> None:
-    """Refuses to touch a run that is alive.
+    """Refuses to touch a run that is active.
 
-    A SuperLink notices only after a minute that the process of a run was killed: if it says that a run
-    goes on, but nobody holds its directory, one of the two is waited for.
+    A SuperLink takes a minute to notice that the process of a run was killed: if it reports that a run
+    is active, but no process holds its directory, this waits for one of the two.
 
     Raises:
-        RunError: A process holds the directory, or the SuperLink says that the run goes on.
+        RunError: A process holds the directory, or the SuperLink reports that the run is active.
     """
     deadline, told = time.monotonic() + seconds, False
     while True:
@@ -144,12 +144,12 @@ def _refuse_living(control: Control, directory: Path, *, seconds: float) -> None
 
 
 def _living(control: Control, directory: Path) -> dict[int, str]:
-    """What the SuperLink knows of a run that has not ended: number to status."""
+    """Number to status of a run's starts that have not ended at the SuperLink."""
     found, number = control.living(directory), _number(directory)
     if number is not None and number not in found:
         try:
             status = control.status(number)
-        except FederationError:  # it answered a moment ago: it does not know that number
+        except FederationError:  # it answered a moment ago, so it does not know that number
             return found
         if not status.startswith(FINISHED):
             return {**found, number: status}
@@ -157,7 +157,7 @@ def _living(control: Control, directory: Path) -> dict[int, str]:
 
 
 def _is_held(directory: Path) -> bool:
-    """Whether a process runs in a run's directory."""
+    """Whether a process holds a run's directory."""
     if not (directory / layout.CONFIG_JSON).exists():
         return False
     try:
@@ -171,8 +171,8 @@ def stop(control: Control, directory: Path) -> None:
     """Stops a run, and waits until its process has ended; it can be continued.
 
     Raises:
-        RunError: Nobody started it here, it is not running, or its process does not end.
-        FederationError: The SuperLink refuses, or is not there.
+        RunError: It was not started here, it is not running, or its process does not end.
+        FederationError: The SuperLink refuses, or is not reachable.
     """
     name, number = directory.name, _number(directory)
     found = _living(control, directory.absolute())
@@ -195,14 +195,14 @@ def stop(control: Control, directory: Path) -> None:
 def follow(
     control: Control, run_id: int, directory: Path, on_round: OnRound, stop: threading.Event
 ) -> str:
-    """Tells of each round until the run is over; waits while the SuperLink is started again.
+    """Reports each round until the run is over; waits while the SuperLink is restarted.
 
     Args:
         control: The SuperLink.
         run_id: Its number of the run.
         directory: The run's directory.
-        on_round: Is given each round's line.
-        stop: Set to leave; the run goes on.
+        on_round: Called with each round's line.
+        stop: Set to stop following; the run continues.
 
     Returns:
         The last status.
@@ -232,13 +232,13 @@ def follow(
 
 @dataclass
 class _Lines:
-    """A file of JSON lines that grows; each line is read once."""
+    """A growing file of JSON lines; each line is read once."""
 
     path: Path
     _position: int = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """Whole lines that were written since the last call."""
+        """Complete lines that were written since the last call."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._position)
@@ -251,7 +251,7 @@ class _Lines:
 
 
 def last_round(directory: Path) -> int:
-    """The last round that a run's checkpoint holds; 0 without one: a resumed run goes on after it."""
+    """The last round in a run's checkpoint; 0 without one: a resumed run continues after it."""
     try:
         text = (directory / layout.CHECKPOINT / layout.CHECKPOINT_STATE).read_text(encoding="utf-8")
         return int(json.loads(text)["round"])
@@ -260,7 +260,7 @@ def last_round(directory: Path) -> int:
 
 
 def failure_of(directory: Path) -> str:
-    """What the server's side of a run said before it ended; empty if it said nothing."""
+    """The error with which the server's side of a run ended; empty if there is none."""
     try:
         return (directory / layout.ERROR).read_text(encoding="utf-8")
     except OSError:
@@ -268,17 +268,17 @@ def failure_of(directory: Path) -> str:
 
 
 def is_good(status: str, directory: Path) -> bool:
-    """True if a run came to its end and wrote its report."""
+    """True if a run was completed and wrote its report."""
     return status == COMPLETED and (directory / layout.REPORT).exists()
 
 
 def _started(directory: Path) -> Path:
-    """Where a run's number is kept: beside its directory, which the run itself makes."""
+    """File of a run's number: next to its directory, which the run itself creates."""
     return directory.with_name(f"{directory.name}.run")
 
 
 def _number(directory: Path) -> int | None:
-    """The SuperLink's number of the latest start of a run; None if nobody started it here."""
+    """The SuperLink's number of the latest start of a run; None if it was not started here."""
     try:
         return int(_started(directory).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -289,7 +289,7 @@ def _check_nodes(server: Path, config: Config) -> None:
     """Refuses a new run before it begins if too few of its nodes can take part.
 
     Raises:
-        FederationError: The nodes do not fit the config, or too many are out.
+        FederationError: The nodes do not match the config, or too many are excluded.
     """
     federation = config.federation
     nodes = chosen_nodes(server / NODES, federation.nodes, federation.num_clients)

@@ -1,8 +1,8 @@
-"""The server's processes: a guarded SuperLink and its launcher on loopback, a reverse proxy in front.
+"""The server's processes: a guarded SuperLink and its launcher on loopback, behind a reverse proxy.
 
-Nodes reach the Fleet API through the proxy and the guard, and nothing else. The Control API, which has
-no authentication of its own, and the Runtime API stay on loopback: whoever has an account on the
-server's machine can reach them, so give none away.
+Nodes can reach only the Fleet API, through the proxy and the guard. The Control API, which has no
+authentication of its own, and the Runtime API stay on loopback: anyone with an account on the server's
+machine can reach them, so give nobody else an account.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "PYTHONIOENCODING": "utf-8",  # Flower prints signs that no other encoding has
+    "PYTHONIOENCODING": "utf-8",  # Flower prints characters that other encodings lack
 }
 
 
@@ -49,8 +49,8 @@ class Child:
     """A process to keep running.
 
     Attributes:
-        name: For logs.
-        command: What runs.
+        name: Name for logs.
+        command: The command line.
     """
 
     name: str
@@ -58,10 +58,10 @@ class Child:
 
 
 def children(directory: Path) -> list[Child]:
-    """The server's processes, in the order in which they start; writes what they read.
+    """The server's processes in their start order; writes the files that they read.
 
     Raises:
-        ConfigError: ``federation.toml`` is wrong.
+        ConfigError: ``federation.toml`` is invalid.
         RunError: nginx is not installed, or the server's certificate is missing or has expired.
     """
     directory = directory.expanduser().absolute()
@@ -69,7 +69,7 @@ def children(directory: Path) -> list[Child]:
     _check_certificate(directory)
     state = directory / _STATE
     state.mkdir(parents=True, exist_ok=True)
-    state.chmod(0o711)  # a proxy that root starts works as somebody else, below it
+    state.chmod(0o711)  # a proxy started by root runs as another user in here
     (directory / LOGS).mkdir(exist_ok=True)
     if not (directory / _SECRET).exists():
         write_private(directory / _SECRET, secrets.token_hex(32).encode())
@@ -81,12 +81,12 @@ def children(directory: Path) -> list[Child]:
 
 
 def serve(directory: Path, stop: threading.Event) -> None:
-    """Runs the server's processes until it is told to stop; one that dies is started again.
+    """Runs the server's processes until it is stopped; one that dies is restarted.
 
     Raises:
-        ConfigError: As :func:`children`.
-        RunError: As :func:`children`, the server is up already, a port is taken, or a process does not
-            come up or stay up.
+        ConfigError: As for :func:`children`.
+        RunError: As for :func:`children`, the server is already running, a port is taken, or a process
+            does not start or does not keep running.
     """
     port = read_federation(directory).metrics_port
     with (
@@ -99,19 +99,19 @@ def serve(directory: Path, stop: threading.Event) -> None:
 
 @contextmanager
 def running(directory: Path, stop: threading.Event) -> Iterator[Callable[[], None]]:
-    """The server's processes, up; they are stopped at the end.
+    """Starts the server's processes, and stops them at the end.
 
     Args:
-        directory: With ``federation.toml``.
-        stop: Set to give up while they come up.
+        directory: The directory with ``federation.toml``.
+        stop: Set to give up while they start.
 
     Yields:
-        What starts dead ones again and keeps logs small: to be called often. It raises RunError if one
-        ends again and again.
+        A function that restarts dead processes and keeps logs small: call it often. It raises RunError
+        if a process ends repeatedly.
 
     Raises:
-        ConfigError: As :func:`children`.
-        RunError: As :func:`serve`.
+        ConfigError: As for :func:`children`.
+        RunError: As for :func:`serve`.
     """
     directory = directory.expanduser().absolute()
     federation = read_federation(directory)
@@ -147,7 +147,7 @@ class _Running:
         own = {
             "FLWR_HOME": str(directory / _STATE),
             "PATH": programs,
-        }  # the launcher looks for Flower's
+        }  # the launcher searches for Flower's programs
         self._environment = {**os.environ, **_ENVIRONMENT, **own}
         self._started, self._short_lives = 0.0, 0
         self.process = self._start()
@@ -161,10 +161,10 @@ class _Running:
             self.stop()
 
     def restart_if_dead(self) -> None:
-        """Starts it again, at most once in five seconds.
+        """Restarts it if it died, at most once in five seconds.
 
         Raises:
-            RunError: It did not live for a minute, five times in a row.
+            RunError: It ran for less than a minute, five times in a row.
         """
         age = time.monotonic() - self._started
         if self.process.poll() is None or age <= _RESTART_SECONDS:
@@ -184,7 +184,7 @@ class _Running:
         return f"see {self._log}"
 
     def stop(self) -> None:
-        """Asks it to stop, then makes it."""
+        """Asks the process to stop, then kills it."""
         if self.process.poll() is not None:
             return
         self.process.send_signal(signal.SIGTERM)
@@ -195,7 +195,7 @@ class _Running:
             self.process.wait(_STOP_SECONDS)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """Starts it, in a directory in which nothing can be imported by accident."""
+        """Starts it in a directory from which nothing can be imported by accident."""
         self._started = time.monotonic()
         with self._log.open("ab") as log:
             try:
@@ -214,7 +214,7 @@ class _Running:
 
 
 def _superlink(directory: Path, federation: FederationFile) -> tuple[str, ...]:
-    """Flower's SuperLink behind our guard: on loopback, with TLS, node keys and a database on disk."""
+    """Command of Flower's SuperLink with the guard: loopback, TLS, node keys, a database on disk."""
     return (
         *(sys.executable, "-P", "-m", "fedslm.deployment.guard", str(federation.message_mb)),
         "flower-superlink",
@@ -231,7 +231,7 @@ def _superlink(directory: Path, federation: FederationFile) -> tuple[str, ...]:
 
 
 def _launcher(directory: Path, federation: FederationFile) -> tuple[str, ...]:
-    """Flower's launcher of the server's side of a run, as a process of its own."""
+    """Command of Flower's launcher of the server's side of a run, as a separate process."""
     return (
         _flower("flower-superexec"),
         *("--runtime-api-address", f"127.0.0.1:{federation.inner_port}"),
@@ -250,13 +250,13 @@ def _check_certificate(directory: Path) -> None:
 
 
 def _alone(directory: Path) -> AbstractContextManager[None]:
-    """Makes sure that one process runs a directory's server."""
+    """Makes sure that only one process runs a directory's server."""
     problem = f"the server in {directory} cannot be started: another process runs it"
     return locked(directory / "server.lock", 0.0, problem)
 
 
 def _check_ports(federation: FederationFile) -> None:
-    """Refuses ports that another program has."""
+    """Refuses ports that another program uses."""
     ports = {"port": ("", federation.port), "inner_port": (LOOPBACK, federation.inner_port)}
     if federation.metrics_port is not None:
         ports["metrics_port"] = (LOOPBACK, federation.metrics_port)
@@ -274,7 +274,7 @@ def _check_ports(federation: FederationFile) -> None:
 
 
 def _wait_until_listening(running: _Running, port: int, stop: threading.Event) -> None:
-    """Waits until a process of ours has a port open; whoever else answers there does not count."""
+    """Waits until one of our processes listens on a port; other programs on it do not count."""
     deadline = time.monotonic() + _START_SECONDS
     while not stop.is_set():
         if running.process.poll() is not None or time.monotonic() > deadline:
@@ -285,7 +285,7 @@ def _wait_until_listening(running: _Running, port: int, stop: threading.Event) -
 
 
 def _listens(process: int, port: int) -> bool:
-    """Whether a process has a port open, by the system's own tables where there are some."""
+    """Whether a process listens on a port, by the system's own tables if available."""
     if not Path("/proc/self/net/tcp").exists():
         with socket.socket() as probe:
             return probe.connect_ex((LOOPBACK, port)) == 0
@@ -308,5 +308,5 @@ def _listens(process: int, port: int) -> bool:
 
 
 def _flower(name: str) -> str:
-    """One of Flower's programs, of this environment."""
+    """Path of one of Flower's programs in this environment."""
     return str(Path(sys.executable).parent / name)

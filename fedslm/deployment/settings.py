@@ -1,4 +1,4 @@
-"""What a server's operator and a node's operator write down: federation.toml and node.toml."""
+"""Settings files of a server's operator and of a node's operator: federation.toml and node.toml."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class FederationFile(_File):
 
     @model_validator(mode="after")
     def _has_a_port_for_each(self) -> FederationFile:
-        """Refuses one port for two: the second that starts would find it taken."""
+        """Refuses the same port for two uses: the second to start would find it taken."""
         ports = [each for each in (self.port, self.inner_port, self.metrics_port) if each is not None]
         if len(set(ports)) < len(ports):
             raise ValueError("port, inner_port and metrics_port must differ; change one of them")
@@ -75,7 +75,7 @@ class Conditions(_File):
     @field_validator("hours")
     @classmethod
     def _are_some(cls, hours: str) -> str:
-        """Refuses hours that begin when they end: nobody knows whether that is never or always."""
+        """Refuses hours whose start and end are equal: they could mean never or always."""
         if hours and hours[:5] == hours[6:]:
             raise ValueError(f"{hours!r} begins when it ends; leave hours out for the whole day")
         return hours
@@ -120,13 +120,13 @@ class NodeFile(_File):
     @model_validator(mode="before")
     @classmethod
     def _by_profile(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Puts a profile's defaults below what is written."""
+        """Applies a profile's defaults for settings that are not given."""
         return {**_DEFAULTS.get(str(values.get("profile")), {}), **values}
 
     @field_validator("conditions")
     @classmethod
     def _are_there(cls, conditions: Conditions | None, info: ValidationInfo) -> Conditions | None:
-        """A phone that trains at all times is a mistake of its operator's."""
+        """Refuses a phone without conditions: training at all times is a mistake there."""
         says = conditions is not None and (conditions.hours or conditions.command)
         if info.data.get("profile") == "phone" and not says:
             raise ValueError('profile = "phone" needs [conditions] with hours or a command')
@@ -137,7 +137,7 @@ def read_federation(directory: Path) -> FederationFile:
     """Reads a server directory's ``federation.toml``.
 
     Raises:
-        ConfigError: It is missing or wrong; every problem at once.
+        ConfigError: It is missing or invalid; lists every problem.
     """
     return read_file(directory / FEDERATION_FILE, FederationFile)
 
@@ -146,11 +146,11 @@ def read_node(directory: Path, profile: str | None = None) -> NodeFile:
     """Reads a node directory's ``node.toml``.
 
     Args:
-        directory: The node's own.
-        profile: In place of the file's, unless it is None.
+        directory: The node's own directory.
+        profile: Replaces the file's profile, unless it is None.
 
     Raises:
-        ConfigError: It is missing or wrong; every problem at once.
+        ConfigError: It is missing or invalid; lists every problem.
     """
     instead = {} if profile is None else {"profile": profile}
     return read_file(directory / NODE_FILE, NodeFile, instead)

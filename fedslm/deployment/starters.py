@@ -1,7 +1,7 @@
-"""Files to start from: a node's settings and policy, the server's settings, a run on real nodes.
+"""Starter files: a node's settings and policy, the server's settings, and a run on real nodes.
 
-Each has one source: the templates beside this module, and the example policy. What ``clients/`` and
-``server/`` hold for copying is the same text.
+Each has one source: the templates next to this module, and the example policy. The files to copy in
+``clients/`` and ``server/`` have the same text.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _EXECUTABLE = 0o700
 
 @dataclass(frozen=True)
 class Start:
-    """What a node starts with.
+    """The initial settings of a node.
 
     Attributes:
         name: The node's name.
-        profile: What kind of machine it is.
+        profile: The kind of machine.
         source: Its records: a file, a directory or a database URL; None: to be filled in.
-        unit: The weakest unit that its policy allows; None: the profile's own.
+        unit: The weakest unit that its policy allows; None: the profile's default.
     """
 
     name: str
@@ -44,19 +44,19 @@ class Start:
 
     @property
     def has_patients(self) -> bool:
-        """Whether its records say whose they are."""
+        """Whether its records have a column for their owner."""
         return (self.unit or UNITS[self.profile]) == "patient"
 
 
 def node_files(directory: Path, start: Start) -> dict[str, str]:
-    """File name to content of what a node's operator edits.
+    """File name to content of the files that a node's operator edits.
 
     Args:
-        directory: The node's own, absolute.
-        start: What it starts with.
+        directory: The node's own directory, absolute.
+        start: The node's initial settings.
 
     Raises:
-        RunError: The source is a URL that holds a password.
+        RunError: The source is a URL that contains a password.
     """
     files = {NODE_FILE: _settings(directory, start), layout.POLICY: _policy(start)}
     if start.profile == "phone":
@@ -65,13 +65,13 @@ def node_files(directory: Path, start: Start) -> dict[str, str]:
 
 
 def write_node_files(directory: Path, start: Start) -> dict[Path, str]:
-    """Writes a node's files that are not there yet; none is overwritten.
+    """Writes a node's missing files; overwrites none.
 
     Returns:
-        Each file that was written, and which of its lines to edit.
+        Each file that was written, with the lines to edit.
 
     Raises:
-        RunError: The source is a URL that holds a password, or a file cannot be written.
+        RunError: The source is a URL that contains a password, or a file cannot be written.
     """
     edit = {
         NODE_FILE: "edit columns" if start.source else "edit source, query and columns",
@@ -95,10 +95,10 @@ def write_federation(path: Path, name: str | None = None, host: str | None = Non
     Args:
         path: The file.
         name: Name of the federation.
-        host: Name or address that nodes reach; None: this machine's name.
+        host: Name or address at which nodes reach the server; None: this machine's name.
 
     Raises:
-        ConfigError: There is one already, and a name or a host was given.
+        ConfigError: The file exists already, and a name or a host was given.
         RunError: It cannot be written.
     """
     if path.exists():
@@ -111,12 +111,12 @@ def write_federation(path: Path, name: str | None = None, host: str | None = Non
 
 
 def deployed_config() -> str:
-    """A commented config of a run on real nodes, which the example policy allows."""
+    """A commented config of a run on real nodes that the example policy allows."""
     return _template("deployed.toml")
 
 
 def _settings(directory: Path, start: Start) -> str:
-    """``node.toml``."""
+    """Content of ``node.toml``."""
     text = _with_value(_template(f"{start.profile}-{NODE_FILE}"), "name", start.name)
     text = text.replace("/var/lib/fedslm/north/", f"{directory}/")
     if not start.has_patients:
@@ -137,7 +137,7 @@ def _settings(directory: Path, start: Start) -> str:
 
 
 def _policy(start: Start) -> str:
-    """``policy.toml``."""
+    """Content of ``policy.toml``."""
     text = EXAMPLE if start.profile == "hospital" else _template(f"phone-{layout.POLICY}")
     if start.unit in (None, UNITS[start.profile]):
         return text
@@ -149,23 +149,23 @@ def _policy(start: Start) -> str:
 
 
 def _template(name: str) -> str:
-    """A file beside this module."""
+    """Reads a template file next to this module."""
     return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _with_value(text: str, key: str, value: str) -> str:
-    """A text whose one line ``key = "…"`` has another value; its comment stays."""
+    """A text with a new value in its only line ``key = "…"``; the line's comment stays."""
     line = f"{key} = {json.dumps(value, ensure_ascii=False)}"
     return re.sub(rf'^{key} = "[^"\n]*"', lambda _: line, text, count=1, flags=re.MULTILINE)
 
 
 def _commented(found: re.Match[str]) -> str:
-    """Lines as comments."""
+    """Turns lines into comments."""
     return "\n".join(f"# {line}" for line in found[0].splitlines())
 
 
 def _write_new(path: Path, content: str) -> bool:
-    """Writes a file unless it is there; True if it was written."""
+    """Writes a file unless it exists; True if it was written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:

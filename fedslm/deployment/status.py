@@ -1,4 +1,4 @@
-"""How a federation is: its nodes, its runs, what was refused, and the budget that is left."""
+"""Status of a federation: its nodes, its runs, refusals, and the remaining budgets."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class NodeStatus:
 
     Attributes:
         name: Its name.
-        client: Its index in the latest run; None if it has no part in it.
-        status: online, offline, registered (never came) or unknown (to this SuperLink).
-        last_seen: When it came or went last, as the SuperLink wrote it.
-        epsilon_spent: Of the latest run, by what the node signed; None if it signed nothing.
-        epsilon_left: Of the latest run's budget; None if it signed nothing.
-        reason: Why it was not in the aggregate, the last time that it was not in the latest run.
-        lifetime_epsilon: Of its whole ledger, over all runs, as it last stated; infinite after a
+        client: Its index in the latest run; None if it does not take part in it.
+        status: online, offline, registered (never connected) or unknown (to this SuperLink).
+        last_seen: When it last connected or disconnected, from the SuperLink.
+        epsilon_spent: Spend in the latest run, from the node's statement; None without a statement.
+        epsilon_left: Rest of the latest run's budget; None without a statement.
+        reason: Why it was left out of the aggregate, the last time this happened in the latest run.
+        lifetime_epsilon: Epsilon of its whole ledger, over all runs, as last stated; infinite after a
             release without privacy; None if it never stated any.
-        lifetime_delta: At this delta.
-        out: Since when and why it is out, until it is readmitted; empty if it is not.
-        readmissions: Times that it was readmitted.
+        lifetime_delta: The delta of that epsilon.
+        out: Since when and why it is excluded, until it is readmitted; empty if it is not.
+        readmissions: Number of its readmissions.
     """
 
     name: str
@@ -65,13 +65,13 @@ class RunStatus:
         state: finished, ended early (too few replies), failed (an error, or no round moved the
             adapter), running, or interrupted (for --resume).
         round: Last finished round.
-        rounds: Rounds asked for.
+        rounds: Number of requested rounds.
         completed: Updates in the last round's aggregate.
         cohort: Nodes asked in the last round.
         refused: Refusals over all rounds.
         failed: Failures over all rounds.
         late: Late or absent nodes over all rounds.
-        epsilon: Of the network so far; infinite without privacy, None before the first round.
+        epsilon: Epsilon of the network so far; infinite without privacy, None before the first round.
     """
 
     name: str
@@ -109,7 +109,7 @@ class FederationStatus:
 
 
 def status_of(server: Path, seen: Sequence[SeenNode]) -> FederationStatus:
-    """Reads what is on the server's disk beside what the SuperLink says.
+    """Combines the data on the server's disk with those of the SuperLink.
 
     Args:
         server: The server's directory.
@@ -139,7 +139,7 @@ def run_directories(server: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Read:
-    """A run's directory, read once for one answer."""
+    """The contents of a run's directory, read once for one answer."""
 
     directory: RunDirectory
     config: Config
@@ -148,7 +148,7 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Left:
-    """A run's budgets and clients by ledger key, and why clients were left out the last time."""
+    """A run's budgets and clients by ledger key, and the last reasons why clients were left out."""
 
     budgets: dict[str, tuple[float, float]]
     reasons: dict[int, str]
@@ -156,7 +156,7 @@ class _Left:
 
     @classmethod
     def of(cls, run: _Read) -> _Left:
-        """Of one run: of each node the last statement alone is read."""
+        """Reads one run: of each node only the last statement."""
         privacy, budgets = run.config.privacy, {}
         if privacy.delta is not None and privacy.epsilon is not None:
             for statement, told in _last_statements(run.directory):
@@ -179,7 +179,7 @@ def _last_statements(directory: RunDirectory) -> list[tuple[Statement, float | N
 
 
 def _read(path: Path) -> _Read | None:
-    """A run's directory; None if it is damaged."""
+    """Reads a run's directory; None if it is damaged."""
     try:
         directory, config = RunDirectory.open(path)
         return _Read(directory, config, directory.records())
@@ -188,7 +188,7 @@ def _read(path: Path) -> _Read | None:
 
 
 def _node(node: Admitted, known: dict[int, SeenNode], left: _Left) -> NodeStatus:
-    """One node, with what it signed and was refused for in the latest run."""
+    """One node's status, with its statement and refusals in the latest run."""
     seen = known.get(node.node_id, SeenNode(node.node_id, "unknown", ""))
     spent, rest = left.budgets.get(node.ledger_key, (None, None))
     client = left.clients.get(node.ledger_key)
@@ -197,7 +197,7 @@ def _node(node: Admitted, known: dict[int, SeenNode], left: _Left) -> NodeStatus
 
 
 def _with_standing(node: NodeStatus, standing: Standing) -> NodeStatus:
-    """Adds what the server knows of a node's ledger over all runs."""
+    """Adds the server's record of a node's ledger over all runs."""
     return replace(
         node,
         lifetime_epsilon=standing.epsilon if standing.charges else None,
@@ -208,7 +208,7 @@ def _with_standing(node: NodeStatus, standing: Standing) -> NodeStatus:
 
 
 def _run(run: _Read) -> RunStatus:
-    """One run."""
+    """One run's status."""
     records = run.records
     last = records[-1] if records else None
     return RunStatus(
@@ -226,7 +226,7 @@ def _run(run: _Read) -> RunStatus:
 
 
 def _state(run: _Read) -> str:
-    """What a run does: error.txt is of its latest attempt, since each attempt begins by removing it."""
+    """State of a run; error.txt is from its latest attempt, since each attempt first removes it."""
     directory = run.directory
     try:
         report = json.loads((directory.path / layout.REPORT).read_text(encoding="utf-8"))
