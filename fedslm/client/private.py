@@ -28,8 +28,8 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
     """Charges, trains, keeps the release for a repeated request, and answers.
 
     Formal guarantees:
-        * Every check that can refuse runs before a record is read: the time of a refusal says nothing
-          about the records.
+        * Every check that can refuse runs before a record is read: the time of a refusal reveals
+          nothing about the records.
         * The charge is on disk before training starts. If training fails, the charge stays.
         * The same request again gets the stored release, free of charge, and no record is read.
 

@@ -96,7 +96,7 @@ def served(port: int | None, collect: Collect) -> Iterator[None]:
 
 
 class _Collector:
-    """Collector for prometheus_client; a metric that cannot be read is omitted, and logged."""
+    """Collector for prometheus_client; metrics that cannot be read are omitted, which is logged."""
 
     def __init__(self, collect: Collect) -> None:
         self._collect = collect

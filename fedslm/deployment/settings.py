@@ -62,7 +62,7 @@ class FederationFile(_File):
 
 
 class Conditions(_File):
-    """When a node takes part; all that is written down must hold."""
+    """Conditions for a node to take part; all conditions that are given must hold."""
 
     hours: str = Field("", pattern=rf"^({_CLOCK}-{_CLOCK})?$")
     """Local time, such as "22:00-06:00" (may pass midnight); empty is the whole day."""

@@ -1,1 +1,1 @@
-"""Where clients run: worker processes of one machine, or Flower on Ray."""
+"""Engines that run clients: worker processes on one machine, or Flower on Ray."""

@@ -1,1 +1,1 @@
-"""The rounds on Flower: server loop, client functions, grids, checkpoints."""
+"""Federated rounds on Flower: server loop, client functions, grids, checkpoints."""

@@ -19,8 +19,8 @@ def came_to_nothing(records: Sequence[RoundRecord]) -> str:
     Args:
         records: All rounds of the run.
 
+    Returns:
         The most frequent reason of each of the first clients (and of the rounds themselves), one per
-        line; empty if a round moved the adapter, or if there was no round.
         line; empty if a round moved the adapter, or if there was no round.
     """
     if not all(record.kept for record in records) or not records:

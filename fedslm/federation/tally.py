@@ -1,4 +1,4 @@
-"""Counts the answers of a round, and records why each missing one is missing."""
+"""Counts the answers of a round, and records the reason for each missing one."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def network_epsilon(clients: Sequence[Iterable[Event]], delta: float, *, overlap
 
 
 def true_positive_bound(events: Iterable[Event], false_positive_rate: float) -> float:
-    """Largest true positive rate of any membership inference attack at a false positive rate.
+    """Upper bound on any membership inference attack's true positive rate at a false positive rate.
 
     The smallest of e^ε·FPR + δ(ε) over the whole privacy curve, so tighter than one (ε, δ) gives.
 
@@ -207,7 +207,7 @@ def true_positive_bound(events: Iterable[Event], false_positive_rate: float) -> 
 
 
 def check_delta(delta: float) -> None:
-    """Refuses a delta that is too large to guarantee anything.
+    """Refuses a delta outside its range: a larger one would guarantee nothing.
 
     Raises:
         OutOfRange: It is not in (0, 0.1].

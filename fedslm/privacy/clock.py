@@ -1,4 +1,4 @@
-"""A ledger's own time: it never runs backwards, and no charge looks older than it is.
+"""A ledger's own time: it never runs backwards by itself, and no charge looks older than it is.
 
 A node's clock can be wrong: set back, at 1970 after a flat battery, or years ahead after a bad time
 server's answer. Limits per day, or on the time between two rounds, need charge times that are never too

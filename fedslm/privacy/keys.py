@@ -81,7 +81,7 @@ def _as_private(path: Path, content: bytes) -> Ed25519PrivateKey:
 
 
 def read_public_key(source: Path | str) -> Ed25519PublicKey:
-    """Reads a public key from 64 hexadecimal digits, whatever files exist, or else from a PEM file.
+    """Reads a public key: 64 hexadecimal digits, even if a file has that name, or else a PEM file.
 
     Raises:
         LedgerError: It is neither, or a key for which anybody can sign: its owner could repudiate every

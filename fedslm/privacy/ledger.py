@@ -61,17 +61,17 @@ class Ledger:
         * ``reserve`` returns only after the charges are on disk (fsync), and only if they stay within
           all limits: a filter, not an odometer.
         * Every reserved event counts, committed or not, over all runs and restarts.
-        * There are never more rounds than the limits allow, nor two rounds closer in time: every
+        * There are never more rounds, nor two rounds closer in time, than the limits allow: every
           reserved round counts (its adapter's charge), committed or not, over all runs and restarts,
           and so does a round without privacy. Time is the ledger's own (:mod:`fedslm.privacy.clock`); a
           clock that was set back refuses until it has caught up. A request that is answered again is
           not a round.
-        * No run charges more than ``per_run``, over all days, restarts and plans; and no 24 hours hold
+        * No run charges more than ``per_run``, over all days, restarts and plans; and no 24 hours have
           more than ``per_day``, over all runs: whenever a charge is made, it and all charges of the
           24 hours before it stay within that limit. The server names the runs, so the limit per run
           restrains one request or one run; the limit per day and the lifetime limit restrain many.
         * After a release without privacy epsilon is infinite, and the lifetime budget is exceeded:
-          nothing more is charged, unless the limits say that such releases are allowed.
+          nothing more is charged, unless the limits allow such releases.
         * Charges in another unit than the ledger's, or by another column, are refused: two ledgers for
           the same people would each see half of what was spent. A ledger of an older version, which
           names no column, adopts that of the first charge that names one, and keeps it.

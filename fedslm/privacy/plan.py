@@ -33,7 +33,7 @@ _LEAST_CLIP_NORM = 1e-6  # far below, an update is lost to float32 rounding
 
 
 class Plan(Protocol):
-    """What one client does in one round, and what it costs."""
+    """One client's work in one round, and its cost."""
 
     @property
     def steps_per_round(self) -> int:
