@@ -342,7 +342,7 @@ class Ledger:
         now = clock.next_time(chain.entries) if now is None else now
         try:
             if not self._head.exists():
-                self._move_head(-1, GENESIS)  # a ledger without a head was truncated
+                self._move_head(-1, GENESIS)  # first: a ledger without a head was truncated
             with self.path.open("a+b") as file:
                 file.seek(0)
                 lines = whole_lines(file.read())

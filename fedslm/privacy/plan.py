@@ -28,7 +28,7 @@ from fedslm.records import LARGEST_DELTA, Event, is_count, is_number, within
 Records = NDArray[np.int64]
 Batch = list[Records]  # one array of record indices for each unit in the sample
 METRIC_SENSITIVITY = math.sqrt(2.0)  # a unit moves (sum of scores, number of units) by at most (1, 1)
-_LONGEST = 4096  # in characters
+_LONGEST = 4096  # longest plan, in characters
 _LEAST_CLIP_NORM = 1e-6  # far below, an update is lost to float32 rounding
 
 
