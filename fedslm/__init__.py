@@ -35,7 +35,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports public names when they are first used: ``import fedslm`` stays fast."""
+    """Imports public names on first use, so that ``import fedslm`` stays fast."""
     from importlib import import_module
 
     if name not in _HOMES:

@@ -1,4 +1,4 @@
-"""``python -m fedslm``."""
+"""Entry point of ``python -m fedslm``."""
 
 from fedslm.cli import app
 

@@ -1,14 +1,14 @@
-"""The names of an adapter's tensors: which factor of which layer a PEFT state-dict key stands for.
+"""Names of an adapter's tensors: maps each PEFT state-dict key to a layer and a factor.
 
-For a layer ``L`` the adapter computes ``(s·B·R·A + D_B·D_A)·x``:
+For a layer ``L``, the adapter computes ``(s·B·R·A + D_B·D_A)·x``:
 
 L.lora_A.weight    A, (rank, in)
 L.lora_B.weight    B, (out, rank)
-L.lora_R.weight    R, (rank, rank); only Fed-SB has it, else it is the identity
-L.delta_A.weight   D_A, (delta rank, in): what aggregation put aside, never trained
+L.lora_R.weight    R, (rank, rank); only Fed-SB has it, otherwise it is the identity
+L.delta_A.weight   D_A, (delta rank, in): residual factor kept by aggregation, never trained
 L.delta_B.weight   D_B, (out, delta rank)
 
-Every other key is a head's, which is trained whole.
+Every other key belongs to a head, which is fully trained.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FACTORS: tuple[Part, ...] = ("lora_A", "lora_B", "lora_R", "delta_A", "delta_B"
 
 
 def part_of(key: str) -> Part:
-    """Which factor a key stands for.
+    """Returns the factor that a key names.
 
     >>> part_of("base_model.model.h.0.attn.lora_B.weight"), part_of("base_model.model.score.weight")
     ('lora_B', 'head')
@@ -33,7 +33,7 @@ def part_of(key: str) -> Part:
 
 
 def key_of(layer: str, part: Part) -> str:
-    """The key of a layer's factor.
+    """Returns the key of a layer's factor.
 
     >>> key_of("h.0.attn", "lora_A")
     'h.0.attn.lora_A.weight'
@@ -42,7 +42,7 @@ def key_of(layer: str, part: Part) -> str:
 
 
 def layers_of(keys: Iterable[str]) -> list[str]:
-    """The adapted layers, sorted.
+    """Returns the adapted layers, sorted.
 
     >>> layers_of(["q.lora_A.weight", "q.lora_B.weight", "score.weight"])
     ['q']
@@ -51,7 +51,7 @@ def layers_of(keys: Iterable[str]) -> list[str]:
 
 
 def delta_keys(keys: Iterable[str]) -> frozenset[str]:
-    """The keys of what aggregation put aside.
+    """Returns the keys of the residual factors that aggregation keeps.
 
     >>> sorted(delta_keys(["q.lora_A.weight", "q.delta_A.weight"]))
     ['q.delta_A.weight']

@@ -1,4 +1,4 @@
-"""The Python API: a whole run by one call, and what came of it."""
+"""The Python API: run or resume a whole simulation with one call."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _TOLD = ("on_start", "on_client", "on_round", "on_end")
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
         directory: The run directory, with ``report.md`` and ``report.png``.
         adapter: The PEFT adapter's directory, for ``PeftModel.from_pretrained``.
-        rounds: Rounds that are done.
-        metrics_before: Metrics of the base on the public evaluation split.
+        rounds: Number of completed rounds.
+        metrics_before: Metrics of the base model on the public evaluation split.
         metrics_after: Metrics of the tuned model on the same split.
-        epsilon: At ``delta``: the largest of a client, or of all clients composed if units overlap;
-            infinite without privacy.
-        delta: Of the guarantee; None without privacy.
-        stopped: Why the run stopped before its last round, or came to nothing; empty if it did not.
+        epsilon: Epsilon at ``delta``: the largest over the clients, or that of all clients composed if
+            units overlap; infinite without privacy.
+        delta: Delta of the guarantee; None without privacy.
+        stopped: Why the run stopped before its last round, or why it changed nothing; otherwise empty.
         report: The content of ``report.json``.
     """
 
@@ -53,13 +53,13 @@ def simulate(
     """Runs a simulation in a new run directory.
 
     Args:
-        config: The path of a TOML file, its sections as a mapping, or a config.
-        overrides: Dotted key to value, in place of what the file or the config says.
-        observers: Are told how the run goes, such as :class:`fedslm.progress.Bar`; by default nothing
-            is shown. An exception of one ends the run, which :func:`resume` can continue.
+        config: The path of a TOML file, a mapping of its sections, or a config.
+        overrides: Dotted key to value; replaces the value in the file or the config.
+        observers: Receive progress events, such as :class:`fedslm.progress.Bar`; by default nothing is
+            shown. An exception in an observer ends the run; :func:`resume` can continue it.
 
     Raises:
-        FedslmError: An argument, the config, the data, the model or the run directory is not usable.
+        FedslmError: An argument, the config, the data, the model or the run directory cannot be used.
 
     >>> import fedslm, tempfile
     >>> place = tempfile.TemporaryDirectory()
@@ -78,23 +78,23 @@ def simulate(
 
 
 def resume(directory: Path | str, *, observers: Sequence[Observer] = ()) -> RunResult:
-    """Continues a run from its last checkpoint; one that is finished is left as it is.
+    """Continues a run from its last checkpoint; a finished run is left unchanged.
 
     Args:
         directory: The run directory.
         observers: As for :func:`simulate`.
 
     Raises:
-        FedslmError: As :func:`simulate`, or the directory cannot be continued.
+        FedslmError: As :func:`simulate`, or the run cannot be continued.
     """
     return _result(simulation.resume(Path(directory), _checked(observers)))
 
 
 def _configured(config: object, overrides: object) -> Config:
-    """The config that is meant.
+    """Returns the config that the arguments describe.
 
     Raises:
-        ConfigError: An argument is of another type, or the config is not usable.
+        ConfigError: An argument has the wrong type, or the config is invalid.
     """
     if not isinstance(overrides, Mapping):
         example = 'should be a mapping such as {"privacy.epsilon": 2}'
@@ -114,10 +114,10 @@ def _configured(config: object, overrides: object) -> Config:
 
 
 def _checked(observers: object) -> tuple[Observer, ...]:
-    """The observers.
+    """Returns the observers after checking their types.
 
     Raises:
-        ConfigError: They are not in a list or tuple, or one lacks a method.
+        ConfigError: The argument is not a list or tuple, or an observer lacks a method.
     """
     if not isinstance(observers, list | tuple):
         message = f"value of type {type(observers).__name__}: should be a list of observers"
@@ -131,7 +131,7 @@ def _checked(observers: object) -> tuple[Observer, ...]:
 
 
 def _result(report: Mapping[str, Any]) -> RunResult:
-    """A report's most important values, typed."""
+    """Builds a typed result from the most important values of a report."""
     directory = Path(report["directory"])
     return RunResult(
         directory,

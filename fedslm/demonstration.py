@@ -1,4 +1,4 @@
-"""``fedslm demo``: the main job on the embedded model and data, and a table to compare."""
+"""``fedslm demo``: run the main example on the embedded model and data, and compare the arms."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "epsilon-2": {"unit": "record", "epsilon": 2.0},
 }
-# Neurology for every arm (0.81 to 0.98); a vaguer text, such as "chest pain", is answered by chance.
+# All arms answer neurology (0.81 to 0.98); for a vaguer text, such as "chest pain", answers are random.
 EXAMPLE = "slurred speech and facial droop"
 _LAST_LAYERS = ["3.attention.self.query", "3.attention.self.value", "3.output.dense"]
 _JSON_KEYS = ("metrics_before", "metrics_after", "privacy", "epsilon", "delta", "seconds", "directory")
@@ -37,11 +37,11 @@ _PUBLIC = {"delta": 1e-5, "clip_norm": 1.0, "sample_rate": 0.06}
 
 
 def config_of(arm: str, directory: Path) -> Config:
-    """The config of one arm; all but the privacy is the same.
+    """Returns the config of one arm; the arms differ only in privacy.
 
     Args:
         arm: A key of ``ARMS``.
-        directory: Where the arm's run directory goes.
+        directory: Parent of the arm's run directory.
     """
     privacy = ARMS[arm]
     if privacy["unit"] != "none":
@@ -62,7 +62,7 @@ def config_of(arm: str, directory: Path) -> Config:
 
 
 def _batch_size(privacy: dict[str, Any]) -> int:
-    """Expected units in a step: there are about half as many patients as notes."""
+    """Expected number of units in a step; there are about half as many patients as notes."""
     return 16 if privacy["unit"] == "user" else 32
 
 
@@ -70,7 +70,7 @@ def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
     """Runs all arms and prints the table.
 
     Args:
-        directory: Where the run directories go; must be empty or absent.
+        directory: Parent of the run directories; must be empty or absent.
         as_json: Print JSON lines instead of the table.
 
     Raises:
@@ -88,7 +88,7 @@ def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
 
 
 def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
-    """The table, and where to look."""
+    """Prints the table and the location of the results."""
     console = Console()
     table = Table(title="Five hospitals, one adapter: accuracy on the public evaluation split")
     for column in ("run", "before", "after", "ε of each hospital", "for one", "δ", "time"):
@@ -122,12 +122,12 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
 
 
 def _unit_of(plan: dict[str, Any] | None) -> str:
-    """Whose participation is protected, by the name of its column."""
+    """Names the protected unit by its column."""
     return "–" if plan is None else str(plan.get("unit_column") or plan["unit"])
 
 
 def _print_answer(console: Console, run: Path) -> None:
-    """What a finished run says of a text, and the command that asks it."""
+    """Prints a finished run's prediction for one text, and the command that produces it."""
     (answer,) = predict(load_trained(open_run(run)), [{"text": EXAMPLE}])
     share = answer["probabilities"][answer["label"]]
     console.print("Ask a model:")

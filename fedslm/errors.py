@@ -1,4 +1,4 @@
-"""Every error that fedslm raises on purpose.
+"""Every error that fedslm raises deliberately.
 
 FedslmError
 ├── ConfigError          the configuration cannot be used; lists every problem at once
@@ -6,17 +6,17 @@ FedslmError
 ├── ModelError           a base model, an adapter or a LoRA target is not usable
 ├── TrainingError        a self-check of local training failed; nothing was released
 ├── PrivacyError         a privacy guarantee cannot be given; nothing was released
-│   ├── OutOfRange       a value that was given, or is missing, says nothing of privacy: delta=2
+│   ├── OutOfRange       a value is missing, or epsilon cannot be computed for it: delta=2
 │   ├── BudgetExceeded   the release would exceed the client's budget
 │   ├── PolicyRefused    the node's own policy does not allow what the server asks
 │   └── LedgerError      the ledger is unreadable, inconsistent or cannot be written
 │       └── RolledBack   the ledger lacks lines that a server has seen
-├── FederationError      the run cannot go on (no clients, too many failed rounds)
+├── FederationError      the run cannot continue (no clients, too many failed rounds)
 │   ├── FrozenMissing    a client lacks the frozen tensors that the server names; it asks for them
-│   └── Unanswered       the SuperLink did not answer a call within its time; the round can go on
+│   └── Unanswered       the SuperLink did not answer a call in time; the round can continue
 └── RunError             a run directory cannot be created, resumed or written
-    ├── Refused          a key, a fingerprint or a signature is not the one that is expected
-    └── Unusable         a directory, a file or a name that was given is not what the command needs
+        ├── Refused          a key, a fingerprint or a signature is not the expected one
+        └── Unusable         a given directory, file or name is not what the command needs
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dataclasses import dataclass
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    r"""What is shown of a text from outside: one line, which no terminal obeys.
+    r"""Returns text from an untrusted source as one line without terminal control sequences.
 
     Args:
         text: The text.
-        longest: How much of it is shown; None: all.
+        longest: Maximum number of characters to show; None: all.
 
     >>> printable("a\nb\x1b[2J"), printable("abc", 2)
     ('a b [2J', 'ab')
@@ -38,12 +38,12 @@ def printable(text: str, longest: int | None = None) -> str:
 
 
 class FedslmError(Exception):
-    """The base of all errors below; the command line prints it without a traceback."""
+    """The base class of all errors below; the command line prints it without a traceback."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a configuration.
+    """One problem in a configuration.
 
     Attributes:
         key: Dotted key, such as ``privacy.delta``.
@@ -61,7 +61,7 @@ class ConfigError(FedslmError):
     """The configuration cannot be used.
 
     Args:
-        problems: Everything that is wrong, not only the first.
+        problems: All problems, not only the first.
     """
 
     def __init__(self, problems: list[Problem]) -> None:
@@ -87,7 +87,7 @@ class PrivacyError(FedslmError):
 
 
 class OutOfRange(PrivacyError):
-    """A value is missing, or is not one that epsilon can be computed for; nothing was refused."""
+    """A value is missing, or epsilon cannot be computed for it; nothing was refused."""
 
 
 class BudgetExceeded(PrivacyError):
@@ -95,7 +95,7 @@ class BudgetExceeded(PrivacyError):
 
 
 class PolicyRefused(PrivacyError):
-    """The node's own policy does not allow what the server asks; the text holds public values alone."""
+    """The node's own policy does not allow what the server asks; the text holds only public values."""
 
 
 class LedgerError(PrivacyError):
@@ -103,11 +103,11 @@ class LedgerError(PrivacyError):
 
 
 class RolledBack(LedgerError):
-    """The ledger lacks lines that a server has seen; the text holds public values alone."""
+    """The ledger lacks lines that a server has seen; the text holds only public values."""
 
 
 class FederationError(FedslmError):
-    """The run cannot go on."""
+    """The run cannot continue."""
 
 
 class FrozenMissing(FederationError):
@@ -115,7 +115,7 @@ class FrozenMissing(FederationError):
 
 
 class Unanswered(FederationError):
-    """The SuperLink did not answer a call within its time; the round can go on without the answer."""
+    """The SuperLink did not answer a call in time; the round can continue without the answer."""
 
 
 class RunError(FedslmError):
@@ -123,15 +123,15 @@ class RunError(FedslmError):
 
 
 class Refused(RunError):
-    """A key, a fingerprint or a signature is not the one that is expected."""
+    """A key, a fingerprint or a signature is not the expected one."""
 
 
 class Unusable(RunError):
-    """A directory, a file or a name that was given is not what the command needs."""
+    """A given directory, file or name is not what the command needs."""
 
 
 def plural(number: int, noun: str) -> str:
-    """A number with its noun.
+    """Returns a number with its noun.
 
     >>> plural(1, "record"), plural(3000, "record")
     ('1 record', '3000 records')
@@ -140,7 +140,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def have(number: int, noun: str) -> str:
-    """A number with its noun and the verb.
+    """Returns a number with its noun and verb.
 
     >>> have(1, "record"), have(2, "record")
     ('1 record has', '2 records have')

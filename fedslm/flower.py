@@ -1,4 +1,4 @@
-"""``flwr run .``: the same run on Flower's own simulation or deployment engine."""
+"""``flwr run .``: run the same federation on Flower's own simulation or deployment engine."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from fedslm.workers import InlinePool
 
 
 def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict[str, Any]:
-    """Runs a federation on a grid that Flower made; with real nodes, continues an interrupted one.
+    """Runs a federation on Flower's grid; with real nodes, continues an interrupted one.
 
     Args:
         grid: Flower's grid.
         run_config: Flat run config, as in ``[tool.flwr.app.config]``.
-        run_id: Flower's run identifier; names the run directory unless ``run.directory`` does.
+        run_id: Flower's run identifier; names the run directory unless ``run.directory`` is set.
 
     Returns:
         The content of ``report.json``.
 
     Raises:
         FedslmError: As :func:`fedslm.simulation.simulate`; a relative ``run.directory`` is refused,
-            since Flower starts apps in directories of its own.
+            because Flower starts apps in its own directories.
     """
     config = configuration.from_flat(run_config)
     validation.check(config)
@@ -63,7 +63,7 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
 
 @contextmanager
 def _told(directory: RunDirectory) -> Iterator[None]:
-    """Leaves the reason of a failure where whoever started the run can read it."""
+    """Records the reason for a failure where the person who started the run can read it."""
     (directory.path / layout.ERROR).unlink(missing_ok=True)
     try:
         yield

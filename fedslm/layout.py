@@ -1,4 +1,4 @@
-"""Names of the files and directories of a run, of a student and of a node: each stands here only."""
+"""File and directory names of runs, students and nodes; each name is defined only here."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class Bar(Observer):
-    """An observer that draws on a terminal, or prints one line a round where there is none.
+    """An observer that draws a progress bar on a terminal, or else prints one line per round.
 
     Args:
         console: Where to draw; standard error by default, so that ``--json`` stays clean.
@@ -39,7 +39,7 @@ class Bar(Observer):
         self._rounds = self._bytes_down = self._bytes_up = 0
 
     def on_start(self, config: Config, done: Checkpoint) -> None:
-        """Shows what starts."""
+        """Shows the settings of the run that starts."""
         self._rounds = config.federation.rounds
         cohort = config.federation.cohort_size
         first = ", ".join(f"{key} {value:.4f}" for key, value in done.metrics.items())
@@ -70,12 +70,12 @@ class Bar(Observer):
             self._progress.start()
 
     def on_client(self, round: int, done: int, cohort: int) -> None:
-        """Moves the bar."""
+        """Advances the bar."""
         if self._progress is not None:
             self._progress.update(self._task, advance=1, round=round)
 
     def on_round(self, record: RoundRecord) -> None:
-        """Shows a round's figures."""
+        """Shows a round's metrics."""
         self._bytes_down += record.bytes_down
         self._bytes_up += record.bytes_up
         note = self._note(record)
@@ -89,13 +89,13 @@ class Bar(Observer):
             )
 
     def on_end(self, report: Mapping[str, Any] | None) -> None:
-        """Leaves the terminal as it was."""
+        """Restores the terminal."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
     def _note(self, record: RoundRecord) -> str:
-        """One line of figures."""
+        """Formats a round's metrics as one line."""
         parts = [f"{record.completed}/{record.cohort} clients"]
         if math.isfinite(record.epsilon):
             parts.append(f"ε {record.epsilon:.2f}")
@@ -107,7 +107,7 @@ class Bar(Observer):
 
 
 def readable(num_bytes: float) -> str:
-    """Bytes with a unit.
+    """Formats a number of bytes with a unit.
 
     >>> readable(1_500_000)
     '1.5 MB'

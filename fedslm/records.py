@@ -1,4 +1,4 @@
-"""The frozen data that flows between client, server and report; NumPy only, no torch."""
+"""Frozen data classes exchanged by client, server and report; NumPy only, no torch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from fedslm.errors import ModelError, OutOfRange, PrivacyError
 
 FloatArray = NDArray[np.float32]
-LARGEST_DELTA = 0.1  # of ten units one could be published outright
+LARGEST_DELTA = 0.1  # with delta = 0.1, one unit in ten could be published outright
 _LARGEST, _MOST = 1e100, 10**12
-_ROUNDING = 1e-9  # relative; other processors' kernels moved epsilon by up to 6e-11 of itself
-INFINITE = "infinite"  # what JSON says for an epsilon that no number bounds
+_ROUNDING = 1e-9  # relative; kernels of different processors changed epsilon by up to 6e-11 of itself
+INFINITE = "infinite"  # JSON value of an epsilon that no number bounds
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterState:
     """The tensors of an adapter, float32 and C-contiguous, in sorted key order.
 
-    Two states are compared by :meth:`sha256`.
+    States are compared by :meth:`sha256`.
 
     Attributes:
         tensors: Key to array. Keys are PEFT state-dict keys.
@@ -75,7 +75,7 @@ class AdapterState:
         return {key: tensor.shape for key, tensor in self.tensors.items()}
 
     def sha256(self) -> str:
-        """Hash over keys, shapes and little-endian bytes; equal on every machine."""
+        """Hash of keys, shapes and little-endian bytes; equal on every machine."""
         digest = hashlib.sha256()
         for key, tensor in self.tensors.items():
             digest.update(f"{key}{tensor.shape}".encode())
@@ -91,11 +91,11 @@ class AdapterState:
         return AdapterState({key: value for key, value in self.tensors.items() if key in keys})
 
     def minus(self, start: AdapterState) -> AdapterState:
-        """Returns how far these tensors moved from those of the same keys in ``start``."""
+        """Returns the difference between these tensors and those with the same keys in ``start``."""
         return AdapterState({key: value - start[key] for key, value in self.tensors.items()})
 
     def plus(self, delta: AdapterState) -> AdapterState:
-        """Returns this state moved by ``delta``; tensors that it does not name stay as they are."""
+        """Returns this state plus ``delta``; tensors that ``delta`` does not contain stay unchanged."""
         moved = {key: self[key] + value for key, value in delta.tensors.items()}
         return AdapterState({**self.tensors, **moved})
 
@@ -110,7 +110,7 @@ class AdapterState:
 
 
 def is_number(value: object) -> bool:
-    """True for a finite number that every accountant can compute with; a boolean is none.
+    """True for a finite number that every accountant can compute with; a boolean does not count.
 
     >>> is_number(0.5), is_number(True), is_number(float("nan")), is_number(10**400)
     (True, False, False, False)
@@ -119,7 +119,7 @@ def is_number(value: object) -> bool:
 
 
 def is_count(value: object) -> bool:
-    """True for a whole number from 1 up to 10^12; a boolean is none.
+    """True for a whole number from 1 up to 10^12; a boolean does not count.
 
     >>> is_count(1), is_count(0), is_count(1.0), is_count(True)
     (True, False, False, False)
@@ -128,10 +128,10 @@ def is_count(value: object) -> bool:
 
 
 def within(spent: float, budget: float) -> bool:
-    """Whether an epsilon keeps a budget that another machine computed it for.
+    """Whether an epsilon is within a budget that may have been computed on another machine.
 
-    Two processors round the last digits of one epsilon differently. So that honest machines agree, the
-    budget may be exceeded by 1e-9 of itself (below 1: by 1e-9).
+    Two processors may round the last digits of the same epsilon differently. So that honest machines
+    agree, the budget may be exceeded by 1e-9 of itself (below 1: by 1e-9).
 
     >>> within(8.0 + 1e-9, 8.0), within(8.0 + 1e-6, 8.0), within(float("nan"), 8.0)
     (True, False, False)
@@ -140,7 +140,7 @@ def within(spent: float, budget: float) -> bool:
 
 
 def epsilon_as_json(epsilon: float) -> float | str:
-    """An epsilon as JSON can write it: JSON has no infinity.
+    """Returns an epsilon in a form that JSON can represent: JSON has no infinity.
 
     >>> epsilon_as_json(2.5), epsilon_as_json(math.inf)
     (2.5, 'infinite')
@@ -149,10 +149,10 @@ def epsilon_as_json(epsilon: float) -> float | str:
 
 
 def epsilon_of_json(value: object) -> float:
-    """Reads what :func:`epsilon_as_json` wrote; nothing else is an epsilon.
+    """Reads the output of :func:`epsilon_as_json`; any other value is refused.
 
     Raises:
-        PrivacyError: It is neither a finite number >= 0 nor the one word.
+        PrivacyError: The value is neither a finite number >= 0 nor the word "infinite".
 
     >>> epsilon_of_json("infinite"), epsilon_of_json(2.5)
     (inf, 2.5)
@@ -166,15 +166,15 @@ def epsilon_of_json(value: object) -> float:
 
 @dataclass(frozen=True)
 class Event:
-    """What one release costs: ``steps`` Poisson-sampled Gaussian steps.
+    """The privacy cost of one release: ``steps`` Poisson-sampled Gaussian steps.
 
     Attributes:
-        sample_rate: Probability in (0, 1] with which a record takes part in a step.
+        sample_rate: Probability in (0, 1] that a record takes part in a step.
         noise_multiplier: Noise standard deviation divided by the clip norm, > 0.
         steps: Number of steps, >= 1.
 
     Raises:
-        PrivacyError: A value has another type or is out of its range: no accountant may see it.
+        PrivacyError: A value has the wrong type or is out of range: no accountant may see it.
     """
 
     sample_rate: float
@@ -199,7 +199,7 @@ class Event:
 
 @dataclass(frozen=True)
 class PrivacySpent:
-    """What has been spent on one client's data.
+    """Privacy loss spent so far on one client's data.
 
     Attributes:
         epsilon: Upper bound; it may be infinite (in JSON: "infinite").
@@ -218,7 +218,7 @@ class ClientUpdate:
 
     Attributes:
         client: Index of the client in the population.
-        delta: The tensors that were sent, minus those that the client started from.
+        delta: The tensors that were sent, minus those from which the client started.
         weight: Weight in the aggregate, > 0; 1 under privacy.
     """
 
@@ -237,8 +237,8 @@ class RoundRecord:
         completed: Number of updates in the aggregate.
         failed: Clients that raised, died or sent something unusable.
         late: Clients that missed the deadline.
-        refused: Clients that refused (budget exhausted, for instance).
-        kept: False if the adapter moved, True if too few replies kept it as it was.
+        refused: Clients that refused (for example, because their budget is exhausted).
+        kept: False if the adapter was updated, True if too few replies arrived and it stayed unchanged.
         epsilon: Epsilon of the network so far (the largest over clients, or all of them composed if
             units overlap); infinite (in JSON: "infinite") without privacy.
         metrics: Metrics on the public evaluation split; empty if this round was not evaluated.
@@ -246,10 +246,10 @@ class RoundRecord:
         bytes_down: Bytes of tensors sent to clients in this round.
         bytes_up: Bytes of tensors received from clients in this round.
         seconds: Wall time of the round.
-        reasons: One line for each client that is not in the aggregate: its name, and why.
-        left_out: Index of each of these clients, in the same order; empty in runs of older versions.
-        private_metric: Mean score of the round's start on the clients' own data, from noisy releases;
-            None if none was asked.
+        reasons: One line for each client that is missing from the aggregate: its name and the reason.
+        left_out: Indices of these clients, in the same order; empty in runs of older versions.
+        private_metric: Mean score of the round's starting adapter on the clients' own data, from noisy
+            releases; None if it was not requested.
     """
 
     round: int

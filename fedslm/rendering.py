@@ -1,4 +1,4 @@
-"""Templates to Markdown, and Markdown to a page that can be printed."""
+"""Render templates to Markdown, and Markdown to a printable page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ code {{ overflow-wrap: anywhere; font-size: 9.5pt; }}
 
 
 def render(template: str, **values: Any) -> str:
-    """Renders one of the templates beside this file."""
+    """Renders one of the templates in this file's directory."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -54,7 +54,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def cell(value: object) -> str:
-    r"""Text for one line or a cell of a table: no bar ends the cell, no HTML is obeyed.
+    r"""Escapes text for one line or a table cell: bars do not end the cell, HTML is not interpreted.
 
     >>> cell("|z| < 3"), cell("<b>north")
     ('\\|z\\| < 3', '&lt;b>north')
@@ -64,7 +64,7 @@ def cell(value: object) -> str:
 
 
 def code(value: object) -> str:
-    """Text as code in one line, whatever backticks it holds.
+    """Formats text as inline code, whatever backticks it contains.
 
     >>> code("privacy.epsilon = 8.0"), code("a `b`")
     ('`privacy.epsilon = 8.0`', '`` a `b` ``')
@@ -76,7 +76,7 @@ def code(value: object) -> str:
 
 
 def figure(value: float | None) -> str:
-    """A figure with four decimals; a dash for one that is not finite, which JSON holds as null.
+    """Formats a number with four decimals; None (JSON's form of a non-finite number) becomes a dash.
 
     >>> figure(0.5), figure(None), figure(math.nan)
     ('0.5000', '–', '–')
@@ -85,7 +85,7 @@ def figure(value: float | None) -> str:
 
 
 def spent(epsilon: float | str, digits: int = 3) -> str:
-    """An epsilon, as it is or as JSON holds it.
+    """Formats an epsilon given as a number or in its JSON form.
 
     >>> spent(2.5), spent("infinite"), spent(math.inf)
     ('2.500', '∞', '∞')
@@ -95,7 +95,7 @@ def spent(epsilon: float | str, digits: int = 3) -> str:
 
 
 def page(markdown: str, title: str) -> str:
-    """A printable HTML page that needs nothing else; HTML in the Markdown is shown, not run.
+    """Returns a self-contained, printable HTML page; HTML in the Markdown is shown, not interpreted.
 
     >>> "<script>" in page("<script>", "a")
     False

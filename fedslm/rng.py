@@ -1,9 +1,9 @@
 """The only place where seeds are derived.
 
-Everything that may be repeated (initial adapter, partitions, non-private batches) comes from
-:func:`stream`. Everything that protects somebody (noise, Poisson sampling under privacy) comes from
-:class:`fedslm.privacy.randomness.SecureStream` and never from the run's seed: whoever knows the seed
-must not know the noise.
+Everything that may be reproducible (initial adapter, partitions, non-private batches) comes from
+:func:`stream`. All randomness that protects somebody (noise, Poisson sampling under privacy) comes from
+:class:`fedslm.privacy.randomness.SecureStream` and never from the run's seed: knowing the seed must not
+reveal the noise.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def seed_of(seed: int, purpose: str, *indices: int | str) -> int:
 
     Args:
         seed: The run's seed, >= 0.
-        purpose: What the stream is for; two purposes never share a stream.
-        *indices: For instance round and client.
+        purpose: Purpose of the stream; two purposes never share a stream.
+        *indices: For example, round and client.
 
     Returns:
         An integer in [0, 2**63).
@@ -43,13 +43,13 @@ def stream(seed: int, purpose: str, *indices: int | str) -> np.random.Generator:
 
 
 def reproducible_bytes(count: int, seed: int, purpose: str, *indices: int | str) -> bytes:
-    """Returns bytes that no version of a library and no processor changes (SHAKE-256).
+    """Returns bytes that do not depend on library versions or the processor (SHAKE-256).
 
-    For what is made on several machines and compared by its hash. NumPy promises the same stream for
-    one of its versions only.
+    For values that are generated on several machines and compared by hash. NumPy guarantees the same
+    stream only within one of its versions.
 
     Args:
-        count: How many.
+        count: Number of bytes.
         seed: As for :func:`seed_of`.
         purpose: As for :func:`seed_of`.
         *indices: As for :func:`seed_of`.

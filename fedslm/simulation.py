@@ -47,13 +47,13 @@ def simulate(config: Config, observers: Sequence[Observer] = ()) -> dict[str, An
 
     Args:
         config: The config.
-        observers: Are told how the run goes.
+        observers: Receive progress events.
 
     Returns:
         The content of ``report.json``.
 
     Raises:
-        FedslmError: The config, the data, the model or the run directory is not usable.
+        FedslmError: The config, the data, the model or the run directory cannot be used.
     """
     validation.check(config)
     check_asked(config.distill)
@@ -64,14 +64,14 @@ def simulate(config: Config, observers: Sequence[Observer] = ()) -> dict[str, An
         report = Run(config, directory, observers).report()
     except Exception:
         if not directory.has_checkpoint:
-            _discard(directory)  # nothing happened yet: the corrected call may use the name
+            _discard(directory)  # nothing has run yet: the corrected call may reuse the name
         raise
     distill_if_asked(directory.path, config.distill)
     return report
 
 
 def _discard(directory: RunDirectory) -> None:
-    """Removes a run directory; what its clients logged is kept beside it."""
+    """Removes a run directory; its client logs are kept next to it."""
     log = directory.path / _LOG
     if log.exists() and log.stat().st_size:
         kept = directory.path.with_name(f"{directory.path.name}.{_LOG}")
@@ -83,15 +83,15 @@ def _discard(directory: RunDirectory) -> None:
 def resume(
     path: Path, observers: Sequence[Observer] = (), expected: Config | None = None
 ) -> dict[str, Any]:
-    """Continues a run from its last checkpoint; one that is finished is left as it is.
+    """Continues a run from its last checkpoint; a finished run is left unchanged.
 
     Args:
         path: The run directory.
-        observers: Are told how the run goes.
-        expected: Refuse the directory if it was made with another config.
+        observers: Receive progress events.
+        expected: Refuse the directory if it was created with another config.
 
     Raises:
-        FedslmError: As :func:`simulate`, or the directory cannot be continued.
+        FedslmError: As :func:`simulate`, or the run cannot be continued.
     """
     done = finished(path, expected)
     if done is not None:
@@ -103,14 +103,14 @@ def resume(
 
 
 def finished(path: Path, expected: Config | None = None) -> dict[str, Any] | None:
-    """The report of a run with nothing left to do; None if a round, the report or a student is missing.
+    """Returns a finished run's report; None if a round, the report or a student is missing.
 
     Args:
         path: The run directory.
-        expected: Refuse the directory if it was made with another config.
+        expected: Refuse the directory if it was created with another config.
 
     Raises:
-        RunError: It is not a run directory, or was made with another config.
+        RunError: It is not a run directory, or was created with another config.
     """
     directory, config = RunDirectory.open(path, expected)
     try:
@@ -126,7 +126,7 @@ def finished(path: Path, expected: Config | None = None) -> dict[str, Any] | Non
 
 
 def with_layout(config: Config) -> Config:
-    """The config with the columns that the public split has, where it names none.
+    """Returns the config with column names from the public split where the config sets none.
 
     Raises:
         DataError: The public split cannot be read.
@@ -137,12 +137,12 @@ def with_layout(config: Config) -> Config:
 
 @dataclass(frozen=True)
 class Run:
-    """A run in its directory, on whichever engine.
+    """A run in its directory, on any engine.
 
     Attributes:
         config: The resolved config.
         directory: The run's directory.
-        observers: Are told how the run goes.
+        observers: Receive progress events.
     """
 
     config: Config
@@ -150,7 +150,7 @@ class Run:
     observers: Sequence[Observer] = ()
 
     def report(self) -> dict[str, Any]:
-        """Runs on the engine that the config names; gives the content of ``report.json``."""
+        """Runs on the configured engine; returns the content of ``report.json``."""
         match self.config.engine.name:
             case "local":
                 return self._locally()
@@ -162,10 +162,10 @@ class Run:
                 assert_never(self.config.engine.name)
 
     def serve(self, rounds: Rounds) -> dict[str, Any]:
-        """Prepares data and plan, lets ``rounds`` run, and writes the report.
+        """Prepares data and plan, calls ``rounds``, and writes the report.
 
         Args:
-            rounds: Runs the rounds with a plan and class names. The directory is locked against other
+            rounds: Runs the rounds, given a plan and class names. The directory is locked against other
                 processes meanwhile.
         """
         done: dict[str, Any] | None = None
@@ -181,10 +181,10 @@ class Run:
         """Runs the rounds on a grid and exports the adapter.
 
         Args:
-            grid: Where clients are reached.
-            pool: Where the server's own model work runs.
+            grid: Connection to the clients.
+            pool: Runs the server's own model computations.
             plan: The calibrated plan.
-            labels: Class names: public.
+            labels: Class names; these are public.
         """
         config, directory = self.config, self.directory
         follow = follower(config.distill, config.federation.rounds, pool.call)
@@ -194,7 +194,7 @@ class Run:
         return outcome
 
     def _served(self, rounds: Rounds) -> dict[str, Any]:
-        """The report."""
+        """Runs the rounds and returns the report."""
         began, config, directory = time.monotonic(), self.config, self.directory
         if config.engine.policy is not None:
             _install_policy(Path(config.engine.policy), directory)
@@ -206,10 +206,10 @@ class Run:
         return report.write(directory, inputs)
 
     def _locally(self) -> dict[str, Any]:
-        """Clients in worker processes, or in this process."""
+        """Runs clients in worker processes, or in this process."""
         num_clients = self.config.federation.num_clients
         with ThreadPoolExecutor(1) as background:
-            starting = background.submit(_pool, self.config, self.directory)  # beside reading the data
+            starting = background.submit(_pool, self.config, self.directory)  # while the data is read
 
             def rounds(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
                 pool = starting.result()
@@ -221,7 +221,7 @@ class Run:
                 starting.result().close(drain_seconds=_DRAIN_SECONDS)
 
     def _on_ray(self) -> dict[str, Any]:
-        """Clients in Flower's simulation."""
+        """Runs clients in Flower's simulation."""
         from fedslm.engines.ray import run_on_ray
 
         pool = InlinePool(threads=self.config.engine.threads_per_worker)
@@ -236,20 +236,20 @@ class Run:
 
 
 def _prepare(config: Config, directory: RunDirectory) -> tuple[store.Shards, RunPlan]:
-    """Shares the data out and calibrates the plan, beside each other."""
+    """Partitions the data and calibrates the plan, concurrently."""
     check_early(config.model, config.lora, private=config.privacy.unit != "none")
     with ThreadPoolExecutor(1) as background:
         privacy, training = config.privacy, config.training
         planned = background.submit(calibrated, privacy, training, config.federation.rounds)
         data = _written(config, directory)
         plan = planned.result()
-    if config.engine.nodes is None:  # of a real node's records the server knows nothing
+    if config.engine.nodes is None:  # the server knows nothing about a real node's records
         _check_sizes(config, data)
     return data, plan
 
 
 def _written(config: Config, directory: RunDirectory) -> store.Shards:
-    """The run's data on disk: shared out in a simulation, the public part with real nodes."""
+    """Writes the run's data: all shards in a simulation, only the public part with real nodes."""
     data, task, seed = config.data, config.task, config.run.seed
     if config.engine.nodes is not None:
         nodes = roster_of(
@@ -272,13 +272,13 @@ def _written(config: Config, directory: RunDirectory) -> store.Shards:
 
 
 def _install_policy(source: Path, directory: RunDirectory) -> None:
-    """Gives all simulated nodes a policy of their own."""
+    """Installs the given policy at every simulated node."""
     open_policy(source)
     write_text(directory.nodes / layout.POLICY, source.read_text(encoding="utf-8"))
 
 
 def _pool(config: Config, directory: RunDirectory) -> Pool:
-    """Worker processes, or none."""
+    """Starts worker processes, if the config asks for any."""
     threads, workers = config.engine.threads_per_worker, config.engine.workers
     if workers == 0:
         return InlinePool(threads=threads)
@@ -288,9 +288,9 @@ def _pool(config: Config, directory: RunDirectory) -> Pool:
 
 
 def _check_sizes(config: Config, data: store.Shards) -> None:
-    """A client with less than one batch: an error without privacy, a warning with it.
+    """Checks for clients with less than one batch: an error without privacy, a warning with it.
 
-    Under privacy such a client takes part as any other, since its absence would tell its size.
+    Under privacy such a client takes part like any other, since its absence would reveal its size.
     """
     limit = config.training.batch_size
     small = [

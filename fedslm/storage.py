@@ -1,4 +1,4 @@
-"""Files that survive a crash: written beside, synced, then renamed into place."""
+"""Crash-safe files: written under a temporary name, synced, then renamed into place."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from fedslm.records import AdapterState
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path; when the block ends well, it replaces ``path`` atomically.
+    """Yields a temporary path; if the block succeeds, that file replaces ``path`` atomically.
 
     Raises:
-        RunError: The file cannot be written (disk full, for instance); ``path`` is as it was.
+        RunError: The file cannot be written (for example, the disk is full); ``path`` is unchanged.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -41,10 +41,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def expand(path: str) -> str:
-    """Puts the home directory for ``~`` and the environment's values for ``$NAME``.
+    """Expands ``~`` to the home directory and ``$NAME`` to the value of the environment variable.
 
-    A variable that is not set stays as it is, and so does all if a value is not text: whoever asks
-    refuses what still holds a "$".
+    An unset variable is left as it is; if any value is not valid text, nothing is expanded. Callers
+    refuse results that still contain a "$".
 
     >>> expand("$FEDSLM_NOT_SET/notes")
     '$FEDSLM_NOT_SET/notes'
@@ -54,7 +54,7 @@ def expand(path: str) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether a text can be written as UTF-8; what came from the system as other bytes cannot.
+    """Whether a text can be written as UTF-8; undecodable bytes from the operating system cannot.
 
     >>> is_text("é"), is_text(os.fsdecode(bytes([0xE9])))
     (True, False)
@@ -63,7 +63,7 @@ def is_text(text: str) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file or a directory is on disk."""
+    """Waits until a file or directory is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -78,11 +78,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """A value as JSON, which has neither NaN nor infinity: a figure that is not finite becomes null.
+    """Returns a value as JSON; NaN and infinity become null, because JSON has neither.
 
     Args:
-        value: What :func:`json.dumps` takes.
-        options: As there.
+        value: Anything that :func:`json.dumps` accepts.
+        options: Passed to :func:`json.dumps`.
 
     >>> json_text({"loss": math.nan, "epsilon": math.inf, "rounds": [1, 0.5]})
     '{"loss": null, "epsilon": null, "rounds": [1, 0.5]}'
@@ -94,7 +94,7 @@ def json_text(value: Any, **options: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same value with None for each figure that is not finite."""
+    """Returns the value with None in place of every non-finite number."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -106,15 +106,15 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def locked(lock: Path, seconds: float, problem: str) -> Iterator[None]:
-    """Keeps other processes out.
+    """Holds a lock file that keeps other processes out.
 
     Args:
-        lock: The lock's file; it stays.
-        seconds: How long another process is waited for.
-        problem: What to say if it still has the lock.
+        lock: The lock file; it is not removed.
+        seconds: How long to wait for another process.
+        problem: Error message if the other process still holds the lock.
 
     Raises:
-        RunError: Another process has the lock, or the file cannot be written.
+        RunError: Another process holds the lock, or the file cannot be written.
     """
     held = FileLock(lock, timeout=seconds)
     try:
@@ -130,15 +130,15 @@ def locked(lock: Path, seconds: float, problem: str) -> Iterator[None]:
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """Reads a text file that somebody else may have written.
+    """Reads a text file that an untrusted party may have written.
 
     Args:
         path: The file.
-        most_bytes: Its largest size; no more is read.
+        most_bytes: Maximum size; no more is read.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is larger, or no UTF-8.
+        OSError: The file cannot be read.
+        ValueError: The file is larger, or is not UTF-8.
     """
     with path.open("rb") as file:
         content = file.read(most_bytes + 1)
@@ -148,14 +148,14 @@ def read_text(path: Path, most_bytes: int) -> str:
 
 
 def read_lines(path: Path, most_bytes: int) -> Iterator[bytes]:
-    """Yields a file's lines with their ends, one at a time; what has no end is cut to the longest.
+    """Yields a file's lines with their line ends, one at a time; a line without an end is truncated.
 
     Args:
         path: The file.
-        most_bytes: Longest line; no more of it is kept.
+        most_bytes: Maximum length of a line; no more of it is kept.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
         ValueError: A line that has an end is longer.
     """
     with path.open("rb") as file:
@@ -168,7 +168,7 @@ def read_lines(path: Path, most_bytes: int) -> Iterator[bytes]:
 
 
 def _has_end(file: BinaryIO) -> bool:
-    """Whether another line end follows; leaves the file behind it, or at its end."""
+    """Whether another line end follows; reads past it, or to the end of the file."""
     while piece := file.read(1 << 16):
         if b"\n" in piece:
             return True
@@ -176,10 +176,10 @@ def _has_end(file: BinaryIO) -> bool:
 
 
 def with_usual_modes(directory: Path) -> None:
-    """Gives a directory's weights the mode that any new file has here.
+    """Gives the weight files in a directory the mode of any new file.
 
-    safetensors writes files that only their owner can read, whatever the others are. Where the umask
-    keeps new files private, they stay so.
+    safetensors creates files that only their owner can read, unlike other new files. If the umask keeps
+    new files private, they stay private.
     """
     probe = directory / f".{os.getpid()}.probe"
     probe.touch()
@@ -211,7 +211,7 @@ def load_adapter(path: Path) -> AdapterState:
 
 
 def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
-    """Reads a safetensors file, its tensors as they are stored.
+    """Reads a safetensors file, keeping the stored types of its tensors.
 
     Raises:
         RunError: The file is missing or damaged.
@@ -226,10 +226,10 @@ def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> list[NDArray[np.float32]]:
-    """Reads some tensors of a safetensors file, and nothing else of it.
+    """Reads only the named tensors of a safetensors file.
 
     Raises:
-        RunError: The file is missing or damaged, or lacks one.
+        RunError: The file is missing or damaged, or lacks a tensor.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -1,4 +1,4 @@
-"""What no single section can see: contradictions between sections, each named by its option."""
+"""Checks across sections: contradictions between sections, each reported under its option."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _POOLED = tasks_that(lambda kind: kind.network == "classifier")
 
 
 def check(config: Config) -> None:
-    """Refuses a config whose sections contradict one another.
+    """Refuses a config whose sections contradict each other.
 
     Raises:
-        ConfigError: Every contradiction, with its remedy.
+        ConfigError: All contradictions, each with its remedy.
     """
     problems = [
         *_privacy(config),
@@ -41,7 +41,7 @@ def check(config: Config) -> None:
 
 
 def _privacy(config: Config) -> Iterator[Problem]:
-    """No default for what makes a guarantee; nothing that voids it."""
+    """Settings that define a guarantee have no default, and no setting voids the guarantee."""
     privacy = config.privacy
     if privacy.unit == "none":
         return
@@ -61,7 +61,7 @@ def _privacy(config: Config) -> Iterator[Problem]:
 
 
 def _steps(config: Config) -> Iterator[Problem]:
-    """What the last round has to account for can be accounted for."""
+    """Privacy can be accounted for up to the last round."""
     privacy, federation = config.privacy, config.federation
     rounds = federation.rounds + privacy.spare_rounds
     releases = config.training.local_steps + (privacy.metric_noise_multiplier is not None)
@@ -78,7 +78,7 @@ def _steps(config: Config) -> Iterator[Problem]:
 
 
 def _unit(config: Config) -> Iterator[Problem]:
-    """What a unit needs to be one."""
+    """The settings that the chosen unit requires are set."""
     privacy, micro_batch = config.privacy, config.training.micro_batch_size
     cap = privacy.max_records_per_unit
     if privacy.unit != "user":
@@ -100,7 +100,7 @@ def _unit(config: Config) -> Iterator[Problem]:
 
 
 def _federation(config: Config) -> Iterator[Problem]:
-    """The cohort must fit into the population."""
+    """The cohort must not exceed the population."""
     federation = config.federation
     cohort = federation.cohort_size
     if cohort > federation.num_clients:
@@ -117,7 +117,7 @@ def _federation(config: Config) -> Iterator[Problem]:
 
 
 def _engine(config: Config) -> Iterator[Problem]:
-    """Real nodes are admitted ones, keep their own policies, and are no simulation's attackers."""
+    """Real nodes are registered, keep their own policies, and do not simulate attacks."""
     engine = config.engine
     if (engine.name == "deployed") != (engine.nodes is not None):
         message = 'must be set exactly when engine.name="deployed"; `fedslm server run` sets both'
@@ -133,7 +133,7 @@ def _engine(config: Config) -> Iterator[Problem]:
 
 
 def _aggregation(config: Config) -> Iterator[Problem]:
-    """What goes with what, and numbers of clients that a rule needs."""
+    """Aggregation settings are compatible, and there are enough clients for each rule."""
     resolved = config.resolved()
     lora, aggregation = config.lora, resolved.aggregation
     chosen = compatibility.choices(
@@ -164,7 +164,7 @@ def _aggregation(config: Config) -> Iterator[Problem]:
 
 
 def _attack(config: Config) -> Iterator[Problem]:
-    """Hostile clients are some of those there are, and poison what has a class."""
+    """Hostile clients are among the existing ones, and poisoned records have a class."""
     attack, population = config.attack, config.federation.num_clients
     if attack.clients > population:
         message = f"value {attack.clients} exceeds federation.num_clients={population}"
@@ -188,7 +188,7 @@ def _attack(config: Config) -> Iterator[Problem]:
 
 
 def _personalization(config: Config) -> Iterator[Problem]:
-    """A personal adapter is measured on records that were not trained on."""
+    """A personal adapter is evaluated on records that were not used for training."""
     if config.personalization.method == "second-adapter" and config.aggregation.method == "fed-sb":
         message = 'value "second-adapter" has no core to go with fed-sb\'s; use "fine-tune"'
         yield Problem("personalization.method", message)
@@ -201,7 +201,7 @@ def _personalization(config: Config) -> Iterator[Problem]:
 
 
 def _data(config: Config) -> Iterator[Problem]:
-    """Sources that can be read, a partition that has something to go by, and something to measure."""
+    """Sources are readable, the partition has its columns, and evaluation data is set."""
     data, task = config.data, config.task
     yield from _database(config)
     skewed = data.partition in ("dirichlet", "shard")
@@ -226,7 +226,7 @@ def _data(config: Config) -> Iterator[Problem]:
 
 
 def _distill(config: Config) -> Iterator[Problem]:
-    """A student that has something to learn from, and goes on where it may teach back."""
+    """A student has public data to learn from, and mutual learning runs between rounds."""
     distill, method = config.distill, config.resolved().aggregation.method
     if distill.mutual_steps and distill.every is None:
         message = (
@@ -251,11 +251,11 @@ def _distill(config: Config) -> Iterator[Problem]:
 
 
 def _database(config: Config) -> Iterator[Problem]:
-    """A database needs its queries and no password; nothing else has a query."""
+    """A database has queries and no password; other sources have no query."""
     data = config.data
     private, public = expand(data.source), expand(data.evaluation_source or data.source)
     for key, source in (("source", private), ("evaluation_source", public)):
-        if holds_password(source) and (key == "source" or public != private):  # not shown
+        if holds_password(source) and (key == "source" or public != private):  # the value is not shown
             message = f"holds a password; leave it out and set {USER} and {PASSWORD} in the environment"
             yield Problem(f"data.{key}", message)
     for key, source, query in (
@@ -270,10 +270,10 @@ def _database(config: Config) -> Iterator[Problem]:
 
 
 def _task(config: Config) -> Iterator[Problem]:
-    """What the task needs from the data, and what only some tasks have."""
+    """The data provides what the task needs; settings of other tasks are not set."""
     task, data, name = config.task, config.data, f"task.name={config.task.name!r}"
     kind = TASKS[task.name]
-    whole = kind.label == "turns" and task.prompt is None  # conversations hold their answers
+    whole = kind.label == "turns" and task.prompt is None  # conversations contain their answers
     if kind.label != "none" and not whole and data.label_column is None:
         yield Problem("data.label_column", f"is required with {name}")
     names_none = task.format == "auto" and data.text_column == "text" and data.label_column == "label"
@@ -288,7 +288,7 @@ def _task(config: Config) -> Iterator[Problem]:
 
 
 def _labels(config: Config) -> Iterator[Problem]:
-    """Class names: two at least, each once, in one place, and well-formed where they are tags."""
+    """There are at least two class names, each once and in one place, and tags are well-formed."""
     task, labels = config.task, config.task.labels
     if (labels or task.labels_file) and TASKS[task.name].classes == "none":
         key = "labels" if labels else "labels_file"
@@ -307,7 +307,7 @@ def _labels(config: Config) -> Iterator[Problem]:
 
 
 def malformed_tags(labels: tuple[str, ...]) -> list[str]:
-    """Labels that are no tags; ``["O"]`` if just the tag of no entity is missing.
+    """Returns labels that are not valid tags; ``["O"]`` if only the tag for "no entity" is missing.
 
     >>> malformed_tags(("O", "B-Drug", "I-Drug")), malformed_tags(("O", "Drug"))
     ([], ['Drug'])
@@ -317,7 +317,7 @@ def malformed_tags(labels: tuple[str, ...]) -> list[str]:
 
 
 def _prompt(config: Config) -> Iterator[Problem]:
-    """A prompt is for tasks that have one, names columns, and leaves room for an answer."""
+    """A prompt is set only for tasks that use one, names columns, and leaves room for an answer."""
     task = config.task
     if task.name not in _WITH_PROMPT:
         if task.prompt is not None:
@@ -338,12 +338,12 @@ def _prompt(config: Config) -> Iterator[Problem]:
 
 
 def warnings(config: Config) -> list[str]:
-    """What is allowed but looks like a mistake."""
+    """Returns warnings about settings that are allowed but look like mistakes."""
     return [*_weak_promises(config), *_without_effect(config)]
 
 
 def _weak_promises(config: Config) -> Iterator[str]:
-    """Privacy parameters that promise little."""
+    """Privacy parameters that give a weak guarantee."""
     privacy, training = config.privacy, config.training
     if privacy.unit == "none" or privacy.sample_rate is None or privacy.delta is None:
         return
@@ -359,7 +359,7 @@ def _weak_promises(config: Config) -> Iterator[str]:
 
 
 def _without_effect(config: Config) -> Iterator[str]:
-    """Settings of aggregation that do nothing, or less than they seem to."""
+    """Aggregation settings that have no effect, or less than they seem to."""
     aggregation, method = config.aggregation, config.resolved().aggregation.method
     if aggregation.rule != "mean" and aggregation.num_byzantine == 0 and aggregation.rule != "median":
         yield (

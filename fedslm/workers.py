@@ -1,7 +1,7 @@
-"""Worker processes that run functions: forked from a server that has imported torch once.
+"""Worker processes that run functions; they are forked from a server that has imported torch once.
 
-A worker computes with few threads, keeps its base model loaded, and ignores Ctrl-C: the parent decides
-when to stop. If a worker dies, its job fails and another takes its place.
+A worker uses few threads, keeps its base model loaded, and ignores Ctrl-C: the parent decides when to
+stop. If a worker dies, its job fails and a new worker replaces it.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ T = TypeVar("T")
 
 
 class WorkerDied(FederationError):
-    """The process that ran a job died (out of memory, for instance)."""
+    """The process that ran a job died (for example, out of memory)."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that raised: the error if it is one of ours, else its traceback."""
+    """A job that raised: contains the error if it is a FedslmError, else its traceback."""
 
     error: FedslmError | None
     details: str
@@ -55,7 +55,7 @@ class Failure:
 
 @dataclass
 class _Worker:
-    """A process, its pipe, and the job it runs."""
+    """A process, its pipe and its current job."""
 
     process: BaseProcess
     pipe: Connection
@@ -73,18 +73,18 @@ def preload() -> None:
 
 
 class WorkerPool:
-    """Runs functions in worker processes, in the order in which they were submitted.
+    """Runs functions in worker processes, in order of submission.
 
-    At most ``2 * num_workers`` results wait unclaimed: memory is flat in the number of jobs.
+    At most ``2 * num_workers`` results wait to be fetched: memory use does not grow with jobs.
 
     Args:
-        num_workers: Processes, >= 1.
-        threads: Threads that each computes with.
-        log: File that the workers append their logs to.
-        memory_mb: Most that each may allocate: the kernel refuses more, and the job fails; None: no
-            limit of its own. Not on Windows.
-        is_forked: False lets each worker import for itself: it starts later, and no server that holds
-            the heavy libraries stays in memory.
+        num_workers: Number of processes, >= 1.
+        threads: Number of threads in each worker.
+        log: File to which the workers append their logs.
+        memory_mb: Memory limit of each worker: the kernel refuses larger allocations, and the job
+            fails; None: no extra limit. Not on Windows.
+        is_forked: False lets each worker import the libraries itself: it starts later, but no server
+            process keeps the heavy libraries in memory.
     """
 
     def __init__(
@@ -119,10 +119,10 @@ class WorkerPool:
         return job
 
     def poll(self, job: int, timeout_seconds: float) -> Any | None:
-        """Waits a while for one job.
+        """Waits for one job for a limited time.
 
         Returns:
-            The result, a :class:`Failure`, or None if it is not there yet. A result is given once.
+            The result, a :class:`Failure`, or None if it is not ready. A result is returned only once.
         """
         deadline = time.monotonic() + timeout_seconds
         while job not in self._results:
@@ -142,13 +142,13 @@ class WorkerPool:
         """Runs one function in a worker and returns its result.
 
         Raises:
-            FedslmError: What the function raised.
+            FedslmError: Raised by the function.
         """
         value: T = self._wait(self.submit(function, *arguments))
         return value
 
     def _wait(self, job: int) -> Any:
-        """Waits for a job without a limit: the parent decides when to stop."""
+        """Waits for a job without a time limit: the parent decides when to stop."""
         while (result := self.poll(job, 1.0)) is None:
             pass
         if isinstance(result, Failure):
@@ -156,17 +156,17 @@ class WorkerPool:
         return result[0]
 
     def map(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
-        """Runs a function on several arguments at once.
+        """Runs a function on several arguments in parallel.
 
         Raises:
-            FedslmError: What the function raised.
+            FedslmError: Raised by the function.
         """
         return [self._wait(job) for job in [self.submit(function, *each) for each in arguments]]
 
     def abandon(self, jobs: list[int]) -> None:
-        """Forgets jobs: queued ones never run, and the worker of a running one is replaced.
+        """Abandons jobs: queued ones never run, and the worker of a running one is replaced.
 
-        A worker that hangs would otherwise never come back.
+        Otherwise, a worker that hangs would never become available.
         """
         gone = set(jobs)
         self._queue = deque(item for item in self._queue if item[0] not in gone)
@@ -208,7 +208,7 @@ class WorkerPool:
         return _Worker(process, here)
 
     def _dispatch(self, needed: int | None = None) -> None:
-        """Gives queued jobs to idle workers; a job that is waited for goes past the window."""
+        """Assigns queued jobs to idle workers; a job that is waited for may exceed the window."""
         idle = deque(worker for worker in self._workers if worker.job is None)
         while idle and self._queue:
             waited_for = needed is not None and self._queue[0][0] <= needed
@@ -216,7 +216,7 @@ class WorkerPool:
                 return
             job, function, arguments = self._queue.popleft()
             worker = idle.popleft()
-            if not worker.process.is_alive():  # it died while it had nothing to do
+            if not worker.process.is_alive():  # it died while idle
                 self._bury(worker)
             worker.job = job
             try:
@@ -225,16 +225,16 @@ class WorkerPool:
                 self._bury(worker)
 
     def _receive(self, worker: _Worker, *, replace: bool = True) -> None:
-        """Takes one result from a worker."""
+        """Receives one result from a worker."""
         try:
             result = worker.pipe.recv()
-        except Exception:  # the end of the pipe, or bytes that cannot be read: the worker is lost
+        except Exception:  # end of the pipe, or unreadable bytes: the worker is lost
             self._bury(worker, replace=replace)
             return
         self._finish(worker, result)
 
     def _bury(self, worker: _Worker, *, replace: bool = True) -> None:
-        """Fails the job of a dead worker and replaces the worker."""
+        """Marks the job of a dead worker as failed and replaces the worker."""
         worker.process.join(1.0)
         code = worker.process.exitcode
         self._finish(worker, Failure(WorkerDied(f"a worker died (exit code {code})"), ""))
@@ -244,14 +244,14 @@ class WorkerPool:
             worker.process, worker.pipe = fresh.process, fresh.pipe
 
     def _finish(self, worker: _Worker, result: Any) -> None:
-        """Keeps a result until it is asked for."""
+        """Stores a result until it is fetched."""
         job, worker.job = worker.job, None
         if job is not None:
             self._results[job] = result
 
 
 class InlinePool:
-    """Runs functions in this process, when they are asked for; same interface as a pool."""
+    """Runs functions in this process, when their results are requested; same interface as a pool."""
 
     num_workers = 0
 
@@ -278,16 +278,16 @@ class InlinePool:
         return function(*arguments)
 
     def map(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
-        """Runs a function on several arguments, one after the other."""
+        """Runs a function on several arguments, one after another."""
         return [self.call(function, *each) for each in arguments]
 
     def abandon(self, jobs: list[int]) -> None:
-        """Forgets queued jobs."""
+        """Removes queued jobs."""
         for job in jobs:
             self._queue.pop(job, None)
 
     def close(self, drain_seconds: float = 0.0) -> None:
-        """Nothing to stop."""
+        """Does nothing: there are no processes to stop."""
         self._queue.clear()
 
 
@@ -296,10 +296,10 @@ Pool = WorkerPool | InlinePool
 
 @contextmanager
 def _without_script() -> Iterator[None]:
-    """Hides the user's script from a process that starts.
+    """Hides the user's script from a process that is starting.
 
-    It needs nothing of it, and would run it from the top: without ``if __name__ == "__main__"`` that
-    starts the same run once more.
+    The process does not need the script and would run it from the top: without
+    ``if __name__ == "__main__"``, that would start the same run again.
     """
     with _HIDING:
         script = sys.modules["__main__"]
@@ -311,17 +311,17 @@ def _without_script() -> Iterator[None]:
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Runs a function; a result is wrapped, so that it is never mistaken for "not yet"."""
+    """Runs a function; a result is wrapped, so that it is never mistaken for "not ready"."""
     try:
         return (function(*arguments),)
     except FedslmError as error:
         return Failure(error, traceback.format_exc())
-    except Exception:  # the edge of the worker: whatever it was, the parent must hear of it
+    except Exception:  # worker boundary: report every error to the parent
         return Failure(None, traceback.format_exc())
 
 
 def _set_threads(threads: int) -> None:
-    """Sets torch's threads; more than one rarely helps on small matrices."""
+    """Sets the number of torch threads; more than one rarely helps on small matrices."""
     import torch
 
     if torch.get_num_threads() != threads:
@@ -329,7 +329,7 @@ def _set_threads(threads: int) -> None:
 
 
 def _limit_memory(memory_mb: int | None) -> None:
-    """Lets the kernel refuse this process more than so much data, instead of killing one."""
+    """Limits this process's memory, so that the kernel refuses allocations and kills no process."""
     if memory_mb is not None and sys.platform != "win32":
         import resource
 
@@ -340,7 +340,7 @@ def _limit_memory(memory_mb: int | None) -> None:
 
 
 def _work(pipe: Connection, threads: int, log: Path | None, memory_mb: int | None) -> None:
-    """The worker's loop; ends when the parent closes its end or dies."""
+    """Runs the worker's loop; ends when the parent closes its end of the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _limit_memory(memory_mb)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
