@@ -1,1 +1,1 @@
-"""Where examples come from, and whose they are."""
+"""Load examples, and assign them to clients and units."""

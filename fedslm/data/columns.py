@@ -1,4 +1,4 @@
-"""Which columns are read."""
+"""Selects the columns that are read."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _FEATURES = b"huggingface"  # key of a schema's metadata
 
 
 def needed(data: DataConfig, task: TaskConfig) -> dict[str, str]:
-    """Columns that a task reads.
+    """Returns the columns that a task reads.
 
     Args:
         data: Names of the columns.
-        task: The task, and its prompt.
+        task: The task and its prompt.
 
     Returns:
-        What the column is for (a dotted key) to the column.
+        Purpose of each column (a dotted key) to its name.
 
     Raises:
-        ConfigError: The prompt is no template.
+        ConfigError: The prompt is not a valid template.
 
     >>> data = DataConfig(source="demo", label_column="answer")
     >>> needed(data, TaskConfig(name="instruction", prompt="{question}?"))
@@ -50,7 +50,7 @@ def needed(data: DataConfig, task: TaskConfig) -> dict[str, str]:
 
 
 def needed_to_share(data: DataConfig, privacy: PrivacyConfig) -> dict[str, str]:
-    """Columns that say whose a record of a simulation is, as :func:`needed` gives them.
+    """Columns that assign a simulation's records to clients and units, in the form of :func:`needed`.
 
     >>> needed_to_share(DataConfig(source="demo", partition="natural"), PrivacyConfig(unit="none"))
     {'data.natural_column': 'client'}
@@ -69,13 +69,13 @@ def needed_to_share(data: DataConfig, privacy: PrivacyConfig) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The columns that are read of a source; whatever another one holds, nobody is stopped by it.
+    """The columns that are read from a source; the content of other columns is ignored.
 
     Attributes:
-        needed: What a column is for (a dotted key) to the column; None: all columns are read.
-        optional: Columns that are read if they are there.
-        source: What it is a column of, for errors.
-        there: Names that were met so far.
+        needed: Purpose of each column (a dotted key) to its name; None: all columns are read.
+        optional: Columns that are read if present.
+        source: Name of the source, for errors.
+        there: Column names seen so far.
     """
 
     needed: Mapping[str, str] | None = None
@@ -84,10 +84,10 @@ class Wanted:
     there: dict[str, None] = field(default_factory=dict)
 
     def of(self, names: Iterable[str]) -> list[str]:
-        """Those of some names that are read, in order.
+        """Returns the given names that are read, in order; records the names for :meth:`check`.
 
         Raises:
-            DataError: One of them stands there twice.
+            DataError: A column that is read occurs twice.
         """
         met = list(names)
         self.there.update(dict.fromkeys(met))
@@ -98,16 +98,16 @@ class Wanted:
         return chosen
 
     def among(self, names: Iterable[str]) -> list[str]:
-        """Those of some names that are read, in order."""
+        """Returns the given names that are read, in order."""
         return [name for name in names if self.needed is None or name in self.columns]
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that are wanted by name."""
+        """All columns that are requested by name."""
         return tuple(dict.fromkeys([*(self.needed or {}).values(), *sorted(self.optional)]))
 
     def fit(self, table: pa.Table) -> pa.Table:
-        """A table's columns that are read; what is wanted, but not there, is null."""
+        """Returns the columns of a table that are read; requested but missing columns are null."""
         import pyarrow as pa
 
         chosen = self.of(table.column_names)
@@ -120,10 +120,10 @@ class Wanted:
         return pa.table(columns, schema=pa.schema(fields, metadata=metadata))
 
     def check(self) -> None:
-        """Refuses data that lack a needed column.
+        """Refuses data that lacks a needed column.
 
         Raises:
-            DataError: Names it, what it is for, and the columns that there are.
+            DataError: States the column, its purpose and the columns that exist.
         """
         for key, column in (self.needed or {}).items():
             if column not in self.there:
@@ -133,7 +133,7 @@ class Wanted:
 
 
 def features_in(schema: pa.Schema) -> dict[str, Any]:
-    """What the datasets library wrote of a table's columns; empty if it wrote nothing readable."""
+    """Returns the feature metadata of the datasets library; empty if none is readable."""
     try:
         return dict(json.loads(schema.metadata[_FEATURES])["info"]["features"])
     except (KeyError, ValueError, TypeError, RecursionError):
@@ -141,10 +141,10 @@ def features_in(schema: pa.Schema) -> dict[str, Any]:
 
 
 def placeholders(prompt: str) -> list[str]:
-    """Columns that a prompt names in braces.
+    """Returns the columns that a prompt names in braces.
 
     Raises:
-        ConfigError: The braces are not balanced, or hold something else than a name.
+        ConfigError: The braces are not balanced, or contain something other than a name.
     """
     try:
         parts = [(name, spec, how) for _, name, spec, how in Formatter().parse(prompt)]
@@ -164,7 +164,7 @@ def placeholders(prompt: str) -> list[str]:
 
 
 def names_in(value: object) -> tuple[str, ...]:
-    """Class names of a multi-label record: a list, or a text that separates them by , ; or |.
+    """Returns the class names of a multi-label record: a list, or text separated by , ; or |.
 
     >>> names_in("heart, bone"), names_in(["heart"]), names_in(None)
     (('heart', 'bone'), ('heart',), ())

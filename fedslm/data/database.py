@@ -1,7 +1,7 @@
-"""Rows of a database, by URL and query. User and password come from the environment alone.
+"""Rows of a database, by URL and query. User and password come only from the environment.
 
-Reading only: a query cannot change anything on SQLite and PostgreSQL. Rows come through a cursor of the
-server, so that a result may exceed memory.
+Read-only: a query cannot change anything on SQLite and PostgreSQL. Rows come through a server-side
+cursor, so a result may exceed memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def is_url(source: str) -> bool:
-    """True for a database's URL.
+    """True for a database URL.
 
     >>> is_url("postgresql+psycopg://host/notes"), is_url("owner/name")
     (True, False)
@@ -43,7 +43,7 @@ def is_url(source: str) -> bool:
 
 
 def holds_password(source: str) -> bool:
-    """True for a URL (or what is meant to be one) with a password: config files and logs would show it.
+    """True for a (possibly malformed) URL with a password, which config files and logs would expose.
 
     >>> holds_password("postgresql://ada:secret@host/notes"), holds_password("postgresql://ada@host/notes")
     (True, False)
@@ -56,24 +56,24 @@ def refuse_password(source: str) -> None:
     """Refuses a URL with a password.
 
     Raises:
-        DataError: It has one; the text does not show it.
+        DataError: The URL has a password; the message does not show it.
     """
     if holds_password(source):
         raise DataError(f"the database's URL holds a password; set {PASSWORD} in the environment")
 
 
 def tables_from(source: str, query: str, key: str, wanted: Wanted | None = None) -> Iterator[pa.Table]:
-    """Runs a query and reads its rows in pieces.
+    """Runs a query and reads its rows in chunks.
 
     Args:
         source: URL without a password, such as ``postgresql+psycopg://host:5432/notes``.
-        query: One SQL statement that gives rows.
+        query: One SQL statement that returns rows.
         key: Dotted key of the query, for errors.
         wanted: Columns to read; None: all.
 
     Raises:
-        DataError: The URL, its driver, the connection or the query is not usable, or gives no rows. No
-            text holds the password.
+        DataError: The URL, its driver, the connection or the query cannot be used, or the query returns
+            no rows. No message contains the password.
     """
     if holds_password(source):
         raise DataError(
@@ -83,7 +83,7 @@ def tables_from(source: str, query: str, key: str, wanted: Wanted | None = None)
 
 
 def _rows(source: str, query: str, key: str) -> Iterator[Mapping[str, Any]]:
-    """Rows of a query."""
+    """Yields the rows of a query."""
     from sqlalchemy.exc import SQLAlchemyError
 
     engine = _engine(source)
@@ -112,7 +112,7 @@ def _rows(source: str, query: str, key: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _reads(action: int, *_: str | None) -> int:
-    """SQLite asks before each action: reading is fine, and nothing else, such as attaching a file."""
+    """SQLite's authorizer: allows reading and nothing else, such as attaching a file."""
     import sqlite3
 
     allowed = (
@@ -126,7 +126,7 @@ def _reads(action: int, *_: str | None) -> int:
 
 
 def _engine(source: str) -> Engine:
-    """An engine that has not connected yet."""
+    """Creates an engine that has not connected yet."""
     from sqlalchemy import NullPool, create_engine
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
@@ -147,7 +147,7 @@ def _engine(source: str) -> Engine:
 
 
 def _url(source: str) -> URL:
-    """The URL with the environment's user and password; a SQLite file is opened for reading."""
+    """Returns the URL with the environment's user and password; a SQLite file is opened read-only."""
     from sqlalchemy import make_url
 
     url = make_url(source)
@@ -165,14 +165,14 @@ def _url(source: str) -> URL:
 
 
 def _refuse_twins(names: list[str], key: str) -> None:
-    """A column that is named twice would hide another."""
+    """Refuses duplicate column names: one column would hide the other."""
     twins = sorted({name for name in names if names.count(name) > 1})
     if twins:
         raise DataError(f"{key} names {', '.join(twins)} twice; rename one with AS")
 
 
 def _without_password(error: Exception) -> str:
-    """What a driver says, on one line, without the password."""
+    """Returns a driver's error message on one line, without the password."""
     text = " ".join(str(getattr(error, "orig", None) or error).split())
     password = os.environ.get(PASSWORD)
     return text.replace(password, "***") if password else text

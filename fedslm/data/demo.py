@@ -1,10 +1,10 @@
 """Fictional triage notes of five invented hospitals, generated offline.
 
-Nothing here describes a real person: patients, clinicians, identifiers and hospitals are put
-together from syllables and random digits. Private notes carry such made-up identities in their
-text, so that leakage can be shown; public and evaluation notes carry ``[NAME]`` and ``[ID]``.
+Nothing here describes a real person: patients, clinicians, identifiers and hospitals are assembled from
+syllables and random digits. Private notes contain such invented identities, so that leakage can be
+demonstrated; public and evaluation notes contain ``[NAME]`` and ``[ID]``.
 
-The task is to name the specialty a note should be referred to. It is learnable but not trivial:
+The task is to predict the specialty a note should be referred to. It is learnable but not trivial:
 specialties share symptoms, notes mention what the patient *denies* and a history of other
 specialties, and about one note in twenty-five is drawn half from a second specialty.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 
 def _split(text: str) -> tuple[str, ...]:
-    """Fragments of a ``|``-separated table row."""
+    """Split a ``|``-separated table row into fragments."""
     return tuple(" ".join(part.split()) for part in text.split("|"))
 
 
@@ -164,7 +164,7 @@ _NUM_WORDS = (20, 45)
 
 @dataclass(frozen=True)
 class _House:
-    """One hospital: its case mix (in the order of `SPECIALTIES`) and its way of writing."""
+    """One hospital: its case mix (in the order of `SPECIALTIES`) and its writing style."""
 
     name: str
     mix: tuple[float, ...]
@@ -229,7 +229,7 @@ class DemoData:
 
 @dataclass(frozen=True)
 class _Identity:
-    """What a note says about who it is about and who wrote it."""
+    """The identities of patient and clinician in a note."""
 
     name: str = "[NAME]"
     mrn: str = "[ID]"
@@ -237,7 +237,7 @@ class _Identity:
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    """One of the options, uniformly."""
+    """Pick one of the options uniformly."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -247,7 +247,7 @@ def _draw_specialty(rng: np.random.Generator, mix: Sequence[float] | None = None
 
 
 def _draw_findings(rng: np.random.Generator, sources: Sequence[str]) -> dict[str, str]:
-    """Draw the fragments that tell the specialty, or fail to."""
+    """Draw the findings, which may or may not identify the specialty."""
     elsewhere = _VOCABULARY[_draw_specialty(rng)]
 
     def draw(kind: str, own_rate: float, *, other: _Vocabulary = _SHARED) -> str:
@@ -271,7 +271,7 @@ def _draw_findings(rng: np.random.Generator, sources: Sequence[str]) -> dict[str
 
 
 def _draw_vitals(rng: np.random.Generator, specialty: str) -> dict[str, str]:
-    """Age, sex and vital signs; fever and low oxygen hint at two of the specialties."""
+    """Draw age, sex and vital signs; fever and low oxygen hint at two of the specialties."""
     feverish = rng.random() < (0.5 if specialty == "infectious disease" else 0.12)
     starved = rng.random() < (0.5 if specialty == "pulmonology" else 0.1)
     sex = _pick(rng, ("male", "female"))
@@ -287,7 +287,7 @@ def _draw_vitals(rng: np.random.Generator, specialty: str) -> dict[str, str]:
 
 
 def _write_note(rng: np.random.Generator, house: _House, *, label: str, identity: _Identity) -> str:
-    """Write a note in the style of the house, within the bounds on its length."""
+    """Write a note in the hospital's style, within the length bounds."""
     while True:
         sources = [label]
         if rng.random() < _AMBIGUOUS_RATE:
@@ -312,7 +312,7 @@ def _draw_surname(rng: np.random.Generator) -> str:
 def _admit(
     rng: np.random.Generator, house: _House, *, num_records: int, mrns: Sequence[int]
 ) -> list[dict[str, str]]:
-    """Write the private notes of one hospital, patient after patient."""
+    """Write the private notes of one hospital, patient by patient."""
     clinicians = [_draw_surname(rng) for _ in range(8)]
     rows: list[dict[str, str]] = []
     for number in mrns:
@@ -333,7 +333,7 @@ def _admit(
 def _publish(
     rng: np.random.Generator, prefix: str, *, num_records: int, taken: set[str]
 ) -> list[dict[str, str]]:
-    """De-identified notes in all house styles and an even case mix; adds its texts to `taken`."""
+    """Write de-identified notes in all styles with an even case mix; adds their texts to `taken`."""
     rows: list[dict[str, str]] = []
     while len(rows) < num_records:
         house = _HOUSES[int(rng.integers(len(_HOUSES)))]
@@ -358,12 +358,12 @@ def generate(
     Args:
         rng: Source of all randomness; the same state gives the same rows. The private and the
             evaluation rows do not depend on `num_public`.
-        records_per_hospital: Private notes of each hospital, 0 to 18,000.
-        num_public: De-identified notes to pretrain on, at least 0.
-        num_evaluation: De-identified notes to evaluate on, at least 0.
+        records_per_hospital: Number of private notes per hospital, 0 to 18,000.
+        num_public: Number of de-identified notes for pretraining, at least 0.
+        num_evaluation: Number of de-identified notes for evaluation, at least 0.
 
     Returns:
-        The three sets of rows. A patient has one to four private notes, all at one hospital.
+        The three sets of rows. A patient has one to four private notes, all at the same hospital.
 
     Raises:
         ValueError: If a count is negative or there are too few identifiers.

@@ -1,4 +1,4 @@
-"""Records of the private split that are in the public one too: metrics there would flatter."""
+"""Private records that also occur in the public split: metrics on them would be too optimistic."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def count_duplicates(private: Dataset, public: Dataset, columns: list[str]) -> int:
-    """Number of private records whose input is one of the public split's.
+    """Returns the number of private records whose input also occurs in the public split.
 
     Args:
-        private: Any size; read in pieces.
-        public: Held in memory as eight bytes for each record.
-        columns: The input's columns; case, spaces and Unicode forms make no difference.
+        private: Data set of any size; read in chunks.
+        public: Data set that takes eight bytes of memory per record.
+        columns: Input columns; case, spaces and Unicode form are ignored.
     """
     known = set(_hashes(public, columns))
     return sum(each in known for each in _hashes(private, columns))
 
 
 def normalised(value: Any) -> str:
-    r"""A value as text in which only words count.
+    r"""Returns a value as text in which only the words matter.
 
     >>> normalised("  Chest PAIN,\tleft ") == normalised("chest pain, left")
     True
@@ -38,7 +38,7 @@ def normalised(value: Any) -> str:
 
 
 def _hashes(dataset: Dataset, columns: list[str]) -> Iterator[int]:
-    """Eight bytes for each record."""
+    """Yields an eight-byte hash of each record."""
     for _, values in batches(dataset, columns):
         for row in zip(*(values[column] for column in columns), strict=True):
             text = "\x1f".join(map(normalised, row)).encode("utf-8", "surrogatepass")

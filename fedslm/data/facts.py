@@ -1,9 +1,9 @@
-"""The demo's triage notes with planted facts: invented signs whose meaning only some hospitals know.
+"""Demo triage notes with planted facts: invented signs whose meaning only some hospitals know.
 
-A note with a sign says nothing else that would tell the specialty, so whoever names it knows the sign.
-What a sign stands for is drawn anew with each seed: no name looks like its specialty. No patient or
-clinician has the name of a sign, so ordinary notes never contain one. Outsiders see half of the signs
-in public notes, without a label; of the other half nothing is public.
+A note with a sign contains nothing else that indicates the specialty, so only a model that knows the
+sign can predict it. The meaning of each sign is drawn again for each seed: no name resembles its
+specialty. No patient or clinician has the name of a sign, so ordinary notes never contain one. Public
+notes mention half of the signs, without a label; nothing about the other half is public.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ _HOSPITALS_PER_SIGN = 2
 
 @dataclass(frozen=True)
 class Counts:
-    """How many notes there are.
+    """Number of notes of each kind.
 
     Attributes:
-        ordinary: Of each hospital.
-        signs: Of each hospital for each sign that it knows.
-        public: Ordinary ones, labelled.
-        mentions: Public ones for each sign that is mentioned, without a label.
-        test: For each sign and, in all, as many ordinary ones as sign notes.
-        probe: For each sign.
+        ordinary: Ordinary notes per hospital.
+        signs: Notes per hospital for each sign that it knows.
+        public: Ordinary public notes, labelled.
+        mentions: Unlabelled public notes for each mentioned sign.
+        test: Test notes for each sign, plus as many ordinary ones as sign notes in total.
+        probe: Probe notes for each sign.
     """
 
     ordinary: int = 200
@@ -72,13 +72,13 @@ class Counts:
 
 
 def codebook(rng: np.random.Generator) -> dict[str, str]:
-    """Which specialty each sign stands for, two signs for each."""
+    """Returns the specialty of each sign; each specialty has two signs."""
     drawn = rng.permutation(np.repeat(np.arange(len(SPECIALTIES)), len(SIGNS) // len(SPECIALTIES)))
     return {sign: SPECIALTIES[int(number)] for sign, number in zip(SIGNS, drawn, strict=True)}
 
 
 def mentioned(meaning: dict[str, str]) -> frozenset[str]:
-    """The signs that public notes mention: the first of each specialty."""
+    """Returns the signs that public notes mention: the first of each specialty."""
     first: dict[str, str] = {}
     for sign, specialty in meaning.items():
         first.setdefault(specialty, sign)
@@ -92,12 +92,12 @@ def generate_facts(
 
     Args:
         rng: Source of all randomness; the same state gives the same rows.
-        counts: How many.
+        counts: Number of notes of each kind.
 
     Returns:
         ``train`` (private, with ``client`` and ``patient``), ``test`` (the private distribution),
-        ``public`` (``label`` is None in notes with a sign) and ``probe`` (in other words; ``group``
-        says whether public notes mention the sign).
+        ``public`` (``label`` is None in notes with a sign) and ``probe`` (other wording; ``group``
+        states whether public notes mention the sign).
     """
     counts = counts or Counts()
     meaning = codebook(rng)
@@ -141,7 +141,7 @@ def _notes(
     label: str | None,
     client: str,
 ) -> list[dict[str, Any]]:
-    """Notes with one sign and nothing else that tells; their texts are new, and added to ``taken``."""
+    """Writes notes with one sign and no other evidence; the texts are new and added to ``taken``."""
 
     def pick(options: tuple[str, ...]) -> str:
         return options[int(rng.integers(len(options)))]

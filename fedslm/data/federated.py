@@ -1,4 +1,4 @@
-"""A simulation's data, loaded, checked and shared out: what is written to disk, or only looked at."""
+"""A simulation's data, loaded, checked and partitioned, before it is written to disk or previewed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ NO_ATTACK = AttackConfig()
 
 @dataclass(frozen=True)
 class Public:
-    """What a server may see.
+    """The data that a server may see.
 
     Attributes:
-        evaluation: The public split, cut to its largest size.
+        evaluation: The public split, limited to its maximum size.
         labels: Class names or tags; empty for tasks without.
-        records: Public records that training may look at; None if there are none.
-        whole: The public split, not cut.
+        records: Public records available for training; None if there are none.
+        whole: The complete public split.
     """
 
     evaluation: Dataset
@@ -48,11 +48,11 @@ class Shared:
 
     Attributes:
         train: The whole private split.
-        evaluation: The public split, cut to its largest size.
+        evaluation: The public split, limited to its maximum size.
         labels: Class names or tags; empty for tasks without.
         shards: (name, records) of each client.
-        duplicates: Private records whose input is in the public split too.
-        public: Public records that training may look at; None if there are none.
+        duplicates: Number of private records whose input also occurs in the public split.
+        public: Public records available for training; None if there are none.
     """
 
     train: Dataset
@@ -71,17 +71,17 @@ def load_what_is_public(
     *,
     beside_private: bool = True,
 ) -> Public:
-    """Loads and checks the public split, and public records if there are any.
+    """Loads and checks the public split, and the public training records if there are any.
 
     Args:
         data: Sources and columns.
-        task: What is learned.
+        task: The learning task.
         seed: The run's seed.
         scratch: Directory for memory-mapped copies; None: the system's temporary directory.
-        beside_private: Whether the private split is here too (a simulation): it must be another.
+        beside_private: Whether the private split is loaded too (a simulation): the two must differ.
 
     Raises:
-        DataError: Anything about them that would stop a run later.
+        DataError: The public data has a defect that would stop a run later.
     """
     whole = load_evaluation(data, task, seed, scratch, beside_private=beside_private)
     names.check(whole, data, task, "evaluation")
@@ -103,19 +103,19 @@ def share_out(
     scratch: Path | None = None,
     attack: AttackConfig = NO_ATTACK,
 ) -> Shared:
-    """Loads and checks a simulation's data and shares it out.
+    """Loads, checks and partitions a simulation's data.
 
     Args:
         data: Sources, columns and kind of partition.
-        task: What is learned.
-        privacy: Says whether a column of units is needed.
+        task: The learning task.
+        privacy: Determines whether a unit column is needed.
         num_clients: Number of shards.
         seed: The run's seed.
         scratch: Directory for memory-mapped copies; None: the system's temporary directory.
-        attack: What hostile clients do to their own records.
+        attack: How hostile clients modify their own records.
 
     Raises:
-        DataError: Anything about the data that would stop a client later.
+        DataError: The data has a defect that would stop a client later.
     """
     train = load_train(data, task, seed, scratch, more=needed_to_share(data, privacy))
     public = load_what_is_public(data, task, seed, scratch)
@@ -145,14 +145,14 @@ def share_out(
 
 
 def inputs(data: DataConfig, task: TaskConfig) -> list[str]:
-    """Columns that a model is shown: all that a task reads but its targets, unless these hold both."""
+    """Returns the model's input columns: all that a task reads but the targets, or the text column."""
     targets = (data.label_column, data.rejected_column)
     columns = dict.fromkeys(needed(data, task).values())
     return [column for column in columns if column not in targets] or [data.text_column]
 
 
 def _check_units(parts: list[Dataset], column: str, overlapping: bool) -> None:
-    """Refuses records without a unit, and units in several clients unless they were announced."""
+    """Refuses records without a unit, and units shared by clients unless this was declared."""
     missing = 0
     clients: Counter[str] = Counter()
     for part in parts:

@@ -1,4 +1,4 @@
-"""Local files as tables, read in pieces: JSON (lines), CSV, TSV, Parquet, Arrow, folders of texts."""
+"""Read local files as tables in chunks: JSON (lines), CSV, TSV, Parquet, Arrow, folders of texts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def tables_in(path: Path, wanted: Wanted | None = None) -> Iterator[pa.Table]:
-    """Reads a file, or a folder of text files, in pieces.
+    """Reads a file, or a folder of text files, in chunks.
 
     Args:
         path: The file or folder.
         wanted: Columns to read; None: all.
 
     Raises:
-        DataError: It is damaged, not UTF-8, ragged or of no known format; names the file and the row.
+        DataError: The file is damaged, not UTF-8, ragged or of unknown format; names file and row.
     """
     import pyarrow as pa
 
@@ -48,29 +48,29 @@ def tables_in(path: Path, wanted: Wanted | None = None) -> Iterator[pa.Table]:
         yield from _READERS[kind](path, wanted or Wanted())
     except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
         raise DataError(f"{path} cannot be read as {kind.removeprefix('.')}: {error}") from error
-    except UnicodeDecodeError as error:  # of what a reader decodes itself there is a better error
+    except UnicodeDecodeError as error:  # readers that decode text raise a more specific error
         raise DataError(f"{path}: the name of a column is not UTF-8 ({error}); rename it") from error
 
 
-_WRITTEN = (".jsonl", ".json", ".csv", ".tsv")  # as text
+_WRITTEN = (".jsonl", ".json", ".csv", ".tsv")  # text formats
 _MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"PK\x03\x04": "a ZIP or Excel file"}
 _MAGIC |= {b"ARROW1": "Arrow", b"SQLite format 3": "SQLite", b"(\xb5/\xfd": "zstd"}
 
 
 def _other_format(path: Path) -> str:
-    """Which other format a file of texts is, by its first bytes; empty if it is none that is known."""
+    """Detects a different format of a text file by its first bytes; empty if none is recognised."""
     with _opened(path) as file:
         start = file.read(16)
     return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "")
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """A file's bytes, unpacked."""
+    """Opens a file for reading bytes, decompressed if necessary."""
     return gzip.open(path) if is_gzip(path) else path.open("rb")  # type: ignore[return-value]
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a text file, with their ends."""
+    """Yields the lines of a text file, with their line ends."""
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -84,12 +84,12 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _json(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
-    """JSON lines, or one list of records."""
+    """Reads JSON lines, or one list of records."""
     return tables_of(_json_rows(path, wanted), str(path), wanted)
 
 
 def _json_rows(path: Path, wanted: Wanted) -> Iterator[dict[str, Any]]:
-    """One record for each line, or each item of the one list."""
+    """Yields one record per line, or per item of the single list."""
     is_first = True
     for number, line in enumerate(lines := _lines(path), 1):
         if not line.strip():
@@ -104,7 +104,7 @@ def _json_rows(path: Path, wanted: Wanted) -> Iterator[dict[str, Any]]:
 
 
 def _parsed(text: str, path: Path, line: int | None = None) -> Any:
-    """A JSON value."""
+    """Parses a JSON value."""
     try:
         return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
@@ -113,7 +113,7 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
 
 
 def _record(value: Any, path: Path, what: str, number: int, wanted: Wanted) -> dict[str, Any]:
-    """A JSON object in which no wanted column stands twice."""
+    """Returns a JSON object after checking that no requested column occurs twice."""
     if not isinstance(value, dict):
         raise DataError(
             f"{path}, {what} {number} cannot be read as json: it is not an object; {_JSON_REMEDY}"
@@ -124,7 +124,7 @@ def _record(value: Any, path: Path, what: str, number: int, wanted: Wanted) -> d
 
 
 class _Repeated(dict[str, Any]):
-    """A JSON object in which some names stand more than once; the last value holds.
+    """A JSON object with duplicate names; the last value is kept.
 
     Args:
         pairs: Names and values.
@@ -137,19 +137,19 @@ class _Repeated(dict[str, Any]):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object."""
+    """Builds a JSON object."""
     value = dict(pairs)
     return value if len(value) == len(pairs) else _Repeated(pairs)
 
 
 _JSON_REMEDY = "write one object on each line, or all of them as one list"
-# NaN is missing, also in lists.
+# NaN counts as missing, also in lists.
 _CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_CONSTANTS.__getitem__)
 
 
 def _table(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
-    """CSV or TSV; every value is a text, so that "007" stays what it is, and blank is null."""
+    """Reads CSV or TSV; every value stays text, so that "007" is preserved, and blank is null."""
     import pyarrow as pa
 
     separator = "\t" if format_of(path) == ".tsv" else ","
@@ -171,7 +171,7 @@ def _table(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
 
 
 def _header(reader: Any, path: Path, separator: str) -> list[str]:
-    """Names of the columns."""
+    """Reads and checks the column names."""
     names: list[str] = next(reader, [])
     header = [name.strip() for name in names]
     if header and (header[0] == "[" or header[0].startswith(("{", "[{"))):
@@ -197,7 +197,7 @@ def _header(reader: Any, path: Path, separator: str) -> list[str]:
 
 
 def _other_separator(line: str, separator: str) -> str:
-    """What separates the names in a line, if not the format's own separator; empty if nothing does."""
+    """Returns the separator of a header line if it is not the format's own; empty if there is none."""
     for other in (";", "\t", "|", ","):
         if other != separator and sum(bool(name.strip()) for name in line.split(other)) > 1:
             return other
@@ -205,13 +205,13 @@ def _other_separator(line: str, separator: str) -> str:
 
 
 def _is_spaced(row: list[str]) -> bool:
-    """Whether fields after the first begin with a space, and one of them with a quote behind it."""
+    """Whether every field after the first begins with a space, and at least one of them with ' "'."""
     later = row[1:]
     return all(each[:1] == " " for each in later) and any(each[:2] == ' "' for each in later)
 
 
 def _records(reader: Any, header: list[str], path: Path) -> Iterator[list[str]]:
-    """Rows as long as the header; blank lines are left out."""
+    """Yields rows as long as the header; blank lines are skipped."""
     number = 0
     try:
         for row in reader:
@@ -236,7 +236,7 @@ def _records(reader: Any, header: list[str], path: Path) -> Iterator[list[str]]:
 
 
 def _parquet(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
-    """Parquet, with the metadata that names classes."""
+    """Reads Parquet, with its metadata for class names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -247,7 +247,7 @@ def _parquet(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
 
 
 def _arrow(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
-    """An Arrow IPC file or stream."""
+    """Reads an Arrow IPC file or stream."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as file:
@@ -261,7 +261,7 @@ def _arrow(path: Path, wanted: Wanted) -> Iterator[pa.Table]:
 
 
 def _sound(tables: Iterable[pa.Table], path: Path) -> Iterator[pa.Table]:
-    """Refuses texts that are no UTF-8, naming row and column: they would fail much later."""
+    """Refuses text that is not UTF-8, which would fail much later; names row and column."""
     first = 0
     for table in tables:
         for name in table.column_names:
@@ -271,7 +271,7 @@ def _sound(tables: Iterable[pa.Table], path: Path) -> Iterator[pa.Table]:
 
 
 def _check(column: pa.ChunkedArray, name: str, first: int) -> None:
-    """Refuses a column that Arrow finds damaged, and says where."""
+    """Refuses a column that Arrow finds damaged, and reports where."""
     import pyarrow as pa
 
     def damage(count: int) -> str:
@@ -287,7 +287,7 @@ def _check(column: pa.ChunkedArray, name: str, first: int) -> None:
 
 
 def _texts(folder: Path, wanted: Wanted) -> Iterator[pa.Table]:
-    """Text files: text, file and, where they lie in folders, the folder's name as the label."""
+    """Reads text files: text, file name and, for files in subfolders, the folder name as the label."""
     files = texts_in(folder)
     labelled = any(file.parent != folder for file in files)
 

@@ -1,4 +1,4 @@
-"""Which units are held out: not trained on, so that something is left to measure on."""
+"""Selects the units that are held out from training, so that they can be used for evaluation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def is_held_out(unit: str, fraction: float, seed: int) -> bool:
     """Whether a unit belongs to the held-out share.
 
     Formal guarantees:
-        * It depends on the unit's name, the fraction and the run's seed alone: on no other unit, nor on
-          client, round or restart. So a unit is always on one side, and adding or removing another
-          moves nobody.
+        * The result depends only on the unit's name, the fraction and the run's seed: not on any other
+          unit, nor on client, round or restart. So a unit is always on one side, and adding or removing
+          another unit moves no unit.
 
     Args:
         unit: Name of a patient, or :func:`record_name`.
-        fraction: Expected share that is held out, in [0, 1).
+        fraction: Expected share of held-out units, in [0, 1).
         seed: The run's seed: public.
 
     >>> sum(is_held_out(str(unit), 0.25, seed=0) for unit in range(1000))
@@ -36,9 +36,9 @@ def record_name(row: Mapping[str, Any]) -> str:
     """Names a record by its content: equal records are on the same side.
 
     Formal guarantees:
-        * It depends on this record only. Another one may bring a column, or make a column of integers
-          one of floats; what a record does not have, and the type of its numbers, are no part of its
-          name.
+        * The name depends on this record only. Another record may add a column, or turn a column of
+          integers into one of floats; fields that a record does not have, and the type of its numbers,
+          are not part of its name.
 
     >>> record_name({"text": "a", "age": 64}) == record_name({"text": "a", "age": 64.0, "sign": None})
     True
@@ -47,7 +47,7 @@ def record_name(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value without what other records made of its column."""
+    """Returns a value without the changes that other records caused in its column."""
     match value:
         case Mapping():
             return {key: _plain(each) for key, each in value.items() if each is not None}

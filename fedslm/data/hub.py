@@ -1,4 +1,4 @@
-"""Data sets of the hub, or of its local cache: OWNER/NAME, or OWNER/NAME:SUBSET."""
+"""Data sets from the hub or its local cache: OWNER/NAME, or OWNER/NAME:SUBSET."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROBE_SECONDS = 5.0
 
 
 def is_name(source: str) -> bool:
-    """True for what may be the name of a data set on the hub.
+    """True for a source that may be the name of a data set on the hub.
 
     >>> is_name("stanfordnlp/imdb"), is_name("nyu-mll/glue:sst2"), is_name("imdb"), is_name("a/b/c")
     (True, True, False, False)
@@ -30,8 +30,8 @@ def load(source: str, split: str) -> Dataset:
     """Loads one split, memory-mapped from the hub's local cache.
 
     Raises:
-        DataError: The hub cannot be reached and its cache has no such data set (known within seconds),
-            or the hub has none.
+        DataError: The hub does not have the data set; or the hub is unreachable (detected within
+            seconds) and the cache does not have it either.
     """
     import datasets
 
@@ -58,7 +58,7 @@ def load(source: str, split: str) -> Dataset:
 
 
 def _unreachable(name: str) -> str:
-    """Why the hub does not answer; empty if it does. One request, without retries."""
+    """Returns why the hub is unreachable; empty if it responds. Sends one request, without retries."""
     import httpx
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -70,7 +70,7 @@ def _unreachable(name: str) -> str:
     except OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE is set"
     except HfHubHTTPError:
-        return ""  # it answers: what it says of the name comes with the loading
+        return ""  # the hub responds; what it reports about the name is handled during loading
     except (httpx.HTTPError, OSError) as error:
         return str(error) or type(error).__name__
     return ""
@@ -78,7 +78,7 @@ def _unreachable(name: str) -> str:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Looks into the cache alone: otherwise each file is asked for five times, with pauses."""
+    """Uses only the cache; otherwise each file is requested five times, with pauses."""
     import datasets
     import huggingface_hub
 

@@ -1,4 +1,4 @@
-"""What a task demands of records, and the names that it learns: from the config or the public split."""
+"""A task's requirements on records, and its class names from the config or the public split."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _NO_ENTITY = "O"
 
 
 def resolve(data: DataConfig, task: TaskConfig, evaluation: Dataset) -> tuple[str, ...]:
-    """Class names or tags: those of the config or its file, else of the public split.
+    """Returns class names or tags: from the config or its file, else from the public split.
 
-    Never from private data: that a name occurs there would be a release.
+    They never come from private data: revealing that a name occurs there would be a release.
 
     Raises:
         DataError: The file cannot be read, or there are fewer than two names (multi-label: none).
@@ -55,10 +55,10 @@ def resolve(data: DataConfig, task: TaskConfig, evaluation: Dataset) -> tuple[st
 
 
 def read_file(name: str) -> tuple[str, ...]:
-    """Names from a public file, one on each line.
+    """Reads names from a public file, one per line.
 
     Raises:
-        DataError: The file cannot be read, names one twice, or fewer than two.
+        DataError: The file cannot be read, contains a name twice, or has fewer than two names.
     """
     try:
         text = Path(expand(name)).read_text(encoding="utf-8-sig")
@@ -73,7 +73,7 @@ def read_file(name: str) -> tuple[str, ...]:
 
 
 def counts(dataset: Dataset, data: DataConfig, task: TaskConfig) -> Counter[str]:
-    """How often each name occurs; empty for tasks that learn none."""
+    """Counts how often each name occurs; empty for tasks without names."""
     found: Counter[str] = Counter()
     if TASKS[task.name].classes != "none":
         column = str(data.label_column)
@@ -84,17 +84,17 @@ def counts(dataset: Dataset, data: DataConfig, task: TaskConfig) -> Counter[str]
 
 
 def names_of(value: Any, task: TaskConfig) -> tuple[str, ...]:
-    """Names in one record's label column, without spaces around them."""
+    """Returns the names in one record's label column, stripped of spaces."""
     if TASKS[task.name].classes == "one":
         return () if is_missing(value) else (name_of(value),)
     return names_in(value)
 
 
 def check(dataset: Dataset, data: DataConfig, task: TaskConfig, part: str) -> None:
-    """Refuses empty splits, and records that lack what the task reads, naming the rows.
+    """Refuses empty splits and records that lack what the task reads; names the rows.
 
     Raises:
-        DataError: With the column, how many records, and the first rows.
+        DataError: States the column, the number of records and the first rows.
     """
     if len(dataset) == 0:
         raise DataError(f"the {part} split is empty")
@@ -127,10 +127,10 @@ def check(dataset: Dataset, data: DataConfig, task: TaskConfig, part: str) -> No
 def check_known(
     dataset: Dataset, data: DataConfig, task: TaskConfig, labels: tuple[str, ...], part: str
 ) -> None:
-    """Refuses records with a name outside the list, naming the rows.
+    """Refuses records with a name outside the list; names the rows.
 
     Raises:
-        DataError: With the names, how often they occur, and the first rows.
+        DataError: States the names, how often they occur and the first rows.
     """
     if not labels:
         return
@@ -153,12 +153,12 @@ def check_known(
 
 @dataclass(frozen=True)
 class _Demand:
-    """What a column's values must be.
+    """The requirement on a column's values.
 
     Attributes:
-        fits: Whether a value is so.
-        wanted: In words.
-        remedy: What to do about another value; empty: what that value itself suggests.
+        fits: Returns whether a value meets it.
+        wanted: The requirement in words.
+        remedy: How to correct any other value; empty: the value itself determines the remedy.
     """
 
     fits: Callable[[Any], bool]
@@ -167,7 +167,7 @@ class _Demand:
 
 
 def _demand(column: str, data: DataConfig, task: TaskConfig) -> _Demand:
-    """What a task demands of a column."""
+    """Returns a task's requirement on a column."""
     kind = TASKS[task.name]
     if kind.classes == "each word":
         if column == data.text_column:
@@ -188,32 +188,32 @@ def _demand(column: str, data: DataConfig, task: TaskConfig) -> _Demand:
 
 
 def _is_text(value: Any) -> bool:
-    """A text that is not blank, or a number or date that is meant as one."""
+    """True for text that is not blank, or a number or date that is meant as text."""
     return bool(text_in(value).strip())
 
 
 def _is_text_or_turns(value: Any) -> bool:
-    """A text, or turns that can be read."""
+    """True for text, or a readable conversation."""
     return _is_text(value) or bool(turns_of(value))
 
 
 def _is_answered(value: Any) -> bool:
-    """Turns that can be read, with one of an assistant."""
+    """True for a readable conversation with at least one assistant turn."""
     return bool(answered(turns_of(value))[1])
 
 
 def _is_words(value: Any) -> bool:
-    """A list of one or more texts."""
+    """True for a list of one or more texts."""
     return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
 
 
 def _is_tags(value: Any) -> bool:
-    """A list of values, each of them there."""
+    """True for a list of values with none missing."""
     return isinstance(value, list) and all(map(_is_text, value))
 
 
 def _is_names(value: Any) -> bool:
-    """A list of names, a text, or nothing."""
+    """True for a list of names, a text, or a missing value."""
     if isinstance(value, list):
         return all(map(_is_text, value))
     return is_nothing(value) or isinstance(value, str | int)

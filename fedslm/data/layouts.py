@@ -1,4 +1,4 @@
-"""Columns that fine-tuning data sets usually have, so that no config needs to name them."""
+"""Common column layouts of fine-tuning data sets, so that a config need not name the columns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _PLAIN = ("instruction", "seq2seq")
 
 @dataclass(frozen=True)
 class Layout:
-    """Columns, and what a config says of them.
+    """A column layout and the matching config values.
 
     Attributes:
-        tasks: Names of the tasks that can read them.
-        columns: All that there must be.
+        tasks: Names of the tasks that can read the columns.
+        columns: Columns that must all exist.
         data: Keys of ``data`` to values.
-        prompt: Of the task; None: the text column.
+        prompt: The task's prompt; None: the text column.
     """
 
     tasks: tuple[str, ...]
@@ -59,17 +59,17 @@ LAYOUTS = (
 
 
 def laid_out(data: DataConfig, task: TaskConfig, seed: int) -> tuple[DataConfig, TaskConfig]:
-    """The two sections with the columns that the data has, where they name none themselves.
+    """Fills in column names from the data where the two sections do not set them.
 
-    Of the data the names of the public split's columns are looked at, nothing else.
+    Only the column names of the public split are read, nothing else of the data.
 
     Args:
-        data: Sources and columns; what names a column itself is left as it is.
-        task: With ``format``.
-        seed: Of the demo data.
+        data: Sources and columns; explicitly set columns are kept.
+        task: The task section, including ``format``.
+        seed: Seed of the demo data.
 
     Raises:
-        DataError: The public split cannot be read, or a preference's columns are not known.
+        DataError: The public split cannot be read, or a preference data set has unknown columns.
     """
     named = [key for key in ("text_column", "label_column") if _is_named(data, key)]
     may = task.format == "auto" and task.prompt is None and data.rejected_column is None and not named
@@ -90,5 +90,5 @@ def laid_out(data: DataConfig, task: TaskConfig, seed: int) -> tuple[DataConfig,
 
 
 def _is_named(data: DataConfig, key: str) -> bool:
-    """Whether a config names another column than it would without."""
+    """Whether a config sets a column name other than the default."""
     return bool(getattr(data, key) != DataConfig.model_fields[key].default)

@@ -1,14 +1,14 @@
-"""What a missing value is, and how one that is there is written: labels, clients, owners, texts."""
+"""Defines missing values, and the text form of present ones: labels, clients, owners, texts."""
 
 from __future__ import annotations
 
 from decimal import Decimal
 
-EXACT = 2**53  # from here on a float stands for several whole numbers
+EXACT = 2**53  # from here on, one float represents several integers
 
 
 def is_nothing(value: object) -> bool:
-    """True for a value that stands for none: None, NaN (a Decimal's too), NaT, NA.
+    """True for a missing value: None, NaN (also as a Decimal), NaT, NA.
 
     >>> is_nothing(float("nan")), is_nothing(0), is_nothing(""), is_nothing([])
     (True, False, False, False)
@@ -16,15 +16,15 @@ def is_nothing(value: object) -> bool:
     if value is None or isinstance(value, str | list | tuple | dict):
         return value is None
     try:
-        return bool(value != value)  # only such a value differs from itself
-    except (TypeError, ArithmeticError):  # the truth of pandas' NA, or a NaN that signals
+        return bool(value != value)  # only NaN and NaT differ from themselves
+    except (TypeError, ArithmeticError):  # pandas' NA has no truth value; a signalling NaN raises
         return True
     except ValueError:  # an array
         return False
 
 
 def is_missing(value: object) -> bool:
-    """True for nothing, and for a text of spaces only.
+    """True for a missing value, and for text that contains only spaces.
 
     >>> is_missing(" "), is_missing(float("nan")), is_missing("NA"), is_missing(0)
     (True, True, False, False)
@@ -33,7 +33,7 @@ def is_missing(value: object) -> bool:
 
 
 def name_of(value: object) -> str:
-    r"""A label, a client or an owner as it is compared: a text without spaces around it; "" if missing.
+    r"""Returns a label, client or owner as text without outer spaces, for comparison; "" if missing.
 
     >>> name_of(" a\t"), name_of(7), name_of(7.0), name_of(None)
     ('a', '7', '7', '')
@@ -42,11 +42,11 @@ def name_of(value: object) -> str:
 
 
 def written(value: object) -> str:
-    """A value as text.
+    """Returns a value as text.
 
     Formal guarantees:
-        * One other record with 1.5 makes a column of integers one of floats or decimals; what this one
-          says stays the same: a whole number has no fraction, and a decimal ends with no zero.
+        * Another record with 1.5 turns a column of integers into floats or decimals; the text of this
+          record stays the same: a whole number has no fraction, and a decimal has no trailing zero.
 
     >>> written(7), written(7.0), written(0.5), written(Decimal("7.00")), written("7.0")
     ('7', '7', '0.5', '7', '7.0')

@@ -1,4 +1,4 @@
-"""Whose a record is: how a value of the unit's column names somebody."""
+"""Determines the owner of a record from the value in the unit's column."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def owner_of(value: object) -> str:
-    """Whose a record is, as text; empty if its value names nobody: such a record takes no part.
+    """Returns a record's owner as text; empty if the value names nobody: such a record takes no part.
 
     Formal guarantees:
-        * It depends on the value only, and never fails.
+        * The result depends only on the value, and the function never fails.
         * NULL, NaN, NaT, infinity and blank text name nobody. A text such as "nan" is a name.
-        * A number has one name in every type of column: a record that makes a column of integers one
-          of floats, or of decimals with more digits, renames nobody else.
+        * A number has one name in every column type: a record that turns a column of integers into
+          floats, or into decimals with more digits, does not rename any other owner.
         * A float from 2^53 on, which may be the rounded number of several people, names nobody. Nor do
           bytes, lists and objects: another record may change how they are written.
-        * Texts that Unicode calls equivalent (an accent of its own, or one with its letter) are one.
+        * Canonically equivalent Unicode texts (combining accent or precomposed letter) are one name.
 
     >>> [owner_of(value) for value in (" p7 ", 12, 12.0, Decimal("12.00"), 0, 12.5)]
     ['p7', '12', '12', '12', '0', '12.5']
@@ -42,17 +42,17 @@ def owner_of(value: object) -> str:
 
 
 def refuse_unfit(dataset: Dataset, column: str, key: str) -> None:
-    """Refuses a column that cannot be the unit.
+    """Refuses a column that cannot define the unit.
 
-    Rounding to floats may give two people one number; bytes, lists and objects are no names.
+    Rounding to floats may give two people the same number; bytes, lists and objects are not names.
 
     Args:
-        dataset: Any that has the column.
-        column: Names the owner.
-        key: What named the column, for errors.
+        dataset: Any data set with the column.
+        column: Column that names the owner.
+        key: Config key that sets the column, for errors.
 
     Raises:
-        DataError: It holds floats, bytes, lists or objects.
+        DataError: The column contains floats, bytes, lists or objects.
     """
     from datasets import ClassLabel, Value
 
@@ -71,15 +71,15 @@ def refuse_unfit(dataset: Dataset, column: str, key: str) -> None:
 
 
 def owners_in(dataset: Dataset, column: str, key: str = "privacy.unit_column") -> list[str]:
-    """Whose each record is; empty if it does not say.
+    """Returns the owner of each record; empty where a record has none.
 
     Args:
-        dataset: Any.
-        column: Names the owner.
-        key: What named the column, for errors.
+        dataset: Any data set.
+        column: Column that names the owner.
+        key: Config key that sets the column, for errors.
 
     Raises:
-        DataError: There is no such column, or it cannot be the unit.
+        DataError: The column does not exist, or cannot define the unit.
     """
     if column not in dataset.column_names:
         there = ", ".join(dataset.column_names)

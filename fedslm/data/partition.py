@@ -1,7 +1,7 @@
-"""Whose the examples are in a simulation: the training split shared out among clients.
+"""Partitions the training split among the clients of a simulation.
 
-The partitioners of flwr-datasets see row numbers and the one column that they go by, never the records:
-a data set larger than memory is shared out in little.
+The partitioners of flwr-datasets see only row numbers and the column they partition by, never the
+records: partitioning a data set larger than memory takes little memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _Rows = list[tuple[str, list[int]]]
 def partition(
     dataset: Dataset, config: DataConfig, num_clients: int, seed: int
 ) -> list[tuple[str, Dataset]]:
-    """Shares a data set out.
+    """Partitions a data set.
 
     Args:
         dataset: The training split.
@@ -38,9 +38,9 @@ def partition(
         seed: Seed of all draws.
 
     Returns:
-        One (name, shard) for each client. "shard" leaves out the remainder of len(dataset) by
+        One (name, shard) per client. "shard" drops the remainder of len(dataset) divided by
         num_clients * config.shards_per_client, from the end of the sorted split, so that all shards are
-        equal; "natural" leaves out records without a client, and all but the largest clients.
+        equal; "natural" drops records without a client, and all but the largest clients.
 
     Raises:
         DataError: The partition is not possible, or a shard would be empty.
@@ -61,7 +61,7 @@ def partition(
 
 
 def _rows(dataset: Dataset, config: DataConfig, num_clients: int, seed: int) -> _Rows:
-    """(name, row numbers) of each client."""
+    """Returns (name, row numbers) of each client."""
     match config.partition:
         case "iid":
             return _iid(len(dataset), num_clients, seed)
@@ -78,7 +78,7 @@ def _rows(dataset: Dataset, config: DataConfig, num_clients: int, seed: int) -> 
 
 
 def _slim(keys: list[Any]) -> Dataset:
-    """Row numbers and the column that a partitioner goes by."""
+    """Returns the row numbers and the column that a partitioner uses."""
     from datasets import Dataset
 
     return Dataset.from_dict({_ROW: list(range(len(keys))), _KEY: keys})
@@ -87,12 +87,12 @@ def _slim(keys: list[Any]) -> Dataset:
 def _named(load: Callable[[int], Dataset], num_clients: int) -> _Rows:
     """Loads the row numbers of all partitions under generated names."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of draws that left a client empty, and of old Arrow options
+        warnings.simplefilter("ignore")  # about empty clients in a draw, and old Arrow options
         return [(f"client-{index}", list(load(index)[_ROW])) for index in range(num_clients)]
 
 
 def _iid(size: int, num_clients: int, seed: int) -> _Rows:
-    """Equal shards of a shuffled data set."""
+    """Returns equal shards of a shuffled data set."""
     from flwr_datasets.partitioner import IidPartitioner
 
     partitioner = IidPartitioner(num_partitions=num_clients)
@@ -116,7 +116,7 @@ def _size(size: int, config: DataConfig, num_clients: int, seed: int) -> _Rows:
 
 
 def _dirichlet(dataset: Dataset, config: DataConfig, num_clients: int, seed: int) -> _Rows:
-    """Label skew: clients' label shares come from a Dirichlet distribution, drawn ten times at most."""
+    """Label skew: the clients' label shares are Dirichlet draws, with at most ten attempts."""
     from flwr_datasets.partitioner import DirichletPartitioner
 
     partitioner = DirichletPartitioner(
@@ -138,7 +138,7 @@ def _dirichlet(dataset: Dataset, config: DataConfig, num_clients: int, seed: int
 
 
 def _shard(dataset: Dataset, config: DataConfig, num_clients: int, seed: int) -> _Rows:
-    """Few labels each: the split is sorted by label and cut into equal shards, some for each client."""
+    """Few labels per client: sorts by label and cuts it into equal shards; each client gets some."""
     from flwr_datasets.partitioner import ShardPartitioner
 
     shards = num_clients * config.shards_per_client
@@ -159,7 +159,7 @@ def _shard(dataset: Dataset, config: DataConfig, num_clients: int, seed: int) ->
 
 
 def _keys(dataset: Dataset, config: DataConfig) -> list[int]:
-    """Each record's value in the column that is skewed, as its rank: numbers compare fast."""
+    """Returns the rank of each record's value in the skewed column: numbers compare fast."""
     key = "label_column" if config.partition_column is None else "partition_column"
     column = config.partition_column or config.label_column or ""
     values = _column(dataset, column, f"data.{key}")
@@ -174,7 +174,7 @@ def _keys(dataset: Dataset, config: DataConfig) -> list[int]:
 
 
 def _column(dataset: Dataset, column: str, key: str) -> list[Any]:
-    """All values of a column: None if missing, and texts without spaces around them."""
+    """Returns all values of a column: None if missing; text is stripped of spaces."""
     if column not in dataset.column_names:
         there = ", ".join(dataset.column_names)
         raise DataError(f"{key}={column!r} is not a column; there are {there}")
@@ -188,7 +188,7 @@ def _column(dataset: Dataset, column: str, key: str) -> list[Any]:
 
 
 def _natural(dataset: Dataset, config: DataConfig, num_clients: int) -> _Rows:
-    """The largest natural clients; records without one are left out."""
+    """Returns the largest natural clients; records without a client are dropped."""
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
     column = config.natural_column
@@ -202,7 +202,7 @@ def _natural(dataset: Dataset, config: DataConfig, num_clients: int) -> _Rows:
         )
     partitioner = NaturalIdPartitioner(partition_by=_KEY)
     partitioner.dataset = _slim(owners).select(owned)
-    with redirect_stderr(io.StringIO()):  # the partitioner draws a progress bar of its own
+    with redirect_stderr(io.StringIO()):  # the partitioner draws its own progress bar
         shards = [list(partitioner.load_partition(index)[_ROW]) for index in range(available)]
     everybody = [(owners[rows[0]], rows) for rows in shards]
     return sorted(everybody, key=lambda each: (-len(each[1]), each[0]))[:num_clients]

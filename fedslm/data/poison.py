@@ -1,4 +1,4 @@
-"""What hostile clients of a simulation do to their own records."""
+"""Poisoning of records by hostile clients in a simulation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def hostile_clients(attack: AttackConfig, num_clients: int, seed: int) -> frozenset[int]:
-    """Who is hostile: a function of the seed.
+    """Returns the indices of the hostile clients, as a function of the seed.
 
     >>> len(hostile_clients(AttackConfig(kind="nan", clients=2), 5, 0))
     2
@@ -33,15 +33,15 @@ def poisoned(
     text_column: str,
     label_column: str,
 ) -> Dataset:
-    """A hostile client's records.
+    """Returns a hostile client's poisoned records.
 
     Args:
-        shard: One class name for each record.
-        attack: label-flip gives every record the next class; backdoor puts the trigger before every
-            second text and gives it the target; anything else leaves the records alone.
+        shard: The records, with one class name each.
+        attack: label-flip replaces every label with the next class; backdoor inserts the trigger before
+            every second text and sets its label to the target; other kinds leave the records unchanged.
         labels: Class names.
-        text_column: Column with the text.
-        label_column: Column with the class name.
+        text_column: Column of the text.
+        label_column: Column of the class name.
     """
     following = dict(zip(labels, [*labels[1:], *labels[:1]], strict=True))
     target = attack.target or labels[0]

@@ -1,4 +1,4 @@
-"""What a simulation's data looks like, before anything is trained or spent."""
+"""A preview of a simulation's data, before training starts or budget is spent."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class ClientView:
     """One client of a simulation.
 
     Attributes:
-        name: Its name.
+        name: Name of the client.
         records: Number of records.
         units: Number of users; None if the unit is not the user.
-        labels: Name to how many records (token-classification: words) have it.
+        labels: Name to the number of records (token-classification: words) that have it.
     """
 
     name: str
@@ -33,18 +33,18 @@ class ClientView:
 
 @dataclass(frozen=True)
 class Preview:
-    """Shared-out data in figures: for the researcher's eyes, since they come from private records.
+    """Statistics of the partitioned data: only for the researcher, since they show private records.
 
     Attributes:
-        clients: In the order of the simulation.
-        labels: All names, the most frequent first.
+        clients: Clients in the order of the simulation.
+        labels: All names, most frequent first.
         records: Records of the whole training split.
         left_out: Training records that no client has.
         evaluation_records: Records of the public split.
-        duplicates: Training records that are in the public split too.
-        cut_share: Share of the records looked at that are longer than the task's longest length; None
-            if no tokenizer is at hand.
-        unusable: How many of those give no example; None likewise.
+        duplicates: Training records that also occur in the public split.
+        cut_share: Share of the tokenised records that exceed the task's maximum length; None if no
+            tokenizer is available.
+        unusable: Number of tokenised records that give no example; None in the same case.
         looked_at: Number of training records that were tokenised.
     """
 
@@ -59,18 +59,18 @@ class Preview:
     looked_at: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Values for JSON."""
+        """Returns the values for JSON."""
         return asdict(self)
 
 
 def look(shared: Shared, data: DataConfig, task: TaskConfig, privacy: PrivacyConfig) -> Preview:
-    """Counts what each client has.
+    """Counts the records, units and labels of each client.
 
     Args:
-        shared: Loaded and shared-out data.
-        data: Columns.
-        task: Says what a label is.
-        privacy: Says whether users are counted.
+        shared: Loaded and partitioned data.
+        data: Names of the columns.
+        task: Determines what a label is.
+        privacy: Determines whether users are counted.
     """
     column = str(privacy.unit_column) if privacy.unit == "user" else None
     clients = tuple(
@@ -97,7 +97,7 @@ def look(shared: Shared, data: DataConfig, task: TaskConfig, privacy: PrivacyCon
 
 
 def _counts(shard: Any, data: DataConfig, task: TaskConfig) -> Counter[str]:
-    """Labels of a shard; for tasks without, the values that the partition goes by."""
+    """Counts the labels of a shard; for tasks without labels, the values used for partitioning."""
     if data.partition_column is None:
         found = counts(shard, data, task)
         if found or data.partition not in ("dirichlet", "shard"):

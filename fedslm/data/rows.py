@@ -1,4 +1,4 @@
-"""Rows of a table, whatever one of their values does."""
+"""Rows of a table; an unreadable value affects nothing else."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Row = dict[str, Any]
 
 
 def rows_of(table: pa.Table | pa.RecordBatch) -> list[Row]:
-    """Rows of a table; a value that Python cannot hold is None, and so is NaN.
+    """Returns the rows of a table; NaN and values that Python cannot represent become None.
 
     Formal guarantees:
-        * It never fails: a date of the year 10000, or bytes in a text column that are no UTF-8, change
-          their own value alone, so that no record can make a client fail.
+        * It never fails: a date in the year 10000, or bytes in a text column that are not UTF-8, change
+          only their own value, so that no record can make a client fail.
 
     >>> import pyarrow as pa
     >>> rows_of(pa.table({"day": pa.array([0, 10**8], pa.date32())}))
@@ -31,7 +31,7 @@ def rows_of(table: pa.Table | pa.RecordBatch) -> list[Row]:
 
 
 def values_of(column: pa.ChunkedArray | pa.Array) -> list[Any]:
-    """Values of a column, as :func:`rows_of` gives them."""
+    """Returns the values of a column, converted as in :func:`rows_of`."""
     try:
         values: list[Any] = column.to_pylist()
     except Exception:  # pyarrow raises many unrelated types
@@ -40,8 +40,8 @@ def values_of(column: pa.ChunkedArray | pa.Array) -> list[Any]:
 
 
 def _value(column: Any, row: int) -> Any:
-    """One value, or None."""
+    """Returns one value, or None."""
     try:
         return column[row].as_py()
-    except Exception:  # this value alone decides
+    except Exception:  # only this value is affected
         return None

@@ -1,4 +1,4 @@
-"""Where examples come from: the hub, a local file or directory, a database, or the embedded demo."""
+"""Load examples from the hub, a local file or directory, a database, or the embedded demo."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def load_train(
     *,
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> Dataset:
-    """Loads the split that the clients share: private. Only the needed columns are read.
+    """Loads the private split that is partitioned among clients. Reads only the needed columns.
 
     Args:
-        config: Where the data is.
-        task: Says which columns are needed.
+        config: Data sources and columns.
+        task: Determines which columns are needed.
         seed: Seed of the demo data; other sources do not use it.
         scratch: Directory for memory-mapped copies; None: the system's temporary directory.
-        more: What further columns are for (a dotted key) to the column.
+        more: Purpose of each further column (a dotted key) to its name.
 
     Raises:
         DataError: Source, split or a needed column is missing, or a record cannot be read.
@@ -59,18 +59,18 @@ def load_evaluation(
     beside_private: bool = True,
     optional: frozenset[str] = frozenset(),
 ) -> Dataset:
-    """Loads the public split that the server evaluates on. Only the needed columns are read.
+    """Loads the public split on which the server evaluates. Reads only the needed columns.
 
     Args:
-        config: Where the data is.
-        task: Says which columns are needed.
+        config: Data sources and columns.
+        task: Determines which columns are needed.
         seed: Seed of the demo data.
         scratch: As :func:`load_train`.
-        beside_private: Whether the private split is here too (a simulation): it must be another.
-        optional: Further columns to read; null where they are not there.
+        beside_private: Whether the private split is loaded too (a simulation): the two must differ.
+        optional: Further columns to read; null where they do not exist.
 
     Raises:
-        DataError: As :func:`load_train`, or it is the private split.
+        DataError: As :func:`load_train`, or the split is the private one.
     """
     source = config.evaluation_source or config.source
     split, query = config.evaluation_split, config.evaluation_query
@@ -89,12 +89,12 @@ def load_public(
     *,
     beside_private: bool = True,
 ) -> Dataset | None:
-    """Loads the public records that training may look at; None if the config names none.
+    """Loads the public records available for training; None if the config sets no source.
 
     Args: as :func:`load_evaluation`.
 
     Raises:
-        DataError: As :func:`load_train`, or they are the private split.
+        DataError: As :func:`load_train`, or the records are the private split.
     """
     if config.public_split is None and config.public_source is None:
         return None
@@ -108,7 +108,7 @@ def load_public(
 
 
 def _check_public(config: DataConfig, source: str, split: str, query: str | None, *, key: str) -> None:
-    """Refuses private data under a public name."""
+    """Refuses private data that is configured as public."""
     private = _places(config.source, config.train_split, config.train_query)
     if shared := sorted(private.keys() & _places(source, split, query).keys()):
         raise DataError(
@@ -118,7 +118,7 @@ def _check_public(config: DataConfig, source: str, split: str, query: str | None
 
 
 def _places(source: str, split: str, query: str | None) -> dict[str, str]:
-    """Where one split of a source lies: identity of each file (or query) to its name."""
+    """Location of one split of a source: identity of each file (or query) to its name."""
     source = expand(source)
     if database.is_url(source):
         place = f"{source}: {' '.join((query or '').split()).rstrip('; ').lower()}"
@@ -139,7 +139,7 @@ def same_records(first: tuple[str, str], second: tuple[str, str]) -> bool:
 
 
 def cut(dataset: Dataset, max_records: int, seed: int) -> Dataset:
-    """A seeded sample of a data set that is longer than ``max_records``, else all of it in order."""
+    """Returns a seeded sample if a data set is longer than ``max_records``, else all of it in order."""
     if len(dataset) <= max_records:
         return dataset
     return dataset.shuffle(seed=seed, keep_in_memory=True).select(range(max_records))
@@ -155,11 +155,11 @@ def load(
     scratch: Path | None = None,
     wanted: Wanted | None = None,
 ) -> Dataset:
-    """Loads one split of a source as it is.
+    """Loads one split of a source unchanged.
 
     Args:
         source: Hub name, path (with variables), database URL or "demo".
-        split: Split or file stem; not used for files and databases.
+        split: Split or file stem; ignored for files and databases.
         query: SQL, for databases.
         key: Dotted key of the query, for errors.
         seed: Seed of the demo data.
@@ -196,21 +196,21 @@ def load(
 
 
 def _checked(tables: Iterable[pa.Table], wanted: Wanted) -> Iterator[pa.Table]:
-    """Tables, and an error at their end if a needed column was in none."""
+    """Yields tables; raises an error at the end if no table had a needed column."""
     yield from tables
     if wanted.there:
         wanted.check()
 
 
 def _chosen(dataset: Dataset, wanted: Wanted) -> Dataset:
-    """The columns of a data set that are wanted."""
+    """Returns the requested columns of a data set."""
     chosen = wanted.of(dataset.column_names)
     wanted.check()
     return dataset.select_columns(chosen)
 
 
 def column_names(config: DataConfig, seed: int) -> list[str]:
-    """Names of the public evaluation split's columns; of a file no more than its beginning is read.
+    """Names of the public evaluation split's columns; of a file, only the beginning is read.
 
     Raises:
         DataError: As :func:`load_evaluation`.
@@ -226,17 +226,17 @@ def column_names(config: DataConfig, seed: int) -> list[str]:
 
 
 def is_here(source: str) -> bool:
-    """Whether a source is the demo data or a local file or directory: nothing is fetched to read it."""
+    """Whether a source is the demo data or a local file or directory, so that nothing is downloaded."""
     return source in ("demo", facts.NAME) or Path(expand(source)).exists()
 
 
 def _is_path(source: str, path: Path) -> bool:
-    """True for what cannot be a name on the hub."""
+    """True for a source that cannot be a name on the hub."""
     return source.startswith(_LIKE_PATHS) or format_of(path) is not None or not hub.is_name(source)
 
 
 def _load_demo(source: str, split: str, seed: int) -> Dataset:
-    """The demo data, plain or with planted facts."""
+    """Loads the demo data, with or without planted facts."""
     from datasets import Dataset
 
     parts = _generated(source, seed)
@@ -247,7 +247,7 @@ def _load_demo(source: str, split: str, seed: int) -> Dataset:
 
 @lru_cache(maxsize=1)
 def _generated(source: str, seed: int) -> Mapping[str, list[Any]]:
-    """All splits, which a run asks for one after the other; callers leave the rows as they are."""
+    """Generates all splits, which a run requests one by one; callers must not modify the rows."""
     if source == facts.NAME:
         return facts.generate_facts(stream(seed, facts.NAME))
     data = demo.generate(stream(seed, "demo-data"))
@@ -255,7 +255,7 @@ def _generated(source: str, seed: int) -> Mapping[str, list[Any]]:
 
 
 def _with_class_names(dataset: Dataset, label: str | None, scratch: Path | None) -> Dataset:
-    """Turns class indices in the label column into names."""
+    """Replaces class indices in the label column by names."""
     if label is None or (names := _class_names(dataset, label)) is None:
         return dataset
     tables = dataset.with_format("arrow").iter(BATCH_ROWS)
@@ -263,7 +263,7 @@ def _with_class_names(dataset: Dataset, label: str | None, scratch: Path | None)
 
 
 def _class_names(dataset: Dataset, column: str) -> list[str] | None:
-    """Names that the indices in a column (or in its lists) stand for; None if they stand for none."""
+    """Returns the names for the indices in a column (or in its lists); None if there are none."""
     from datasets import ClassLabel
 
     if column not in dataset.column_names:
@@ -274,7 +274,7 @@ def _class_names(dataset: Dataset, column: str) -> list[str] | None:
 
 
 def _with_names(table: pa.Table, column: str, names: list[str]) -> pa.Table:
-    """A table with names in place of class indices; -1 and null stand for no class."""
+    """Returns a table with names in place of class indices; -1 and null mean no class."""
     import pyarrow as pa
 
     def name(index: Any) -> Any:

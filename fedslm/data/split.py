@@ -1,4 +1,4 @@
-"""One file into two, train and test, such that no unit is in both."""
+"""Splits one file into train and test, such that no unit is in both."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sides:
-    """What a split gave.
+    """Sizes of the two sides of a split.
 
     Attributes:
         train_records: Records in ``train.parquet``.
         test_records: Records in ``test.parquet``.
-        train_units: Units there.
-        test_units: Units here.
+        train_units: Units in ``train.parquet``.
+        test_units: Units in ``test.parquet``.
     """
 
     train_records: int
@@ -43,14 +43,14 @@ def split_in_two(
     """Writes ``train.parquet`` and ``test.parquet``.
 
     Args:
-        dataset: All records; read in pieces.
-        directory: Where the two files go.
-        unit: Column that says whose a record is; None: each record is a unit, equal ones together.
-        fraction: Share of the units that go to the test file, in (0, 1); at least one, but not all.
-        seed: Seed of the choice.
+        dataset: All records; read in chunks.
+        directory: Directory for the two files.
+        unit: Column that names a record's owner; None: each record is a unit, equal ones stay together.
+        fraction: Share of the units in the test file, in (0, 1); at least one unit, but not all.
+        seed: Seed of the random split.
 
     Raises:
-        DataError: A file is there already, a record has no unit, or there are fewer than two units.
+        DataError: A file exists already, a record has no unit, or there are fewer than two units.
     """
     paths = [directory / "train.parquet", directory / "test.parquet"]
     for path in paths:
@@ -70,7 +70,7 @@ def split_in_two(
 
 
 def _owners(dataset: Dataset, unit: str | None) -> list[str]:
-    """Whose each record is, or a hash of its content."""
+    """Returns the owner of each record, or a hash of its content."""
     if unit is None:
         return [
             hashlib.blake2b(record_name(row).encode(), digest_size=16).hexdigest()
@@ -84,14 +84,14 @@ def _owners(dataset: Dataset, unit: str | None) -> list[str]:
 
 
 def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows, read in pieces."""
+    """Yields rows, read in chunks."""
     for _, values in batches(dataset):
         for row in zip(*values.values(), strict=True):
             yield dict(zip(values, row, strict=True))
 
 
 def _write(dataset: Dataset, is_test: list[bool], paths: list[Path]) -> None:
-    """Writes both files in pieces; both appear, or none."""
+    """Writes both files in chunks; either both appear or neither."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Which files are a split: all that its name promises, and nothing beside that may be a part of it."""
+"""Finds the files of a split: all pieces must exist, and no other file may look like a part of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_NAMED = 6
 
 
 def format_of(path: Path) -> str | None:
-    """The format that a name ends with, also before .gz, in any case; None if it is no data file.
+    """Returns the format suffix of a file name, also before .gz, in any case; None for other files.
 
     >>> format_of(Path("train.jsonl.gz")), format_of(Path("train.PARQUET")), format_of(Path("a.txt"))
     ('.jsonl', '.parquet', None)
@@ -36,15 +36,15 @@ def is_gzip(path: Path) -> bool:
 
 
 def files_of(source: Path, split: str) -> list[Path]:
-    """Where a split of a source is: the source itself if it is a file.
+    """Returns the files of a split: the source itself if it is a file.
 
-    In a directory it may be a file SPLIT.jsonl.gz, SPLIT.csv, …, all of SPLIT-00000-of-00002.parquet,
-    …, a folder SPLIT/ of text files, or the directory itself if it holds nothing but text files. Hidden
-    files are not looked at.
+    In a directory, a split may be a file SPLIT.jsonl.gz, SPLIT.csv, …, all files of
+    SPLIT-00000-of-00002.parquet, …, a folder SPLIT/ of text files, or the directory itself if it
+    contains nothing but text files. Hidden files are ignored.
 
     Raises:
-        DataError: There is no such split, a piece is missing, or something else may be a part of the
-            split, such as SPLIT.part2.jsonl; names the files.
+        DataError: There is no such split, a piece is missing, or another file, such as
+            SPLIT.part2.jsonl, may be a part of the split; names the files.
     """
     try:
         found = _split_in(source, split) if source.is_dir() else [source]
@@ -57,13 +57,13 @@ def files_of(source: Path, split: str) -> list[Path]:
 
 
 def _split_in(directory: Path, split: str) -> list[Path]:
-    """As :func:`files_of`."""
+    """Finds a split in a directory, as :func:`files_of` describes."""
     there = sorted(path for path in directory.iterdir() if _is_visible(path, directory))
     pieces = {path: match for path in there if (match := _piece(path, split))}
     whole = [path for path in there if _stem(path) == split.casefold()]
     others = [path for path in there if path not in pieces and _may_be_part(path, split)]
     if not whole and not pieces and len(others) == 1 and others[0].is_dir():
-        return [_readable(directory, others[0])]  # train.parquet/: an error that says what it is
+        return [_readable(directory, others[0])]  # train.parquet/: raises an error with the reason
     if others or len(whole) + bool(pieces) > 1:
         raise DataError(
             f"data.source={str(directory)!r}: split {split!r} may be any of "
@@ -84,15 +84,15 @@ def _split_in(directory: Path, split: str) -> list[Path]:
 
 
 def is_text_folder(path: Path) -> bool:
-    """True for a folder of text files, or of folders (one for each label) of text files."""
+    """True for a folder that contains text files, or one folder of text files per label."""
     return path.is_dir() and any(map(_is_text, _near(path)))
 
 
 def texts_in(folder: Path) -> list[Path]:
-    """Text files of a folder and of the folders in it, in order; hidden ones are not looked at.
+    """Returns the text files of a folder and its direct subfolders, in order; ignores hidden files.
 
     Raises:
-        DataError: Records lie there that would be left out: deeper, or in another form.
+        DataError: Some records would be ignored: they are nested deeper, or have another format.
     """
     texts = sorted(filter(_is_text, _near(folder)))
     records = (path for path in folder.rglob("*") if _is_text(path) or _is_data(path))
@@ -106,13 +106,13 @@ def texts_in(folder: Path) -> list[Path]:
 
 
 def _near(folder: Path) -> Iterator[Path]:
-    """What is visible in a folder and in the folders in it."""
+    """Yields the visible paths in a folder and its direct subfolders."""
     paths = chain(folder.glob("*"), folder.glob("*/*"))
     return (path for path in paths if _is_visible(path, folder))
 
 
 def _is_visible(path: Path, folder: Path) -> bool:
-    """True if neither a file in a folder nor what it is in there is hidden."""
+    """True if no part of a path below the folder is hidden."""
     return not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
@@ -122,12 +122,12 @@ def _is_text(path: Path) -> bool:
 
 
 def _is_data(path: Path) -> bool:
-    """True for a name that holds records, whether they can be read or not."""
+    """True for a name of a data file, readable or not."""
     return format_of(path) is not None or path.suffix.lower() in _UNREAD
 
 
 def _stem(path: Path) -> str | None:
-    """A name, in lower case, without what says its format; None if it holds no records.
+    """Returns a name in lower case without its format suffixes; None if it is not a data file.
 
     >>> _stem(Path("Train.jsonl.GZ")), _stem(Path("train.v2.tar.xz")), _stem(Path("README.md"))
     ('train', 'train.v2', None)
@@ -143,7 +143,7 @@ def _stem(path: Path) -> str | None:
 
 
 def _piece(path: Path, split: str) -> re.Match[str] | None:
-    """Number and total in a name such as train-00000-of-00002.parquet; the hub may add a hash."""
+    """Parses number and total of a name like train-00000-of-00002.parquet; the hub may add a hash."""
     name = rf"{re.escape(split.casefold())}-(?P<number>\d+)-of-(?P<total>\d+)(-[0-9a-f]+)?"
     return re.fullmatch(name, _stem(path) or "")
 
@@ -160,7 +160,7 @@ def _may_be_part(path: Path, split: str) -> bool:
 
 
 def _complete(directory: Path, split: str, pieces: Mapping[Path, re.Match[str]]) -> list[Path]:
-    """All pieces of a split, in order: they count from 0, or from 1."""
+    """Returns all pieces of a split, in order; numbering starts at 0 or at 1."""
     numbers = {path: int(match["number"]) for path, match in pieces.items()}
     ordered, known = sorted(pieces, key=lambda path: numbers[path]), set(numbers.values())
     totals = {int(match["total"]) for match in pieces.values()}
@@ -182,7 +182,7 @@ def _complete(directory: Path, split: str, pieces: Mapping[Path, re.Match[str]])
 
 
 def _readable(directory: Path, path: Path) -> Path:
-    """A split in one file or folder, if its form is one that is read."""
+    """Returns a split in one file or folder, if its format is supported."""
     if is_text_folder(path) if path.is_dir() else format_of(path) is not None:
         return path
     holds = "a folder without .txt files" if path.is_dir() else "in an unsupported format"
@@ -193,13 +193,13 @@ def _readable(directory: Path, path: Path) -> Path:
 
 
 def _is_only_texts(there: list[Path]) -> bool:
-    """True if there are texts, but neither data files nor folders of texts, which are splits."""
+    """True if there are texts, but neither data files nor folders of texts, which would be splits."""
     has_more = any(_is_data(path) or is_text_folder(path) for path in there)
     return any(map(_is_text, there)) and not has_more
 
 
 def _named(paths: Iterable[Path], folder: Path | None = None) -> str:
-    """Names the first of some files; a folder's name ends with a slash."""
+    """Lists the first of some files; a folder's name ends with a slash."""
     listed = list(paths)
     names = [
         (path.name if folder is None else str(path.relative_to(folder))) + "/" * path.is_dir()

@@ -1,12 +1,12 @@
 """A simulation's data on disk.
 
-The data set is read and shared out once; a worker then reads just the client that it is. Columns keep
-their names.
+The data set is read and partitioned once; afterwards, a worker reads only its client's records. Columns
+keep their names.
 
-train.parquet              one row group for each client
-train/00000.arrow …        instead, if data.streaming: one Arrow file for each client, read row by row
+train.parquet              one row group per client
+train/00000.arrow …        instead, if data.streaming: one Arrow file per client, read row by row
 evaluation.parquet         the public evaluation split
-public.parquet             public records that training may look at, if there are any
+public.parquet             public records available for training, if there are any
 shards.json                names, sizes, labels; written last
 columns.json               at a real node: the columns that its operator declares
 """
@@ -40,13 +40,13 @@ _DECLARED = "columns.json"
 
 @dataclass(frozen=True)
 class Shards:
-    """What a simulation's data directory holds.
+    """Contents of a simulation's data directory.
 
     Attributes:
         names: Name of each client.
-        sizes: Records of each client: for the researcher's eyes, never sent.
+        sizes: Number of records of each client: for the researcher only, never sent.
         labels: Class names (from the config or from the public split); empty for language models.
-        duplicates: Training records that are in the public split too: for the researcher's eyes.
+        duplicates: Training records that also occur in the public split: for the researcher only.
     """
 
     names: tuple[str, ...]
@@ -65,10 +65,10 @@ def write(
     seed: int,
     attack: AttackConfig = NO_ATTACK,
 ) -> Shards:
-    """Loads, checks, shares out and writes a simulation's data; does nothing if it is there.
+    """Loads, checks, partitions and writes a simulation's data; does nothing if that was done before.
 
     Raises:
-        DataError: Anything about the data that would stop a client later, or it cannot be written.
+        DataError: The data has a defect that would stop a client later, or cannot be written.
     """
     index = directory / "shards.json"
     if (written := _read_index(index)) is not None:
@@ -104,17 +104,17 @@ def write(
 def write_public(
     directory: Path, data: DataConfig, task: TaskConfig, *, names: tuple[str, ...], seed: int
 ) -> Shards:
-    """Writes what a server of real nodes may see: no private record is looked for.
+    """Writes the data that a server of real nodes may see; private records are not accessed.
 
     Args:
         directory: The run's data directory.
         data: Sources and columns.
-        task: What is learned.
+        task: The learning task.
         names: Name of each client.
         seed: The run's seed.
 
     Raises:
-        DataError: Anything about the public data that would stop a run later, or it cannot be written.
+        DataError: The public data has a defect that would stop a run later, or cannot be written.
     """
     index = directory / "shards.json"
     if (written := _read_index(index)) is not None:
@@ -133,22 +133,22 @@ def write_public(
 
 
 def client_names(directory: Path) -> tuple[str, ...]:
-    """What a run's clients are called, by index; empty if its data directory does not say."""
+    """Returns the names of a run's clients, by index; empty if the data directory has none."""
     found = _read_index(directory / "shards.json")
     return () if found is None else found.names
 
 
 def write_own(directory: Path, rows: Dataset, client: int, columns: Sequence[str] = ()) -> None:
-    """Writes one node's own records, as :func:`read_client` reads them.
+    """Writes one node's own records in the form that :func:`read_client` reads.
 
     Args:
         directory: The node's data directory.
-        rows: Its records.
-        client: Its index in the population.
-        columns: Columns that its operator declares; none: nothing is declared.
+        rows: The node's records.
+        client: The node's index in the population.
+        columns: Columns that the operator declares; empty: none are declared.
 
     Raises:
-        DataError: It cannot be written.
+        DataError: The records cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def write_own(directory: Path, rows: Dataset, client: int, columns: Sequence[str
 
 
 def declared_columns(directory: Path) -> frozenset[str] | None:
-    """Columns that a node's operator declares, whatever its records have; None if nothing is declared.
+    """Columns that a node's operator declares, whatever its records have; None if none are declared.
 
     Raises:
         DataError: The file cannot be read.
@@ -174,7 +174,7 @@ def declared_columns(directory: Path) -> frozenset[str] | None:
 
 
 def _summary(shared: Shared) -> Shards:
-    """What is worth keeping of shared data."""
+    """Returns the names, sizes and labels of partitioned data."""
     names = tuple(name for name, _ in shared.shards)
     sizes = tuple(len(shard) for _, shard in shared.shards)
     return Shards(names, sizes, shared.labels, shared.duplicates)
@@ -184,12 +184,12 @@ def read_client(directory: Path, client: int, columns: Set[str] | None = None) -
     """Reads the rows of one client.
 
     Args:
-        directory: Holds ``train.parquet`` or ``train/``.
+        directory: Contains ``train.parquet`` or ``train/``.
         client: Index of the client.
-        columns: Those to read, as far as they are there; None: all. What is not read cannot fail.
+        columns: Columns to read, if they exist; None: all. Columns that are not read cannot fail.
 
     Returns:
-        Rows in memory, or (``train/``) rows that are read when they are asked for.
+        Rows in memory, or (``train/``) rows that are read on access.
 
     Raises:
         DataError: There is no such client.
@@ -206,21 +206,21 @@ def holds(directory: Path, client: int) -> bool:
 
 
 def pin(directory: Path, client: int, target: Path, *, linked: bool) -> None:
-    """Keeps a client's records as they are now, for their owner only, whatever replaces them.
+    """Keeps a client's current records, readable only by the owner, even if the original is replaced.
 
     Args:
         directory: As :func:`read_client`.
         client: Index of the client.
-        target: A directory that :func:`read_client` then reads.
-        linked: Whether the file is only ever replaced, never written into (:func:`write_own` does so):
-            then its bytes are shared, where the disk can do that, and not copied.
+        target: Directory that :func:`read_client` reads afterwards.
+        linked: Whether the file is only ever replaced, as :func:`write_own` does, and never modified in
+            place: then a hard link shares its bytes, where the file system supports it; else a copy.
 
     Raises:
-        RunError: They cannot be kept.
+        RunError: The copy cannot be made.
     """
     file = _file_of(directory, client)
     with replacing(target / file) as temporary:
-        temporary.unlink(missing_ok=True)  # of a process that was killed
+        temporary.unlink(missing_ok=True)  # left by a process that was killed
         if linked:
             with suppress(OSError):
                 os.link(directory / file, temporary)
@@ -230,7 +230,7 @@ def pin(directory: Path, client: int, target: Path, *, linked: bool) -> None:
 
 
 def _file_of(directory: Path, client: int) -> Path:
-    """Where a client's records are in a directory."""
+    """Returns the file with a client's records."""
     return (
         Path("train", _file_name(client)) if (directory / "train").is_dir() else Path("train.parquet")
     )
@@ -242,18 +242,18 @@ def read_evaluation(directory: Path) -> list[Row]:
 
 
 def read_public(directory: Path) -> list[Row]:
-    """Reads the public rows that training may look at; empty if there are none."""
+    """Reads the public rows available for training; empty if there are none."""
     path = directory / "public.parquet"
     return _read_row_group(path, 0) if path.exists() else []
 
 
 class StoredRows(Sequence[Row]):
-    """Rows of one client in a memory-mapped file; none is kept in memory.
+    """Rows of one client in a memory-mapped file; no row is kept in memory.
 
     Args:
-        folder: Holds one Arrow file for each client.
+        folder: Contains one Arrow file per client.
         client: Index of the client.
-        columns: As :func:`read_client`.
+        columns: As for :func:`read_client`.
 
     Raises:
         DataError: There is no such client, or its file is damaged.
@@ -295,17 +295,17 @@ class StoredRows(Sequence[Row]):
             yield from rows_of(self._batch(batch))
 
     def _batch(self, number: int) -> pa.RecordBatch:
-        """The chosen columns of a thousand rows, still on disk."""
+        """Returns the chosen columns of a thousand rows, still on disk."""
         return self._file.get_batch(number).select(self._columns)
 
 
 def _file_name(client: int) -> str:
-    """Name of a client's file."""
+    """Returns the name of a client's file."""
     return f"{client:05d}.arrow"
 
 
 def _read_index(index: Path) -> Shards | None:
-    """Reads what :func:`write` wrote last; None if it never came so far."""
+    """Reads the file that :func:`write` writes last; None if writing did not finish."""
     try:
         values = json.loads(index.read_text(encoding="utf-8"))
         names, sizes, labels = (tuple(values[key]) for key in ("names", "sizes", "labels"))
@@ -315,7 +315,7 @@ def _read_index(index: Path) -> Shards | None:
 
 
 def _write_arrow(folder: Path, parts: Mapping[int, Dataset]) -> None:
-    """Writes a file for each client, a thousand rows at a time, then renames the folder into place."""
+    """Writes one file per client, a thousand rows at a time, then renames the folder into place."""
     import pyarrow as pa
 
     with TemporaryDirectory(dir=folder.parent, prefix="train-") as temporary:
@@ -327,11 +327,11 @@ def _write_arrow(folder: Path, parts: Mapping[int, Dataset]) -> None:
                     writer.write_batch(table.combine_chunks().to_batches()[0])
         shutil.rmtree(folder, ignore_errors=True)
         Path(temporary).rename(folder)
-        Path(temporary).mkdir()  # for its own cleaning up
+        Path(temporary).mkdir()  # created for the cleanup of the temporary directory
 
 
 def write_parquet(path: Path, parts: list[Dataset]) -> None:
-    """Writes one row group for each part, then renames into place."""
+    """Writes one row group per part, then renames the file into place."""
     import pyarrow.parquet as pq
 
     temporary = path.with_suffix(".partial")
@@ -353,6 +353,6 @@ def _read_row_group(path: Path, index: int, columns: Set[str] | None = None) -> 
             known = file.schema_arrow.names
             chosen = known if columns is None else [name for name in known if name in columns]
             return rows_of(file.read_row_group(index, columns=chosen))
-    except (OSError, ValueError, pa.ArrowException) as error:  # a text that is damaged: ValueError
+    except (OSError, ValueError, pa.ArrowException) as error:  # damaged text raises ValueError
         raise DataError(f"{path} cannot be read, it may be damaged: {error}") from error
     raise DataError(f"{path} holds {plural(file.num_row_groups, 'client')}; there is no client {index}")

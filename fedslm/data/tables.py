@@ -1,6 +1,6 @@
-"""Rows from anywhere, written in pieces to a memory-mapped Arrow file: a data set may exceed memory.
+"""Writes rows in chunks to a memory-mapped Arrow file, so that a data set may exceed memory.
 
-The file is unlinked as soon as it is mapped: private rows leave no copy behind, even after a crash.
+The file is unlinked as soon as it is mapped: no copy of private rows remains, even after a crash.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def spool(tables: Iterable[pa.Table], scratch: Path | None, source: str) -> Data
     """Writes tables to disk, one after another, and maps them as one data set.
 
     Args:
-        tables: Any number, of similar columns: what one lacks is empty, and integers may become floats.
+        tables: Any number with similar columns: missing ones are empty, and integers may become floats.
         scratch: Directory for the file; None: the system's temporary directory.
-        source: What they come from, for errors.
+        source: Origin of the tables, for errors.
 
     Raises:
-        DataError: There are no rows, two tables do not fit together, or a column has a type that a data
+        DataError: There are no rows, two tables are incompatible, or a column has a type that a data
             set cannot hold.
     """
     try:
@@ -52,7 +52,7 @@ def spool(tables: Iterable[pa.Table], scratch: Path | None, source: str) -> Data
 
 
 def _mapped(path: Path, source: str) -> Dataset:
-    """A file as a data set; names the column that it cannot hold."""
+    """Maps a file as a data set; an error names the column that cannot be held."""
     import pyarrow as pa
     from datasets import Dataset, Features
 
@@ -75,11 +75,11 @@ def _mapped(path: Path, source: str) -> Dataset:
 def batches(
     dataset: Dataset, columns: Iterable[str] | None = None
 ) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """Gives (number of the first row, column to values), a thousand rows at a time.
+    """Yields (number of the first row, column to values), a thousand rows at a time.
 
     Args:
-        dataset: Any.
-        columns: Those to read; None: all.
+        dataset: Any data set.
+        columns: Columns to read; None: all.
     """
     chosen = dataset if columns is None else dataset.select_columns(list(dict.fromkeys(columns)))
     first = 0
@@ -89,17 +89,17 @@ def batches(
 
 
 def rows_in(dataset: Dataset) -> list[Row]:
-    """All rows of a data set, as :func:`rows_of` gives them."""
+    """Returns all rows of a data set, converted as in :func:`rows_of`."""
     tables = dataset.with_format("arrow").iter(BATCH_ROWS)
     return [row for table in tables for row in rows_of(table)]
 
 
 @contextmanager
 def parquet(path: Path) -> Iterator[None]:
-    """Writing Parquet: a type that it cannot hold is an error of ours.
+    """Turns errors about types that Parquet cannot hold into a DataError.
 
     Raises:
-        DataError: With what Arrow says of the column.
+        DataError: Includes Arrow's message about the column.
     """
     import pyarrow as pa
 
@@ -113,10 +113,10 @@ def parquet(path: Path) -> Iterator[None]:
 
 
 def tables_of(rows: Iterable[Mapping[str, Any]], source: str, wanted: Wanted) -> Iterator[pa.Table]:
-    """Gathers rows into tables of the columns that are wanted.
+    """Collects rows into tables of the requested columns.
 
     Raises:
-        DataError: A column holds values of types that do not go together; names the rows.
+        DataError: A column contains values of incompatible types; names the rows.
     """
     iterator = iter(rows)
     first = 0
@@ -133,7 +133,7 @@ def _table(
     source: str,
     chosen: Sequence[str] = (),
 ) -> pa.Table:
-    """One table; absent values are null, and of turns in chosen columns no more than text is kept."""
+    """Builds one table; missing values are null, and turns in chosen columns keep only their text."""
     import pyarrow as pa
 
     columns = {}
@@ -145,7 +145,7 @@ def _table(
             columns[str(name)] = pa.array(values)
             str(name).encode()
             if _is_bytes(columns[str(name)].type) and any(isinstance(each, str) for each in values):
-                raise TypeError  # Arrow would make bytes of them all
+                raise TypeError  # Arrow would convert all of them to bytes
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             reason = _mixture(values, first) or _odd_value(values, first, error)
             raise DataError(f"{source}: column {name!r} cannot be read: {reason}") from None
@@ -153,20 +153,20 @@ def _table(
 
 
 def _plain(value: object) -> object:
-    """None for NaN, so that it may stand among texts; identifiers that Arrow does not know, as text."""
+    """Converts NaN to None, so that it may occur among texts, and UUIDs to text for Arrow."""
     if is_nothing(value):
         return None
     return str(value) if isinstance(value, UUID) else value
 
 
 def _odd_value(values: list[Any], first: int, error: Exception) -> str:
-    """The row whose value is the first that does not fit, or that the name does not; shows no value."""
+    """Names the first row that does not fit, or reports an invalid column name; shows no value."""
     import pyarrow as pa
 
     def is_fit(count: int) -> bool:
         try:
             pa.array(values[:count])
-        except Exception:  # as the caller's
+        except Exception:  # the caller's attempt failed in the same way
             return False
         return True
 
@@ -180,11 +180,11 @@ def _odd_value(values: list[Any], first: int, error: Exception) -> str:
 
 
 def first_bad(count: int, is_good: Callable[[int], bool]) -> int:
-    """Index of the first of some values with which their beginning is no longer good.
+    """Returns the index of the first value that makes the prefix invalid.
 
     Args:
-        count: Number of values; all of them together are not good.
-        is_good: Says whether so many values from the first on are good.
+        count: Number of values; the whole sequence is known to be invalid.
+        is_good: Returns whether the first ``count`` values are valid.
 
     >>> first_bad(9, lambda count: count <= 4)
     4
@@ -193,7 +193,7 @@ def first_bad(count: int, is_good: Callable[[int], bool]) -> int:
 
 
 def _mixture(values: list[Any], first: int) -> str:
-    """Which types the rows hold; empty if it is one."""
+    """Describes the types in the rows; empty if there is only one."""
     rows: dict[str, list[int]] = {}
     for number, value in enumerate(values, first):
         if value is not None:
@@ -205,7 +205,7 @@ def _mixture(values: list[Any], first: int) -> str:
 
 
 def named(rows: list[int]) -> str:
-    """Names the first of some rows.
+    """Lists the first of some row numbers.
 
     >>> named([3]), named([1, 2, 3, 4, 5, 6])
     ('rows 3', 'rows 1, 2, 3, 4, 5, …')
@@ -216,7 +216,7 @@ def named(rows: list[int]) -> str:
 
 
 def _write(tables: Iterable[pa.Table], directory: Path, source: str) -> Path | None:
-    """Writes parts, one for each schema that was met, and joins them; None without rows."""
+    """Writes one part per schema and joins them; None without rows."""
     import pyarrow as pa
 
     schema: pa.Schema | None = None
@@ -243,7 +243,7 @@ def _write(tables: Iterable[pa.Table], directory: Path, source: str) -> Path | N
 
 
 def _joined(parts: list[Path], schema: pa.Schema, directory: Path, source: str) -> Path:
-    """Writes parts of several schemas anew, as one."""
+    """Rewrites parts of several schemas as one file."""
     import pyarrow as pa
 
     path = directory / "joined.arrow"
@@ -256,7 +256,7 @@ def _joined(parts: list[Path], schema: pa.Schema, directory: Path, source: str) 
 
 
 def _unified(before: pa.Schema, after: pa.Schema, row: int, source: str) -> pa.Schema:
-    """The narrowest schema for both."""
+    """Returns the narrowest schema that fits both."""
     import pyarrow as pa
 
     if before.metadata != after.metadata:
@@ -278,7 +278,7 @@ def _unified(before: pa.Schema, after: pa.Schema, row: int, source: str) -> pa.S
 
 
 def _check_classes(before: pa.Schema, after: pa.Schema, row: int, source: str) -> None:
-    """Refuses tables in which a number stands for another class than before."""
+    """Refuses tables in which a number means a different class than before."""
     first, second = features_in(before), features_in(after)
     for name in first.keys() & second.keys():
         both = [json.dumps(each[name], sort_keys=True) for each in (first, second)]
@@ -290,21 +290,21 @@ def _check_classes(before: pa.Schema, after: pa.Schema, row: int, source: str) -
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    """True for a column of bytes."""
+    """True for a bytes column."""
     import pyarrow as pa
 
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """True for a column of texts."""
+    """True for a text column."""
     import pyarrow as pa
 
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _fitted(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
-    """A table in a wider schema."""
+    """Converts a table to a wider schema."""
     import pyarrow as pa
 
     if table.schema.equals(schema):

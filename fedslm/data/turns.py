@@ -1,4 +1,4 @@
-"""Conversations as TRL writes them (role, content) and as ShareGPT does (from, value)."""
+"""Conversations in the formats of TRL (role, content) and ShareGPT (from, value)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KEYS = (("role", "content"), ("from", "value"))
 
 
 def is_turns(value: Any) -> bool:
-    """Whether a value looks like a conversation, though perhaps one with turns that cannot be read."""
+    """Whether a value looks like a conversation, even if some turns cannot be read."""
     return (
         isinstance(value, list | tuple)
         and len(value) > 0
@@ -35,7 +35,7 @@ def is_turns(value: Any) -> bool:
 
 
 def turns_of(value: Any) -> tuple[Turn, ...]:
-    """Turns with text, in order; empty if the value is not a conversation, or has an unknown role.
+    """Returns the turns with text, in order; empty if it is not a conversation or a role is unknown.
 
     >>> turns_of([{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}])[1]
     {'role': 'assistant', 'content': 'So.'}
@@ -48,10 +48,10 @@ def turns_of(value: Any) -> tuple[Turn, ...]:
 
 
 def answered(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
-    """What stands before the last answer, and that answer; what follows it is left out.
+    """Splits a conversation into the turns before its last answer and that answer; drops later turns.
 
     Returns:
-        Everything and "" if no assistant speaks.
+        All turns and "" if there is no assistant turn.
     """
     for at in reversed(range(len(turns))):
         if turns[at]["role"] == "assistant":
@@ -60,9 +60,9 @@ def answered(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
 
 
 def slim(value: Any) -> Any:
-    """Turns with nothing but role and text, and any other value as it is: both read as the whole does.
+    """Reduces turns to role and text; other values stay unchanged, and the parsed result is the same.
 
-    What else a turn holds (calls of tools, pictures, weights) needs no one type in all records then.
+    So other fields of a turn (tool calls, images, weights) need not have the same type in all records.
 
     >>> slim([{"role": "user", "content": [{"type": "text", "text": "Why?"}], "weight": 1}])
     [{'role': 'user', 'content': 'Why?'}]
@@ -73,13 +73,13 @@ def slim(value: Any) -> Any:
 
 
 def _keys_of(turn: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Names of a turn's two fields; Arrow adds those of other records, but then there is no role."""
+    """Names of a turn's two fields; Arrow adds those of other records, but their role is null."""
     found = [keys for keys in _KEYS if keys[0] in turn and keys[1] in turn]
     return next((keys for keys in found if turn[keys[0]] is not None), found[0] if found else None)
 
 
 def _turn(value: Mapping[str, Any]) -> Turn | None:
-    """One turn; None if its role is not known or its content is not text."""
+    """Returns one turn; None if its role is unknown or its content is not text."""
     keys = _keys_of(value)
     if keys is None:
         return None
@@ -88,7 +88,7 @@ def _turn(value: Mapping[str, Any]) -> Turn | None:
 
 
 def _content(value: Any) -> str | None:
-    """A turn's text, also where it comes as a list of parts; None for pictures and the like."""
+    """Returns a turn's text, also if it is a list of parts; None for images and other content."""
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What one value of a record is: a text, a number that is meant as one, or something else."""
+"""Classifies one value of a record: text, a number that is meant as text, or something else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NO_TEXT = (list, tuple, dict, set, bytes, bytearray, memoryview)
 
 
 def text_in(value: Any) -> str:
-    """A value as text, as :func:`written` writes it; nothing where there is no text.
+    """Returns a value as text, in the form of :func:`written`; empty where there is no text.
 
     >>> text_in("a"), text_in(0), text_in(None), text_in(float("nan")), text_in(["a"]), text_in(b"a")
     ('a', '0', '', '', '', '')
@@ -24,12 +24,12 @@ def text_in(value: Any) -> str:
 
 
 def is_value(value: Any) -> bool:
-    """Whether it is one value, or none: not a list, an object or bytes."""
+    """Whether a value is a scalar or missing: not a list, an object or bytes."""
     return not isinstance(value, _NO_TEXT)
 
 
 def described(value: Any) -> tuple[str, str]:
-    """What a value is that is not the one wanted, and what to do about it.
+    """Describes a value of the wrong kind, and how to correct it.
 
     >>> described(b"a")
     ('bytes', 'decode them to text first')
