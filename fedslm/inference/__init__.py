@@ -1,1 +1,1 @@
-"""Use what was trained: predict, generate, evaluate, export."""
+"""Use a trained model: predict, generate, evaluate, export."""

@@ -1,4 +1,4 @@
-"""How sure a metric is: percentile intervals from examples drawn anew."""
+"""Bootstrap confidence: percentile intervals of metrics from resampled examples."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MOST_COUNTS = 4_000_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric on all examples, with its interval.
+    """A metric on all examples, with its bootstrap interval.
 
     Attributes:
-        value: On the examples as they are.
+        value: Metric on the original examples.
         low: 2.5 % quantile over the resamples.
         high: 97.5 % quantile over the resamples.
     """
@@ -38,9 +38,9 @@ class Comparison:
     """A metric of two models on the same examples.
 
     Attributes:
-        base: Of the base model.
-        tuned: Of the trained one.
-        difference: tuned − base, from paired resamples: both see the same draw of examples.
+        base: Estimate of the base model.
+        tuned: Estimate of the trained model.
+        difference: tuned − base, from paired resamples: both models use the same draw of examples.
     """
 
     base: Estimate
@@ -50,11 +50,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Draws:
-    """How examples are drawn anew.
+    """Settings of the bootstrap resampling.
 
     Attributes:
-        resamples: How often, each time as many as there are; >= 1000 for a steady interval.
-        seed: Seed of the draws.
+        resamples: Number of resamples, each of the original size; >= 1000 for a stable interval.
+        seed: Seed of the resampling.
     """
 
     resamples: int
@@ -64,19 +64,19 @@ class Draws:
 def compare(
     pair: tuple[Statistics, Statistics], metrics_of: MetricsOf, draws: Draws
 ) -> dict[str, Comparison]:
-    """Metrics of two models with bootstrap intervals, and the paired interval of their difference.
+    """Returns metrics of two models with bootstrap intervals, and the paired interval of the gain.
 
     Args:
-        pair: Statistics of each example under the base and under the trained model: name to an array
-            (examples, …), of the same examples in the same order.
-        metrics_of: Turns added-up statistics into metrics.
-        draws: How examples are drawn anew, with replacement.
+        pair: Per-example statistics of the base and of the trained model: name to an array
+            (examples, …), for the same examples in the same order.
+        metrics_of: Turns summed statistics into metrics.
+        draws: Settings of the resampling, which is with replacement.
 
     Returns:
-        Metric to comparison. A metric that is undefined on a resample leaves that resample out.
+        Metric to comparison. A resample on which a metric is undefined is skipped for that metric.
 
     Raises:
-        DataError: There is no example, or the two differ in number.
+        DataError: There are no examples, or the two models have different numbers of them.
 
     References:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
@@ -104,12 +104,12 @@ def compare(
 
 
 def _count(statistics: Statistics) -> int:
-    """Number of examples."""
+    """Returns the number of examples."""
     return min((len(values) for values in statistics.values()), default=0)
 
 
 def _weights(count: int, draws: Draws) -> Iterator[NDArray[np.float64]]:
-    """How often each example is drawn, shape (some resamples, examples), in pieces that fit memory."""
+    """Yields draw counts per example, shape (some resamples, examples), in chunks that fit memory."""
     generator = stream(draws.seed, "bootstrap")
     rows = max(1, _MOST_COUNTS // count)
     for start in range(0, draws.resamples, rows):
@@ -121,14 +121,14 @@ def _weights(count: int, draws: Draws) -> Iterator[NDArray[np.float64]]:
 def _weighted_sums(
     statistics: Statistics, weights: NDArray[np.float64]
 ) -> Iterator[dict[str, NDArray[np.float64]]]:
-    """The added-up statistics of each resample."""
+    """Returns the summed statistics of each resample."""
     sums = {name: np.tensordot(weights, values, axes=1) for name, values in statistics.items()}
     for row in range(len(weights)):
         yield {name: values[row] for name, values in sums.items()}
 
 
 def _estimate(value: float, drawn: NDArray[np.float64]) -> Estimate:
-    """A value with the percentile interval of its resamples."""
+    """Returns a value with the percentile interval of its resamples."""
     defined = drawn[np.isfinite(drawn)]
     if len(defined) == 0:
         return Estimate(value, math.nan, math.nan)

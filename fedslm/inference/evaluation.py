@@ -1,4 +1,4 @@
-"""How good a trained model is, beside its base, and how sure that is."""
+"""Compares a trained model with its base model, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _WITH_REFERENCES = tasks_that(lambda kind: kind.has_references)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """The result of an evaluation.
 
     Attributes:
         metrics: Metric to base, tuned and difference, each with its interval.
-        records: Records that the task's metrics are made of.
-        skipped: Records that could not be used: without text, or with a label that is not known.
-        truncated: Records of which the end was not read.
-        written: Records for which texts were written and scored; 0 if none was asked.
+        records: Number of records that the task's metrics are computed on.
+        skipped: Number of unusable records: without text, or with an unknown label.
+        truncated: Number of records whose end was cut off.
+        written: Number of records for which texts were generated and scored; 0 if none was requested.
     """
 
     metrics: dict[str, Comparison]
@@ -52,10 +52,10 @@ class Evaluation:
 
 
 def own_rows(run: TunedModel) -> Rows:
-    """The public evaluation split that the run itself was evaluated on.
+    """Returns the public evaluation split on which the run itself was evaluated.
 
     Raises:
-        DataError: It is no longer there.
+        DataError: The split no longer exists.
     """
     if not (run.directory / layout.DATA / "evaluation.parquet").exists():
         raise DataError(
@@ -67,14 +67,14 @@ def own_rows(run: TunedModel) -> Rows:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Data that is not the run's own.
+    """Evaluation data other than the run's own.
 
     Attributes:
         source: As ``data.evaluation_source``.
         split: As ``data.evaluation_split``; None: the run's.
         query: As ``data.evaluation_query``; None: the run's.
-        max_records: A seeded sample of so many; None: all.
-        optional: Further columns to read; None where they are not there.
+        max_records: Size of a seeded sample; None: all.
+        optional: Further columns to read; None where they do not exist.
     """
 
     source: str
@@ -85,10 +85,10 @@ class Elsewhere:
 
 
 def other_rows(run: TunedModel, data: Elsewhere) -> Rows:
-    """Rows of other data with the run's columns.
+    """Returns rows of other data with the run's columns.
 
     Raises:
-        DataError: They cannot be read, lack a column, or are the private training split itself.
+        DataError: The rows cannot be read, lack a column, or are the private training split itself.
     """
     values = {
         "evaluation_source": data.source,
@@ -102,11 +102,11 @@ def other_rows(run: TunedModel, data: Elsewhere) -> Rows:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is wanted of an evaluation.
+    """Settings of an evaluation.
 
     Attributes:
         resamples: Bootstrap resamples, >= 1000.
-        max_written: Let both models write texts for so many of the records, and score them; 0: none.
+        max_written: Number of records for which both models generate texts to score; 0: none.
     """
 
     resamples: int = RESAMPLES
@@ -116,13 +116,13 @@ class EvaluationOptions:
 def evaluate(
     trained: Trained, rows: Rows, on_progress: OnProgress, options: EvaluationOptions
 ) -> Evaluation:
-    """Measures the trained model and its base on the same records.
+    """Evaluates the trained model and its base model on the same records.
 
     Args:
-        trained: A run's model.
-        rows: What to measure on.
-        on_progress: Is told how many passes over a record are done, of how many.
-        options: How sure to be, and whether texts are written too.
+        trained: Model of a run.
+        rows: Records to evaluate on.
+        on_progress: Receives the number of finished passes over a record, and the total.
+        options: Number of resamples, and whether to score generated texts.
 
     Raises:
         ConfigError: Too few resamples, or the task has no references to score texts by.
@@ -153,7 +153,7 @@ def evaluate(
 
 
 def _check(trained: Trained, options: EvaluationOptions) -> None:
-    """Refuses what would give no honest figures."""
+    """Refuses settings that would give misleading results."""
     if options.resamples < _FEWEST_RESAMPLES:
         message = f"value {options.resamples} must be at least {_FEWEST_RESAMPLES}"
         raise ConfigError([Problem("--resamples", message)])
@@ -164,7 +164,7 @@ def _check(trained: Trained, options: EvaluationOptions) -> None:
 
 
 def _sample(rows: Rows, most: int, seed: int) -> Rows:
-    """A seeded choice of rows, in order."""
+    """Returns a seeded sample of rows, in order."""
     if len(rows) <= most:
         return rows if most else []
     chosen = stream(seed, "written").choice(len(rows), most, replace=False)
@@ -172,7 +172,7 @@ def _sample(rows: Rows, most: int, seed: int) -> Rows:
 
 
 def _advancing(on_progress: OnProgress, total: int) -> Advance:
-    """Adds up what is done."""
+    """Returns a callback that accumulates progress."""
     done = 0
 
     def advance(more: int) -> None:
@@ -186,7 +186,7 @@ def _advancing(on_progress: OnProgress, total: int) -> Advance:
 def _statistics(
     trained: Trained, examples: Sequence[Example], adapter: AdapterState, advance: Advance
 ) -> Statistics:
-    """The task's statistics of each example."""
+    """Returns the task's statistics for each example."""
     parts = []
     for start in range(0, len(examples), _PIECE_EXAMPLES):
         piece = examples[start : start + _PIECE_EXAMPLES]
@@ -198,14 +198,14 @@ def _statistics(
 def _text_statistics(
     trained: Trained, rows: Rows, adapter: AdapterState, advance: Advance
 ) -> Statistics:
-    """Scores of the text that is written for each row."""
+    """Returns the scores of the generated text for each row."""
     trained.model.adapter.write(adapter)
     most, run = default_max_tokens(trained), trained.run
     prompts = Prompts.of(run.task, run.data)
     said = [prompts.said(row, run.data.label_column) for row in rows]
     if run.task.prompt is None:
         column = run.data.text_column
-        pairs = zip(rows, said, strict=True)  # of a conversation, what stands before the answer
+        pairs = zip(rows, said, strict=True)  # for a conversation, use the turns before the answer
         rows = [row if is_value(row[column]) else {column: list(one.turns)} for row, one in pairs]
     written = write_greedily(trained, prompts_of(trained, rows, most), most, advance)
     return text_statistics(written, [each.answer for each in said])

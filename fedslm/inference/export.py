@@ -1,4 +1,4 @@
-"""Take a trained model out of a run: as plain transformers files, or as PEFT's adapter."""
+"""Export a trained model from a run: as plain transformers files, or as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "float16", "bfloat16"]
 _PRIVACY = "## Privacy\n"
-_NOT_OURS = ("_name_or_path", "id2label", "label2id", "problem_type")  # the classifier's, or a path
+_NOT_OURS = ("_name_or_path", "id2label", "label2id", "problem_type")  # of the classifier, or a path
 _OWN_CODE = "mean_pooling.py"
 
 
@@ -31,28 +31,28 @@ def export_adapter(run: FinishedRun, target: Path) -> None:
 
     Args:
         run: A finished run.
-        target: A directory that is not there, or is empty.
+        target: A directory that does not exist or is empty.
 
     Raises:
-        RunError: The directory holds something, or cannot be written; nothing is left behind.
+        RunError: The directory is not empty or cannot be written; nothing is left behind.
     """
     with _new_directory(target) as directory:
         shutil.copytree(run.adapter_directory, directory, dirs_exist_ok=True)
 
 
 def export_merged(run: FinishedRun, target: Path, dtype: Precision) -> None:
-    """Writes the base with the adapter added to its weights: plain transformers load it.
+    """Merges the adapter into the base model's weights and writes a plain transformers model.
 
-    The adapter is added in float32 to the base's own weights, also where training saw them rounded
-    (``model.dtype``) or quantised (``model.quantization``); the sum is then rounded once.
+    The adapter is added in float32 to the original base weights, even where training used rounded
+    (``model.dtype``) or quantized (``model.quantization``) ones; the sum is then rounded once.
 
     Args:
         run: A finished run.
-        target: A directory that is not there, or is empty.
+        target: A directory that does not exist or is empty.
         dtype: Precision of the files.
 
     Raises:
-        ModelError: The base is missing or another one, or the run has no privacy statement.
+        ModelError: The base model is missing or a different one, or the run has no privacy statement.
         RunError: As :func:`export_adapter`.
     """
     import torch
@@ -76,10 +76,10 @@ def export_merged(run: FinishedRun, target: Path, dtype: Precision) -> None:
 
 
 def privacy_statement(run: FinishedRun) -> str:
-    """What the run's own model card says about privacy, word for word.
+    """Returns the privacy statement of the run's own model card, verbatim.
 
     Raises:
-        ModelError: The card is missing or says nothing.
+        ModelError: The card is missing or has no such statement.
     """
     path = run.adapter_directory / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -94,7 +94,7 @@ def privacy_statement(run: FinishedRun) -> str:
 
 @contextmanager
 def _new_directory(target: Path) -> Iterator[Path]:
-    """Gives a temporary directory; when the block ends well, it becomes ``target``."""
+    """Yields a temporary directory; if the block succeeds, it becomes ``target``."""
     from safetensors import SafetensorError
 
     target = target.expanduser().absolute()
@@ -113,9 +113,9 @@ def _new_directory(target: Path) -> Iterator[Path]:
 
 
 def _merged(run: FinishedRun) -> tuple[Any, Any]:
-    """The base with the adapter in its weights, as a model of transformers; and the tokenizer."""
+    """Returns the base model with the adapter merged into its weights, and the tokenizer."""
     plain = {"quantization": "none", "dtype": "float32", "device": "cpu"}
-    # Not the model that others of this process share: merging takes it apart.
+    # Loads a new model: merging modifies it, and the cached one is shared within this process.
     loaded = load.__wrapped__(run.model.model_copy(update=plain), run.lora, run.task, len(run.labels))
     loaded.adapter.write(run.adapter)
     adapted: Any = loaded.adapter.network
@@ -128,12 +128,12 @@ def _merged(run: FinishedRun) -> tuple[Any, Any]:
     if TASKS[run.task.name].classes == "several":
         network.config.problem_type = "multi_label_classification"
     if hasattr(network.config, "use_cache"):
-        network.config.use_cache = True  # training had turned it off
+        network.config.use_cache = True  # training had disabled it
     return network, loaded.tokenizer
 
 
 def _with_own_class(network: MeanPoolingClassifier, num_labels: int) -> nn.Module:
-    """The same layers in a class whose code travels with the files."""
+    """Returns the same layers in a class whose code is exported with the files."""
     import torch
 
     from fedslm.inference.mean_pooling import (

@@ -1,4 +1,4 @@
-"""Let a model write: greedily, or by sampling that a seed repeats."""
+"""Generate text: greedily, or by sampling that a seed makes reproducible."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to write.
+    """Settings of text generation.
 
     Attributes:
-        max_tokens: Most new tokens, >= 1.
-        temperature: 0 takes the likeliest token each time; 1 draws as the model says.
-        samples: Texts for each prompt; more than one needs a temperature.
-        seed: Seed of the draws: the same prompt in the same place gets the same texts.
+        max_tokens: Maximum number of new tokens, >= 1.
+        temperature: 0 always takes the most likely token; 1 samples from the model's distribution.
+        samples: Number of texts for each prompt; more than one needs a temperature.
+        seed: Seed of the sampling: the same prompt in the same position gets the same texts.
 
     Raises:
-        ConfigError: A value is out of its range.
+        ConfigError: A value is out of range.
     """
 
     max_tokens: int
@@ -73,12 +73,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model goes on from.
+    """A prompt that a model continues.
 
     Attributes:
-        text: As people see it, before any chat template.
-        tokens: As the model sees it.
-        cut: True if it was too long.
+        text: The prompt as text, before any chat template.
+        tokens: The token ids that the model receives.
+        cut: True if the prompt was too long and was truncated.
     """
 
     text: str
@@ -87,10 +87,10 @@ class Prompt:
 
 
 def check_task(run: TunedModel) -> None:
-    """Refuses a run whose task writes nothing.
+    """Refuses a run whose task does not generate text.
 
     Raises:
-        ConfigError: ``predict`` is for that.
+        ConfigError: The task does not generate; the message names ``predict`` instead.
     """
     if not TASKS[run.task.name].generates:
         remedy = f"fedslm predict {run.directory} --text …"
@@ -99,29 +99,29 @@ def check_task(run: TunedModel) -> None:
 
 
 def prompt_columns(run: TunedModel) -> list[str]:
-    """Columns that a prompt is made of."""
+    """Returns the columns that a prompt is built from."""
     if run.task.prompt is None:
         return [run.data.text_column]
     return list(dict.fromkeys(placeholders(run.task.prompt)))
 
 
 def default_max_tokens(trained: Trained) -> int:
-    """As many new tokens as targets had in training, or 64; fewer if the model has few positions."""
+    """Target length of training, or 64 new tokens; fewer if the model supports only short sequences."""
     wanted = trained.run.task.max_target_length or DEFAULT_MAX_TOKENS
     positions = _positions(trained)
     return wanted if positions is None else max(1, min(wanted, positions // 2))
 
 
 def prompts_of(trained: Trained, rows: Rows, max_tokens: int) -> list[Prompt]:
-    """Makes prompts of rows as training did: the same template, chat format and cut.
+    """Builds prompts from rows as in training: with the same template, chat format and truncation.
 
     Args:
-        trained: A run's model.
-        rows: With the columns that a prompt is made of.
-        max_tokens: New tokens, for which the model must have room.
+        trained: Model of a run.
+        rows: Rows with the columns that a prompt is built from.
+        max_tokens: Number of new tokens for which the model must have room.
 
     Raises:
-        ConfigError: The run's task writes nothing, or the model has no room for so many tokens.
+        ConfigError: The run's task does not generate text, or the model has no room for so many tokens.
         DataError: A prompt is empty.
     """
     check_task(trained.run)
@@ -149,7 +149,7 @@ def prompts_of(trained: Trained, rows: Rows, max_tokens: int) -> list[Prompt]:
 
 
 def _said(trained: Trained, row: dict[str, Any], number: int) -> Said:
-    """What a row says, before any chat template; an answer at a conversation's end is left out."""
+    """Returns a row's content before any chat template, without an answer that ends a conversation."""
     columns, task = prompt_columns(trained.run), trained.run.task
     chats = TASKS[task.name].reads_turns and task.prompt is None
     if chats and (turns := turns_of(row[columns[0]])):
@@ -163,21 +163,21 @@ def _said(trained: Trained, row: dict[str, Any], number: int) -> Said:
 
 
 def _fitted(text: str, ids: Tokens, room: int) -> Prompt:
-    """A prompt that is too long keeps its first token and its end, as in training."""
+    """Truncates a prompt that is too long: keeps its first token and its end, as in training."""
     if len(ids) <= room:
         return Prompt(text, ids)
     return Prompt(text, (*ids[:1], *ids[len(ids) - room + 1 :])[:room], cut=True)
 
 
 def _positions(trained: Trained) -> int | None:
-    """Longest sequence that the model can look at; None if there is no limit."""
+    """Returns the longest sequence that the model supports; None if there is no limit."""
     config: Any = trained.model.adapter.network.config
     positions = getattr(config, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _room(trained: Trained, max_tokens: int) -> int:
-    """Most tokens of a prompt: what training showed (but for plain texts), and what the model has."""
+    """Returns the maximum prompt length: limited by training (but for plain texts) and by the model."""
     positions, task = _positions(trained), trained.run.task
     rooms = [task.max_length - 1] if TASKS[task.name].has_prompt else []
     if positions is not None:
@@ -192,13 +192,13 @@ def _room(trained: Trained, max_tokens: int) -> int:
 def write(
     trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, on_text: OnText | None = None
 ) -> Iterator[list[str]]:
-    """Writes for one prompt after another.
+    """Generates texts for one prompt after another.
 
     Args:
-        trained: A run's model.
+        trained: Model of a run.
         prompts: From :func:`prompts_of`.
-        sampling: How.
-        on_text: Is given the text bit by bit as it comes; needs one sample.
+        sampling: Settings of the generation.
+        on_text: Receives pieces of the text as they are generated; needs one sample.
 
     Yields:
         The texts for each prompt, ``sampling.samples`` of them, without the prompt.
@@ -211,13 +211,13 @@ def write(
 def write_greedily(
     trained: Trained, prompts: Sequence[Prompt], max_tokens: int, advance: Callable[[int], None]
 ) -> list[str]:
-    """Writes one text for each prompt, several prompts at a time.
+    """Generates one text for each prompt, in batches of prompts.
 
     Args:
-        trained: A run's model; writes with the adapter that is in it.
+        trained: Model of a run; uses the adapter that is currently loaded.
         prompts: From :func:`prompts_of`.
-        max_tokens: Most new tokens of each.
-        advance: Is told how many more are done.
+        max_tokens: Maximum number of new tokens for each prompt.
+        advance: Receives the number of newly finished prompts.
 
     Returns:
         Texts, in the order of the prompts.
@@ -236,7 +236,7 @@ def write_greedily(
 def _write(
     prompts: list[Prompt], trained: Trained, sampling: Sampling, number: int, listener: _Listener | None
 ) -> list[list[str]]:
-    """Texts for each prompt of a batch."""
+    """Returns the texts for each prompt of a batch."""
     settings = generation_settings(trained.model, sampling)
     seed = seed_of(sampling.seed, "generation", number)
     asked = [prompt.tokens for prompt in prompts]
@@ -255,17 +255,17 @@ def new_tokens(
     seed: int,
     listener: Any = None,
 ) -> list[Tokens]:
-    """Lets a model go on from a batch of prompts.
+    """Generates the continuations of a batch of prompts.
 
     Args:
-        model: Writes with the adapter that is in it.
+        model: Generates with the adapter that is currently loaded.
         prompts: Token ids, each of any length >= 1.
-        settings: As :func:`generation_settings` makes them.
-        seed: Of the draws; the process' own random state stays as it was.
-        listener: A streamer of transformers, for one prompt.
+        settings: From :func:`generation_settings`.
+        seed: Seed of the sampling; the process's own random state stays unchanged.
+        listener: A transformers streamer, for one prompt.
 
     Returns:
-        The new tokens up to the first that ends a text, for each prompt and each of its samples.
+        The new tokens up to the first end token, for each prompt and each of its samples.
     """
     network: Any = model.adapter.network
     longest = max(map(len, prompts))
@@ -290,7 +290,7 @@ def new_tokens(
 
 
 def generation_settings(model: LoadedModel, sampling: Sampling) -> GenerationConfig:
-    """Transformers' settings; what the base brings along on its own (such as top-p) is turned off."""
+    """Returns transformers' settings; the base model's own defaults (such as top-p) are disabled."""
     from transformers import GenerationConfig
 
     tokenizer = model.tokenizer
@@ -315,7 +315,7 @@ def generation_settings(model: LoadedModel, sampling: Sampling) -> GenerationCon
 
 
 def _until_end(ids: list[int], ends: list[int] | None) -> Tokens:
-    """New tokens up to the first that ends a text."""
+    """Returns the new tokens up to the first end token."""
     for at, token in enumerate(ids):
         if token in (ends or ()):
             return tuple(ids[:at])
@@ -323,7 +323,7 @@ def _until_end(ids: list[int], ends: list[int] | None) -> Tokens:
 
 
 def _text_of(trained: Trained, prompt: Prompt, new: Tokens) -> str:
-    """New tokens as text: behind a prompt with its space, an answer without."""
+    """Decodes new tokens: after a prompt with the space between them, for an answer without it."""
     tokenizer, kind = trained.model.tokenizer, TASKS[trained.run.task.name]
     if not kind.has_prompt:
         return continuation(tokenizer, prompt.tokens, new)
@@ -333,7 +333,7 @@ def _text_of(trained: Trained, prompt: Prompt, new: Tokens) -> str:
 
 
 class _Listener:
-    """Hands text on while it is written; transformers calls ``put`` with tokens and ``end``."""
+    """Passes text on while it is generated; transformers calls ``put`` with tokens, then ``end``."""
 
     def __init__(self, trained: Trained, prompt: Prompt, on_text: OnText) -> None:
         self._trained, self._prompt, self._on_text = trained, prompt, on_text
@@ -343,18 +343,18 @@ class _Listener:
         self._began = False
 
     def put(self, tokens: torch.Tensor) -> None:
-        """New tokens; the first call brings the prompt."""
+        """Receives new tokens; the first call contains the prompt."""
         if self._began:
             self._tokens += tokens.flatten().tolist()
             self._show(whole=False)
         self._began = True
 
     def end(self) -> None:
-        """No more tokens."""
+        """Receives the end of the text."""
         self._show(whole=True)
 
     def _show(self, *, whole: bool) -> None:
-        """Hands on what is new; half a character waits for its other half."""
+        """Passes on the new text; an incomplete character waits for its remaining bytes."""
         text = _text_of(self._trained, self._prompt, _until_end(self._tokens, self._ends))
         if not whole:
             text = text.rstrip("\ufffd \n")

@@ -1,4 +1,4 @@
-"""What a model is asked about: rows of a file, and the words of a text."""
+"""Model inputs: rows of a file, and the words of a text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+|[^\w\s]")
 
 
 def read_inputs(path: Path, columns: Sequence[str]) -> Rows:
-    """Reads rows: a text file gives one row for each line, blank ones too, other formats their records.
+    """Reads rows: a text file gives one row per line, blank ones too; other formats give their records.
 
     Args:
-        path: A file that ends with .txt, or of a format that training data may have.
-        columns: Those that are needed.
+        path: A file that ends with .txt, or a file in any format supported for training data.
+        columns: Columns that are needed.
 
     Raises:
-        DataError: The file is missing, damaged or empty, or lacks a column; lists those that it has.
+        DataError: The file is missing, damaged or empty, or lacks a column; lists the existing columns.
     """
     if not path.exists():
         raise DataError(f"--file={str(path)!r}: no such file")
@@ -40,10 +40,10 @@ def read_inputs(path: Path, columns: Sequence[str]) -> Rows:
 
 
 def text_of(row: dict[str, Any], column: str, number: int) -> str:
-    """A row's text; nothing for a missing one.
+    """Returns a row's text; empty if it is missing.
 
     Raises:
-        DataError: The column holds lists, objects, bytes, or text that UTF-8 cannot write.
+        DataError: The column contains a list, an object, bytes, or text that UTF-8 cannot encode.
     """
     value = row[column]
     if not is_value(value):
@@ -58,7 +58,7 @@ def text_of(row: dict[str, Any], column: str, number: int) -> str:
 
 
 def words_in(text: str) -> list[tuple[int, int]]:
-    """First character and end of each word: numbers, runs of letters and digits, single other signs.
+    """Start and end offsets of each word: numbers, runs of letters and digits, single other characters.
 
     >>> text = "2.5 mg/d of B-12."
     >>> [text[first:end] for first, end in words_in(text)]
@@ -68,7 +68,7 @@ def words_in(text: str) -> list[tuple[int, int]]:
 
 
 def _records(path: Path, columns: Sequence[str]) -> Rows:
-    """The columns that are needed of each record."""
+    """Returns the needed columns of each record."""
     wanted = Wanted({}, frozenset(columns))
     rows = [row for table in files.tables_in(path, wanted) for row in rows_of(table)]
     for column in columns:
@@ -81,7 +81,7 @@ def _records(path: Path, columns: Sequence[str]) -> Rows:
 
 
 def _lines(path: Path, columns: Sequence[str]) -> Rows:
-    """One row for each line."""
+    """Returns one row for each line."""
     if len(columns) > 1:
         raise DataError(
             f"{path}: this run's prompt is made of {', '.join(columns)}; give a file with these columns"

@@ -1,6 +1,6 @@
 """A classifier over the masked mean of an encoder's last hidden states, for plain transformers.
 
-This file lies in the exported folder too: load it with ``trust_remote_code=True``.
+This file is also copied to the exported folder: load the model with ``trust_remote_code=True``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class MeanPoolingConfig(PretrainedConfig):  # type: ignore[misc]
     Args:
         encoder: The encoder's own configuration, as a dictionary with ``model_type``.
         encoder_class: Name of the encoder's class in transformers.
-        options: As of any configuration, such as ``id2label``.
+        options: Options of any transformers configuration, such as ``id2label``.
     """
 
     model_type = "mean-pooling"
@@ -38,7 +38,7 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):  # type: ignore[mis
     """Encoder, masked mean, one linear layer.
 
     Args:
-        config: The encoder's configuration, and the labels.
+        config: The encoder's configuration and the labels.
     """
 
     config_class = MeanPoolingConfig
@@ -62,7 +62,7 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):  # type: ignore[mis
         labels: torch.Tensor | None = None,
         **options: Any,
     ) -> SequenceClassifierOutput:
-        """Returns ``logits`` of shape (batch, labels), and the mean ``loss`` where labels are given."""
+        """Returns ``logits`` of shape (batch, labels), and the mean ``loss`` if labels are given."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

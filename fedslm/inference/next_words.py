@@ -1,4 +1,4 @@
-"""The likeliest next words of a text, as a keyboard shows them."""
+"""The most likely next words of a text, as a keyboard suggests them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _NEXT_WORD = re.compile(r"\s*(\w+(?:['’-]\w+)*|[^\w\s]+)")
 
 
 def continued(trained: Trained, rows: Rows, first: int) -> list[Answer]:
-    """The likeliest next words of each text.
+    """Returns the most likely next words of each text.
 
     Args:
-        trained: A run's model.
-        rows: With texts.
-        first: Rows before these, for errors.
+        trained: Model of a run.
+        rows: Rows with texts.
+        first: Number of rows before these, for errors.
 
     Raises:
-        DataError: A row's column holds something else.
+        DataError: A row's column contains something other than text.
     """
     column = trained.run.data.text_column
     texts = [text_of(row, column, first + at) for at, row in enumerate(rows, 1)]
@@ -38,7 +38,7 @@ def continued(trained: Trained, rows: Rows, first: int) -> list[Answer]:
 
 
 def _next_words(trained: Trained, text: str) -> Answer:
-    """The likeliest next words; a word's probability is that of its likeliest spellings in tokens."""
+    """Returns the most likely next words; a word's probability sums its likeliest tokenizations."""
     tokenizer = trained.model.tokenizer
     whole = prompt_tokens(text, tokenizer)
     longest = trained.run.task.max_length - _WORD_TOKENS
@@ -62,7 +62,7 @@ def _next_words(trained: Trained, text: str) -> Answer:
 def _spelt_out(
     trained: Trained, text: str, prompt: Tokens, spellings: dict[Tokens, float]
 ) -> Iterator[tuple[str, float]]:
-    """Follows beginnings, each by its likeliest token, until their words end."""
+    """Extends word beginnings greedily, token by token, until the words end."""
     tokenizer = trained.model.tokenizer
     special = set(tokenizer.all_special_ids)
     for length in range(1, _WORD_TOKENS + 1):
@@ -83,7 +83,7 @@ def _spelt_out(
 
 
 def _joined(text: str, following: str, word: str) -> str:
-    """A word that goes on where the text stopped within it is shown whole."""
+    """If the text stopped within a word, shows the whole word."""
     last = re.search(r"\w+$", text)
     glued = last and not following[:1].isspace() and word[:1].isalnum()
     return f"{last.group()}{word}" if last and glued else word

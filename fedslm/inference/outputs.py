@@ -1,4 +1,4 @@
-"""What a network gives for examples: logits, and chances of the next token."""
+"""Network outputs for examples: logits, and next-token probabilities."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedslm.training.batches import forward
 
 
 def logits_of(trained: Trained, examples: Sequence[Example]) -> list[NDArray[np.float32]]:
-    """Logits of each example, in order: (classes,), or (tokens, classes) where words are tagged."""
+    """Returns logits of each example, in order: (classes,), or (tokens, classes) for tagging."""
     found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(examples)
     width = width_of(trained.task, trained.model.vocabulary)
     with torch.inference_mode():
@@ -27,14 +27,14 @@ def logits_of(trained: Trained, examples: Sequence[Example]) -> list[NDArray[np.
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Probabilities."""
+    """Returns probabilities from logits."""
     values = np.exp(logits.astype(np.float64) - float(logits.max()))
     shares: NDArray[np.float64] = values / values.sum()
     return shares
 
 
 def next_chances(trained: Trained, sequences: Sequence[Tokens]) -> NDArray[np.float64]:
-    """Probabilities of the next token, shape (sequences, vocabulary)."""
+    """Returns the probabilities of the next token, shape (sequences, vocabulary)."""
     model = trained.model
     found = np.empty((len(sequences), 0))
     for chosen in passes([Example(ids) for ids in sequences], model.vocabulary):

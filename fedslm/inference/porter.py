@@ -58,7 +58,7 @@ _STEP_4 = (
 
 
 def stem(word: str) -> str:
-    """The stem of a word in lower case.
+    """Returns the stem of a lower-case word.
 
     >>> [stem(word) for word in ("radiating", "pains", "stable", "fractured", "skies", "relational")]
     ['radiat', 'pain', 'stabl', 'fractur', 'sky', 'relat']
@@ -81,18 +81,18 @@ def _consonants(word: str) -> list[bool]:
 
 
 def _measure(word: str) -> int:
-    """How often a consonant follows a vowel: Porter's m."""
+    """Counts how often a consonant follows a vowel: Porter's m."""
     kinds = _consonants(word)
     return sum(not first and second for first, second in pairwise(kinds))
 
 
 def _has_vowel(word: str) -> bool:
-    """Whether there is a vowel."""
+    """Whether the word contains a vowel."""
     return not all(_consonants(word))
 
 
 def _is_short(word: str) -> bool:
-    """Whether it ends with consonant, vowel and a consonant but w, x or y: Porter's *o."""
+    """Whether it ends with consonant, vowel, and a consonant other than w, x or y: Porter's *o."""
     kinds = _consonants(word)
     if len(word) == 2:
         return kinds == [False, True]
@@ -122,7 +122,7 @@ def _past(word: str) -> str:
 
 
 def _mended(rest: str) -> str:
-    """A word without -ed or -ing, with the letter that it lost or without its double."""
+    """Corrects a word after removing -ed or -ing: restores a lost e or removes a doubled letter."""
     if rest.endswith(("at", "bl", "iz")):
         return f"{rest}e"
     if len(rest) >= 2 and rest[-1] == rest[-2] and _consonants(rest)[-1]:
@@ -152,7 +152,7 @@ def _step_3(word: str) -> str:
 
 
 def _replaced(word: str, rules: tuple[tuple[str, str], ...]) -> str:
-    """The first suffix that fits is replaced, if what is before it has m > 0."""
+    """Replaces the first suffix that matches, if the part before it has m > 0."""
     for suffix, other in rules:
         if word.endswith(suffix):
             rest = word.removesuffix(suffix)

@@ -1,4 +1,4 @@
-"""What a model says of texts: classes, entities, next words."""
+"""Predict from texts: classes, entities, next words."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TOP = 3
 
 
 def check_task(run: TunedModel) -> None:
-    """Refuses a run whose task writes texts.
+    """Refuses a run whose task generates text.
 
     Raises:
-        ConfigError: ``generate`` is for that.
+        ConfigError: The task generates text; the message names ``generate`` instead.
     """
     if not TASKS[run.task.name].predicts:
         remedy = f"fedslm generate {run.directory} --prompt …"
@@ -35,19 +35,19 @@ def check_task(run: TunedModel) -> None:
 
 
 def predict(trained: Trained, rows: Rows) -> Iterator[Answer]:
-    """Answers each row, in order; the answer of a row depends on it alone.
+    """Predicts for each row, in order; the prediction for a row depends only on that row.
 
     Args:
-        trained: A run's model.
-        rows: With the run's text column: a text, or a list of words where words are tagged.
+        trained: Model of a run.
+        rows: Rows with the run's text column: a text, or a list of words for tagging.
 
     Yields:
-        A dictionary that can be JSON: the text (or words), what is said of it, "truncated" if its end
-        was not read, and "note" if it holds nothing to read.
+        A JSON-compatible dictionary: the text (or words), the prediction, "truncated" if the end was
+        not read, and "note" if there is nothing to read.
 
     Raises:
-        ConfigError: The run's task writes texts; ``generate`` is for that.
-        DataError: A row's column holds something else.
+        ConfigError: The run's task generates text; use ``generate``.
+        DataError: A row's column contains something else.
     """
     check_task(trained.run)
     answer = _ANSWERS[TASKS[trained.run.task.name].network]
@@ -56,7 +56,7 @@ def predict(trained: Trained, rows: Rows) -> Iterator[Answer]:
 
 
 def _classified(trained: Trained, rows: Rows, first: int) -> list[Answer]:
-    """Label (or labels) and the largest probabilities."""
+    """Returns the label (or labels) and the largest probabilities."""
     column, tokenizer = trained.run.data.text_column, trained.model.tokenizer
     texts = [text_of(row, column, first + at) for at, row in enumerate(rows, 1)]
     encoded = tokenise(texts, tokenizer, trained.run.task.max_length)
@@ -79,21 +79,21 @@ def _classified(trained: Trained, rows: Rows, first: int) -> list[Answer]:
 
 
 def _label_of(logits: NDArray[np.float32], labels: Sequence[str]) -> Answer:
-    """The likeliest class."""
+    """Returns the most likely class."""
     shares = softmax(logits)
     likeliest = _largest(shares, labels)
     return {"label": next(iter(likeliest)), "probabilities": likeliest}
 
 
 def _labels_of(logits: NDArray[np.float32], labels: Sequence[str]) -> Answer:
-    """Every class that is likelier than not."""
+    """Returns every class with a probability above one half."""
     chances = 1 / (1 + np.exp(-logits.astype(np.float64)))
     named = [label for label, chance in zip(labels, chances, strict=True) if chance > 0.5]
     return {"labels": named, "probabilities": _largest(chances, labels)}
 
 
 def _largest(values: NDArray[np.float64], labels: Sequence[str]) -> dict[str, float]:
-    """The first few names by value."""
+    """Returns the names with the largest values."""
     order = np.argsort(-values, kind="stable")[:_TOP]
     return {labels[at]: float(values[at]) for at in order}
 

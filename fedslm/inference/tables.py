@@ -1,4 +1,4 @@
-"""An evaluation for people and programs: rows of a table, Markdown, JSON."""
+"""Formats of an evaluation, for people and programs: table rows, Markdown, JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = ("metric", "base", "tuned", "difference")
 
 
 def rows_of(found: Evaluation) -> list[tuple[str, str, str, str]]:
-    """One row of ``COLUMNS`` for each metric."""
+    """Returns one row of ``COLUMNS`` for each metric."""
     return [
         (name, _shown(each.base), _shown(each.tuned), _shown(each.difference, "+"))
         for name, each in found.metrics.items()
@@ -23,7 +23,7 @@ def rows_of(found: Evaluation) -> list[tuple[str, str, str, str]]:
 
 
 def notes_of(trained: Trained, found: Evaluation, resamples: int) -> list[str]:
-    """What one must know to read the table."""
+    """Returns the notes that are needed to read the table."""
     notes = [
         f"{plural(found.records, 'record')}; in brackets {CONFIDENCE:.0%} intervals from "
         f"{resamples} bootstrap resamples of them; differences are paired"
@@ -49,14 +49,14 @@ def notes_of(trained: Trained, found: Evaluation, resamples: int) -> list[str]:
 
 
 def markdown_of(title: str, found: Evaluation, notes: list[str]) -> str:
-    """The table as Markdown, with its notes."""
+    """Returns the table as Markdown, with its notes."""
     lines = [f"# {title}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in rows_of(found)]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
 def json_of(found: Evaluation) -> dict[str, Any]:
-    """The same as plain values; an interval that no resample defines is null."""
+    """Returns the evaluation as plain values; an interval that no resample defines is null."""
     values = asdict(found)
     for comparison in values["metrics"].values():
         for estimate in comparison.values():
@@ -66,13 +66,13 @@ def json_of(found: Evaluation) -> dict[str, Any]:
 
 
 def _shown(estimate: Estimate, sign: str = "") -> str:
-    """A value with its interval."""
+    """Formats a value with its interval."""
     value, low, high = (_number(x, sign) for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
 
 
 def _number(value: float, sign: str = "") -> str:
-    """Four digits, or four decimals of what is below one.
+    """Formats a number with at least four digits, or with four decimals if it is below one.
 
     >>> [_number(value) for value in (0.5, 13.437, 17720.3)], _number(0.5, "+")
     (['0.5000', '13.44', '17720'], '+0.5000')

@@ -1,4 +1,4 @@
-"""Entities in texts: a tag for each word, by its first piece."""
+"""Entities in texts: predicts a tag for each word, from the word's first token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Words:
-    """Words, and where they stand in a text: a row that holds a list of words has no text."""
+    """Words and their positions in a text; for a row with a list of words there is no text."""
 
     words: list[str]
     text: str | None = None
@@ -29,7 +29,7 @@ class _Words:
 
     @classmethod
     def of(cls, row: dict[str, Any], column: str, number: int) -> _Words:
-        """Words of a row."""
+        """Returns the words of a row."""
         value = row[column]
         if isinstance(value, list | tuple):
             return cls([str(word) for word in value])
@@ -39,16 +39,16 @@ class _Words:
 
 
 def tagged(trained: Trained, rows: Rows, first: int) -> list[Answer]:
-    """Entities with their text, and a tag for each word; none for words behind the cut.
+    """Returns entities with their text, and a tag for each word; words after truncation get none.
 
     Args:
-        trained: A run's model.
-        rows: With texts, or lists of words.
-        first: Rows before these, for errors.
+        trained: Model of a run.
+        rows: Rows with texts, or with lists of words.
+        first: Number of rows before these, for errors.
 
     Raises:
-        ModelError: The tokenizer does not say which word a piece belongs to.
-        DataError: A row's column holds something else.
+        ModelError: The tokenizer does not report which word a token belongs to.
+        DataError: A row's column contains something else.
     """
     column, tokenizer = trained.run.data.text_column, trained.model.tokenizer
     if not tokenizer.is_fast:
@@ -81,7 +81,7 @@ def tagged(trained: Trained, rows: Rows, first: int) -> list[Answer]:
 def _tags(
     logits: NDArray[np.float32], owners: Sequence[int | None], labels: Sequence[str], count: int
 ) -> tuple[list[str | None], list[float]]:
-    """Tag and its probability of each word, by its first piece; none for a word without pieces."""
+    """Tag and probability of each word, from its first token; none for a word without tokens."""
     tags: list[str | None] = [None] * count
     shares = [0.0] * count
     for piece, word in enumerate(owners):
@@ -92,7 +92,7 @@ def _tags(
 
 
 def _entities(read: _Words, tags: list[str | None], shares: list[float]) -> list[Answer]:
-    """Entities in order; "score" is the mean probability of their words' tags."""
+    """Returns entities in order; "score" is the mean probability of the tags of their words."""
     found = []
     for kind, begin, end in sorted(entities([tag or "O" for tag in tags]), key=lambda each: each[1:]):
         inside = slice(begin, end + 1)

@@ -1,4 +1,4 @@
-"""From a text to the tokens that a model goes on from, and from new tokens back to text."""
+"""Converts text to the tokens that a model continues, and new tokens back to text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNCUT = 1_000_000
 
 
 def prompt_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Token ids of the beginning of a text: as in training, without what ends a whole one."""
+    """Returns the token ids of the beginning of a text: as in training, without the end tokens."""
     ids = tokenise([text], tokenizer, _UNCUT)[0].input_ids
     special = set(tokenizer.all_special_ids)
     while len(ids) > 1 and ids[-1] in special:
@@ -24,9 +24,9 @@ def prompt_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: Tokens, new: Tokens) -> str:
-    """The text that new tokens add to a prompt, with the space between them as it is.
+    """Returns the text that new tokens add to a prompt, including the exact space between them.
 
-    New tokens alone would lose it: some tokenizers drop the space before the first word of a text.
+    Decoding only the new tokens would lose it: some tokenizers drop the space before the first word.
     """
     before = str(tokenizer.decode(list(prompt), skip_special_tokens=True))
     whole = str(tokenizer.decode([*prompt, *new], skip_special_tokens=True))

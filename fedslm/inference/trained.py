@@ -31,8 +31,8 @@ from fedslm.storage import load_adapter
 from fedslm.tasks import build
 from fedslm.tasks.base import Task
 
-OnProgress = Callable[[int, int], None]  # (done, of all)
-_KEPT: dict[str, type | UnionType] = {  # what a report must hold
+OnProgress = Callable[[int, int], None]  # (done, total)
+_KEPT: dict[str, type | UnionType] = {  # fields that a report must contain
     "fedslm_version": str,
     "base_sha256": str,
     "adapter_sha256": str,
@@ -45,19 +45,19 @@ _KEPT: dict[str, type | UnionType] = {  # what a report must hold
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A federated model; nothing is loaded yet. A finished run is one, and so is a run between rounds.
+    """A federated model that is not loaded yet: a finished run, or a run between rounds.
 
     Attributes:
-        directory: The run's, absolute.
+        directory: The run directory, absolute.
         model: The base model.
-        lora: The adapter's shape.
-        data: Names of the columns; where the run's data came from.
-        task: What was learned.
-        seed: The run's seed, from which the starting adapter came.
-        adapter: The trained adapter, whole.
+        lora: The adapter's settings.
+        data: Names of the columns, and the source of the run's data.
+        task: The learning task.
+        seed: The run's seed, which determined the starting adapter.
+        adapter: The trained adapter with all its tensors.
         labels: Class names in the order of the logits; empty if the task has none.
-        base_sha256: Hash of the base model's files that the adapter was trained on.
-        method: How adapters were aggregated; empty if a report of an older version does not say it.
+        base_sha256: Hash of the files of the base model on which the adapter was trained.
+        method: Aggregation method; empty if a report of an older version does not contain it.
     """
 
     directory: Path
@@ -72,7 +72,7 @@ class TunedModel:
     method: str
 
     def check_base(self) -> None:
-        """Refuses a base model with other files than the one that was trained on.
+        """Refuses a base model whose files differ from the one used for training.
 
         Raises:
             ModelError: The base is missing, or its hash differs.
@@ -91,7 +91,7 @@ class FinishedRun(TunedModel):
 
     Attributes:
         report: Content of ``report.json``.
-        training: How clients trained.
+        training: Training settings of the clients.
         distill: The ``[distill]`` section of the run.
     """
 
@@ -101,18 +101,18 @@ class FinishedRun(TunedModel):
 
     @property
     def adapter_directory(self) -> Path:
-        """Where PEFT's files, the tokenizer and the model card are stored."""
+        """Directory of PEFT's files, the tokenizer and the model card."""
         return self.directory / layout.ADAPTER
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model, ready to be used.
+    """The model of a run, ready for use.
 
     Attributes:
-        run: Where it came from.
-        model: The base with the trained adapter in it.
-        task: What was learned.
+        run: The run that trained it.
+        model: The base model with the trained adapter.
+        task: The learning task.
     """
 
     run: TunedModel
@@ -121,12 +121,12 @@ class Trained:
 
     @cached_property
     def initial(self) -> AdapterState:
-        """The adapter that the run started from: the plain base; a new head is untrained."""
+        """The run's starting adapter: behaves as the plain base model; a new head is untrained."""
         return initial_state(self.run.adapter.shapes, self.run.seed)
 
     @property
     def has_new_head(self) -> bool:
-        """True if a classifier was trained beside the LoRA factors."""
+        """True if a classifier was trained in addition to the LoRA factors."""
         return any(".lora_" not in key for key in self.run.adapter)
 
 
@@ -135,11 +135,11 @@ def open_run(path: Path, *, base: str | None = None, device: str | None = None) 
 
     Args:
         path: The run directory, or the adapter directory inside it.
-        base: Where the base model is now; None: where it lay in training.
-        device: Where to compute, as ``model.device``; None: as in training.
+        base: Current location of the base model; None: the location used in training.
+        device: Device to compute on, as ``model.device``; None: as in training.
 
     Raises:
-        ModelError: There is no finished run of this version of fedslm, or its files were changed.
+        ModelError: There is no finished run of this version of fedslm, or its files were modified.
     """
     path = path.expanduser().absolute()
     if not path.is_dir():
@@ -171,10 +171,10 @@ def open_run(path: Path, *, base: str | None = None, device: str | None = None) 
 
 
 def load_trained(run: TunedModel) -> Trained:
-    """Loads the base of a run and puts the trained adapter into it.
+    """Loads the base model of a run with the trained adapter.
 
     Raises:
-        ModelError: The base is missing, is another one, or cannot be loaded.
+        ModelError: The base model is missing, is a different one, or cannot be loaded.
     """
     run.check_base()
     model = load(run.model, run.lora, run.task, len(run.labels))
@@ -185,7 +185,7 @@ def load_trained(run: TunedModel) -> Trained:
 
 @contextmanager
 def computing(model: LoadedModel) -> Iterator[None]:
-    """No gradients, and the precision of training: a base in half precision computes in it."""
+    """Disables gradients and uses the precision of training: a half-precision base computes in it."""
     import torch
 
     mixed = model.dtype != torch.float32
@@ -223,7 +223,7 @@ def _report(path: Path) -> dict[str, Any]:
 
 
 def _adapter(path: Path, report: dict[str, Any]) -> AdapterState:
-    """Reads the trained adapter and holds it against the report's hash."""
+    """Reads the trained adapter and checks it against the report's hash."""
     file = path / layout.ADAPTER / layout.ADAPTER_WEIGHTS
     try:
         adapter = load_adapter(file)
