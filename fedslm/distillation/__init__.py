@@ -1,1 +1,1 @@
-"""What the federated small model teaches a larger one, and the proof that it arrived."""
+"""Distils the federated small model into a larger one, and measures the transfer."""

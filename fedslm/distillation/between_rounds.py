@@ -1,8 +1,8 @@
-"""Distillation between rounds: the student follows the federated model, and teaches it back.
+"""Distillation between rounds: the student learns from the federated model, and may teach it in return.
 
-The mutual leg is the idea of FedCoLLM (arXiv 2411.11707): after the student has learned, the small
-model's adapter learns from it by forward KL before the next broadcast. Under privacy it is
-post-processing: it reads the adapter that rounds released, the student and public records.
+Mutual learning follows FedCoLLM (arXiv 2411.11707): after the student has learned, the small model's
+adapter learns from it by forward KL before the next broadcast. Under privacy this is post-processing:
+it reads the adapter that rounds released, the student and public records.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ DIRECTORY = "distilling"
 
 
 class Quiet:
-    """A watcher that says nothing."""
+    """A watcher that ignores progress."""
 
     def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 @dataclass(frozen=True)
 class StudentSays:
-    """Targets of the mutual leg: what the student says of the shared tokens or classes.
+    """Targets for mutual learning: the student's predictions over the shared tokens or classes.
 
     Attributes:
-        student: With the adapter that it has learned.
-        contexts: As the student reads them, in the training set's order.
-        vocabulary: Tokens that both models share, or classes.
+        student: The student with the adapter that it has learned.
+        contexts: Contexts in the student's tokens, in the order of the training set.
+        vocabulary: Number of tokens that both models share, or of classes.
     """
 
     student: Student
@@ -52,7 +52,7 @@ class StudentSays:
     vocabulary: int
 
     def of(self, numbers: Sequence[int], contexts: Sequence[Context]) -> Target:
-        """Asks the student."""
+        """Computes the student's predictions."""
         with torch.no_grad():
             logits = self.student.logits([self.contexts[number].student for number in numbers])
         return Target(losses.soft_target(logits[:, : self.vocabulary]))
@@ -61,17 +61,17 @@ class StudentSays:
 def follow(
     run: TunedModel, settings: DistillConfig, round: int, trained: frozenset[str]
 ) -> AdapterState | None:
-    """Lets the student learn from the adapter after a round, and the adapter from the student.
+    """Trains the student on the adapter of a round and, if configured, the adapter on the student.
 
-    The student continues from where the last such round left it; its adapter is stored in the run
-    directory.
-    A round that is run again after a crash starts from the same, and ends with the same.
+    The student continues from its state after the last such round; its adapter is stored in the run
+    directory. A round that is repeated after a crash starts from the same state and gives the same
+    result.
 
     Args:
-        run: The federated model of the round.
+        run: The federated model after the round.
         settings: The ``[distill]`` section.
         round: Number of the round.
-        trained: Keys that rounds change: no others learn back.
+        trained: Keys that rounds change: mutual learning changes no others.
 
     Returns:
         The adapter for the next broadcast; None if ``mutual_steps`` is 0.
@@ -98,14 +98,14 @@ _student = lru_cache(maxsize=1)(load_model.__wrapped__)
 
 
 def _round(path: Path) -> int:
-    """The round that a student's file is of."""
+    """Returns the round of a student's file."""
     return int(path.stem.rpartition("-")[2])
 
 
 def _back(
     job: DistillationJob, teacher: Teacher, student: Student, path: Path, trained: frozenset[str]
 ) -> AdapterState:
-    """The small model's adapter after it has learned from the student."""
+    """Returns the small model's adapter after it has learned from the student."""
     settings = job.settings.model_copy(
         update={
             "steps": job.settings.mutual_steps,

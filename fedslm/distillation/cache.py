@@ -1,8 +1,8 @@
-"""Two passes, where both models do not fit: the teacher answers everything, leaves, and is read back.
+"""Two-pass distillation, for models that do not fit into memory together: stores the teacher's targets.
 
-Of each position of language some tokens are kept, drawn from the teacher with weights that make the
-student's gradient that of the whole distribution on average (the likeliest tokens alone would not); of
-a classifier's position all classes.
+For each language position, some tokens are sampled from the teacher, with weights that make the
+student's expected gradient equal to that of the full distribution (using only the most likely tokens
+would not); for a classifier's position, all classes are stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedslm.rng import seed_of
 from fedslm.storage import read_tensors, save_adapter
 
 _BATCH_SIZE = 16
-_PER_FILE = 512  # contexts
+_PER_FILE = 512  # contexts per file
 
 
 def write_cache(
@@ -35,14 +35,14 @@ def write_cache(
     contexts: Sequence[Context],
     on_progress: OnProgress,
 ) -> None:
-    """Asks the teacher about all contexts; what an earlier, interrupted pass wrote stays.
+    """Stores the teacher's targets for all contexts; results of an interrupted pass are kept.
 
     Args:
-        directory: Where files of :data:`_PER_FILE` contexts go.
-        teacher: The model that answers.
-        objective: What it is asked for; ``cached_samples`` tokens of each position are kept.
-        contexts: All of them, in the order by which :class:`Cached` numbers them.
-        on_progress: Is told how many contexts are done, of how many.
+        directory: Directory for files of :data:`_PER_FILE` contexts.
+        teacher: The model that provides the targets.
+        objective: Determines the targets; ``cached_samples`` tokens of each position are stored.
+        contexts: All contexts, in the order of the numbers that :class:`Cached` uses.
+        on_progress: Receives the number of finished contexts, and the total.
 
     Raises:
         RunError: The files cannot be written.
@@ -57,12 +57,12 @@ def write_cache(
 
 @dataclass(frozen=True)
 class Cached:
-    """Targets that :func:`write_cache` left on disk.
+    """Targets that :func:`write_cache` stored on disk.
 
     Attributes:
-        directory: With the files.
-        device: Where targets go.
-        whole: Whether all classes are there, not sampled tokens.
+        directory: Directory of the files.
+        device: Device for the targets.
+        whole: Whether all classes are stored, not sampled tokens.
     """
 
     directory: Path
@@ -92,7 +92,7 @@ class Cached:
 def _answers(
     teacher: Teacher, objective: Objective, contexts: Sequence[Context], first: int
 ) -> AdapterState:
-    """Targets of consecutive contexts by number."""
+    """Computes the targets of consecutive contexts, by number."""
     samples = objective.settings.cached_samples
     found: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {}
     for start in range(0, len(contexts), _BATCH_SIZE):
@@ -104,16 +104,16 @@ def _answers(
                 seed = seed_of(teacher.trained.run.seed, "distil-cache", at)
                 generator = torch.Generator().manual_seed(seed)
                 ids, _ = losses.sampled(answer.cpu(), samples, generator)
-                answer = ids.float()  # exact: a vocabulary is below 2**24
+                answer = ids.float()  # exact: vocabularies are smaller than 2**24
             found[_key(at)] = answer.cpu().numpy()
     return AdapterState(found)
 
 
 def _key(number: int) -> str:
-    """Name of a context's tensor."""
+    """Returns the name of a context's tensor."""
     return f"{number:08d}"
 
 
 def _file(directory: Path, first: int) -> Path:
-    """Where the targets of the contexts from ``first`` on lie."""
+    """Returns the file that contains the targets of the contexts from ``first`` on."""
     return directory / f"targets-{first:08d}.safetensors"

@@ -1,7 +1,7 @@
-"""What both models are shown: public records, half of whose texts the teacher writes on itself.
+"""The contexts both models process: public records, with part of the texts continued by the teacher.
 
-A text that the teacher continues is domain phrasing that public text lacks. It comes from the federated
-adapter alone, so that under differential privacy it is post-processing, as all that is here.
+A text that the teacher continues contains domain language that public text lacks. It comes only from
+the federated adapter, so that under differential privacy it is post-processing, like everything here.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Context:
     """One public record as both models read it.
 
     Attributes:
-        teacher: In the teacher's tokens.
-        student: In the student's; the same where the tokenizers are.
-        labelled: Whether ``student`` holds a public label or a public text, not a made-up one.
+        teacher: The record in the teacher's tokens.
+        student: The record in the student's tokens; identical if the tokenizers are.
+        labelled: Whether ``student`` contains a public label or a public text, not a generated one.
     """
 
     teacher: Example
@@ -45,13 +45,13 @@ class Context:
 
 
 def class_contexts(rows: Sequence[Row], column: str, teacher: Reader, student: Reader) -> list[Context]:
-    """Contexts of texts to be classified; a record without a known label is shown all the same.
+    """Returns contexts of texts to classify; records without a known label are included.
 
     Args:
         rows: Public records.
-        column: With the label, if a record has one.
-        teacher: How the teacher reads.
-        student: How the student reads.
+        column: Column of the label, if a record has one.
+        teacher: The teacher's task and tokenizer.
+        student: The student's task and tokenizer.
 
     Raises:
         DataError: No record can be used.
@@ -69,7 +69,7 @@ def class_contexts(rows: Sequence[Row], column: str, teacher: Reader, student: R
 
 
 def public_texts(rows: Sequence[Row], run: TunedModel, reader: Reader) -> list[Context]:
-    """Contexts of public texts as they are; prompts without a completion are left out.
+    """Returns contexts of unmodified public texts; prompts without a completion are left out.
 
     Raises:
         DataError: No record can be used.
@@ -81,16 +81,16 @@ def public_texts(rows: Sequence[Row], run: TunedModel, reader: Reader) -> list[C
 def text_contexts(
     rows: Sequence[Row], writer: Teacher, settings: DistillConfig, on_progress: OnProgress
 ) -> list[Context]:
-    """Contexts of language, for models that share a tokenizer.
+    """Returns language contexts, for models that share a tokenizer.
 
-    A seeded share of the texts is continued by the teacher: from a quarter of a plain text, or from the
-    prompt alone. So is every prompt without a public completion.
+    The teacher continues a seeded share of the texts: from a quarter of a plain text, or from only the
+    prompt. It also completes every prompt without a public completion.
 
     Args:
         rows: Public records.
-        writer: S*, or whichever model teaches this arm.
-        settings: ``sampled_fraction``.
-        on_progress: Is told how many texts are written, of how many.
+        writer: S*, or the model that teaches this arm.
+        settings: Provides ``sampled_fraction``.
+        on_progress: Receives the number of generated texts, and the total.
 
     Raises:
         DataError: No record can be used.
@@ -114,11 +114,11 @@ def text_contexts(
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a model goes on from.
+    """The tokens that a model continues.
 
     Attributes:
-        tokens: Of the prompt.
-        whole: The public record, prompt and end together; None if it has no end.
+        tokens: Tokens of the prompt.
+        whole: The public record, prompt and completion together; None if it has no completion.
     """
 
     tokens: Tokens
@@ -126,7 +126,7 @@ class Beginning:
 
 
 def beginnings(rows: Sequence[Row], run: TunedModel, reader: Reader) -> list[Beginning]:
-    """The beginning of each record's text, or its prompt; records without text are left out."""
+    """Returns the beginning of each record's text, or its prompt; records without text are skipped."""
     task = reader.task
     if not isinstance(task, Instruction):
         prepared = task.prepare(rows, reader.tokenizer)
@@ -153,9 +153,9 @@ def write_all(
     sampling: Sampling,
     on_progress: OnProgress,
 ) -> list[list[Tokens]]:
-    """New tokens for each prompt, ``sampling.samples`` of them; prompts of like length go together.
+    """Generates ``sampling.samples`` texts per prompt; prompts of similar length form a batch.
 
-    A prompt that leaves no room in the model's positions keeps its first token and its end.
+    A prompt that leaves no room in the model's context keeps its first token and its end.
     """
     asked = [_fitted(ids, longest_of(model) - sampling.max_tokens) for ids in asked]
     order = sorted(range(len(asked)), key=lambda at: len(asked[at]))
@@ -172,13 +172,13 @@ def write_all(
 
 
 def longest_of(model: LoadedModel) -> int:
-    """Longest sequence that a model can look at; very long if there is no limit."""
+    """Returns the longest sequence that a model supports; very large if there is no limit."""
     positions = getattr(model.adapter.network.config, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else sys.maxsize
 
 
 def _fitted(ids: Tokens, room: int) -> Tokens:
-    """A prompt of at most ``room`` tokens, or of one."""
+    """Truncates a prompt to at most ``room`` tokens, but at least one."""
     room = max(room, 1)
     return ids if len(ids) <= room else (*ids[:1], *ids[len(ids) - room + 1 :])[:room]
 
@@ -186,7 +186,7 @@ def _fitted(ids: Tokens, room: int) -> Tokens:
 def _write(
     writer: Teacher, asked: Sequence[Tokens], room: int, on_progress: OnProgress
 ) -> list[Tokens]:
-    """One continuation of each prompt by the teacher, drawn as it says."""
+    """Samples one continuation of each prompt from the teacher."""
     model = writer.trained.model
     model.adapter.write(writer.tuned)
     model.adapter.network.eval()
@@ -195,13 +195,13 @@ def _write(
 
 
 def most_new_tokens(run: TunedModel) -> int:
-    """Most new tokens of a continuation: what training showed."""
+    """Returns the maximum number of new tokens in a continuation: as in training."""
     task = run.task
     return task.max_target_length or max(1, task.max_length - task.max_length // 4)
 
 
 def _continued(prompt: Tokens, new: Tokens, writer: Teacher) -> Example | None:
-    """A prompt with its continuation, cut to the longest length; None if nothing is left to learn."""
+    """Joins prompt and continuation, cut to the maximum length; None if no target is left."""
     longest = writer.trained.run.task.max_length
     if not isinstance(writer.task, Instruction):
         ids = (*prompt, *new)[:longest]
@@ -213,7 +213,7 @@ def _continued(prompt: Tokens, new: Tokens, writer: Teacher) -> Example | None:
 
 
 def _some(contexts: list[Context], rows: int) -> list[Context]:
-    """Contexts, at least one."""
+    """Returns the contexts; refuses an empty list."""
     if not contexts:
         raise DataError(
             f"none of {plural(rows, 'public record')} can be used: they have no text; give others "
@@ -241,7 +241,7 @@ def load_contexts(path: Path) -> list[Context]:
 
 
 def _values(context: Context) -> dict[str, Any]:
-    """A context as plain values."""
+    """Returns a context as plain values."""
     return {
         "teacher": _example(context.teacher),
         "student": None if context.student is context.teacher else _example(context.student),
@@ -250,12 +250,12 @@ def _values(context: Context) -> dict[str, Any]:
 
 
 def _example(example: Example) -> list[Any]:
-    """An example as plain values."""
+    """Returns an example as plain values."""
     return [list(example.input_ids), example.target, list(example.targets)]
 
 
 def _read(lines: Sequence[str]) -> Iterator[Context]:
-    """Contexts of lines."""
+    """Parses contexts from lines."""
     for line in lines:
         values = json.loads(line)
         teacher = _made(values["teacher"])
@@ -264,6 +264,6 @@ def _read(lines: Sequence[str]) -> Iterator[Context]:
 
 
 def _made(values: list[Any]) -> Example:
-    """An example of plain values."""
+    """Builds an example from plain values."""
     ids, target, targets = values
     return replace(Example(tuple(ids)), target=target, targets=tuple(targets))

@@ -1,7 +1,8 @@
-"""The arms of a proof of transfer: what the student becomes if something else teaches it.
+"""The arms of a transfer proof: the student trained by the federated teacher and by control teachers.
 
-All arms see the same public records and take the same steps with the same adapter; only the teacher
-differs. Without them a gain says nothing: it may come from the public records, or from distilling.
+All arms use the same public records and the same number of steps with the same adapter; only the
+teacher differs. Without controls, a gain proves nothing: it may come from the public records, or from
+distillation as such.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ WHAT = {
 
 
 class LeftOut(Exception):
-    """An arm that cannot be run here, and why."""
+    """An arm that cannot be run here, with the reason."""
 
 
 @dataclass(frozen=True)
 class ControlTrainer:
-    """Both models, in which the arms are trained one after another.
+    """Trains the arms one after another with the same two models.
 
     Attributes:
-        run: Whose federated model teaches.
-        job: The distillation that is to be proved.
+        run: The run whose federated model teaches.
+        job: The distillation that is evaluated.
         teacher: The small model with the federated adapter.
-        student: The larger one.
-        directory: Where arms leave their adapters; a finished one is not trained again.
-        watcher: Is told how it goes.
+        student: The larger model.
+        directory: Directory for the arms' adapters; a finished arm is not trained again.
+        watcher: Receives progress.
     """
 
     run: FinishedRun
@@ -63,11 +64,11 @@ class ControlTrainer:
     watcher: Watcher
 
     def adapter(self, arm: str, seed: int) -> AdapterState:
-        """The student's adapter of one arm.
+        """Returns the student's adapter of one arm.
 
         Args:
             arm: One of :data:`WHAT`.
-            seed: Of the starting adapter and the order of records.
+            seed: Seed of the starting adapter and of the order of records.
 
         Raises:
             LeftOut: The arm cannot be run here.
@@ -89,15 +90,15 @@ class ControlTrainer:
         return load_adapter(kept)
 
     def keep(self, arm: str, seed: int, adapter: AdapterState) -> None:
-        """Takes over an adapter that is trained already."""
+        """Stores an adapter that has already been trained."""
         save_adapter(self._place(arm, seed) / "adapter.safetensors", adapter)
 
     def _place(self, arm: str, seed: int) -> Path:
-        """Where an arm's files lie."""
+        """Returns the directory of an arm's files."""
         return self.directory / f"{arm.replace(' ', '-')}-{seed}"
 
     def _job_and_teacher(self, arm: str, seed: int) -> tuple[DistillationJob, Teacher]:
-        """What an arm learns, and from whom."""
+        """Returns an arm's distillation job and teacher."""
         job, teacher = self.job, self.teacher
         if arm == FEDERATED:
             return job, teacher
@@ -110,7 +111,7 @@ class ControlTrainer:
         return replace(job, settings=settings, rows=rows), teacher
 
     def _public_teacher(self, seed: int) -> AdapterState:
-        """The small model's adapter, tuned on the public records as long as clients tuned theirs."""
+        """Tunes the small model's adapter on the public records, for as long as clients train."""
         path = self.directory / f"public-teacher-adapter-{seed}"
         kept = path / "adapter.safetensors"
         if not kept.exists():
@@ -140,21 +141,21 @@ class ControlTrainer:
 
 @dataclass(frozen=True)
 class _Named:
-    """A watcher that says which arm it is."""
+    """A watcher that prefixes progress with the arm's name."""
 
     watcher: Watcher
     name: str
 
     def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Passes on."""
+        """Passes progress on."""
         self.watcher.on_progress(f"{self.name}: {stage}", done, total, note)
 
 
 def _pooled(run: FinishedRun) -> Rows:
-    """All private records of a simulation.
+    """Returns all private records of a simulation.
 
     Raises:
-        LeftOut: They are not here: real nodes keep theirs.
+        LeftOut: The records are not available: real nodes keep theirs.
     """
     directory = run.directory / layout.DATA
     count = len(run.report["clients"])

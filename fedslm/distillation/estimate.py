@@ -1,4 +1,4 @@
-"""What a distillation takes, before anything is loaded: memory by arithmetic, time by a short trial."""
+"""Cost of a distillation before any model is loaded: computed memory, and time from a short trial."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from fedslm.models import footprint
 from fedslm.models.base import device_of, resolve_config
 
 _SIDE, _TRIALS = 1024, 5
-_BOTH_WAYS = 3.0  # a pass and its way back, in passes
+_BOTH_WAYS = 3.0  # a forward and a backward pass, in units of a forward pass
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What it takes.
+    """The estimated cost.
 
     Attributes:
-        student_bytes: The student's frozen weights.
-        teacher_bytes: The teacher's.
-        training_bytes: The student's adapter, its optimizer and activations; rough.
-        seconds: On this machine; rough: half or twice as much is usual.
-        parameters: Of student and teacher.
-        trained: Parameters of the student's adapter.
-        device: Where it computes.
-        device_bytes: Memory there; None if it is not known.
+        student_bytes: Size of the student's frozen weights.
+        teacher_bytes: Size of the teacher's weights.
+        training_bytes: Size of the student's adapter, its optimizer and activations; a rough estimate.
+        seconds: Time on this machine; rough: a factor of two in either direction is usual.
+        parameters: Number of parameters of student and teacher.
+        trained: Number of parameters of the student's adapter.
+        device: Device that computes.
+        device_bytes: Memory of the device; None if unknown.
     """
 
     student_bytes: int
@@ -42,7 +42,7 @@ class Estimate:
     device_bytes: int | None
 
     def total_bytes(self, *, two_passes: bool) -> int:
-        """At once: both models, or the larger of them where the teacher leaves first."""
+        """Peak memory: both models, or the larger of them if the teacher is unloaded first."""
         learning = self.student_bytes + self.training_bytes
         if two_passes:
             return max(learning, self.teacher_bytes)
@@ -50,7 +50,7 @@ class Estimate:
 
 
 def estimate(job: DistillationJob) -> Estimate:
-    """Adds up memory, and times a matrix product on the device for the rest.
+    """Computes the memory, and estimates the time from a timed matrix product on the device.
 
     Raises:
         ModelError: A model cannot be found.
@@ -66,7 +66,7 @@ def estimate(job: DistillationJob) -> Estimate:
     needs = footprint.memory(own, own.shapes, keys, training, records=records, private=False)
     device, held = footprint.machine(model)
     tokens = settings.steps * settings.batch_size * run.task.max_length
-    again = 1 if settings.method == "proxy-target" else 0  # what both models say without adapters
+    again = 1 if settings.method == "proxy-target" else 0  # predictions of both models without adapters
     passes = (_BOTH_WAYS + again) * own.parameters + (1 + again) * theirs.parameters
     work = 2.0 * tokens * passes
     return Estimate(
@@ -82,7 +82,7 @@ def estimate(job: DistillationJob) -> Estimate:
 
 
 def _speed(device: torch.device) -> float:
-    """Floating-point operations in a second of a float32 matrix product."""
+    """Floating-point operations per second of a float32 matrix product."""
     matrix = torch.ones((_SIDE, _SIDE), device=device)
     _ = float((matrix @ matrix).sum())
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What models say of the same test records, record by record, so that they can be compared in pairs."""
+"""Per-record evaluation of models on the same test records, for paired comparisons."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _SPEAKERS = 3  # models whose logits a pass of proxy-tuning holds
 
 @dataclass(frozen=True)
 class Tests:
-    """Test records as both models read them.
+    """Test records in the form that both models read.
 
     Attributes:
-        rows: Those that both can read.
-        teacher: In the teacher's tokens.
-        student: In the student's.
+        rows: Records that both can read.
+        teacher: The records in the teacher's tokens.
+        student: The records in the student's tokens.
     """
 
     rows: Rows
@@ -47,10 +47,10 @@ class Tests:
 
 
 def tests_of(rows: Rows, teacher: Reader, student: Reader) -> Tests:
-    """Test records that both models can read.
+    """Prepares the test records that both models can read.
 
     Raises:
-        DataError: There is none.
+        DataError: There are none.
     """
     found = [reader.task.prepare(rows, reader.tokenizer) for reader in (teacher, student)]
     theirs, own = (dict(zip(each.kept, each.examples, strict=True)) for each in found)
@@ -72,7 +72,7 @@ def measure(
     adapter: AdapterState,
     on_progress: OnProgress = lambda *_: None,
 ) -> Statistics:
-    """The task's statistics of each example, under an adapter."""
+    """Returns the task's statistics for each example, under an adapter."""
     parts = []
     for start in range(0, len(examples), _PIECE_EXAMPLES):
         piece = examples[start : start + _PIECE_EXAMPLES]
@@ -90,15 +90,15 @@ def measure_decoding(
     alpha: float,
     clip: float,
 ) -> Statistics:
-    """Statistics of decoding-time proxy-tuning: nothing is trained, all three models speak each time.
+    """Returns statistics of decoding-time proxy-tuning: no training; every step runs three models.
 
     Args:
-        teacher: Gives S* and S0.
-        student: Gives L0.
-        examples: Of language, in the tokens that both share.
-        vocabulary: Tokens that both share.
-        alpha: Weight of what federation changed.
-        clip: Largest change of a log-probability.
+        teacher: Provides S* and S0.
+        student: Provides L0.
+        examples: Language examples, in the tokens that both models share.
+        vocabulary: Number of tokens that both models share.
+        alpha: Weight of the change made by federation.
+        clip: Maximum change of a log-probability.
 
     References:
         Liu et al. 2024, Tuning Language Models by Proxy (arXiv 2401.08565).
@@ -126,10 +126,10 @@ def measure_decoding(
 def general_examples(
     run: TunedModel, source: str, split: str, reader: Reader, most: int = _MOST_GENERAL
 ) -> tuple[Example, ...]:
-    """General text in a model's tokens, for its hold and its perplexity.
+    """Returns general text in a model's tokens, for regularization and for measuring perplexity.
 
     Raises:
-        DataError: It cannot be read or has no usable text.
+        DataError: The text cannot be read, or contains nothing usable.
     """
     wanted = Wanted({}, frozenset({run.data.text_column, "text"}))
     dataset = load(source, split, key="distill.general_source", seed=run.seed, wanted=wanted)
@@ -147,5 +147,5 @@ def general_examples(
 
 
 def general_task(run: TunedModel) -> CausalLM:
-    """Plain language modelling, as long as the run's records."""
+    """Returns plain language modelling with the maximum length of the run's records."""
     return CausalLM("text", run.task.max_length)

@@ -1,6 +1,6 @@
-"""Distillation as a part of a simulation: at the end, and between rounds if the student follows them.
+"""Distillation as a part of a simulation: after the last round, and optionally between rounds.
 
-Nothing here imports torch before it is needed: a simulation's server computes in its workers.
+torch is imported only when it is needed: a simulation's server runs model computations in its workers.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class Printed:
     """A watcher that prints a line for each quarter of a stage."""
 
     def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Prints it, on standard error."""
+        """Prints progress on standard error."""
         if 4 * done // total > 4 * (done - 1) // total:
             sys.stderr.write(f"{stage}: {done}/{total} {note}\n")
             sys.stderr.flush()
 
 
 def check_asked(settings: DistillConfig) -> None:
-    """Refuses a student that cannot be found, before the first round.
+    """Checks that the student and its settings exist, before the first round.
 
     Raises:
-        ConfigError: Something is missing.
-        ModelError: There is no such student.
+        ConfigError: A setting is missing.
+        ModelError: The student does not exist.
     """
     if settings.student is None:
         return
@@ -43,7 +43,7 @@ def check_asked(settings: DistillConfig) -> None:
 
 
 def distill_if_asked(path: Path, settings: DistillConfig) -> None:
-    """Distils a finished run into its own directory, unless nobody asked or that is done."""
+    """Distils a finished run into its own directory, if configured and not done yet."""
     if is_distilled(path, settings):
         return
     from fedslm.distillation.run import distill, prepare
@@ -53,19 +53,19 @@ def distill_if_asked(path: Path, settings: DistillConfig) -> None:
 
 
 def is_distilled(path: Path, settings: DistillConfig) -> bool:
-    """Whether nobody asked for a student of a run, or it is there."""
+    """Whether a run needs no student, or its student is finished."""
     if settings.student is None:
         return True
     return (path / layout.DISTILLED / layout.DISTILL_REPORT).exists()
 
 
 def follower(settings: DistillConfig, rounds: int, call: Callable[..., Any]) -> Follow | None:
-    """What sees each round's adapter; None if nothing is distilled between rounds.
+    """Returns a callback for each round's adapter; None if there is no distillation between rounds.
 
     Args:
         settings: The ``[distill]`` section.
-        rounds: Number of the run's rounds: after the last the run itself is distilled.
-        call: Runs a function where models are.
+        rounds: Number of rounds of the run: after the last, the run itself is distilled.
+        call: Runs a function where the models are loaded.
     """
     every = settings.every
     if settings.student is None or every is None:

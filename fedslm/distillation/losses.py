@@ -1,6 +1,6 @@
-"""Targets and losses of a position: what the student should predict, and how far it is from that.
+"""Targets and losses per position: what the student should predict, and its distance from that target.
 
-A target is log-probabilities without gradient. A loss takes the student's logits (positions,
+A target consists of log-probabilities without gradient. A loss takes the student's logits (positions,
 vocabulary), with gradient, and a target of the same shape; it returns (positions,). float64 stays
 float64; everything else is computed in float32.
 """
@@ -20,7 +20,7 @@ Loss = Callable[..., torch.Tensor]
 
 @torch.no_grad()
 def soft_target(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """A teacher's log-probabilities at a temperature, float32 (float64 stays), shape as given."""
+    """Teacher log-probabilities at a temperature, in float32 (float64 stays), with the same shape."""
     return F.log_softmax(_exact(logits) / temperature, dim=-1)
 
 
@@ -33,17 +33,17 @@ def proxy_target(
     alpha: float = 1.0,
     clip: float = 5.0,
 ) -> torch.Tensor:
-    """Log q with q ∝ p_base·(p_tuned / p_untuned)^α: what the student would say had it been tuned.
+    """Log q with q ∝ p_base·(p_tuned / p_untuned)^α: the student's prediction as if it had been tuned.
 
     q is the maximiser of α·E_q[log p_tuned − log p_untuned] − KL(q ‖ p_base). Where federation changed
-    nothing, q is exactly the student's own distribution: there is nothing to unlearn.
+    nothing, q is exactly the student's own distribution: nothing is unlearned.
 
     Args:
-        base: Logits of the plain student, (…, vocabulary).
-        tuned: Of the federated small model, same shape.
-        untuned: Of the small model without its adapter, same shape.
+        base: Logits of the student without adapter, (…, vocabulary).
+        tuned: Logits of the federated small model, same shape.
+        untuned: Logits of the small model without its adapter, same shape.
         alpha: Weight of the change.
-        clip: Largest change of a log-probability: noise and over-confidence are held to it.
+        clip: Maximum change of a log-probability; it limits noise and over-confidence.
 
     References:
         Liu et al. 2024, proxy-tuning (arXiv 2401.08565); Gao et al. 2024, FedPT (arXiv 2410.00362).
@@ -51,7 +51,7 @@ def proxy_target(
     own = soft_target(base)
     if alpha == 0 or torch.equal(tuned, untuned):
         return own
-    # Of log-probabilities: a constant added to all logits, which means nothing, would move the clip.
+    # Uses log-probabilities: a constant offset of all logits has no meaning, but would affect clipping.
     change = (soft_target(tuned) - soft_target(untuned)).clamp(-clip, clip)
     return F.log_softmax(own + alpha * change, dim=-1)
 
@@ -60,15 +60,15 @@ def proxy_target(
 def sampled(
     target: torch.Tensor, count: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens drawn from a target, with replacement: an unbiased sparse form of it.
+    """Samples tokens from a target, with replacement: an unbiased sparse form of it.
 
-    The likeliest tokens alone would be biased: their weights sum to less than 1, and scaled to 1 they
-    say too much.
+    Keeping only the most likely tokens would be biased: their weights sum to less than 1, and rescaling
+    them to 1 overstates them.
 
     Args:
         target: Log-probabilities, (positions, vocabulary).
-        count: Draws of each position.
-        generator: Source of the draws.
+        count: Number of draws per position.
+        generator: Random generator of the draws.
 
     Returns:
         Tokens, int64, and weights 1 / count, both of shape (positions, count).
@@ -81,7 +81,7 @@ def sampled(
 
 
 def forward_kl(logits: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """τ²·KL(target ‖ student): covers all that the target says; right for a better teacher.
+    """τ²·KL(target ‖ student): mode-covering; suited to a stronger teacher.
 
     Args:
         logits: The student's, before any temperature.
@@ -92,7 +92,7 @@ def forward_kl(logits: torch.Tensor, target: torch.Tensor, temperature: float = 
 
 
 def reverse_kl(logits: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """τ²·KL(student ‖ target): seeks what the target is sure of; right for a weaker teacher.
+    """τ²·KL(student ‖ target): mode-seeking; suited to a weaker teacher.
 
     Args: as :func:`forward_kl`.
 
@@ -107,11 +107,11 @@ def jsd(
 ) -> torch.Tensor:
     """τ²·(β·KL(target ‖ M) + (1 − β)·KL(student ‖ M)) with M = β·target + (1 − β)·student.
 
-    β = 0 and β = 1 are forward and reverse KL: the formula itself goes to 0 there, and its gradient
-    too.
+    β = 0 and β = 1 give forward and reverse KL instead: the formula itself goes to 0 there, and so does
+    its gradient.
 
     Args:
-        logits: The student's.
+        logits: The student's logits.
         target: Log-probabilities at the temperature.
         beta: In [0, 1].
         temperature: As :func:`forward_kl`.
@@ -131,16 +131,16 @@ def jsd(
 def log_confidence(
     logits: torch.Tensor, target: torch.Tensor, coefficient: float, shares: torch.Tensor
 ) -> torch.Tensor:
-    """(1 − c)·CE(student, target) + c·CE(student, its own hardened guess).
+    """(1 − c)·CE(student, target) + c·CE(student, its own hardened predictions).
 
-    Guesses are hardened so that each class gets its share of the batch (:func:`hardened`). For two
-    classes that is the threshold of the paper.
+    Predictions are hardened so that each class gets its share of the batch (:func:`hardened`). For two
+    classes, this is the threshold of the paper.
 
     Args:
-        logits: The student's; all positions of a batch, which share the classes.
+        logits: The student's logits; all positions of a batch, which share the classes.
         target: Log-probabilities.
         coefficient: c in [0, 1].
-        shares: Of each class, shape (classes,), >= 0, summing to 1.
+        shares: Share of each class, shape (classes,), >= 0, summing to 1.
 
     References:
         Burns et al. 2023, Weak-to-Strong Generalization (arXiv 2312.09390), section 4.3.
@@ -152,10 +152,10 @@ def log_confidence(
 
 
 def hardened(log_probabilities: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """The likeliest labels that give each class its share of the positions.
+    """Returns the most likely labels that give each class its share of the positions.
 
-    As many seats for each class as its share says, dealt out so that the sum of log-probabilities is as
-    large as it can be (Crouse 2016, the assignment problem).
+    Each class gets a quota of positions according to its share; the labels are assigned so that the sum
+    of log-probabilities is maximal (Crouse 2016, the assignment problem).
 
     Args:
         log_probabilities: (positions, classes), finite.
@@ -177,23 +177,23 @@ def hardened(log_probabilities: torch.Tensor, shares: torch.Tensor) -> torch.Ten
 
 
 def confidence_gate(target: torch.Tensor, threshold: float) -> torch.Tensor:
-    """1 where the likeliest class has at least this probability, else 0; shape (positions,)."""
+    """Returns 1 where the likeliest class has at least this probability, else 0; shape (positions,)."""
     return (target.exp().amax(dim=-1) >= threshold).to(target.dtype)
 
 
 def softened(target: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
-    """log((1 − floor)·p + floor / classes): no class is impossible, so reverse KL stays finite."""
+    """log((1 − floor)·p + floor / classes): no class has probability 0, so reverse KL stays finite."""
     classes = target.shape[-1]
     return ((1 - floor) * _exact(target).exp() + floor / classes).log()
 
 
 def sparse_forward_kl(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy on sampled tokens: in the mean over draws its gradient is that of forward KL.
+    """Cross-entropy on sampled tokens: its expected gradient over draws is that of forward KL.
 
     E[-Σ w·log p] = -Σ q·log p = KL(q ‖ p) + H(q), and H(q) has no gradient in p.
 
     Args:
-        logits: The student's.
+        logits: The student's logits.
         ids: Sampled tokens, (positions, samples).
         weights: Their importance weights, of the same shape.
 
@@ -205,16 +205,16 @@ def sparse_forward_kl(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Te
 
 
 def in_pieces(loss: Loss, logits: torch.Tensor, *targets: torch.Tensor, most: int) -> torch.Tensor:
-    """Applies a loss to some positions at a time, forgets its work, and repeats it for the gradient.
+    """Applies a loss to a few positions at a time and recomputes it in the backward pass.
 
-    Value and gradient are those of all at once; what is as wide as the vocabulary and float32 is there
-    for a piece alone, in the backward pass too.
+    Value and gradient are those of the whole batch; float32 tensors as wide as the vocabulary exist
+    only for one piece at a time, in the backward pass too.
 
     Args:
-        loss: Takes logits and targets.
+        loss: Function of logits and targets.
         logits: (positions, vocabulary), of any precision.
         targets: Each (positions, …).
-        most: Numbers of the vocabulary's width at once; at least one position is.
+        most: Maximum number of vocabulary-wide values at once; a piece has at least one position.
 
     Returns:
         Shape (positions,).
@@ -227,20 +227,20 @@ def in_pieces(loss: Loss, logits: torch.Tensor, *targets: torch.Tensor, most: in
 
 
 def _exact(values: torch.Tensor) -> torch.Tensor:
-    """float64 as it is, all else as float32."""
+    """Keeps float64, and converts everything else to float32."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities at a temperature."""
+    """Returns log-probabilities at a temperature."""
     return F.log_softmax(_exact(logits) / temperature, dim=-1)
 
 
 def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """KL(first ‖ second) of log-probabilities; where first is 0, nothing.
+    """KL(first ‖ second) of log-probabilities; terms where first is 0 contribute 0.
 
-    The difference of the two sums is 0 but for rounding. With it the gradient is exactly 0 where both
-    are equal: an optimizer that divides by the gradient's size would else walk on rounding alone.
+    The difference of the two sums is 0 but for rounding. With it, the gradient is exactly 0 where both
+    are equal: otherwise, an optimizer that normalizes the gradient would follow only rounding errors.
     """
     own, other = first.exp(), second.exp()
     ratio = torch.where(own > 0, first - second, torch.zeros_like(first))
@@ -248,7 +248,7 @@ def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def _quotas(shares: torch.Tensor, positions: int) -> list[int]:
-    """Whole numbers in proportion to the shares, as many as positions (largest remainders)."""
+    """Integer quotas in proportion to the shares that sum to positions (largest-remainder method)."""
     exact = [float(share) * positions for share in shares]
     found = [int(value) for value in exact]
     left = positions - sum(found)

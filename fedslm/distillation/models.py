@@ -1,7 +1,7 @@
-"""The small federated teacher and its larger student, both frozen but for the student's adapter.
+"""The small federated teacher and the larger student; only the student's adapter is trained.
 
-Each gives logits of the *positions* that are learned: the tokens to be predicted of all examples one
-after another, shape (positions, vocabulary), or the classes of each example, shape (examples, classes).
+Both return logits of the *positions* to be learned: the target tokens of all examples, concatenated,
+shape (positions, vocabulary), or the classes of each example, shape (examples, classes).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ TAUGHT = tasks_that(lambda kind: kind.teaches != "nothing")
 
 @dataclass(frozen=True)
 class Reader:
-    """How a model reads records.
+    """The task and tokenizer with which a model reads records.
 
     Attributes:
-        task: What is learned of them.
-        tokenizer: The model's.
+        task: The learning task.
+        tokenizer: The model's tokenizer.
     """
 
     task: Task
@@ -51,11 +51,11 @@ class Reader:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The federated small model S* beside what it was before federation, S0.
+    """The federated small model S*, and its state before federation, S0.
 
     Attributes:
         trained: The loaded model; its adapter is overwritten.
-        tuned: S*: the adapter that teaches.
+        tuned: S*: the adapter used for teaching.
     """
 
     trained: Trained
@@ -63,30 +63,30 @@ class Teacher:
 
     @property
     def task(self) -> Task:
-        """What it learned."""
+        """The task that the model learned."""
         return self.trained.task
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The small model's."""
+        """The small model's tokenizer."""
         return self.trained.model.tokenizer
 
     @property
     def reader(self) -> Reader:
-        """How it reads."""
+        """The small model's task and tokenizer."""
         return Reader(self.task, self.tokenizer)
 
     def of(self, adapter: AdapterState) -> Teacher:
-        """The same model with another adapter."""
+        """Returns the same model with another adapter."""
         return replace(self, tuned=adapter)
 
     def logits(self, examples: Sequence[Example]) -> torch.Tensor:
-        """What S* says, without gradient."""
+        """Returns the logits of S*, without gradient."""
         self.trained.model.adapter.write(self.tuned)
         return _frozen_positions(self.trained.model, self.task, examples)
 
     def untuned_logits(self, examples: Sequence[Example]) -> torch.Tensor:
-        """What S0 says, without gradient; a new head is untrained."""
+        """Returns the logits of S0, without gradient; a new head is untrained."""
         model = self.trained.model
         if not self.trained.has_new_head:
             with model.adapter.disabled():
@@ -97,15 +97,15 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Student:
-    """The larger shared model with its adapter.
+    """The larger model with its adapter.
 
     Attributes:
         model: The loaded model.
-        task: The same as the teacher's, in the student's tokens.
-        lora: How its adapter is shaped.
+        task: The teacher's task, in the student's tokens.
+        lora: Settings of the student's adapter.
         config: The student's model section.
-        seed: Seed of the starting adapter, and of the order of what it learns.
-        start: Where it goes on from, instead of a new adapter.
+        seed: Seed of the starting adapter, and of the order of examples.
+        start: Adapter to continue from, instead of a new one.
     """
 
     model: LoadedModel
@@ -124,32 +124,32 @@ class Student:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The larger model's."""
+        """The larger model's tokenizer."""
         return self.model.tokenizer
 
     @property
     def reader(self) -> Reader:
-        """How it reads."""
+        """The student's task and tokenizer."""
         return Reader(self.task, self.tokenizer)
 
     def logits(self, examples: Sequence[Example]) -> torch.Tensor:
-        """What the student says, with gradient."""
+        """Returns the student's logits, with gradient."""
         return _positions(*forward(self.model, self.task, examples))
 
     def base_logits(self, examples: Sequence[Example]) -> torch.Tensor:
-        """L0: what the student says without its adapter, without gradient (language)."""
+        """Returns L0: the student's logits without its adapter and without gradient (language only)."""
         with self.model.adapter.disabled():
             return _frozen_positions(self.model, self.task, examples)
 
 
 def _frozen_positions(model: LoadedModel, task: Task, examples: Sequence[Example]) -> torch.Tensor:
-    """Logits of the positions, without gradient."""
+    """Returns the logits of the positions, without gradient."""
     with torch.no_grad():
         return _positions(*forward(model, task, examples))
 
 
 def _positions(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The logits that something is to be learned from."""
+    """Selects the logits of the positions to be learned."""
     if logits.dim() == 2:
         return logits
     following, labels = tokens.shifted(logits, batch["labels"])
@@ -159,10 +159,10 @@ def _positions(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Te
 def student_sections(
     settings: DistillConfig, task: TaskConfig
 ) -> tuple[ModelConfig, LoraConfig, TaskConfig]:
-    """The student's model and adapter sections, and its task.
+    """Returns the student's model and adapter sections, and its task.
 
     Raises:
-        ConfigError: No student is named.
+        ConfigError: No student is configured.
     """
     if settings.student is None:
         message = "is missing; give the larger model's hub name or directory"
@@ -181,10 +181,10 @@ def student_sections(
 
 
 def load_teacher(run: TunedModel, settings: DistillConfig) -> Teacher:
-    """Loads a finished run's model where the student computes.
+    """Loads a federated model on the student's device.
 
     Raises:
-        ConfigError: Its task cannot be taught.
+        ConfigError: The task does not support distillation.
         ModelError: As :func:`fedslm.inference.trained.load_trained`.
     """
     check_task(run)
@@ -200,10 +200,10 @@ def load_student(
     Args:
         run: The federated model that teaches.
         settings: The ``[distill]`` section.
-        load: Loads the base and attaches an adapter.
+        load: Function that loads the base model and attaches an adapter.
 
     Raises:
-        ModelError: It cannot be loaded for the run's task.
+        ModelError: The student cannot be loaded for the run's task.
     """
     model, lora, task = student_sections(settings, run.task)
     loaded = load(model, lora, task, len(run.labels))
@@ -213,20 +213,20 @@ def load_student(
 
 
 def student_reader(run: TunedModel, settings: DistillConfig) -> Reader:
-    """How the student will read, without its weights.
+    """Returns the student's task and tokenizer, without loading its weights.
 
     Raises:
-        ModelError: It has no tokenizer.
+        ModelError: The student has no tokenizer.
     """
     model, _, task = student_sections(settings, run.task)
     return Reader(build(task, run.data, run.labels), load_tokenizer(resolve(model)))
 
 
 def check_task(run: TunedModel) -> None:
-    """Refuses a run whose task has no distillation, or that has no global model.
+    """Refuses a run without a global model, or whose task does not support distillation.
 
     Raises:
-        ConfigError: With the tasks that have one.
+        ConfigError: Lists the tasks that support it.
     """
     if run.method == "fedsa":
         message = 'value "fedsa" left B and the head with each client: there is no teacher model'
@@ -237,11 +237,11 @@ def check_task(run: TunedModel) -> None:
 
 
 def check_student(run: TunedModel, settings: DistillConfig) -> None:
-    """Refuses the teacher's own base as student, before anything is loaded.
+    """Refuses the teacher's own base model as the student, before anything is loaded.
 
     Raises:
-        ConfigError: No student is named.
-        ModelError: It is the base of the teacher.
+        ConfigError: No student is configured.
+        ModelError: The student is the teacher's base model.
     """
     model, *_ = student_sections(settings, run.task)
     same_name = model.base == run.model.base
@@ -253,10 +253,10 @@ def check_student(run: TunedModel, settings: DistillConfig) -> None:
 
 
 def find_student(model: ModelConfig) -> Path | None:
-    """The student's local directory; None if it can only be a hub name.
+    """Returns the student's local directory; None if it can only be a hub name.
 
     Raises:
-        ModelError: It is a path, and there is no model.
+        ModelError: It is a path that does not contain a model.
     """
     try:
         return local(model)
@@ -265,7 +265,7 @@ def find_student(model: ModelConfig) -> Path | None:
 
 
 def warn_if_smaller(teacher: Teacher, student: Student) -> str | None:
-    """A warning if the student has fewer parameters than its teacher; None if not."""
+    """Returns a warning if the student has fewer parameters than its teacher; None otherwise."""
     sizes = [
         sum(parameter.numel() for parameter in model.adapter.network.parameters())
         for model in (student.model, teacher.trained.model)
@@ -281,10 +281,10 @@ def warn_if_smaller(teacher: Teacher, student: Student) -> str | None:
 
 
 def shared_vocabulary(run: TunedModel, settings: DistillConfig) -> int | None:
-    """Number of tokens that both models name alike, from their files; None if their tokenizers differ.
+    """Returns the number of tokens that both tokenizer files name identically; None if they differ.
 
-    Rows of a model beyond it are padding: the same tokenizer may stand before matrices of several
-    heights (Qwen2.5: 151,936 and 152,064), and no token is there to tell them apart.
+    A model's rows beyond it are padding: the same tokenizer may be used with matrices of several
+    heights (Qwen2.5: 151,936 and 152,064), and no token corresponds to the additional rows.
 
     Raises:
         ModelError: A model or its tokenizer cannot be found.
@@ -300,6 +300,6 @@ def shared_vocabulary(run: TunedModel, settings: DistillConfig) -> int | None:
 
 
 def _split_alike(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers with the same tokens cut texts alike: normalisation may differ."""
+    """Whether two tokenizers with the same tokens split texts identically: normalization may differ."""
     texts = ["The Patient's BP: 120/80", " leading  spaces", "naïve café 5\u00b5g\n\nend", "你好"]
     return all(first(text)["input_ids"] == second(text)["input_ids"] for text in texts)

@@ -1,4 +1,4 @@
-"""What the student is drawn to at each position, and how strongly: one loss for each method."""
+"""Distillation targets per position, and one loss for each method."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fedslm.distillation.models import LANGUAGE, Student, Teacher
 from fedslm.distillation.schedule import confidence_coefficient
 from fedslm.errors import ConfigError, Problem
 
-_MOST_NUMBERS = 1 << 24  # float32 numbers of vocabulary-wide work at once: 64 MiB
+_MOST_NUMBERS = 1 << 24  # float32 values of vocabulary-wide work at once: 64 MiB
 ONLY_CLASSES = ("gated-reverse-kl", "log-confidence")
 ONLY_LANGUAGE = ("proxy-target", "sequence")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What one batch of positions should become, without gradient.
+    """Targets for one batch of positions, without gradient.
 
     Attributes:
         log_probabilities: (positions, vocabulary), float32; None if sampled.
-        ids: Sampled tokens, (positions, samples); None if whole.
+        ids: Sampled tokens, (positions, samples); None if not sampled.
         weights: Their importance weights, of the same shape.
     """
 
@@ -37,13 +37,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Objective:
-    """A method with its settings.
+    """A distillation method with its settings.
 
     Attributes:
-        method: Any but "auto".
+        method: Any method other than "auto".
         settings: Temperatures, weights and thresholds.
-        vocabulary: Tokens that both models share; for classes their number.
-        steps: Optimizer steps in all.
+        vocabulary: Number of tokens that both models share; for classification, the number of classes.
+        steps: Total number of optimizer steps.
     """
 
     method: DistillMethod
@@ -52,7 +52,7 @@ class Objective:
     steps: int
 
     def target(self, teacher: Teacher, student: Student | None, contexts: Sequence[Context]) -> Target:
-        """What the teacher wants of these contexts; proxy-target asks the plain student too."""
+        """Computes the targets for these contexts; proxy-target also runs the plain student."""
         examples = [context.teacher for context in contexts]
         tuned = teacher.logits(examples)[:, : self.vocabulary]
         if self.method == "proxy-target":
@@ -73,17 +73,17 @@ class Objective:
 
     @property
     def temperature(self) -> float:
-        """Of both models; methods that have none use 1."""
+        """Temperature of both models; methods without a temperature use 1."""
         tempered = self.method in ("forward-kl", "reverse-kl", "jsd")
         return self.settings.temperature if tempered else 1.0
 
     def loss(self, logits: torch.Tensor, target: Target, step: int) -> torch.Tensor:
-        """Sum of the positions' losses, float32, with gradient.
+        """Returns the sum of the losses over positions, float32, with gradient.
 
         Args:
-            logits: The student's, (positions, its vocabulary).
+            logits: The student's logits, (positions, student vocabulary).
             target: From :meth:`target`.
-            step: Number of this optimizer step, from 0.
+            step: Number of this optimizer step, counted from 0.
         """
         logits = logits[:, : self.vocabulary]
         if target.log_probabilities is None:
@@ -92,12 +92,12 @@ class Objective:
             sparse = (target.ids, target.weights)
             return losses.in_pieces(losses.sparse_forward_kl, logits, *sparse, most=_MOST_NUMBERS).sum()
         wanted = target.log_probabilities.to(logits.device)
-        if self.method == "log-confidence":  # its shares are those of the whole batch
+        if self.method == "log-confidence":  # its class shares are those of the whole batch
             return self._log_confidence(logits, wanted, step).sum()
         return losses.in_pieces(self._per_position(), logits, wanted, most=_MOST_NUMBERS).sum()
 
     def _per_position(self) -> Callable[..., torch.Tensor]:
-        """The loss of each position."""
+        """Returns the loss function of a position."""
         settings, temperature = self.settings, self.temperature
         match self.method:
             case "forward-kl" | "proxy-target":
@@ -114,12 +114,12 @@ class Objective:
                 assert_never(self.method)
 
     def _gated(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Reverse KL where the teacher is sure, nothing elsewhere."""
+        """Reverse KL where the teacher is confident, 0 elsewhere."""
         gate = losses.confidence_gate(target, self.settings.confidence)
         return gate * losses.reverse_kl(logits, losses.softened(target))
 
     def _log_confidence(self, logits: torch.Tensor, target: torch.Tensor, step: int) -> torch.Tensor:
-        """The teacher's soft labels, and more and more the student's own hardened ones."""
+        """Mixes the teacher's soft labels with the student's hardened ones, whose weight increases."""
         most = self.settings.self_confidence
         coefficient = confidence_coefficient(step, self.steps, most)
         return losses.log_confidence(logits.float(), target, coefficient, target.exp().mean(dim=0))
@@ -133,15 +133,15 @@ _NEEDS_BOTH = Problem(
 
 
 def resolved_method(settings: DistillConfig, task_name: str, vocabulary: int | None) -> DistillMethod:
-    """The method that will run.
+    """Returns the method that will run.
 
     Args:
-        settings: What was asked.
+        settings: The requested settings.
         task_name: The run's task.
-        vocabulary: Tokens that both models share; None if their tokenizers differ.
+        vocabulary: Number of tokens that both models share; None if their tokenizers differ.
 
     Raises:
-        ConfigError: The method does not go with the task or with the tokenizers; names one that does.
+        ConfigError: The method does not support the task or the tokenizers; names one that does.
     """
     method, language = settings.method, task_name in LANGUAGE
     if method == "auto":

@@ -1,6 +1,6 @@
-"""From public records to a trained student, in two halves: the teacher speaks, then the student learns.
+"""Trains a student from public records in two halves: first the teacher's targets, then the training.
 
-The halves share nothing but files and, in one pass, the teacher in memory.
+The halves share only files and, in one-pass mode, the teacher in memory.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ _CONTEXTS, _TEXTS, _TARGETS, _STEPS = "contexts.jsonl", "texts.jsonl", "targets"
 
 
 class Watcher(Protocol):
-    """Is told how a distillation goes."""
+    """Receives the progress of a distillation."""
 
     def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """So much of a stage is done."""
+        """Called when so much of a stage is done."""
 
 
 @dataclass(frozen=True)
 class DistillationJob:
-    """What is to be taught, and how.
+    """Everything that defines one distillation.
 
     Attributes:
-        run: Whose model teaches.
-        settings: With a method that is not "auto".
-        vocabulary: Tokens that both models share, or classes; 0 where nothing is compared.
+        run: The run whose model teaches.
+        settings: Settings with a method other than "auto".
+        vocabulary: Number of tokens that both models share, or of classes; 0 if none are compared.
         rows: Public records.
-        general: General text in the student's tokens, to hold it near itself.
+        general: General text in the student's tokens, to keep the student close to its original state.
     """
 
     run: TunedModel
@@ -66,7 +66,7 @@ class DistillationJob:
 
     @property
     def objective(self) -> Objective:
-        """The method with its settings."""
+        """Returns the method with its settings."""
         settings = self.settings
         return Objective(settings.method, settings, self.vocabulary, settings.steps)
 
@@ -79,14 +79,14 @@ class DistillationJob:
 def prepare_contexts(
     job: DistillationJob, teacher: Teacher, reader: Reader, directory: Path, watcher: Watcher
 ) -> None:
-    """Writes down all that the teacher has to say; what an interrupted call wrote stays.
+    """Writes the contexts and stored targets to disk; results of an interrupted call are kept.
 
     Args:
-        job: What is taught.
-        teacher: The model that speaks, with the adapter that is to be distilled.
-        reader: How the student reads.
-        directory: Where contexts (or texts) and, for two passes, targets go.
-        watcher: Is told how it goes.
+        job: The distillation job.
+        teacher: The model that teaches, with the adapter to be distilled.
+        reader: The student's task and tokenizer.
+        directory: Directory for contexts (or texts) and, with two passes, targets.
+        watcher: Receives progress.
 
     Raises:
         DataError: No public record can be used.
@@ -108,14 +108,14 @@ def prepare_contexts(
 def train_student(
     job: DistillationJob, student: Student, teacher: Teacher | None, directory: Path, watcher: Watcher
 ) -> tuple[AdapterState, list[float]]:
-    """Trains the student on what :func:`prepare_contexts` wrote.
+    """Trains the student on the files that :func:`prepare_contexts` wrote.
 
     Args:
-        job: What is taught.
+        job: The distillation job.
         student: Its adapter is overwritten.
         teacher: The same as in :func:`prepare_contexts`; None in the second of two passes.
-        directory: The same, too.
-        watcher: Is told how it goes.
+        directory: The same as in :func:`prepare_contexts`.
+        watcher: Receives progress.
 
     Returns:
         The student's adapter, and the loss of each step.
@@ -146,7 +146,7 @@ def train_student(
 def _contexts(
     job: DistillationJob, teacher: Teacher, reader: Reader, watcher: Watcher
 ) -> Sequence[Context]:
-    """What the method shows."""
+    """Returns the contexts that the method uses."""
     alone = job.settings.method == "labels"
     if job.is_language:
         if alone:
@@ -166,7 +166,7 @@ def _contexts(
 def _source(
     job: DistillationJob, student: Student, teacher: Teacher | None, directory: Path
 ) -> TargetSource | None:
-    """Where targets come from; none where labels or texts are learned."""
+    """Returns the source of targets; None where labels or texts are learned."""
     if job.settings.method in ("labels", "sequence"):
         return None
     if job.settings.cached_samples or teacher is None:
@@ -175,7 +175,7 @@ def _source(
 
 
 def _stage(watcher: Watcher, name: str) -> OnProgress:
-    """Progress under a name."""
+    """Returns a progress callback for a named stage."""
 
     def told(done: int, total: int) -> None:
         watcher.on_progress(name, done, total)

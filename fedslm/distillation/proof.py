@@ -1,6 +1,6 @@
-"""Proof of transfer: did the clients' knowledge arrive, or would the public records have done?
+"""Proof of transfer: does the student gain from the clients' knowledge, or only from public records?
 
-A gain is claimed only if the paired interval of the federated arm over *every* control lies above 0.
+A gain is claimed only if the paired interval of the federated arm over *every* control is above 0.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ _FEWEST_RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class ProofRequest:
-    """What is to be proved, on what.
+    """Data and settings of a transfer proof.
 
     Attributes:
-        tests: Records of the private distribution, which nothing was trained on.
-        probe: Records that only some clients could know; a column "group" tells them apart.
-        general: General text in the student's tokens that nothing was held by.
-        seeds: How many starting adapters and orders each arm is trained with, >= 1.
-        resamples: Bootstrap resamples, >= 1000.
-        ceiling: Train the student on all private records too, where a simulation has them.
+        tests: Records of the private distribution that no model was trained on.
+        probe: Records that only some clients could know; the column "group" separates them.
+        general: General text in the student's tokens that was not used for regularization.
+        seeds: Number of starting adapters and data orders used for each arm, >= 1.
+        resamples: Number of bootstrap resamples, >= 1000.
+        ceiling: Also train the student on all private records, if a simulation has them.
 
     Raises:
         ConfigError: A number is too small.
@@ -80,11 +80,11 @@ class ProofRequest:
 
 
 def prove(trainer: ControlTrainer, question: ProofRequest) -> dict[str, Any]:
-    """Trains every arm and compares them.
+    """Trains every arm and compares the arms.
 
     Args:
         trainer: Both models.
-        question: On what, with how many seeds.
+        question: Test data and number of seeds.
 
     Returns:
         The "proof" of ``distill.json``.
@@ -133,7 +133,7 @@ Adapters = Mapping[str, Sequence[AdapterState]]
 def _trained(
     trainer: ControlTrainer, question: ProofRequest
 ) -> tuple[dict[str, list[AdapterState]], dict[str, str]]:
-    """Each arm's adapters, one for each seed; and the arms that cannot be run, and why."""
+    """Each arm's adapters, one per seed; and the arms that cannot be run, with reasons."""
     adapters: dict[str, list[AdapterState]] = {}
     left_out: dict[str, str] = {}
     seeds = range(trainer.job.run.seed, trainer.job.run.seed + question.seeds)
@@ -176,17 +176,17 @@ def _statistics(
 
 
 def _mean(several: Sequence[Statistics]) -> Statistics:
-    """Statistics of each record, averaged over seeds."""
+    """Averages the statistics of each record over seeds."""
     return {name: np.mean([each[name] for each in several], axis=0) for name in several[0]}
 
 
 def _metrics(found: Statistics, trainer: ControlTrainer) -> dict[str, float]:
-    """The task's metrics."""
+    """Returns the task's metrics."""
     return trainer.teacher.task.metrics({name: each.sum(axis=0) for name, each in found.items()})
 
 
 def _estimate(found: Statistics, trainer: ControlTrainer, draws: Draws) -> Estimate:
-    """An arm's headline with its interval."""
+    """Returns an arm's main metric with its interval."""
     task = trainer.teacher.task
     return compare((found, found), task.metrics, draws)[task.headline].tuned
 
@@ -194,7 +194,7 @@ def _estimate(found: Statistics, trainer: ControlTrainer, draws: Draws) -> Estim
 def _gain(
     control: Statistics, federated: Statistics, trainer: ControlTrainer, draws: Draws
 ) -> Estimate:
-    """How much better the federated arm is than a control, in pairs; positive is better."""
+    """Paired improvement of the federated arm over a control; positive is better."""
     task = trainer.teacher.task
     difference = compare((control, federated), task.metrics, draws)[task.headline].difference
     if task.headline not in LOWER_IS_BETTER:
@@ -203,7 +203,7 @@ def _gain(
 
 
 def _recovered(arms: Mapping[str, Any], *, lower: bool) -> float | None:
-    """Share of the ceiling's gain over the plain student that arrived; None if the ceiling has none."""
+    """Share of the ceiling's gain over the plain student that was reached; None if it has no gain."""
     if POOLED not in arms:
         return None
     sign = -1.0 if lower else 1.0
@@ -214,7 +214,7 @@ def _recovered(arms: Mapping[str, Any], *, lower: bool) -> float | None:
 
 
 def _probe(trainer: ControlTrainer, adapters: Adapters, rows: Rows, headline: str) -> dict[str, Any]:
-    """The headline of each arm on each group of the probe."""
+    """Returns the main metric of each arm on each group of the probe."""
     if not rows:
         return {"probe": {}, "probe_groups": []}
     tests = tests_of(rows, trainer.teacher.reader, trainer.student.reader)
@@ -229,7 +229,7 @@ def _probe(trainer: ControlTrainer, adapters: Adapters, rows: Rows, headline: st
 
 
 def _of_group(found: Statistics, groups: Sequence[str], name: str) -> Statistics:
-    """Statistics of the records of one group."""
+    """Returns statistics of the records of one group."""
     chosen = np.array([group == name for group in groups])
     return {key: values[chosen] for key, values in found.items()}
 
@@ -237,7 +237,7 @@ def _of_group(found: Statistics, groups: Sequence[str], name: str) -> Statistics
 def _general(
     trainer: ControlTrainer, adapters: Adapters, examples: Sequence[Example]
 ) -> dict[str, Any] | None:
-    """Perplexity on general text before and after; None where there is none."""
+    """Perplexity on general text before and after; None if there is no such text."""
     if not examples or not trainer.job.is_language:
         return None
     task, model = general_task(trainer.job.run), trainer.student.model

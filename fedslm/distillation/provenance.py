@@ -1,9 +1,9 @@
-"""Why nothing is spent: the chain of hashes from the federated adapter to the student's.
+"""Why distillation spends no budget: the hash chain from the federated adapter to the student's.
 
-A distillation reads the adapter, public records and the student. What is computed from a private
-release and from what is public is post-processing: it has the release's (epsilon, delta). What would
-break it: private records among the public ones, a checkpoint or setting chosen by a figure on private
-records, or a teacher that is not the released adapter.
+A distillation reads the adapter, public records and the student. A result computed from a private
+release and from public data is post-processing: it has the release's (epsilon, delta). The following
+would break it: private records among the public ones, a checkpoint or setting chosen by a metric on
+private records, or a teacher that is not the released adapter.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fedslm.records import INFINITE, AdapterState
 
 @dataclass(frozen=True)
 class LedgerMark:
-    """How far a node's ledger had come.
+    """The state of a node's ledger at one point in time.
 
     Attributes:
-        charges: Number of its charges.
+        charges: Number of charges in the ledger.
         head: Hash of its last entry.
     """
 
@@ -34,10 +34,10 @@ class LedgerMark:
 
 
 def ledgers_of(directory: Path) -> dict[str, LedgerMark]:
-    """The ledgers of a simulation's nodes, by name; those of real nodes lie with them.
+    """The ledgers of a simulation's nodes, by name; real nodes keep their own.
 
     Raises:
-        LedgerError: One is damaged.
+        LedgerError: A ledger is damaged.
     """
     found = {}
     for node in sorted((directory / layout.NODES).glob("client-*")):
@@ -48,15 +48,15 @@ def ledgers_of(directory: Path) -> dict[str, LedgerMark]:
 
 
 def chain_of(run: FinishedRun, adapter: AdapterState, before: dict[str, LedgerMark]) -> dict[str, Any]:
-    """What the student's adapter inherits, and from what.
+    """Returns the guarantee that the student's adapter inherits, and its source.
 
     Args:
-        run: The teacher's.
-        adapter: The student's.
-        before: :func:`ledgers_of` before the distillation.
+        run: The teacher's run.
+        adapter: The student's adapter.
+        before: Result of :func:`ledgers_of` before the distillation.
 
     Raises:
-        PrivacyError: A ledger moved meanwhile: somebody trains on the same nodes.
+        PrivacyError: A ledger changed meanwhile: another process trains on the same nodes.
     """
     after = ledgers_of(run.directory)
     if after != before:

@@ -1,4 +1,4 @@
-"""The public records that both models are shown, and whether they are what they say."""
+"""The public records that both models read, and the check that they contain no test records."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Overlap:
-    """Test records that the public records hold too.
+    """Test records that also occur in the public records.
 
     Attributes:
-        records: Test records.
-        found: Those that public records hold, by :func:`without_overlap`.
-        dropped: Public records that were left out because of it.
+        records: Number of test records.
+        found: Number of test records contained in public records, see :func:`without_overlap`.
+        dropped: Number of public records that were dropped because of it.
     """
 
     records: int
@@ -38,11 +38,11 @@ class Overlap:
 
 
 def public_rows(run: TunedModel, settings: DistillConfig) -> Rows:
-    """Reads the public records; they need the text's columns alone.
+    """Reads the public records; they need only the text columns.
 
     Raises:
-        ConfigError: No source is named.
-        DataError: It cannot be read, is the private training split, or lacks a column.
+        ConfigError: No source is configured.
+        DataError: The source cannot be read, is the private training split, or lacks a column.
     """
     if settings.source is None:
         message = "is missing; give public records: a hub name or a path (--data)"
@@ -51,7 +51,7 @@ def public_rows(run: TunedModel, settings: DistillConfig) -> Rows:
 
 
 def rows_of(run: TunedModel, source: str, split: str, most: int) -> Rows:
-    """Reads records that are said to be public.
+    """Reads records that are declared public.
 
     Raises:
         DataError: As :func:`public_rows`.
@@ -73,30 +73,30 @@ def rows_of(run: TunedModel, source: str, split: str, most: int) -> Rows:
 
 
 def text_columns(run: TunedModel) -> list[str]:
-    """Columns that a model reads, without the label."""
+    """Returns the columns that a model reads, without the label."""
     return [column for key, column in needed(run.data, run.task).items() if key != _LABEL]
 
 
 def without_overlap(
     rows: Rows, tests: Sequence[Row], columns: Sequence[str], *, drop: bool
 ) -> tuple[Rows, Overlap]:
-    """Looks for test records among public ones: what is measured on them would flatter.
+    """Searches the public records for test records, on which metrics would be too optimistic.
 
-    A test record is there if a public one has the same text, or if half of its words or more stand in
-    runs of 13 words that public ones hold too (as Touvron et al. 2023, arXiv 2307.09288, A.6, count
-    it).
+    A test record counts as contained if a public record has the same text, or if at least half of its
+    words are in runs of 13 words that public records also contain (as in Touvron et al. 2023, arXiv
+    2307.09288, A.6).
 
     Args:
         rows: Public records.
         tests: Records of the private distribution that transfer is measured on.
-        columns: What is compared; case, spaces and Unicode forms make no difference.
-        drop: Leave such public records out, instead of refusing.
+        columns: Columns to compare; case, spaces and Unicode form are ignored.
+        drop: Drop such public records instead of refusing.
 
     Returns:
-        The public records to use, and what was found.
+        The public records to use, and the overlap that was found.
 
     Raises:
-        DataError: More than one in a hundred test records is there, and ``drop`` is not set.
+        DataError: More than one in a hundred test records is contained, and ``drop`` is not set.
     """
     public = [_marks(row, columns) for row in rows]
     known = {mark for marks in public for mark in marks}
@@ -117,7 +117,7 @@ def without_overlap(
 
 
 def _marks(row: Row, columns: Sequence[str]) -> list[int]:
-    """Hashes of a record's whole text (first), and of each run of words in it."""
+    """Hashes of a record's whole text (first), and of each run of 13 words in it."""
     whole = "\x1f".join(normalised(row[column]) for column in columns)
     words = _WORD.findall(whole)
     runs = (words[start : start + _RUN_OF_WORDS] for start in range(len(words) - _RUN_OF_WORDS + 1))
@@ -125,7 +125,7 @@ def _marks(row: Row, columns: Sequence[str]) -> list[int]:
 
 
 def _is_held(marks: Sequence[int], known: set[int]) -> bool:
-    """Whether public records hold a test record: as a whole, or in runs that cover half of it."""
+    """Whether public records contain a test record: as a whole, or in runs that cover half of it."""
     whole, *runs = marks
     if whole in known:
         return True

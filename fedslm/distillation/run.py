@@ -1,10 +1,10 @@
-"""One distillation from beginning to end, in a directory of its own that survives a crash.
+"""Runs one distillation in its own directory; an interrupted one can be resumed.
 
-asked.json                 what was asked, of which models, on which data
-contexts.jsonl             what both models were shown
-targets/ steps/            what the teacher said (two passes), and where to go on; gone at the end
-adapter/                   the student's adapter as PEFT writes it, its tokenizer and its model card
-distill.json .md .png      what came out
+asked.json                 the settings, models and data of the distillation
+contexts.jsonl             the contexts that both models read
+targets/ steps/            stored targets (two passes) and checkpoints; removed at the end
+adapter/                   the student's adapter in PEFT's format, its tokenizer and its model card
+distill.json .md .png      the report
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ _WORK = ("targets", "steps", "texts.jsonl", _PROOF)
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """A distillation that can begin.
+    """A checked distillation that is ready to start.
 
     Attributes:
-        run: Whose federated model teaches.
-        job: What is taught, and how.
-        tests: Test records of the private distribution; none if the run's are gone.
-        general: General text that perplexity is measured on.
-        overlap: How many of them the public records hold.
+        run: The run whose federated model teaches.
+        job: The distillation job.
+        tests: Test records of the private distribution; empty if the run's split no longer exists.
+        general: General text for measuring perplexity.
+        overlap: Number of test records that the public records contain.
         student_sha256: Hash of the student's files.
     """
 
@@ -87,7 +87,7 @@ class PreparedJob:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two distillations the same."""
+        """The values that must be equal for two distillations to be the same."""
         job, run = self.job, self.run
         rows = json.dumps(job.rows, sort_keys=True, default=str).encode()
         return {
@@ -105,14 +105,14 @@ def prepare(run: FinishedRun, settings: DistillConfig, *, drop_overlap: bool = F
     """Checks everything that can be checked before a model is loaded.
 
     Args:
-        run: Whose federated model teaches.
+        run: The run whose federated model teaches.
         settings: The ``[distill]`` section.
-        drop_overlap: Leave out public records that hold test records, instead of refusing.
+        drop_overlap: Drop public records that contain test records, instead of refusing.
 
     Raises:
-        ConfigError: Something is missing, or the method does not go with task or tokenizers.
-        DataError: The public records are unusable, private, or hold the test records.
-        ModelError: The student is the teacher's base, or one of them cannot be found.
+        ConfigError: A setting is missing, or the method does not support the task or tokenizers.
+        DataError: The public records are unusable, private, or contain the test records.
+        ModelError: The student is the teacher's base model, or one of them cannot be found.
     """
     tests = tests_there(run)
     job, overlap = job_of(run, settings, tests, drop_overlap=drop_overlap)
@@ -124,7 +124,7 @@ def prepare(run: FinishedRun, settings: DistillConfig, *, drop_overlap: bool = F
 def job_of(
     teacher: TunedModel, settings: DistillConfig, tests: Rows, *, drop_overlap: bool = False
 ) -> tuple[DistillationJob, public.Overlap]:
-    """What a federated model can teach, and which of the test records the public ones hold.
+    """Builds the distillation job, and reports which test records the public ones contain.
 
     Args:
         teacher: The federated model.
@@ -152,25 +152,25 @@ def job_of(
 def distill(
     prepared: PreparedJob, directory: Path, watcher: Watcher, question: ProofRequest | None = None
 ) -> dict[str, Any]:
-    """Teaches the student and writes its adapter, its model card and the report.
+    """Trains the student and writes its adapter, its model card and the report.
 
     Formal guarantee: whatever is written is a function of the federated adapter, the public records,
     the student and seeds; no private record is read. If the adapter is (epsilon, delta)-differentially
     private, so is the student's, at no further cost (post-processing; Dwork and Roth 2014, Proposition
-    2.1). Test records are read after training, for figures that choose nothing. A proof's ceiling reads
+    2.1). Test records are read after training, for metrics that select nothing. A proof's ceiling reads
     the private records of a simulation; its adapter is not kept.
 
     Args:
-        prepared: From :func:`prepare`.
-        directory: A new one, or that of the same, interrupted distillation, which goes on.
-        watcher: Is told how it goes.
-        question: What is to be proved; None: nothing.
+        prepared: Result of :func:`prepare`.
+        directory: A new directory, or that of the same interrupted distillation, which is resumed.
+        watcher: Receives progress.
+        question: Data and settings of a transfer proof; None: no proof.
 
     Returns:
         The content of ``distill.json``.
 
     Raises:
-        RunError: The directory holds something else, or cannot be written.
+        RunError: The directory contains something else, or cannot be written.
     """
     began = time.monotonic()
     with working(directory, prepared.identity) as path:
@@ -204,7 +204,7 @@ def distill(
 def _taught(
     job: DistillationJob, path: Path, watcher: Watcher
 ) -> tuple[Teacher, Student, AdapterState, list[float]]:
-    """Both models, the student's adapter and the losses; in two passes one model is there at a time."""
+    """Returns models, adapter and losses; with two passes, only one model is loaded at a time."""
     teacher = load_teacher(job.run, job.settings)
     prepare_contexts(job, teacher, student_reader(job.run, job.settings), path, watcher)
     if not job.settings.cached_samples:
@@ -219,7 +219,7 @@ def _taught(
 
 
 def _tidy(path: Path) -> None:
-    """Removes what only an interrupted distillation needs."""
+    """Removes files that only an interrupted distillation needs."""
     for name in _WORK:
         shutil.rmtree(path / name, ignore_errors=True)
         (path / name).unlink(missing_ok=True)
@@ -227,10 +227,11 @@ def _tidy(path: Path) -> None:
 
 @contextmanager
 def working(directory: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """A directory for one piece of work, held against other processes.
+    """Yields a directory for one piece of work, locked against other processes.
 
     Raises:
-        RunError: It is finished, belongs to other work, is in use, or cannot be made.
+        RunError: The work is finished, or the directory belongs to other work, is in use, or cannot be
+            created.
     """
     path = directory.expanduser().absolute()
     if (path / layout.DISTILL_REPORT).exists():
@@ -250,7 +251,7 @@ def working(directory: Path, identity: dict[str, Any]) -> Iterator[Path]:
 
 
 def _claim(path: Path, identity: dict[str, Any]) -> None:
-    """Writes what is asked, or sees that it is what was asked before."""
+    """Writes the request, or checks that it equals the earlier one."""
     if not path.exists():
         write_text(path, json.dumps(identity, indent=2) + "\n")
         return
@@ -267,7 +268,7 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
 
 
 def tests_there(run: TunedModel) -> Rows:
-    """The run's own evaluation split, if it is still there."""
+    """Returns the run's own evaluation split, if it still exists."""
     try:
         return own_rows(run)
     except DataError:
@@ -275,7 +276,7 @@ def tests_there(run: TunedModel) -> Rows:
 
 
 def _general(run: TunedModel, settings: DistillConfig, split: str) -> tuple[Example, ...]:
-    """General text in the student's tokens; none if no source is named or classes are learned."""
+    """Returns general text in the student's tokens; empty without a source, or for classification."""
     if settings.general_source is None or run.task.name not in LANGUAGE:
         return ()
     reader = student_reader(run, settings)
@@ -283,7 +284,7 @@ def _general(run: TunedModel, settings: DistillConfig, split: str) -> tuple[Exam
 
 
 def _description(prepared: PreparedJob) -> dict[str, Any]:
-    """What was asked, for the report."""
+    """Describes the request, for the report."""
     job, run = prepared.job, prepared.run
     return {
         **prepared.identity,
@@ -305,7 +306,7 @@ def _description(prepared: PreparedJob) -> dict[str, Any]:
 def _figures(
     prepared: PreparedJob, teacher: Teacher, student: Student, adapter: AdapterState
 ) -> dict[str, Any]:
-    """Metrics of teacher, student and distilled student on the run's evaluation split."""
+    """Returns metrics of teacher, student and distilled student on the run's evaluation split."""
     found: dict[str, Any] = {"headline": teacher.task.headline, "metrics": {}, "general": None}
     run = prepared.run
     if prepared.tests:
@@ -326,5 +327,5 @@ def _figures(
 
 
 def _sums(found: Statistics) -> dict[str, NDArray[np.float64]]:
-    """Statistics added up."""
+    """Sums statistics over records."""
     return {name: values.sum(axis=0) for name, values in found.items()}

@@ -1,4 +1,4 @@
-"""How rates and weights move over a distillation's steps."""
+"""Schedules of rates and weights over a distillation's steps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 
 
 def learning_rate(step: int, steps: int, peak: float, warm_up: float = 0.03) -> float:
-    """Linear to the peak over the first share of steps, then a cosine to 0.
+    """Returns a rate that rises linearly to the peak, then falls to 0 along a cosine.
 
     Args:
-        step: From 0.
-        steps: In all.
-        peak: Largest rate.
-        warm_up: Share of the steps.
+        step: Number of the step, from 0.
+        steps: Total number of steps.
+        peak: Maximum rate.
+        warm_up: Share of the steps in which the rate rises.
 
     >>> [round(learning_rate(step, 100, 1.0), 3) for step in (0, 2, 3, 51, 99)]
     [0.333, 1.0, 1.0, 0.508, 0.0]
@@ -24,7 +24,7 @@ def learning_rate(step: int, steps: int, peak: float, warm_up: float = 0.03) -> 
 
 
 def confidence_coefficient(step: int, steps: int, most: float, warm_up: float = 0.15) -> float:
-    """Weight of the student's own guesses: linear from 0 to ``most`` over the first share of steps.
+    """Weight of the student's own predictions: rises linearly from 0 to ``most``, then stays constant.
 
     >>> [confidence_coefficient(step, 100, 0.5) for step in (0, 15, 99)]
     [0.0, 0.5, 0.5]

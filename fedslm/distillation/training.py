@@ -1,4 +1,4 @@
-"""The student's optimizer steps, with a checkpoint from which an interrupted distillation goes on."""
+"""The student's optimizer steps, with checkpoints from which an interrupted distillation resumes."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from fedslm.tasks.base import Example, Task
 from fedslm.training.local import enter_training
 
 logger = logging.getLogger(__name__)
-OnStep = Callable[[int, int, float], None]  # (done, of all, mean loss of the step)
+OnStep = Callable[[int, int, float], None]  # (done, total, mean loss of the step)
 _LONGEST_GRADIENT = 1.0
-_CHECKPOINTS = 20  # over a distillation
+_CHECKPOINTS = 20  # per distillation
 
 
 class TargetSource(Protocol):
-    """Where targets come from: the teacher itself, or what it left on disk."""
+    """A source of targets: the teacher itself, or its stored targets."""
 
     def of(self, numbers: Sequence[int], contexts: Sequence[Context]) -> Target:
-        """Targets of contexts, which have these numbers in the whole."""
+        """Returns the targets of contexts, which have these numbers in the training set."""
 
 
 @dataclass(frozen=True)
 class Live:
-    """The teacher beside the student.
+    """Targets computed by the teacher, which is loaded together with the student.
 
     Attributes:
-        teacher: The model that is asked.
-        student: The student, for methods that look at its base.
-        objective: What is asked for.
+        teacher: The model that computes the targets.
+        student: The student, for methods that use its base model.
+        objective: Determines the targets.
     """
 
     teacher: Teacher
@@ -54,20 +54,20 @@ class Live:
     objective: Objective
 
     def of(self, numbers: Sequence[int], contexts: Sequence[Context]) -> Target:
-        """Asks the teacher."""
+        """Computes the teacher's targets."""
         return self.objective.target(self.teacher, self.student, contexts)
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a student learns from.
+    """The data that a student learns from.
 
     Attributes:
-        contexts: What it is shown.
-        objective: How it is drawn to its targets.
-        source: Where targets come from; None: labels alone.
+        contexts: The contexts to learn.
+        objective: The loss towards the targets.
+        source: Source of the targets; None: only labels are learned.
         label_weight: Weight of the cross-entropy on public labels.
-        general: General text on which it is held near itself.
+        general: General text used to regularize the student towards its original state.
     """
 
     contexts: Sequence[Context]
@@ -79,15 +79,15 @@ class TrainingSet:
 
 @dataclass
 class StudentTrainer:
-    """One distillation on its way.
+    """Trains the student of one distillation.
 
     Attributes:
-        student: Its adapter is trained.
-        training_set: What it learns from.
-        settings: Steps, batches, learning rate.
-        directory: Where checkpoints lie; they go when the distillation is done.
-        on_step: Is told of each step.
-        trained: Keys of what may change; None: all of the adapter.
+        student: The student; its adapter is trained.
+        training_set: The data that it learns from.
+        settings: Steps, batch sizes and learning rate.
+        directory: Directory of checkpoints; they are removed when the distillation is finished.
+        on_step: Receives each step's result.
+        trained: Keys of the tensors that may change; None: the whole adapter.
     """
 
     student: Student
@@ -99,7 +99,7 @@ class StudentTrainer:
     losses: list[float] = field(default_factory=list)
 
     def run(self) -> AdapterState:
-        """Takes all steps that are still to take.
+        """Runs all remaining steps.
 
         Returns:
             The trained adapter.
@@ -128,14 +128,14 @@ class StudentTrainer:
         return self.student.model.adapter.read()
 
     def _parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained; all else of the adapter is held fast."""
+        """Returns the trained parameters; the rest of the adapter is frozen."""
         adapter = self.student.model.adapter
         wanted = set(adapter.parameters) if self.trained is None else set(self.trained)
         adapter.train_only(wanted)
         return {key: each for key, each in adapter.parameters.items() if key in wanted}
 
     def _step(self, step: int, optimizer: torch.optim.Optimizer) -> float:
-        """One optimizer step; returns the mean loss of a position."""
+        """Runs one optimizer step; returns the mean loss per position."""
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         numbers = batch_of(
@@ -157,7 +157,7 @@ class StudentTrainer:
         return total
 
     def _loss(self, numbers: Sequence[int], step: int) -> torch.Tensor:
-        """Summed loss of some contexts: the teacher's targets, and public labels where they count."""
+        """Summed loss of some contexts: on the teacher's targets, and on public labels if weighted."""
         training_set, student = self.training_set, self.student
         contexts = [training_set.contexts[number] for number in numbers]
         loss = torch.zeros((), device=student.model.device)
@@ -172,7 +172,7 @@ class StudentTrainer:
         return loss if loss.requires_grad else loss.requires_grad_()
 
     def _hold(self, step: int) -> float:
-        """KL(L0 || student) on general text, which keeps the student near itself."""
+        """KL(L0 || student) on general text: keeps the student close to its original state."""
         weight, general = self.settings.general_weight, self.training_set.general
         if not general or not weight:
             return 0.0
@@ -185,7 +185,7 @@ class StudentTrainer:
         return float(loss.detach())
 
     def _save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Writes where to go on."""
+        """Writes a checkpoint."""
         keys = list(self._parameters())
         state = optimizer.state_dict()["state"]
         save_adapter(self.directory / f"adapter-{step:07d}.safetensors", self._read())
@@ -204,11 +204,11 @@ class StudentTrainer:
                 old.unlink()
 
     def _read(self) -> AdapterState:
-        """The adapter as it is."""
+        """Returns the current adapter."""
         return self.student.model.adapter.read()
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> int:
-        """Takes up the last checkpoint; returns the steps that are done."""
+        """Restores the last checkpoint; returns the number of finished steps."""
         path = self.directory / "state.json"
         if not path.exists():
             return 0
@@ -238,7 +238,7 @@ class StudentTrainer:
 
 
 def batch_of(step: int, count: int, size: int, seed: int) -> list[int]:
-    """Numbers of a step's examples: each epoch sees all of them once, in an order of its own.
+    """Numbers of a step's examples: each epoch uses all of them once, in a new order.
 
     >>> sorted(batch_of(0, 4, 2, 0) + batch_of(1, 4, 2, 0))
     [0, 1, 2, 3]
@@ -252,7 +252,7 @@ def batch_of(step: int, count: int, size: int, seed: int) -> list[int]:
 
 
 def count_positions(task: Task, example: Example) -> int:
-    """Number of positions of an example: its classes' one, or the tokens to be predicted."""
+    """Number of positions of an example: one for a class, or the number of target tokens."""
     if task.labels:
         return 1
     if example.targets and any(target == tokens.IGNORED for target in example.targets):
@@ -261,7 +261,7 @@ def count_positions(task: Task, example: Example) -> int:
 
 
 def _parts(numbers: Sequence[int], contexts: Sequence[Context], size: int) -> Iterator[list[int]]:
-    """A batch in pieces of like length."""
+    """Splits a batch into pieces of similar length."""
     ordered = sorted(numbers, key=lambda number: contexts[number].student.length)
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
