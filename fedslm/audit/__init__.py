@@ -1,1 +1,1 @@
-"""For the privacy officer: ledgers and runs, checked by somebody who trusts neither server nor node."""
+"""Audits for the privacy officer: checks ledgers and runs without trust in server or nodes."""

@@ -1,4 +1,4 @@
-"""The chain from a federated adapter to the student that was distilled from it, checked on disk."""
+"""Checks the chain from a federated adapter to the student distilled from it, on disk."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fedslm.storage import load_adapter
 
 
 def distillations(directory: RunDirectory) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every distillation that lies in a run's directory.
+    """Returns every distillation in a run's directory.
 
-    Each step is looked at: the released adapter is the one that taught, the student's file is the one
-    that was written, nothing was claimed to be spent, and what the ledgers held then they hold still.
+    Each step is checked: the teacher is the released adapter, the student's file is the one that was
+    written, no spending was claimed, and the ledgers still contain what they contained then.
 
     Returns:
-        One description for each distillation, and what is wrong.
+        One description for each distillation, and the problems found.
     """
     found, findings = [], []
     for path in sorted(directory.path.glob(f"*/{layout.DISTILL_REPORT}")):
@@ -37,7 +37,7 @@ def distillations(directory: RunDirectory) -> tuple[list[dict[str, Any]], list[s
 
 
 def _steps(directory: RunDirectory, path: Path, privacy: dict[str, Any]) -> dict[str, bool]:
-    """What must hold, and whether it does."""
+    """Returns each condition that must hold, and whether it does."""
     taught = load_adapter(directory.path / layout.ADAPTER / layout.ADAPTER_WEIGHTS).sha256()
     learned = load_adapter(path / layout.ADAPTER / layout.ADAPTER_WEIGHTS).sha256()
     report = json.loads((directory.path / layout.REPORT).read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def _steps(directory: RunDirectory, path: Path, privacy: dict[str, Any]) -> dict
 
 
 def _still_holds(node: Path, mark: dict[str, Any]) -> bool:
-    """Whether a ledger has at least the charges that it had."""
+    """Whether a ledger contains at least as many charges as it did."""
     try:
         chain = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY))
     except (LedgerError, OSError):

@@ -1,4 +1,4 @@
-"""A ledger, audited offline with the node's public key alone."""
+"""Audits a ledger offline, with only the node's public key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fedslm.privacy.keys import public_hex
 from fedslm.privacy.statement import Statement
 from fedslm.records import Event, epsilon_as_json
 
-_MOST_DELTAS = 20  # of one ledger: each one is composed again
+_MOST_DELTAS = 20  # per ledger: composition is repeated for each
 NO_WITNESS = (
     "a rollback cannot be excluded: neither a saved head (--head) nor a statement that a server "
     "received (--statements) was given, and ledger and head can be restored together"
@@ -38,17 +38,17 @@ NO_WITNESS = (
 
 @dataclass(frozen=True)
 class Spent:
-    """What a ledger's charges cost together.
+    """The total cost of a ledger's charges.
 
     Attributes:
         delta: The delta.
-        accounts: Epsilon by three accountants, for plans that were fixed beforehand.
+        accounts: Epsilon by three accountants, for plans that were fixed in advance.
         epsilon: Epsilon of record: the first accountant's, or infinite after a release without privacy.
         budget: Epsilon that the node allows at this delta; None if it was not given.
         adaptive: Epsilon if the plans were chosen after seeing earlier releases; None for one plan.
-        adaptive_delta: The delta at which ``adaptive`` holds: twice the other one, once for stopping
-            under the first plan and once for what follows; None for one plan.
-        remaining_releases: Further releases like the last that the budget pays for; None without one.
+        adaptive_delta: The delta at which ``adaptive`` holds: twice ``delta``, once for stopping under
+            the first plan and once for all later plans; None for one plan.
+        remaining_releases: Further releases like the last that fit the budget; None without budget or charges.
     """
 
     delta: float
@@ -62,28 +62,28 @@ class Spent:
 
 @dataclass(frozen=True)
 class LedgerAudit:
-    """What an audit of one ledger found.
+    """The result of an audit of one ledger.
 
     Attributes:
-        path: The ledger.
-        public_key: The key that it was checked with.
-        ledger_id: Its random identifier.
+        path: Path of the ledger.
+        public_key: The key that was used for the check.
+        ledger_id: The ledger's random identifier.
         dataset: The node's name for its data.
-        unit: Whose participation the charges protect.
-        unit_column: Column that says whose a record is; None if the unit needs none, or no line
-            says it.
-        adjacency: Relation of neighbouring data sets.
-        entries: Lines that were checked.
-        charges: Releases that were charged.
-        open_reservations: Charged, but nothing was released: failed or interrupted work.
-        unprotected: Releases without privacy.
+        unit: The unit whose participation the charges protect.
+        unit_column: Column that names a record's owner; None if the unit needs none, or no line states
+            it.
+        adjacency: Neighbouring relation of data sets.
+        entries: Number of lines that were checked.
+        charges: Number of releases that were charged.
+        open_reservations: Number of charges without a release: failed or interrupted work.
+        unprotected: Number of releases without privacy.
         head: Hash of the last line: save it, and give it to the next audit.
         runs: Run identifiers, in order.
         commitments: Data commitments, in order: more than one means that the data changed.
-        spent: What was spent, for each delta.
-        findings: What is wrong; empty on a sound ledger.
-        open_questions: What nothing that was given can rule out. The ledger may be sound all the same.
-        notes: What is worth knowing, but not wrong.
+        spent: Privacy loss for each delta.
+        findings: Problems; empty if the ledger is sound.
+        open_questions: Problems that the evidence cannot rule out. The ledger may still be sound.
+        notes: Useful information that is not a problem.
     """
 
     path: str
@@ -107,22 +107,22 @@ class LedgerAudit:
 
     @property
     def sound(self) -> bool:
-        """True if nothing is wrong."""
+        """True if there are no findings."""
         return not self.findings
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What an auditor holds a ledger against.
+    """The evidence that an auditor checks a ledger against.
 
     Attributes:
-        heads: Hashes of lines that were once the last, saved elsewhere.
+        heads: Hashes of earlier last lines, saved elsewhere.
         statements: Signed statements that a server received from the ledger's node.
         deltas: Deltas to report besides those in the ledger.
         budget: (epsilon, delta) that the node allows over its lifetime.
 
     Raises:
-        LedgerError: A head is no hash: no ledger holds it, and that would not be the ledger's fault.
+        LedgerError: A head is not a hash: no ledger contains it, which is not the ledger's fault.
         OutOfRange: A delta is not in (0, 0.1].
     """
 
@@ -140,13 +140,13 @@ class Evidence:
 
     @property
     def can_witness(self) -> bool:
-        """Whether it can show that a ledger was rolled back: the head of an empty one cannot."""
+        """Whether the evidence can reveal a rollback of the ledger: the head of an empty one cannot."""
         return bool(self.statements) or any(head != GENESIS for head in self.heads)
 
 
 @dataclass
 class _Findings:
-    """Collects what is wrong, what is open and what is worth knowing."""
+    """Collects findings, open questions and notes."""
 
     wrong: list[str] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
@@ -154,22 +154,23 @@ class _Findings:
 
 
 def audit_ledger(path: Path, key: Ed25519PublicKey, evidence: Evidence) -> LedgerAudit:
-    """Checks a ledger and recomputes what was spent; nothing but files is needed.
+    """Checks a ledger and recomputes what was spent, using only files.
 
     Formal guarantees:
-        * A sound result means: every line was signed by the key and follows the one before; every head
-          and statement that was given is in it, and each statement's release, for its run and round;
-          the last statement of each run states no less epsilon than the ledger cost until then; three
-          accountants agree; the budget is kept; nothing was released without privacy; one unit and
-          column are counted; a run has one plan and the same records throughout; no time is one that
-          cannot be, and none goes back by more than a correction of the clock says.
-        * Without a head or a statement from elsewhere, an older copy of ledger and head passes for
-          sound: that is an open question of the result. The head of an empty ledger answers nothing.
+        * A sound result means: every line was signed by the key and follows the previous one; the
+          ledger contains every given head and statement, and each statement's release, for its run and
+          round; the last statement of each run states at least the epsilon that the ledger had cost
+          until then; three accountants agree; the budget is kept; nothing was released without privacy;
+          one unit and column are counted; a run has one plan and the same records throughout; no time
+          is impossible, and none goes back by more than a recorded correction of the clock.
+        * Without a head or a statement from elsewhere, an older copy of ledger and head passes as
+          sound: the result lists that as an open question. The head of an empty ledger does not answer
+          it.
 
     Args:
-        path: The ledger, or the node directory that holds it.
+        path: The ledger, or the node directory that contains it.
         key: The node's public key, from a source that the auditor trusts.
-        evidence: Heads, statements and budget to hold it against.
+        evidence: Heads, statements and budget to check the ledger against.
     """
     path = path / layout.LEDGER if path.is_dir() else path
     public_key = public_hex(key)
@@ -207,7 +208,7 @@ def audit_ledger(path: Path, key: Ed25519PublicKey, evidence: Evidence) -> Ledge
 
 
 def as_json(audit: LedgerAudit) -> dict[str, object]:
-    """The audit as JSON values: an infinite epsilon is the word "infinite"."""
+    """Returns the audit as JSON values: an infinite epsilon becomes the word "infinite"."""
     spent = [
         {
             **asdict(each),
@@ -222,7 +223,7 @@ def as_json(audit: LedgerAudit) -> dict[str, object]:
 def _check_completeness(
     path: Path, chain: Chain, public_key: str, evidence: Evidence, found: _Findings
 ) -> None:
-    """Holds the chain against the head beside it, saved heads and statements."""
+    """Checks the chain against the stored head file, saved heads and statements."""
     if chain.opening is not None and chain.opening.public_key != public_key:
         found.wrong.append("the ledger names another key than the one it is checked with")
     if chain.torn:
@@ -251,7 +252,7 @@ def _check_completeness(
 
 
 def _check_lines(chain: Chain, found: _Findings) -> None:
-    """What well-signed lines say, and should not."""
+    """Checks the content of correctly signed lines."""
     if chain.unprotected:
         first, releases = chain.unprotected[0], plural(len(chain.unprotected), "release")
         found.wrong.append(
@@ -279,7 +280,7 @@ def _check_lines(chain: Chain, found: _Findings) -> None:
 
 
 def _check_times(chain: Chain, found: _Findings) -> None:
-    """Times that cannot be, that go back, and corrections of the clock."""
+    """Checks for impossible times, times that go back, and clock corrections."""
     numbered = list(enumerate(chain.entries, 1))
     early = [number for number, entry in numbered if entry.time < clock.EARLIEST_TIME]
     if early:
@@ -310,7 +311,7 @@ def _check_times(chain: Chain, found: _Findings) -> None:
 
 
 def _spent(chain: Chain, evidence: Evidence, found: _Findings) -> Sequence[Spent]:
-    """Epsilon at every delta of interest; more in the ledger than an honest node has are a finding."""
+    """Returns epsilon at each relevant delta; more deltas than an honest ledger has are a finding."""
     own = sorted({charge.delta for charge in chain.charges})
     if len(own) > _MOST_DELTAS:
         found.wrong.append(
@@ -337,7 +338,7 @@ def _spent(chain: Chain, evidence: Evidence, found: _Findings) -> Sequence[Spent
 def _spent_at(
     chain: Chain, delta: float, budget: tuple[float, float] | None, found: _Findings
 ) -> Spent:
-    """Epsilon at one delta, and what the budget leaves."""
+    """Returns epsilon at one delta, and the remaining budget."""
     accounts = accounting.cross_check(chain.events, delta)
     epsilon = math.inf if chain.unprotected else accounts.pld
     if budget is None or budget[1] != delta:
@@ -361,7 +362,7 @@ def _spent_at(
 
 
 def _remaining(events: tuple[Event, ...], budget: tuple[float, float]) -> int:
-    """Further releases like the last that fit."""
+    """Returns the number of further releases like the last that fit the budget."""
     last = events[-1]
 
     def fits(count: int) -> bool:

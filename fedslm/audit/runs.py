@@ -1,7 +1,7 @@
-"""The audit of a run: what was promised to whom, how, what was spent, what is not covered.
+"""Audits a run: the guarantee, its mechanisms, the spending of each client, and what is not covered.
 
-Everything comes from the run directory: the config, the nodes' ledgers (in a simulation) and the signed
-statements that the server received. Nothing is taken from the report that the run wrote of itself.
+All data come from the run directory: the config, the nodes' ledgers (in a simulation) and the signed
+statements that the server received. The run's own report is not used.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _GROUP_SIZES = (2, 4)
 
 @dataclass(frozen=True)
 class _Client:
-    """What is known of one client.
+    """The evidence about one client.
 
     Attributes:
-        name: As in the run's report; "client 0", and so on, where the run's data are gone.
-        events: Everything that it charged, over all runs that were given.
-        is_lost: Whether something left it without privacy: then its epsilon is infinite.
-        releases: Statements that the server received in this run.
-        audit: The audit of its ledger; None if the ledger is elsewhere.
+        name: As in the run's report; "client 0", and so on, if the run's data no longer exist.
+        events: All its charges, over all given runs.
+        is_lost: Whether it released anything without privacy: then its epsilon is infinite.
+        releases: Number of statements that the server received in this run.
+        audit: The audit of its ledger; None if the ledger is not here.
     """
 
     name: str
@@ -60,7 +60,7 @@ class _Client:
     audit: LedgerAudit | None
 
     def epsilon(self, delta: float) -> float:
-        """Epsilon of all that it charged."""
+        """Returns epsilon of all its charges."""
         return math.inf if self.is_lost else accounting.epsilon(self.events, delta)
 
 
@@ -76,15 +76,15 @@ def audit_run(
     Args:
         path: The run directory.
         others: Further run directories on the same data (tuning, failed attempts): their charges count.
-        group_sizes: Records of one person at which a record-level run is reported.
-        empirical: Attack the mechanism with canaries as well, for a measured lower bound.
+        group_sizes: Numbers of records per person for which a record-level run is reported.
+        empirical: Also attack the mechanism with canaries, for a measured lower bound.
 
     Returns:
-        The content of ``audit.json``; ``findings`` is empty if nothing is wrong.
+        The content of ``audit.json``; ``findings`` is empty if there are no problems.
 
     Raises:
         RunError: It is not a run directory, or its files are damaged.
-        PrivacyError: The run was without privacy: there is nothing to audit.
+        PrivacyError: The run had no privacy: there is nothing to audit.
     """
     directory, config = RunDirectory.open(path)
     privacy = config.privacy
@@ -128,14 +128,14 @@ def audit_run(
 def _wrong(
     directory: RunDirectory, clients: list[_Client], statements: list[tuple[int, Statement]]
 ) -> list[str]:
-    """What is wrong with ledgers and statements."""
+    """Returns the problems in ledgers and statements."""
     names = [client.name for client in clients]
     received = check_received(directory.run_id, names, directory.records(), statements)
     return [*_of_ledgers(clients), *received, *_strangers(directory, len(clients))]
 
 
 def _of_ledgers(clients: list[_Client]) -> list[str]:
-    """What is wrong with the ledgers that are here."""
+    """Returns the problems in the available ledgers."""
     return [
         f"{client.name}: {finding}"
         for client in clients
@@ -144,7 +144,7 @@ def _of_ledgers(clients: list[_Client]) -> list[str]:
 
 
 def _standings(directory: RunDirectory, findings: list[str]) -> dict[str, Any]:
-    """What real nodes spent over all runs; adds those that are out to the findings."""
+    """Returns the spending of real nodes over all runs; adds excluded nodes to the findings."""
     found = standings_of_run(directory.path)
     findings += [
         f"{name} is excluded since {each.since}: {each.out}" for name, each in found.items() if each.out
@@ -153,14 +153,14 @@ def _standings(directory: RunDirectory, findings: list[str]) -> dict[str, Any]:
 
 
 def _distilled(directory: RunDirectory, findings: list[str]) -> list[dict[str, Any]]:
-    """What was distilled from the run; adds what is wrong to the findings."""
+    """Returns the distillations of the run; adds their problems to the findings."""
     found, broken = distillations(directory)
     findings += broken
     return found
 
 
 def _names(directory: RunDirectory, num_clients: int) -> tuple[str, ...]:
-    """What people call the clients, by index."""
+    """Returns the clients' names, by index."""
     names = client_names(directory.data)
     return names if len(names) == num_clients else tuple(f"client {n}" for n in range(num_clients))
 
@@ -168,13 +168,13 @@ def _names(directory: RunDirectory, num_clients: int) -> tuple[str, ...]:
 def _clients(
     directory: RunDirectory, count: int, statements: list[tuple[int, Statement]]
 ) -> list[_Client]:
-    """What is known of each client."""
+    """Returns the evidence about each client."""
     names = enumerate(_names(directory, count))
     return [_client(directory, i, name, [s for c, s in statements if c == i]) for i, name in names]
 
 
 def _client(directory: RunDirectory, index: int, name: str, statements: list[Statement]) -> _Client:
-    """Reads what one client charged: from its ledger, or from its statement of the most charges."""
+    """Reads one client's charges: from its ledger, or from its statement with the most charges."""
     last = max(statements, key=lambda each: each.num_charged, default=None)
     events = () if last is None else last.events
     is_lost = any(statement.unprotected for statement in statements)
@@ -191,11 +191,12 @@ def _client(directory: RunDirectory, index: int, name: str, statements: list[Sta
 def _with_others(
     clients: list[_Client], config: Config, others: tuple[Path, ...], findings: list[str]
 ) -> list[_Client]:
-    """Adds the charges of further runs: those of a client's ledger, or those that it stated.
+    """Adds the charges of further runs, from a client's ledger or its statements.
 
-    A client with neither is a finding, unless it is a simulation that samples its clients: there it
-    was never chosen. If the other run shared the same data out in the same way, client by client; else
-    a unit may have been with any client there, and all of them are added to each.
+    A client with neither is a finding, unless the other run is a simulation that samples its clients:
+    there the client was never chosen. If the other run partitioned the same data in the same way,
+    charges are added client by client; otherwise a unit may have been at any client there, and each
+    client gets the charges of all of them.
     """
     for other in others:
         directory, theirs = RunDirectory.open(other)
@@ -231,16 +232,16 @@ def _with_others(
 
 
 def _worst(clients: list[_Client], delta: float, *, overlapping: bool) -> tuple[Event, ...]:
-    """What a unit of the network bears: the most of one client, or all clients together."""
+    """Returns the charges that a unit bears: the most of one client, or those of all clients."""
     if overlapping:
         return tuple(event for client in clients for event in client.events)
     return max((client.events for client in clients), key=lambda each: accounting.epsilon(each, delta))
 
 
 def _guarantee(events: tuple[Event, ...], delta: float, *, is_lost: bool) -> dict[str, Any]:
-    """Epsilon by three accountants, over several deltas, and what it means for an attacker.
+    """Epsilon by three accountants, over several deltas, and the resulting bound on an attacker.
 
-    After a release without privacy all of it is infinite, but for the accounts of what was charged.
+    After a release without privacy, everything is infinite except the accounts of the charges.
     """
     accounts, deltas = accounting.cross_check(events, delta), sorted({*_DELTAS, delta})
     curve = [math.inf if is_lost else accounting.epsilon(events, each) for each in deltas]
@@ -258,7 +259,7 @@ def _guarantee(events: tuple[Event, ...], delta: float, *, is_lost: bool) -> dic
 
 
 def _empirical(clients: list[_Client], privacy: PrivacyConfig) -> dict[str, Any] | None:
-    """Attacks the training steps of the client that took the most, with canaries."""
+    """Attacks the training steps of the client with the most steps, using canaries."""
     from fedslm.verification.canaries import empirical_bound
 
     steps: Counter[tuple[float, float]] = Counter()
@@ -274,7 +275,7 @@ def _empirical(clients: list[_Client], privacy: PrivacyConfig) -> dict[str, Any]
 
 
 def _describe(client: _Client, delta: float) -> dict[str, Any]:
-    """One client's charges."""
+    """Describes one client's charges."""
     audit = client.audit
     return {
         "name": client.name,
@@ -289,13 +290,13 @@ def _describe(client: _Client, delta: float) -> dict[str, Any]:
 def _groups(
     events: tuple[Event, ...], delta: float, sizes: tuple[int, ...]
 ) -> list[tuple[int, float | str]]:
-    """Epsilon of a person with several records, by tight mixture accounting."""
+    """Returns epsilon of a person with several records, by tight mixture accounting."""
     found = ((size, accounting.group_epsilon(events, delta, size)) for size in sizes)
     return [(size, epsilon_as_json(epsilon)) for size, epsilon in found]
 
 
 def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any]]:
-    """Every different mechanism that was charged, as the ledgers or statements name it."""
+    """Returns each distinct mechanism that was charged, as the ledgers or statements name it."""
     found: dict[str, dict[str, Any]] = {}
     for index in range(num_clients):
         node = directory.nodes / f"client-{index:05d}"
@@ -304,7 +305,7 @@ def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any
         try:
             chain = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY))
         except LedgerError:
-            continue  # it stands among the findings
+            continue  # already among the findings
         for charge in chain.charges:
             values = {
                 "purpose": charge.purpose,
@@ -322,14 +323,14 @@ def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any
 
 
 def _strangers(directory: RunDirectory, num_clients: int) -> list[str]:
-    """Node directories that are of no client: what was charged there would count nowhere."""
+    """Returns node directories that belong to no client: their charges would not be counted."""
     known = {f"client-{index:05d}" for index in range(num_clients)}
     found = sorted(each.name for each in directory.nodes.glob("client-*"))
     return [f"nodes/{name} is of no client of this run" for name in found if name not in known]
 
 
 def _rounds(directory: RunDirectory, planned: int) -> dict[str, int]:
-    """How the rounds went."""
+    """Summarises the rounds."""
     records = directory.records()
     return {
         "planned": planned,
@@ -341,7 +342,7 @@ def _rounds(directory: RunDirectory, planned: int) -> dict[str, int]:
 
 
 def _attestation(directory: RunDirectory) -> dict[str, Any] | None:
-    """What passed the self-test in this run; None if nothing is known."""
+    """Returns the self-test attestation of this run; None if there is none."""
     try:
         values = json.loads((directory.nodes / layout.SELF_TEST).read_text(encoding="utf-8"))
         return {**values, "same_code_as_here": values["fingerprint"] == code_fingerprint()}
@@ -350,7 +351,7 @@ def _attestation(directory: RunDirectory) -> dict[str, Any] | None:
 
 
 def _write(path: Path, audit: dict[str, Any]) -> None:
-    """Writes the three forms."""
+    """Writes the audit in its three formats."""
     markdown = render("audit.md.j2", audit=audit)
     write_text(path / "audit.json", json_text(audit, indent=2) + "\n")
     write_text(path / "audit.md", markdown)

@@ -1,4 +1,4 @@
-"""Spend statements that a server received, held against its rounds, and against the ledger of each."""
+"""Checks the spend statements that a server received against its rounds and against each ledger."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedslm.storage import read_lines
 
 
 def read_statements(path: Path, key: Ed25519PublicKey) -> tuple[Statement, ...]:
-    """The statements of one key in a server's ``statements.jsonl``.
+    """Returns the statements of one key in a server's ``statements.jsonl``.
 
     Raises:
         LedgerError: The file cannot be read.
@@ -38,13 +38,13 @@ def read_statements(path: Path, key: Ed25519PublicKey) -> tuple[Statement, ...]:
 def check_statements(
     path: Path, chain: Chain, statements: Sequence[Statement], public_key: str
 ) -> Iterator[str]:
-    """Yields what in a node's statements its ledger does not hold.
+    """Yields the parts of a node's statements that its ledger does not confirm.
 
     Args:
-        path: The ledger.
-        chain: What it holds.
-        statements: In the order in which the server received them.
-        public_key: The ledger's (hexadecimal).
+        path: Path of the ledger.
+        chain: The ledger's content.
+        statements: Statements in the order in which the server received them.
+        public_key: The ledger's public key (hexadecimal).
     """
     for statement in statements:
         yield from _check(path, chain, statement, public_key)
@@ -58,16 +58,16 @@ def check_received(
     records: Sequence[RoundRecord],
     statements: Sequence[tuple[int, Statement]],
 ) -> Iterator[str]:
-    """Yields what is wrong with the statements of a run, whether or not a ledger is there.
+    """Yields the problems in a run's statements, with or without a ledger.
 
-    Every update that a round used was signed for by a client of its own; each client's statements are
-    of this run, and each continues the one before; no two clients have one ledger. A crash can leave
-    statements of one round that has no line.
+    Every update that a round used must be signed for by a different client; each client's statements
+    belong to this run, and each continues the previous one; no two clients share a ledger. After a
+    crash, there may be statements of one round that has no line in the round records.
 
     Args:
         run: Identifier of the run.
-        names: Names of its clients.
-        records: Its rounds.
+        names: Names of the run's clients.
+        records: Records of the run's rounds.
         statements: (index of the client, statement), in the order in which the server received them.
     """
     if not records and not statements:
@@ -132,7 +132,7 @@ def _check(path: Path, chain: Chain, statement: Statement, public_key: str) -> I
 
 
 def _released(lines: Sequence[Entry]) -> set[tuple[str, int, str | None]]:
-    """Run, round and hash of everything that was released by these lines, the first of a ledger."""
+    """Returns run, round and hash of every release in these lines, which begin a ledger."""
     found = set()
     for entry in lines:
         charge = None if entry.reserve is None else lines[entry.reserve].charge
@@ -145,7 +145,7 @@ def _released(lines: Sequence[Entry]) -> set[tuple[str, int, str | None]]:
 
 
 def _check_epsilon(chain: Chain, statement: Statement) -> Iterator[str]:
-    """A statement's epsilon is of the whole ledger, over all runs, when it was made."""
+    """Checks that a statement's epsilon covers the whole ledger, over all runs, at its time."""
     lines = chain.entries[: statement.index + 1]
     events = [entry.charge.event for entry in lines if entry.charge is not None]
     is_lost = any(entry.unprotected is not None for entry in lines)
