@@ -69,8 +69,8 @@ class CompressionConfig(Section):
 class PersonalizationConfig(Section):
     """Local adapters that each client trains after the last round; they never leave the client.
 
-    In a simulation, and without privacy. Under privacy a deployed node trains nothing uncharged on a
-    server's word: the time that takes would tell of its records.
+    Only in a simulation, and only without privacy. Under privacy, a deployed node does no uncharged
+    training at a server's request: the time it takes would reveal information about its records.
     """
 
     method: Literal["none", "fine-tune", "second-adapter"] = "none"
@@ -80,7 +80,7 @@ class PersonalizationConfig(Section):
 
 
 class AttackConfig(Section):
-    """Hostile clients in a simulation, to test robustness; no real node obeys it."""
+    """Hostile clients in a simulation, to test robustness; real nodes ignore it."""
 
     kind: Literal["none", "sign-flip", "scale", "nan", "label-flip", "backdoor"] = "none"
     """What hostile clients do: negate their update, multiply it by `strength`, send NaN, train on wrong

@@ -1,4 +1,4 @@
-"""What all sections share: frozen, no unknown keys, and some values that may be written in two ways."""
+"""Base of all sections: frozen, without unknown keys; some values have two accepted forms."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _split_numbers(value: object) -> object:
 
 
 def _blank_is_none(value: object) -> object:
-    """Reads ``""`` as absent: neither TOML nor Flower's run config can say None."""
+    """Reads ``""`` as absent: neither TOML nor Flower's run config has None."""
     return None if value == "" else value
 
 
@@ -44,7 +44,7 @@ OptionalCount = Annotated[int | None, BeforeValidator(_blank_is_none)]
 
 
 def _one_name(value: object) -> object:
-    """Reads "patient" as "user": all records of one person, whoever that is to the data."""
+    """Reads "patient" as "user": all records of one person, whatever the data calls that person."""
     return "user" if value == "patient" else value
 
 

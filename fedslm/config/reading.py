@@ -1,6 +1,6 @@
-"""Configs from TOML or from Flower's flat run config, and back to TOML.
+"""Reads configs from TOML or from Flower's flat run config, and writes them back to TOML.
 
-Every error names its dotted key, the value, the bound and the remedy, and all of them are reported at
+Every error states its dotted key, the value, the bound and the remedy; all errors are reported at
 once.
 """
 
@@ -34,7 +34,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
     """Builds a config from nested mappings.
 
     Raises:
-        ConfigError: Everything that is wrong, with dotted keys.
+        ConfigError: All problems, with dotted keys.
 
     >>> from_mapping({"model": {"base": "demo"}})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -54,12 +54,12 @@ def section_from(kind: type[S], name: str, values: Mapping[str, Any]) -> S:
     """Builds one section.
 
     Args:
-        kind: Its class.
-        name: As it is called in a config, for errors.
-        values: Its keys.
+        kind: The section's class.
+        name: The section's name in a config, for errors.
+        values: The section's keys.
 
     Raises:
-        ConfigError: Everything that is wrong, with dotted keys.
+        ConfigError: All problems, with dotted keys.
     """
     try:
         return kind.model_validate(dict(values))
@@ -73,7 +73,7 @@ def from_toml(path: Path | str, overrides: Overrides = ()) -> Config:
 
     Args:
         path: A TOML file.
-        overrides: As :func:`with_overrides`.
+        overrides: As for :func:`with_overrides`.
 
     Raises:
         ConfigError: The file is missing, is not TOML, or does not validate.
@@ -82,16 +82,16 @@ def from_toml(path: Path | str, overrides: Overrides = ()) -> Config:
 
 
 def read_file(path: Path, kind: type[F], instead: Mapping[str, object] = {}) -> F:
-    """Reads a TOML file that is not a run's config, such as ``policy.toml``.
+    """Reads a TOML file that is not a run config, such as ``policy.toml``.
 
     Args:
         path: The file.
-        kind: What its keys are.
-        instead: Values in place of the file's.
+        kind: Class that defines the file's keys.
+        instead: Values that replace those of the file.
 
     Raises:
-        ConfigError: It is missing, is not TOML, or does not validate: everything that is wrong, each
-            with the file's name, the dotted key, the value, the bound and what the key says.
+        ConfigError: The file is missing, is not TOML, or does not validate: all problems, each with the
+            file's name, the dotted key, the value, the bound and the meaning of the key.
     """
     values = {**_read_toml(path), **instead}
     try:
@@ -104,7 +104,7 @@ def read_file(path: Path, kind: type[F], instead: Mapping[str, object] = {}) -> 
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file's values; editors on Windows put a byte order mark first, which is left out."""
+    """Reads a TOML file's values; skips the byte order mark that editors on Windows write."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -127,8 +127,8 @@ def with_overrides(values: Mapping[str, Any], overrides: Overrides) -> dict[str,
 
     Args:
         values: Section to its keys.
-        overrides: Dotted key to value; or texts ``section.key=value``, whose values are read as TOML
-            where possible, else as text.
+        overrides: Dotted key to value; or strings ``section.key=value``, whose values are parsed as
+            TOML where possible, and otherwise kept as text.
 
     Raises:
         ConfigError: An override does not name a section and a key.
@@ -159,7 +159,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Overrides) -> dict[str,
 
 
 def _pair(override: str) -> tuple[str, object]:
-    """The dotted key and the value of a text."""
+    """Splits an override into dotted key and value."""
     dotted, equals, text = override.partition("=")
     if not equals or "." not in dotted.strip(". "):
         message = "is not section.key=value, such as training.local_steps=20"
@@ -168,7 +168,7 @@ def _pair(override: str) -> tuple[str, object]:
 
 
 def to_toml(config: Config) -> str:
-    """Writes a config as TOML that :func:`from_toml` reads back."""
+    """Writes a config as TOML that :func:`from_toml` can read."""
     lines: list[str] = []
     for section, values in config.model_dump(mode="json").items():
         lines.append(f"[{section}]")
@@ -180,7 +180,7 @@ def to_toml(config: Config) -> str:
 
 
 def _toml_value(text: str) -> object:
-    """Reads a value as TOML, or else as plain text, as which ``nan`` and dates are meant too."""
+    """Parses a value as TOML, or else as plain text; ``nan`` and dates are treated as text too."""
     try:
         value: object = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -199,10 +199,10 @@ _REMEDIES = {
 }
 
 
-# Keys of earlier versions, and their names now.
+# Keys of earlier versions, and their current names.
 _RENAMED = {"aggregation.hostile": "aggregation.num_byzantine"}
 
-# Keys that people know from elsewhere, and why they are not here.
+# Keys that users know from other tools, and why they do not exist here.
 _REFUSED = {
     "lora.use_dora": "DoRA's magnitudes are not layers and give no gradient for each record",
     "lora.dora": "DoRA's magnitudes are not layers and give no gradient for each record",
@@ -212,7 +212,7 @@ _REFUSED = {
 
 
 def _problem(detail: Mapping[str, Any], kind: type[BaseModel] = Config) -> Problem:
-    """Turns one pydantic error into key, value, bound and remedy."""
+    """Converts a pydantic error to key, value, bound and remedy."""
     location = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
     key = ".".join(location[:2] if kind is Config else (p for p in location if not p.isdigit()))
     match detail["type"]:
@@ -239,7 +239,7 @@ def _problem(detail: Mapping[str, Any], kind: type[BaseModel] = Config) -> Probl
 
 
 def _or_this(detail: Mapping[str, Any]) -> str:
-    """Names the nearest of the values that a choice has."""
+    """Suggests the most similar allowed value."""
     allowed = re.findall(r"'([^']+)'", str(detail.get("ctx", {}).get("expected", "")))
     value = str(detail["input"]).lower()
     nearest = difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
@@ -247,21 +247,21 @@ def _or_this(detail: Mapping[str, Any]) -> str:
 
 
 def _did_you_mean(location: list[str], kind: type[BaseModel]) -> str:
-    """Names the nearest known key."""
+    """Suggests the most similar known key."""
     fields = _beside(location, kind)
     nearest = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(fields)}"
 
 
 def _meaning(location: list[str], kind: type[BaseModel]) -> str:
-    """What a key of a file says: the first sentence of its description."""
+    """Returns the meaning of a key: the first sentence of its description."""
     field = _beside(location, kind).get(location[-1]) if location else None
     first = ((field.description if field else None) or "").replace("\n", " ").split(". ")[0]
     return f"meaning: {first.rstrip('.')}" if first else ""
 
 
 def _beside(location: list[str], kind: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The keys of the section that a key stands in."""
+    """Returns the keys of the section that contains a key."""
     fields = kind.model_fields
     for name in location[:-1]:
         annotation = fields[name].annotation if name in fields else None

@@ -1,6 +1,6 @@
 """Strict, frozen configuration sections.
 
-Contradictions between sections live in :mod:`fedslm.validation`.
+:mod:`fedslm.validation` checks for contradictions between sections.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class TaskConfig(Section):
 
 
 class TrainingConfig(Section):
-    """One client's local work in one round."""
+    """One client's local training in one round."""
 
     local_steps: int = Field(10, ge=1, le=1_000_000)
     """Optimizer steps of a client in a round."""
@@ -248,7 +248,7 @@ class FederationConfig(Section):
 
     @property
     def cohort_size(self) -> int:
-        """Clients that one round asks."""
+        """Number of clients that one round selects."""
         return self.clients_per_round or self.num_clients
 
 
@@ -269,7 +269,7 @@ class EngineConfig(Section):
 
 
 class Config(Section):
-    """The whole configuration; only the edges and the round loop see it."""
+    """The whole configuration; only entry points and the round loop use it."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -287,7 +287,7 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
 
     def resolved(self) -> Config:
-        """Returns the config with every "auto" that needs no machine replaced by its choice."""
+        """Returns the config with every machine-independent "auto" replaced by its choice."""
         method = self.aggregation.method
         if method == "auto":
             method = "fedit" if self.privacy.unit == "none" else "ffa"
@@ -295,10 +295,10 @@ class Config(Section):
         return self.model_copy(update={"aggregation": aggregation})
 
     def sha256(self) -> str:
-        """Hash of what determines the result: all but where it runs and what it is called."""
+        """Hash of the settings that determine the result: location and name of the run are excluded."""
         content = self.resolved().model_dump(mode="json")
         content.pop("engine")
-        if not self.distill.mutual_steps:  # else it is a part of the rounds
+        if not self.distill.mutual_steps:  # otherwise it is part of the rounds
             content.pop("distill")
         content["run"] = {"seed": self.run.seed}
         return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""What differs between the tasks, as data: whatever depends on the task reads this table.
+"""Differences between tasks, as data: all task-dependent code reads this table.
 
-A new task is one file in ``tasks/``, one name in :data:`fedslm.config.base.TaskName`, one row here, and
-what mypy then demands.
+A new task needs one file in ``tasks/``, one name in :data:`fedslm.config.base.TaskName`, one row here,
+and whatever mypy then reports as missing.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ Teaches = Literal["nothing", "classes", "tokens"]
 
 @dataclass(frozen=True)
 class TaskKind:
-    """One task.
+    """Properties of one task.
 
     Attributes:
-        columns: What ``text_column`` and ``label_column`` hold, for people.
-        metrics: For people.
-        network: What its model is.
-        auto_class: The class of transformers that loads an exported model.
-        classes: Which class names a record has.
-        label: Whether it needs ``data.label_column``; "turns": not if conversations hold the answers.
+        columns: Content of ``text_column`` and ``label_column``, for people.
+        metrics: Names of the metrics, for people.
+        network: Kind of model.
+        auto_class: The transformers class that loads an exported model.
+        classes: Kind of class names in a record.
+        label: Whether it needs ``data.label_column``; "turns": not if conversations have the answers.
         has_rejected: Whether it needs ``data.rejected_column``.
         has_prompt: Whether rows become prompts: ``task.prompt``, ``task.max_target_length``.
-        reads_turns: Whether a column may hold the turns of a conversation.
-        rows_per_example: Rows that one example takes in a batch.
-        predicts: Whether ``fedslm predict`` answers with it.
-        generates: Whether ``fedslm generate`` writes with it.
-        has_references: Whether written texts are scored against answers of the data.
+        reads_turns: Whether a column may contain the turns of a conversation.
+        rows_per_example: Number of rows that one example takes in a batch.
+        predicts: Whether ``fedslm predict`` supports it.
+        generates: Whether ``fedslm generate`` supports it.
+        has_references: Whether generated texts are scored against reference answers.
         teaches: What a student learns from it.
     """
 
@@ -130,7 +130,7 @@ TASKS: Mapping[TaskName, TaskKind] = {
 
 
 def tasks_that(holds: Callable[[TaskKind], bool]) -> tuple[TaskName, ...]:
-    """Names of the tasks of which something holds, in the table's order.
+    """Returns the names of the tasks with a given property, in the table's order.
 
     >>> tasks_that(lambda kind: kind.teaches == "tokens")
     ('causal-lm', 'instruction')
@@ -139,7 +139,7 @@ def tasks_that(holds: Callable[[TaskKind], bool]) -> tuple[TaskName, ...]:
 
 
 def as_table() -> str:
-    """The table of ``docs/configuration.md``."""
+    """Returns the table of ``docs/configuration.md``."""
     head = "| task | columns: `text_column`, `label_column` | metrics |\n|---|---|---|\n"
     return head + "".join(
         f"| `{name}` | {kind.columns} | {kind.metrics} |\n" for name, kind in TASKS.items()
