@@ -1,1 +1,1 @@
-"""The record of a run, for people and programs."""
+"""Reports of a run, for people and programs."""

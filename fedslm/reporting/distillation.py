@@ -1,4 +1,4 @@
-"""What a distillation leaves for people: the report, its picture, the student's model card."""
+"""Reports of a distillation for people: the report, its figure and the student's model card."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MOST_POINTS = 400
 
 @dataclass(frozen=True)
 class Sections:
-    """What the card's code needs to know.
+    """The settings that the code on the model card needs.
 
     Attributes:
-        model: The student.
-        task: What it does.
+        model: The student's model section.
+        task: The student's task section.
     """
 
     model: ModelConfig
@@ -32,7 +32,7 @@ def write(directory: Path, report: dict[str, Any], sections: Sections) -> None:
     """Writes ``distill.json``, ``distill.md``, ``distill.png`` and the adapter's card.
 
     Args:
-        directory: With ``adapter/`` in it.
+        directory: Directory that contains ``adapter/``.
         report: The content of ``distill.json``; a "proof" in it becomes a section.
         sections: The student and its task.
     """
@@ -47,7 +47,7 @@ def write(directory: Path, report: dict[str, Any], sections: Sections) -> None:
 
 
 def plot_losses(path: Path, losses: list[float], method: str) -> None:
-    """Draws the loss over the steps."""
+    """Plots the loss over the steps."""
     from matplotlib.figure import Figure
 
     stride = max(1, len(losses) // _MOST_POINTS)
@@ -63,7 +63,7 @@ def plot_losses(path: Path, losses: list[float], method: str) -> None:
 
 
 def plot_arms(path: Path, proof: dict[str, Any]) -> None:
-    """Draws each arm's figure with its interval, and the gain over each control.
+    """Plots each arm's metric with its interval, and the gain over each control.
 
     Args:
         path: The PNG to write.
@@ -84,7 +84,7 @@ def plot_arms(path: Path, proof: dict[str, Any]) -> None:
 
 
 def _bars(axes: Any, estimates: dict[str, dict[str, float]], color: str) -> None:
-    """Points with 95 % intervals, first on top."""
+    """Draws points with 95 % intervals, the first on top."""
     names = list(estimates)[::-1]
     for position, name in enumerate(names):
         each = estimates[name]

@@ -1,4 +1,4 @@
-"""The table of aggregation methods and of what goes with what, for people and programs."""
+"""The table of aggregation methods and of compatible settings, for people and programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedslm.aggregation.methods import METHODS, Method
 from fedslm.config import MethodName
 from fedslm.rendering import render
 
-# What a column asks of a method: the values that it fixes.
+# The requirement of each column on a method: the values that it fixes.
 _COLUMNS: dict[str, dict[Axis, str]] = {
     "no privacy": {"unit": "none"},
     "record": {"unit": "record"},
@@ -26,7 +26,7 @@ _VALUES: dict[Part, str] = {"lora_A": "r·in", "lora_B": "r·out", "lora_R": "r�
 
 
 def as_data() -> dict[str, Any]:
-    """Everything, ready for JSON."""
+    """Returns all tables as JSON values."""
     return {
         "columns": list(_COLUMNS),
         "methods": [_row(name, method) for name, method in METHODS.items()],
@@ -35,12 +35,12 @@ def as_data() -> dict[str, Any]:
 
 
 def as_page() -> str:
-    """The page ``docs/aggregation.md``."""
+    """Returns the page ``docs/aggregation.md``."""
     return render("aggregation.md.j2", **as_data())
 
 
 def _row(name: MethodName, method: Method) -> dict[str, Any]:
-    """One method."""
+    """Describes one method."""
     sent = [_up(parts - method.local) for parts in (method.odd, method.even)]
     return {
         "name": name,
@@ -57,12 +57,12 @@ def _row(name: MethodName, method: Method) -> dict[str, Any]:
 
 
 def _up(parts: frozenset[Part]) -> str:
-    """Values of one layer that a client sends."""
+    """Returns the number of values of one layer that a client sends."""
     return " + ".join(_VALUES[part] for part in _VALUES if part in parts)
 
 
 def _conflict(conflict: Conflict) -> dict[str, Any]:
-    """One refused combination."""
+    """Describes one refused combination."""
     where = {axis: sorted(values) for axis, values in conflict.where.items()}
     return {
         "where": where,

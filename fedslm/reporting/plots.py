@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Figures of a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fedslm.privacy.planning import BudgetPlan
 from fedslm.records import RoundRecord
 from fedslm.storage import replacing
 
-# Fixed: with a layout engine a figure takes nearly twice the time.
+# Fixed: a layout engine nearly doubles the plotting time.
 _MARGINS = {"left": 0.1, "right": 0.9, "bottom": 0.15, "top": 0.9}
 
 
 def _figure() -> Any:
-    """An empty figure with room for labels on both sides."""
+    """Creates an empty figure with room for labels on both sides."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5))
@@ -23,11 +23,11 @@ def _figure() -> Any:
 
 
 def plot_rounds(path: Path, records: list[RoundRecord], report: dict[str, Any]) -> None:
-    """Draws the public metric over the rounds and, under privacy, epsilon beside it.
+    """Plots the public metric over the rounds and, under privacy, epsilon on a second axis.
 
     Args:
         path: The PNG to write.
-        records: The rounds.
+        records: Records of the rounds.
         report: The content of ``report.json``.
     """
     headline = report["headline"]
@@ -52,7 +52,7 @@ def plot_rounds(path: Path, records: list[RoundRecord], report: dict[str, Any]) 
 
 
 def plot_budget(path: Path, answer: BudgetPlan) -> None:
-    """Draws epsilon over the rounds at several deltas.
+    """Plots epsilon over the rounds at several deltas.
 
     Args:
         path: The PNG to write.

@@ -1,4 +1,4 @@
-"""A picture of a simulation's data: who has how much of what."""
+"""A figure of a simulation's data: labels and records of each client."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LONGEST_NAME = 24
 
 
 def plot_preview(path: Path, preview: Preview, title: str) -> None:
-    """Draws shares of labels in each client above, records (and users) of each client below.
+    """Plots each client's label shares (top), and its numbers of records and users (bottom).
 
     Args:
         path: The PNG to write.
-        preview: The data.
-        title: Says what it is.
+        preview: Preview of the data.
+        title: Title of the figure.
     """
     from matplotlib.figure import Figure
 
@@ -41,7 +41,7 @@ def plot_preview(path: Path, preview: Preview, title: str) -> None:
 
 
 def _draw_labels(axes: Axes, preview: Preview) -> None:
-    """Stacked bars: what share of a client's records has each label; beyond what fits they are grey."""
+    """Stacked bars: share of each label in a client's records; labels that do not fit are grey."""
     from matplotlib import colormaps
 
     clients, labels = preview.clients, preview.labels
@@ -66,7 +66,7 @@ def _draw_labels(axes: Axes, preview: Preview) -> None:
 
 
 def _draw_sizes(axes: Axes, preview: Preview) -> None:
-    """Bars: records of each client, and its users where they are the unit."""
+    """Bars: number of records of each client, and of its users if they are the unit."""
     clients = preview.clients
     records = [client.records for client in clients]
     axes.bar(range(len(clients)), records, width=0.85, color="slategrey", label="records")
@@ -87,5 +87,5 @@ def _draw_sizes(axes: Axes, preview: Preview) -> None:
 
 
 def _shortened(name: str) -> str:
-    """A name that fits."""
+    """Shortens a name so that it fits."""
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"

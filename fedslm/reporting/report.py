@@ -1,4 +1,4 @@
-"""The record of a run for people and programs: report.json, report.md, report.png, the model card."""
+"""Reports of a run for people and programs: report.json, report.md, report.png, the model card."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from fedslm.storage import expand, json_text, write_text
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a report is made of.
+    """The data that a report is built from.
 
     Attributes:
         config: The resolved config.
-        plan: What ran.
-        outcome: How it ended.
+        plan: The plan that ran.
+        outcome: The result of the rounds.
         clients: Names of the clients.
-        headline: Name of the task's first metric.
+        headline: Name of the task's main metric.
         seconds: Wall time of this session.
-        duplicates: Training records that are in the public split too (simulation).
+        duplicates: Training records that also occur in the public split (simulation).
     """
 
     config: Config
@@ -49,7 +49,7 @@ class Inputs:
 
 
 def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
-    """Writes everything that explains a run into its directory.
+    """Writes all reports of a run into its directory.
 
     Returns:
         The content of ``report.json``.
@@ -61,15 +61,15 @@ def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     write_text(directory.path / layout.ADAPTER / "README.md", card)
     plot_rounds(directory.path / "report.png", records, report)
     text = json_text(report, indent=2) + "\n"
-    write_text(directory.path / layout.REPORT, text)  # last: it says that the run is finished
+    write_text(directory.path / layout.REPORT, text)  # last: this file marks the run as finished
     return report
 
 
 def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord]) -> dict[str, Any]:
-    """The content of ``report.json``."""
+    """Builds the content of ``report.json``."""
     config, outcome, plan = inputs.config, inputs.outcome, inputs.plan
-    adapter, lora = plain(outcome.adapter, config.lora)  # as it was written
-    private = isinstance(plan, PrivatePlan)  # then no exact count of records goes along
+    adapter, lora = plain(outcome.adapter, config.lora)  # as it was exported
+    private = isinstance(plan, PrivatePlan)  # then the report contains no exact record counts
     return {
         "fedslm_version": fedslm.__version__,
         "run_id": directory.run_id,
@@ -123,7 +123,7 @@ _TOLD_ELSEWHERE = {
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Settings of training and aggregation that are not the default."""
+    """Returns the training and aggregation settings that differ from the default."""
     found = {}
     for name, values in config.model_dump(mode="json").items():
         if name in _TOLD_ELSEWHERE:
@@ -137,7 +137,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _attack(config: Config) -> dict[str, Any] | None:
-    """Who was hostile in a simulation, and what it was held against; None if nobody was."""
+    """Describes the attack in a simulation and the defence; None if there was none."""
     if config.attack.kind == "none":
         return None
     aggregation = config.aggregation
@@ -150,13 +150,13 @@ def _attack(config: Config) -> dict[str, Any] | None:
 
 
 def _measured(inputs: Inputs) -> dict[str, Any] | None:
-    """What clients measured on their held-out records; None if they told nothing."""
+    """Returns the clients' metrics on held-out records; None if they reported none."""
     measured = {inputs.clients[client]: each for client, each in inputs.outcome.measured.items()}
     return as_json(measured) if measured else None
 
 
 def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, ...]]:
-    """What each client charged to this run: by its own ledger (simulation), else by its statement."""
+    """Returns each client's charges in this run, from its ledger (simulation) or its statement."""
     if not isinstance(inputs.plan, PrivatePlan):
         return {}
     charged = {}
@@ -171,7 +171,7 @@ def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, 
 
 
 def _privacy(config: Config, charged: dict[str, tuple[Event, ...]]) -> dict[str, Any]:
-    """What was spent by each client, and in the whole network; infinite without privacy."""
+    """Returns the privacy loss of each client and of the whole network; infinite without privacy."""
     delta, overlapping = config.privacy.delta, config.privacy.overlapping
     spent, epsilon = {}, math.inf
     if charged and delta is not None:
@@ -188,7 +188,7 @@ def _privacy(config: Config, charged: dict[str, tuple[Event, ...]]) -> dict[str,
 
 
 def _spent(events: tuple[Event, ...], delta: float) -> dict[str, Any]:
-    """Epsilon and steps of what was charged."""
+    """Returns epsilon and steps of the given charges."""
     steps = sum(event.steps for event in events)
     spent = PrivacySpent(accounting.epsilon(events, delta), delta, steps)
     return {**asdict(spent), "epsilon": epsilon_as_json(spent.epsilon)}
