@@ -44,7 +44,7 @@ app = typer.Typer(
     cls=Program,
     help="Federated, privacy-preserving fine-tuning of small language models.",
     no_args_is_help=True,
-    suggest_commands=False,  # click suggests since 8.4
+    suggest_commands=False,  # click has suggested commands since 8.4
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -113,7 +113,7 @@ def simulate(
 
 
 def _finished(config: Config | None, resume: Path | None) -> dict[str, Any] | None:
-    """The report of a run that is to be resumed, but has nothing left to do; says so."""
+    """Returns and reports the result of a run to be resumed that is already complete."""
     if resume is None:
         return None
     from fedslm.simulation import finished
@@ -126,7 +126,7 @@ def _finished(config: Config | None, resume: Path | None) -> dict[str, Any] | No
 
 
 def _fail_if_stopped(*reports: dict[str, Any]) -> None:
-    """Ends with 1 if a run stopped early, or came to nothing."""
+    """Exits with code 1 if a run stopped early or had no result."""
     bad = [report for report in reports if report["stopped"]]
     for report in bad:
         how = "stopped early" if report["rounds"] < report["rounds_planned"] else "failed"
@@ -137,7 +137,7 @@ def _fail_if_stopped(*reports: dict[str, Any]) -> None:
 
 
 def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
-    """Runs or resumes behind a progress bar."""
+    """Runs or resumes a simulation with a progress bar."""
     if config is None or (config.engine.name == "local" and config.engine.workers != 0):
         from fedslm.workers import preload
 
@@ -161,7 +161,7 @@ def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
 
 
 def _finish(report: dict[str, Any], as_json: bool) -> None:
-    """Says what came out and where to look."""
+    """Prints the result and the location of the files."""
     from fedslm.progress import readable
     from fedslm.rendering import spent as shown
 

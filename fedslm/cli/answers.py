@@ -1,4 +1,4 @@
-"""What commands that use a model share: a bar, files of answers, tables."""
+"""Shared code of commands that use a model: a progress bar, answer files, tables."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def counted(answers: Iterable[Any], total: int, show: Callable[[int, int], None]) -> Iterator[Any]:
-    """Moves the bar with each answer."""
+    """Yields answers and advances the bar."""
     for done, answer in enumerate(answers, 1):
         show(done, total)
         yield answer
 
 
 def write_answers(out: Path, answers: Iterable[dict[str, Any]]) -> None:
-    """Writes answers, one a line; the file appears when all are there."""
+    """Writes one answer per line; the file appears when all are complete."""
     from fedslm.storage import replacing
 
     with replacing(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -58,19 +58,19 @@ def write_answers(out: Path, answers: Iterable[dict[str, Any]]) -> None:
 
 
 def _cell(value: object) -> object:
-    """What fits into a cell: lists and dictionaries as JSON."""
+    """Formats a value for a cell: lists and dictionaries as JSON."""
     return json_text(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
 def say_where(out: Path, count: int, as_json: bool) -> None:
-    """Where the answers are."""
+    """Prints the location of the answers."""
     typer.echo(
         json_text({"out": str(out), "rows": count}) if as_json else f"{out}: {plural(count, 'row')}"
     )
 
 
 def print_answers(answers: Rows) -> None:
-    """Answers for people."""
+    """Prints answers for people."""
     rows = [
         (_short(str(each.get("text", " ".join(each.get("words", []))))), _said(each))
         for each in answers
@@ -82,7 +82,7 @@ def print_answers(answers: Rows) -> None:
 
 
 def _said(answer: dict[str, Any]) -> str:
-    """What is said of one text."""
+    """Formats the answer for one text."""
     if "note" in answer:
         return str(answer["note"])
     if "entities" in answer:
@@ -97,14 +97,14 @@ def _said(answer: dict[str, Any]) -> str:
 
 
 def _short(text: str) -> str:
-    """The beginning of a text."""
+    """Shortens a text to its beginning."""
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"
 
 
 def print_table(
     title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], notes: list[str]
 ) -> None:
-    """A table with notes below; texts are printed as they are."""
+    """Prints a table with notes below it; texts are printed unchanged."""
     console, table = Console(), Table(title=Text(title) if title else None)
     for at, column in enumerate(columns):
         table.add_column(column, no_wrap=at == 0)

@@ -154,7 +154,7 @@ def self_test(as_json: Json = False) -> None:
 
 
 def _table(found: LedgerAudit) -> Table:
-    """What was spent at each delta."""
+    """Builds a table of the privacy loss at each delta."""
     table = Table(title="ε spent, failed work included")
     columns = ("δ", "ε", "PLD", "PRV", "RDP", "if plans were adaptive", "budget", "releases left")
     for column in columns:
@@ -172,7 +172,7 @@ def _table(found: LedgerAudit) -> Table:
 
 
 def _print_ledger(found: LedgerAudit) -> None:
-    """What was found, for people."""
+    """Prints an audit for people."""
     console = Console()
     verdict = "[green]sound[/green]" if found.sound else "[red bold]not sound[/red bold]"
     if found.sound and found.open_questions:

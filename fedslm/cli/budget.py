@@ -1,4 +1,4 @@
-"""``fedslm budget``: what a privacy budget buys, before anything is spent."""
+"""``fedslm budget``: plan a privacy budget before anything is spent."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def plan(
 
 
 def _question(given: dict[str, Any], config: Config | None) -> BudgetQuery:
-    """What is known: from the options, then from the config."""
+    """Builds the query from the options, and otherwise from the config."""
     from fedslm.privacy.planning import PLANNED_UNITS, BudgetQuery
 
     known = {} if config is None else _from_config(config)
     if given["epsilon"] is not None and given["noise_multiplier"] is None:
-        known.pop("noise_multiplier", None)  # another budget asks for another noise
+        known.pop("noise_multiplier", None)  # a different budget needs a different noise level
     if given["noise_multiplier"] is not None and given["epsilon"] is None:
         known.pop("epsilon", None)
     unit = given["unit"] or known.get("unit", "record")
@@ -124,7 +124,7 @@ def _question(given: dict[str, Any], config: Config | None) -> BudgetQuery:
 
 
 def _from_config(config: Config) -> dict[str, Any]:
-    """What a config says of its plan."""
+    """Returns the plan settings of a config."""
     privacy, training, federation = config.privacy, config.training, config.federation
     if privacy.unit == "none":
         raise OutOfRange('privacy.unit="none" has no budget; give --unit and the rest')
@@ -143,7 +143,7 @@ def _from_config(config: Config) -> dict[str, Any]:
 
 
 def _of_clients(known: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a config's plan, with the client as the unit: one release for each round.
+    """Returns the plan settings with the client as the unit: one release per round.
 
     A client may be in every cohort, and cohorts are public: its sample rate is 1.
     """
@@ -153,7 +153,7 @@ def _of_clients(known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print(found: BudgetPlan, plot: Path | None) -> None:
-    """The answer, a table of epsilon over the rounds, and warnings."""
+    """Prints the plan, a table of epsilon over the rounds, and warnings."""
     console = Console()
     steps, rounds = plural(found.steps, "step"), plural(found.rounds, "round")
     work = f"{steps} in {rounds} at sample rate {found.sample_rate:g}"

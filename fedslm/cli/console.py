@@ -1,4 +1,4 @@
-"""What all commands share: options, clear errors, reading a configuration."""
+"""Shared code of all commands: options, error messages, reading a configuration."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from fedslm.errors import (
     printable,
 )
 
-FINE, FAILED, INPUT, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130  # the table is in docs/cli.md
+FINE, FAILED, INPUT, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130  # see the table in docs/cli.md
 ERRORS = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 TRAIN, USE, PRIVACY, DEPLOY = "Train", "Use", "Privacy", "Deploy"  # panels of `fedslm --help`
 
 
 class LogForm(StrEnum):
-    """How a long-running program logs."""
+    """Log format of a long-running program."""
 
     auto = "auto"
     text = "text"
@@ -68,19 +68,19 @@ def clear_errors() -> Iterator[None]:
 
 
 def code_of(kind: type[FedslmError]) -> int:
-    """The exit code of an error: whether what was given is at fault, it was refused, or it failed."""
+    """Returns the exit code of an error: invalid input, refusal, or failure."""
     if issubclass(kind, ConfigError | DataError | ModelError | LedgerError | OutOfRange | Unusable):
         return INPUT
     return REFUSED if issubclass(kind, PrivacyError | Refused) else FAILED
 
 
 def keep_private() -> None:
-    """Lets nobody else read what this program writes: records, ledgers, updates and logs."""
+    """Makes new files (records, ledgers, updates and logs) readable only by their owner."""
     os.umask(0o077)
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
-    """Reads a config, refuses contradictions, and shows warnings."""
+    """Reads a config, refuses contradictions, and prints warnings."""
     loaded = configuration.from_toml(path, overrides)
     validation.check(loaded)
     for warning in validation.warnings(loaded):

@@ -104,10 +104,10 @@ def split(
 
 
 def seen(config: Config) -> Preview:
-    """What a config's data looks like; the config names its columns.
+    """Returns a preview of a config's data; fills in the column names first.
 
     Raises:
-        DataError: Anything about the data that would stop a client later.
+        DataError: The data has a defect that would stop a client later.
     """
     from fedslm.data.federated import share_out
     from fedslm.data.preview import look
@@ -123,7 +123,7 @@ def seen(config: Config) -> Preview:
 
 
 def _with_lengths(found: Preview, shared: Shared, config: Config) -> Preview:
-    """How many texts are cut or give no example, if the base model's tokenizer is at hand."""
+    """Adds how many texts are truncated or unusable, if the base model's tokenizer is available."""
     from fedslm.data.tables import rows_in
     from fedslm.models.base import load_tokenizer, local
     from fedslm.tasks import build
@@ -142,7 +142,7 @@ def _with_lengths(found: Preview, shared: Shared, config: Config) -> Preview:
 
 
 def _print(found: Preview, config: Config, plot: Path | None) -> None:
-    """A table of clients, and what else is worth knowing."""
+    """Prints a table of clients, and remarks."""
     console = Console()
     table = Table(title=f"{plural(len(found.clients), 'client')} ({config.data.partition})")
     longest = max(len(client.name) for client in found.clients[:_MOST_CLIENTS])
@@ -171,7 +171,7 @@ def _print(found: Preview, config: Config, plot: Path | None) -> None:
 
 
 def _cells(client: ClientView, total: int, *, with_labels: bool) -> list[str]:
-    """One row of the table; a wide label set is cut."""
+    """Returns one row of the table; a long label list is shortened."""
     cells = [client.name, str(client.records), f"{client.records / total:.1%}"]
     if client.units is not None:
         cells.append(str(client.units))
@@ -183,7 +183,7 @@ def _cells(client: ClientView, total: int, *, with_labels: bool) -> list[str]:
 
 
 def remarks(found: Preview, config: Config) -> list[str]:
-    """Sizes, what is left out, what is cut, what is in both splits."""
+    """Returns remarks on sizes, dropped records, truncation and duplicates."""
     smallest = min(client.records for client in found.clients)
     columns = ", ".join(f"{key}={name}" for key, name in needed(config.data, config.task).items())
     lines = [

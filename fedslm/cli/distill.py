@@ -141,7 +141,7 @@ def _question(
     *,
     ceiling: bool,
 ) -> ProofRequest:
-    """What is to be proved: on the run's own test records unless others are named."""
+    """Builds the proof request: on the run's own test records unless others are given."""
     from fedslm.distillation.proof import GROUP, ProofRequest
     from fedslm.inference.evaluation import Elsewhere, other_rows
 
@@ -155,7 +155,7 @@ def _question(
 
 
 def _settings(section: Any, given: dict[str, Any], overrides: list[str]) -> Any:
-    """The run's own ``[distill]`` section with what the command line says."""
+    """Returns the run's own ``[distill]`` section with the command-line options applied."""
     from fedslm.config import DistillConfig, section_from, with_overrides
 
     values = section.model_dump(mode="json")
@@ -169,7 +169,7 @@ def _settings(section: Any, given: dict[str, Any], overrides: list[str]) -> Any:
 
 
 def _estimated(prepared: PreparedJob, as_json: bool) -> None:
-    """What it would take."""
+    """Prints the estimated cost."""
     from fedslm.distillation.estimate import estimate
 
     found, job = estimate(prepared.job), prepared.job
@@ -199,7 +199,7 @@ def _estimated(prepared: PreparedJob, as_json: bool) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds for people.
+    """Formats a number of seconds for people.
 
     >>> _duration(12.3), _duration(7200)
     ('12 s', '2.0 h')
@@ -229,7 +229,7 @@ def _watching(target: Path) -> Iterator[Watcher]:
 
 
 class _Stages:
-    """A bar for each stage."""
+    """Shows one progress bar per stage."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
@@ -237,7 +237,7 @@ class _Stages:
         self._tenths: dict[str, int] = {}
 
     def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Moves a stage's bar."""
+        """Advances a stage's bar."""
         if ERRORS.is_terminal:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bar.add_task(stage, total=total, note="")
@@ -250,7 +250,7 @@ class _Stages:
 
 
 def _say(report: dict[str, Any], as_json: bool) -> None:
-    """What came out and where to look."""
+    """Prints the result and the location of the files."""
     if as_json:
         keys = ("directory", "method", "metrics", "general", "privacy", "adapter_sha256", "seconds")
         typer.echo(json_text({key: report[key] for key in keys}))
@@ -275,7 +275,7 @@ def _say(report: dict[str, Any], as_json: bool) -> None:
 
 
 def _say_gains(console: Console, proof: dict[str, Any]) -> None:
-    """Gains over the controls, and what follows."""
+    """Prints gains over the controls, and the conclusion."""
     for control, gain in proof["gains"].items():
         console.print(
             f"gain over {control}: {gain['value']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]",

@@ -1,4 +1,4 @@
-"""``fedslm predict``, ``generate``, ``evaluate`` and ``export``: use what was trained."""
+"""``fedslm predict``, ``generate``, ``evaluate`` and ``export``: use a trained model."""
 
 from __future__ import annotations
 
@@ -236,19 +236,19 @@ def export(
 
 
 def _one_of(texts: list[str], file: Path | None, name: str) -> None:
-    """Exactly one place that texts come from."""
+    """Refuses anything but exactly one source of texts."""
     if bool(texts) == (file is not None):
         raise typer.BadParameter(f"give either {name} (may be repeated) or --file")
 
 
 def _check_out(out: Path | None) -> None:
-    """Refuses a format before the work begins."""
+    """Refuses an unsupported output format before the work begins."""
     if out is not None and out.suffix not in (".jsonl", ".csv"):
         raise typer.BadParameter(f"--out={str(out)!r} must end with .jsonl or .csv")
 
 
 def _prompt_rows(columns: list[str], prompts: list[str], file: Path | None) -> Rows:
-    """Rows that prompts are made of."""
+    """Returns the rows that prompts are built from."""
     from fedslm.inference.inputs import read_inputs
 
     if file is not None:
@@ -261,13 +261,13 @@ def _prompt_rows(columns: list[str], prompts: list[str], file: Path | None) -> R
 
 
 def _written(prompt: Prompt, texts: list[str]) -> dict[str, Any]:
-    """What was written, as plain values."""
+    """Returns a prompt and its generated texts as plain values."""
     cut = {"truncated": True} if prompt.cut else {}
     return {"prompt": prompt.text, "texts": texts, **cut}
 
 
 def _write_aloud(trained: Trained, prompts: list[Prompt], sampling: Any) -> None:
-    """Prints texts as they come (one sample), or when they are there."""
+    """Prints texts while they are generated (one sample), or when they are complete."""
     from fedslm.config.tasks import TASKS
     from fedslm.inference.generation import write
 
@@ -288,5 +288,5 @@ def _write_aloud(trained: Trained, prompts: list[Prompt], sampling: Any) -> None
 
 
 def _echo(text: str) -> None:
-    """Prints at once."""
+    """Prints text immediately."""
     typer.echo(text, nl=False)

@@ -37,7 +37,7 @@ def methods(
 
 
 def _print() -> None:
-    """The same for people."""
+    """Prints the tables for people."""
     from fedslm.reporting.methods import as_data
 
     data, console = as_data(), Console()

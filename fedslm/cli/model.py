@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 model_app = typer.Typer(help="Inspect a base model.", no_args_is_help=True)
 
 _ASSUMED_CLASSES = 2
-_FULL = 0.9  # of the machine's memory
+_FULL = 0.9  # share of the machine's memory
 _LONG = 2048  # tokens
-_HUGE = 1_000_000  # trained parameters, without a plan to say what they cost
+_HUGE = 1_000_000  # trained parameters, if there is no plan to compute their cost
 
 
 @model_app.callback()
@@ -50,10 +50,10 @@ def info(config: ConfigPath, overrides: Overrides = [], as_json: Json = False) -
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Everything that ``fedslm model info`` says, ready for JSON.
+    """Returns the full output of ``fedslm model info`` as JSON values.
 
     Raises:
-        ModelError: The base cannot be found or cannot do what is asked.
+        ModelError: The base model cannot be found or does not support the config.
     """
     from fedslm.aggregation.methods import method_of, trained_keys
     from fedslm.models import footprint as sizing
@@ -97,7 +97,7 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def _classes(config: Config) -> tuple[int, str]:
-    """Number of classes, and why it is a guess: nothing is fetched to find out."""
+    """Returns the number of classes, and why it is a guess: nothing is downloaded to determine it."""
     from fedslm.data.federated import load_what_is_public
     from fedslm.data.labels import read_file
     from fedslm.data.sources import is_here
@@ -118,24 +118,24 @@ def _classes(config: Config) -> tuple[int, str]:
 
 
 def _records(config: Config) -> int:
-    """Records that share a forward pass."""
+    """Returns the number of records that share a forward pass."""
     training, privacy = config.training, config.privacy
     shared = min(training.batch_size, training.micro_batch_size)
     if privacy.unit == "none" or privacy.batched:
         return shared
-    return privacy.max_records_per_unit or 1  # each unit has a pass of its own
+    return privacy.max_records_per_unit or 1  # each unit has its own pass
 
 
 def _with_cores(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The adapter's tensors, and the core that Fed-SB would put into each layer."""
+    """Returns the adapter's tensors with the core that Fed-SB would add to each layer."""
     ranks = {layer: shapes[key_of(layer, "lora_A")][0] for layer in layers_of(shapes)}
     return {**shapes, **{key_of(layer, "lora_R"): (r, r) for layer, r in ranks.items()}}
 
 
 def _traffic(config: Config, sizes: Footprint) -> dict[str, Any]:
-    """What travels in a round, for one client and for the cohort, and up by method.
+    """Returns the traffic of a round, for one client and for the cohort, and the upload by method.
 
-    What stack, fedex and flora put aside comes to the download and is not known before the run.
+    Residual factors of stack, fedex and flora add to the download, by an amount unknown before the run.
     """
     from fedslm.aggregation.methods import METHODS, method_of, moving_keys, sent_keys
     from fedslm.models.footprint import parameters
@@ -161,7 +161,7 @@ def _traffic(config: Config, sizes: Footprint) -> dict[str, Any]:
 
 
 def _processes(config: Config) -> int:
-    """Processes of a simulation that hold a base each."""
+    """Returns the number of simulation processes that each hold a base model."""
     workers = config.engine.workers
     if workers < 0:
         workers = min(os.cpu_count() or 1, config.federation.num_clients)
@@ -171,7 +171,7 @@ def _processes(config: Config) -> int:
 def _warnings(
     config: Config, sizes: Footprint, needs: Memory, trained: int, held: int | None
 ) -> list[str]:
-    """What is allowed and will not go well."""
+    """Returns warnings about settings that are allowed but problematic."""
     found = []
     processes = _processes(config)
     if held is not None and needs.total * processes > _FULL * held:
@@ -202,7 +202,7 @@ def _warnings(
 
 
 def _drowned(config: Config, trained: int) -> list[str]:
-    """What the budget's own arithmetic says of so many trained values."""
+    """Returns the budget planner's warnings for so many trained values."""
     from fedslm.privacy.planning import BudgetQuery, plan_budget
 
     privacy, federation = config.privacy, config.federation
@@ -223,7 +223,7 @@ def _drowned(config: Config, trained: int) -> list[str]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    """The same for people."""
+    """Prints the description for people."""
     console = Console()
     table = Table(show_header=False, box=None)
     for name, text in _lines(found):
@@ -234,7 +234,7 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Name and text of each line."""
+    """Returns name and text of each line."""
     from fedslm.progress import readable
 
     proved = f"{found['family']}, verified" if found["family"] else "not verified"

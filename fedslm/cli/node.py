@@ -1,4 +1,4 @@
-"""``fedslm node``: what a node's operator does."""
+"""``fedslm node``: commands for a node's operator."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def clock(
 
 
 def _begins(name: str) -> None:
-    """Says what is looked at; the result follows on the same line."""
+    """Prints the name of a check; the result follows on the same line."""
     typer.echo(f"checking {name} ... ", nl=False)
     sys.stdout.flush()
 
@@ -191,7 +191,7 @@ def up(
 
 
 def _leave(stop: threading.Event) -> None:
-    """Ends the process soon after it is told to stop, whatever it waits for: the ledger is on disk."""
+    """Ends the process soon after ``stop`` is set, whatever it waits for: the ledger is on disk."""
     stop.wait()
     time.sleep(_GRACE_SECONDS)
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The root of all commands: what must hold before any of them reads its arguments."""
+"""The root of all commands: checks that apply before a command reads its arguments."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fedslm.storage import is_text
 class Program(TyperGroup):
     """The root group.
 
-    click 8.5 gave arguments a help of their own, and sets it to nothing after typer 0.20 has set it:
-    every argument's help is put back here, from where it is declared.
+    click 8.5 added help texts for arguments, and overwrites with nothing those that typer 0.20 sets:
+    this class restores every argument's help from its declaration.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -28,14 +28,14 @@ class Program(TyperGroup):
             _restore_help(command)
 
     def main(self, *arguments: Any, **settings: Any) -> Any:
-        """Runs a command; a character that the console cannot show is escaped, as on standard error."""
+        """Runs a command; characters that the console cannot show are escaped, as on standard error."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         return super().main(*arguments, **settings)
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        """Refuses arguments that are not valid text: no model and no file of ours can hold them."""
+        """Refuses arguments that are not valid text: fedslm cannot write them to its files."""
         for each in arguments:
             if not is_text(each):
                 message = f"{each!a} is not text in this console's encoding; write it in UTF-8"
@@ -53,7 +53,7 @@ def _commands(group: click.Group) -> Iterator[click.Command]:
 
 
 def _restore_help(command: click.Command) -> None:
-    """Gives arguments without a help the one that their annotation declares."""
+    """Restores the declared help of arguments that have none."""
     lost = [each for each in command.params if isinstance(each, TyperArgument) and not each.help]
     if not lost or command.callback is None:
         return

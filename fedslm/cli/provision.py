@@ -1,4 +1,4 @@
-"""``fedslm provision``: certificates, and which nodes are let in."""
+"""``fedslm provision``: certificates, and admission of nodes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def reached(server: Path, seconds: float = _WAIT_SECONDS) -> Iterator[Control]:
 
 
 def warn_of_certificates(server: Path) -> None:
-    """Says on standard error which of the server's certificates end before long."""
+    """Warns on standard error about server certificates that expire soon."""
     from fedslm.deployment.certificates import server_warnings
 
     for warning in server_warnings(server):
@@ -238,7 +238,7 @@ def rekey(server: Server = Path()) -> None:
 
 
 def _say_fingerprint(server: Path) -> None:
-    """Says what operators compare over another way."""
+    """Prints the fingerprint that operators compare over a separate channel."""
     from fedslm.deployment.admission import federation_fingerprint
 
     found = federation_fingerprint(server)

@@ -80,11 +80,11 @@ def run(
         shown = runs.last_round(runs.directory_of(server, loaded)) if resume else 0
 
         def tell(record: dict[str, Any]) -> None:
-            if record["round"] > shown:  # earlier ones were told of before the run was interrupted
+            if record["round"] > shown:  # earlier rounds were printed before the interruption
                 _tell(record)
 
         with reached(server) as control:
-            stop = until_stopped()  # until here Ctrl-C ends this command
+            stop = until_stopped()  # until this point, Ctrl-C ends this command
             run_id, directory = runs.start(control, server, loaded, resume=resume)
             ERRORS.print(f"run {run_id}: {directory}")
             ERRORS.print("waiting for the nodes and the first round")
@@ -191,7 +191,7 @@ def stop(
 
 
 def until_stopped() -> threading.Event:
-    """Is set by Ctrl-C, or by a service manager's SIGTERM."""
+    """Returns an event that Ctrl-C sets, or a service manager's SIGTERM."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -208,12 +208,12 @@ def _short(time: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    """A number of a table; nothing for none."""
+    """Formats a number for a table; empty for None."""
     return "" if value is None else "∞" if value == math.inf else f"{value:.3f}"
 
 
 def _tell(record: dict[str, Any]) -> None:
-    """One line for each round."""
+    """Prints one line for each round."""
     from fedslm.federation.checkpoint import metrics_of
 
     found = metrics_of(record["metrics"])
