@@ -169,7 +169,7 @@ class _House:
     name: str
     mix: tuple[float, ...]
     template: str
-    """Sections parted by ``~``; one on history or vital signs may be left out."""
+    """Sections separated by ``~``; history or vital signs may be missing."""
 
 
 _HOUSES = (
@@ -220,11 +220,11 @@ class DemoData:
     """Rows with the keys ``text``, ``label``, ``client`` and ``patient``."""
 
     train: list[dict[str, str]]
-    """Private notes, hospital after hospital; they name made-up patients."""
+    """Private notes, hospital by hospital; they name invented patients."""
     public: list[dict[str, str]]
-    """De-identified notes anyone may pretrain on; ``client`` is ``"public"``."""
+    """De-identified notes for public pretraining; ``client`` is ``"public"``."""
     evaluation: list[dict[str, str]]
-    """De-identified notes to measure accuracy on; ``client`` is ``"public"``."""
+    """De-identified notes for evaluation; ``client`` is ``"public"``."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def follow(
 
 
 _student = lru_cache(maxsize=1)(load_model.__wrapped__)
-"""The student stays next to the run's own base, so that a process loads each of them once."""
+"""The student stays cached next to the run's own base, so that a process loads each of them once."""
 
 
 def _round(path: Path) -> int:
