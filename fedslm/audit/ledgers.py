@@ -48,7 +48,8 @@ class Spent:
         adaptive: Epsilon if the plans were chosen after seeing earlier releases; None for one plan.
         adaptive_delta: The delta at which ``adaptive`` holds: twice ``delta``, once for stopping under
             the first plan and once for all later plans; None for one plan.
-        remaining_releases: Further releases like the last that fit the budget; None without budget or charges.
+        remaining_releases: Further releases like the last that fit the budget; None if no budget was
+            given or nothing was charged.
     """
 
     delta: float

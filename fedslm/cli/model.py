@@ -202,7 +202,7 @@ def _warnings(
 
 
 def _drowned(config: Config, trained: int) -> list[str]:
-    """Returns the budget planner's warnings for so many trained values."""
+    """Returns the budget planner's warnings for this number of trained values."""
     from fedslm.privacy.planning import BudgetQuery, plan_budget
 
     privacy, federation = config.privacy, config.federation

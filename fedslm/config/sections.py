@@ -191,7 +191,7 @@ class TrainingConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """What is asked; :class:`fedslm.privacy.plan.PrivatePlan` is what will run."""
+    """The requested privacy; :class:`fedslm.privacy.plan.PrivatePlan` is what will run."""
 
     unit: Unit
     """Unit of privacy: one record, or all records of one user ("patient" is read as "user"); "none"

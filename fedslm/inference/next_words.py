@@ -38,7 +38,7 @@ def continued(trained: Trained, rows: Rows, first: int) -> list[Answer]:
 
 
 def _next_words(trained: Trained, text: str) -> Answer:
-    """Returns the most likely next words; a word's probability sums its likeliest tokenizations."""
+    """Returns the most likely next words; a word's probability sums over likely tokenizations."""
     tokenizer = trained.model.tokenizer
     whole = prompt_tokens(text, tokenizer)
     longest = trained.run.task.max_length - _WORD_TOKENS
