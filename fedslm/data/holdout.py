@@ -19,7 +19,7 @@ def is_held_out(unit: str, fraction: float, seed: int) -> bool:
     Formal guarantees:
         * The result depends only on the unit's name, the fraction and the run's seed: not on any other
           unit, nor on client, round or restart. So a unit is always on one side, and adding or removing
-          another unit moves no unit.
+          another unit does not move it.
 
     Args:
         unit: Name of a patient, or :func:`record_name`.

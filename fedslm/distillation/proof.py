@@ -1,4 +1,4 @@
-"""Proof of transfer: does the student gain from the clients' knowledge, or only from public records?
+"""Proof of transfer: whether the student gains from client knowledge, not only from public records.
 
 A gain is claimed only if the paired interval of the federated arm over *every* control is above 0.
 """
