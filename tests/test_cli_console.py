@@ -84,7 +84,7 @@ def test_a_variable_that_is_no_text_counts_as_not_set(
     monkeypatch.setenv("NOTES", BAD)
     for key, kind in (("data.source", "DataError"), ("model.base", "ModelError")):
         result = run("simulate", DEMO, *tiny(tmp_path / "run", f"{key}=$NOTES"))
-        assert_clear(result, kind, f"{key}='$NOTES'", "or not to text")
+        assert_clear(result, kind, f"{key}='$NOTES'", "is not set, or is not text")
 
 
 @pytest.mark.parametrize("name", [database.USER, database.PASSWORD])

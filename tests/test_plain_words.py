@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ WORST = re.compile(
     r"\b(alone|anew|beside|lies?|mend(s|ed)?)\b|(?<!there )\bis no (?!longer)|\bare no (?=[a-z]+ of\b)",
     re.IGNORECASE,
 )
+OLD = re.compile(r"\b(alone|anew|beside|lies|mend(s|ed)?)\b", re.IGNORECASE)
 # A stemmer's own examples, symptoms of made-up patients, and nginx' words.
 NOT_OURS = {"inference/porter.py", "data/demo.py", "deployment/proxy.py"}
 
@@ -49,6 +51,28 @@ def test_users_read_plain_words() -> None:
     for path in sorted([*templates, *pages]):
         lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         wrong += [f"{path.name}:{line}: {text}" for line, text in lines if WORST.search(text)]
+    assert not wrong, "\n".join(wrong)
+
+
+def explained(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of a module's docstrings and comments."""
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type == tokenize.COMMENT:
+                yield token.start[0], token.string
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield getattr(node, "lineno", 1), ast.get_docstring(node) or ""
+
+
+def test_developers_read_plain_words() -> None:
+    """The same words stay out of docstrings and comments; *besides* and names in backticks are fine."""
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{line}: {found[0]}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for line, text in explained(path)
+        if (found := OLD.search(text))
+    ]
     assert not wrong, "\n".join(wrong)
 
 

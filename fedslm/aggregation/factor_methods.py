@@ -246,11 +246,11 @@ def effective_weights(state: AdapterState, scaling: float) -> dict[str, Matrix]:
     return found
 
 
-def _aside(layer: str, left: Matrix, right: Matrix, beside: float = 0.0) -> dict[str, FloatArray]:
+def _aside(layer: str, left: Matrix, right: Matrix, neighbour: float = 0.0) -> dict[str, FloatArray]:
     """Returns the remainder, compressed to its rank; empty if negligible next to the factors."""
     if not left.shape[1]:
         return {}
-    up, down = compressed(left, right, beside)
+    up, down = compressed(left, right, neighbour)
     if not down.shape[0]:
         return {}
     return {key_of(layer, "delta_A"): down, key_of(layer, "delta_B"): up}

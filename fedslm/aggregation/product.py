@@ -41,26 +41,26 @@ def balanced(
     return (left * root).astype(np.float32), (root[:, None] * right).astype(np.float32)
 
 
-def compressed(left: Matrix, right: Matrix, beside: float = 0.0) -> tuple[FloatArray, FloatArray]:
+def compressed(left: Matrix, right: Matrix, neighbour: float = 0.0) -> tuple[FloatArray, FloatArray]:
     """Returns the same product with only as many columns and rows as its numerical rank.
 
     Args:
         left: (out, n).
         right: (n, in).
-        beside: Norm of the float32 matrix next to this one; values below its rounding are dropped.
+        neighbour: Norm of the float32 matrix next to this one; values below its rounding are dropped.
     """
     u, values, v = svd_of_product(left, right)
-    kept = numerical_rank(values, beside)
+    kept = numerical_rank(values, neighbour)
     return balanced(u[:, :kept], values[:kept], v[:kept])
 
 
-def numerical_rank(values: Matrix, beside: float = 0.0) -> int:
-    """Counts the singular values above float32's rounding of the largest, or of ``beside``.
+def numerical_rank(values: Matrix, neighbour: float = 0.0) -> int:
+    """Counts the singular values above float32's rounding of the largest, or of ``neighbour``.
 
     >>> numerical_rank(np.array([5.0, 1.0, 1e-9])), numerical_rank(np.zeros(3))
     (2, 0)
     """
-    return int((values > _ROUNDING * values.max(initial=beside)).sum())
+    return int((values > _ROUNDING * values.max(initial=neighbour)).sum())
 
 
 def norm_of_product(left: Matrix, right: Matrix) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from fedslm import layout
 from fedslm.errors import LedgerError, RunError
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.privacy.chain import read_chain
+from fedslm.privacy.chain import GENESIS, read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.storage import load_adapter
 
@@ -55,9 +55,10 @@ def _steps(directory: RunDirectory, path: Path, privacy: dict[str, Any]) -> dict
 
 
 def _still_holds(node: Path, mark: dict[str, Any]) -> bool:
-    """Whether a ledger contains at least as many charges as it did."""
+    """Whether a ledger contains all that it did: the line that was its last is one of its lines."""
     try:
         chain = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY))
     except (LedgerError, OSError):
         return False
-    return len(chain.charges) >= int(mark["charges"])
+    is_there = mark["head"] == GENESIS or bytes.fromhex(mark["head"]) in chain.leaves
+    return is_there and len(chain.charges) >= int(mark["charges"])

@@ -11,8 +11,8 @@ Formal guarantees, for every path below ``/v1/fleet`` (``tests/deployment/test_g
 - No byte of a body is read before its stated length is within ``fleet_api.most_bytes`` and the headers
   prove an admitted key: a signature over a time that is at most 305 seconds old. A revoked key is not
   admitted.
-- A body is read up to its stated length, for at most ten minutes, and for at most eight requests of one
-  node at a time.
+- A body is read up to its stated length and for at most ten minutes. Of one node at most eight objects,
+  one message and eight other requests are read at a time.
 - A body that reaches Flower complies with the rules of :mod:`fedslm.deployment.guard_rules`, and is
   unchanged.
 - A refusal that leaves a body unread closes the connection.

@@ -11,8 +11,9 @@ Formal guarantees:
     * A node that shows one ledger to one run and another to a second, concurrent run is detected when
       the second one saves, if the charges of both are more than either ledger has, and otherwise as
       soon as either asks again: each point that was seen must be extended.
-    * Epsilon falls only where delta rises: a statement is checked against every (delta, epsilon) that
-      was stated before for the same or a larger delta.
+    * Epsilon falls only where delta rises, or by up to 2 % (another version's accountant may be
+      tighter): a statement is checked against every (delta, epsilon) that was stated before for the
+      same or a larger delta.
     * Nothing is taken from the node but hashes and counts, all signed with its admitted ledger key.
 
 What a node spent and never stated (its reply was lost, or another server asked it) shows in its next

@@ -93,9 +93,7 @@ class AttachedAdapter:
             ModelError: PEFT's format cannot represent a tensor of the adapter.
         """
         if len(self.deltas) or any(part_of(key) == "lora_R" for key in self.parameters):
-            raise ModelError(
-                "PEFT knows neither deltas nor cores; write this adapter with models.plain.save_plain"
-            )
+            raise ModelError("PEFT has neither deltas nor cores; use models.peft_export.save_plain")
         self.network.save_pretrained(directory)  # type: ignore[operator]
 
 

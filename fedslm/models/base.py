@@ -72,7 +72,7 @@ def local(model: ModelConfig) -> Path | None:
     text = expand(model.base)
     if "$" in text:
         raise ModelError(
-            f"model.base={model.base!r}: the environment does not set that variable, or not to text"
+            f"model.base={model.base!r}: an environment variable in it is not set, or is not text"
         )
     path = Path(text)
     if path.is_dir():

@@ -67,7 +67,7 @@ def test_a_run_ends_with_its_student_and_the_audit_sees_the_chain(
 
 
 def test_a_false_statement_is_found(config_in: MakeConfig, tmp_path: Path) -> None:
-    """Another epsilon, another teacher, more charges than there are: each is a finding."""
+    """Another epsilon, another teacher, more charges than there are, or a line that is not there: each is a finding."""
     simulation.simulate(config_with(config_in, tmp_path, "run"))
     record = tmp_path / "run" / "distilled" / "distill.json"
     honest = json.loads(record.read_text())
@@ -75,6 +75,7 @@ def test_a_false_statement_is_found(config_in: MakeConfig, tmp_path: Path) -> No
         ("epsilon", 0.1, "its privacy statement is not the run's"),
         ("teacher_adapter_sha256", "0" * 64, "the teacher is not the adapter that the run released"),
         ("ledgers", {"client-00000": {"charges": 99, "head": ""}}, "a ledger does not hold"),
+        ("ledgers", {"client-00000": {"charges": 0, "head": "ab" * 32}}, "a ledger does not hold"),
     ]:
         record.write_text(json.dumps({**honest, "privacy": {**honest["privacy"], key: value}}))
         (found,) = findings_of(tmp_path / "run")

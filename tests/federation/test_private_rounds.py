@@ -152,7 +152,7 @@ def test_patients_are_trained_and_charged_as_patients(make_config: MakeConfig) -
     """unit="user" end to end: plan, every ledger, every statement and the report say so."""
     config = make_config(privacy=PATIENT)
     report = simulation.simulate(config)
-    assert (report["plan"]["unit"], report["plan"]["unit_column"]) == ("patient", "patient")
+    assert (report["plan"]["unit"], report["plan"]["unit_column"]) == ("user", "patient")
     assert report["plan"]["max_records_per_unit"] == 3
     assert 0 < report["epsilon"] <= 8.0
     assert report["epsilon"] == max(spent["epsilon"] for spent in report["privacy"].values())
