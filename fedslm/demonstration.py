@@ -91,7 +91,7 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
     """Prints the table and the location of the results."""
     console = Console()
     table = Table(title="Five hospitals, one adapter: accuracy on the public evaluation split")
-    for column in ("run", "before", "after", "ε of each hospital", "for one", "δ", "time"):
+    for column in ("run", "before", "after", "ε of each hospital", "protected unit", "δ", "time"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for report in reports:
         spent = sorted({shown(value["epsilon"], 2) for value in report["privacy"].values()})
