@@ -45,6 +45,7 @@ def serve_flower(grid: Grid, run_config: Mapping[str, Any], run_id: int) -> dict
         raise Unusable(f"run.directory={named!r} must be absolute under flwr run")
     again = config.engine.nodes is not None and (path / layout.CONFIG_JSON).exists()
     directory = RunDirectory.open(path, config)[0] if again else RunDirectory.create(path, config)
+    directory.check_continues(config)
     pool = InlinePool(threads=config.engine.threads_per_worker)
 
     run = Run(config, directory, [Bar()])

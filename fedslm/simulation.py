@@ -97,6 +97,7 @@ def resume(
     if done is not None:
         return done
     directory, config = RunDirectory.open(path, expected)
+    directory.check_continues(config)
     report = Run(config, directory, observers).report()
     distill_if_asked(directory.path, config.distill)
     return report
@@ -174,8 +175,7 @@ class Run:
                 done = self._served(rounds)
             return done
         finally:
-            for observer in self.observers:
-                observer.on_end(done)
+            _tell_end(self.observers, done)
 
     def rounds_on(self, grid: Grid, pool: Pool, plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
         """Runs the rounds on a grid and exports the adapter.
@@ -233,6 +233,15 @@ class Run:
             return run_on_ray(on_grid, self.config.federation.num_clients, self.config.engine)
 
         return self.serve(rounds)
+
+
+def _tell_end(observers: Sequence[Observer], report: dict[str, Any] | None) -> None:
+    """Calls ``on_end`` of all observers. An error of one is logged, and hides no other error."""
+    for observer in observers:
+        try:
+            observer.on_end(report)
+        except Exception:  # foreign code
+            logger.exception("on_end of %s failed", type(observer).__name__)
 
 
 def _prepare(config: Config, directory: RunDirectory) -> tuple[store.Shards, RunPlan]:

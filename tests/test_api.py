@@ -131,6 +131,30 @@ def test_observers_are_told_the_end_once(config_in: Make, tmp_path: Path) -> Non
     assert told == [("a", "none"), ("b", "none"), ("a", sha256), ("b", sha256)]
 
 
+def test_an_observer_that_fails_at_the_end_hides_nothing(
+    config_in: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other observers are told, the report is returned, and Ctrl-C stays Ctrl-C; the log has the error."""
+    told = []
+
+    class Fails(fedslm.Observer):
+        def on_end(self, report: Mapping[str, Any] | None) -> None:
+            raise RuntimeError("mine")
+
+    class Stops(fedslm.Observer):
+        def on_round(self, record: RoundRecord) -> None:
+            raise KeyboardInterrupt
+
+        def on_end(self, report: Mapping[str, Any] | None) -> None:
+            told.append(report)
+
+    with pytest.raises(KeyboardInterrupt):
+        fedslm.simulate(config_in(tmp_path / "run"), observers=[Fails(), Stops()])
+    assert told == [None]
+    assert fedslm.resume(tmp_path / "run", observers=[Fails()]).rounds == 3
+    assert "on_end of Fails failed" in caplog.text
+
+
 def test_a_run_is_resumed(config_in: Make, tmp_path: Path) -> None:
     """A finished one is left as it is; what is not there is an error of ours."""
     before = fedslm.simulate(config_in(tmp_path / "run"))

@@ -102,7 +102,7 @@ def audit_run(
         "python": platform.python_version(),
         "run": {"id": directory.run_id, "path": str(directory.path), "name": config.run.name},
         "rounds": _rounds(directory, config.federation.rounds),
-        "config_sha256": config.sha256(),
+        "config_sha256": directory.config_sha256,
         "base_model": config.model.base,
         "privacy": privacy.model_dump(mode="json"),
         "normaliser": config.training.batch_size,

@@ -93,7 +93,7 @@ def distill(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Distil the federated model into a larger one, on public records only.
+    """Distill the federated model into a larger one, on public records only.
 
     The student has the guarantee of the federated adapter, and no more budget is spent. Run the same
     command again to resume an interrupted distillation.

@@ -31,6 +31,7 @@ class StartUnit(StrEnum):
 
     record = "record"
     patient = "patient"
+    user = "user"
 
 
 node_app = typer.Typer(help="For node operators: enrol, check and run a node.", no_args_is_help=True)

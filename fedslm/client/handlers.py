@@ -14,7 +14,7 @@ from fedslm.client.update import make_update
 from fedslm.errors import BudgetExceeded, FederationError, FrozenMissing, PolicyRefused, RolledBack
 from fedslm.privacy.lines import ADAPTER
 from fedslm.privacy.plan import PrivatePlan
-from fedslm.protocol.messages import Reply, Request
+from fedslm.protocol.messages import Reply, Request, round_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ def train(message: Message, context: Context) -> Message:
     """
     round_number = 0
     try:
+        round_number = round_of(message.content)
         request = Request.from_records(message.content)
-        round_number = request.round
         reply = _answer(admitted(request, Node.of(context, request.setup.directory)))
         return Message(reply.to_records(request.packing), reply_to=message)
     except FrozenMissing as error:
@@ -75,6 +75,7 @@ def _answer(client_round: ClientRound) -> Reply:
     node, ledger = client_round.node, client_round.node.open_ledger()
     if ledger is not None:
         ledger.extension(request.seen)
+    client_round.prepare()  # a failure before the records are read is not a release
     with node.unprotected(plan, setup.run_id, request.round, ADAPTER) as record:
         examples = client_round.records(has_begun=False).trained
         release = make_update(client_round, examples)

@@ -63,6 +63,7 @@ def _measured(client_round: ClientRound) -> str:
     """Measures; the text of the answer is empty under privacy."""
     node, plan, setup = client_round.node, client_round.plan, client_round.setup
     if not isinstance(plan, PrivatePlan):
+        client_round.prepare()  # a failure before the records are read is not a release
         with node.unprotected(plan, setup.run_id, client_round.request.round, METRIC) as record:
             text = json_text(asdict(_both(client_round)))
             record(hashlib.sha256(text.encode()).hexdigest())

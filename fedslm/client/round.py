@@ -75,6 +75,15 @@ class ClientRound:
         """
         return start_of(self.request, self.node)
 
+    def prepare(self) -> None:
+        """Loads the model and the start. No record is read, so a failure here depends on none.
+
+        Raises:
+            ModelError: The model cannot be loaded.
+            FederationError: What came or what was kept does not fit.
+        """
+        _ = self.model, self.start
+
     @property
     def memory(self) -> ClientMemory:
         """The client's state between rounds."""

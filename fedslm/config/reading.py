@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fedslm.config.base import Section
+from fedslm.config.former import RENAMED
 from fedslm.config.sections import Config
 from fedslm.errors import ConfigError, Problem
 
@@ -199,9 +200,6 @@ _REMEDIES = {
 }
 
 
-# Keys of earlier versions, and their current names.
-_RENAMED = {"aggregation.hostile": "aggregation.num_byzantine"}
-
 # Keys that users know from other tools, and why they do not exist here.
 _REFUSED = {
     "lora.use_dora": "DoRA's magnitudes are not layers and give no gradient for each record",
@@ -222,8 +220,8 @@ def _problem(detail: Mapping[str, Any], kind: type[BaseModel] = Config) -> Probl
             message = f"is missing; add a [{key}] section"
         case "missing":
             message = "is missing and has no default"
-        case "extra_forbidden" if kind is Config and key in _RENAMED:
-            message = f"was renamed: write {_RENAMED[key]}"
+        case "extra_forbidden" if kind is Config and key in RENAMED:
+            message = f"was renamed: write {RENAMED[key]}"
         case "extra_forbidden" if kind is Config and key in _REFUSED:
             message = f"is not supported: {_REFUSED[key]}; leave it out"
         case "extra_forbidden":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -296,12 +296,16 @@ class Config(Section):
 
     def sha256(self) -> str:
         """Hash of the settings that determine the result: location and name of the run are excluded."""
+        return content_sha256(self.hashed_content())
+
+    def hashed_content(self) -> dict[str, Any]:
+        """The settings that :meth:`sha256` covers."""
         content = self.resolved().model_dump(mode="json")
         content.pop("engine")
         if not self.distill.mutual_steps:  # otherwise it is part of the rounds
             content.pop("distill")
         content["run"] = {"seed": self.run.seed}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+        return content
 
     def flat(self) -> dict[str, str | int | float | bool]:
         """Returns the config as Flower's flat run config: scalars under dotted keys."""
@@ -311,3 +315,8 @@ class Config(Section):
                 text = ", ".join(map(str, value)) if isinstance(value, list) else value
                 flat[f"{section}.{key}"] = "" if text is None else text
         return flat
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    """Hash of settings, whatever their order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -19,7 +19,7 @@ from fedslm.deployment.settings import FEDERATION_FILE, NODE_FILE, Profile
 from fedslm.errors import ConfigError, Problem, RunError, Unusable
 from fedslm.privacy.policy import EXAMPLE
 
-NodeUnit = Literal["record", "patient"]
+NodeUnit = Literal["record", "patient", "user"]
 UNITS: dict[Profile, NodeUnit] = {"hospital": "patient", "phone": "record"}
 _TEMPLATES = Path(__file__).parent / "templates"
 _COMMAND = "may-train"
@@ -45,7 +45,7 @@ class Start:
     @property
     def has_patients(self) -> bool:
         """Whether its records have a column for their owner."""
-        return (self.unit or UNITS[self.profile]) == "patient"
+        return (self.unit or UNITS[self.profile]) != "record"
 
 
 def node_files(directory: Path, start: Start) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""Distils the federated small model into a larger one, and measures the transfer."""
+"""Distills the federated small model into a larger one, and measures the transfer."""

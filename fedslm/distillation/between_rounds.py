@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -17,7 +16,14 @@ import torch
 from fedslm.config import DistillConfig
 from fedslm.distillation import losses
 from fedslm.distillation.contexts import Context, load_contexts
-from fedslm.distillation.models import Student, Teacher, load_student, load_teacher, student_reader
+from fedslm.distillation.models import (
+    Student,
+    Teacher,
+    load_kept,
+    load_student,
+    load_teacher,
+    student_reader,
+)
 from fedslm.distillation.objective import Objective, Target
 from fedslm.distillation.pipeline import DistillationJob, prepare_contexts, train_student
 from fedslm.distillation.run import job_of, tests_there
@@ -80,7 +86,8 @@ def follow(
     path = folder / f"round-{round:05d}"
     job, _ = job_of(run, settings, tests_there(run))
     teacher = load_teacher(run, job.settings)
-    student = load_student(run, job.settings, load=_student)
+    load = load_model if settings.cached_samples else load_kept  # two passes: little memory
+    student = load_student(run, job.settings, load=load)
     earlier = [each for each in sorted(folder.glob("student-*.safetensors")) if _round(each) < round]
     if earlier:
         student = replace(student, start=load_adapter(earlier[-1]))
@@ -91,10 +98,6 @@ def follow(
         return None
     student.model.adapter.write(adapter)
     return _back(job, teacher, student, path, trained)
-
-
-_student = lru_cache(maxsize=1)(load_model.__wrapped__)
-"""The student stays cached next to the run's own base, so that a process loads each of them once."""
 
 
 def _round(path: Path) -> int:

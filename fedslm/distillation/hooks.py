@@ -43,7 +43,7 @@ def check_asked(settings: DistillConfig) -> None:
 
 
 def distill_if_asked(path: Path, settings: DistillConfig) -> None:
-    """Distils a finished run into its own directory, if configured and not done yet."""
+    """Distills a finished run into its own directory, if configured and not done yet."""
     if is_distilled(path, settings):
         return
     from fedslm.distillation.run import distill, prepare

@@ -6,10 +6,11 @@ shape (positions, vocabulary), or the classes of each example, shape (examples, 
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -190,6 +191,18 @@ def load_teacher(run: TunedModel, settings: DistillConfig) -> Teacher:
     check_task(run)
     run = replace(run, model=run.model.model_copy(update={"device": settings.device}))
     return Teacher(load_trained(run), run.adapter)
+
+
+load_kept = lru_cache(maxsize=1)(load.__wrapped__)
+"""As ``load``, with a cache of its own: between rounds the student stays next to the run's base, so
+that a process loads each of them once."""
+
+
+def forget_models() -> None:
+    """Frees the models that this process keeps."""
+    load.cache_clear()
+    load_kept.cache_clear()
+    gc.collect()
 
 
 def load_student(

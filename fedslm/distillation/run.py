@@ -9,7 +9,6 @@ distill.json .md .png      the report
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import shutil
@@ -36,6 +35,8 @@ from fedslm.distillation.models import (
     Teacher,
     check_student,
     check_task,
+    forget_models,
+    load_kept,
     load_student,
     load_teacher,
     shared_vocabulary,
@@ -52,7 +53,6 @@ from fedslm.inference.bootstrap import Statistics
 from fedslm.inference.evaluation import own_rows
 from fedslm.inference.inputs import Rows
 from fedslm.inference.trained import FinishedRun, TunedModel
-from fedslm.models import loaded
 from fedslm.models.base import base_sha256, resolve
 from fedslm.models.peft_export import save_plain
 from fedslm.records import AdapterState
@@ -205,14 +205,14 @@ def _taught(
     job: DistillationJob, path: Path, watcher: Watcher
 ) -> tuple[Teacher, Student, AdapterState, list[float]]:
     """Returns models, adapter and losses; with two passes, only one model is loaded at a time."""
+    load_kept.cache_clear()  # a student that followed the rounds
     teacher = load_teacher(job.run, job.settings)
     prepare_contexts(job, teacher, student_reader(job.run, job.settings), path, watcher)
     if not job.settings.cached_samples:
         student = load_student(job.run, job.settings)
         return teacher, student, *train_student(job, student, teacher, path, watcher)
-    loaded.load.cache_clear()
     del teacher
-    gc.collect()
+    forget_models()
     student = load_student(job.run, job.settings)
     adapter, losses = train_student(job, student, None, path, watcher)
     return load_teacher(job.run, job.settings), student, adapter, losses

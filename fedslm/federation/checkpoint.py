@@ -26,7 +26,7 @@ from typing import Any
 from fedslm import config as configuration
 from fedslm import layout
 from fedslm.aggregation.server import ServerState
-from fedslm.config import Config
+from fedslm.config import Config, former
 from fedslm.errors import ConfigError, FedslmError, PrivacyError, Problem, RunError, Unusable
 from fedslm.privacy.lines import is_index
 from fedslm.privacy.statement import Statement, read_statement
@@ -84,6 +84,7 @@ class RunDirectory:
 
     path: Path
     run_id: str
+    config_sha256: str = ""
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunDirectory:
@@ -115,11 +116,11 @@ class RunDirectory:
             "config": config.model_dump(mode="json"),
         }
         write_text(path / layout.CONFIG_JSON, json_text(values, indent=2))
-        return cls(path, run_id)
+        return cls(path, run_id, config.sha256())
 
     @classmethod
     def open(cls, path: Path, expected: Config | None = None) -> tuple[RunDirectory, Config]:
-        """Opens a run directory to continue it.
+        """Opens a run directory; one of an earlier version can only be read.
 
         Args:
             path: The directory.
@@ -132,21 +133,27 @@ class RunDirectory:
         try:
             values = json.loads((path / layout.CONFIG_JSON).read_text(encoding="utf-8"))
             run_id, sha256 = str(values["run_id"]), values["config_sha256"]
-            config = configuration.from_mapping(values["config"])
+            config = configuration.from_mapping(former.with_new_names(values["config"]))
         except FileNotFoundError:
             raise Unusable(f"{path} is not a run directory: it has no config.json") from None
         except KeyError as error:
             raise Unusable(f"{path} is not a run directory: its config.json lacks {error}") from error
         except (OSError, ValueError, TypeError, ConfigError) as error:
             raise Unusable(f"{path} is not a run directory: {error}") from error
-        if config.sha256() != sha256:
+        if sha256 not in (config.sha256(), former.former_sha256(config)):
             raise Unusable(f"{path}/config.json was edited after the run began; start a new run")
-        if expected is not None and expected.sha256() != sha256:
+        if expected is not None and expected.sha256() != config.sha256():
             raise Unusable(
                 f"{path} was made with another config (hash {sha256[:12]}, now "
                 f"{expected.sha256()[:12]}); omit the config to continue with the run's own"
             )
-        return cls(path, run_id), config
+        return cls(path, run_id, str(sha256)), config
+
+    def check_continues(self, config: Config) -> None:
+        """Refuses a run of an earlier version: its ledgers hold another hash of the config."""
+        if self.config_sha256 != config.sha256():
+            message = "was begun by an earlier version: it can be read, but not continued"
+            raise Unusable(f"{self.path} {message}; start a new run")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ class Observer:
         """A round is over and on disk."""
 
     def on_end(self, report: Mapping[str, Any] | None) -> None:
-        """The run is over: called once, also after an error or Ctrl-C.
+        """The run is over: called once, also after an error or Ctrl-C. An error here is logged.
 
         Args:
             report: The content of ``report.json``; None if the run was interrupted or failed.

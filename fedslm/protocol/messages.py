@@ -236,6 +236,13 @@ def most_bytes(packing: Packing, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return bounds.most_tensor_bytes(packing.keys_of(shapes), values)
 
 
+def round_of(records: RecordDict) -> int:
+    """The round that a request names, for the log and for a refusal; 0 if it names none that can be."""
+    values = records.config_records.get("request")
+    number = None if values is None else values.get("round")
+    return number if type(number) is int and 0 < number <= bounds.MOST_ROUNDS else 0
+
+
 def status_of_reply(records: RecordDict) -> str:
     """The status of a reply, such as "ok"; "other" if it does not answer a training request."""
     values = records.config_records.get("reply")

@@ -23,6 +23,7 @@ from support.served import (
 )
 from support.tiny import PRIVATE
 
+from fedslm import layout
 from fedslm.audit.ledgers import Evidence, as_json, audit_ledger
 from fedslm.client.node import FAILED
 from fedslm.client.personal import measure
@@ -244,3 +245,16 @@ def test_a_simulated_node_that_has_a_ledger_records_it(plain: Request) -> None:
         "release",
         reply.delta_sha256,
     ]
+
+
+def test_what_fails_before_the_records_is_no_release(plain: Request, tmp_path: Path) -> None:
+    """A model that cannot be loaded, or frozen tensors that are missing: no line, and no records are kept."""
+    setup = plain.setup
+    lora = setup.lora.model_copy(update={"target_modules": ("nonsense",)})
+    unsuitable = replace(plain, setup=replace(setup, lora=lora))
+    lacking = replace(plain, setup=replace(setup, frozen_sha256="0" * 64))
+    for name, request, status in (("a", unsuitable, "failed"), ("b", lacking, "needs-frozen")):
+        node = write_policy(tmp_path / name, unit="none")
+        assert ask(request, context_of(0, node)).status == status
+        assert not (node / layout.LEDGER).exists()
+        assert not list((node / layout.NODE_RUNS).glob("*/records"))

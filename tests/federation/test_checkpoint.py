@@ -15,8 +15,10 @@ import pytest
 from support.checkpoints import CONFIG, after, assert_same, record, server, statement
 
 from fedslm import config as configuration
+from fedslm import simulation
 from fedslm.aggregation.server import ServerState
 from fedslm.config import Config
+from fedslm.config.former import former_sha256, with_new_names
 from fedslm.errors import FedslmError, RunError
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
 from fedslm.records import AdapterState, RoundRecord
@@ -325,3 +327,45 @@ def test_a_statement_that_was_edited_is_refused(directory: RunDirectory, change:
         path.write_bytes(edited_content)
         with pytest.raises(RunError, match="damaged"):
             read()
+
+
+def as_of_an_earlier_version(directory: RunDirectory) -> None:
+    """Rewrites a run's config as versions before the renaming stored it, with the hash that it had then."""
+    path = directory.path / "config.json"
+    values = json.loads(path.read_text())
+    aggregation = values["config"]["aggregation"]
+    aggregation["hostile"] = aggregation.pop("num_byzantine")
+    if values["config"]["privacy"]["unit"] == "user":
+        values["config"]["privacy"]["unit"] = "patient"
+    values["config_sha256"] = former_sha256(
+        configuration.from_mapping(with_new_names(values["config"]))
+    )
+    path.write_text(json.dumps(values))
+
+
+def test_a_run_of_an_earlier_version_is_read_and_not_continued(directory: RunDirectory) -> None:
+    """Its config has other names and another hash; an audit needs it, and no round may be added."""
+    as_of_an_earlier_version(directory)
+    again, config = RunDirectory.open(directory.path)
+    assert config == CONFIG
+    assert again.config_sha256 == former_sha256(CONFIG) != CONFIG.sha256()
+    with pytest.raises(RunError, match="earlier version: it can be read, but not continued"):
+        simulation.resume(directory.path)
+    path = directory.path / "config.json"
+    path.write_text(path.read_text().replace('"rank": 8', '"rank": 4'))
+    with pytest.raises(RunError, match="was edited"):
+        RunDirectory.open(directory.path)
+
+
+def test_the_hash_of_an_earlier_version() -> None:
+    """The hash that 27230a0 gave to this config: computed there, once."""
+    privacy = {"unit": "patient", "unit_column": "who", "max_records_per_unit": 2, "epsilon": 8.0}
+    rest = {"delta": 1e-5, "clip_norm": 1.0, "sample_rate": 0.05}
+    sections = {
+        "model": {"base": "demo"},
+        "data": {"source": "demo"},
+        "task": {"name": "classification"},
+    }
+    robust = {"aggregation": {"method": "ffa", "rule": "median", "num_byzantine": 1}}
+    made = configuration.from_mapping({**sections, **robust, "privacy": {**privacy, **rest}})
+    assert former_sha256(made) == "5a0b4f39c37bf0ddf8fe87baddadaa53de2f1cf24f694ec1e63b0a86fca5c198"

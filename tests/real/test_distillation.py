@@ -77,7 +77,7 @@ def federated(directory: Path, base: Path, data: dict[str, Any], values: dict[st
 def proved(
     run: Path, out: Path, probe: list[dict[str, Any]] | None = None, **values: Any
 ) -> dict[str, Any]:
-    """Distils and proves; prints every arm and gain."""
+    """Distills and proves; prints every arm and gain."""
     began = time.monotonic()
     settings = section_from(DistillConfig, "distill", values)
     asked = prepare(open_run(run), settings)

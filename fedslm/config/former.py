@@ -1,0 +1,40 @@
+"""Configs that earlier versions stored in run directories: their keys, and the hashes that they had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedslm.config.sections import Config, content_sha256
+
+RENAMED = {"aggregation.hostile": "aggregation.num_byzantine"}
+"""Old key to new key."""
+_UNITS = {"user": "patient"}
+
+
+def with_new_names(stored: Any) -> Any:
+    """The sections of a stored config, under the keys of this version; anything else as it is.
+
+    >>> with_new_names({"aggregation": {"rule": "median", "hostile": 2}})
+    {'aggregation': {'rule': 'median', 'num_byzantine': 2}}
+    """
+    if not isinstance(stored, Mapping):
+        return stored
+    names = {tuple(old.split(".")): new.split(".")[1] for old, new in RENAMED.items()}
+    return {
+        section: {names.get((section, key), key): value for key, value in values.items()}
+        if isinstance(values, Mapping)
+        else values
+        for section, values in stored.items()
+    }
+
+
+def former_sha256(config: Config) -> str:
+    """The hash that a version before the renaming gave to this config."""
+    content = config.hashed_content()
+    for old, new in RENAMED.items():
+        section, key = new.split(".")
+        content[section][old.split(".")[1]] = content[section].pop(key)
+    unit = content["privacy"]["unit"]
+    content["privacy"]["unit"] = _UNITS.get(unit, unit)
+    return content_sha256(content)
