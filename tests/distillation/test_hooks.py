@@ -16,6 +16,7 @@ from fedslm import simulation
 from fedslm.audit.distilled import distillations
 from fedslm.audit.runs import audit_run
 from fedslm.config import Config
+from fedslm.distillation import models
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.observers import Observer
 from fedslm.records import RoundRecord
@@ -132,3 +133,17 @@ def test_what_a_config_may_ask() -> None:
     assert "needs task.name" in problems(changed(student, source, tagging, labels))["distill.student"]
     stack = [("distill.every", 2), ("aggregation.method", "stack")]
     assert "is not supported with" in problems(changed(student, source, *stack))["distill.every"]
+
+
+def test_a_student_that_followed_the_rounds_is_freed(config_in: MakeConfig, tmp_path: Path) -> None:
+    """Between rounds a process keeps the student; when the run itself is distilled, no second one stays."""
+    models.load_kept.cache_clear()
+    kept = []
+
+    class Looks(Observer):
+        def on_round(self, record: RoundRecord) -> None:
+            kept.append(models.load_kept.cache_info().currsize)
+
+    simulation.simulate(config_with(config_in, tmp_path, "run", every=1), [Looks()])
+    assert kept[0] == 1
+    assert models.load_kept.cache_info().currsize == 0
