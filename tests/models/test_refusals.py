@@ -119,7 +119,7 @@ def test_a_simulation_refuses_before_it_reads_data(
 def test_variables_in_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """``$NAME`` is looked up in the environment; one that is not set is said to be so."""
     base_of(tmp_path, {**LLAMA, "num_experts": 4})
-    with pytest.raises(ModelError, match="does not set"):
+    with pytest.raises(ModelError, match="is not set, or is not text"):
         check_early(ModelConfig(base="$FEDSLM_TEST_BASE/x"), LoraConfig(), private=False)
     monkeypatch.setenv("FEDSLM_TEST_BASE", str(tmp_path.parent))
     base = ModelConfig(base=f"$FEDSLM_TEST_BASE/{tmp_path.name}")
