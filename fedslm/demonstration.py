@@ -87,12 +87,12 @@ def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
     return reports
 
 
-def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
-    """Prints the table and the location of the results."""
-    console = Console()
+def _table(reports: list[dict[str, Any]]) -> Table:
+    """The runs, one in each row; no name is cut, since it names a directory."""
     table = Table(title="Five hospitals, one adapter: accuracy on the public evaluation split")
-    for column in ("run", "before", "after", "ε of each hospital", "protected unit", "δ", "time"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+    table.add_column("run", min_width=max(map(len, ARMS)), no_wrap=True)
+    for column in ("before", "after", "ε of each hospital", "protected unit", "δ", "time"):
+        table.add_column(column, justify="right")
     for report in reports:
         spent = sorted({shown(value["epsilon"], 2) for value in report["privacy"].values()})
         table.add_row(
@@ -104,7 +104,13 @@ def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
             f"{report['delta']:g}" if report["delta"] is not None else "–",
             f"{report['seconds']:.0f} s",
         )
-    console.print(table)
+    return table
+
+
+def _print(directory: Path, reports: list[dict[str, Any]]) -> None:
+    """Prints the table and the location of the results."""
+    console = Console()
+    console.print(_table(reports))
     _print_answer(console, directory / "epsilon-8")
     console.print("Look at:")
     for report in reports:

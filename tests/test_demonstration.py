@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from typer.testing import CliRunner
 
 from fedslm.cli import app
-from fedslm.demonstration import EXAMPLE, _print_answer
+from fedslm.demonstration import ARMS, EXAMPLE, _print_answer, _table
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "cli.md")
@@ -35,3 +36,31 @@ def test_the_same_example_everywhere() -> None:
         assert f'runs/demo/epsilon-8 --text "{EXAMPLE}"' in page.read_text(encoding="utf-8")
     helped = CliRunner().invoke(app, ["predict", "--help"], env={"COLUMNS": "300"})
     assert EXAMPLE in " ".join(helped.stdout.split())
+
+
+def test_the_table_fits_a_terminal_of_80_columns() -> None:
+    """Every run's name, unit and figure is whole: the names are those of directories."""
+    figures = {"metrics_before": {"accuracy": 0.152}, "metrics_after": {"accuracy": 0.888}}
+    plans = {
+        arm: None if privacy["unit"] == "none" else {"unit_column": None, **privacy}
+        for arm, privacy in ARMS.items()
+    }
+    reports: list[dict[str, Any]] = [
+        {
+            "name": arm,
+            **figures,
+            "privacy": {} if plan is None else {"0": {"epsilon": 7.97}},
+            "plan": plan,
+            "delta": None if plan is None else 1e-5,
+            "seconds": 101.0,
+        }
+        for arm, plan in plans.items()
+    ]
+    out = io.StringIO()
+    Console(file=out, width=80).print(_table(reports))
+    rows = [line for line in out.getvalue().splitlines() if any(arm in line for arm in ARMS)]
+    assert len(rows) == len(ARMS)
+    assert "…" not in out.getvalue()
+    patient = next(row for row in rows if "epsilon-8-patient" in row)
+    for part in ("0.152", "0.888", "7.97", " patient ", "1e-05", "101 s"):
+        assert part in patient
