@@ -22,7 +22,8 @@ DATA = "data"
 ERROR = "error.txt"
 
 # A student's directory.
-DISTILLED, DISTILL_REPORT = "distilled", "distill.json"
+DISTILLED = "distilled"
+DISTILL_REPORT, DISTILL_PAGE = "distill.json", "distill.md"
 
 # A node's directory.
 POLICY = "policy.toml"

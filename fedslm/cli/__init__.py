@@ -12,6 +12,7 @@ from rich.console import Console
 
 import fedslm
 from fedslm import config as configuration
+from fedslm import layout
 from fedslm.cli.audit import audit_app
 from fedslm.cli.budget import budget_app
 from fedslm.cli.console import (
@@ -182,10 +183,8 @@ def _finish(report: dict[str, Any], as_json: bool) -> None:
         console.print(f"privacy: {spent} for one {report['plan']['unit']} ({of})", highlight=False)
     sent = f"{readable(report['bytes_down'])} down, {readable(report['bytes_up'])} up"
     console.print(f"sent: {sent}; {report['seconds']:.1f} s", highlight=False)
-    if (Path(report["directory"]) / "distilled" / "distill.md").exists():
-        page = f"  {report['directory']}/distilled/distill.md"
-        console.print(page, highlight=False, markup=False, soft_wrap=True)
-    for file in ("report.md", "adapter", "nodes"):
+    student = f"{layout.DISTILLED}/{layout.DISTILL_PAGE}"
+    for file in (student, layout.REPORT_PAGE, layout.ADAPTER, layout.NODES):
         path = Path(report["directory"]) / file
         if path.exists():
             console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)

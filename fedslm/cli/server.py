@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedslm import layout
 from fedslm.cli.console import (
     ERRORS,
     ConfigPath,
@@ -102,7 +103,7 @@ def run(
             text = f"the run failed ({status}): {reason}"
             ERRORS.print(text, style="red")
             raise typer.Exit(1)
-        page = str(directory / "report.md")
+        page = str(directory / layout.REPORT_PAGE)
         Console().print(page, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fedslm
+from fedslm import layout
 from fedslm.deployment import authority
 from fedslm.deployment.authority import AUTHORITY, operator_public, write_private
 from fedslm.deployment.bundle import bundle, sha256_of
@@ -278,7 +279,7 @@ def rekey(directory: Path) -> list[Path]:
     """
     read_federation(directory)
     authority.read_certificate(directory / AUTHORITY)  # without it no admission could announce the key
-    for run in (directory / "runs").glob("*/config.json"):
+    for run in (directory / "runs").glob(f"*/{layout.CONFIG_JSON}"):
         with RunDirectory(run.parent, "").locked():  # an active run signs with the old key
             pass
     authority.rekey(directory)

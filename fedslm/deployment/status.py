@@ -133,7 +133,7 @@ def status_of(server: Path, seen: Sequence[SeenNode]) -> FederationStatus:
 
 def run_directories(server: Path) -> list[Path]:
     """Directories of a server's runs, the latest first."""
-    found = [path.parent for path in (server / RUNS).glob("*/config.json")]
+    found = [path.parent for path in (server / RUNS).glob(f"*/{layout.CONFIG_JSON}")]
     return sorted(found, key=lambda path: (path / layout.CONFIG_JSON).stat().st_mtime, reverse=True)
 
 

@@ -39,7 +39,7 @@ def write(directory: Path, report: dict[str, Any], sections: Sections) -> None:
     plot_losses(directory / "distill.png", report["losses"], report["method"])
     if report["proof"] is not None:
         plot_arms(directory / "proof.png", report["proof"])
-    write_text(directory / "distill.md", render("distill.md.j2", report=report))
+    write_text(directory / layout.DISTILL_PAGE, render("distill.md.j2", report=report))
     shown = {**report, "base_model": expand(sections.model.base)}
     card = render("student_card.md.j2", report=shown, config=sections, tasks=TASKS)
     write_text(directory / layout.ADAPTER / "README.md", card)

@@ -56,7 +56,7 @@ def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     """
     records = directory.records()
     report = _report(directory, inputs, records)
-    write_text(directory.path / "report.md", render("report.md.j2", report=report))
+    write_text(directory.path / layout.REPORT_PAGE, render("report.md.j2", report=report))
     card = render("model_card.md.j2", report=report, config=inputs.config, tasks=TASKS)
     write_text(directory.path / layout.ADAPTER / "README.md", card)
     plot_rounds(directory.path / "report.png", records, report)
