@@ -82,6 +82,10 @@ class TrainingError(FedslmError):
     """A self-check of local training failed; nothing was released."""
 
 
+class NotRepeated(TrainingError):
+    """A repeated pass of a private step gave other bits; nothing was released."""
+
+
 class PrivacyError(FedslmError):
     """A privacy guarantee cannot be given; nothing was released."""
 

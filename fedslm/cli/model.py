@@ -121,7 +121,7 @@ def _records(config: Config) -> int:
     """Returns the number of records that share a forward pass."""
     training, privacy = config.training, config.privacy
     shared = min(training.batch_size, training.micro_batch_size)
-    if privacy.unit == "none" or privacy.batched:
+    if privacy.unit == "none" or privacy.passes != "isolated":
         return shared
     return privacy.max_records_per_unit or 1  # each unit has its own pass
 

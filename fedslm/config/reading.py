@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fedslm.config.base import Section
-from fedslm.config.former import RENAMED
+from fedslm.config.former import RENAMED, REPLACED
 from fedslm.config.sections import Config
 from fedslm.errors import ConfigError, Problem
 
@@ -222,6 +222,8 @@ def _problem(detail: Mapping[str, Any], kind: type[BaseModel] = Config) -> Probl
             message = "is missing and has no default"
         case "extra_forbidden" if kind is Config and key in RENAMED:
             message = f"was renamed: write {RENAMED[key]}"
+        case "extra_forbidden" if key in REPLACED:
+            message = REPLACED[key]
         case "extra_forbidden" if kind is Config and key in _REFUSED:
             message = f"is not supported: {_REFUSED[key]}; leave it out"
         case "extra_forbidden":

@@ -212,9 +212,10 @@ class PrivacyConfig(Section):
     """Public probability with which a unit joins a step."""
     noise_multiplier: OptionalNumber = Field(None, gt=0)
     """Noise / clip norm, instead of calibrating to epsilon; epsilon is then the hard limit."""
-    batched: bool = False
-    """Compute several units in one pass: two to three times faster on a CPU, more on a GPU, but
-    rounding lets units affect one another's gradients, and a crafted adapter can amplify that."""
+    passes: Literal["shared", "fixed", "isolated"] = "fixed"
+    """Which units share a pass: "fixed", those of public shapes that each node tests bit by bit;
+    "isolated", none, which is slower; "shared", any: exact only up to rounding, which a crafted adapter
+    can amplify."""
     spare_rounds: int = Field(0, ge=0)
     """Extra rounds in the budget, for rounds that are charged and then lost in a crash."""
     metric_noise_multiplier: OptionalNumber = Field(None, gt=0)

@@ -87,7 +87,7 @@ def _policy(config: Config) -> str:
         "max_rounds_per_day": 1000,
         "base_models": ["any"],
         "tasks": [config.task.name],
-        "batched": privacy.batched,
+        "weakest_passes": privacy.passes,
         "metrics": "none" if privacy.metric_noise_multiplier is None else "noisy",
         "min_metric_noise_multiplier": privacy.metric_noise_multiplier,
     }

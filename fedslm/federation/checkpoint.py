@@ -140,7 +140,7 @@ class RunDirectory:
             raise Unusable(f"{path} is not a run directory: its config.json lacks {error}") from error
         except (OSError, ValueError, TypeError, ConfigError) as error:
             raise Unusable(f"{path} is not a run directory: {error}") from error
-        if sha256 not in (config.sha256(), former.former_sha256(config)):
+        if sha256 not in (config.sha256(), *former.former_sha256s(config)):
             raise Unusable(f"{path}/config.json was edited after the run began; start a new run")
         if expected is not None and expected.sha256() != config.sha256():
             raise Unusable(

@@ -79,7 +79,7 @@ def _mechanism(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) ->
         "steps_per_round": training.local_steps,
         "rounds": rounds,
         "metric_noise_multiplier": metric,
-        "batched": privacy.batched,
+        "passes": privacy.passes,
     }
 
 

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from fedslm.records import LARGEST_DELTA, Event, is_count, is_number, within
 
 Records = NDArray[np.int64]
 Batch = list[Records]  # one array of record indices for each unit in the sample
+Passes = Literal["shared", "fixed", "isolated"]
+WEAKEST_FIRST: tuple[Passes, ...] = ("shared", "fixed", "isolated")
+MOST_RECORDS_PER_UNIT = 2**11  # the sum of so many records is exact: fedslm.training.sums
 METRIC_SENSITIVITY = math.sqrt(2.0)  # a unit moves (sum of scores, number of units) by at most (1, 1)
 _LONGEST = 4096  # longest plan, in characters
 _LEAST_CLIP_NORM = 1e-6  # far below, an update is lost to float32 rounding
@@ -76,8 +79,11 @@ class PrivatePlan(ABC):
         steps_per_round: Noisy steps in a round, >= 1.
         rounds: Rounds that the budget pays for, >= 1.
         metric_noise_multiplier: Noise of the optional metric of each round; None: no metric is sent.
-        batched: False computes every unit in a separate pass, so that its gradient is a function of
-            its own records to the last bit; True is faster, and exact only up to rounding.
+        passes: Which units share a pass. "isolated": none, so a unit's gradient is a function of its
+            own records to the last bit. "fixed": records share passes of public shapes; the same holds
+            if the bits of a row depend only on the row, which each node tests for its machine.
+            "shared": any, padded to the longest; it holds up to rounding, which a crafted adapter can
+            amplify.
 
     References:
         Abadi et al. 2016 (arXiv 1607.00133).
@@ -94,7 +100,7 @@ class PrivatePlan(ABC):
     steps_per_round: int
     rounds: int = 1
     metric_noise_multiplier: float | None = None
-    batched: bool = False
+    passes: Passes = "fixed"
 
     def __post_init__(self) -> None:
         metric = self.metric_noise_multiplier
@@ -108,7 +114,7 @@ class PrivatePlan(ABC):
             "steps_per_round": is_count(self.steps_per_round),
             "rounds": is_count(self.rounds),
             "metric_noise_multiplier": metric is None or (is_number(metric) and metric > 0),
-            "batched": isinstance(self.batched, bool),
+            "passes": self.passes in WEAKEST_FIRST,
         }
         for name, holds in bounds.items():
             if not holds:
@@ -194,7 +200,7 @@ class UserPlan(PrivatePlan):
 
     Attributes:
         unit_column: Column that identifies the owner of a record.
-        max_records_per_unit: Most records of a unit in one step, >= 1; a public constant.
+        max_records_per_unit: Most records of a unit in one step, 1 to 2048; a public constant.
 
     References:
         Charles et al. 2024, user-level sampling (arXiv 2407.07737).
@@ -208,10 +214,11 @@ class UserPlan(PrivatePlan):
     def __post_init__(self) -> None:
         super().__post_init__()
         named = isinstance(self.unit_column, str) and bool(self.unit_column)
-        if not named or not is_count(self.max_records_per_unit):
+        cap = self.max_records_per_unit
+        if not named or not is_count(cap) or cap > MOST_RECORDS_PER_UNIT:
             raise OutOfRange(
-                f"unit_column={self.unit_column!r} must name a column and "
-                f"max_records_per_unit={self.max_records_per_unit} be >= 1"
+                f"unit_column={self.unit_column!r} must name a column and max_records_per_unit={cap} "
+                f"be in 1..{MOST_RECORDS_PER_UNIT}"
             )
 
     def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:

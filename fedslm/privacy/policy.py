@@ -16,7 +16,7 @@ from pydantic import Field
 from fedslm.config import Names, OptionalCount, OptionalNumber, OptionalText, Section, Unit, read_file
 from fedslm.errors import ConfigError, PolicyRefused
 from fedslm.privacy.limits import Limits
-from fedslm.privacy.plan import NoPrivacy, PrivatePlan, UserPlan
+from fedslm.privacy.plan import WEAKEST_FIRST, NoPrivacy, Passes, PrivatePlan, UserPlan
 from fedslm.records import LARGEST_DELTA
 
 ANY = "any"
@@ -42,7 +42,8 @@ base_models = ["any"]         # sha256 of allowed base models (fedslm prints it 
 base_names = ["any"]          # names or paths that a server may request, or "any"
 tasks = ["classification"]    # allowed tasks: "classification", "multi-label", "token-classification",
                               # "causal-lm", "instruction", "seq2seq", "preference"
-batched = false               # true: several units may share a pass; faster, exact only up to rounding
+weakest_passes = "fixed"      # "isolated": no two units in one pass, whatever this node's own test of
+                              # fixed shapes says; "shared": any, exact only up to rounding
 metrics = "none"              # "noisy" allows a metric as a separate Gaussian release
 min_metric_noise_multiplier = 5.0
 """
@@ -105,8 +106,9 @@ class NodePolicy(Section):
     node or on a hub."""
     tasks: Names
     """Allowed tasks."""
-    batched: bool = False
-    """Whether several units may be computed in one pass, where rounding couples them."""
+    weakest_passes: Passes = "isolated"
+    """Weakest allowed way to share passes: "isolated", "fixed" (public shapes that this node has tested
+    bit by bit), or "shared", where rounding couples units."""
     metrics: Literal["none", "noisy"] = "none"
     """Whether a metric may leave the node, as a separate Gaussian release."""
     min_metric_noise_multiplier: OptionalNumber = Field(None, gt=0)
@@ -176,8 +178,8 @@ class NodePolicy(Section):
                 yield f"{name} {value:g} is above {bound:g}"
         if not plan.noise_multiplier >= self.min_noise_multiplier:
             yield f"noise_multiplier {plan.noise_multiplier:g} is below {self.min_noise_multiplier:g}"
-        if plan.batched and not self.batched:
-            yield "several units in one pass are not allowed"
+        if WEAKEST_FIRST.index(plan.passes) < WEAKEST_FIRST.index(self.weakest_passes):
+            yield f"passes {plan.passes!r} are weaker than {self.weakest_passes!r}"
         if isinstance(plan, UserPlan):
             yield from self._unit_reasons(plan)
         yield from self._metric_reasons(plan)

@@ -21,6 +21,7 @@ Tokens = tuple[int, ...]
 Tensors = dict[str, "torch.Tensor"]
 Sums = Mapping[str, NDArray[np.float64]]
 Row = Mapping[str, Any]
+MADE_UP = (1, 2, 3, 2, 1)
 INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")  # tensors that a network takes
 CHARACTERS = 32  # characters of a text per token wanted: a public bound on the cost of one record
 
@@ -99,8 +100,8 @@ class Task(Protocol):
     def prepare(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """Tokenises rows into examples."""
 
-    def made_up(self) -> Example:
-        """Returns an artificial example, for testing a model without any user's data."""
+    def made_up(self, length: int = 5) -> Example:
+        """Returns an artificial example of ``length`` >= 5 tokens: no user's data."""
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads examples on the right into ``input_ids``, ``attention_mask`` and ``labels``."""
@@ -160,6 +161,15 @@ def tokenise(
         Encoded(tuple(one.ids), bool(one.overflowing) or cut, tuple(map(tuple, one.offsets)))
         for one, cut in zip(fast, longer, strict=True)
     ]
+
+
+def made_up_tokens(length: int) -> Tokens:
+    """Returns ``length`` token ids that every vocabulary has.
+
+    >>> made_up_tokens(7)
+    (1, 2, 3, 2, 1, 1, 2)
+    """
+    return (MADE_UP * -(-length // len(MADE_UP)))[:length]
 
 
 def pad(sequences: Sequence[Tokens], value: int) -> torch.Tensor:

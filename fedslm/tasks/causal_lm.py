@@ -16,6 +16,7 @@ from fedslm.tasks.base import (
     Sums,
     Tensors,
     Tokens,
+    made_up_tokens,
     pad,
     pad_inputs,
     tokenise,
@@ -54,9 +55,9 @@ class CausalLM:
             if len(each.input_ids) >= shortest
         )
 
-    def made_up(self) -> Example:
-        """Returns an example of five tokens."""
-        return Example((1, 2, 3, 2, 1))
+    def made_up(self, length: int = 5) -> Example:
+        """Returns an example of ``length`` tokens."""
+        return Example(made_up_tokens(length))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads texts; ``labels`` are the token ids, ``words`` their word numbers (0: none)."""

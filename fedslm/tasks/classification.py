@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 from fedslm.data.missing import name_of
 from fedslm.data.values import text_in
-from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad_inputs, tokenise
+from fedslm.tasks.base import (
+    Example,
+    Prepared,
+    Row,
+    Sums,
+    Tensors,
+    made_up_tokens,
+    pad_inputs,
+    tokenise,
+)
 from fedslm.tasks.scores import f1, mean_of_present
 
 if TYPE_CHECKING:
@@ -52,9 +61,9 @@ class Classification:
             if (label := name_of(row[self.label_column])) in index and len(each.input_ids) > special
         )
 
-    def made_up(self) -> Example:
-        """Returns an example of five tokens with the first class."""
-        return Example((1, 2, 3, 2, 1), 0)
+    def made_up(self, length: int = 5) -> Example:
+        """Returns an example with the first class."""
+        return Example(made_up_tokens(length), 0)
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads texts; ``labels`` are class indices of shape (batch,)."""

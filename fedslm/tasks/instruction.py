@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedslm.tasks import tokens
-from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
+from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, made_up_tokens, pad, pad_inputs
 from fedslm.tasks.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -45,9 +45,10 @@ class Instruction:
                 made.append((number, *self.prompts.join(prompt, answer)))
         return Prepared.of(made)
 
-    def made_up(self) -> Example:
-        """Returns an example with three prompt tokens and two completion tokens."""
-        return Example((1, 2, 3, 2, 1), targets=(*(tokens.IGNORED,) * 3, 2, 1))
+    def made_up(self, length: int = 5) -> Example:
+        """Returns an example whose last two tokens are its completion."""
+        ids = made_up_tokens(length)
+        return Example(ids, targets=(*(tokens.IGNORED,) * (length - 2), *ids[-2:]))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads; ``labels`` are the completion's tokens, shape (batch, longest), others are ignored."""

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 from fedslm.data.columns import names_in
 from fedslm.data.values import text_in
-from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, Tokens, pad_inputs, tokenise
+from fedslm.tasks.base import (
+    Example,
+    Prepared,
+    Row,
+    Sums,
+    Tensors,
+    Tokens,
+    made_up_tokens,
+    pad_inputs,
+    tokenise,
+)
 from fedslm.tasks.scores import f1, mean_of_present
 
 if TYPE_CHECKING:
@@ -52,9 +62,9 @@ class MultiLabel:
         named = set(names_in(row[self.label_column]))
         return () if named - set(self.labels) else tuple(int(each in named) for each in self.labels)
 
-    def made_up(self) -> Example:
-        """Returns an example of five tokens without any class."""
-        return Example((1, 2, 3, 2, 1), targets=(0,) * len(self.labels))
+    def made_up(self, length: int = 5) -> Example:
+        """Returns an example without any class."""
+        return Example(made_up_tokens(length), targets=(0,) * len(self.labels))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads texts; ``labels`` are 0 or 1, shape (batch, classes)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedslm.tasks import tokens
-from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
+from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, made_up_tokens, pad, pad_inputs
 from fedslm.tasks.prompts import EncodedPrompt, Prompts
 
 if TYPE_CHECKING:
@@ -59,11 +59,14 @@ class Preference:
                 made.append((number, replace(chosen, rejected=rejected), cut or cut_too))
         return Prepared.of(made)
 
-    def made_up(self) -> Example:
-        """Returns an example with three prompt tokens and two answers of two tokens."""
-        ignored = (tokens.IGNORED,) * 3
-        worse = Example((1, 2, 3, 1, 2), targets=(*ignored, 1, 2))
-        return Example((1, 2, 3, 2, 1), targets=(*ignored, 2, 1), rejected=worse)
+    def made_up(self, length: int = 5) -> Example:
+        """Returns an example with two answers of two tokens."""
+        prompt = made_up_tokens(length - 2)
+        better, worse = (
+            Example((*prompt, *answer), targets=(*(tokens.IGNORED,) * len(prompt), *answer))
+            for answer in ((2, 1), (1, 2))
+        )
+        return replace(better, rejected=worse)
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads; rows are chosen, rejected, chosen, …: shape (2·batch, longest)."""

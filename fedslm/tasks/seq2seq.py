@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 from fedslm.data.values import text_in
 from fedslm.tasks import tokens
-from fedslm.tasks.base import Example, Prepared, Row, Sums, Tensors, pad, pad_inputs, tokenise
+from fedslm.tasks.base import (
+    Example,
+    Prepared,
+    Row,
+    Sums,
+    Tensors,
+    made_up_tokens,
+    pad,
+    pad_inputs,
+    tokenise,
+)
 from fedslm.tasks.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -52,9 +62,9 @@ class Seq2Seq:
             if len(source.input_ids) > special and texts[number].strip()
         )
 
-    def made_up(self) -> Example:
-        """Returns an example with five source tokens and two target tokens."""
-        return Example((1, 2, 3, 2, 1), targets=(2, 1))
+    def made_up(self, length: int = 5) -> Example:
+        """Returns an example with as many source tokens as target tokens."""
+        return Example(made_up_tokens(length), targets=made_up_tokens(length))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads; ``labels`` are the targets, ``decoder_input_ids`` the targets shifted by one step."""

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 from fedslm.data.missing import name_of
 from fedslm.errors import ModelError
 from fedslm.tasks import tokens
-from fedslm.tasks.base import CHARACTERS, Example, Prepared, Row, Sums, Tensors, pad, pad_inputs
+from fedslm.tasks.base import (
+    CHARACTERS,
+    Example,
+    Prepared,
+    Row,
+    Sums,
+    Tensors,
+    made_up_tokens,
+    pad,
+    pad_inputs,
+)
 from fedslm.tasks.scores import f1, ratio
 
 if TYPE_CHECKING:
@@ -78,9 +88,9 @@ class TokenClassification:
             and all(name_of(tag) in index for tag in tags)
         )
 
-    def made_up(self) -> Example:
-        """Returns an example of five tokens with the first tag."""
-        return Example((1, 2, 3, 2, 1), targets=(0,) * 5)
+    def made_up(self, length: int = 5) -> Example:
+        """Returns an example with the first tag everywhere."""
+        return Example(made_up_tokens(length), targets=(0,) * length)
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads sentences; ``labels`` are tag indices of shape (batch, longest), others are ignored."""

@@ -48,7 +48,11 @@ def forward(
         Logits, and the batch on the model's device; the batch includes the base's own logits if the
         task compares with them.
     """
-    collated = task.collate(examples, int(model.tokenizer.pad_token_id))
+    return run(model, task, task.collate(examples, int(model.tokenizer.pad_token_id)))
+
+
+def run(model: LoadedModel, task: Task, collated: Tensors) -> tuple[torch.Tensor, Tensors]:
+    """Runs the model on a collated batch, of whatever shape; see :func:`forward`."""
     batch = {key: tensor.to(model.device) for key, tensor in collated.items()}
     inputs = {key: batch[key] for key in INPUTS if key in batch}
     mixed = model.dtype != torch.float32

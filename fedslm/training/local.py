@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
@@ -9,7 +10,7 @@ from typing import assert_never
 import torch
 
 from fedslm.config import TrainingConfig
-from fedslm.errors import DataError, TrainingError
+from fedslm.errors import DataError, NotRepeated, TrainingError
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.networks import forgets_activations
 from fedslm.privacy.plan import NoPrivacy, Plan, PrivatePlan
@@ -18,7 +19,10 @@ from fedslm.rng import seed_of, stream
 from fedslm.tasks.base import Example, Task
 from fedslm.tasks.lazy import owners_of
 from fedslm.training.checks import check_moved, check_parameters
+from fedslm.training.shapes import Shapes
 from fedslm.training.steps import PrivateStep, stepping
+
+logger = logging.getLogger(__name__)  # the client's own log
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class LocalWork:
         round: Round number, from 1.
         client: Index of the client.
         correction: Added to every gradient: SCAFFOLD's c - cₖ; empty without it.
+        shapes: The public shapes that were proved here, for a plan with ``passes = "fixed"``; without
+            them such a plan runs isolated.
     """
 
     adapter: AdapterState
@@ -40,6 +46,7 @@ class LocalWork:
     round: int
     client: int
     correction: AdapterState = field(default_factory=lambda: AdapterState({}))
+    shapes: Shapes | None = None
 
 
 def train(
@@ -63,12 +70,34 @@ def train(
     Returns:
         The trained tensors.
 
+    If a repeated pass gives other bits, nothing of this attempt is released: the shapes are withdrawn,
+    and the round is computed again with isolated passes, fresh samples and fresh noise.
+
     Raises:
         DataError: There is nothing to train on (without privacy).
         TrainingError: A self-check failed.
     """
     if not examples and isinstance(plan, NoPrivacy):
         raise DataError("this client has no usable records")
+    try:
+        return _trained(model, task, examples, plan, training, work)
+    except NotRepeated as error:
+        if not isinstance(plan, PrivatePlan) or work.shapes is None:
+            raise
+        logger.error("%s; this round starts again, and each unit has its own pass from now on", error)
+        work.shapes.withdrawn = True
+        return _trained(model, task, examples, plan, training, work)
+
+
+def _trained(
+    model: LoadedModel,
+    task: Task,
+    examples: Sequence[Example],
+    plan: Plan,
+    training: TrainingConfig,
+    work: LocalWork,
+) -> AdapterState:
+    """Takes the steps of a round; see :func:`train`."""
     keys = sorted(work.trained)
     model.adapter.write(work.adapter)
     model.adapter.train_only(set(work.trained))
@@ -81,7 +110,9 @@ def train(
     before = work.adapter.select(work.trained)
     unmoved: frozenset[str] = frozenset()
     try:
-        with stepping(model, task, plan, optimizer, training.micro_batch_size) as step:
+        with stepping(
+            model, task, plan, optimizer, training.micro_batch_size, shapes=work.shapes
+        ) as step:
             for number, batch in enumerate(plan.batches(owners_of(examples), seeded)):
                 step([[examples[record] for record in unit] for unit in batch])
                 if number == 0:

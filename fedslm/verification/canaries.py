@@ -20,7 +20,7 @@ from fedslm.privacy import accounting
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.privacy.randomness import SecureStream
 from fedslm.rng import stream
-from fedslm.training.steps import private_optimizer
+from fedslm.training.noisy_optimizer import private_optimizer
 
 _TOO_LONG = 10.0  # in clip norms
 _ROWS = 512  # canaries in one micro-batch of a step

@@ -23,10 +23,13 @@ from fedslm.tasks.base import Example, Tensors
 from fedslm.tasks.classification import Classification
 from fedslm.training.batches import Unit
 from fedslm.training.local import enter_training
+from fedslm.training.shapes import Shapes
 from fedslm.training.steps import PrivateStep, stepping
 
 WILD, BROKEN = 2, 3  # classes: the gradient is infinite; the batch cannot be computed
 _MICRO_BATCH = 8
+SHAPES = Shapes({16: (4, 8), 24: (4,), 40: (4,)})
+"""Public shapes whose bits the self-test does not compare: that is the bit-proof's task."""
 
 
 class AdversarialTask(Classification):
@@ -79,7 +82,7 @@ class Bench:
             noisy = _flat([p.grad for p in private.params]) * plan.normaliser
             noise.append(noisy - exact[-1])
 
-        with stepping(self.model, self.task, plan, optimizer, _MICRO_BATCH) as step:
+        with stepping(self.model, self.task, plan, optimizer, _MICRO_BATCH, shapes=SHAPES) as step:
             if not isinstance(step, PrivateStep):
                 raise PrivacyError("a private plan gave a step without privacy")
             step.optimizer.attach_step_hook(look)

@@ -48,7 +48,7 @@ _SAMPLES = 400
 _DISTINCT = 0.95  # float32 noise has few equal values
 _SIGMAS = 6.0
 _SMALLEST_P = 1e-8
-_PLAN = ExamplePlan(8.0, 1e-5, _CLIP_NORM, 1.5, 0.03, 16, _STEPS, batched=True)  # the harder case
+_PLAN = ExamplePlan(8.0, 1e-5, _CLIP_NORM, 1.5, 0.03, 16, _STEPS, passes="fixed")
 
 
 @dataclass(frozen=True)

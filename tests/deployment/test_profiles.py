@@ -121,7 +121,7 @@ def test_our_readers_accept_the_settings() -> None:
     assert node.profile == "hospital"
     assert policy.unit == "user"
     assert f"AS {policy.unit_column}" in node.query
-    assert not policy.batched
+    assert policy.weakest_passes == "fixed"
     assert read_federation(SERVER).port == 8443
 
 

@@ -66,7 +66,7 @@ def test_dropout_is_refused(honest: Request, node: Path) -> None:
 
 def test_shared_passes_are_refused(honest: Request, node: Path) -> None:
     """Rounding couples units that share a pass, and a hostile adapter can blow it up."""
-    reply = ask(with_plan(honest, batched=True), context_of(0, node))
+    reply = ask(with_plan(honest, passes="shared"), context_of(0, node))
     assert (reply.status, "in one pass" in reply.reason) == ("refused", True)
 
 

@@ -14,11 +14,11 @@ import torch
 import transformers
 from support.closeness import assert_same_logits
 from support.families import (
-    alone,
     examples_of,
     gradient,
     labels_of,
     load_family,
+    own_columns,
     random_state,
     ready,
     record_plan,
@@ -35,6 +35,8 @@ from fedslm.models.pooling import MeanPoolingClassifier
 from fedslm.tasks.base import Task
 from fedslm.training.batches import forward
 from fedslm.training.checks import check_private_model
+from fedslm.training.per_record import ClosedForm
+from fedslm.training.shapes import Pass
 from fedslm.training.steps import PrivateStep, stepping
 
 CASES = [
@@ -89,15 +91,15 @@ def per_record(case: Case, size: int) -> np.ndarray:
     parameters = list(case.model.adapter.parameters.values())
     rows = []
     with stepping(
-        case.model, case.task, record_plan(batched=True), torch.optim.SGD(parameters, lr=1.0), size
+        case.model, case.task, record_plan(passes="shared"), torch.optim.SGD(parameters, lr=1.0), size
     ) as step:
         assert isinstance(step, PrivateStep)
-        units = alone(examples_of(5, name=case.name))
-        for start in range(0, len(units), size):
-            step.optimizer.zero_grad(set_to_none=True)
-            step._gradients(units[start : start + size])
-            rows.append(torch.cat([p.grad_sample.flatten(1) for p in parameters], dim=1).double())
-    return torch.cat(rows).numpy()
+        assert isinstance(step._gradients, ClosedForm)
+        examples = examples_of(5, name=case.name)
+        for start in range(0, len(examples), size):
+            some = tuple(examples[start : start + size])
+            rows.append(own_columns(step, step.rows(Pass(some, tuple(range(len(some)))))))
+    return np.concatenate(rows)
 
 
 @contextmanager

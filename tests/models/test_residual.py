@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.extras import fold, load_with, random_deltas, random_whole
-from support.families import alone, examples_of, record_plan, task_of
+from support.families import examples_of, own_columns, record_plan, task_of
 
 from fedslm.adapter_keys import key_of, layers_of, part_of
 from fedslm.config import LoraConfig
@@ -22,6 +22,7 @@ from fedslm.records import AdapterState
 from fedslm.tasks.base import Task
 from fedslm.training.batches import forward
 from fedslm.training.local import enter_training
+from fedslm.training.shapes import Pass
 from fedslm.training.steps import PrivateStep, stepping
 
 CASES = [("bert", "classification"), ("gpt2", "causal-lm")]
@@ -112,15 +113,14 @@ def per_record(model: LoadedModel, task: Task, state: AdapterState, size: int) -
     """Gradients of five records through the private step from a state, ``size`` records in a pass."""
     trained = training_at(model, state)
     rows = []
-    plan = record_plan(batched=True)
+    plan = record_plan(passes="shared")
     with stepping(model, task, plan, torch.optim.SGD(trained, lr=1.0), size) as step:
         assert isinstance(step, PrivateStep)
-        units = alone(examples_of(5, name=task_name(task)))
-        for start in range(0, len(units), size):
-            step.optimizer.zero_grad(set_to_none=True)
-            step._gradients(units[start : start + size])
-            rows.append(torch.cat([p.grad_sample.flatten(1) for p in trained], dim=1).double())
-    return torch.cat(rows).numpy()
+        examples = examples_of(5, name=task_name(task))
+        for start in range(0, len(examples), size):
+            some = tuple(examples[start : start + size])
+            rows.append(own_columns(step, step.rows(Pass(some, tuple(range(len(some)))))))
+    return np.concatenate(rows)
 
 
 def training_at(model: LoadedModel, state: AdapterState, part: str = "") -> list[torch.nn.Parameter]:
@@ -278,10 +278,12 @@ def test_gradients_of_each_record_in_a_core(case: tuple[Path, str]) -> None:
         for each in autograd(reference, task)
     ]
     trained = training_at(model, state, "lora_R")
-    with stepping(model, task, record_plan(batched=True), torch.optim.SGD(trained, lr=1.0), 5) as step:
+    with stepping(
+        model, task, record_plan(passes="shared"), torch.optim.SGD(trained, lr=1.0), 5
+    ) as step:
         assert isinstance(step, PrivateStep)
-        step._gradients(alone(examples_of(5, name=name)))
-        found = torch.cat([p.grad_sample.flatten(1) for p in trained], dim=1)
+        five = tuple(examples_of(5, name=name))
+        found = own_columns(step, step.rows(Pass(five, tuple(range(5)))))
     np.testing.assert_allclose(found, expected, atol=HARMLESS)
     assert min(np.linalg.norm(each) for each in expected) > 1e-3
 

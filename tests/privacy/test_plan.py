@@ -295,7 +295,7 @@ def test_a_value_out_of_range_is_refused(name: str, value: float) -> None:
         from_json(json.dumps({**json.loads(PATIENTS.to_json()), name: value}))
 
 
-NO_NUMBERS = ("unit_column", "batched")
+NO_NUMBERS = ("unit_column", "passes")
 NUMBERS = [field.name for field in dataclasses.fields(PATIENTS) if field.name not in NO_NUMBERS]
 WHOLE = ("normaliser", "steps_per_round", "rounds", "max_records_per_unit")
 REQUIRED = [field.name for field in dataclasses.fields(PLAN)][:7]
@@ -323,7 +323,7 @@ def test_an_absent_number_is_refused(name: str) -> None:
         *[(name, 1.5) for name in WHOLE],
         *[(name, 10**400) for name in NUMBERS if name not in ("delta", "sample_rate")],
         *[("unit_column", value) for value in (5, True, ["patient"], {"patient": 1})],
-        *[("batched", value) for value in (0, 1, "true", None)],
+        *[("passes", value) for value in (0, True, "other", None, ["fixed"])],
     ],
     ids=lambda value: str(value)[:12],
 )

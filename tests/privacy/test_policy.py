@@ -30,6 +30,7 @@ POLICY = NodePolicy(
     tasks=("classification",),
     metrics="noisy",
     min_metric_noise_multiplier=5.0,
+    weakest_passes="fixed",
 )
 # On every bound: anything more is refused.
 PLAN = UserPlan(

@@ -33,7 +33,7 @@ MEDICAL: dict[str, dict[str, Any]] = {
         "delta": 1e-4,
         "clip_norm": 0.5,
         "sample_rate": 0.169,
-        "batched": True,
+        "passes": "shared",
     },
     "federation": {"num_clients": 4, "rounds": 12, "evaluate_every": 12},
 }

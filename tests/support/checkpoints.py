@@ -22,7 +22,7 @@ CONFIG = configuration.from_mapping(
         "model": {"base": "demo"},
         "data": {"source": "demo"},
         "task": {"name": "classification"},
-        "privacy": {"unit": "none"},
+        "privacy": {"unit": "none", "passes": "isolated"},
     }
 ).resolved()
 EVENT = Event(0.05, 1.25, 10)

@@ -20,6 +20,7 @@ from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
 from fedslm.training.batches import Unit, forward
 from fedslm.training.local import enter_training
+from fedslm.training.shapes import Shapes
 from fedslm.training.steps import PrivateStep, stepping
 
 LABELS = ("bone", "heart", "skin")
@@ -137,8 +138,17 @@ class Seen:
     moved: np.ndarray
 
 
+SHAPES = Shapes({16: (4,), 24: (2, 4), 32: (4,), 48: (2,)})
+"""Public shapes that no test here needs a proof of."""
+
+
 def one_step(
-    model: LoadedModel, task: Task, plan: PrivatePlan, units: Sequence[Unit], size: int = 4
+    model: LoadedModel,
+    task: Task,
+    plan: PrivatePlan,
+    units: Sequence[Unit],
+    size: int = 4,
+    shapes: Shapes | None = None,
 ) -> Seen:
     """Takes one step and looks at it through Opacus' own hook."""
     start = ready(model)
@@ -149,7 +159,7 @@ def one_step(
         assert [id(p) for p in private.params] == [id(p) for p in model.adapter.parameters.values()]
         seen.append((flat(p.summed_grad for p in private.params), flat(p.grad for p in private.params)))
 
-    with stepping(model, task, plan, optimizer, size) as step:
+    with stepping(model, task, plan, optimizer, size, shapes=shapes) as step:
         assert isinstance(step, PrivateStep)
         step.optimizer.attach_step_hook(look)
         step(units)
@@ -180,6 +190,11 @@ def gradient(model: LoadedModel, task: Task, example: Example) -> np.ndarray:
 def clipped(vector: np.ndarray, clip: float) -> np.ndarray:
     """A vector of at most a length, as Opacus scales it."""
     return vector * min(1.0, clip / (np.linalg.norm(vector) + 1e-6))
+
+
+def own_columns(step: PrivateStep, rows: torch.Tensor) -> np.ndarray:
+    """Per-record gradients without the columns between tensors, as one array of shape (records, d)."""
+    return torch.cat([rows[:, place] for place in step._gradients.places], dim=1).double().numpy()
 
 
 def flat(tensors: Any) -> np.ndarray:

@@ -14,16 +14,18 @@ from fedslm.privacy import accounting, chain
 from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import ExamplePlan, UserPlan
 from fedslm.privacy.randomness import SecureStream
-from fedslm.training import metric, steps
+from fedslm.training import metric, noisy_optimizer, steps
+from fedslm.training.shapes import Part, Pass
+from fedslm.training.sums import grid_of
 from fedslm.verification.harness import AdversarialTask
 
 Patch = pytest.MonkeyPatch
 
 DRAW, BERNOULLI = GaussianNoise.draw, SecureStream.bernoulli
-CLIP, CALL, SUM = steps.clipped_sum, steps.PrivateStep.__call__, steps.sum_by_unit
+CLIP, CALL = noisy_optimizer.clip_, steps.PrivateStep.__call__
 LOSS = AdversarialTask.per_example_loss
 BATCHES = {plan: plan.batches for plan in (ExamplePlan, UserPlan)}
-PLD, NO_GRADIENTS = accounting._pld, steps.PrivateStep._no_gradients
+PLD = accounting._pld
 
 
 def too_little_noise(patch: Patch) -> None:
@@ -56,12 +58,12 @@ def noise_of_numpy(patch: Patch) -> None:
 
 def noise_of_opacus(patch: Patch) -> None:
     """Opacus' own noise, from torch's global generator, in place of ours."""
-    patch.setattr(steps, "with_noise", lambda optimizer: optimizer)
+    patch.setattr(noisy_optimizer, "with_noise", lambda optimizer: optimizer)
 
 
 def noise_repeated_in_each_step(patch: Patch) -> None:
     """The noise of a round's first step, in all its steps."""
-    original = steps.with_noise
+    original = noisy_optimizer.with_noise
 
     def with_noise(optimizer: Any) -> Any:
         class Repeating(original(optimizer)):  # type: ignore[misc]
@@ -74,7 +76,7 @@ def noise_repeated_in_each_step(patch: Patch) -> None:
 
         return Repeating
 
-    patch.setattr(steps, "with_noise", with_noise)
+    patch.setattr(noisy_optimizer, "with_noise", with_noise)
 
 
 def noise_shared_by_tensors(patch: Patch) -> None:
@@ -149,21 +151,31 @@ def seeded_sampler(patch: Patch) -> None:
 
 def no_clipping(patch: Patch) -> None:
     """Gradients are added up as they are."""
-    patch.setattr(steps, "clipped_sum", lambda samples, clip_norm: CLIP(samples, 1e9))
+    patch.setattr(
+        noisy_optimizer, "clip_", lambda units, clip_norm: units.div_(grid_of(clip_norm)).round_()
+    )
 
 
 def clipping_by_tensor(patch: Patch) -> None:
-    """Each tensor is clipped by itself, so that all together are longer than the clip norm."""
+    """Each part of a gradient is clipped by itself, so that all together are longer than the clip norm."""
     patch.setattr(
-        steps,
-        "clipped_sum",
-        lambda samples, clip_norm: [CLIP([sample], clip_norm)[0] for sample in samples],
+        noisy_optimizer,
+        "clip_",
+        lambda units, clip_norm: torch.cat(
+            [CLIP(part.clone(), clip_norm) for part in units.chunk(8, 1)], 1
+        ),
     )
 
 
 def clipping_by_record(patch: Patch) -> None:
     """A patient's records are clipped one by one."""
-    patch.setattr(steps, "sum_by_unit", lambda samples, sizes: list(samples))
+    whole = steps.PrivateStep._sums
+
+    def sums(self: steps.PrivateStep, part: Part, repeated: Pass | None) -> torch.Tensor:
+        rows = [self.rows(each).clone() for each in part.passes]
+        return torch.cat(rows) if rows else whole(self, part, repeated)
+
+    patch.setattr(steps.PrivateStep, "_sums", sums)
 
 
 def loss_is_a_mean(patch: Patch) -> None:
@@ -187,13 +199,13 @@ def loss_is_weighted(patch: Patch) -> None:
 
 def infinities_stay(patch: Patch) -> None:
     """Gradients that are not finite are not zeroed."""
-    patch.setattr(steps, "zero_non_finite", lambda samples: 0)
+    patch.setattr(steps, "zero_non_finite", lambda rows: 0)
 
 
 def failures_stop(patch: Patch) -> None:
     """A record that cannot be computed stops the batch."""
 
-    def gradients(self: Any, part: Any) -> Any:
+    def gradients(self: Any, each: Any) -> Any:
         raise ValueError("a record cannot be computed")
 
     patch.setattr(steps.PrivateStep, "_one_by_one", gradients)
@@ -209,11 +221,12 @@ def empty_batches_are_skipped(patch: Patch) -> None:
 def empty_batches_have_no_noise(patch: Patch) -> None:
     """No records, no noise."""
 
-    def no_gradients(self: Any) -> None:
-        self.optimizer.noise_multiplier = 1e-12
-        NO_GRADIENTS(self)
+    def call(self: Any, units: Any) -> None:
+        if not units:
+            self.optimizer.noise_multiplier = 1e-12
+        CALL(self, units)
 
-    patch.setattr(steps.PrivateStep, "_no_gradients", no_gradients)
+    patch.setattr(steps.PrivateStep, "__call__", call)
 
 
 def ledger_is_not_checked(patch: Patch) -> None:

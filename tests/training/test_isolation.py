@@ -65,11 +65,11 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm(model: LoadedModel, s
 
 
 def test_passes_that_are_shared_couple_records(model: LoadedModel) -> None:
-    """With ``batched`` a hostile adapter breaks the bound: this is why policies refuse it by default."""
-    shared = replace(PLAN, batched=True)
+    """With shared passes a hostile adapter breaks the bound: this is why policies refuse it by default."""
+    shared = replace(PLAN, passes="shared")
     assert max(moves(model, shared, scale) for scale in (1e2, 1e3, 1e4, 1e5)) > 1.01
 
 
 def test_an_honest_adapter_keeps_the_bound_in_shared_passes(model: LoadedModel) -> None:
     """With an adapter of ordinary size the coupling is a rounding error."""
-    assert moves(model, replace(PLAN, batched=True), 1.0) <= 1 + 1e-4
+    assert moves(model, replace(PLAN, passes="shared"), 1.0) <= 1 + 1e-4

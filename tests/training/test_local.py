@@ -186,7 +186,7 @@ def test_a_whole_patient_moves_the_release_by_at_most_c(
 ) -> None:
     """Through the whole path, a patient of many records moves one step by C/normaliser and no more."""
     monkeypatch.setattr(
-        "fedslm.training.steps.GaussianNoise.draw",
+        "fedslm.training.noisy_optimizer.GaussianNoise.draw",
         lambda self, shape, stddev: np.full(shape, 1e-3),  # seen exactly, and everything moves
     )
     plan = replace(PATIENT, sample_rate=1.0, clip_norm=0.05, steps_per_round=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,16 +19,17 @@ from support.families import (
     UNKNOWN_TOKEN,
     WILD_TOKEN,
     alone,
-    clipped,
     examples_of,
     gradient,
     load_family,
     one_step,
+    own_columns,
     ready,
     record_plan,
     task_of,
     wild_token,
 )
+from support.families import clipped as shortened
 
 from fedslm.errors import PrivacyError, TrainingError
 from fedslm.models.loaded import LoadedModel
@@ -35,7 +37,9 @@ from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import NoPrivacy
 from fedslm.tasks.base import Example, Task
 from fedslm.training.checks import check_private_model
-from fedslm.training.steps import PlainStep, PrivateStep, clipped_sum, stepping, zero_non_finite
+from fedslm.training.shapes import Pass
+from fedslm.training.steps import PlainStep, PrivateStep, stepping
+from fedslm.training.sums import clipped, grid_of, zero_non_finite
 
 Family = tuple[LoadedModel, Task]
 
@@ -62,9 +66,7 @@ def test_per_record_gradients_equal_autograd(family: Family) -> None:
     optimizer = torch.optim.SGD(list(model.adapter.parameters.values()), lr=1.0)
     with stepping(model, task, record_plan(), optimizer, 6) as step:
         assert isinstance(step, PrivateStep)
-        step._gradients(alone(examples))
-        samples = [p.grad_sample.flatten(1) for p in model.adapter.parameters.values()]
-        together = torch.cat(samples, dim=1).double().numpy()
+        together = own_columns(step, step.rows(Pass(tuple(examples), tuple(range(6)))))
     for row, example in enumerate(examples):
         np.testing.assert_allclose(together[row], gradient(model, task, example), atol=1e-5)
 
@@ -78,7 +80,7 @@ def test_sum_equals_clipped_autograd(family: Family) -> None:
     clip = float(np.median(norms))  # some are clipped, some are not
     assert min(norms) < clip < max(norms)
     exact = one_step(model, task, record_plan(clip=clip), alone(examples)).exact
-    np.testing.assert_allclose(exact, sum(clipped(each, clip) for each in gradients), atol=2e-5)
+    np.testing.assert_allclose(exact, sum(shortened(each, clip) for each in gradients), atol=2e-5)
 
 
 def test_parameters_move_by_the_noisy_sum_over_a_constant(family: Family) -> None:
@@ -98,17 +100,18 @@ def test_one_unit_is_divided_by_the_normaliser_too(family: Family) -> None:
     model, task = family
     example, plan = examples_of(1, seed=2)[0], record_plan(noise=1e-7, clip=0.5, normaliser=7)
     seen = one_step(model, task, plan, alone([example]))
-    expected = clipped(gradient(model, task, example), 0.5)
+    expected = shortened(gradient(model, task, example), 0.5)
     assert np.linalg.norm(expected) > 0.1
     np.testing.assert_allclose(seen.moved * 7, expected, atol=1e-5)
 
 
 def test_a_gradient_of_zero_adds_zero() -> None:
     """A unit whose gradient is zero is not divided by its norm: it adds zero, and the others stay."""
-    samples = [torch.tensor([[0.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0], [4.0]])]
-    first, second = clipped_sum(samples, 1.0)
-    np.testing.assert_allclose([*first.tolist(), *second.tolist()], [0.6, 0.0, 0.8], rtol=1e-5)
-    assert not any(each.any() for each in clipped_sum([each[:1] for each in samples], 1e-6))
+    samples = torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0]])
+    zero, other = clipped(samples, 1.0) * grid_of(1.0)
+    assert not zero.any()
+    np.testing.assert_allclose(other, [0.6, 0.0, 0.8], rtol=1e-5)
+    assert not clipped(samples[:1], 1e-6).any()
 
 
 def test_a_unit_without_records_is_refused(family: Family) -> None:
@@ -118,7 +121,7 @@ def test_a_unit_without_records_is_refused(family: Family) -> None:
     optimizer = torch.optim.SGD(list(model.adapter.parameters.values()), lr=1.0)
     with (
         stepping(model, task, record_plan(), optimizer, 4) as step,
-        pytest.raises(ValueError, match="empty"),
+        pytest.raises(PrivacyError, match="has 0 records"),
     ):
         step([*alone(examples_of(2)), []])
     assert model.adapter.read().sha256() == start.sha256()
@@ -127,7 +130,7 @@ def test_a_unit_without_records_is_refused(family: Family) -> None:
 def test_micro_batches_do_not_change_the_sum(family: Family) -> None:
     """One shared pass of 8, or 8 passes of 1: the same sum to rounding."""
     model, task = family
-    units, plan = alone(examples_of(8, seed=5)), record_plan(batched=True)
+    units, plan = alone(examples_of(8, seed=5)), record_plan(passes="shared")
     whole, split = (one_step(model, task, plan, units, size).exact for size in (8, 1))
     np.testing.assert_allclose(whole, split, atol=1e-5)
 
@@ -220,10 +223,8 @@ def test_noise_has_256_bits(family: Family, monkeypatch: pytest.MonkeyPatch, cha
     assert abs(np.corrcoef(noise(key), noise(other))[0, 1]) < 0.2
 
 
-def test_noise_is_added_in_float64_and_rounded_once(
-    family: Family, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The noisy sum is the float64 sum, rounded to float32: noise is never rounded by itself."""
+def test_noise_is_added_on_the_grid(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is released is round((sum + noise) / grid) steps of the grid, rounded once to float32."""
     model, task = family
     drawn: list[np.ndarray] = []
     draw = GaussianNoise.draw
@@ -236,20 +237,23 @@ def test_noise_is_added_in_float64_and_rounded_once(
     seen = one_step(model, task, record_plan(), alone(examples_of(2)))
     noise = np.concatenate([each.ravel() for each in drawn])
     assert noise.dtype == np.float64
-    expected = (seen.exact + noise).astype(np.float32)
-    np.testing.assert_array_equal(seen.noisy.astype(np.float32), expected)
-    twice = seen.exact.astype(np.float32) + noise.astype(np.float32)
-    assert (twice != expected).any()
+    grid = grid_of(1.0)
+    whole = [round(Fraction(value) / Fraction(grid)) for value in seen.exact]
+    assert [step * grid for step in whole] == seen.exact.tolist()
+    expected = [
+        round(Fraction(step) + Fraction(value) / Fraction(grid))
+        for step, value in zip(whole, noise.tolist(), strict=True)
+    ]
+    released = (np.array(expected, dtype=np.float64) * grid).astype(np.float32)
+    np.testing.assert_array_equal(seen.noisy.astype(np.float32), released)
 
 
 def test_non_finite_records_are_zeroed_and_counted() -> None:
-    """A record with one NaN or infinity in any tensor is zero in all tensors; the others stay."""
-    first, second = torch.ones(3, 2), torch.ones(3, 4)
-    first[1, 0] = torch.nan
-    second[2, 3] = -torch.inf
-    assert zero_non_finite([first, second]) == 2
-    assert first.sum() == 2
-    assert second.sum() == 4
+    """A record with one NaN or infinity anywhere is zero everywhere; the others stay."""
+    rows = torch.ones(3, 6)
+    rows[1, 0], rows[2, 3] = torch.nan, -torch.inf
+    assert zero_non_finite(rows) == 2
+    assert rows.sum(dim=1).tolist() == [6, 0, 0]
 
 
 def test_record_that_cannot_be_computed_counts_as_zero(family: Family) -> None:
@@ -318,4 +322,4 @@ def test_coupled_records_are_refused(family_directory: Callable[[str, str], Path
         per_example_loss = staticmethod(task.per_example_loss)
 
     with pytest.raises(TrainingError, match="do not match the batch"):
-        one_step(model, Merged(), record_plan(batched=True), alone(examples_of(3)))  # type: ignore[arg-type]
+        one_step(model, Merged(), record_plan(passes="shared"), alone(examples_of(3)))  # type: ignore[arg-type]

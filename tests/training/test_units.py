@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from support.families import (
     FAMILIES,
     UNKNOWN_TOKEN,
@@ -29,7 +28,6 @@ from support.families import (
 from fedslm.models.loaded import LoadedModel
 from fedslm.tasks.base import Example, Task, Tensors
 from fedslm.tasks.classification import Classification
-from fedslm.training.steps import sum_by_unit
 
 Family = tuple[LoadedModel, Task]
 SIZES = (2, 1, 3, 1)  # records of the patients of an ordinary batch
@@ -59,28 +57,6 @@ def patients_of(sizes: tuple[int, ...], seed: int = 0) -> list[list[Example]]:
     return [[next(records) for _ in range(size)] for size in sizes]
 
 
-@settings(deadline=None)
-@given(
-    st.lists(st.integers(1, 6), min_size=1, max_size=8),
-    st.lists(arrays.array_shapes(min_dims=1, max_dims=3, max_side=3), min_size=1, max_size=3),
-    st.integers(0, 2**32),
-)
-def test_sum_by_unit_is_a_plain_loop(
-    sizes: list[int], shapes: list[tuple[int, ...]], seed: int
-) -> None:
-    """Records that stand together are added up, in every tensor, and no other."""
-    generator = torch.Generator().manual_seed(seed)
-    samples = [torch.randn((sum(sizes), *shape), generator=generator) for shape in shapes]
-    summed = sum_by_unit(samples, sizes)
-    for sample, found in zip(samples, summed, strict=True):
-        expected, start = torch.zeros((len(sizes), *sample.shape[1:])), 0
-        for unit, size in enumerate(sizes):
-            for record in range(start, start + size):
-                expected[unit] += sample[record]
-            start += size
-        torch.testing.assert_close(found, expected)
-
-
 def test_sum_equals_autograd_clipped_once_per_patient(family: Family) -> None:
     """Autograd gradients of single records, added up per patient, clipped once and added up."""
     model, task = family
@@ -101,14 +77,14 @@ def test_patients_of_one_record_are_records(family: Family) -> None:
         one_step(model, task, plan, units).exact
         for plan in (record_plan(clip=0.5), user_plan(clip=0.5))
     )
-    np.testing.assert_array_equal(by_record, by_patient)
+    np.testing.assert_allclose(by_record, by_patient, rtol=0, atol=len(units) * 2.0**-29)
 
 
 @pytest.mark.parametrize("clip", [0.3, 50.0])
 def test_micro_batches_do_not_change_the_sum_of_patients(family: Family, clip: float) -> None:
     """Shared passes of 1, 3 or 100 records: the same sum to rounding, since no patient is cut."""
     model, task = family
-    patients, plan = patients_of((1, 4, 2, 3), seed=5), user_plan(clip=clip, batched=True)
+    patients, plan = patients_of((1, 4, 2, 3), seed=5), user_plan(clip=clip, passes="shared")
     one, three, whole = (one_step(model, task, plan, patients, size).exact for size in (1, 3, 100))
     assert np.linalg.norm(whole) > 0.1
     np.testing.assert_allclose(one, whole, atol=2e-5)
@@ -180,33 +156,19 @@ class Steep(Classification):
         return super().per_example_loss(logits, batch) * factors
 
 
-def test_a_sum_that_overflows_contributes_zero(
-    family_directory: Callable[[str, str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """A patient's records with finite gradients, whose sum is beyond float32, add nothing to the others."""
+def test_a_sum_of_enormous_records_is_clipped(family_directory: Callable[[str, str], Path]) -> None:
+    """A patient's records whose float32 sum would overflow add a gradient of length C, and no more."""
     model = load_family(family_directory("bert", "classification"), "classification", "mean")
     task = Steep(("bone", "heart", "skin"), "text", "label", 32)
     steep, others = Example((10, 11, 12, 13), 2), patients_of(SIZES, seed=1)
     others = [[Example(each.input_ids, 0) for each in patient] for patient in others]
     plain, plan = gradient(model, task, steep), user_plan(clip=0.5)
     before = one_step(model, task, plan, others).exact
-    assert np.linalg.norm(before) > 0.1
-
-    monkeypatch.setattr(Steep, "factor", 1e15)  # large, but of a norm that float32 can square
-    moved = one_step(model, task, plan, [*others, [steep] * 60]).exact - before
-    assert np.linalg.norm(moved) == pytest.approx(0.5, rel=1e-3)
-
-    monkeypatch.setattr(Steep, "factor", 1.5e38 / float(np.linalg.norm(plain)))
-    largest = float(np.abs(plain).max()) * Steep.factor
-    assert 60 * largest > 2 * float(np.finfo(np.float32).max)
-    separate = one_step(model, task, plan, [*others, *[[steep]] * 60]).exact
-    assert np.isfinite(separate).all()
-    assert "not finite" not in caplog.text  # each gradient is finite
-    after = one_step(model, task, plan, [*others, [steep] * 60]).exact
-    assert "not finite" in caplog.text  # their sum is not
-    np.testing.assert_allclose(after, before, atol=1e-5)
+    for factor in (1e15, 1.5e38 / float(np.linalg.norm(plain))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Steep, "factor", factor)
+            moved = one_step(model, task, plan, [*others, [steep] * 60]).exact - before
+        np.testing.assert_allclose(moved, plain * (0.5 / np.linalg.norm(plain)), atol=1e-5)
 
 
 def test_an_empty_batch_is_noise_and_nothing_else(family: Family) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from support.mutations import no_clipping
 
 from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import ExamplePlan, PrivatePlan, UserPlan
 from fedslm.privacy.randomness import SecureStream
-from fedslm.training import steps
 from fedslm.verification.canaries import empirical_bound
 
 RECORD = ExamplePlan(8.0, 1e-5, 0.3, 0.8, 0.06, 16, 64)
@@ -56,9 +56,7 @@ def test_too_little_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients ten times too long are no secret."""
-    monkeypatch.setattr(
-        steps, "clipped_sum", lambda samples, clip_norm: [each.double().sum(dim=0) for each in samples]
-    )
+    no_clipping(monkeypatch)
     found = empirical_bound(RECORD, canaries=8000)
     assert not found.consistent
 

@@ -1,0 +1,203 @@
+"""Tests whether the bits of a record's gradient depend only on the record, for each public shape.
+
+With ``passes = "fixed"`` several records share a pass. Its bound on one unit is exact
+for every adapter if a row's bits depend neither on its slot nor on the other rows. No documentation of
+a kernel promises that, so it is measured: on this machine, with this base, these libraries and threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedslm.errors import TrainingError
+from fedslm.models.initial import initial_state
+from fedslm.models.loaded import LoadedModel
+from fedslm.models.networks import inner
+from fedslm.privacy.plan import ExamplePlan
+from fedslm.records import AdapterState
+from fedslm.rng import stream
+from fedslm.tasks.base import Example, Task
+from fedslm.training.local import enter_training
+from fedslm.training.shapes import Pass, Shape, Shapes, candidates
+from fedslm.training.steps import PrivateStep, stepping
+from fedslm.training.sums import clipped
+
+logger = logging.getLogger(__name__)
+TRIALS = 64  # least comparisons of a record's bits for each padded length
+TRIALS_OF_OTHERS = 8  # ... and for each number of slots below the largest
+_HALF_EMPTY = 0.2  # share of the passes
+_SCALES = (1.0, 5.0, 30.0)  # of the adapter: a large one lets rounding decide
+_OVERFLOWS = 1e8
+_WILD = (float("nan"), float("inf"), 1e30, 1e-42)  # factors on a neighbour's embeddings
+_PLAN = ExamplePlan(8.0, 1e-5, 1.0, 1.0, 0.5, 1, 1)
+
+
+def proved_shapes(
+    model: LoadedModel, task: Task, trained: frozenset[str], longest: int, most_records: int
+) -> Shapes:
+    """Measures the candidate shapes and returns those that hold.
+
+    Formal guarantees:
+        * For each padded length that is returned, in at least :data:`TRIALS` comparisons on this
+          machine (and :data:`TRIALS_OF_OTHERS` for each smaller number of slots), a record's gradient
+          and its clipped integer vector had the same bits in other slots, with other records, empty
+          slots, and a row of NaN, infinity, enormous or denormal values, under adapters of several
+          scales. This is a measurement, not a proof for all inputs: the step repeats a pass in each
+          round as well.
+        * A shape with a single difference, or that cannot be computed, is left out.
+
+    Args:
+        model: The model; its adapter is overwritten.
+        task: The task that is trained.
+        trained: Keys of the trained tensors.
+        longest: Longest record, in tokens.
+        most_records: Most records in a pass.
+    """
+    values = sum(model.adapter.parameters[key].numel() for key in trained)
+    wanted = candidates(longest, values, most_records, on_gpu=model.device.type != "cpu")
+    model.adapter.train_only(set(trained))
+    enter_training(model)
+    parameters = [p for p in model.adapter.parameters.values() if p.requires_grad]
+    proved: dict[int, tuple[int, ...]] = {}
+    try:
+        with stepping(
+            model, task, _PLAN, torch.optim.SGD(parameters, lr=1.0), 1, shapes=Shapes({})
+        ) as step:
+            if not isinstance(step, PrivateStep) or not step.has_fixed_shapes:
+                return Shapes({})
+            for length, slots in wanted.items():
+                if counts := _Trial(model, task, step).counts_that_agree(length, slots):
+                    proved[length] = counts
+            step.forget_counts()  # the wild rows are made up
+    finally:
+        model.adapter.network.eval()
+    return Shapes(proved)
+
+
+class _Trial:
+    """The comparisons for one model.
+
+    Args:
+        model: The model, in training mode.
+        task: The task.
+        step: A private step of this model.
+    """
+
+    def __init__(self, model: LoadedModel, task: Task, step: PrivateStep) -> None:
+        self._model, self._task, self._step = model, task, step
+        self._random = stream(0, "bit-proof")
+        self.last_pass_moves = False  # whether every record of the last pass had a gradient
+
+    def counts_that_agree(self, length: int, slots: int) -> tuple[int, ...]:
+        """Returns the numbers of slots at which records have the same bits; empty if too few agree.
+
+        Args:
+            length: Padded length.
+            slots: The largest number of slots.
+        """
+        agreeing = {slots}
+        try:
+            for number, scale in enumerate((*_SCALES, _OVERFLOWS)):
+                self._scale(scale)
+                reference = self._reference(length, slots)
+                if scale == 1.0 and not self.last_pass_moves:
+                    raise TrainingError("made-up records have no gradient, which tests nothing")
+                trials = TRIALS // (len(_SCALES) + 1)
+                if not self._agrees(reference, slots, length, trials):
+                    raise TrainingError("a record has other bits in another slot or company")
+                others = range(1 + number, slots, len(_SCALES)) if scale != _OVERFLOWS else ()
+                agreeing |= {
+                    count
+                    for count in others
+                    if self._agrees(reference, count, length, TRIALS_OF_OTHERS)
+                }
+        except (TrainingError, RuntimeError) as error:
+            logger.warning("%d records of %d tokens cannot share a pass: %s", slots, length, error)
+            return ()
+        return tuple(sorted(agreeing))
+
+    def _reference(self, length: int, slots: int) -> dict[Example, bytes]:
+        """Returns the bits of random records in one pass."""
+        records = self._records(length, slots)
+        return dict(zip(records, self._bits(records, slots, length), strict=True))
+
+    def _agrees(self, reference: Mapping[Example, bytes], count: int, length: int, trials: int) -> bool:
+        """Whether records have the reference's bits in passes of a number of slots."""
+        passes = -(-trials // max(1, count - 1))  # a wild row is not compared
+        return all(self._same(reference, count, length) for _ in range(passes))
+
+    def _same(self, reference: Mapping[Example, bytes], count: int, length: int) -> bool:
+        """Whether shuffled records have the reference's bits, with a wild row and empty slots."""
+        order = self._random.permutation(len(reference))[:count]
+        records = [list(reference)[number] for number in order]
+        if count == 1:
+            return self._bits(records, 1, length) == [reference[records[0]]]
+        if self._random.random() < _HALF_EMPTY:
+            records = records[: count // 2]
+        odd, factor = int(self._random.integers(count)), float(self._random.choice(_WILD))
+        with _wild_row(self._model, odd, factor, self._task.rows_per_example):
+            bits = self._bits(records, count, length)
+        return all(
+            found == reference[record]
+            for slot, (record, found) in enumerate(zip(records, bits, strict=True))
+            if slot != odd
+        )
+
+    def _bits(self, records: Sequence[Example], slots: int, length: int) -> list[bytes]:
+        """Returns the bits of each record's gradient and of its clipped integer vector."""
+        rows = self._step.rows(Pass(tuple(records), tuple(range(len(records))), Shape(slots, length)))
+        self.last_pass_moves = bool(rows.any(dim=1).all())
+        whole = clipped(rows, _PLAN.clip_norm)
+        both = zip(rows.cpu().numpy(), whole.cpu().numpy(), strict=True)
+        return [gradient.tobytes() + integers.tobytes() for gradient, integers in both]
+
+    def _scale(self, scale: float) -> None:
+        """Writes a random adapter in which no tensor is zero."""
+        shapes = {key: tuple(each.shape) for key, each in self._model.adapter.parameters.items()}
+        start = initial_state(shapes, 0)
+        noisy = {
+            key: scale * (value + 0.1 * self._random.standard_normal(value.shape))
+            for key, value in start.tensors.items()
+        }
+        self._model.adapter.write(
+            AdapterState({key: value.astype(np.float32) for key, value in noisy.items()})
+        )
+
+    def _records(self, length: int, count: int) -> list[Example]:
+        """Returns different random records that fit a length; the first one is as long as fits."""
+        lengths = [length - 1, *self._random.integers(5, length, count - 1)]
+        return [self._record(int(each)) for each in lengths]
+
+    def _record(self, length: int) -> Example:
+        """Returns a record of random tokens."""
+        made = self._task.made_up(length)
+        rejected = made.rejected and replace(made.rejected, input_ids=self._tokens(length))
+        return replace(made, input_ids=self._tokens(length), rejected=rejected)
+
+    def _tokens(self, length: int) -> tuple[int, ...]:
+        """Returns random tokens of the base's vocabulary."""
+        return tuple(int(token) for token in self._random.integers(0, self._model.vocabulary, length))
+
+
+@contextmanager
+def _wild_row(model: LoadedModel, slot: int, factor: float, rows: int) -> Iterator[None]:
+    """Multiplies the embeddings of one record in a pass by a factor."""
+
+    def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        changed = output.clone()
+        changed[slot * rows : (slot + 1) * rows] *= factor
+        return changed
+
+    table = inner(model.adapter.network.get_base_model()).get_input_embeddings()  # type: ignore[operator]
+    handle = table.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()
