@@ -23,13 +23,12 @@ from fedslm.deployment.bundle import sha256_of
 from fedslm.deployment.certificates import certificate_at
 from fedslm.deployment.fleet import NotKnown
 from fedslm.errors import FederationError
-from fedslm.federation.lifetime import exchange_seconds
 from fedslm.protocol.inflating import Limits, inflated, objects_of
+from fedslm.protocol.lifetime import DAY_SECONDS, work_seconds
 
 logger = logging.getLogger(__name__)
 _NOT_APPROVED, _LONGEST = 7, 32
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 30.0
-_DAY_SECONDS = 86_400.0
 _PIECE_BYTES = 5 << 20
 _LATEST_SECONDS, _LONGEST_NAME = 1e11, 128
 _METADATA = ("run_id", "src_node_id", "dst_node_id", "message_type", "group_id", "created_at", "ttl")
@@ -122,7 +121,7 @@ class Link:
         limits = self.limits
         identifiers = objects_of(tree, limits)
         metadata.__dict__["_message_id"] = tree.object_id
-        patience = Patience(until_of(metadata.created_at, seconds_of(metadata.ttl)), goes_on)
+        patience = Patience(until_of(metadata.created_at, work_seconds(metadata.ttl)), goes_on)
         reply = patience.call(lambda: self._refused(outline, metadata.run_id))
         if reply is None:
             contents = self._pulled(identifiers, metadata.run_id, patience)
@@ -264,22 +263,13 @@ def _check_same(message: Message, outline: Message) -> None:
     inner.__dict__["_message_id"] = outer.message_id
 
 
-def seconds_of(ttl: float) -> float:
-    """Time limit for work on a message: as long as its exchange may take, but at most a day.
-
-    >>> seconds_of(60.0), seconds_of(-1.0), seconds_of(float("nan")), seconds_of(1e300)
-    (60.0, 0.0, 86400.0, 86400.0)
-    """
-    return min(exchange_seconds(max(0.0, ttl)), _DAY_SECONDS) if math.isfinite(ttl) else _DAY_SECONDS
-
-
 def until_of(created_at: float, ttl: float) -> float:
     """When a message expires: the time that the server set, but within a day.
 
     >>> until_of(time.time(), float("inf")) - time.time() <= 86400.0
     True
     """
-    latest = time.time() + _DAY_SECONDS
+    latest = time.time() + DAY_SECONDS
     until = created_at + ttl
     return min(until, latest) if math.isfinite(until) else latest
 

@@ -26,13 +26,14 @@ from fedslm.deployment.enrolment import node_key
 from fedslm.deployment.fleet import connected, step_in
 from fedslm.deployment.instructions import Instructions
 from fedslm.deployment.journal import keep_small
-from fedslm.deployment.link import Link, is_there, seconds_of
+from fedslm.deployment.link import Link, is_there
 from fedslm.deployment.metrics import NodeCounts, node_figures, served
 from fedslm.deployment.settings import NodeFile, read_node
 from fedslm.engines.local import handle, wait_for
 from fedslm.errors import DataError, FederationError, PolicyRefused, RunError
 from fedslm.privacy.policy import read_policy
 from fedslm.protocol.envelopes import Envelope
+from fedslm.protocol.lifetime import work_seconds
 from fedslm.storage import locked
 from fedslm.workers import WorkerPool
 
@@ -203,7 +204,7 @@ def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool
             with next_worker() as pool:
                 context = ready.context(link.node_id, run_id, believed.envelope.client)
                 job = pool.submit(handle, message, context)
-                reply = wait_for(pool, job, message, seconds_of(message.metadata.ttl))
+                reply = wait_for(pool, job, message, work_seconds(message.metadata.ttl))
             counts.count(reply)
             _say_what_was_done(believed.envelope, reply)
             return instructions.signed(reply, message, believed)

@@ -13,13 +13,13 @@ from flwr.serverapp import Grid
 
 from fedslm.errors import Unanswered
 from fedslm.federation.fetch import Fetch
-from fedslm.federation.lifetime import lifetime_of
 from fedslm.federation.population import pull
 from fedslm.federation.replies import expected_shapes
 from fedslm.federation.steady import Steady
 from fedslm.federation.trust import Trust
 from fedslm.protocol.envelopes import RequestHeader
 from fedslm.protocol.inflating import Limits
+from fedslm.protocol.lifetime import lifetime_of
 from fedslm.protocol.messages import Reply, Request, most_bytes
 from fedslm.records import AdapterState
 

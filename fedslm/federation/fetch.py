@@ -23,9 +23,9 @@ from typing import Any
 from flwr.app import Error, Message
 
 from fedslm.errors import FederationError, Unanswered
-from fedslm.federation.lifetime import GRACE_SECONDS, SWEEP_SECONDS
 from fedslm.federation.steady import Steady
 from fedslm.protocol.inflating import Limits, inflated, objects_of
+from fedslm.protocol.lifetime import GRACE_SECONDS, SWEEP_SECONDS
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.05, 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import ssl
 import threading
@@ -174,17 +173,6 @@ def test_objects_are_held_to_the_largest_message() -> None:
     with pytest.raises(FederationError, match="more than message_mb=1 MiB"):
         answered(large, large)
     assert len(answered(large, large, 4 << 20)) == 1
-
-
-def test_how_long_a_message_is_worked_on() -> None:
-    """A worker is waited for as long as the server says, but a day at most, whatever number that is."""
-    for ttl in (math.nan, math.inf, 1e300, 10**300):
-        assert link.seconds_of(ttl) == 86_400.0
-    assert (link.seconds_of(-1.0), link.seconds_of(-math.inf), link.seconds_of(60.0)) == (
-        0.0,
-        86_400.0,
-        60.0,
-    )
 
 
 def test_a_bundle_of_another_version_is_another(monkeypatch: pytest.MonkeyPatch) -> None:

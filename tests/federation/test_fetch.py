@@ -20,9 +20,9 @@ from fedslm.errors import Unanswered
 from fedslm.federation import fetch
 from fedslm.federation.exchange import Exchange
 from fedslm.federation.fetch import Fetch
-from fedslm.federation.lifetime import lifetime_of
 from fedslm.federation.steady import Steady
 from fedslm.protocol.inflating import Limits
+from fedslm.protocol.lifetime import lifetime_of
 from fedslm.protocol.messages import TRAIN
 from fedslm.workers import InlinePool
 

@@ -1,9 +1,15 @@
-"""Lifetime of a message: longer than its exchange, so that no complete reply expires."""
+"""Times of an exchange: how long its messages live, and how long a node may work on one.
+
+A message lives longer than its exchange, so that no complete reply expires.
+"""
 
 from __future__ import annotations
 
+import math
+
 GRACE_SECONDS = 10.0  # how long a call after the deadline is retried
 SWEEP_SECONDS = 60.0  # how long replies that were complete by the deadline are still taken
+DAY_SECONDS = 86_400.0
 _SESSION_SECONDS = 180.0  # flwr.supercore.constant.OBJECT_PUSH_SESSION_TTL_SECONDS
 
 
@@ -27,3 +33,17 @@ def exchange_seconds(lifetime: float) -> float:
     """
     seconds = lifetime - lifetime_of(0.0)
     return seconds if seconds > 0 else lifetime
+
+
+def work_seconds(lifetime: float) -> float:
+    """Time limit for work on a message: as long as its exchange may take, but at most a day.
+
+    Args:
+        lifetime: Its time to live; the server may send any number.
+
+    >>> work_seconds(60.0), work_seconds(-1.0), work_seconds(float("nan")), work_seconds(1e300)
+    (60.0, 0.0, 86400.0, 86400.0)
+    """
+    if not math.isfinite(lifetime):
+        return DAY_SECONDS
+    return min(exchange_seconds(max(0.0, lifetime)), DAY_SECONDS)
