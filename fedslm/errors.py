@@ -13,6 +13,7 @@ FedslmError
 │       └── RolledBack   the ledger lacks lines that a server has seen
 ├── FederationError      the run cannot continue (no clients, too many failed rounds)
 │   ├── FrozenMissing    a client lacks the frozen tensors that the server names; it asks for them
+│   ├── NeedsTime        a request leaves less time than the node's policy takes; it asks for more
 │   └── Unanswered       the SuperLink did not answer a call in time; the round can continue
 └── RunError             a run directory cannot be created, resumed or written
         ├── Refused          a key, a fingerprint or a signature is not the expected one
@@ -116,6 +117,19 @@ class FederationError(FedslmError):
 
 class FrozenMissing(FederationError):
     """A client lacks the frozen tensors that the server names; its reply asks for them."""
+
+
+class NeedsTime(FederationError):
+    """A request leaves less time than a node's policy takes; its reply asks for more.
+
+    Args:
+        text: The reason; it holds only public values.
+        seconds: The time after which the node answers.
+    """
+
+    def __init__(self, text: str, seconds: float) -> None:
+        super().__init__(text)
+        self.seconds = seconds
 
 
 class Unanswered(FederationError):

@@ -34,5 +34,5 @@ def check(path: Annotated[Path, typer.Argument(help="A policy file.", metavar="P
     with clear_errors():
         from fedslm.privacy.policy import open_policy
 
-        words = open_policy(path).budget_in_words()
+        words = open_policy(path).in_words()
         typer.echo(f"{path}: ok; over the lifetime of the data set {words}")

@@ -8,13 +8,21 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import fedslm
 from fedslm.client.node import FAILED, Node
+from fedslm.client.personal import not_measured
 from fedslm.client.private import answer_privately
 from fedslm.client.round import ClientRound, admitted
 from fedslm.client.update import make_update
-from fedslm.errors import BudgetExceeded, FederationError, FrozenMissing, PolicyRefused, RolledBack
+from fedslm.errors import (
+    BudgetExceeded,
+    FederationError,
+    FrozenMissing,
+    NeedsTime,
+    PolicyRefused,
+    RolledBack,
+)
 from fedslm.privacy.lines import ADAPTER
 from fedslm.privacy.plan import PrivatePlan
-from fedslm.protocol.messages import Reply, Request, round_of
+from fedslm.protocol.messages import MEASURE, Reply, Request, round_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +50,9 @@ def train(message: Message, context: Context) -> Message:
           (:mod:`fedslm.client.kept_runs`).
         * The same request again gets the same bytes, free of charge, and no record is read for it.
 
+    When a real node's reply leaves does not depend on how long this takes, if the policy says so
+    (:mod:`fedslm.client.pace`).
+
     Without privacy, at a deployed node whose policy allows it:
         * Nothing is sent before the ledger has recorded it on disk as a release without privacy; the
           statement in the reply contains that record and an infinite epsilon. A failure of training is
@@ -59,11 +70,23 @@ def train(message: Message, context: Context) -> Message:
         logger.error("round %d: %s", round_number, error)
         reply = Reply("rolled-back", round_number, reason=str(error))
     except (BudgetExceeded, PolicyRefused, FederationError) as error:  # these hold only public values
-        logger.warning("round %d is refused: %s", round_number, error)
-        reply = Reply("refused", round_number, reason=str(error))
+        return refusal(message, error)
     except Exception:  # boundary of the client: only a coarse status is sent
         logger.exception("training failed")
         reply = Reply("failed", round_number, reason=FAILED)
+    return Message(reply.to_records(), reply_to=message)
+
+
+def refusal(message: Message, error: PolicyRefused | BudgetExceeded | FederationError) -> Message:
+    """The reply to a request that this node refuses, for a reason that contains only public values."""
+    if message.metadata.message_type == MEASURE:
+        return not_measured(message, error)
+    number = round_of(message.content)
+    logger.warning("round %d is refused: %s", number, error)
+    if isinstance(error, NeedsTime):
+        reply = Reply("needs-time", number, reason=str(error), answer_after_seconds=error.seconds)
+    else:
+        reply = Reply("refused", number, reason=str(error))
     return Message(reply.to_records(), reply_to=message)
 
 

@@ -27,7 +27,7 @@ from fedslm.aggregation.methods import trained_keys
 from fedslm.client.node import FAILED, Node
 from fedslm.client.records import ClientRecords
 from fedslm.client.round import ClientRound, admitted
-from fedslm.errors import FederationError, PolicyRefused
+from fedslm.errors import FederationError, FedslmError, PolicyRefused
 from fedslm.models.initial import initial_state
 from fedslm.models.peft_export import save_plain
 from fedslm.privacy.lines import METRIC
@@ -43,20 +43,26 @@ logger = logging.getLogger(__name__)
 
 def measure(message: Message, context: Context) -> Message:
     """Measures, and personalises if the setup requests it."""
-    answer = {"status": "ok", "metrics": ""}
     try:
         request = Request.from_records(message.content)
         node = Node.of(context, request.setup.directory)
-        answer["metrics"] = _measured(admitted(request, node))
+        return _reply(message, "ok", _measured(admitted(request, node)))
     except (PolicyRefused, FederationError) as error:  # these contain only public values
-        answer = {"status": cut(error, LONGEST_REASON - 1), "metrics": ""}
+        return not_measured(message, error)
     except Exception:  # boundary of the client: details stay here
         logger.exception("measuring failed")
-        answer = {"status": FAILED, "metrics": ""}
-    return Message(
-        RecordDict({"measured": ConfigRecord({**answer, "salt": secrets.token_hex(16)})}),
-        reply_to=message,
-    )
+        return _reply(message, FAILED)
+
+
+def not_measured(message: Message, error: FedslmError) -> Message:
+    """The reply to a request that this node refuses, for a reason that contains only public values."""
+    return _reply(message, cut(error, LONGEST_REASON - 1))
+
+
+def _reply(message: Message, status: str, metrics: str = "") -> Message:
+    """The reply to a request to measure."""
+    values = ConfigRecord({"status": status, "metrics": metrics, "salt": secrets.token_hex(16)})
+    return Message(RecordDict({"measured": values}), reply_to=message)
 
 
 def _measured(client_round: ClientRound) -> str:

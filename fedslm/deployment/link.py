@@ -35,6 +35,7 @@ _METADATA = ("run_id", "src_node_id", "dst_node_id", "message_type", "group_id",
 _FETCHED_SECONDS = 5.0  # the server asks for replies every second or two
 Answer = Callable[[Message, int], Message]
 GoesOn = Callable[[float], bool]
+Leaves = Callable[[], bool]
 T = TypeVar("T")
 
 
@@ -62,7 +63,13 @@ class Link:
         """Limits on a message: pieces of 5 MiB, and a few other objects."""
         return Limits(self.most_bytes, most_objects=min(4096, 64 + self.most_bytes // _PIECE_BYTES))
 
-    def serve(self, answer: Answer, goes_on: GoesOn, poll_seconds: float) -> None:
+    def serve(
+        self,
+        answer: Answer,
+        goes_on: GoesOn,
+        poll_seconds: float,
+        leaves: Leaves = lambda: True,
+    ) -> None:
         """Answers messages one at a time until it is stopped; a message in progress is finished.
 
         After the last reply this waits a few seconds before it returns, so that the reply can be
@@ -77,6 +84,8 @@ class Link:
             goes_on: Waits for up to the given number of seconds; False to end.
             poll_seconds: Longest time to wait when there is nothing to do: a server that just got an
                 answer is likely to send a request again.
+            leaves: Waits until the reply may leave; False if it must not be sent. Called after each
+                call of ``answer``, also if that raised.
 
         Raises:
             NotKnown: The server no longer knows this node's key.
@@ -88,7 +97,7 @@ class Link:
         while goes_on(wait_seconds):
             wait_seconds = poll_seconds
             try:
-                if self._answered(answer, goes_on):
+                if self._answered(answer, goes_on, leaves):
                     wait_seconds, heard = 0.0, time.monotonic()
                 else:
                     idle_seconds = time.monotonic() - heard
@@ -110,7 +119,7 @@ class Link:
         if self._replied is not None:
             time.sleep(max(0.0, self._replied + _FETCHED_SECONDS - time.monotonic()))
 
-    def _answered(self, answer: Answer, goes_on: GoesOn) -> bool:
+    def _answered(self, answer: Answer, goes_on: GoesOn, leaves: Leaves = lambda: True) -> bool:
         """Answers the next message; False if there is none."""
         received = self.calls[0]()
         if received is None:
@@ -128,7 +137,13 @@ class Link:
             patience.call(lambda: self.calls[6](metadata.run_id, tree.object_id))
             message = inflated(tree.object_id, contents, limits)
             _check_same(message, outline)
-            reply = answer(message, metadata.run_id)
+            try:
+                reply = answer(message, metadata.run_id)
+            finally:
+                may_leave = leaves()
+            if not may_leave:
+                logger.warning("the node stops before its reply may leave; nothing is sent")
+                return True
         patience.call(lambda: self._send(reply, metadata.run_id))
         self._replied = time.monotonic()
         return True

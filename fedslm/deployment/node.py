@@ -12,8 +12,10 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedslm import layout
+from fedslm.client.handlers import refusal
 from fedslm.client.kept_runs import remove_old
 from fedslm.client.node import OWN_SHARD, deployed_config
+from fedslm.client.pace import Pace, period_of
 from fedslm.client.self_test_gate import is_attested
 from fedslm.data import store
 from fedslm.data.columns import Wanted
@@ -139,13 +141,15 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
           computed either, and the worker has exited. A message in progress when they end is finished,
           its reply is sent, and the connection stays for the few seconds in which the server fetches
           it.
+        * Replies leave at public times if the policy says so (:mod:`fedslm.client.pace`), over all
+          connections of this process. A stopped node then sends nothing before its time.
 
     Raises:
         RunError: The node's key cannot be read, or another process runs this node.
         NotKnown: The server does not know this node's key.
         FederationError: The server refuses the node, or has another certificate.
     """
-    counts = NodeCounts()
+    running = _Running(ready, NodeCounts(), Pace(), stop)
     attendance = Attendance(ready.file.conditions, ready.directory)
 
     def goes_on(seconds: float) -> bool:
@@ -155,7 +159,7 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
     was_there, has_met = True, False
     with (
         alone(ready),
-        served(ready.file.metrics_port, lambda: node_figures(ready.directory, counts)),
+        served(ready.file.metrics_port, lambda: node_figures(ready.directory, running.counts)),
     ):
         while not stop.is_set():
             if not attendance.takes_part():
@@ -164,7 +168,7 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
             found = is_there(ready.admission.address, ready.admission.authority)
             if found:
                 has_met = True
-                found = _took_part(ready, counts, goes_on)
+                found = _took_part(running, goes_on)
             elif was_there:  # at the start it may still be starting
                 level = logging.WARNING if has_met else logging.INFO
                 logger.log(level, "%s cannot be reached; retrying", ready.admission.address)
@@ -172,20 +176,54 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
             stop.wait(_AGAIN_SECONDS)
 
 
-def _took_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool]) -> bool:
+@dataclass(frozen=True)
+class _Running:
+    """A node's process, over all its connections."""
+
+    ready: Ready
+    counts: NodeCounts
+    pace: Pace
+    stop: threading.Event
+
+    def reply(
+        self,
+        message: Message,
+        context: Context,
+        workers: Callable[[], AbstractContextManager[WorkerPool]],
+    ) -> Message:
+        """The reply of a worker, or a refusal that needs none; starts the time of the request."""
+        try:
+            self.pace.begin(period_of(context), work_seconds(message.metadata.ttl))
+        except (FederationError, PolicyRefused) as error:
+            return refusal(message, error)
+        with workers() as pool:
+            job = pool.submit(handle, message, context)
+            return wait_for(pool, job, message, self.pace.left(), self._works)
+
+    def leaves(self) -> bool:
+        """Waits until the reply may leave; False if the node stops before."""
+        return self.pace.wait(self.stop.wait)
+
+    def _works(self) -> bool:
+        """Whether work goes on: its end must not show if its reply could not leave."""
+        return not (self.pace.holds and self.stop.is_set())
+
+
+def _took_part(running: _Running, goes_on: Callable[[float], bool]) -> bool:
     """Connects and answers; False if the connection could not be made."""
     import httpx
 
     try:
-        _take_part(ready, counts, goes_on)
+        _take_part(running, goes_on)
     except httpx.TransportError as error:
-        logger.warning("%s does not answer: %s; retrying", ready.admission.address, error)
+        logger.warning("%s does not answer: %s; retrying", running.ready.admission.address, error)
         return False
     return True
 
 
-def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool]) -> None:
+def _take_part(running: _Running, goes_on: Callable[[float], bool]) -> None:
     """Connects, answers until it must stop, and disconnects."""
+    ready, counts = running.ready, running.counts
     address, authority = ready.admission.address, ready.admission.authority.encode()
     key, instructions = node_key(ready.directory), Instructions(ready.directory, ready.admission)
     step_in(address, authority, key, ready.admission.node_id)
@@ -201,16 +239,14 @@ def _take_part(ready: Ready, counts: NodeCounts, goes_on: Callable[[float], bool
                 logger.error("run %d: an instruction is refused: %s", run_id, error)
                 counts.count_unbelieved()
                 return Message(Error(code=_NOT_BELIEVED, reason=str(error)), reply_to=message)
-            with next_worker() as pool:
-                context = ready.context(link.node_id, run_id, believed.envelope.client)
-                job = pool.submit(handle, message, context)
-                reply = wait_for(pool, job, message, work_seconds(message.metadata.ttl))
+            context = ready.context(link.node_id, run_id, believed.envelope.client)
+            reply = running.reply(message, context, next_worker)
             counts.count(reply)
             _say_what_was_done(believed.envelope, reply)
             return instructions.signed(reply, message, believed)
 
         with counts.connected():
-            link.serve(answer, goes_on, ready.file.poll_seconds)
+            link.serve(answer, goes_on, ready.file.poll_seconds, running.leaves)
     logger.info("disconnected from %s", address)
 
 

@@ -104,7 +104,7 @@ def _version(ready: Ready) -> str:
 
 def _policy(directory: Path) -> str:
     """Checks the policy, and shows what it allows."""
-    return open_policy(directory / layout.POLICY).budget_in_words()
+    return open_policy(directory / layout.POLICY).in_words()
 
 
 def _ledger(directory: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -139,16 +139,31 @@ def handle(message: Message, context: Context) -> Message:
             raise ValueError(f"unknown message type {other!r}; known: {TRAIN}, {MEASURE}, {HELLO}")
 
 
-def wait_for(pool: Pool, job: int, message: Message, seconds: float) -> Message:
+def wait_for(
+    pool: Pool,
+    job: int,
+    message: Message,
+    seconds: float,
+    goes_on: Callable[[], bool] = lambda: True,
+) -> Message:
     """The reply of a job to a message; an error if it does not arrive in time.
 
     A worker that takes too long is replaced, so that the next message gets a working one.
+
+    Args:
+        pool: The workers.
+        job: Number of the job.
+        message: The message that it answers.
+        seconds: Time limit.
+        goes_on: False to give the job up before.
     """
-    result = pool.poll(job, seconds)
-    if result is None:
-        pool.abandon([job])
-        return Message(Error(code=_CLIENT_DIED, reason="no reply in time"), reply_to=message)
-    return reply_of(message, result)
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and goes_on():
+        result = pool.poll(job, min(left, _POLL_SECONDS))
+        if result is not None:
+            return reply_of(message, result)
+    pool.abandon([job])
+    return Message(Error(code=_CLIENT_DIED, reason="no reply in time"), reply_to=message)
 
 
 def reply_of(message: Message, result: object) -> Message:

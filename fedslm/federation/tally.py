@@ -14,7 +14,7 @@ from fedslm.records import RoundRecord
 
 logger = logging.getLogger(__name__)
 _LONGEST_REASON, _LONGEST_NAME = 300, 64
-_REFUSALS = frozenset({"refused", "rolled-back", "needs-frozen"})
+_REFUSALS = frozenset({"refused", "rolled-back", "needs-frozen", "needs-time"})
 
 
 @dataclass

@@ -20,6 +20,7 @@ from fedslm.privacy.plan import WEAKEST_FIRST, NoPrivacy, Passes, PrivatePlan, U
 from fedslm.records import LARGEST_DELTA
 
 ANY = "any"
+LONGEST_PERIOD_SECONDS = 43_200.0  # a request is worked on for a day at most
 _STRENGTH = {"none": 0, "record": 1, "user": 2}
 
 EXAMPLE = """\
@@ -38,6 +39,8 @@ max_steps_per_round = 100
 max_rounds_per_day = 50
 # max_rounds = 500                      # over the ledger's lifetime, whatever epsilon is left
 # min_seconds_between_rounds = 3600.0
+answer_after_seconds = 300.0  # replies leave this long after their request, so that their time does not
+                              # show who was sampled: more than a round takes here (the node logs it)
 base_models = ["any"]         # sha256 of allowed base models (fedslm prints it in report.md), or "any"
 base_names = ["any"]          # names or paths that a server may request, or "any"
 tasks = ["classification"]    # allowed tasks: "classification", "multi-label", "token-classification",
@@ -99,6 +102,10 @@ class NodePolicy(Section):
     """Most rounds over the ledger's lifetime."""
     min_seconds_between_rounds: OptionalNumber = Field(None, gt=0)
     """Least time from one round to the next."""
+    answer_after_seconds: OptionalNumber = Field(None, gt=0, le=LONGEST_PERIOD_SECONDS)
+    """A deployed node's replies leave this long after their request, or 2, 4, 8 … times as long
+    (:mod:`fedslm.client.pace`); set it to more than a round takes here. Absent: the time of a reply
+    shows about how many records were sampled."""
     base_models: Names
     """SHA-256 of the allowed base models, or "any"."""
     base_names: Names = (ANY,)
@@ -151,6 +158,16 @@ class NodePolicy(Section):
         if self.unit == "none":
             return f"a server may train without privacy; else at most ε = {self.epsilon:g}, {within}"
         return f"at most ε = {self.epsilon:g} at δ = {self.delta:g} for one {self.unit}, {within}"
+
+    def in_words(self) -> str:
+        """The budget, and when replies leave, as a text for the node's operator."""
+        period = self.answer_after_seconds
+        if period is not None:
+            return f"{self.budget_in_words()}; replies leave {period:g} s after their request"
+        return (
+            f"{self.budget_in_words()}; replies leave when they are ready, which shows about how many "
+            f"records were sampled: set answer_after_seconds"
+        )
 
     def _reasons(self, asked: PlanRequest) -> Iterator[str]:
         """Yields every way in which the request is weaker than allowed."""

@@ -10,6 +10,7 @@ import math
 GRACE_SECONDS = 10.0  # how long a call after the deadline is retried
 SWEEP_SECONDS = 60.0  # how long replies that were complete by the deadline are still taken
 DAY_SECONDS = 86_400.0
+_TRANSFER_SECONDS = 60.0  # for a request and a reply to reach each other's side
 _SESSION_SECONDS = 180.0  # flwr.supercore.constant.OBJECT_PUSH_SESSION_TTL_SECONDS
 
 
@@ -33,6 +34,17 @@ def exchange_seconds(lifetime: float) -> float:
     """
     seconds = lifetime - lifetime_of(0.0)
     return seconds if seconds > 0 else lifetime
+
+
+def deadline_with(period: float) -> float:
+    """Shortest exchange in which a node that answers after ``period`` seconds is not late.
+
+    A whole number, so that a time to live made of it gives it back exactly.
+
+    >>> deadline_with(300.0), exchange_seconds(lifetime_of(deadline_with(0.1)))
+    (360.0, 61.0)
+    """
+    return math.ceil(period) + _TRANSFER_SECONDS
 
 
 def work_seconds(lifetime: float) -> float:

@@ -17,6 +17,7 @@ from fedslm.privacy.merkle import MOST_HASHES
 from fedslm.privacy.statement import LONGEST_STATEMENT
 from fedslm.protocol import bounds
 from fedslm.protocol.envelopes import MOST_SEEN, seen_of
+from fedslm.protocol.lifetime import DAY_SECONDS
 from fedslm.protocol.setup import Setup
 from fedslm.protocol.tensors import arrays_of, from_arrays, record_of
 from fedslm.records import AdapterState
@@ -27,7 +28,7 @@ _LONGEST_EXTENSION = 64 * 1024
 HELLO = "query.hello"
 TRAIN = "train"
 MEASURE = "evaluate"
-Status = Literal["ok", "refused", "failed", "rolled-back", "needs-frozen"]
+Status = Literal["ok", "refused", "failed", "rolled-back", "needs-frozen", "needs-time"]
 _STATUSES = frozenset(get_args(Status))
 
 _LONGEST_NAME, _LONGEST_HASH = 200, 64
@@ -128,8 +129,9 @@ class Reply:
 
     Attributes:
         status: ok, refused (budget, policy, version), failed, rolled-back (the node's ledger lacks
-            lines that the server has seen), or needs-frozen (the node lacks the frozen tensors; the
-            next request contains them).
+            lines that the server has seen), needs-frozen (the node lacks the frozen tensors; the
+            next request contains them), or needs-time (the request leaves less time than the node's
+            policy takes; the server may leave more).
         round: The round of the request.
         reason: Why the status is not ok; coarse under privacy.
         delta: The sent tensors: their values after training minus those before; None unless ok.
@@ -140,6 +142,8 @@ class Reply:
         extension: Proofs that the node's ledger extends what the server has seen of it, one for each
             of the request's ``seen``.
         metric: Noisy (sum of scores, number of units) on the client's data; None if none was requested.
+        answer_after_seconds: The time after which the node answers, in (0, 86,400]; only with
+            needs-time.
         num_bytes: Bytes of tensors that were received; 0 at the client.
     """
 
@@ -153,6 +157,7 @@ class Reply:
     statement: str = ""
     extension: tuple[tuple[str, ...], ...] = ()
     metric: tuple[float, float] | None = None
+    answer_after_seconds: float | None = None
     num_bytes: int = 0
 
     def to_records(self, packing: Packing = WHOLE) -> RecordDict:
@@ -172,6 +177,8 @@ class Reply:
         )
         if self.metric is not None:
             values["metric"] = list(self.metric)
+        if self.answer_after_seconds is not None:
+            values["answer_after_seconds"] = float(self.answer_after_seconds)
         records = RecordDict({"reply": values})
         if self.delta is not None:
             records["delta"] = record_of(packing.pack(self.delta))
@@ -207,7 +214,7 @@ class Reply:
         """Unpacks a reply; may raise any exception."""
         bounds.records(records, configs=("reply",), arrays=(), perhaps=("delta",))
         values, packed = records.config_records["reply"], records.array_records.get("delta")
-        bounds.exactly(values, _REPLY_KEYS, "the reply", perhaps=("metric",))
+        bounds.exactly(values, _REPLY_KEYS, "the reply", perhaps=("metric", "answer_after_seconds"))
         status, metric = bounds.text(values, "status", _LONGEST_NAME), values.get("metric")
         if status not in _STATUSES:
             raise ValueError(f"unknown status {status!r}")
@@ -215,6 +222,8 @@ class Reply:
         arrays = None if packed is None else arrays_of(packed, packing.number_types, most)
         if not _is_moderate(values["weight"]):
             raise ValueError("weight must be a number up to 10^12")
+        if (status == "needs-time") != ("answer_after_seconds" in values):
+            raise ValueError("answer_after_seconds goes with the status needs-time")
         return cls(
             status=status,  # type: ignore[arg-type]
             round=bounds.count(values, "round", 0, bounds.MOST_ROUNDS),
@@ -226,6 +235,7 @@ class Reply:
             statement=bounds.text(values, "statement", LONGEST_STATEMENT),
             extension=proofs_of(values["extension"]),
             metric=None if metric is None else _pair(metric),
+            answer_after_seconds=_period(values.get("answer_after_seconds")),
             num_bytes=sum(each.nbytes for each in (arrays or {}).values()),
         )
 
@@ -273,6 +283,15 @@ def proofs_of(text: object) -> tuple[tuple[str, ...], ...]:
 def _is_moderate(value: object) -> bool:
     """True for a number whose sums do not overflow."""
     return type(value) in (int, float) and abs(value) <= _LARGEST_METRIC  # type: ignore[arg-type]
+
+
+def _period(value: object) -> float | None:
+    """Reads a time of at most a day, or None."""
+    if value is None:
+        return None
+    if type(value) is not float or not 0 < value <= DAY_SECONDS:
+        raise ValueError(f"answer_after_seconds must be a number in (0, {DAY_SECONDS:g}]")
+    return value
 
 
 def _pair(values: object) -> tuple[float, float]:

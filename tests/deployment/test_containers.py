@@ -312,6 +312,8 @@ def start_node(store: Store, server: Container, name: str, notes: Path, tmp_path
     own(node.directory)
     words = ("--name", name, "--source", f"{node.state}/notes.jsonl")
     assert "wrote" in node("fedslm", "node", "enroll", node.state, *words)
+    policy = node.directory / layout.POLICY
+    policy.write_text(policy.read_text().replace("after_seconds = 300.0", "after_seconds = 20.0"))
     shutil.copy(node.directory / f"{name}.request.json", server.directory)
     own(server.directory)
     request = f"{server.state}/{name}.request.json"

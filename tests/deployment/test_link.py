@@ -103,32 +103,71 @@ def message(**changes: object) -> Message:
     return made
 
 
-def answered(inner: Message, outline: Message, most_bytes: int = 1 << 20) -> list[Message]:
-    """What a node takes of a server's message, whose outline may say something else."""
+def node_with(
+    inner: Message, outline: Message, most_bytes: int = 1 << 20, sent: list[str] | None = None
+) -> link.Link:
+    """A node whose server has one message, whose outline may say something else."""
     from flwr.app.message import remove_content_from_message
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
     objects = {key: each.deflate() for key, each in get_all_nested_objects(inner).items()}
     queue = [(remove_content_from_message(outline), get_object_tree(inner))]
-    taken: list[Message] = []
 
-    def answer(asked: Message, _: int) -> Message:
-        taken.append(asked)
-        return Message(RecordDict({}), reply_to=asked)
+    def send(*_: object) -> tuple[set[str], str]:
+        if sent is not None:
+            sent.append("send")
+        return set(), "session"
 
     calls = (
         lambda: queue.pop() if queue else None,
-        lambda *_: (set(), "session"),
+        send,
         lambda _: SimpleNamespace(fab_hash="x", fab_version="1"),
         lambda *_: SimpleNamespace(content=b"bundle"),
         lambda _, identifier: objects[identifier],
         lambda *_: None,
         lambda *_: None,
     )
-    approved = frozenset({sha256_of(b"bundle")})
-    node = link.Link(2, calls, approved, most_bytes)
-    node._answered(answer, lambda _: True)
+    return link.Link(2, calls, frozenset({sha256_of(b"bundle")}), most_bytes)
+
+
+def answered(inner: Message, outline: Message, most_bytes: int = 1 << 20) -> list[Message]:
+    """What a node takes of a server's message."""
+    taken: list[Message] = []
+
+    def answer(asked: Message, _: int) -> Message:
+        taken.append(asked)
+        return Message(RecordDict({}), reply_to=asked)
+
+    node_with(inner, outline, most_bytes)._answered(answer, lambda _: True)
     return taken
+
+
+def order_of(leaves: bool, *, raises: bool = False) -> list[str]:
+    """What a node does with one message, in order; its reply may leave or not, or cannot be made."""
+    done: list[str] = []
+    asked = message()
+
+    def answer(asked: Message, _: int) -> Message:
+        done.append("answer")
+        if raises:
+            raise ValueError
+        return Message(RecordDict({}), reply_to=asked)
+
+    def may_leave() -> bool:
+        done.append("wait")
+        return leaves
+
+    with suppress(ValueError):
+        node_with(asked, asked, sent=done)._answered(answer, lambda _: True, may_leave)
+    return done
+
+
+def test_a_reply_waits_before_it_is_sent() -> None:
+    """It is sent after the wait, or not at all; an answer that could not be made waits as well."""
+    LocalGrid(1, InlinePool())
+    assert order_of(True) == ["answer", "wait", "send"]
+    assert order_of(False) == ["answer", "wait"]
+    assert order_of(True, raises=True) == ["answer", "wait"]
 
 
 WRONG_METADATA = {

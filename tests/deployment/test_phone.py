@@ -23,6 +23,7 @@ from fedslm.errors import FederationError
 from fedslm.privacy.calibration import calibrated
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.privacy.policy import PlanRequest, read_policy
+from fedslm.protocol.lifetime import deadline_with
 from fedslm.protocol.messages import TRAIN, Reply
 from fedslm.workers import WorkerPool
 
@@ -46,6 +47,8 @@ def test_the_files_are_accepted_and_fit_together(tmp_path: Path) -> None:
     policy.check(PlanRequest(plan, "0" * 64, run.task.name, run.model.base))
     assert policy.max_rounds is not None
     assert policy.max_rounds >= run.federation.rounds
+    assert policy.answer_after_seconds is not None
+    assert run.federation.round_deadline_seconds >= deadline_with(policy.answer_after_seconds)
     assert run.model.quantization == "int8"
     assert run.aggregation.method == "ffa"
 

@@ -20,6 +20,7 @@ from fedslm.errors import ConfigError, PolicyRefused, RunError
 from fedslm.privacy.calibration import calibrated
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.privacy.policy import EXAMPLE, NodePolicy, PlanRequest, read_policy
+from fedslm.protocol.lifetime import deadline_with
 
 ROOT = Path(__file__).parent.parent.parent
 URL = "postgresql+psycopg://records.example:5432/notes"
@@ -133,6 +134,8 @@ def test_the_example_of_a_run_passes_the_example_policy(deployed: Config) -> Non
     assert deployed.privacy.epsilon <= policy.epsilon
     assert deployed.federation.rounds + deployed.privacy.spare_rounds <= policy.max_rounds_per_day
     assert deployed.privacy.epsilon == policy.max_epsilon_per_run == policy.epsilon / 10
+    assert policy.answer_after_seconds is not None
+    assert deployed.federation.round_deadline_seconds >= deadline_with(policy.answer_after_seconds)
     for changes in (
         {"max_sample_rate": 0.01},
         {"max_steps_per_round": 5},

@@ -44,6 +44,16 @@ def test_no_text_of_an_exception_leaves(
     assert RECORD in caplog.text
 
 
+def test_a_job_is_given_up_in_time_or_when_it_must_be() -> None:
+    """It is abandoned, and the answer is one fixed error: nothing of the job leaves."""
+    for seconds, goes_on in ((0.0, True), (3600.0, False)):
+        pool = InlinePool()
+        job = pool.submit(stumble, ValueError(RECORD))
+        reply = wait_for(pool, job, message(), seconds, lambda goes_on=goes_on: goes_on)
+        assert (reply.error.code, reply.error.reason) == (8, "no reply in time")
+        assert job not in pool._queue
+
+
 def test_how_a_worker_died_does_not_leave() -> None:
     """The exit code tells what a record did to the process; it stays here."""
     reply = reply_of(message(), Failure(WorkerDied("a worker died (exit code -11)"), ""))

@@ -135,6 +135,15 @@ def test_the_budget_in_words() -> None:
     assert "without privacy" in policy(unit="none").budget_in_words()
 
 
+def test_when_replies_leave_in_words() -> None:
+    """The operator reads the period, or what its absence shows."""
+    with_period = policy(answer_after_seconds=90.0)
+    assert with_period.in_words() == (
+        f"{with_period.budget_in_words()}; replies leave 90 s after their request"
+    )
+    assert "how many records were sampled: set answer_after_seconds" in policy().in_words()
+
+
 def test_another_task_or_base_is_refused() -> None:
     """Only what the policy names may be trained, or be trained on."""
     other = dataclasses.replace(ASKED, task="causal-lm")
@@ -239,6 +248,10 @@ def test_what_protects_somebody_has_no_default(tmp_path: Path, key: str) -> None
             ("max_epsilon_per_day", "true"),
         ),
         *(("max_rounds", "0"), ("max_rounds", "nan"), ("min_seconds_between_rounds", "-1.0")),
+        *(
+            ("answer_after_seconds", value)
+            for value in ("0.0", "-1.0", "nan", "inf", "true", "43200.1")
+        ),
         *(("base_models", "5"), ("tasks", "[5]"), ("metrics", '"exact"')),
         *(("min_metric_noise_multiplier", "0.0"), ("max_round", "5")),
     ],

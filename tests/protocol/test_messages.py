@@ -59,6 +59,32 @@ def test_a_reply_without_an_adapter_round_trip(status: Any) -> None:
     assert Reply.from_records(reply.to_records()) == reply
 
 
+def test_a_reply_that_asks_for_time_round_trip() -> None:
+    """It says after how many seconds the node answers."""
+    reply = Reply("needs-time", 2, reason="this node answers after 300 s", answer_after_seconds=300.0)
+    assert Reply.from_records(reply.to_records()) == reply
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, -math.inf, 0.0, -1.0, 86_400.1, 1e300, 300, True, "300", [300.0], None],
+)
+def test_a_time_that_no_policy_has_is_refused(value: Any) -> None:
+    """Not a number, none, or more than a day; and one that is missing, or goes with another status."""
+    reply = Reply("needs-time", 2, answer_after_seconds=300.0)
+    records = reply.to_records()
+    values = records.config_records["reply"]
+    if value is None:
+        del values["answer_after_seconds"]
+    else:
+        values["answer_after_seconds"] = value
+    with pytest.raises(FederationError, match="answer_after_seconds"):
+        Reply.from_records(records)
+    values["answer_after_seconds"], values["status"] = 300.0, "refused"
+    with pytest.raises(FederationError, match="answer_after_seconds goes with"):
+        Reply.from_records(records)
+
+
 def test_arrays_round_trip() -> None:
     """Tensors arrive in sorted order with their bits; a view arrives as what it shows."""
     again = from_arrays(to_arrays(ADAPTER))
