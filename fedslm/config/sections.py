@@ -243,7 +243,8 @@ class FederationConfig(Section):
     evaluate_every: int = Field(1, ge=1)
     """Rounds between evaluations on the public split; the last round is always evaluated."""
     round_deadline_seconds: float = Field(3600.0, gt=0)
-    """A reply after this time counts as late and is not used."""
+    """A reply after this time counts as late and is not used. For nodes whose policy answers later
+    (answer_after_seconds) a run extends it, to four times this value at most."""
     join_deadline_seconds: float = Field(120.0, gt=0)
     """How long to wait for the population before the first round."""
 

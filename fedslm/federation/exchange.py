@@ -19,12 +19,13 @@ from fedslm.federation.steady import Steady
 from fedslm.federation.trust import Trust
 from fedslm.protocol.envelopes import RequestHeader
 from fedslm.protocol.inflating import Limits
-from fedslm.protocol.lifetime import lifetime_of
+from fedslm.protocol.lifetime import deadline_with, lifetime_of
 from fedslm.protocol.messages import Reply, Request, most_bytes
 from fedslm.records import AdapterState
 
 logger = logging.getLogger(__name__)
 _PATIENCE_SECONDS, _POLL_SECONDS, _GRACE_SECONDS = 45.0, 0.2, 30.0
+_MOST_TIMES_LONGER = 4
 _RECORD_BYTES, _PIECE_BYTES, _RECORDS = 1 << 17, 5 << 20, 8
 
 
@@ -35,7 +36,8 @@ class Exchange:
     Attributes:
         grid: The grid that connects the nodes.
         nodes: Client index to node id.
-        seconds: How long one exchange may take; a reply that comes later is dropped.
+        seconds: How long one exchange may take; a reply that comes later is dropped. Nodes whose policy
+            takes longer extend it (:meth:`heard`), to four times its first value at most.
         frozen: Tensors that a node may not have yet: sent until it has answered once; empty in a
             simulation, whose clients read them from the run directory.
         trust: Signs requests, and decides which replies and nodes are trusted; None in a simulation.
@@ -53,6 +55,7 @@ class Exchange:
 
     def __post_init__(self) -> None:
         self._have: set[int] = set()
+        self._most_seconds = _MOST_TIMES_LONGER * self.seconds
         self._steady = Steady(self.grid)
 
     def replies(
@@ -122,13 +125,35 @@ class Exchange:
             self.trust.save()
 
     def heard(self, client: int, answer: Reply | str) -> None:
-        """Records whether a node has the frozen tensors."""
+        """Records whether a node has the frozen tensors, and how much time it takes."""
         if not isinstance(answer, Reply):
             return
         if answer.status == "ok":
             self._have.add(client)
         elif answer.status == "needs-frozen":
             self._have.discard(client)
+        elif answer.answer_after_seconds is not None:
+            self._extend(client, answer.answer_after_seconds)
+
+    def _extend(self, client: int, period: float) -> None:
+        """Extends the next exchanges for a node that answers after ``period`` seconds.
+
+        The limit keeps a hostile node from delaying every round by as much as it likes.
+        """
+        needed = deadline_with(period)
+        if needed > self._most_seconds:
+            logger.warning(
+                "client %d answers after %g s and needs federation.round_deadline_seconds of at least "
+                "%g; a run extends it to %g at most",
+                client,
+                period,
+                needed,
+                self._most_seconds,
+            )
+        elif needed > self.seconds:
+            text = "client %d answers after %g s: the deadline of the next rounds is %g s, not %g s"
+            logger.warning(text, client, period, needed, self.seconds)
+            self.seconds = needed
 
     def _messages(self, request: Request, asked: list[int], kind: str) -> list[Message]:
         """One message for each client that is asked; signed in a real federation."""

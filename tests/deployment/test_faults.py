@@ -250,6 +250,24 @@ def test_a_weaker_plan_is_refused_by_the_node(site: Site, make: MakeConfig) -> N
     assert ledger_of(site.root / "north").charges == before
 
 
+def test_a_run_waits_for_a_node_that_answers_at_its_own_time(site: Site, make: MakeConfig) -> None:
+    """Its first request leaves too little time and is not charged; the deadline is extended for the next ones."""
+    path = site.root / "north" / "policy.toml"
+    usual, before = path.read_text(), len(ledger_of(site.root / "north").charges)
+    path.write_text(f"{usual}answer_after_seconds = 3.0\n")
+    try:
+        federation = {"round_deadline_seconds": 20.0}
+        status, directory = site.run(make("paced", privacy=PRIVATE, federation=federation))
+    finally:
+        path.write_text(usual)
+    assert status == control.COMPLETED
+    lines = rounds_of(directory)
+    assert [(line["completed"], line["refused"]) for line in lines] == [(2, 1), (3, 0), (3, 0)]
+    assert "round_deadline_seconds to at least 63" in lines[0]["reasons"][0]
+    assert all(line["seconds"] >= 3.0 for line in lines[1:])
+    assert [charge.round for charge in ledger_of(site.root / "north").charges[before:]] == [2, 3]
+
+
 def test_a_repeated_request_is_free_and_gives_nothing_new(site: Site, make: MakeConfig) -> None:
     """A copy of a request is refused; one that is signed anew gives the same bytes; one charge."""
     before = {name: len(ledger_of(site.root / name).charges) for name in NAMES}

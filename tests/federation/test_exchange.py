@@ -9,13 +9,15 @@ import pytest
 from support.pace import patient
 from support.served import first_request
 
+from fedslm.client.pace import Pace
 from fedslm.config import Config
 from fedslm.engines.local import LocalGrid
-from fedslm.errors import FederationError
+from fedslm.errors import FederationError, NeedsTime
 from fedslm.federation import exchange
 from fedslm.federation.exchange import Exchange
 from fedslm.federation.population import gather
-from fedslm.protocol.messages import TRAIN, Request
+from fedslm.protocol.lifetime import work_seconds
+from fedslm.protocol.messages import TRAIN, Reply, Request
 from fedslm.workers import InlinePool
 
 NODES = {0: 2, 1: 3, 2: 4}
@@ -49,6 +51,33 @@ def grid() -> Coming:
 def asked(made: Exchange, request: Request) -> list[bool]:
     """Whether each client gave an answer."""
     return [reply is not None for _, reply in made.replies(request, [0, 1, 2], TRAIN)]
+
+
+def test_a_deadline_is_extended_for_a_nodes_policy(
+    grid: Coming, request_: Request, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the next request on, never shortened, and to four times the operator's at most."""
+    caplog.set_level("WARNING", logger="fedslm.federation.exchange")
+    made, seconds = Exchange(grid, NODES, 100.0), []
+    for period in (39.0, 100.5, 50.0, 340.0, 340.5, 86_400.0):
+        made.heard(1, Reply("needs-time", 1, answer_after_seconds=period))
+        seconds.append(made.seconds)
+    assert seconds == [100.0, 161.0, 161.0, 400.0, 400.0, 400.0]
+    assert caplog.messages == [
+        "client 1 answers after 100.5 s: the deadline of the next rounds is 161 s, not 100 s",
+        "client 1 answers after 340 s: the deadline of the next rounds is 400 s, not 161 s",
+        "client 1 answers after 340.5 s and needs federation.round_deadline_seconds of at least 401; "
+        "a run extends it to 400 at most",
+        "client 1 answers after 86400 s and needs federation.round_deadline_seconds of at least 86460; "
+        "a run extends it to 400 at most",
+    ]
+    (message,) = made._messages(request_, [0], TRAIN)
+    pace = Pace()
+    pace.begin(340.0, work_seconds(message.metadata.ttl))
+    with pytest.raises(NeedsTime):
+        pace.begin(340.5, work_seconds(message.metadata.ttl))
+    made.heard(1, Reply("refused", 1))
+    assert made.seconds == 400.0
 
 
 def test_a_node_that_comes_back_is_waited_for(
