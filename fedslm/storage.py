@@ -53,6 +53,22 @@ def expand(path: str) -> str:
     return expanded if is_text(expanded) else path
 
 
+def user_cache() -> Path:
+    """Directory of what this user's runs share: ``$FEDSLM_CACHE``, else ``fedslm`` in the user's cache.
+
+    Raises:
+        RunError: This user has no home directory, and neither ``FEDSLM_CACHE`` nor ``XDG_CACHE_HOME``
+            is set.
+    """
+    try:
+        if own := os.environ.get("FEDSLM_CACHE"):
+            return Path(own).expanduser()
+        shared = os.environ.get("XDG_CACHE_HOME")
+        return (Path(shared) if shared else Path.home() / ".cache") / "fedslm"
+    except RuntimeError as error:
+        raise RunError(f"{error}: set FEDSLM_CACHE to a directory") from error
+
+
 def is_text(text: str) -> bool:
     """Whether a text can be written as UTF-8; undecodable bytes from the operating system cannot.
 

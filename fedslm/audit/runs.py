@@ -20,13 +20,13 @@ from fedslm import layout
 from fedslm.audit.distilled import distillations
 from fedslm.audit.ledgers import Evidence, LedgerAudit, as_json, audit_ledger
 from fedslm.audit.statements import check_received
-from fedslm.client.self_test_gate import code_fingerprint
 from fedslm.config import Config, PrivacyConfig
 from fedslm.data.store import client_names
 from fedslm.errors import LedgerError, PrivacyError, Unusable
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.spends import standings_of_run
 from fedslm.federation.standings import as_values
+from fedslm.fingerprint import code_fingerprint
 from fedslm.privacy import accounting
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key

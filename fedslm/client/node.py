@@ -9,7 +9,7 @@ ledger.jsonl  .head          what was spent, and the last line that was synced
 ledger-key.pem  .pub.pem     signs the ledger; the public half is for auditors
 commitment.key               makes data commitments that reveal nothing
 release.safetensors  .json   the last release, for a request that is sent again
-self-test.json               which code passed the self-test here
+attestations/…               which tests this code has passed here
 runs/…                       what it keeps of each run, by a hash of the run's identifier and plan
 """
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from flwr.app import Context
 
 from fedslm import layout
+from fedslm.attestations import Places, places_of_node, places_of_simulation
 from fedslm.errors import FederationError, RunError
 from fedslm.privacy import keys
 from fedslm.privacy.ledger import Ledger
@@ -119,6 +120,13 @@ class Node:
     def shard(self) -> int:
         """Index of this client's shard in ``data``."""
         return OWN_SHARD if self.deployed else self.client
+
+    @property
+    def attestations(self) -> Places:
+        """Where this node keeps results of its own tests; a deployed node believes no other place."""
+        if self.deployed:
+            return places_of_node(self.directory)
+        return places_of_simulation(self.directory.parent)
 
     def run_directory(self, run_id: str, plan: RunPlan) -> Path:
         """The directory in which this node keeps the data of one run under one plan.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import fedslm
+from fedslm import layout
 from fedslm.adapter_keys import delta_keys, key_of, layers_of
 from fedslm.aggregation.methods import trained_keys
 from fedslm.client.records import ClientRecords
@@ -46,7 +47,7 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
     if again is not None:
         return client_round.reply(again, ledger=ledger)
     _check_request(client_round)
-    attest(node.directory if node.deployed else node.directory.parent)
+    _attest(client_round)
     charged = _rounds_charged(client_round, ledger, plan)
     charges, limits = _charges(client_round, plan), node.limits(plan)
     ledger.check(charges, limits)  # before a record is read: the time of a refusal reveals nothing
@@ -62,6 +63,13 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
     if charged + 1 == plan.rounds:
         client_round.forget_records()
     return client_round.reply(release, ledger=ledger)
+
+
+def _attest(client_round: ClientRound) -> None:
+    """Lets this code train only if it has passed its self-test on the device that will train."""
+    node, device = client_round.node, client_round.setup.model.device
+    record = None if node.deployed else node.directory.parent / layout.SELF_TEST
+    attest(node.attestations, device=device, record=record)
 
 
 def _check_request(client_round: ClientRound) -> None:

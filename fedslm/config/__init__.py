@@ -11,6 +11,7 @@ from fedslm.config.aggregation import (
     UploadName,
 )
 from fedslm.config.base import (
+    DeviceName,
     Names,
     OptionalCount,
     OptionalNumber,
@@ -48,6 +49,7 @@ __all__ = [
     "CompressionConfig",
     "Config",
     "DataConfig",
+    "DeviceName",
     "DistillConfig",
     "DistillMethod",
     "EngineConfig",

@@ -48,6 +48,7 @@ def _one_name(value: object) -> object:
     return "user" if value == "patient" else value
 
 
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Unit = Annotated[Literal["none", "record", "user"], BeforeValidator(_one_name)]
 TaskName = Literal[
     "classification",

@@ -19,6 +19,7 @@ from fedslm.config.aggregation import (
     PersonalizationConfig,
 )
 from fedslm.config.base import (
+    DeviceName,
     Names,
     OptionalCount,
     OptionalNumber,
@@ -56,7 +57,7 @@ class ModelConfig(Section):
     """Store the frozen base's linear layers in 8 or 4 bits; the adapter stays float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: DeviceName = "auto"
     """Where clients compute."""
 
 

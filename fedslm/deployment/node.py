@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedslm import layout
 from fedslm.client.handlers import refusal
+from fedslm.attestations import places_of_node
 from fedslm.client.kept_runs import remove_old
 from fedslm.client.node import OWN_SHARD, deployed_config
 from fedslm.client.pace import Pace, period_of
@@ -265,7 +266,7 @@ def _say_what_was_done(envelope: Envelope, reply: Message) -> None:
 def _say_what_comes(ready: Ready) -> None:
     """Logs that the next steps take a while."""
     logger.info("starting the worker")
-    if not is_attested(ready.directory):
+    if not is_attested(places_of_node(ready.directory)):
         logger.info(
             "this code has not passed its self-test in %s yet: it runs before the first private round, "
             "and takes some ten seconds (`fedslm node check` runs it beforehand)",

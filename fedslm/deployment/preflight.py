@@ -13,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from fedslm import layout
+from fedslm.attestations import places_of_node
 from fedslm.client.self_test_gate import attest
 from fedslm.config import ModelConfig
 from fedslm.deployment.bundle import bundle, sha256_of
@@ -225,5 +226,5 @@ def _key(ready: Ready) -> str:
 def _self_test(ready: Ready) -> str:
     """Runs the self-test on this machine, in a process like the one that will train."""
     with worker(ready) as pool:
-        pool.call(attest, ready.directory)
+        pool.call(attest, places_of_node(ready.directory))
     return "passed"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from fedslm.errors import ModelError, RunError
 from fedslm.records import AdapterState, FloatArray
 from fedslm.rng import reproducible_bytes
-from fedslm.storage import load_tensors, save_adapter, with_usual_modes, write_text
+from fedslm.storage import load_tensors, save_adapter, user_cache, with_usual_modes, write_text
 
 NAME = "demo-large"
 _WIDER = 2
@@ -39,8 +38,10 @@ def demo_large(small: Path, sha256: str) -> Path:
     Raises:
         ModelError: The model cannot be written.
     """
-    place = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    target = Path(place) / "fedslm" / f"{NAME}-{_MADE}-{sha256[:16]}"
+    try:
+        target = user_cache() / f"{NAME}-{_MADE}-{sha256[:16]}"
+    except RunError as error:
+        raise ModelError(f"model.base={NAME!r} cannot be made: {error}") from error
     if (target / "config.json").exists():
         return target
     try:

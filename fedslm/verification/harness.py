@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedslm.config import LoraConfig, ModelConfig, TaskConfig
+from fedslm.config import DeviceName, LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import PrivacyError
 from fedslm.models.adapter import attach
 from fedslm.models.base import DEMO_DIRECTORY, device_of, load_base, load_tokenizer
@@ -53,9 +53,9 @@ class Bench:
     start: AdapterState
 
     @classmethod
-    def load(cls) -> Bench:
-        """Loads a separate model, so that the node's stays loaded."""
-        base = ModelConfig(base="demo")
+    def load(cls, device: DeviceName = "auto") -> Bench:
+        """Loads a separate model on a device, so that the node's stays loaded."""
+        base = ModelConfig(base="demo", device=device)
         config = TaskConfig(name="classification", pooling="mean", max_length=32)
         labels = ("a", "b", "wild", "broken")
         tokenizer = load_tokenizer(DEMO_DIRECTORY)

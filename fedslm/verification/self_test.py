@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from fedslm import layout
-from fedslm.config import ModelConfig, TrainingConfig
+from fedslm.config import DeviceName, ModelConfig, TrainingConfig
 from fedslm.errors import BudgetExceeded, LedgerError, plural
 from fedslm.models.base import device_of
 from fedslm.privacy import accounting, keys
@@ -89,8 +89,12 @@ class SelfTest:
         return [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
 
 
-def run_self_test() -> SelfTest:
-    """Runs all checks with one thread; an exception counts as a failure."""
+def run_self_test(device: DeviceName = "auto") -> SelfTest:
+    """Runs all checks with one thread on a CPU; an exception counts as a failure.
+
+    Args:
+        device: As in ``model.device``.
+    """
     began = time.monotonic()
     checks: list[tuple[str, Callable[[Bench], tuple[bool, str]]]] = [
         ("removing any one record moves the sum by at most the clip norm", _records),
@@ -105,7 +109,7 @@ def run_self_test() -> SelfTest:
     ]
     results = []
     with _quiet(), _one_thread():
-        bench = Bench.load()
+        bench = Bench.load(device)
         for name, check in checks:
             try:
                 passed, detail = check(bench)
@@ -136,12 +140,21 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def kernels() -> str:
-    """Describes what a step's bits depend on besides code: processor, threads and precision."""
-    device, precision = device_of(ModelConfig(base="demo")), torch.get_float32_matmul_precision()
-    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+def kernels(device: DeviceName = "auto") -> str:
+    """Describes what a step's bits depend on besides code: device, threads and precision.
+
+    Args:
+        device: As in ``model.device``.
+
+    Raises:
+        ModelError: This machine has no such device.
+    """
+    used = device_of(ModelConfig(base="demo", device=device))
+    precision, gpu = torch.get_float32_matmul_precision(), ""
+    if used.type == "cuda":
+        gpu = f"{torch.cuda.get_device_name(used)}, CUDA {torch.version.cuda}, "
     return (
-        f"{device}, {gpu}{torch.backends.cpu.get_cpu_capability()}, "
+        f"{used}, {gpu}{torch.backends.cpu.get_cpu_capability()}, "
         f"{plural(torch.get_num_threads(), 'thread')}, {torch.get_default_dtype()}, products in "
         f"{precision} precision"
     )

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +12,7 @@ import torch
 from support.served import ask, chain_of, context_of, first_request, write_policy
 from support.tiny import PRIVATE
 
-from fedslm import layout
+from fedslm import fingerprint, layout
 from fedslm.client import self_test_gate
 from fedslm.config import Config
 from fedslm.privacy.lines import ADAPTER, METRIC
@@ -152,7 +149,7 @@ def test_an_operators_directory_is_the_only_place(requests: dict[str, Request], 
         "frozen.safetensors",
         "release.safetensors",
         "release.json",
-        "self-test.json",
+        "attestations",
         "runs",
     }
 
@@ -164,7 +161,7 @@ class SelfTests:
         self.ran: list[bool] = []
         self.pending: list[bool] = []
 
-    def __call__(self) -> SelfTest:
+    def __call__(self, device: str) -> SelfTest:
         """Passes unless told otherwise."""
         verdict = self.pending.pop() if self.pending else True
         self.ran.append(verdict)
@@ -186,6 +183,12 @@ def new_process() -> None:
     self_test_gate._self_test.cache_clear()
 
 
+def result_of(node: Path) -> Path:
+    """The only result of a self-test that a node keeps."""
+    (path,) = (node / layout.ATTESTATIONS).glob("self-test-*.json")
+    return path
+
+
 def test_the_self_test_runs_once_for_one_code(
     counted: SelfTests, requests: dict[str, Request], tmp_path: Path
 ) -> None:
@@ -195,9 +198,9 @@ def test_the_self_test_runs_once_for_one_code(
         assert ask(replace(requests["plain"], round=number), context_of(0, node)).status == "ok"
         new_process()
     assert counted.ran == [True]
-    kept = json.loads((node / layout.SELF_TEST).read_text())
-    assert kept["fingerprint"] == self_test_gate.code_fingerprint()
-    assert list(kept["checks"]) == ["a promise"]
+    kept = json.loads(result_of(node).read_text())
+    assert kept["test"]["code"] == kept["values"]["fingerprint"] == fingerprint.code_fingerprint()
+    assert list(kept["values"]["checks"]) == ["a promise"]
 
 
 def test_a_request_that_is_refused_runs_no_self_test(
@@ -217,14 +220,14 @@ def test_other_code_is_tested_anew(
     node = write_policy(tmp_path / "node")
     assert ask(requests["plain"], context_of(0, node)).status == "ok"
     new_process()
-    path = node / layout.SELF_TEST
+    path = result_of(node)
     content = path.read_text()
-    own = self_test_gate.code_fingerprint()
+    own = fingerprint.code_fingerprint()
     texts = {"other code": content.replace(own, "0" * 64), "cut": content[: len(content) // 2]}
     path.write_text(texts.get(kept, kept))
     assert ask(replace(requests["plain"], round=2), context_of(0, node)).status == "ok"
     assert counted.ran == [True, True]
-    assert json.loads(path.read_text())["fingerprint"] == own
+    assert json.loads(path.read_text())["values"]["fingerprint"] == own
 
 
 def test_a_failed_self_test_refuses_and_is_not_kept(
@@ -238,7 +241,7 @@ def test_a_failed_self_test_refuses_and_is_not_kept(
         reply = ask(requests["plain"], context)
         assert (reply.status, reply.delta) == ("refused", None)
         assert reply.reason == "this node's self-test failed, so it trains nothing"
-        assert not (node / layout.SELF_TEST).exists()
+        assert not list((node / layout.ATTESTATIONS).glob("*.json"))
         assert not (node / "ledger.jsonl").exists()
     assert ask(requests["plain"], context).status == "ok"
     assert counted.ran == [False, False, True]
@@ -249,7 +252,7 @@ def test_a_result_that_cannot_be_kept_refuses(
 ) -> None:
     """Where the node cannot record its self-test it trains nothing, and says no path."""
     node = write_policy(tmp_path / "node")
-    (node / layout.SELF_TEST).mkdir()
+    (node / layout.ATTESTATIONS).touch()
     reply = ask(requests["plain"], context_of(0, node))
     assert (reply.status, "cannot record its self-test" in reply.reason) == ("refused", True)
     assert "/" not in reply.reason
@@ -277,49 +280,6 @@ def test_another_way_to_compute_is_tested_anew(
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
     assert ask(replace(requests["plain"], round=2), context_of(0, node)).status == "ok"
     assert counted.ran == [True, True]
-    assert json.loads((node / layout.SELF_TEST).read_text())["kernels"] == self_test.kernels()
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        "fedslm/training/steps.py",
-        "opacus/optimizers/optimizer.py",
-        "opacus/grad_sample/grad_sample_module.py",
-        "dp_accounting/pld/pld_privacy_accountant.py",
-    ],
-)
-def test_the_fingerprint_names_the_source_that_keeps_the_promise(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str
-) -> None:
-    """One byte of the code that computes, or accounts for, a step: another fingerprint."""
-    package, _, inside = file.partition("/")
-    real, copy = self_test_gate._directory, tmp_path / package
-    shutil.copytree(real(package), copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(
-        self_test_gate, "_directory", lambda name: copy if name == package else real(name)
-    )
-    fingerprint = self_test_gate.code_fingerprint.__wrapped__
-    assert fingerprint() == self_test_gate.code_fingerprint()
-    with (copy / inside).open("a") as source:
-        source.write("#")
-    assert fingerprint() != self_test_gate.code_fingerprint()
-
-
-def test_the_fingerprint_names_code_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another version of a library gives another fingerprint; the same code the same."""
-    own = self_test_gate.code_fingerprint()
-    self_test_gate.code_fingerprint.cache_clear()
-    assert self_test_gate.code_fingerprint() == own
-    self_test_gate.code_fingerprint.cache_clear()
-    monkeypatch.setattr(self_test_gate, "version", lambda name: "0.0.0")
-    assert self_test_gate.code_fingerprint() != own
-    self_test_gate.code_fingerprint.cache_clear()
-
-
-def test_the_fingerprint_names_assertions(tmp_path: Path) -> None:
-    """Python leaves assertions out if told to; code without them has not passed."""
-    script = "from fedslm.client.self_test_gate import code_fingerprint; print(code_fingerprint())"
-    command = [sys.executable, "-O", "-c", script]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() != self_test_gate.code_fingerprint()
+    kept = [json.loads(path.read_text()) for path in (node / layout.ATTESTATIONS).glob("*.json")]
+    assert len(kept) == 2
+    assert self_test.kernels() in [each["test"]["key"]["kernels"] for each in kept]

@@ -22,7 +22,7 @@ from support.commands import run
 
 import fedslm
 from fedslm import layout
-from fedslm.client.self_test_gate import code_fingerprint
+from fedslm.attestations import keep, places_of_node
 from fedslm.deployment import authority, enrolment
 from fedslm.deployment import preflight as preflight_module
 from fedslm.deployment.admission import Admission
@@ -126,12 +126,11 @@ def test_a_node_in_order(node: Ready) -> None:
 def test_the_self_test_counts_for_the_process_that_trains(node: Ready) -> None:
     """It is looked at in a worker with the node's threads, not with those of the command."""
     torch.set_num_threads(1)
-    values = {"fingerprint": code_fingerprint(), "kernels": kernels(), "time": 0, "checks": {}}
-    kept = json.dumps(values)
-    (node.directory / layout.SELF_TEST).write_text(kept)
+    places = places_of_node(node.directory)
+    keep(places, "self-test", {"kernels": kernels()}, {"checks": {}})
     torch.set_num_threads(2)
     assert preflight_module._self_test(node) == "passed"
-    assert (node.directory / layout.SELF_TEST).read_text() == kept  # no new one was needed
+    assert len(list(places[0].glob("*.json"))) == 1  # no new one was needed
 
 
 def changed(old: str, new: str, name: str) -> Callable[[Ready], Ready]:

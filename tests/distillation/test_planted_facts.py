@@ -71,7 +71,7 @@ def test_planted_facts_arrive_and_controls_do_not_have_them(
     config_in: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The student learns the signs that public records mention: no control does, nor it the others."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where the larger model is made
+    monkeypatch.setenv("FEDSLM_CACHE", str(tmp_path / "cache"))  # where the larger model is made
     found = proof_of(config_in, tmp_path, SEED)
     known = {arm: found["probe"][arm]["mentioned"] for arm in found["probe"]}
     unheard = {arm: found["probe"][arm]["not mentioned"] for arm in found["probe"]}

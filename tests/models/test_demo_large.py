@@ -32,7 +32,7 @@ def outputs(directory: Path, texts: list[str]) -> torch.Tensor:
 
 def test_it_computes_the_same_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both halves of its states are the small model's."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FEDSLM_CACHE", str(tmp_path))
     texts = ["chest pain since this morning", "a twisted ankle"]
     small, large = (
         outputs(DEMO_DIRECTORY, texts),
@@ -46,7 +46,7 @@ def test_it_computes_the_same_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_it_is_larger_and_its_copies_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """About four times the weights of a layer; gradients of the two copies are not equal."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FEDSLM_CACHE", str(tmp_path))
     model = AutoModel.from_pretrained(resolve(ModelConfig(base="demo-large")), dtype=torch.float32)
     small = AutoModel.from_pretrained(DEMO_DIRECTORY, dtype=torch.float32)
     layer = model.encoder.layer[0].attention.self.query.weight
@@ -60,10 +60,10 @@ def test_it_is_larger_and_its_copies_differ(tmp_path: Path, monkeypatch: pytest.
 def test_it_is_made_once_and_always_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Built by four threads at once, or in another cache: the same bytes, and nothing is left lying."""
     digest = base_sha256(DEMO_DIRECTORY)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    monkeypatch.setenv("FEDSLM_CACHE", str(tmp_path / "one"))
     with ThreadPoolExecutor(4) as pool:
         (first,) = set(pool.map(lambda _: demo_large(DEMO_DIRECTORY, digest), range(4)))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    monkeypatch.setenv("FEDSLM_CACHE", str(tmp_path / "two"))
     second = demo_large(DEMO_DIRECTORY, digest)
     base.base_sha256.cache_clear()
     assert base_sha256(first) == base_sha256(second)
@@ -78,7 +78,7 @@ def test_every_machine_makes_the_same_bytes(kernels: str, tmp_path: Path) -> Non
         "from fedslm.models.base import base_sha256, resolve\n"
         "print(base_sha256(resolve(ModelConfig(base='demo-large'))))"
     )
-    environ = {**environment(kernels), "XDG_CACHE_HOME": str(tmp_path)}
+    environ = {**environment(kernels), "FEDSLM_CACHE": str(tmp_path)}
     command = [sys.executable, "-W", "ignore", "-c", code]
     made = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     assert made.stdout.strip() == SHA256
@@ -88,7 +88,7 @@ def test_its_config_names_no_version_of_a_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another transformers must write the same file: sorted keys, and none that says who wrote it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FEDSLM_CACHE", str(tmp_path))
     text = (resolve(ModelConfig(base="demo-large")) / "config.json").read_text()
     values = json.loads(text)
     assert text == json.dumps(values, indent=2, sort_keys=True) + "\n"

@@ -15,14 +15,13 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from fedslm import layout
+from fedslm.attestations import places_of_node, places_of_simulation
 from fedslm.client.self_test_gate import attest
 from fedslm.config import Config
 from fedslm.deployment import admission, authority, control, enrolment, runs
@@ -312,7 +311,7 @@ def federation(
             for index, name in enumerate(names):
                 write_node(root / name, index, more)
                 if is_tested:
-                    (root / name / layout.SELF_TEST).write_text(self_test())
+                    keep_self_test(root / name)
                 request = enrolment.enroll(root / name, name)
                 _, told = admission.admit(site.server, request, connection.register)
                 admission.accept(root / name, told)
@@ -346,12 +345,12 @@ def write_node(node: Path, index: int, more: str) -> None:
     (node / "policy.toml").write_text(POLICY)
 
 
-@cache
-def self_test() -> str:
-    """What a node keeps of its self-test: the nodes of one machine would all run the same one."""
-    with TemporaryDirectory() as directory:
-        InlinePool(threads=1).call(attest, Path(directory))
-        return (Path(directory) / layout.SELF_TEST).read_text()
+def keep_self_test(node: Path) -> None:
+    """Gives a node the result of the self-test: the nodes of one machine would all run the same one."""
+    shared = places_of_simulation(node)
+    InlinePool(threads=1).call(attest, shared)
+    own, *_ = places_of_node(node)
+    shutil.copytree(shared[0], own, ignore=lambda _, names: [n for n in names if "self-test" not in n])
 
 
 def change_admission(node: Path, **changes: str) -> None:
