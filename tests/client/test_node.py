@@ -159,19 +159,22 @@ class SelfTests:
 
     def __init__(self) -> None:
         self.ran: list[bool] = []
+        self.devices: list[str] = []
         self.pending: list[bool] = []
 
     def __call__(self, device: str) -> SelfTest:
         """Passes unless told otherwise."""
         verdict = self.pending.pop() if self.pending else True
         self.ran.append(verdict)
+        self.devices.append(device)
         return SelfTest((Check("a promise", verdict, "figures of /the/node"),), 0.1)
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[SelfTests]:
-    """A self-test that counts, in a process that remembers none."""
+def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SelfTests]:
+    """A self-test that counts, for a user and a process that remember none."""
     tests = SelfTests()
+    monkeypatch.setenv("FEDSLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(self_test, "run_self_test", tests)
     new_process()
     yield tests
@@ -201,6 +204,44 @@ def test_the_self_test_runs_once_for_one_code(
     kept = json.loads(result_of(node).read_text())
     assert kept["test"]["code"] == kept["values"]["fingerprint"] == fingerprint.code_fingerprint()
     assert list(kept["values"]["checks"]) == ["a promise"]
+
+
+def test_the_simulations_of_a_machine_share_a_self_test(
+    counted: SelfTests, config_in: MakeConfig, tmp_path: Path
+) -> None:
+    """The second run finds the first one's result, and each keeps a copy for its audit."""
+    copies = []
+    for name in ("one", "two"):
+        request = first_request(config_in(tmp_path / name, privacy=PRIVATE))
+        for client in range(2):
+            assert ask(request, context_of(client)).status == "ok"
+            new_process()
+        copies.append((tmp_path / name / "nodes" / layout.SELF_TEST).read_text())
+    assert counted.ran == [True]
+    assert copies[0] == copies[1]
+    assert json.loads(copies[0])["fingerprint"] == fingerprint.code_fingerprint()
+
+
+def test_a_deployed_node_believes_no_shared_self_test(
+    counted: SelfTests, requests: dict[str, Request], tmp_path: Path
+) -> None:
+    """What a simulation left in the user's cache saves a real node nothing, nor one node another."""
+    assert ask(requests["plain"], context_of(0)).status == "ok"
+    for name in ("one", "two"):
+        new_process()
+        node = write_policy(tmp_path / name)
+        assert ask(requests["plain"], context_of(0, node)).status == "ok"
+    assert counted.ran == [True] * 3
+
+
+def test_the_device_that_trains_is_tested(
+    counted: SelfTests, config_in: MakeConfig, tmp_path: Path
+) -> None:
+    """The self-test runs where the request has the base compute."""
+    request = first_request(config_in(tmp_path / "run", model={"device": "cpu"}, privacy=PRIVATE))
+    node = write_policy(tmp_path / "node")
+    assert ask(request, context_of(0, node)).status == "ok"
+    assert counted.devices == ["cpu"]
 
 
 def test_a_request_that_is_refused_runs_no_self_test(
