@@ -44,7 +44,10 @@ Places = tuple[Path, ...]
 
 
 def places_of_simulation(nodes: Path) -> Places:
-    """This user's cache, then a simulation's ``nodes`` directory, in case the cache is not usable."""
+    """This user's cache, then a run's ``nodes`` directory, in case the cache is not usable.
+
+    For simulated nodes, and for the server of any run.
+    """
     own = nodes / layout.ATTESTATIONS
     try:
         return (user_cache() / layout.ATTESTATIONS, own)

@@ -34,7 +34,7 @@ from fedslm.privacy.policy import open_policy
 from fedslm.reporting import report
 from fedslm.storage import write_text
 from fedslm.tasks import build
-from fedslm.workers import InlinePool, Pool, WorkerPool
+from fedslm.workers import InlinePool, Pool, WorkerPool, preload
 
 logger = logging.getLogger(__name__)
 _DRAIN_SECONDS = 120.0
@@ -293,6 +293,7 @@ def _pool(config: Config, directory: RunDirectory) -> Pool:
         return InlinePool(threads=threads)
     if workers < 0:
         workers = min(os.cpu_count() or 1, config.federation.num_clients)
+    preload(private=config.privacy.unit != "none")
     return WorkerPool(workers, threads=threads, log=directory.path / _LOG)
 
 

@@ -35,6 +35,7 @@ _PRELOADED = (
     "fedslm.models.peft_library",
     "pyarrow.parquet",
 )
+_PRELOADED_IF_PRIVATE = ("dp_accounting.rdp", "opacus.accountants")
 _HIDING = threading.Lock()
 _START_METHOD = "forkserver" if sys.platform != "win32" else "spawn"
 
@@ -62,13 +63,21 @@ class _Worker:
     job: int | None = None
 
 
-def preload() -> None:
-    """Starts importing the heavy libraries in the background; call it as early as possible."""
+def preload(*, private: bool = False) -> None:
+    """Starts importing the heavy libraries in the background; call it as early as possible.
+
+    Only the first call has an effect.
+
+    Args:
+        private: Whether workers will train under privacy: then the accountants' libraries are imported
+            too, once instead of in each worker.
+    """
     context = multiprocessing.get_context(_START_METHOD)
     if _START_METHOD == "forkserver":
         from multiprocessing import forkserver
 
-        context.set_forkserver_preload(list(_PRELOADED))
+        private_too = _PRELOADED_IF_PRIVATE if private else ()
+        context.set_forkserver_preload([*_PRELOADED, *private_too])
         forkserver.ensure_running()
 
 

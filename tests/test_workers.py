@@ -64,6 +64,21 @@ pool.close()
 """
 
 
+PRELOADING = """
+import loaded
+from fedslm.workers import WorkerPool, preload
+preload(private={private})
+pool = WorkerPool(1)
+print(pool.call(loaded.loaded), loaded.loaded())
+pool.close()
+"""
+LOADED = """
+import sys
+def loaded():
+    return sorted({"dp_accounting", "opacus", "scipy.stats"} & sys.modules.keys())
+"""
+
+
 def touch(path: Path, seconds: float) -> None:
     """Leaves a trace after a while."""
     time.sleep(seconds)
@@ -174,3 +189,16 @@ def test_a_script_needs_no_guard(tmp_path: Path, is_forked: bool) -> None:
     script.write_text(SCRIPT.format(is_forked=is_forked))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, "begins\nTrue True\n"), done.stderr
+
+
+@pytest.mark.slow  # two templates import torch
+@pytest.mark.parametrize(
+    ("private", "found"), [(True, ["dp_accounting", "opacus", "scipy.stats"]), (False, [])]
+)
+def test_workers_share_the_accountants_imports(tmp_path: Path, private: bool, found: list[str]) -> None:
+    """For a private run they are imported before the workers are forked; never in the parent."""
+    (tmp_path / "loaded.py").write_text(LOADED)
+    script = tmp_path / "mine.py"
+    script.write_text(PRELOADING.format(private=private))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, f"{found} []\n"), done.stderr

@@ -142,7 +142,7 @@ def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
     if config is None or (config.engine.name == "local" and config.engine.workers != 0):
         from fedslm.workers import preload
 
-        preload()
+        preload(private=config is None or config.privacy.unit != "none")
     from fedslm import simulation
     from fedslm.progress import Bar
 
@@ -204,7 +204,7 @@ def demo(
     with clear_errors():
         from fedslm.workers import preload
 
-        preload()
+        preload(private=True)
         from fedslm import demonstration
 
         _fail_if_stopped(*demonstration.run(directory, as_json=as_json))

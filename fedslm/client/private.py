@@ -10,6 +10,7 @@ import fedslm
 from fedslm import layout
 from fedslm.adapter_keys import delta_keys, key_of, layers_of
 from fedslm.aggregation.methods import trained_keys
+from fedslm.attestations import Places
 from fedslm.client.records import ClientRecords
 from fedslm.client.round import ClientRound
 from fedslm.client.self_test_gate import attest
@@ -19,6 +20,7 @@ from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.lines import ADAPTER, METRIC, Charge
 from fedslm.privacy.plan import METRIC_SENSITIVITY, PrivatePlan, UserPlan
+from fedslm.privacy.verified import verified
 from fedslm.protocol.loading import model_for, task_for
 from fedslm.protocol.messages import Reply
 from fedslm.protocol.setup import Setup
@@ -40,7 +42,7 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
         FederationError: The adapter does not fit the model here.
     """
     request, node = client_round.request, client_round.node
-    _verify(plan)
+    _verify(plan, node.attestations)
     ledger = node.ledger(plan.unit)
     ledger.extension(request.seen)  # before any charge: a ledger that lost lines takes no more
     again = node.kept(ledger.released(client_round.request_sha256))
@@ -146,14 +148,14 @@ def _rehearsed(setup: Setup) -> None:
 
 
 @lru_cache(maxsize=8)
-def _verify(plan: PrivatePlan) -> None:
-    """Checks the server's claim with this node's own accountants.
+def _verify(plan: PrivatePlan, places: Places) -> None:
+    """Checks the server's claim with this node's own accountants, once for each plan.
 
     Raises:
         PolicyRefused: The plan costs more than it claims, or the accountants disagree.
     """
     try:
-        plan.verify()
+        verified(plan, places)
     except PrivacyError as error:
         raise PolicyRefused(f"the plan is refused: {error}") from error
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedslm import layout
-from fedslm.client.handlers import refusal
 from fedslm.attestations import places_of_node
+from fedslm.client.handlers import refusal
 from fedslm.client.kept_runs import remove_old
 from fedslm.client.node import OWN_SHARD, deployed_config
 from fedslm.client.pace import Pace, period_of
@@ -38,7 +38,7 @@ from fedslm.privacy.policy import read_policy
 from fedslm.protocol.envelopes import Envelope
 from fedslm.protocol.lifetime import work_seconds
 from fedslm.storage import locked
-from fedslm.workers import WorkerPool
+from fedslm.workers import WorkerPool, preload
 
 logger = logging.getLogger(__name__)
 _DATA, _LOG = "data", "node.log"
@@ -291,12 +291,15 @@ def worker(ready: Ready) -> Iterator[WorkerPool]:
     On a phone, and if no memory may stay in use, the worker imports its modules itself: a template
     process to fork from would stay in memory.
     """
+    is_forked = ready.file.warm and ready.file.profile != "phone"
+    if is_forked:
+        preload(private=True)
     pool = WorkerPool(
         1,
         threads=ready.file.threads,
         log=ready.directory / _LOG,
         memory_mb=ready.file.memory_mb,
-        is_forked=ready.file.warm and ready.file.profile != "phone",
+        is_forked=is_forked,
     )
     try:
         yield pool

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from fedslm import layout
 from fedslm.aggregation.methods import moving_keys
+from fedslm.attestations import places_of_simulation
 from fedslm.data import store
 from fedslm.errors import DataError
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.peft_export import save_plain
 from fedslm.privacy.plan import PrivatePlan
+from fedslm.privacy.verified import verified
 from fedslm.protocol.loading import model_for, task_for
 from fedslm.protocol.setup import Setup
 from fedslm.records import AdapterState
@@ -53,7 +55,7 @@ def describe(setup: Setup) -> Description:
     """
     model, plan = model_for(setup), setup.plan
     if isinstance(plan, PrivatePlan):
-        plan.verify()
+        verified(plan, places_of_simulation(Path(setup.directory) / layout.NODES))
         from fedslm.training.checks import check_private_model
 
         check_private_model(model.adapter.network)
