@@ -11,6 +11,7 @@ from fedslm import layout
 from fedslm.adapter_keys import delta_keys, key_of, layers_of
 from fedslm.aggregation.methods import trained_keys
 from fedslm.attestations import Places
+from fedslm.client.fixed_shapes import shapes_here, withdraw
 from fedslm.client.records import ClientRecords
 from fedslm.client.round import ClientRound
 from fedslm.client.self_test_gate import attest
@@ -50,13 +51,16 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
         return client_round.reply(again, ledger=ledger)
     _check_request(client_round)
     _attest(client_round)
+    shapes = shapes_here(client_round)
     charged = _rounds_charged(client_round, ledger, plan)
     charges, limits = _charges(client_round, plan), node.limits(plan)
     ledger.check(charges, limits)  # before a record is read: the time of a refusal reveals nothing
     records = client_round.records(has_begun=charged > 0)
     charges = [replace(charge, dataset_commitment=records.commitment) for charge in charges]
     reserved = ledger.reserve(charges, limits)
-    release = make_update(client_round, records.trained)
+    release = make_update(client_round, records.trained, shapes)
+    if shapes is not None and shapes.withdrawn:
+        withdraw(client_round)
     if plan.metric_event is not None:
         release = replace(release, metric=_metric(client_round, records, plan))
     node.keep(release)

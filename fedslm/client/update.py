@@ -8,6 +8,7 @@ the same private plan, and so it was noised and charged as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,17 +24,27 @@ from fedslm.records import AdapterState
 from fedslm.rng import seed_of
 from fedslm.tasks.base import Example
 
+if TYPE_CHECKING:
+    from fedslm.training.shapes import Shapes
+
 _NOTHING = AdapterState({})
 
 
-def make_update(client_round: ClientRound, examples: Sequence[Example]) -> Release:
+def make_update(
+    client_round: ClientRound, examples: Sequence[Example], shapes: Shapes | None = None
+) -> Release:
     """Trains on a client's examples and returns the release.
+
+    Args:
+        client_round: An admitted request.
+        examples: The client's examples.
+        shapes: The public shapes that were measured here.
 
     Raises:
         TrainingError: A self-check failed, or training diverged.
     """
     request, setup, start = client_round.request, client_round.setup, client_round.start
-    after = _trained(client_round, examples)
+    after = _trained(client_round, examples, shapes)
     sent = sent_keys(setup.method, after, request.turn)
     local = start.kept.local.merged(after.select(set(after) - sent))
     control = _control(client_round, after)
@@ -52,7 +63,9 @@ def make_update(client_round: ClientRound, examples: Sequence[Example]) -> Relea
     return Release(delta)
 
 
-def _trained(client_round: ClientRound, examples: Sequence[Example]) -> AdapterState:
+def _trained(
+    client_round: ClientRound, examples: Sequence[Example], shapes: Shapes | None
+) -> AdapterState:
     """The trained tensors, as stored in the model."""
     from fedslm.training.local import LocalWork, train
 
@@ -63,7 +76,9 @@ def _trained(client_round: ClientRound, examples: Sequence[Example]) -> AdapterS
         mine = start.kept.control
         correction = request.control.minus(mine) if mine else request.control
     client = client_round.node.client
-    work = LocalWork(start.adapter, trained, setup.seed, request.round, client, correction=correction)
+    work = LocalWork(
+        start.adapter, trained, setup.seed, request.round, client, correction=correction, shapes=shapes
+    )
     model = client_round.model
     after = train(model, client_round.task, examples, setup.plan, setup.training, work)
     if after.sha256() != model.adapter.read(sorted(trained)).sha256():

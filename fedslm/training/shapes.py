@@ -9,19 +9,41 @@ used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedslm.tasks.base import Example, Task, Tensors
 from fedslm.training.batches import Unit, micro_batches
 
-_LENGTHS = (16, 24, 32, 48, 64, 72, 96)
-"""Padded lengths. Multiples of 8: elementwise kernels then start every row alike. 72 is for the records
-that are cut at 64 tokens, since one column is always padding. A longer record has a pass of its own:
-there, sharing a pass saves a few per cent at most, and padding costs more."""
-_TOKENS = 576  # in one pass on a CPU: more no longer fits into its caches
-_TOKENS_GPU = 16_384
-_MOST_ROWS = 16
+
+@dataclass(frozen=True)
+class _Kind:
+    """Which passes are shared for bases of some size.
+
+    Attributes:
+        most_parameters: Largest base of this kind.
+        lengths: Padded lengths: multiples of 8, so that elementwise kernels start every row alike. 72
+            and 136 are for records that are cut at 64 and 128 tokens, since one column is always
+            padding. A longer record has a pass of its own.
+        tokens: Most tokens in a pass.
+        records: Most records in a pass.
+    """
+
+    most_parameters: float
+    lengths: tuple[int, ...]
+    tokens: int
+    records: int
+
+
+_ON_CPU = (  # a tiny base waits for Python, a small one for its caches, a large one for neither
+    _Kind(4e6, (24, 48, 72, 136, 264, 520), 2304, 32),
+    _Kind(5e7, (16, 24, 32, 48, 64, 72, 96), 576, 16),
+    _Kind(math.inf, (), 0, 0),  # isolated passes of 128 tokens cost 1.04 of a shared one at 135 M
+)
+_ON_GPU = _Kind(math.inf, (32, 72, 136, 264, 520), 16_384, 64)
+_COUNTS = (*range(1, 17), 24, 32, 48, 64)  # of records in a pass
+_ISOLATED_TOKENS = 576  # of one user, in a pass
 _MOST_VALUES = 1 << 24  # of per-record gradients in one pass: 64 MiB
 _UNIT_VALUES = 1 << 23  # of units' sums at once: 64 MiB in float64
 
@@ -87,27 +109,45 @@ class Part:
     passes: tuple[Pass, ...]
 
 
-def candidates(longest: int, values: int, most_records: int, *, on_gpu: bool) -> dict[int, int]:
-    """Returns the shapes that are worth a proof: padded length to number of slots. All of it is public.
+@dataclass(frozen=True)
+class Job:
+    """What decides which shapes are worth a measurement; all of it is public.
 
-    Args:
+    Attributes:
+        base_parameters: Parameters of the base.
+        trained_values: Trained values: per-record gradients bound the records in a pass.
         longest: Longest record, in tokens: no longer length is needed.
-        values: Trained values, which bound the slots.
         most_records: ``training.micro_batch_size``.
         on_gpu: Whether the model is on a GPU.
-
-    >>> candidates(40, 10_000, 32, on_gpu=False)
-    {16: 16, 24: 16, 32: 16, 48: 12}
     """
-    tokens = _TOKENS_GPU if on_gpu else _TOKENS
-    most = min(_MOST_ROWS, most_records, max(1, _MOST_VALUES // max(values, 1)))
-    slots = {length: min(most, tokens // length) for length in _LENGTHS}
-    needed = [length for length in _LENGTHS if length <= longest]
-    needed += [length for length in _LENGTHS if length > longest][:1]
-    return {length: slots[length] for length in needed if slots[length] > 1}
+
+    base_parameters: int
+    trained_values: int
+    longest: int
+    most_records: int
+    on_gpu: bool = False
 
 
-def isolated(units: Sequence[Unit], most_tokens: int = _TOKENS) -> Iterator[Part]:
+def candidates(job: Job) -> dict[int, tuple[int, ...]]:
+    """Returns the shapes that are worth a measurement: padded length to numbers of slots.
+
+    >>> candidates(Job(10**7, 10_000, 20, 3))
+    {16: (1, 2, 3), 24: (1, 2, 3)}
+    """
+    kind = next(kind for kind in _ON_CPU if job.base_parameters <= kind.most_parameters)
+    kind = _ON_GPU if job.on_gpu else kind
+    most = min(kind.records, job.most_records, _MOST_VALUES // max(job.trained_values, 1))
+    needed = [length for length in kind.lengths if length <= job.longest]
+    needed += [length for length in kind.lengths if length > job.longest][:1]
+    slots = {length: min(most, kind.tokens // length) for length in needed}
+    return {
+        length: (*(count for count in _COUNTS if count < most), most)
+        for length, most in slots.items()
+        if most > 1
+    }
+
+
+def isolated(units: Sequence[Unit], most_tokens: int = _ISOLATED_TOKENS) -> Iterator[Part]:
     """Yields a part for each unit; its records share no pass with another unit's.
 
     Args:

@@ -25,7 +25,7 @@ from fedslm.records import AdapterState
 from fedslm.rng import stream
 from fedslm.tasks.base import Example, Task
 from fedslm.training.local import enter_training
-from fedslm.training.shapes import Pass, Shape, Shapes, candidates
+from fedslm.training.shapes import Job, Pass, Shape, Shapes, candidates
 from fedslm.training.steps import PrivateStep, stepping
 from fedslm.training.sums import clipped
 
@@ -53,6 +53,9 @@ def proved_shapes(
           round as well.
         * A shape with a single difference, or that cannot be computed, is left out.
 
+    On a CPU no shape is measured for a base of more than 50 M parameters: sharing a pass saves little
+    there, and measuring takes minutes.
+
     Args:
         model: The model; its adapter is overwritten.
         task: The task that is trained.
@@ -60,8 +63,13 @@ def proved_shapes(
         longest: Longest record, in tokens.
         most_records: Most records in a pass.
     """
-    values = sum(model.adapter.parameters[key].numel() for key in trained)
-    wanted = candidates(longest, values, most_records, on_gpu=model.device.type != "cpu")
+    job = Job(
+        base_parameters=sum(each.numel() for each in model.adapter.network.parameters()),
+        trained_values=sum(model.adapter.parameters[key].numel() for key in trained),
+        longest=longest,
+        most_records=most_records,
+        on_gpu=model.device.type != "cpu",
+    )
     model.adapter.train_only(set(trained))
     enter_training(model)
     parameters = [p for p in model.adapter.parameters.values() if p.requires_grad]
@@ -72,9 +80,9 @@ def proved_shapes(
         ) as step:
             if not isinstance(step, PrivateStep) or not step.has_fixed_shapes:
                 return Shapes({})
-            for length, slots in wanted.items():
-                if counts := _Trial(model, task, step).counts_that_agree(length, slots):
-                    proved[length] = counts
+            for length, counts in candidates(job).items():
+                if agreeing := _Trial(model, task, step).counts_that_agree(length, counts):
+                    proved[length] = agreeing
             step.forget_counts()  # the wild rows are made up
     finally:
         model.adapter.network.eval()
@@ -95,13 +103,14 @@ class _Trial:
         self._random = stream(0, "bit-proof")
         self.last_pass_moves = False  # whether every record of the last pass had a gradient
 
-    def counts_that_agree(self, length: int, slots: int) -> tuple[int, ...]:
+    def counts_that_agree(self, length: int, counts: Sequence[int]) -> tuple[int, ...]:
         """Returns the numbers of slots at which records have the same bits; empty if too few agree.
 
         Args:
             length: Padded length.
-            slots: The largest number of slots.
+            counts: Numbers of slots, the largest last.
         """
+        slots = counts[-1]
         agreeing = {slots}
         try:
             for number, scale in enumerate((*_SCALES, _OVERFLOWS)):
@@ -112,7 +121,7 @@ class _Trial:
                 trials = TRIALS // (len(_SCALES) + 1)
                 if not self._agrees(reference, slots, length, trials):
                     raise TrainingError("a record has other bits in another slot or company")
-                others = range(1 + number, slots, len(_SCALES)) if scale != _OVERFLOWS else ()
+                others = counts[number : -1 : len(_SCALES)] if scale != _OVERFLOWS else ()
                 agreeing |= {
                     count
                     for count in others

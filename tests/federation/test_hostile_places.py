@@ -67,7 +67,7 @@ def test_dropout_is_refused(honest: Request, node: Path) -> None:
 def test_shared_passes_are_refused(honest: Request, node: Path) -> None:
     """Rounding couples units that share a pass, and a hostile adapter can blow it up."""
     reply = ask(with_plan(honest, passes="shared"), context_of(0, node))
-    assert (reply.status, "in one pass" in reply.reason) == ("refused", True)
+    assert (reply.status, "weaker than" in reply.reason) == ("refused", True)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ POLICY: dict[str, Any] = {
     "max_rounds_per_day": 50,
     "base_models": ["any"],
     "tasks": ["classification"],
+    "weakest_passes": "fixed",
 }
 
 

@@ -46,6 +46,7 @@ max_steps_per_round = 400
 max_rounds_per_day = 500
 base_models = ["any"]
 tasks = ["classification"]
+weakest_passes = "fixed"
 """
 
 

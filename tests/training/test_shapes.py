@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,17 @@ from support.families import task_of
 
 from fedslm.config.tasks import TASKS
 from fedslm.tasks.base import Example
-from fedslm.training.shapes import Part, Shape, Shapes, candidates, collated, fixed, isolated, shared
+from fedslm.training.shapes import (
+    Job,
+    Part,
+    Shape,
+    Shapes,
+    candidates,
+    collated,
+    fixed,
+    isolated,
+    shared,
+)
 
 SHAPES = Shapes({16: (1, 2, 4), 32: (3,)})
 UNITS = st.lists(
@@ -80,12 +91,17 @@ def test_withdrawn_shapes_are_not_used() -> None:
 
 def test_a_pass_is_bounded_by_tokens_values_and_the_config() -> None:
     """A pass of all candidates has few enough tokens and per-record gradients."""
-    for length, slots in candidates(500, 10_000, 32, on_gpu=False).items():
-        assert slots * length <= 576
-    assert set(candidates(500, 1 << 22, 32, on_gpu=False).values()) == {4}
-    assert set(candidates(500, 10, 3, on_gpu=False).values()) == {3}
-    assert candidates(500, 1 << 24, 32, on_gpu=False) == {}
-    assert max(candidates(64, 10, 32, on_gpu=False)) == 72
+    small = Job(base_parameters=10**7, trained_values=10_000, longest=500, most_records=32)
+    for job in (small, replace(small, base_parameters=10**5), replace(small, on_gpu=True)):
+        for length, counts in candidates(job).items():
+            assert counts == tuple(sorted(set(counts)))
+            assert counts[-1] <= 32
+            assert counts[-1] * length <= (16_384 if job.on_gpu else 2304)
+    assert {counts[-1] for counts in candidates(replace(small, trained_values=1 << 22)).values()} == {4}
+    assert {counts[-1] for counts in candidates(replace(small, most_records=3)).values()} == {3}
+    assert candidates(replace(small, trained_values=1 << 24)) == {}
+    assert candidates(replace(small, base_parameters=10**8)) == {}
+    assert max(candidates(replace(small, longest=64))) == 72
 
 
 def test_isolated_passes_of_a_large_unit_are_bounded() -> None:
