@@ -151,10 +151,7 @@ def _frozen_positions(model: LoadedModel, task: Task, examples: Sequence[Example
 
 def _positions(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Selects the logits of the positions to be learned."""
-    if logits.dim() == 2:
-        return logits
-    following, labels = tokens.shifted(logits, batch["labels"])
-    return following[labels != tokens.IGNORED]
+    return logits if logits.dim() == 2 else logits[batch["labels"] != tokens.IGNORED]
 
 
 def student_sections(

@@ -270,8 +270,5 @@ def _parts(numbers: Sequence[int], contexts: Sequence[Context], size: int) -> It
 def _cross_entropy(student: Student, examples: Sequence[Example], logits: torch.Tensor) -> torch.Tensor:
     """Summed cross-entropy of the positions on their own labels."""
     batch = student.task.collate(examples, int(student.tokenizer.pad_token_id))
-    wanted = batch["labels"].to(logits.device)
-    if not student.task.labels:
-        following = wanted[:, 1:]
-        wanted = following[following != tokens.IGNORED]
+    wanted = batch["labels"][batch["labels"] != tokens.IGNORED].to(logits.device)
     return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")

@@ -60,28 +60,31 @@ class CausalLM:
         return Example(made_up_tokens(length))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
-        """Pads texts; ``labels`` are the token ids, ``words`` their word numbers (0: none)."""
+        """Pads texts; ``labels`` are the tokens that follow, ``words`` their word numbers.
+
+        A token of no word has the number 0, as has one of the word that the text begins with, which is
+        not predicted as a whole.
+        """
         batch = pad_inputs([example.input_ids for example in examples], pad_token_id)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, tokens.IGNORED)
         words = pad([each.targets or (0,) * len(each.input_ids) for each in examples], 0)
-        return {**batch, "labels": labels, "words": words}
+        words = words.masked_fill(words == words[:, :1], 0)
+        return {**batch, "labels": tokens.following(labels), "words": tokens.following(words, 0)}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
         """Returns the mean loss over each example's own tokens."""
-        pair = tokens.shifted(logits, batch["labels"])
-        return tokens.own_mean(tokens.losses(*pair), pair[1])
+        return tokens.own_mean(tokens.losses(logits, batch["labels"]), batch["labels"])
 
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
         """Returns the share of each example's next tokens that are predicted correctly."""
-        pair = tokens.shifted(logits, batch["labels"])
-        return tokens.own_mean(tokens.hits(*pair), pair[1])
+        return tokens.own_mean(tokens.hits(logits, batch["labels"]), batch["labels"])
 
     def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
         """Returns counts of tokens and words, and of those predicted correctly."""
-        pair = tokens.shifted(logits, batch["labels"])
-        found = tokens.statistics(*pair)
+        labels = batch["labels"]
+        found = tokens.statistics(logits, labels)
         for among in (1, 3):
-            misses = ~tokens.hits(*pair, among) & (pair[1] != tokens.IGNORED)
+            misses = ~tokens.hits(logits, labels, among)
             found[f"words_top{among}"], found["words"] = _right_words(misses, batch["words"])
         return found
 
@@ -106,13 +109,12 @@ def _words(text: str, encoded: Encoded) -> Tokens:
 
 
 def _right_words(misses: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts correct words and all words of each row; a row's first word is not predicted."""
+    """Counts correct words and all words of each row; 0 is no word's number."""
     import torch
 
     most = int(words.max()) + 1
     shape = (len(words), most)
-    wrong = torch.zeros(shape, device=words.device).scatter_add_(1, words[:, 1:], misses.float())
-    there = torch.zeros(shape, device=words.device).scatter_(1, words[:, 1:], 1.0)
-    there.scatter_(1, words[:, :1], 0.0)
+    wrong = torch.zeros(shape, device=words.device).scatter_add_(1, words, misses.float())
+    there = torch.zeros(shape, device=words.device).scatter_(1, words, 1.0)
     there[:, 0] = 0.0
     return ((wrong == 0) & (there > 0)).sum(dim=1), there.sum(dim=1)

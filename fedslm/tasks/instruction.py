@@ -51,23 +51,22 @@ class Instruction:
         return Example(ids, targets=(*(tokens.IGNORED,) * (length - 2), *ids[-2:]))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
-        """Pads; ``labels`` are the completion's tokens, shape (batch, longest), others are ignored."""
+        """Pads; ``labels`` are the completion's tokens that follow, shape (batch, longest)."""
         inputs = pad_inputs([example.input_ids for example in examples], pad_token_id)
-        return {**inputs, "labels": pad([each.targets for each in examples], tokens.IGNORED)}
+        targets = pad([each.targets for each in examples], tokens.IGNORED)
+        return {**inputs, "labels": tokens.following(targets)}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
         """Returns the mean loss over each completion's own tokens."""
-        pair = tokens.shifted(logits, batch["labels"])
-        return tokens.own_mean(tokens.losses(*pair), pair[1])
+        return tokens.own_mean(tokens.losses(logits, batch["labels"]), batch["labels"])
 
     def per_example_score(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
         """Returns the share of each completion's tokens that are predicted correctly."""
-        pair = tokens.shifted(logits, batch["labels"])
-        return tokens.own_mean(tokens.hits(*pair), pair[1])
+        return tokens.own_mean(tokens.hits(logits, batch["labels"]), batch["labels"])
 
     def statistics(self, logits: torch.Tensor, batch: Tensors) -> Tensors:
         """Returns counts of completion tokens, and of those predicted correctly."""
-        return tokens.statistics(*tokens.shifted(logits, batch["labels"]))
+        return tokens.statistics(logits, batch["labels"])
 
     def metrics(self, sums: Sums) -> dict[str, float]:
         """Returns token metrics over completions."""

@@ -72,7 +72,8 @@ class Preference:
         """Pads; rows are chosen, rejected, chosen, …: shape (2·batch, longest)."""
         rows = [row for example in examples for row in (example, example.rejected or example)]
         inputs = pad_inputs([row.input_ids for row in rows], pad_token_id)
-        return {**inputs, "labels": pad([row.targets for row in rows], tokens.IGNORED)}
+        targets = pad([row.targets for row in rows], tokens.IGNORED)
+        return {**inputs, "labels": tokens.following(targets)}
 
     def per_example_loss(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
         """Returns −log σ(margin), shape (batch,)."""
@@ -118,4 +119,4 @@ def _unlearned(prompt: EncodedPrompt) -> EncodedPrompt:
 
 def _log_likelihoods(logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
     """Returns the log-likelihood of each row's completion in nats, shape (rows,)."""
-    return -tokens.losses(*tokens.shifted(logits, batch["labels"])).sum(dim=1)
+    return -tokens.losses(logits, batch["labels"]).sum(dim=1)

@@ -1,6 +1,7 @@
 """Computations on token logits that several tasks share; rows are always independent.
 
-``labels`` are token ids of shape (rows, length), :data:`IGNORED` where no token is to be predicted.
+``logits`` have shape (rows, length, classes). ``labels`` have shape (rows, length): what the logits of
+the same position should predict, :data:`IGNORED` where they need not predict anything.
 """
 
 from __future__ import annotations
@@ -17,17 +18,29 @@ IGNORED = -100
 _LONGEST_EXPONENT = 50.0
 
 
-def shifted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs each position's logits in a causal model with the token that should follow it."""
-    return logits[:, :-1], labels[:, 1:]
+def following(values: torch.Tensor, last: int = IGNORED) -> torch.Tensor:
+    """Gives each position of a causal model the value of the token that should follow it.
+
+    The labels move, not the logits: a slice of the logits would have to be copied to become flat.
+
+    Args:
+        values: One value for each token, shape (rows, length).
+        last: What the last position gets, which no token follows.
+    """
+    import torch.nn.functional as F
+
+    return F.pad(values[:, 1:], (0, 1), value=last)
 
 
 def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Returns each position's cross-entropy in float32, shape (rows, length), zero where ignored."""
     import torch.nn.functional as F
 
-    transposed = logits.float().transpose(1, 2)
-    return F.cross_entropy(transposed, labels, reduction="none", ignore_index=IGNORED)
+    # Flat, so that each softmax reads adjacent numbers: with the classes in the middle it takes 3 times
+    # as long. float() copies nothing that is float32 already.
+    flat = logits.float().flatten(0, 1)
+    found = F.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return found.view(labels.shape)
 
 
 def own_mean(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support.allocations import Peak
 from support.families import example_of, labels_of, load_family, random_state, ready, task_of
 from support.kinds import KINDS
 from support.kinds import example_of as kind_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedslm.aggregation.methods import trained_keys
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig, TrainingConfig
@@ -42,29 +41,6 @@ def frozen(model: LoadedModel) -> list[torch.nn.Parameter]:
     own = {id(parameter) for parameter in model.adapter.parameters.values()}
     named = model.adapter.network.named_parameters()
     return [p for name, p in named if id(p) not in own and ".original_module." not in name]
-
-
-class Peak(TorchDispatchMode):
-    """Follows the bytes of all tensors that are made inside and not yet gone."""
-
-    bytes = 0
-
-    def __enter__(self) -> Peak:
-        self._there: dict[int, int] = {}
-        return super().__enter__()  # type: ignore[no-any-return]
-
-    def __torch_dispatch__(  # type: ignore[no-untyped-def]
-        self, func, types, args=(), kwargs=None
-    ):
-        made = func(*args, **(kwargs or {}))
-        for each in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(each, torch.Tensor):
-                storage = each.untyped_storage()
-                if storage.data_ptr() not in self._there:
-                    self._there[storage.data_ptr()] = storage.nbytes()
-                    weakref.finalize(storage, self._there.pop, storage.data_ptr(), None)
-        self.bytes = max(self.bytes, sum(self._there.values()))
-        return made
 
 
 def packed_bytes(parameter: torch.nn.Parameter) -> int:

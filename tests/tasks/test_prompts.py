@@ -161,7 +161,7 @@ def test_preference_loss_is_dpo_by_hand() -> None:
 
     def gain(row: int) -> float:
         total = 0.0
-        for at, target in enumerate(batch["labels"][row, 1:].tolist()):
+        for at, target in enumerate(batch["labels"][row].tolist()):
             if target != IGNORED:
                 total += by_hand(batch["base_logits"][row, at], target)
                 total -= by_hand(logits[row, at], target)
