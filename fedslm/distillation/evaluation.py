@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -103,18 +104,21 @@ def measure_decoding(
     References:
         Liu et al. 2024, Tuning Language Models by Proxy (arXiv 2401.08565).
     """
+    small, large = teacher.trained.model, student.model
+    # The logits of all three stand at the same positions.
+    logits_of = partial(forward, keep_all=not (small.keeps_positions and large.keeps_positions))
     order: list[int] = []
     parts: dict[str, list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]] = {}
     for numbers in passes(examples, _SPEAKERS * vocabulary):
         order += numbers
         chosen = [examples[at] for at in numbers]
         with torch.no_grad():
-            teacher.trained.model.adapter.write(teacher.tuned)
-            tuned, _ = forward(teacher.trained.model, teacher.task, chosen)
-            with teacher.trained.model.adapter.disabled():
-                untuned, _ = forward(teacher.trained.model, teacher.task, chosen)
-            with student.model.adapter.disabled():
-                base, batch = forward(student.model, student.task, chosen)
+            small.adapter.write(teacher.tuned)
+            tuned, _ = logits_of(small, teacher.task, chosen)
+            with small.adapter.disabled():
+                untuned, _ = logits_of(small, teacher.task, chosen)
+            with large.adapter.disabled():
+                base, batch = logits_of(large, student.task, chosen)
             sliced = [each[..., :vocabulary] for each in (base, tuned, untuned)]
             mixed = losses.proxy_target(*sliced, alpha=alpha, clip=clip)
             for name, values in student.task.statistics(mixed, batch).items():

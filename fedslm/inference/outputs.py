@@ -39,11 +39,14 @@ def next_chances(trained: Trained, sequences: Sequence[Tokens]) -> NDArray[np.fl
     found = np.empty((len(sequences), 0))
     for chosen in passes([Example(ids) for ids in sequences], model.vocabulary):
         batch = pad_inputs([sequences[at] for at in chosen], int(model.tokenizer.pad_token_id))
+        last = torch.tensor([len(sequences[at]) - 1 for at in chosen])
+        if model.keeps_positions:
+            batch["logits_to_keep"], last = torch.unique(last, return_inverse=True)
         with computing(model):
             inputs = {key: each.to(model.device) for key, each in batch.items()}
             logits = model.adapter.network(**inputs).logits
-        for row, at in enumerate(chosen):
-            shares = softmax(logits[row, len(sequences[at]) - 1].float().cpu().numpy())
+        for row, (at, column) in enumerate(zip(chosen, last.tolist(), strict=True)):
+            shares = softmax(logits[row, column].float().cpu().numpy())
             if not found.size:
                 found = np.empty((len(sequences), len(shares)))
             found[at] = shares

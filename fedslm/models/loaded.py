@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
@@ -43,6 +44,12 @@ class LoadedModel:
         """Vocabulary size of a language model: the number of logits at one position."""
         config: Any = self.adapter.network.config
         return int(config.vocab_size)
+
+    @cached_property
+    def keeps_positions(self) -> bool:
+        """True if the network takes ``logits_to_keep``, as the decoders of transformers do."""
+        network: Any = self.adapter.network
+        return "logits_to_keep" in signature(network.get_base_model().forward).parameters
 
 
 @lru_cache(maxsize=1)

@@ -22,7 +22,12 @@ Tensors = dict[str, "torch.Tensor"]
 Sums = Mapping[str, NDArray[np.float64]]
 Row = Mapping[str, Any]
 MADE_UP = (1, 2, 3, 2, 1)
-INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")  # tensors that a network takes
+INPUTS = (  # tensors that a network takes
+    "input_ids",
+    "attention_mask",
+    "decoder_input_ids",
+    "logits_to_keep",
+)
 CHARACTERS = 32  # characters of a text per token wanted: a public bound on the cost of one record
 
 

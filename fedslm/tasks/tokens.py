@@ -32,6 +32,20 @@ def following(values: torch.Tensor, last: int = IGNORED) -> torch.Tensor:
     return F.pad(values[:, 1:], (0, 1), value=last)
 
 
+def at_labels(batch: Tensors) -> Tensors:
+    """Limits a language model's batch to the positions at which some row has a label.
+
+    Returns:
+        The batch with ``logits_to_keep``, those positions in ascending order, at least one; ``labels``
+        and ``words`` are the ones at them.
+    """
+    labelled = (batch["labels"] != IGNORED).any(dim=0)
+    labelled[0] |= ~labelled.any()  # a batch without labels has a loss too: zero
+    kept = labelled.nonzero().squeeze(1)
+    aligned: Tensors = {key: batch[key][:, kept] for key in ("labels", "words") if key in batch}
+    return {**batch, **aligned, "logits_to_keep": kept}
+
+
 def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Returns each position's cross-entropy in float32, shape (rows, length), zero where ignored."""
     import torch.nn.functional as F

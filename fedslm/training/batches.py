@@ -9,6 +9,7 @@ import torch
 
 from fedslm.models.loaded import LoadedModel
 from fedslm.tasks.base import INPUTS, Example, Task, Tensors
+from fedslm.tasks.tokens import at_labels
 
 Unit = Sequence[Example]  # records that are clipped together: one record, or a user's records
 
@@ -40,15 +41,33 @@ def micro_batches(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
 
 
 def forward(
-    model: LoadedModel, task: Task, examples: Sequence[Example]
+    model: LoadedModel, task: Task, examples: Sequence[Example], *, keep_all: bool = False
 ) -> tuple[torch.Tensor, Tensors]:
     """Runs the model on one micro-batch.
 
+    A decoder computes its output layer only at positions where some row has a label. (An
+    encoder-decoder has nothing to save: its decoder reads only targets.) The kept positions depend on
+    all rows, so keep every one where rows that share a pass must not affect each other's rounding.
+
+    Args:
+        model: The model.
+        task: Collates the examples.
+        examples: At least one.
+        keep_all: Compute the logits of every position, whatever the labels.
+
     Returns:
-        Logits, and the batch on the model's device; the batch includes the base's own logits if the
-        task compares with them.
+        Logits, and the batch on the model's device, both at the same positions. The batch includes the
+        base's own logits if the task compares with them.
     """
-    return run(model, task, task.collate(examples, int(model.tokenizer.pad_token_id)))
+    return run(model, task, collated(model, task, examples, keep_all=keep_all))
+
+
+def collated(
+    model: LoadedModel, task: Task, examples: Sequence[Example], *, keep_all: bool = False
+) -> Tensors:
+    """Collates one micro-batch; see :func:`forward`."""
+    batch = task.collate(examples, int(model.tokenizer.pad_token_id))
+    return batch if keep_all or task.labels or not model.keeps_positions else at_labels(batch)
 
 
 def run(model: LoadedModel, task: Task, collated: Tensors) -> tuple[torch.Tensor, Tensors]:

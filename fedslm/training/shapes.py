@@ -223,7 +223,7 @@ def _slots(waiting: int, proved: Sequence[int]) -> int:
     return next((slots for slots in sorted(proved) if slots >= waiting), max(proved))
 
 
-def collated(task: Task, records: Sequence[Example], shape: Shape, pad_token_id: int) -> Tensors:
+def in_shape(task: Task, records: Sequence[Example], shape: Shape, pad_token_id: int) -> Tensors:
     """Collates records into a public shape; made-up records fill the empty slots, at the end.
 
     Args:

@@ -19,10 +19,10 @@ from fedslm.models.loaded import LoadedModel
 from fedslm.models.lora_layers import fused
 from fedslm.privacy.plan import MOST_RECORDS_PER_UNIT, Plan, PrivatePlan
 from fedslm.tasks.base import Example, Task
-from fedslm.training.batches import Unit, forward, micro_batches, run
+from fedslm.training.batches import Unit, collated, forward, micro_batches, run
 from fedslm.training.noisy_optimizer import private_optimizer
 from fedslm.training.per_record import Gradients, per_record_gradients
-from fedslm.training.shapes import Part, Pass, Shape, Shapes, collated, fixed, isolated, shared
+from fedslm.training.shapes import Part, Pass, Shape, Shapes, fixed, in_shape, isolated, shared
 from fedslm.training.sums import on_grid, zero_non_finite
 
 if TYPE_CHECKING:
@@ -240,10 +240,14 @@ class PrivateStep:
 
     def _attempt(self, records: Sequence[Example], shape: Shape | None) -> torch.Tensor:
         """Computes the per-record gradients of one pass, float32 of shape (records, P)."""
-        task, pad = self._task, int(self._model.tokenizer.pad_token_id)
-        batch = task.collate(records, pad) if shape is None else collated(task, records, shape, pad)
-        slots = len(records) if shape is None else shape.records
-        logits, batch = run(self._model, task, batch)
+        model, task = self._model, self._task
+        if shape is None:
+            batch, slots = collated(model, task, records), len(records)
+        else:
+            # Every position is kept: those with a label depend on the records.
+            batch = in_shape(task, records, shape, int(model.tokenizer.pad_token_id))
+            slots = shape.records
+        logits, batch = run(model, task, batch)
         losses = task.per_example_loss(logits, batch)
         rows = self._gradients(losses, slots * task.rows_per_example)
         if task.rows_per_example > 1:

@@ -14,6 +14,7 @@ import torch
 from fedslm.errors import ConfigError, DataError
 from fedslm.inference.evaluation import own_rows
 from fedslm.inference.next_words import _joined
+from fedslm.inference.outputs import next_chances
 from fedslm.inference.prediction import predict
 from fedslm.inference.trained import Trained, load_trained, open_run
 from fedslm.tasks.token_classification import entities
@@ -136,6 +137,18 @@ def test_a_word_has_the_tag_of_its_first_piece(finished_run: Finished) -> None:
         inside = firsts[entity["first_word"] : entity["last_word"] + 1]
         expected = np.mean([float(shares[at].max()) for at in inside])
         assert entity["score"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_next_token_follows_each_sequence(finished_run: Finished) -> None:
+    """Sequences of several lengths share a pass; each one's chances are those behind its own end."""
+    trained = open_(finished_run, "causal-lm")
+    sequences = [tuple(range(9, 9 + length)) for length in (7, 3, 12, 3, 1)]
+    found = next_chances(trained, sequences)
+    assert found.shape == (5, trained.model.vocabulary)
+    for sequence, shares in zip(sequences, found, strict=True):
+        with torch.inference_mode():
+            logits = trained.model.adapter.network(torch.tensor([sequence])).logits[0, -1]
+        np.testing.assert_allclose(shares, logits.double().softmax(-1), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [*CLASSIFIERS, "token-classification", "causal-lm"])

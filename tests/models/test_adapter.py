@@ -44,7 +44,7 @@ def test_saved_adapter_loads_with_plain_peft(
     model.adapter.write(random_state(model))
     model.adapter.save(tmp_path)
     with torch.no_grad():
-        expected, batch = forward(model, task, examples_of(4))
+        expected, batch = forward(model, task, examples_of(4), keep_all=True)
     if task_name == "causal-lm":
         base = transformers.AutoModelForCausalLM.from_pretrained(directory)
     elif pooling == "native":
@@ -173,16 +173,20 @@ def test_without_its_adapter_the_base_answers_alone(
     trained = {key for key in state if "lora_B" in key}
     model.adapter.train_only(trained)
     with torch.no_grad():
-        adapted, batch = forward(model, task, examples_of(3))
+        adapted, batch = forward(model, task, examples_of(3), keep_all=True)
     base = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     end = pytest.raises(ZeroDivisionError) if fails else nullcontext()
     with end, torch.no_grad(), model.adapter.disabled():
-        torch.testing.assert_close(forward(model, task, examples_of(3))[0], base(**inputs).logits)
+        torch.testing.assert_close(
+            forward(model, task, examples_of(3), keep_all=True)[0], base(**inputs).logits
+        )
         assert 1 / (not fails)
     assert {key for key, each in model.adapter.parameters.items() if each.requires_grad} == trained
     with torch.no_grad():
-        torch.testing.assert_close(forward(model, task, examples_of(3))[0], adapted, atol=0, rtol=0)
+        torch.testing.assert_close(
+            forward(model, task, examples_of(3), keep_all=True)[0], adapted, atol=0, rtol=0
+        )
     assert not torch.allclose(adapted, base(**inputs).logits)
 
 

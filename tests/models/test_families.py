@@ -192,7 +192,7 @@ def test_adapter_goes_through_plain_peft_and_merges(case: Case, tmp_path: Path) 
     model.adapter.network.eval()
     model.adapter.save(tmp_path)
     with torch.no_grad():
-        expected, batch = forward(model, task, examples_of(4, name=case.name))
+        expected, batch = forward(model, task, examples_of(4, name=case.name), keep_all=True)
     base: torch.nn.Module = fresh_base(case)
     plain = PeftModel.from_pretrained(base, tmp_path).eval()
     inputs = {key: value for key, value in batch.items() if key.endswith(("input_ids", "mask"))}

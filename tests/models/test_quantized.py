@@ -142,7 +142,7 @@ def test_adapter_of_a_quantised_base_fits_the_whole_one(case, kind: str, tmp_pat
     small.adapter.save(tmp_path)
     directory, name, pooling = case
     with torch.no_grad():
-        expected, batch = forward(whole, task, examples_of(3, name=name))
+        expected, batch = forward(whole, task, examples_of(3, name=name), keep_all=True)
     auto = {
         "classification": transformers.AutoModel,
         "token-classification": transformers.AutoModelForTokenClassification,

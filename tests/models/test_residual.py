@@ -41,7 +41,7 @@ def case(
 def logits(model: LoadedModel, name: str, count: int = 4) -> torch.Tensor:
     """Logits of a padded batch."""
     with torch.no_grad():
-        return forward(model, task_of(name), examples_of(count, name=name))[0]
+        return forward(model, task_of(name), examples_of(count, name=name), keep_all=True)[0]
 
 
 def test_a_delta_is_a_change_of_the_weights(case: tuple[Path, str]) -> None:

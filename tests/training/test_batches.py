@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import alone, examples_of, load_family, random_state, task_of
+from support.families import alone, examples_of, load_family, random_state, ready, task_of
 from support.kinds import KINDS, example_of
 
-from fedslm.tasks.base import Example
-from fedslm.training.batches import micro_batches
+from fedslm.models.loaded import LoadedModel
+from fedslm.tasks.base import Example, Task, Tensors
+from fedslm.tasks.tokens import IGNORED
+from fedslm.training.batches import forward, micro_batches
 from fedslm.training.evaluation import count
 
 LENGTHS = st.integers(1, 12)
@@ -92,9 +96,12 @@ def test_an_evaluation_holds_few_logits_at_once(
     most, seen = 40 * model.vocabulary, []
     monkeypatch.setattr("fedslm.tasks.passes.MOST_LOGITS", most)
     monkeypatch.setattr("fedslm.tasks.passes.LEAST_WIDTH", 1)  # the vocabulary is tiny
-    hook = model.adapter.network.register_forward_hook(
-        lambda *given: seen.append(given[2].logits.numel())
-    )
+
+    def see(*given: Any) -> None:
+        seen.append(given[2]["input_ids"].numel() * model.vocabulary)
+        assert given[3].logits.numel() < seen[-1]  # nothing is computed for a last token
+
+    hook = model.adapter.network.register_forward_hook(see, with_kwargs=True)
     try:
         found = count(model, task, examples, adapter)
     finally:
@@ -109,3 +116,86 @@ def test_a_batch_of_nothing_has_no_pieces() -> None:
     """No units, no forward pass."""
     assert list(micro_batches([], 4)) == []
     assert [len(part) for part in micro_batches(alone(examples_of(5)), 2)] == [2, 2, 1]
+
+
+DECODING = ["causal-lm", "instruction", "preference"]
+
+
+def conversation(name: str, asked: int, answered: int, number: int) -> Example:
+    """An example with a prompt of its own length; without labels if nothing is answered."""
+    ids = tuple(int(x) for x in np.random.default_rng(number).integers(9, 1700, asked + answered))
+    targets = (*(IGNORED,) * asked, *ids[asked:])
+    if name == "causal-lm":
+        return Example(ids, targets=tuple(1 + at // 2 for at in range(len(ids))))
+    worse = Example(ids[::-1], targets=(*(IGNORED,) * asked, *ids[::-1][asked:]))
+    return Example(ids, targets=targets, rejected=worse if name == "preference" else None)
+
+
+def with_gradient(
+    model: LoadedModel, task: Task, examples: list[Example], *, keep_all: bool
+) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
+    """Losses, the adapter's gradient of their sum, and the batch."""
+    ready(model)
+    model.adapter.network.zero_grad()
+    logits, batch = forward(model, task, examples, keep_all=keep_all)
+    losses = task.per_example_loss(logits, batch)
+    losses.sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.adapter.parameters.values()])
+    return losses.detach(), gradient, {**batch, "logits": logits.detach()}
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_only_positions_with_labels_have_logits(
+    name: str, family_directory: Callable[[str, str], Path]
+) -> None:
+    """Losses, gradients, scores and statistics are those of all positions, from as many as needed."""
+    model, task = load_family(family_directory("llama", "causal-lm"), "causal-lm"), KINDS[name]
+    sizes = [(6, 2), (9, 4), (7, 1)]  # labels are predicted at positions 5, 6 and 8 to 11
+    examples = [conversation(name, *size, number) for number, size in enumerate(sizes)]
+    few, all_of_them = (
+        with_gradient(model, task, examples, keep_all=keep_all) for keep_all in (False, True)
+    )
+    torch.testing.assert_close(few[:2], all_of_them[:2], rtol=1e-5, atol=1e-6)
+    rows = len(examples) * task.rows_per_example
+    assert all_of_them[2]["logits"].shape == (rows, 13, model.vocabulary)
+    kept = 12 if name == "causal-lm" else 6
+    assert few[2]["logits"].shape == (rows, kept, model.vocabulary)
+    assert few[2]["labels"].shape == (rows, kept)
+    found = [
+        {
+            **task.statistics(batch["logits"], batch),
+            "score": task.per_example_score(batch["logits"], batch),
+        }
+        for batch in (few[2], all_of_them[2])
+    ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["instruction", "preference"])
+def test_a_batch_without_labels_has_no_gradient(
+    name: str, family_directory: Callable[[str, str], Path]
+) -> None:
+    """Where no row has a label, the loss is one that nothing can change."""
+    model, task = load_family(family_directory("llama", "causal-lm"), "causal-lm"), KINDS[name]
+    examples = [conversation(name, 6, 0, number) for number in range(2)]
+    losses, gradient, batch = with_gradient(model, task, examples, keep_all=False)
+    assert batch["logits"].shape[1] == 1
+    assert bool(torch.isfinite(losses).all())
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("bert", "classification"), ("llama", "token-classification"), ("t5", "seq2seq")],
+)
+def test_other_networks_compute_all_their_logits(
+    architecture: str, name: str, family_directory: Callable[[str, str], Path]
+) -> None:
+    """A classifier, a tagger and an encoder-decoder are given what they were."""
+    model, task = load_family(family_directory(architecture, name), name), task_of(name)
+    examples = examples_of(3, name=name)
+    (few, batch), (all_of_them, _) = (
+        forward(model, task, examples, keep_all=keep_all) for keep_all in (False, True)
+    )
+    assert "logits_to_keep" not in batch
+    assert torch.equal(few, all_of_them)

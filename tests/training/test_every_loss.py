@@ -102,6 +102,24 @@ def test_a_patient_is_clipped_once(
     np.testing.assert_allclose(seen.exact, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("passes", WEAKEST_FIRST)
+def test_a_record_without_labels_adds_nothing(
+    passes: Passes, family_directory: FamilyDirectory
+) -> None:
+    """Its pass has no position to predict: alone its gradient is zero, and others are as without it."""
+    model, task = (
+        load_family(family_directory("llama", "instruction"), "instruction"),
+        task_of("instruction"),
+    )
+    good = examples_for("instruction", 3)
+    empty = replace(good[0], targets=(IGNORED,) * len(good[0].input_ids))
+    plan = record_plan(1e-6, CLIP, passes=passes)
+    assert not np.any(one_step(model, task, plan, alone([empty]), 8, shapes=SHAPES).exact)
+    with_it = one_step(model, task, plan, alone([*good, empty]), 8, shapes=SHAPES).exact
+    without = one_step(model, task, plan, alone(good), 8, shapes=SHAPES).exact
+    np.testing.assert_allclose(with_it, without, atol=2e-6)
+
+
 def test_a_broken_pair_counts_as_zero(family_directory: FamilyDirectory) -> None:
     """A pair whose rejected answer cannot be computed adds nothing, and the others are as without it."""
     model, task = (

@@ -19,8 +19,8 @@ from fedslm.training.shapes import (
     Shape,
     Shapes,
     candidates,
-    collated,
     fixed,
+    in_shape,
     isolated,
     shared,
 )
@@ -117,7 +117,7 @@ def test_a_batch_has_its_public_shape(name: str, family_directory: Callable[[str
     """Whatever the task: every tensor has a row for each slot, and is as long as the shape says."""
     task = task_of(name)
     for records in ([task.made_up(7)], [task.made_up(7), task.made_up(15)]):
-        batch = collated(task, records, Shape(3, 16), 0)
+        batch = in_shape(task, records, Shape(3, 16), 0)
         rows = 3 * task.rows_per_example
         assert {len(tensor) for tensor in batch.values()} == {rows}
         assert batch["input_ids"].shape == (rows, 16)
