@@ -92,6 +92,15 @@ def test_info_for_people_names_a_guess(override: str, why: str) -> None:
         assert part in result.stdout
 
 
+def test_records_in_a_pass_keep_every_limit() -> None:
+    """The budget of tokens, the limit on records and the batch, without privacy; a pass has one record."""
+    own = ("task.labels=a,b,c", "privacy.unit=none", "model.device=cpu", "training.batch_size=40")
+    for length, limit, expected in ((128, 32, 4), (16, 32, 32), (8, 64, 40), (128, 3, 3)):
+        sets = (*own, f"task.max_length={length}", f"training.micro_batch_size={limit}")
+        assert info(*sets)["records_in_a_pass"] == expected
+    assert info("task.labels=a,b,c")["records_in_a_pass"] == 1  # a unit under privacy
+
+
 def test_smaller_bases_are_smaller() -> None:
     """Precision lowers the base, not what is trained."""
     sizes = {kind: info(f"model.quantization={kind}") for kind in ("none", "int8", "int4")}

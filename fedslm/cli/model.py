@@ -65,13 +65,13 @@ def describe(config: Config) -> dict[str, Any]:
     guess = [f"{classes} classes are a guess: {unknown}"] if unknown else []
     directory = resolve_config(config.model)
     sizes = sizing.footprint(directory, config.model, config.lora, config.task, classes)
-    records = _records(config)
+    device, machine_bytes = sizing.machine(config.model)
+    records = _records(config, device)
     shapes = _with_cores(sizes.shapes)
     trained = trained_keys(method_of(config.aggregation), shapes)
     kept = shapes if method_of(config.aggregation) == "fed-sb" else sizes.shapes
     needs = sizing.memory(sizes, kept, trained, config.training, records=records, private=private)
     values = sizing.parameters(shapes, trained)
-    device, machine_bytes = sizing.machine(config.model)
     return {
         "model_type": sizes.model_type,
         "family": sizes.family,
@@ -117,12 +117,15 @@ def _classes(config: Config) -> tuple[int, str]:
         return _ASSUMED_CLASSES, str(error)
 
 
-def _records(config: Config) -> int:
-    """Returns the number of records that share a forward pass."""
+def _records(config: Config, device: str) -> int:
+    """Returns the number of records of the maximum length that share a forward pass."""
+    from fedslm.tasks.passes import token_budget
+
     training, privacy = config.training, config.privacy
     shared = min(training.batch_size, training.micro_batch_size)
     if privacy.unit == "none" or privacy.passes != "isolated":
-        return shared
+        tokens = token_budget(device, TASKS[config.task.name].rows_per_example)
+        return max(1, min(shared, tokens // config.task.max_length))
     return privacy.max_records_per_unit or 1  # each unit has its own pass
 
 

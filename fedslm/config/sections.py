@@ -177,7 +177,8 @@ class TrainingConfig(Section):
     """Records (unit = "user": users) in a step; under privacy the public constant that the noisy
     sum is divided by."""
     micro_batch_size: int = Field(32, ge=1)
-    """Most records in one forward pass; larger batches are split."""
+    """A limit on the records in one forward pass. Without privacy a pass also holds at most 512 tokens
+    on a CPU and 16,384 on a GPU, padding included."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Local optimizer; its state is reset each round."""
     learning_rate: float = Field(1e-3, gt=0)

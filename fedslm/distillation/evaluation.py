@@ -23,7 +23,7 @@ from fedslm.models.loaded import LoadedModel
 from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
 from fedslm.tasks.causal_lm import CausalLM
-from fedslm.tasks.passes import passes
+from fedslm.tasks.passes import bounded_budget, passes
 from fedslm.training.batches import forward
 from fedslm.training.evaluation import statistics
 
@@ -109,7 +109,8 @@ def measure_decoding(
     logits_of = partial(forward, keep_all=not (small.keeps_positions and large.keeps_positions))
     order: list[int] = []
     parts: dict[str, list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]] = {}
-    for numbers in passes(examples, _SPEAKERS * vocabulary):
+    tokens = bounded_budget(_SPEAKERS * vocabulary, large.device.type)
+    for numbers in passes(examples, tokens):
         order += numbers
         chosen = [examples[at] for at in numbers]
         with torch.no_grad():

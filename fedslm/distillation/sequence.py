@@ -35,7 +35,7 @@ from fedslm.storage import json_text, write_text
 from fedslm.tasks import tokens
 from fedslm.tasks.base import Example, Tokens
 from fedslm.tasks.instruction import Instruction
-from fedslm.tasks.passes import passes, width_of
+from fedslm.tasks.passes import evaluation_budget, passes
 from fedslm.tasks.prompts import Prompts
 from fedslm.training.batches import forward
 
@@ -165,7 +165,8 @@ def _mean_log_probabilities(
 ) -> NDArray[np.float64]:
     """Returns the mean log-probability of each example's target tokens, shape (examples,)."""
     found = np.empty(len(examples))
-    for chosen in passes(examples, width_of(task, model.vocabulary)):
+    budget = evaluation_budget(task, model.vocabulary, model.device.type)
+    for chosen in passes(examples, budget):
         with torch.no_grad():
             logits, batch = forward(model, task, [examples[at] for at in chosen])
             found[chosen] = -task.per_example_loss(logits, batch).double().cpu().numpy()

@@ -10,17 +10,18 @@ from numpy.typing import NDArray
 
 from fedslm.inference.trained import Trained, computing
 from fedslm.tasks.base import Example, Tokens, pad_inputs
-from fedslm.tasks.passes import passes, width_of
+from fedslm.tasks.passes import evaluation_budget, passes
 from fedslm.training.batches import forward
 
 
 def logits_of(trained: Trained, examples: Sequence[Example]) -> list[NDArray[np.float32]]:
     """Returns logits of each example, in order: (classes,), or (tokens, classes) for tagging."""
     found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(examples)
-    width = width_of(trained.task, trained.model.vocabulary)
+    model, task = trained.model, trained.task
+    tokens = evaluation_budget(task, model.vocabulary, model.device.type)
     with torch.inference_mode():
-        for chosen in passes(examples, width):
-            logits, _ = forward(trained.model, trained.task, [examples[at] for at in chosen])
+        for chosen in passes(examples, tokens):
+            logits, _ = forward(model, task, [examples[at] for at in chosen])
             for at, row in zip(chosen, logits.float().cpu().numpy(), strict=True):
                 found[at] = row
     return found
@@ -37,7 +38,8 @@ def next_chances(trained: Trained, sequences: Sequence[Tokens]) -> NDArray[np.fl
     """Returns the probabilities of the next token, shape (sequences, vocabulary)."""
     model = trained.model
     found = np.empty((len(sequences), 0))
-    for chosen in passes([Example(ids) for ids in sequences], model.vocabulary):
+    tokens = evaluation_budget(trained.task, model.vocabulary, model.device.type)
+    for chosen in passes([Example(ids) for ids in sequences], tokens):
         batch = pad_inputs([sequences[at] for at in chosen], int(model.tokenizer.pad_token_id))
         last = torch.tensor([len(sequences[at]) - 1 for at in chosen])
         if model.keeps_positions:

@@ -20,11 +20,10 @@ from fedslm.errors import ModelError
 from fedslm.models.loaded import LoadedModel
 from fedslm.records import AdapterState, FloatArray
 from fedslm.tasks.base import INPUTS, Example, Task, Tensors
-from fedslm.tasks.passes import passes, width_of
+from fedslm.tasks.passes import evaluation_budget, passes
 
 _WIDEST = 4096
 _MOMENTS_BYTES = 512 << 20  # held at once; more layers need further passes
-_BATCH_SIZE = 16
 _NOISE_LEVEL = 1e-10  # relative to the largest eigenvalue; a direction below it is rounding error
 
 
@@ -132,7 +131,8 @@ def _moments(
         model.adapter.disabled(),
         _watched(group, moments, masks),
     ):
-        for chosen in passes(examples, width_of(task, model.vocabulary), _BATCH_SIZE):
+        tokens = evaluation_budget(task, model.vocabulary, model.device.type)
+        for chosen in passes(examples, tokens):
             collated = task.collate(
                 [examples[number] for number in chosen], int(model.tokenizer.pad_token_id)
             )

@@ -14,7 +14,7 @@ from fedslm.config.tasks import TASKS
 from fedslm.models import families, networks
 from fedslm.models.adapter import attach
 from fedslm.models.base import device_of
-from fedslm.tasks.passes import LEAST_WIDTH, MOST_EXAMPLES, MOST_LOGITS
+from fedslm.tasks.passes import bounded_budget
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _FLOAT = 4
 _SCALE_OF_4_BITS = 1 / 64 + 4 / (64 * 256)  # one byte per 64 values, one float per 256 of those bytes
+_LEAST_WIDTH = 1 << 11  # fewest values that a layer holds per token, even with few classes
 _HIDDEN_STATES, _WIDE_STATES, _LOGITS = 14, 4, 5  # kept per layer, per layer, once
-_EVALUATED = (
-    3  # copies of the logits at once: the logits, their logarithms, and a kernel's intermediate result
-)
+_EVALUATED = 2  # copies of the logits at once: the logits and their logarithms
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ def footprint(
         num_labels: Classes; 0 if the task has none.
 
     Raises:
-        ModelError: The architecture does not support the task, or cannot be trained.
+        ModelError: The architecture does not support the task, or cannot be trained; or this machine
+            lacks the device.
     """
     values = families.configuration(directory)
     families.check(values, lora.target_modules, private=False)
@@ -93,7 +93,7 @@ def footprint(
         targets=dict(sorted(Counter(adapted).items())),
         heads=heads,
         activation_bytes=_activations(network, model, task),
-        evaluation_bytes=_evaluation(network, task, num_labels),
+        evaluation_bytes=_evaluation(network, task, num_labels, device_of(model).type),
     )
 
 
@@ -244,7 +244,7 @@ def _activations(network: Any, model: ModelConfig, task: TaskConfig) -> int:
     return round(kind.rows_per_example * (length * values * size + _LOGITS * logits * _FLOAT))
 
 
-def _evaluation(network: Any, task: TaskConfig, num_labels: int) -> int:
+def _evaluation(network: Any, task: TaskConfig, num_labels: int, device: str) -> int:
     """Estimates the bytes of one evaluation pass's logits, or of one layer's states.
 
     The pass size is that of :mod:`fedslm.tasks.passes`. Without gradients, a layer's activations are
@@ -255,6 +255,7 @@ def _evaluation(network: Any, task: TaskConfig, num_labels: int) -> int:
     if kind.network == "encoder-decoder":
         length = max(length, task.max_target_length or 0)  # the longer one counts in a pass
     if kind.has_rejected:
-        width *= 4  # two answers, each with and without the adapter
-    one = length * max(width, LEAST_WIDTH)
-    return _EVALUATED * _FLOAT * max(one, min(MOST_EXAMPLES * one, MOST_LOGITS))
+        width *= 2  # with and without the adapter
+    rows = kind.rows_per_example
+    tokens = rows * max(length, bounded_budget(width, device, rows))
+    return _EVALUATED * _FLOAT * tokens * max(width, _LEAST_WIDTH)

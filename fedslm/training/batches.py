@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
@@ -9,35 +10,33 @@ import torch
 
 from fedslm.models.loaded import LoadedModel
 from fedslm.tasks.base import INPUTS, Example, Task, Tensors
+from fedslm.tasks.passes import together
 from fedslm.tasks.tokens import at_labels
 
 Unit = Sequence[Example]  # records that are clipped together: one record, or a user's records
 
 
-def micro_batches(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
+def micro_batches(
+    units: Sequence[Unit], size: int, *, tokens: float = math.inf
+) -> Iterator[list[Unit]]:
     """Splits a logical batch into parts of similar length; a unit is never split.
 
     Args:
         units: The logical batch.
         size: Most records in a part, unless one unit has more on its own.
+        tokens: Most records times the longest in a part, with the same exception.
 
     >>> short, long = Example((1,)), Example((1, 2))
     >>> [len(part) for part in micro_batches([[short], [long], [short]], 2)]
     [2, 1]
     >>> [len(part) for part in micro_batches([[short, long], [long]], 2)]
     [1, 1]
+    >>> [len(part) for part in micro_batches([[short], [long], [short]], 3, tokens=5)]
+    [2, 1]
     """
-    ordered = sorted(units, key=lambda unit: max(example.length for example in unit))
-    part: list[Unit] = []
-    records = 0
-    for unit in ordered:
-        if part and records + len(unit) > size:
-            yield part
-            part, records = [], 0
-        part.append(unit)
-        records += len(unit)
-    if part:
-        yield part
+    sizes = [(len(unit), max(example.length for example in unit)) for unit in units]
+    for part in together(sizes, tokens, size):
+        yield [units[number] for number in part]
 
 
 def forward(

@@ -11,18 +11,14 @@ from numpy.typing import NDArray
 from fedslm.models.loaded import LoadedModel
 from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
-from fedslm.tasks.passes import MOST_EXAMPLES, passes, width_of
+from fedslm.tasks.passes import evaluation_budget, passes
 from fedslm.training.batches import forward
 
 Statistics = dict[str, NDArray[np.float64]]
 
 
 def statistics(
-    model: LoadedModel,
-    task: Task,
-    examples: Sequence[Example],
-    adapter: AdapterState,
-    batch_size: int = MOST_EXAMPLES,
+    model: LoadedModel, task: Task, examples: Sequence[Example], adapter: AdapterState
 ) -> Statistics:
     """Computes the task's statistics of each example.
 
@@ -31,18 +27,17 @@ def statistics(
         task: The task that is evaluated.
         examples: Any number.
         adapter: The whole adapter.
-        batch_size: Most examples in one forward pass, as in :func:`fedslm.tasks.passes.passes`.
 
     Returns:
         Name to an array of shape (examples, …), in the order of the examples; empty without examples.
     """
     model.adapter.write(adapter)
     model.adapter.network.eval()
-    width = width_of(task, model.vocabulary)
+    tokens = evaluation_budget(task, model.vocabulary, model.device.type)
     order: list[int] = []
     parts: dict[str, list[NDArray[np.float64]]] = {}
     with torch.inference_mode():
-        for chosen in passes(examples, width, batch_size):
+        for chosen in passes(examples, tokens):
             order += chosen
             logits, batch = forward(model, task, [examples[number] for number in chosen])
             for name, values in task.statistics(logits, batch).items():
@@ -52,11 +47,7 @@ def statistics(
 
 
 def count(
-    model: LoadedModel,
-    task: Task,
-    examples: Sequence[Example],
-    adapter: AdapterState,
-    batch_size: int = MOST_EXAMPLES,
+    model: LoadedModel, task: Task, examples: Sequence[Example], adapter: AdapterState
 ) -> Statistics:
     """Sums the task's statistics over the examples.
 
@@ -65,10 +56,9 @@ def count(
         task: The task that is evaluated.
         examples: Any number.
         adapter: The whole adapter.
-        batch_size: As in :func:`statistics`.
 
     Returns:
         Sums, for :meth:`fedslm.tasks.base.Task.metrics`; empty without examples.
     """
-    found = statistics(model, task, examples, adapter, batch_size)
+    found = statistics(model, task, examples, adapter)
     return {name: values.sum(axis=0) for name, values in found.items()}

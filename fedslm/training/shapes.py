@@ -43,7 +43,6 @@ _ON_CPU = (  # a tiny base waits for Python, a small one for its caches, a large
 )
 _ON_GPU = _Kind(math.inf, (32, 72, 136, 264, 520), 16_384, 64)
 _COUNTS = (*range(1, 17), 24, 32, 48, 64)  # of records in a pass
-_ISOLATED_TOKENS = 576  # of one user, in a pass
 _MOST_VALUES = 1 << 24  # of per-record gradients in one pass: 64 MiB
 _UNIT_VALUES = 1 << 23  # of units' sums at once: 64 MiB in float64
 
@@ -118,6 +117,7 @@ class Job:
         trained_values: Trained values: per-record gradients bound the records in a pass.
         longest: Longest record, in tokens: no longer length is needed.
         most_records: ``training.micro_batch_size``.
+        rows: Batch rows of a record.
         on_gpu: Whether the model is on a GPU.
     """
 
@@ -125,6 +125,7 @@ class Job:
     trained_values: int
     longest: int
     most_records: int
+    rows: int = 1
     on_gpu: bool = False
 
 
@@ -139,7 +140,7 @@ def candidates(job: Job) -> dict[int, tuple[int, ...]]:
     most = min(kind.records, job.most_records, _MOST_VALUES // max(job.trained_values, 1))
     needed = [length for length in kind.lengths if length <= job.longest]
     needed += [length for length in kind.lengths if length > job.longest][:1]
-    slots = {length: min(most, kind.tokens // length) for length in needed}
+    slots = {length: min(most, kind.tokens // (length * job.rows)) for length in needed}
     return {
         length: (*(count for count in _COUNTS if count < most), most)
         for length, most in slots.items()
@@ -147,7 +148,7 @@ def candidates(job: Job) -> dict[int, tuple[int, ...]]:
     }
 
 
-def isolated(units: Sequence[Unit], most_tokens: int = _ISOLATED_TOKENS) -> Iterator[Part]:
+def isolated(units: Sequence[Unit], most_tokens: int) -> Iterator[Part]:
     """Yields a part for each unit; its records share no pass with another unit's.
 
     Args:
@@ -166,14 +167,15 @@ def isolated(units: Sequence[Unit], most_tokens: int = _ISOLATED_TOKENS) -> Iter
         yield Part(1, tuple(passes))
 
 
-def shared(units: Sequence[Unit], most_records: int) -> Iterator[Part]:
+def shared(units: Sequence[Unit], most_records: int, most_tokens: int) -> Iterator[Part]:
     """Yields parts of several units that share a pass, padded to the longest record among them.
 
     Args:
         units: The units of a step.
         most_records: Most records in a pass, unless one unit has more.
+        most_tokens: Most padded tokens in a pass, with the same exception.
     """
-    for some in micro_batches(units, most_records):
+    for some in micro_batches(units, most_records, tokens=most_tokens):
         pairs = [(record, owner) for owner, unit in enumerate(some) for record in unit]
         records, owners = zip(*pairs, strict=True)
         yield Part(len(some), (Pass(records, owners),))

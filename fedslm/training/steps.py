@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, assert_never
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -19,6 +19,7 @@ from fedslm.models.loaded import LoadedModel
 from fedslm.models.lora_layers import fused
 from fedslm.privacy.plan import MOST_RECORDS_PER_UNIT, Plan, PrivatePlan
 from fedslm.tasks.base import Example, Task
+from fedslm.tasks.passes import token_budget
 from fedslm.training.batches import Unit, collated, forward, micro_batches, run
 from fedslm.training.noisy_optimizer import private_optimizer
 from fedslm.training.per_record import Gradients, per_record_gradients
@@ -46,7 +47,7 @@ class PlainStep:
         model: The model.
         task: The task with the loss.
         optimizer: Over the trained parameters.
-        micro_batch_size: Most records in one forward pass.
+        micro_batch_size: Most records in one forward pass; the token budget may allow fewer.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class PlainStep:
         """Moves the parameters by one step."""
         self._optimizer.zero_grad(set_to_none=True)
         count = sum(len(unit) for unit in units)
-        for part in micro_batches(units, self._micro_batch_size):
+        tokens = token_budget(self._model.device.type, self._task.rows_per_example)
+        for part in micro_batches(units, self._micro_batch_size, tokens=tokens):
             examples = [example for unit in part for example in unit]
             logits, batch = forward(self._model, self._task, examples)
             loss = self._task.per_example_loss(logits, batch).sum() / count
@@ -311,20 +313,15 @@ def stepping(
         return
     private = private_optimizer(optimizer, plan)
     with per_record_gradients(model.adapter.network, private.params) as gradients:
-        cut = _cut_of(plan, micro_batch_size, shapes if gradients.is_aligned else None, gradients.width)
+        tokens = token_budget(model.device.type, task.rows_per_example)
+        if plan.passes == "fixed" and shapes is not None and gradients.is_aligned:
+            cut: Cut = partial(
+                fixed, shapes=shapes, values=gradients.width, by_record=plan.unit == "record"
+            )
+        elif plan.passes == "shared":
+            cut = partial(shared, most_records=micro_batch_size, most_tokens=tokens)
+        else:
+            cut = partial(isolated, most_tokens=tokens)
         step = PrivateStep(model, task, plan, gradients=gradients, optimizer=private, cut=cut)
         yield step
         step.close()
-
-
-def _cut_of(plan: PrivatePlan, micro_batch_size: int, shapes: Shapes | None, values: int) -> Cut:
-    """Returns how a plan's units share passes."""
-    match plan.passes:
-        case "fixed" if shapes is not None:
-            return partial(fixed, shapes=shapes, values=values, by_record=plan.unit == "record")
-        case "fixed" | "isolated":
-            return isolated
-        case "shared":
-            return partial(shared, most_records=micro_batch_size)
-        case _:
-            assert_never(plan.passes)

@@ -68,6 +68,7 @@ def proved_shapes(
         trained_values=sum(model.adapter.parameters[key].numel() for key in trained),
         longest=longest,
         most_records=most_records,
+        rows=task.rows_per_example,
         on_gpu=model.device.type != "cpu",
     )
     model.adapter.train_only(set(trained))

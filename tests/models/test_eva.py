@@ -172,7 +172,8 @@ def test_batches_and_passes_do_not_matter(
     monkeypatch.setattr(activations, "_MOMENTS_BYTES", 1)
     one_layer = input_directions(model, task, examples, 2)
     assert all(np.array_equal(found[layer], one_layer[layer]) for layer in found)
-    monkeypatch.setattr(activations, "_BATCH_SIZE", 1)
+    for device in ("CPU", "GPU"):
+        monkeypatch.setattr(f"fedslm.tasks.passes.{device}_TOKENS", 1)
     alone = input_directions(model, task, examples, 2)
     for layer, inputs in inputs_alone(model, name, examples).items():
         assert kept(alone[layer], inputs) == pytest.approx(kept(found[layer], inputs), abs=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedslm.tasks.base import Example, Task, Tensors
 from fedslm.tasks.tokens import IGNORED
 from fedslm.training.batches import forward, micro_batches
 from fedslm.training.evaluation import count
+from fedslm.training.steps import PlainStep
 
 LENGTHS = st.integers(1, 12)
 UNITS = st.lists(st.lists(LENGTHS, min_size=1, max_size=7), max_size=12)
@@ -66,23 +68,32 @@ def test_micro_batches_put_similar_lengths_together(lengths: list[list[int]], si
 @pytest.mark.parametrize(
     ("architecture", "task_name"), [("bert", "classification"), ("llama", "causal-lm")]
 )
-def test_evaluation_does_not_depend_on_the_batch_size(
-    family_directory: Callable[[str, str], Path], architecture: str, task_name: str
+def test_evaluation_does_not_depend_on_its_passes(
+    family_directory: Callable[[str, str], Path],
+    architecture: str,
+    task_name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Counts over 11 examples are the same in batches of 1, 4 and 100, and none is counted twice."""
+    """Counts over 11 examples are the same in passes of one, a few and all, and none is counted twice."""
     model, task = load_family(family_directory(architecture, task_name), task_name), task_of(task_name)
     examples, adapter = examples_of(11, seed=2), random_state(model)
-    one = count(model, task, examples, adapter, 1)
-    halves = [count(model, task, part, adapter, 4) for part in (examples[:5], examples[5:])]
+
+    def counted(tokens: int, *parts: list[Example]) -> list[dict[str, np.ndarray]]:
+        for name in ("CPU_TOKENS", "GPU_TOKENS"):
+            monkeypatch.setattr(f"fedslm.tasks.passes.{name}", tokens)
+        return [count(model, task, part, adapter) for part in parts]
+
+    (one,) = counted(1, examples)
+    halves = counted(40, examples[:5], examples[5:])
     for other in (
-        count(model, task, examples, adapter, 4),
-        count(model, task, examples, adapter, 100),
+        *counted(40, examples),
+        *counted(10_000, examples),
         {name: halves[0][name] + halves[1][name] for name in one},
     ):
         assert other.keys() == one.keys()
         for name in one:
             np.testing.assert_allclose(other[name], one[name], rtol=1e-5, err_msg=name)
-    assert count(model, task, [], adapter, 4) == {}
+    assert counted(40, []) == [{}]
 
 
 @pytest.mark.parametrize("name", ["causal-lm", "instruction", "preference"])
@@ -95,7 +106,6 @@ def test_an_evaluation_holds_few_logits_at_once(
     whole = count(model, task, examples, adapter)
     most, seen = 40 * model.vocabulary, []
     monkeypatch.setattr("fedslm.tasks.passes.MOST_LOGITS", most)
-    monkeypatch.setattr("fedslm.tasks.passes.LEAST_WIDTH", 1)  # the vocabulary is tiny
 
     def see(*given: Any) -> None:
         seen.append(given[2]["input_ids"].numel() * model.vocabulary)
@@ -110,6 +120,54 @@ def test_an_evaluation_holds_few_logits_at_once(
     assert max(held) == most
     for key, value in whole.items():
         np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=key)
+
+
+@settings(deadline=None)
+@given(UNITS, st.integers(1, 10), st.integers(1, 60))
+def test_micro_batches_respect_the_tokens_unless_one_unit_has_more(
+    lengths: list[list[int]], size: int, tokens: int
+) -> None:
+    """A piece of several units is padded to at most ``tokens``, and no other limit is lifted by that."""
+    for part in micro_batches(numbered(lengths), size, tokens=tokens):
+        records = [example for unit in part for example in unit]
+        padded = len(records) * max(example.length for example in records)
+        assert len(part) == 1 or (padded <= tokens and len(records) <= size)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "rows"),
+    [("bert", "classification", 1), ("llama", "preference", 2)],
+)
+def test_a_plain_step_keeps_the_token_budget(
+    architecture: str,
+    name: str,
+    rows: int,
+    family_directory: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No pass pads to more tokens, rows of one record counted, and the step is that of one pass."""
+    model, task = load_family(family_directory(architecture, name), name), task_of(name)
+    examples = [replace(conversation(name, 3, 2 + at, at), target=at % 3) for at in range(9)]
+    after, seen = [], []
+    hook = model.adapter.network.register_forward_hook(
+        lambda *given: seen.append(given[2]["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        for tokens in (30, 1, 10_000):
+            for device in ("CPU", "GPU"):
+                monkeypatch.setattr(f"fedslm.tasks.passes.{device}_TOKENS", tokens)
+            ready(model)
+            parameters = list(model.adapter.parameters.values())
+            seen.clear()
+            step = PlainStep(model, task, torch.optim.SGD(parameters, lr=0.1), 32)
+            step(alone(examples))
+            assert max(seen) <= max(tokens, rows * 13)
+            assert (len(set(seen)) == 1) == (tokens == 10_000)
+            after.append(torch.cat([p.detach().flatten() for p in parameters]))
+    finally:
+        hook.remove()
+    for other in after[1:]:
+        torch.testing.assert_close(other, after[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_of_nothing_has_no_pieces() -> None:

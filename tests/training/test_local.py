@@ -64,8 +64,8 @@ def test_training_lowers_the_loss(model: LoadedModel, work: LocalWork) -> None:
     task, examples = task_of("classification"), examples_of(16)
     plan = NoPrivacy(batch_size=8, steps_per_round=40)
     trained = train(model, task, examples, plan, TRAINING, work)
-    before = task.metrics(count(model, task, examples, work.adapter, 8))["loss"]
-    after = task.metrics(count(model, task, examples, work.adapter.merged(trained), 8))["loss"]
+    before = task.metrics(count(model, task, examples, work.adapter))["loss"]
+    after = task.metrics(count(model, task, examples, work.adapter.merged(trained)))["loss"]
     assert after < 0.8 * before
 
 
@@ -79,8 +79,8 @@ def test_private_training_lowers_the_loss(
     plan = replace(plan, noise_multiplier=1e-3, sample_rate=1.0, normaliser=units, steps_per_round=25)
     descent = TRAINING.model_copy(update={"optimizer": "sgd", "learning_rate": 1.0})
     trained = train(model, task, examples, plan, descent, work)
-    before = task.metrics(count(model, task, examples, work.adapter, 8))["loss"]
-    after = task.metrics(count(model, task, examples, work.adapter.merged(trained), 8))["loss"]
+    before = task.metrics(count(model, task, examples, work.adapter))["loss"]
+    after = task.metrics(count(model, task, examples, work.adapter.merged(trained)))["loss"]
     assert after < 0.8 * before
 
 

@@ -49,14 +49,14 @@ def test_every_record_of_a_unit_is_in_its_part_once(units: list[list[Example]], 
         (owner, record) for owner, unit in enumerate(units) for record in map(len_of, unit)
     )
     for parts in (
-        list(isolated(units)),
+        list(isolated(units, 50)),
         list(fixed(units, SHAPES, values, by_record=False)),
     ):
         assert sorted((owner, len_of(record)) for owner, record in contents(parts)) == expected
     alone = [[record] for unit in units for record in unit]
     for parts in (
         list(fixed(alone, SHAPES, values, by_record=True)),
-        list(shared(alone, 3)),
+        list(shared(alone, 3, 50)),
     ):
         lengths = sorted(len_of(record) for _, record in contents(parts))
         assert lengths == sorted(len_of(record) for unit in units for record in unit)
@@ -107,7 +107,7 @@ def test_a_pass_is_bounded_by_tokens_values_and_the_config() -> None:
 def test_isolated_passes_of_a_large_unit_are_bounded() -> None:
     """A unit's records are cut into passes of few tokens, and never beside another unit's."""
     units = [[Example((1,) * 100)] * 12, [Example((1,) * 2000)]]
-    first, second = isolated(units)
+    first, second = isolated(units, 576)
     assert [len(each.records) for each in first.passes] == [5, 5, 2]
     assert [len(each.records) for each in second.passes] == [1]
 
