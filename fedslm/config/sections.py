@@ -51,7 +51,7 @@ class ModelConfig(Section):
     """Hub name, local directory, or "demo" (embedded and tiny) or "demo-large" (twice as wide)."""
     revision: OptionalText = None
     """Hub revision (commit, tag or branch)."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen base; the adapter is always float32."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """Store the frozen base's linear layers in 8 or 4 bits; the adapter stays float32."""
