@@ -77,7 +77,7 @@ def describe(config: Config) -> dict[str, Any]:
         "family": sizes.family,
         "parameters": sizes.parameters,
         "quantization": config.model.quantization,
-        "dtype": config.model.dtype,
+        "dtype": sizes.dtype,
         "base_bytes": sizes.base_bytes,
         "float32_bytes": sizes.whole_bytes,
         "targets": sizes.targets,

@@ -51,8 +51,10 @@ class ModelConfig(Section):
     """Hub name, local directory, or "demo" (embedded and tiny) or "demo-large" (twice as wide)."""
     revision: OptionalText = None
     """Hub revision (commit, tag or branch)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen base; the adapter is always float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the frozen base; the adapter is always float32. "auto": bfloat16 for a base of at
+    least 100 million parameters where the processor or the GPU has it in hardware, else float32; also
+    float32 with privacy.batched."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """Store the frozen base's linear layers in 8 or 4 bits; the adapter stays float32."""
     gradient_checkpointing: bool = False
@@ -224,6 +226,11 @@ class PrivacyConfig(Section):
     """Noise multiplier of a metric on each client's own data, released every round; absent: none is
     released."""
 
+    @property
+    def shares_passes(self) -> bool:
+        """True if units of private training share passes, so that rounding couples them."""
+        return self.unit != "none" and self.batched
+
 
 class FederationConfig(Section):
     """Clients and rounds."""
@@ -295,8 +302,10 @@ class Config(Section):
         method = self.aggregation.method
         if method == "auto":
             method = "fedit" if self.privacy.unit == "none" else "ffa"
-        aggregation = self.aggregation.model_copy(update={"method": method})
-        return self.model_copy(update={"aggregation": aggregation})
+        aggregation, model = self.aggregation.model_copy(update={"method": method}), self.model
+        if self.privacy.shares_passes and model.dtype == "auto":
+            model = model.model_copy(update={"dtype": "float32"})
+        return self.model_copy(update={"aggregation": aggregation, "model": model})
 
     def sha256(self) -> str:
         """Hash of the settings that determine the result: location and name of the run are excluded."""

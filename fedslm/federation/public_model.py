@@ -18,6 +18,7 @@ from fedslm.aggregation.methods import moving_keys
 from fedslm.attestations import places_of_simulation
 from fedslm.data import store
 from fedslm.errors import DataError
+from fedslm.models import precision
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.peft_export import save_plain
@@ -39,11 +40,15 @@ class Description:
         moving: Initial tensors that rounds change.
         frozen: Tensors that no round changes at the server, shared by hash.
         base_sha256: Hash of the base model's files.
+        dtype: Precision in which the base computes here.
+        warning: What the operator should know about it; empty if there is nothing.
     """
 
     moving: AdapterState
     frozen: AdapterState
     base_sha256: str
+    dtype: str
+    warning: str
 
 
 def describe(setup: Setup) -> Description:
@@ -68,6 +73,8 @@ def describe(setup: Setup) -> Description:
         moving=state.select(moving),
         frozen=state.select(set(state) - moving),
         base_sha256=model.base_sha256,
+        dtype=str(model.dtype).removeprefix("torch."),
+        warning=precision.warning(setup.model, model.device),
     )
 
 

@@ -51,6 +51,7 @@ class Outcome:
         setup: The setup that clients received.
         frozen: Tensors that no round changed.
         checkpoint: The last state.
+        dtype: Precision in which the base computed at the server.
         stopped: Why the run stopped before its last round; empty if it did not.
         measured: Client to its metrics on its held-out records; empty if no client was asked.
     """
@@ -58,6 +59,7 @@ class Outcome:
     setup: Setup
     frozen: AdapterState
     checkpoint: Checkpoint
+    dtype: str
     stopped: str
     measured: Mapping[int, ClientMetrics] = field(default_factory=dict)
 
@@ -76,12 +78,14 @@ class RunConstants:
         frozen: Tensors that no round changes at the server.
         aggregation: The aggregation method.
         names: Display names of the clients, by index.
+        dtype: Precision in which the base computes at the server.
     """
 
     setup: Setup
     frozen: AdapterState
     aggregation: Aggregation
     names: Mapping[int, str]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Federation:
                 break
         stopped = "; ".join(filter(None, [stopped, came_to_nothing(self.directory.records())]))
         measured = self._measured(run, state, exchange)
-        return Outcome(run.setup, run.frozen, state, stopped, measured)
+        return Outcome(run.setup, run.frozen, state, run.dtype, stopped, measured)
 
     def _exchange(self, run: RunConstants) -> Exchange:
         """Waits for the population: exactly the simulated clients, or enough of the admitted nodes."""
@@ -176,6 +180,8 @@ class Federation:
         config = self.config
         setup = _setup(config, plan, labels, self.directory)
         description = self.pool.call(public_model.describe, setup)
+        if description.warning:
+            logger.warning("%s", description.warning)
         state = self.directory.load()
         if state is None:
             save_adapter(self.directory.frozen, description.frozen)
@@ -199,7 +205,7 @@ class Federation:
             server = ServerState(description.moving, control=control)
             state = Checkpoint(0, server, metrics, metrics)
             self.directory.save(state)
-        return RunConstants(setup, frozen, aggregation, self._names()), state
+        return RunConstants(setup, frozen, aggregation, self._names(), description.dtype), state
 
     def _names(self) -> dict[int, str]:
         """Display names of the clients: those of admitted nodes, or those from the data."""
@@ -307,7 +313,7 @@ def _setup(config: Config, plan: RunPlan, labels: tuple[str, ...], directory: Ru
         seed=config.run.seed,
         directory=str(directory.path),
         version=fedslm.__version__,
-        model=config.model,
+        model=resolved.model,
         lora=resolved.lora,
         data=config.data,
         task=config.task,
@@ -345,8 +351,7 @@ def _check_base(config: Config, metrics: Mapping[str, float]) -> None:
         figures = ", ".join(f"{name}={value}" for name, value in wrong.items())
         raise ModelError(
             f"model.base={config.model.base!r} gives {figures} on the public split before the first "
-            f"round; it must be finite: weights hold NaN or infinity, or overflow in "
-            f'model.dtype="{config.model.dtype}"; give another base or another dtype'
+            f"round; it must be finite: weights hold NaN or infinity, or overflow; give another base"
         )
 
 

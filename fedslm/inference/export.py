@@ -68,6 +68,7 @@ def export_merged(run: FinishedRun, target: Path, dtype: Precision) -> None:
             run=run,
             report=run.report,
             dtype=dtype,
+            trained_in=run.report.get("base_dtype", run.model.dtype),
             privacy=statement,
             auto_class=TASKS[run.task.name].auto_class,
             own_code=(directory / _OWN_CODE).exists(),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import ModelError
-from fedslm.models import demo_large, families, networks
+from fedslm.models import demo_large, families, networks, precision
 from fedslm.storage import expand
 
 if TYPE_CHECKING:
@@ -175,6 +175,25 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def decided(model: ModelConfig, directory: Path, task: TaskConfig, num_labels: int) -> ModelConfig:
+    """Returns the section with the precision that this machine uses, in place of "auto".
+
+    Args:
+        model: The base.
+        directory: Its directory; only ``config.json`` is read.
+        task: The task of the network.
+        num_labels: Classes; 0 if the task has none.
+
+    Raises:
+        ModelError: The device is missing, or the architecture has no network for this task.
+    """
+
+    def parameters() -> int:
+        return networks.num_parameters(networks.on_meta(directory, task, num_labels))
+
+    return model.model_copy(update={"dtype": precision.chosen(model, device_of(model), parameters)})
+
+
 def load_base(
     model: ModelConfig, task: TaskConfig, num_labels: int, tokenizer: PreTrainedTokenizerBase
 ) -> nn.Module:
@@ -191,6 +210,7 @@ def load_base(
     if (directory / "adapter_config.json").exists():
         raise ModelError(f"{directory} holds an adapter, not a base; merge it first")
     families.check(families.configuration(directory), (), private=False)
+    model = decided(model, directory, task, num_labels)
     device, dtype = device_of(model), getattr(torch, model.dtype)
     # In their stored precision the weights are mapped: the whole base is never in memory at once.
     stored = dtype if model.quantization == "none" else "auto"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig, TrainingConfig
 from fedslm.config.tasks import TASKS
-from fedslm.models import families, networks
+from fedslm.models import families, networks, precision
 from fedslm.models.adapter import attach
 from fedslm.models.base import device_of
 from fedslm.tasks.passes import bounded_budget
@@ -19,7 +19,7 @@ from fedslm.tasks.passes import bounded_budget
 if TYPE_CHECKING:
     from torch import nn
 
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_BYTES = {"float32": 4.0, "bfloat16": 2.0}
 _FLOAT = 4
 _SCALE_OF_4_BITS = 1 / 64 + 4 / (64 * 256)  # one byte per 64 values, one float per 256 of those bytes
 _LEAST_WIDTH = 1 << 11  # fewest values that a layer holds per token, even with few classes
@@ -35,7 +35,8 @@ class Footprint:
         model_type: As in ``config.json``.
         family: Name of the architecture, if it is verified.
         parameters: Number of parameters of the base.
-        base_bytes: Size of the base in the precision that the config requests.
+        dtype: Precision in which this machine computes.
+        base_bytes: Size of the base in this precision, or quantized.
         whole_bytes: Size of the base in float32.
         shapes: Maps the key of each adapter tensor, heads included, to its shape.
         targets: Maps the name of each adapted layer to how many there are.
@@ -47,6 +48,7 @@ class Footprint:
     model_type: str
     family: str | None
     parameters: int
+    dtype: str
     base_bytes: int
     whole_bytes: int
     shapes: dict[str, tuple[int, ...]]
@@ -76,6 +78,9 @@ def footprint(
     families.check(values, lora.target_modules, private=False)
     network = networks.on_meta(directory, task, num_labels)
     networks.check_length(network, task)
+    count = networks.num_parameters(network)
+    dtype = precision.chosen(model, device_of(model), lambda: count)
+    model = model.model_copy(update={"dtype": dtype})
     network.requires_grad_(False)
     heads = tuple(name for name, _ in network.named_children() if name in networks.HEAD_NAMES)
     frozen = _frozen(network, heads)
@@ -86,7 +91,8 @@ def footprint(
     return Footprint(
         model_type=values["model_type"],
         family=known.name if known else None,
-        parameters=sum(count for count, _ in frozen),
+        parameters=count,
+        dtype=dtype,
         base_bytes=round(sum(count * _bytes(model, kind) for count, kind in frozen)),
         whole_bytes=_FLOAT * sum(count for count, _ in frozen),
         shapes=shapes,

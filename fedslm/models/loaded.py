@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from inspect import signature
@@ -12,13 +13,15 @@ from fedslm.config.tasks import TASKS
 from fedslm.errors import ModelError
 from fedslm.models import families
 from fedslm.models.adapter import AttachedAdapter, attach
-from fedslm.models.base import base_sha256, device_of, load_base, load_tokenizer, resolve
+from fedslm.models.base import base_sha256, decided, device_of, load_base, load_tokenizer, resolve
 from fedslm.models.networks import checkpoint_activations
 from fedslm.tasks.chat import frame_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class LoadedModel:
     device: torch.device
     base_sha256: str
     dtype: torch.dtype
+
+    @property
+    def is_rounded(self) -> bool:
+        """True if the base computes in less than float32."""
+        return self.dtype.itemsize < 4
 
     @property
     def vocabulary(self) -> int:
@@ -74,13 +82,15 @@ def load(
     families.check(families.configuration(directory), lora.target_modules, private=False)
     tokenizer = load_tokenizer(directory)
     _check_template(model, task, tokenizer)
+    asked, model = model.dtype, decided(model, directory, task, num_labels)
     network = load_base(model, task, num_labels, tokenizer)
     adapter = attach(network, lora, core=core)
     if model.gradient_checkpointing:
         checkpoint_activations(network)
-    return LoadedModel(
-        adapter, tokenizer, device_of(model), base_sha256(directory), getattr(torch, model.dtype)
-    )
+    device = device_of(model)
+    text = 'model.base=%r computes in %s on %s (model.dtype="%s")'
+    logger.info(text, model.base, model.dtype, device, asked)
+    return LoadedModel(adapter, tokenizer, device, base_sha256(directory), getattr(torch, model.dtype))
 
 
 def _check_template(model: ModelConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:

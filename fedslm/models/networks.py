@@ -70,6 +70,12 @@ def inner(network: nn.Module) -> Any:
     return network.encoder if isinstance(network, MeanPoolingClassifier) else network
 
 
+def num_parameters(network: nn.Module) -> int:
+    """Returns the number of the base's parameters, each tied one once, without new heads."""
+    named = network.named_parameters()
+    return sum(each.numel() for name, each in named if name.split(".")[0] not in HEAD_NAMES)
+
+
 def checkpoint_activations(network: nn.Module) -> None:
     """Makes the network recompute its activations in the backward pass instead of storing them.
 

@@ -41,7 +41,8 @@ def write(directory: Path, report: dict[str, Any], sections: Sections) -> None:
         plot_arms(directory / "proof.png", report["proof"])
     write_text(directory / layout.DISTILL_PAGE, render("distill.md.j2", report=report))
     shown = {**report, "base_model": expand(sections.model.base)}
-    card = render("student_card.md.j2", report=shown, config=sections, tasks=TASKS)
+    values = {"report": shown, "config": sections, "dtype": sections.model.dtype}
+    card = render("student_card.md.j2", tasks=TASKS, **values)
     write_text(directory / layout.ADAPTER / "README.md", card)
     write_text(directory / layout.DISTILL_REPORT, json_text(report, indent=2) + "\n")
 

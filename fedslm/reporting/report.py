@@ -57,7 +57,8 @@ def write(directory: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     records = directory.records()
     report = _report(directory, inputs, records)
     write_text(directory.path / layout.REPORT_PAGE, render("report.md.j2", report=report))
-    card = render("model_card.md.j2", report=report, config=inputs.config, tasks=TASKS)
+    values = {"report": report, "config": inputs.config, "dtype": inputs.outcome.dtype}
+    card = render("model_card.md.j2", tasks=TASKS, **values)
     write_text(directory.path / layout.ADAPTER / "README.md", card)
     plot_rounds(directory.path / "report.png", records, report)
     text = json_text(report, indent=2) + "\n"
@@ -76,8 +77,7 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "name": config.run.name,
         "directory": str(directory.path),
         "config_sha256": config.sha256(),
-        "base_model": expand(config.model.base),
-        "base_sha256": outcome.setup.base_sha256,
+        **_base(config, outcome),
         "adapter_sha256": adapter.sha256(),
         "adapter_lora": {"rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora},
         "num_trained_parameters": outcome.checkpoint.server.moving.num_parameters,
@@ -106,6 +106,15 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "measured_by_clients": _measured(inputs),
         "failures": [f"round {r.round}: {reason}" for r in records for reason in r.reasons],
+    }
+
+
+def _base(config: Config, outcome: Outcome) -> dict[str, str]:
+    """Returns name, hash and precision of the base model at the server."""
+    return {
+        "base_model": expand(config.model.base),
+        "base_sha256": outcome.setup.base_sha256,
+        "base_dtype": outcome.dtype,
     }
 
 

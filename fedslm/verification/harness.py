@@ -55,7 +55,7 @@ class Bench:
     @classmethod
     def load(cls, device: DeviceName = "auto") -> Bench:
         """Loads a separate model on a device, so that the node's stays loaded."""
-        base = ModelConfig(base="demo", device=device)
+        base = ModelConfig(base="demo", device=device, dtype="float32")
         config = TaskConfig(name="classification", pooling="mean", max_length=32)
         labels = ("a", "b", "wild", "broken")
         tokenizer = load_tokenizer(DEMO_DIRECTORY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedslm.errors import FederationError, ModelError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.observers import Observer
 from fedslm.federation.population import choose_cohort, join
+from fedslm.models import precision
 from fedslm.protocol.messages import TRAIN, Reply
 from fedslm.records import AdapterState
 from fedslm.storage import load_tensors
@@ -206,6 +208,48 @@ def test_a_run_with_something_left_to_do_is_not_finished(make_config: MakeConfig
     report = simulation.resume(Path(str(config.run.directory)))
     assert (report["rounds"], report["stopped"]) == (3, "")
     assert simulation.finished(Path(str(config.run.directory))) is not None
+
+
+def test_a_run_says_and_repeats_its_precision(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Bits are equal in this process and in workers, and others than with "auto": float32, as it is tiny.
+
+    The report and the model card name the precision.
+    """
+    found = {}
+    for name, dtype, workers in (
+        ("here", "bfloat16", 0),
+        ("there", "bfloat16", 2),
+        ("auto", "auto", 0),
+    ):
+        sections = {"run": {"directory": str(tmp_path / name)}, "engine": {"workers": workers}}
+        model, rounds = {"base": "demo", "device": "cpu", "dtype": dtype}, {"rounds": 1}
+        found[name] = simulation.simulate(make_config(model=model, federation=rounds, **sections))
+        expected = "float32" if dtype == "auto" else dtype
+        assert found[name]["base_dtype"] == expected
+        assert f"computed in {expected}, sha256" in (tmp_path / name / "report.md").read_text()
+        card = (tmp_path / name / "adapter" / "README.md").read_text()
+        assert f"dtype=torch.{expected})" in card
+    hashes = [found[name]["adapter_sha256"] for name in ("here", "there", "auto")]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_run_warns_of_emulated_bfloat16(
+    make_config: MakeConfig,
+    native: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Once at its start, and only where the device emulates it."""
+    monkeypatch.setattr(precision, "is_native", lambda device: native)
+    model = {"base": "demo", "device": "cpu", "dtype": "bfloat16"}
+    config = make_config(model=model, federation={"rounds": 1, "num_clients": 2})
+    logger = logging.getLogger("fedslm.federation.rounds")
+    logger.addHandler(caplog.handler)  # whatever an earlier test made of the loggers above
+    simulation.simulate(config)
+    logger.removeHandler(caplog.handler)
+    said = {id(record) for record in caplog.records if "is emulated on this cpu" in record.message}
+    assert len(said) == (0 if native else 1)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
