@@ -58,6 +58,12 @@ def _privacy(config: Config) -> Iterator[Problem]:
     yield from _steps(config)
     if config.lora.dropout > 0:
         yield Problem("lora.dropout", f"value {config.lora.dropout} must be 0 under privacy")
+    if privacy.shares_passes and config.model.dtype == "bfloat16":
+        message = (
+            'value "bfloat16" must be "auto" or "float32" with privacy.passes="shared": in a shared '
+            "pass its rounding lets units change one another's gradients by several percent"
+        )
+        yield Problem("model.dtype", message)
 
 
 def _steps(config: Config) -> Iterator[Problem]:

@@ -423,17 +423,17 @@ def test_resolving_replaces_auto(unit: str, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit", "batched", "dtype", "expected"),
+    ("unit", "passes", "dtype", "expected"),
     [
-        ("record", True, "auto", "float32"),
-        ("record", False, "auto", "auto"),
-        ("none", True, "auto", "auto"),
-        ("record", False, "bfloat16", "bfloat16"),
+        ("record", "shared", "auto", "float32"),
+        ("record", "fixed", "auto", "auto"),
+        ("none", "shared", "auto", "auto"),
+        ("record", "fixed", "bfloat16", "bfloat16"),
     ],
 )
-def test_shared_passes_are_float32(unit: str, batched: bool, dtype: str, expected: str) -> None:
+def test_shared_passes_are_float32(unit: str, passes: str, dtype: str, expected: str) -> None:
     """Each machine decides what "auto" means, unless units share passes; what was named stays."""
-    values = (("privacy.unit", unit), ("privacy.batched", batched), ("model.dtype", dtype))
+    values = (("privacy.unit", unit), ("privacy.passes", passes), ("model.dtype", dtype))
     config = from_mapping(changed(*values))
     assert config.resolved().model.dtype == expected
     assert config.resolved().sha256() == config.sha256()

@@ -62,6 +62,11 @@ def test_without_privacy_nothing_is_required() -> None:
         ),
         ([("lora.dropout", 0.1)], "lora.dropout", "must be 0 under privacy"),
         (
+            [("privacy.passes", "shared"), ("model.dtype", "bfloat16")],
+            "model.dtype",
+            'must be "auto" or "float32" with privacy.passes="shared"',
+        ),
+        (
             [("federation.clients_per_round", 6), ("federation.num_clients", 5)],
             "federation.clients_per_round",
             "federation.num_clients=5",

@@ -49,7 +49,7 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
     again = node.kept(ledger.released(client_round.request_sha256))
     if again is not None:
         return client_round.reply(again, ledger=ledger)
-    _check_request(client_round)
+    _check_request(client_round, plan)
     _attest(client_round)
     shapes = shapes_here(client_round)
     charged = _rounds_charged(client_round, ledger, plan)
@@ -78,7 +78,7 @@ def _attest(client_round: ClientRound) -> None:
     attest(node.attestations, device=device, record=record)
 
 
-def _check_request(client_round: ClientRound) -> None:
+def _check_request(client_round: ClientRound, plan: PrivatePlan) -> None:
     """Refuses what cannot be private, and an adapter that does not fit, before any charge."""
     from fedslm.training.checks import check_private_model
 
@@ -86,6 +86,11 @@ def _check_request(client_round: ClientRound) -> None:
         raise PolicyRefused("control variates are refused under privacy")
     if client_round.setup.lora.dropout > 0:
         raise PolicyRefused("LoRA dropout couples the records of a batch; it must be 0 under privacy")
+    if plan.passes == "shared" and client_round.model.is_rounded:
+        raise PolicyRefused(
+            "shared passes need a base in float32: the rounding of bfloat16 lets units "
+            "change one another's gradients by several percent"
+        )
     check_private_model(client_round.model.adapter.network)
     _check_adapter(client_round.start.adapter, client_round.model)
     _rehearsed(client_round.setup)

@@ -54,7 +54,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the frozen base; the adapter is always float32. "auto": bfloat16 for a base of at
     least 100 million parameters where the processor or the GPU has it in hardware, else float32; also
-    float32 with privacy.batched."""
+    float32 with privacy.passes = "shared"."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """Store the frozen base's linear layers in 8 or 4 bits; the adapter stays float32."""
     gradient_checkpointing: bool = False
@@ -228,8 +228,8 @@ class PrivacyConfig(Section):
 
     @property
     def shares_passes(self) -> bool:
-        """True if units of private training share passes, so that rounding couples them."""
-        return self.unit != "none" and self.batched
+        """True if units of private training share passes of any shape: rounding couples them."""
+        return self.unit != "none" and self.passes == "shared"
 
 
 class FederationConfig(Section):
