@@ -90,6 +90,7 @@ class WorkerPool:
         num_workers: Number of processes, >= 1.
         threads: Number of threads in each worker.
         log: File to which the workers append their logs.
+        log_level: Least level of fedslm's own lines in it; other libraries' begin at WARNING.
         memory_mb: Memory limit of each worker: the kernel refuses larger allocations, and the job
             fails; None: no extra limit. Not on Windows.
         is_forked: False lets each worker import the libraries itself: it starts later, but no server
@@ -102,6 +103,7 @@ class WorkerPool:
         *,
         threads: int = 1,
         log: Path | None = None,
+        log_level: int = logging.WARNING,
         memory_mb: int | None = None,
         is_forked: bool = True,
     ) -> None:
@@ -109,6 +111,7 @@ class WorkerPool:
         if is_forked:
             preload()
         self._threads, self._log, self._memory_mb = threads, log, memory_mb
+        self._log_level = log_level
         self._numbers = itertools.count()
         self._queue: deque[tuple[int, Callable[..., Any], tuple[Any, ...]]] = deque()
         self._results: dict[int, Any] = {}
@@ -207,7 +210,7 @@ class WorkerPool:
         """Starts one worker."""
         context = multiprocessing.get_context(self._method)
         here, there = context.Pipe()
-        arguments = (there, self._threads, self._log, self._memory_mb)
+        arguments = (there, self._threads, self._log, self._log_level, self._memory_mb)
         process = context.Process(  # type: ignore[attr-defined]
             target=_work, args=arguments, daemon=True
         )
@@ -348,7 +351,9 @@ def _limit_memory(memory_mb: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
 
 
-def _work(pipe: Connection, threads: int, log: Path | None, memory_mb: int | None) -> None:
+def _work(
+    pipe: Connection, threads: int, log: Path | None, log_level: int, memory_mb: int | None
+) -> None:
     """Runs the worker's loop; ends when the parent closes its end of the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _limit_memory(memory_mb)
@@ -357,6 +362,7 @@ def _work(pipe: Connection, threads: int, log: Path | None, memory_mb: int | Non
         form = "%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"
         options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "force": True}
         logging.basicConfig(filename=log, level=logging.WARNING, format=form, **options)
+        logging.getLogger("fedslm").setLevel(log_level)
         logging.captureWarnings(True)
     _set_threads(threads)
     while True:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,6 +38,14 @@ def threads() -> int:
 def die() -> None:
     """Dies as a process that ran out of memory does."""
     os.kill(os.getpid(), 9)
+
+
+def say() -> None:
+    """Logs as a node does, and as a library does."""
+    logging.getLogger("fedslm.models.loaded").info("ours")
+    logging.getLogger("fedslm.models.loaded").warning("our warning")
+    logging.getLogger("elsewhere").info("theirs")
+    logging.getLogger("elsewhere").warning("their warning")
 
 
 def refuse() -> None:
@@ -114,6 +124,18 @@ def test_unclaimed_results_are_bounded(shared: WorkerPool) -> None:
 def test_workers_compute_with_one_thread(shared: WorkerPool) -> None:
     """Each worker has one thread."""
     assert shared.map(threads, [(), ()]) == [1, 1]
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_a_log_holds_what_is_asked_of_it(tmp_path: Path, level: int) -> None:
+    """Our own lines from a level on, and the warnings of all libraries."""
+    pool = WorkerPool(1, log=tmp_path / "log", log_level=level)
+    pool.call(say)
+    pool.close()
+    lines = (tmp_path / "log").read_text().splitlines()
+    said = [re.split(" (?:INFO|WARNING) ", line)[1] for line in lines]
+    ours = ["ours"] if level == logging.INFO else []
+    assert said == [*ours, "our warning", "their warning"]
 
 
 def test_own_errors_cross_the_pipe(shared: WorkerPool) -> None:

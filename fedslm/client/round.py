@@ -7,18 +7,21 @@ The order of a round is fixed: :func:`admitted`, then the ledger, then the recor
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from fedslm.client.kept_runs import forget_records, with_own_records
 from fedslm.client.memory import ClientMemory
 from fedslm.client.node import Node, Release
 from fedslm.client.records import ClientRecords, records_of
 from fedslm.client.start import Start, memory_of, start_of
+from fedslm.config import ModelConfig
 from fedslm.data.columns import needed
 from fedslm.data.store import declared_columns
 from fedslm.errors import FederationError
-from fedslm.models.base import base_sha256, resolve
+from fedslm.models import precision
+from fedslm.models.base import base_sha256, device_of, resolve
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.plan import RunPlan, UserPlan
@@ -27,6 +30,8 @@ from fedslm.protocol.loading import model_for, task_for
 from fedslm.protocol.messages import Reply, Request
 from fedslm.protocol.setup import Setup
 from fedslm.tasks.base import Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,16 @@ def admitted(request: Request, node: Node) -> ClientRound:
     if base_sha256(path) != setup.base_sha256:
         raise FederationError("the base model here differs from the server's")
     _check_columns(setup, node)
+    if node.deployed:  # in a simulation the server warns
+        _warn_of_emulation(setup.model)
     return ClientRound(request, node)
+
+
+@lru_cache(maxsize=8)
+def _warn_of_emulation(model: ModelConfig) -> None:
+    """Warns this node's operator, once per process, that the run's precision is slow here."""
+    if warning := precision.warning(model, device_of(model)):
+        logger.warning("%s", warning)
 
 
 def _check_columns(setup: Setup, node: Node) -> None:

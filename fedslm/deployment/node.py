@@ -298,6 +298,7 @@ def worker(ready: Ready) -> Iterator[WorkerPool]:
         1,
         threads=ready.file.threads,
         log=ready.directory / _LOG,
+        log_level=logging.INFO,
         memory_mb=ready.file.memory_mb,
         is_forked=is_forked,
     )

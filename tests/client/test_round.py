@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from support.tiny import PRIVATE
 
 import fedslm
 from fedslm.client import records
+from fedslm.client.round import _warn_of_emulation
 from fedslm.config import Config
+from fedslm.models import precision
 from fedslm.protocol.messages import Request
 
 CLIENT = Path(fedslm.__file__).parent / "client"
@@ -58,6 +61,43 @@ def test_a_refusal_reads_no_record(
     assert (reply.status, reason in reply.reason) == ("refused", True), reply.reason
     again = ask(private, context_of(0, write_policy(tmp_path / "other")))
     assert again.status == "failed"  # it got as far as the records
+
+
+def test_shared_passes_in_bfloat16_are_refused(
+    config_in: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a server asks for, units that share a pass are computed in float32; no record is read."""
+    monkeypatch.setattr(records.store, "read_client", never)
+    private = first_request(config_in(tmp_path / "run", privacy={**PRIVATE, "batched": True}))
+    assert private.setup.model.dtype == "float32"
+    node = write_policy(tmp_path / "node", batched=True)
+    model = private.setup.model.model_copy(update={"dtype": "bfloat16"})
+    reply = ask(replace(private, setup=replace(private.setup, model=model)), context_of(0, node))
+    assert (reply.status, "need a base in float32" in reply.reason) == ("refused", True)
+    assert ask(private, context_of(0, node)).status == "failed"  # it got as far as the records
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_node_warns_of_emulated_bfloat16(
+    private: Request,
+    tmp_path: Path,
+    native: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its log says once, in a process, that what the run asks for is slow here."""
+    monkeypatch.setattr(precision, "is_native", lambda device: native)
+    _warn_of_emulation.cache_clear()
+    model = private.setup.model.model_copy(update={"dtype": "bfloat16"})
+    request = replace(private, setup=replace(private.setup, model=model))
+    context = context_of(0, write_policy(tmp_path / "node"))
+    logger = logging.getLogger("fedslm.client.round")
+    logger.addHandler(caplog.handler)  # whatever an earlier test made of the loggers above
+    for _ in range(2):
+        assert ask(request, context).status == "ok"
+    logger.removeHandler(caplog.handler)
+    said = {id(record) for record in caplog.records if "is emulated on this cpu" in record.message}
+    assert len(said) == (0 if native else 1)
 
 
 def test_records_are_read_through_the_round_alone() -> None:
