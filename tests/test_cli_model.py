@@ -11,8 +11,16 @@ from support.commands import DEMO, assert_clear, run
 
 from fedslm.aggregation.methods import METHODS
 from fedslm.models import footprint
+from fedslm.training import probe
 
 DENSE = ["--set", "task.name=causal-lm", "--set", "task.pooling=native", "--set", "data.label_column="]
+
+
+@pytest.fixture(autouse=True)
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speed is not looked at here (test_cli_speed.py): it would take most of the time."""
+    speed = probe.Speed({probe.Variant("float32"): 2.0, probe.Variant("bfloat16"): 1.0}, 1, 8, "none")
+    monkeypatch.setattr(probe, "measure", lambda trial: speed)
 
 
 def info(*overrides: str) -> dict:

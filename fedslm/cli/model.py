@@ -15,10 +15,12 @@ from fedslm.adapter_keys import key_of, layers_of
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
 from fedslm.config.tasks import TASKS
-from fedslm.errors import DataError, plural
+from fedslm.errors import DataError, TrainingError, plural
 from fedslm.storage import json_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fedslm.models.footprint import Footprint, Memory
 
 model_app = typer.Typer(help="Inspect a base model.", no_args_is_help=True)
@@ -36,7 +38,9 @@ def model() -> None:
 
 @model_app.command("info")
 def info(config: ConfigPath, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
-    """Show a base model's size, training memory and traffic, without reading its weights.
+    """Show a base model's size, training memory, traffic and speed, without reading its weights.
+
+    The speed takes some seconds: a network of the same shape is trained in float32 and in bfloat16.
 
     Example: `fedslm model info simulations/demo.toml --set model.quantization=int8`
     """
@@ -72,12 +76,13 @@ def describe(config: Config) -> dict[str, Any]:
     kept = shapes if method_of(config.aggregation) == "fed-sb" else sizes.shapes
     needs = sizing.memory(sizes, kept, trained, config.training, records=records, private=private)
     values = sizing.parameters(shapes, trained)
+    computed, slow = _precision(config, directory, classes, sizes.dtype)
     return {
         "model_type": sizes.model_type,
         "family": sizes.family,
         "parameters": sizes.parameters,
         "quantization": config.model.quantization,
-        "dtype": sizes.dtype,
+        **computed,
         "base_bytes": sizes.base_bytes,
         "float32_bytes": sizes.whole_bytes,
         "targets": sizes.targets,
@@ -92,7 +97,7 @@ def describe(config: Config) -> dict[str, Any]:
         "device": device,
         "device_bytes": machine_bytes,
         "processes": _processes(config),
-        "warnings": guess + _warnings(config, sizes, needs, values, machine_bytes),
+        "warnings": guess + slow + _warnings(config, sizes, needs, values, machine_bytes),
     }
 
 
@@ -127,6 +132,28 @@ def _records(config: Config, device: str) -> int:
         tokens = token_budget(device, TASKS[config.task.name].rows_per_example)
         return max(1, min(shared, tokens // config.task.max_length))
     return privacy.max_records_per_unit or 1  # each unit has its own pass
+
+
+def _precision(
+    config: Config, directory: Path, classes: int, dtype: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the precision here with the measured speed (None if there is none), and warnings."""
+    from fedslm.models import precision
+    from fedslm.models.base import device_of
+    from fedslm.tasks import build
+    from fedslm.training.probe import Trial, measure
+
+    learning = build(config.task, config.data, tuple(map(str, range(classes))))
+    trial = Trial(directory, config.model, config.lora, config.task, learning, _records(config))
+    emulated = precision.warning(config.model, device_of(config.model))
+    warnings = [emulated] if emulated else []
+    found = {"dtype": dtype, "dtype_asked": config.model.dtype}
+    try:
+        speed = measure(trial)
+    except TrainingError as error:
+        return {**found, "speed": None}, [*warnings, f"the speed is unknown: {error}"]
+    warnings = [f"{each}; measured: {speed.gain:.2f} times the speed of float32" for each in warnings]
+    return {**found, "speed": speed.as_json(dtype)}, warnings
 
 
 def _with_cores(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -256,6 +283,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{found['parameters']:,}"),
         ("frozen base", f"{readable(found['base_bytes'])} ({stored})"),
         ("in float32", readable(found["float32_bytes"])),
+        ("precision", f'{found["dtype"]} here (model.dtype="{found["dtype_asked"]}")'),
         ("adapted layers", ", ".join(f"{name} ×{count}" for name, count in found["targets"].items())),
         ("new heads", ", ".join(found["heads"]) or "none"),
         ("classes", f"{found['classes']}{guess}" if found["classes"] else "none"),
@@ -268,6 +296,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("cohort per round", f"{readable(found['bytes_per_round'])} for {found['cohort']} clients"),
         ("memory to train", f"about {readable(needs['total'])}: {parts}"),
         ("to evaluate", f"about {readable(needs['evaluation'])} of logits, before and after training"),
+        *_measured(found["speed"], found["device"]),
         (
             "in a simulation",
             f"{plural(found['processes'], 'worker')} of this size, each with its libraries",
@@ -275,3 +304,17 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("this machine", f"{readable(has) if has else 'unknown'} ({found['device']})"),
     ]
     return lines
+
+
+def _measured(speed: dict[str, Any] | None, device: str) -> list[tuple[str, str]]:
+    """Returns the lines about the speed; none if it is unknown."""
+    if speed is None:
+        return []
+    each = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in speed["seconds"].items())
+    place = "one thread" if device == "cpu" else device
+    size = f"{plural(speed['records'], 'record')} of {speed['tokens']} tokens on {place}"
+    advice = f"; {speed['advice']}" if speed["advice"] else ""
+    return [
+        ("training pass", f"{each} ({size})"),
+        ("bfloat16", f"{speed['bfloat16_gain']:.2f} times the speed of float32{advice}"),
+    ]

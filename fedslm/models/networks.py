@@ -63,6 +63,39 @@ def on_meta(directory: Path, task: TaskConfig, num_labels: int, pad_token_id: in
         return _finished(wanted(config), task, num_labels)
 
 
+def num_layers(directory: Path) -> int:
+    """Returns the number of layers; for an encoder-decoder, those of the encoder.
+
+    Raises:
+        ModelError: ``config.json`` cannot be used.
+    """
+    return int(_configuration(directory, 0, 0).num_hidden_layers)
+
+
+def untrained(
+    directory: Path, task: TaskConfig, num_labels: int, dtype: torch.dtype, layers: int
+) -> nn.Module:
+    """Builds the same network with random weights and only some of its layers, to time its passes.
+
+    Args:
+        directory: Directory with ``config.json``; no other file is read.
+        task: The task of the network.
+        num_labels: Classes; 0 if the task has none.
+        dtype: Precision of the weights.
+        layers: Most layers; an encoder-decoder has as many in each half.
+
+    Raises:
+        ModelError: The architecture has no network for this task.
+    """
+    config = _configuration(directory, num_labels, 0)
+    for key in ("num_hidden_layers", "num_decoder_layers"):
+        if isinstance(count := getattr(config, key, None), int):
+            setattr(config, key, min(count, layers))
+    wanted = _class_for(task, config)
+    network = wanted._from_config(config, dtype=dtype, attn_implementation=_attention(wanted))
+    return _finished(network, task, num_labels).eval()
+
+
 def inner(network: nn.Module) -> Any:
     """Returns the transformers model inside: the network itself, or the encoder of our pooling."""
     from fedslm.models.pooling import MeanPoolingClassifier

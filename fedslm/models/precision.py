@@ -61,8 +61,8 @@ def warning(model: ModelConfig, device: torch.device) -> str:
     if model.dtype != "bfloat16" or is_native(device):
         return ""
     return (
-        f'model.dtype="bfloat16" is emulated on this {device.type}: it takes less memory, but usually '
-        f'more time than float32; use "auto" or "float32" (`fedslm model info` measures both)'
+        f'model.dtype="bfloat16" is emulated on this {device.type}: it takes less memory than float32, '
+        f'but usually far more time; use "auto" or "float32"'
     )
 
 

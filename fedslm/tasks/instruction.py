@@ -46,9 +46,9 @@ class Instruction:
         return Prepared.of(made)
 
     def made_up(self, length: int = 5) -> Example:
-        """Returns an example whose last two tokens are its completion."""
-        ids = made_up_tokens(length)
-        return Example(ids, targets=(*(tokens.IGNORED,) * (length - 2), *ids[-2:]))
+        """Returns an example with three prompt tokens; the others are the completion."""
+        made = made_up_tokens(length)
+        return Example(made, targets=(*(tokens.IGNORED,) * 3, *made[3:]))
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads; ``labels`` are the completion's tokens that follow, shape (batch, longest)."""

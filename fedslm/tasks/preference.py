@@ -60,13 +60,11 @@ class Preference:
         return Prepared.of(made)
 
     def made_up(self, length: int = 5) -> Example:
-        """Returns an example with two answers of two tokens."""
-        prompt = made_up_tokens(length - 2)
-        better, worse = (
-            Example((*prompt, *answer), targets=(*(tokens.IGNORED,) * len(prompt), *answer))
-            for answer in ((2, 1), (1, 2))
-        )
-        return replace(better, rejected=worse)
+        """Returns an example with three prompt tokens; the others are either of two answers."""
+        ignored, made = (tokens.IGNORED,) * 3, made_up_tokens(length)
+        other = (*made[:3], *made[: length - 3])
+        worse = Example(other, targets=(*ignored, *other[3:]))
+        return Example(made, targets=(*ignored, *made[3:]), rejected=worse)
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Tensors:
         """Pads; rows are chosen, rejected, chosen, …: shape (2·batch, longest)."""

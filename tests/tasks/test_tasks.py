@@ -286,8 +286,10 @@ def test_metrics_of_added_sums_are_metrics_of_the_whole(name: str, sizes: tuple[
 def test_a_made_up_record_is_one_of_the_task(name: str) -> None:
     """What a model is tried out with has a loss, in as many rows as an example has."""
     task = KINDS[name]
+    for length in (4, 5, 12):
+        assert task.made_up(length).length == length
     batch = task.collate([task.made_up()], PAD)
-    assert len(batch["input_ids"]) == task.rows_per_example
+    assert batch["input_ids"].shape == (task.rows_per_example, 5)
     assert math.isfinite(float(task.per_example_loss(logits_of(task, batch), batch)))
 
 
