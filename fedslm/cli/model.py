@@ -76,7 +76,7 @@ def describe(config: Config) -> dict[str, Any]:
     kept = shapes if method_of(config.aggregation) == "fed-sb" else sizes.shapes
     needs = sizing.memory(sizes, kept, trained, config.training, records=records, private=private)
     values = sizing.parameters(shapes, trained)
-    computed, slow = _precision(config, directory, classes, sizes.dtype)
+    computed, slow = _precision(config, directory, classes, sizes, records)
     return {
         "model_type": sizes.model_type,
         "family": sizes.family,
@@ -135,7 +135,7 @@ def _records(config: Config, device: str) -> int:
 
 
 def _precision(
-    config: Config, directory: Path, classes: int, dtype: str
+    config: Config, directory: Path, classes: int, sizes: Footprint, records: int
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns the precision here with the measured speed (None if there is none), and warnings."""
     from fedslm.models import precision
@@ -144,10 +144,10 @@ def _precision(
     from fedslm.training.probe import Trial, measure
 
     learning = build(config.task, config.data, tuple(map(str, range(classes))))
-    trial = Trial(directory, config.model, config.lora, config.task, learning, _records(config))
+    trial = Trial(directory, config.model, config.lora, config.task, learning, records)
     emulated = precision.warning(config.model, device_of(config.model))
     warnings = [emulated] if emulated else []
-    found = {"dtype": dtype, "dtype_asked": config.model.dtype}
+    found = {"dtype": sizes.dtype, "dtype_asked": config.model.dtype}
     try:
         speed = measure(trial)
     except TrainingError as error:
