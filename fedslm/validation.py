@@ -12,6 +12,7 @@ from fedslm.config.tasks import TASKS, tasks_that
 from fedslm.data.columns import placeholders
 from fedslm.data.database import PASSWORD, USER, holds_password, is_url
 from fedslm.errors import ConfigError, Problem, plural
+from fedslm.models import precision
 from fedslm.privacy.accounting import MOST_STEPS
 from fedslm.storage import expand
 
@@ -29,6 +30,7 @@ def check(config: Config) -> None:
     """
     problems = [
         *_privacy(config),
+        *precision.problems(config.model, config.distill, shares_passes=config.privacy.shares_passes),
         *_federation(config),
         *_engine(config),
         *_aggregation(config),
@@ -58,12 +60,6 @@ def _privacy(config: Config) -> Iterator[Problem]:
     yield from _steps(config)
     if config.lora.dropout > 0:
         yield Problem("lora.dropout", f"value {config.lora.dropout} must be 0 under privacy")
-    if privacy.shares_passes and config.model.dtype == "bfloat16":
-        message = (
-            'value "bfloat16" must be "auto" or "float32" with privacy.passes="shared": in a shared '
-            "pass its rounding lets units change one another's gradients by several percent"
-        )
-        yield Problem("model.dtype", message)
 
 
 def _steps(config: Config) -> Iterator[Problem]:

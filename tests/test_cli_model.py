@@ -106,7 +106,8 @@ def test_records_in_a_pass_keep_every_limit() -> None:
     for length, limit, expected in ((128, 32, 4), (16, 32, 32), (8, 64, 40), (128, 3, 3)):
         sets = (*own, f"task.max_length={length}", f"training.micro_batch_size={limit}")
         assert info(*sets)["records_in_a_pass"] == expected
-    assert info("task.labels=a,b,c")["records_in_a_pass"] == 1  # a unit under privacy
+    isolated = info("task.labels=a,b,c", "privacy.passes=isolated")
+    assert isolated["records_in_a_pass"] == 1
 
 
 def test_smaller_bases_are_smaller() -> None:

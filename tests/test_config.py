@@ -86,8 +86,6 @@ def test_an_unknown_choice_names_all_choices(key: str) -> None:
         ("privacy.unit", "hospital", 'use "record", "user" (or "patient")'),
         ("training.local_steps", 0, "10 to 50"),
         ("federation.num_clients", 0, "count the hospitals"),
-        ("model.dtype", "float16", "use bfloat16 or float32"),
-        ("distill.dtype", "float16", "use bfloat16 or float32"),
     ],
 )
 def test_an_error_says_what_to_do(key: str, value: object, remedy: str) -> None:

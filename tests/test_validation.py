@@ -61,6 +61,8 @@ def test_without_privacy_nothing_is_required() -> None:
             "value 4 exceeds training.micro_batch_size=3",
         ),
         ([("lora.dropout", 0.1)], "lora.dropout", "must be 0 under privacy"),
+        ([("model.dtype", "float16")], "model.dtype", 'use "bfloat16" or "float32"'),
+        ([("distill.dtype", "float16")], "distill.dtype", 'use "bfloat16" or "float32"'),
         (
             [("privacy.passes", "shared"), ("model.dtype", "bfloat16")],
             "model.dtype",

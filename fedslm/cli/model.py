@@ -153,7 +153,7 @@ def _precision(
     except TrainingError as error:
         return {**found, "speed": None}, [*warnings, f"the speed is unknown: {error}"]
     warnings = [f"{each}; measured: {speed.gain:.2f} times the speed of float32" for each in warnings]
-    return {**found, "speed": speed.as_json(dtype)}, warnings
+    return {**found, "speed": speed.as_json(sizes.dtype)}, warnings
 
 
 def _with_cores(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -110,6 +109,6 @@ def _key(setup: Setup, turn: int) -> dict[str, Any]:
         "lora": setup.lora.model_dump(mode="json"),
         "task": setup.task.model_dump(mode="json"),
         "dtype": str(model.dtype),
-        "trained": hashlib.sha256(json.dumps(trained).encode()).hexdigest(),
+        "trained": hashlib.sha256("\0".join(trained).encode()).hexdigest(),
         "records": setup.training.micro_batch_size,
     }

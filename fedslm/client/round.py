@@ -144,9 +144,12 @@ def admitted(request: Request, node: Node) -> ClientRound:
 
     Raises:
         PolicyRefused: The policy does not allow it.
-        FederationError: The base model differs, or a column is one that this node does not declare.
+        FederationError: The base model differs, a column is one that this node does not declare, or
+            nothing can be trained in the precision.
     """
     setup = request.setup
+    if setup.model.dtype == "float16":
+        raise FederationError(f"model.dtype: {precision.NO_FLOAT16}")
     node.admit(PlanRequest(setup.plan, setup.base_sha256, setup.task.name, setup.model.base))
     path = resolve(setup.model, may_fetch=node.may_fetch(setup.model.base))
     if base_sha256(path) != setup.base_sha256:

@@ -70,8 +70,8 @@ class DistillConfig(Section):
     """Scaling numerator of the student's adapter."""
     target_modules: Names = ("all-linear",)
     """Layers of the student to adapt; same values as lora.target_modules."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the student's frozen weights; losses are float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the student's frozen weights (not float16, as model.dtype); losses are float32."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """Store the student's linear layers in 8 or 4 bits."""
     gradient_checkpointing: bool = False

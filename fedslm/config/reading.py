@@ -190,10 +190,7 @@ def _toml_value(text: str) -> object:
     return text if is_nan or isinstance(value, datetime.date | datetime.time) else value
 
 
-_NO_HALF = "without loss scaling, float16 turns small gradients into zero; use bfloat16 or float32"
 _REMEDIES = {
-    "distill.dtype": _NO_HALF,
-    "model.dtype": _NO_HALF,
     "privacy.delta": "use about 1/(10·records of the smallest client)",
     "privacy.epsilon": "smaller is more private; 1 to 8 is common",
     "privacy.sample_rate": "use batch_size / a public estimate of a client's records",

@@ -51,10 +51,10 @@ class ModelConfig(Section):
     """Hub name, local directory, or "demo" (embedded and tiny) or "demo-large" (twice as wide)."""
     revision: OptionalText = None
     """Hub revision (commit, tag or branch)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the frozen base; the adapter is always float32. "auto": bfloat16 for a base of at
     least 100 million parameters where the processor or the GPU has it in hardware, else float32; also
-    float32 with privacy.passes = "shared"."""
+    float32 with privacy.passes = "shared". float16 is only read from runs of earlier versions."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """Store the frozen base's linear layers in 8 or 4 bits; the adapter stays float32."""
     gradient_checkpointing: bool = False

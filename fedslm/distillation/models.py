@@ -20,7 +20,7 @@ from fedslm.config import DistillConfig, LoraConfig, ModelConfig, TaskConfig
 from fedslm.config.tasks import tasks_that
 from fedslm.errors import ConfigError, ModelError, Problem
 from fedslm.inference.trained import Trained, TunedModel, load_trained
-from fedslm.models import families
+from fedslm.models import families, precision
 from fedslm.models.base import load_tokenizer, local, resolve
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel, load
@@ -160,11 +160,13 @@ def student_sections(
     """Returns the student's model and adapter sections, and its task.
 
     Raises:
-        ConfigError: No student is configured.
+        ConfigError: No student is configured, or it cannot be trained in its precision.
     """
     if settings.student is None:
         message = "is missing; give the larger model's hub name or directory"
         raise ConfigError([Problem("distill.student", message)])
+    if settings.dtype == "float16":
+        raise ConfigError([Problem("distill.dtype", precision.NO_FLOAT16)])
     model = ModelConfig(
         base=settings.student,
         dtype=settings.dtype,

@@ -17,7 +17,7 @@ from fedslm import layout
 from fedslm.aggregation.methods import moving_keys
 from fedslm.attestations import places_of_simulation
 from fedslm.data import store
-from fedslm.errors import DataError
+from fedslm.errors import DataError, ModelError
 from fedslm.models import precision
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel
@@ -55,9 +55,11 @@ def describe(setup: Setup) -> Description:
     """Loads the model and creates the initial adapter.
 
     Raises:
-        ModelError: The model or its LoRA targets are not usable.
+        ModelError: The model or its LoRA targets are not usable, or the precision is float16.
         PrivacyError: The plan is private, and the base couples records, or the accountants disagree.
     """
+    if setup.model.dtype == "float16":  # the config of an earlier version's run, resumed
+        raise ModelError(f"model.dtype: {precision.NO_FLOAT16}")
     model, plan = model_for(setup), setup.plan
     if isinstance(plan, PrivatePlan):
         verified(plan, places_of_simulation(Path(setup.directory) / layout.NODES))

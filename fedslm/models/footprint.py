@@ -19,7 +19,7 @@ from fedslm.tasks.passes import bounded_budget
 if TYPE_CHECKING:
     from torch import nn
 
-_BYTES = {"float32": 4.0, "bfloat16": 2.0}
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _FLOAT = 4
 _SCALE_OF_4_BITS = 1 / 64 + 4 / (64 * 256)  # one byte per 64 values, one float per 256 of those bytes
 _LEAST_WIDTH = 1 << 11  # fewest values that a layer holds per token, even with few classes

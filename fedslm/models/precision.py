@@ -9,21 +9,26 @@ wider in both, so clients that decide differently fit into one federation.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
-from fedslm.config import ModelConfig
+from fedslm.config import DistillConfig, ModelConfig
+from fedslm.errors import Problem
 
 if TYPE_CHECKING:
     import torch
 
 LEAST_PARAMETERS = 100_000_000
+NO_FLOAT16 = (
+    'value "float16" would turn small gradients into zero, since no loss is scaled; use "bfloat16" or '
+    '"float32"'
+)
 _EMULATING = {"AVX512_CORE", "AVX512_CORE_VNNI", "AVX2_VNNI_2"}  # oneDNN's levels that take bfloat16
 
 
 def chosen(
     model: ModelConfig, device: torch.device, parameters: Callable[[], int]
-) -> Literal["float32", "bfloat16"]:
+) -> Literal["float32", "bfloat16", "float16"]:
     """Returns the precision of a base on a device.
 
     Args:
@@ -64,6 +69,25 @@ def warning(model: ModelConfig, device: torch.device) -> str:
         f'model.dtype="bfloat16" is emulated on this {device.type}: it takes less memory than float32, '
         f'but usually far more time; use "auto" or "float32"'
     )
+
+
+def problems(model: ModelConfig, distill: DistillConfig, *, shares_passes: bool) -> Iterator[Problem]:
+    """Yields what cannot be trained.
+
+    Args:
+        model: The base.
+        distill: The student.
+        shares_passes: Whether units of private training share passes.
+    """
+    for key, dtype in (("model.dtype", model.dtype), ("distill.dtype", distill.dtype)):
+        if dtype == "float16":
+            yield Problem(key, NO_FLOAT16)
+    if shares_passes and model.dtype == "bfloat16":
+        message = (
+            'value "bfloat16" must be "auto" or "float32" with privacy.passes="shared": in a shared '
+            "pass its rounding lets units change one another's gradients by several percent"
+        )
+        yield Problem("model.dtype", message)
 
 
 def _cpu_is_native() -> bool:

@@ -16,7 +16,7 @@ from support.tiny import PRIVATE
 import fedslm
 from fedslm.client import records
 from fedslm.client.round import _warn_of_emulation
-from fedslm.config import Config
+from fedslm.config import Config, ModelConfig
 from fedslm.models import precision
 from fedslm.protocol.messages import Request
 
@@ -41,10 +41,11 @@ def private(config_in: Callable[..., Config], tmp_path_factory: pytest.TempPathF
         ({"tasks": ["seq2seq"]}, {}, "task"),
         ({}, {"base_sha256": "0" * 64}, "the base model here differs"),
         ({}, {"version": "9.9.9"}, "server runs 9.9.9"),
+        ({}, {"model": ModelConfig(base="demo", dtype="float16")}, 'model.dtype: value "float16"'),
         ({"epsilon": 0.01}, {}, "epsilon"),
         ({"max_epsilon_per_run": 0.001}, {}, "epsilon"),
     ],
-    ids=["unit", "task", "base", "version", "lifetime budget", "run budget"],
+    ids=["unit", "task", "base", "version", "precision", "lifetime budget", "run budget"],
 )
 def test_a_refusal_reads_no_record(
     private: Request,

@@ -227,6 +227,8 @@ def test_bad_input_is_refused_with_a_remedy(
         prepare(run, settings(source=good["source"]))
     with pytest.raises(ModelError, match="is the teacher's base"):
         prepare(run, settings(**{**good, "student": run.model.base}))
+    with pytest.raises(ConfigError, match=r'distill.dtype: value "float16" would turn small gradients'):
+        prepare(run, settings(**good, dtype="float16"))
     with pytest.raises(ConfigError, match="is for classes; for causal-lm use proxy-target"):
         prepare(run, settings(**good, method="log-confidence"))
     with pytest.raises(ConfigError, match='needs method="forward-kl"'):

@@ -364,7 +364,7 @@ def test_the_hash_of_an_earlier_version() -> None:
     privacy = {"unit": "patient", "unit_column": "who", "max_records_per_unit": 2, "epsilon": 8.0}
     rest = {"passes": "isolated", "delta": 1e-5, "clip_norm": 1.0, "sample_rate": 0.05}
     sections = {
-        "model": {"base": "demo"},
+        "model": {"base": "demo", "dtype": "float32"},  # the default then, and stored
         "data": {"source": "demo"},
         "task": {"name": "classification"},
     }

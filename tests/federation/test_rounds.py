@@ -18,7 +18,7 @@ from support.tiny import PRIVATE, write_base
 from fedslm import simulation
 from fedslm.config import Config
 from fedslm.engines.local import LocalGrid
-from fedslm.errors import FederationError, ModelError, RunError
+from fedslm.errors import ConfigError, FederationError, ModelError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.observers import Observer
 from fedslm.federation.population import choose_cohort, join
@@ -231,6 +231,19 @@ def test_a_run_says_and_repeats_its_precision(make_config: MakeConfig, tmp_path:
         assert f"dtype=torch.{expected})" in card
     hashes = [found[name]["adapter_sha256"] for name in ("here", "there", "auto")]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_run_in_float16_is_read_and_not_continued(make_config: MakeConfig, tmp_path: Path) -> None:
+    """An earlier version trained in it: an audit needs its config, and no round may be added."""
+    config = make_config().resolved()
+    model = config.model.model_copy(update={"dtype": "float16"})
+    config = config.model_copy(update={"model": model})
+    directory = RunDirectory.create(tmp_path / "run", config)
+    assert RunDirectory.open(directory.path)[1] == config
+    with pytest.raises(ModelError, match=r'model.dtype: value "float16" would turn small gradients'):
+        simulation.resume(directory.path)
+    with pytest.raises(ConfigError, match=r'model.dtype: value "float16" would turn small gradients'):
+        simulation.simulate(config)
 
 
 @pytest.mark.parametrize("native", [True, False])

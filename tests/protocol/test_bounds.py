@@ -74,7 +74,6 @@ WRONG_SETUPS = {
     "no section": changed(model=None),
     "infinite": section("training", learning_rate=float("inf")),
     "huge": section("training", batch_size=10**13),
-    "float16": section("model", dtype="float16"),
     "modules": section("lora", target_modules=["x"] * 10_001),
     "ranks": section("lora", client_ranks=[1] * 10_001),
     "ranks in one text": section("lora", client_ranks=",".join(["1"] * 10_000) + ",1"),

@@ -29,6 +29,7 @@ SENSITIVE = (
     "models/test_initial.py",
     "models/test_peft_export.py",
     "models/test_quantized.py",
+    "training/test_bfloat16.py",
     "training/test_every_loss.py",
     "training/test_local.py",
     "training/test_steps.py",
