@@ -246,6 +246,8 @@ class RoundRecord:
         bytes_down: Bytes of tensors sent to clients in this round.
         bytes_up: Bytes of tensors received from clients in this round.
         seconds: Wall time of the round.
+        evaluation_seconds: The part of it that the evaluation took; 0 if this round was not evaluated,
+            and in runs of older versions.
         reasons: One line for each client that is missing from the aggregate: its name and the reason.
         left_out: Indices of these clients, in the same order; empty in runs of older versions.
         private_metric: Mean score of the round's starting adapter on the clients' own data, from noisy
@@ -268,3 +270,4 @@ class RoundRecord:
     reasons: tuple[str, ...] = field(default=())
     left_out: tuple[int, ...] = field(default=())
     private_metric: float | None = None
+    evaluation_seconds: float = 0.0

@@ -72,7 +72,7 @@ def config_in(notes: Path) -> Callable[..., Config]:
             "task": {"name": "classification", "pooling": "mean", "max_length": 24},
             "training": {"local_steps": 2, "batch_size": 4, "learning_rate": 0.01},
             "privacy": {"unit": "none"},
-            "federation": {"num_clients": 3, "rounds": 3},
+            "federation": {"num_clients": 3, "rounds": 3, "evaluate_every": 1},
             "engine": {"workers": 0},
         }
         for section, changes in sections.items():

@@ -158,6 +158,16 @@ def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     assert_clear(result, "ModelError", "model.base='./no/model'", "no such directory")
 
 
+def test_the_end_of_a_run_says_what_evaluation_took(tmp_path: Path) -> None:
+    """After the metrics there is one sentence with its share of the rounds' time, from the report."""
+    result = run("simulate", DEMO, *tiny(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    share = 100 * report["seconds_in_evaluations"] / report["seconds_in_rounds"]
+    assert 0 < share < 100
+    assert f"\nevaluation took {share:.0f} % of the time in rounds\n" in result.stdout
+
+
 def test_an_existing_run_directory_is_refused(tmp_path: Path) -> None:
     """No run is overwritten, and the error says how to go on."""
     (tmp_path / "run").mkdir()

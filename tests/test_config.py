@@ -108,6 +108,26 @@ def test_a_truth_value_is_no_number(key: str) -> None:
     assert key in problems(changed((key, True)))
 
 
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "5", "often", "", None])
+def test_rounds_between_evaluations_are_a_number_or_auto(value: object) -> None:
+    """Anything else is one problem, with both ways to write it."""
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(changed(("federation.evaluate_every", value)))
+    (problem,) = caught.value.problems
+    assert problem.key == "federation.evaluate_every"
+    shown = json.dumps(value)
+    assert problem.message == f'value {shown}: should be a whole number >= 1, or "auto"'
+
+
+@pytest.mark.parametrize("value", ["auto", 1, 7])
+def test_rounds_between_evaluations_survive_toml(value: object, tmp_path: Path) -> None:
+    """A number and "auto" are written to TOML as they are."""
+    config = from_mapping(changed(("federation.evaluate_every", value)))
+    assert config.federation.evaluate_every == value
+    (tmp_path / "c.toml").write_text(to_toml(config))
+    assert from_toml(tmp_path / "c.toml") == config
+
+
 def test_several_problems_are_reported_at_once() -> None:
     """One run of the check shows everything that is wrong."""
     values = changed(("lora.rank", 0), ("privacy.delta", 2), ("task.nmae", "x"), ("engine.name", "gpu"))

@@ -183,6 +183,9 @@ def _finish(report: dict[str, Any], as_json: bool) -> None:
         console.print(f"privacy: {spent} for one {report['plan']['unit']} ({of})", highlight=False)
     sent = f"{readable(report['bytes_down'])} down, {readable(report['bytes_up'])} up"
     console.print(f"sent: {sent}; {report['seconds']:.1f} s", highlight=False)
+    if report.get("evaluations"):  # reports of earlier versions do not say
+        share = report["seconds_in_evaluations"] / report["seconds_in_rounds"]
+        console.print(f"evaluation took {100 * share:.0f} % of the time in rounds", highlight=False)
     student = f"{layout.DISTILLED}/{layout.DISTILL_PAGE}"
     for file in (student, layout.REPORT_PAGE, layout.ADAPTER, layout.NODES):
         path = Path(report["directory"]) / file

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 def _split(value: object) -> object:
@@ -48,6 +49,14 @@ def _one_name(value: object) -> object:
     return "user" if value == "patient" else value
 
 
+def _count_or_auto(value: object) -> object:
+    """Refuses anything but "auto" and a whole number >= 1, in one error instead of one for each."""
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise PydanticCustomError("count_or_auto", 'should be a whole number >= 1, or "auto"')
+
+
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Unit = Annotated[Literal["none", "record", "user"], BeforeValidator(_one_name)]
 TaskName = Literal[

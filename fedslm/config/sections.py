@@ -19,6 +19,7 @@ from fedslm.config.aggregation import (
     PersonalizationConfig,
 )
 from fedslm.config.base import (
+    CountOrAuto,
     DeviceName,
     Names,
     OptionalCount,
@@ -249,8 +250,9 @@ class FederationConfig(Section):
     """The first round waits for this many admitted nodes (engine.name = "deployed"); absent: all."""
     max_failed_rounds: int = Field(3, ge=1)
     """The run stops, and keeps its adapter, after this many failed rounds in a row."""
-    evaluate_every: int = Field(1, ge=1)
-    """Rounds between evaluations on the public split; the last round is always evaluated."""
+    evaluate_every: CountOrAuto = "auto"
+    """Rounds between evaluations on the public split; "auto": as often as a quarter of the rounds' time
+    allows. The last round is always evaluated."""
     round_deadline_seconds: float = Field(3600.0, gt=0)
     """A reply after this time counts as late and is not used. For nodes whose policy answers later
     (answer_after_seconds) a run extends it, to four times this value at most."""

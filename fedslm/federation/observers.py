@@ -18,7 +18,8 @@ class Observer:
 
     >>> class Losses(Observer):
     ...     def on_round(self, record):
-    ...         print(record.round, record.metrics["loss"])
+    ...         if record.metrics:  # not every round is evaluated
+    ...             print(record.round, record.metrics["loss"])
     >>> Losses().on_start(None, None)
     """
 

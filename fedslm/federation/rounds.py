@@ -21,6 +21,7 @@ from fedslm.errors import FederationError, ModelError, plural
 from fedslm.federation import public_model
 from fedslm.federation.attacks import attacked
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
+from fedslm.federation.evaluations import Evaluations
 from fedslm.federation.exchange import Exchange
 from fedslm.federation.observers import Observer
 from fedslm.federation.participation import came_to_nothing
@@ -128,14 +129,15 @@ class Federation:
         exchange, federation = self._exchange(run), self.config.federation
         for observer in self.observers:
             observer.on_start(self.config, state)
-        stopped = ""
-        for number in range(state.round + 1, federation.rounds + 1):
+        stopped, evaluations = "", Evaluations(federation, self.directory.records())
+        while state.round < federation.rounds:
             if exchange.trust is not None:
                 exchange.trust.needed(federation.min_clients)
-            state = self._round(run, state, exchange, number)
+            state = self._round(run, state, exchange, evaluations)
             if state.failed_in_row >= federation.max_failed_rounds:
                 stopped = f"{plural(state.failed_in_row, 'round')} in a row moved nothing"
                 break
+        state = self._evaluated_at_end(run, state)
         stopped = "; ".join(filter(None, [stopped, came_to_nothing(self.directory.records())]))
         measured = self._measured(run, state, exchange)
         return Outcome(run.setup, run.frozen, state, run.dtype, stopped, measured)
@@ -230,10 +232,10 @@ class Federation:
             logger.warning(text, cut, records, setup.task.max_length)
 
     def _round(
-        self, run: RunConstants, state: Checkpoint, exchange: Exchange, number: int
+        self, run: RunConstants, state: Checkpoint, exchange: Exchange, evaluations: Evaluations
     ) -> Checkpoint:
-        """Runs one round: push, stream replies into the aggregate, evaluate, record, checkpoint."""
-        began, config = time.monotonic(), self.config
+        """Runs the next round: push, stream replies, aggregate, evaluate, record, checkpoint."""
+        began, config, number = time.monotonic(), self.config, state.round + 1
         cohort = choose_cohort(config.federation, config.run.seed, number)
         server, statements = state.server, dict(state.statements)
         request = Request(run.setup, number, server.moving, server.turn, server.control)
@@ -253,7 +255,8 @@ class Federation:
             moved = _finished(aggregate, config.federation.min_replies, tally=tally)
             moved = self._followed(run, number, moved)
             signal_to_noise = _finite(aggregate.signal_to_noise())
-        metrics = dict(state.metrics) if moved is None else self._evaluated(run, number, moved)
+        is_due = evaluations.is_due(number, time.monotonic() - began)
+        metrics, evaluated = self._evaluated(run, moved if is_due else None)
         record = tally.record(
             number,
             kept=moved is None,
@@ -261,22 +264,35 @@ class Federation:
             metrics=metrics,
             signal_to_noise=signal_to_noise,
             seconds=time.monotonic() - began,
+            evaluation_seconds=evaluated,
         )
+        evaluations.count(record)
         failed = 0 if moved is not None else state.failed_in_row + 1
-        changes = {"failed_in_row": failed, "statements": statements}
-        epsilons = _epsilons(config, statements)
-        state = state.after(record, server=moved or server, epsilons=epsilons, **changes)
+        changes = {"statements": statements, "epsilons": _epsilons(config, statements)}
+        state = state.after(record, server=moved or server, failed_in_row=failed, **changes)
         self.directory.save(state, record)
         for observer in self.observers:
             observer.on_round(record)
         return state
 
-    def _evaluated(self, run: RunConstants, number: int, moved: ServerState) -> dict[str, float]:
-        """Metrics on the public split; empty in a round that is not evaluated."""
-        federation = self.config.federation
-        if number % federation.evaluate_every and number != federation.rounds:
-            return {}
-        return public_model.evaluate(self.pool, run.setup, run.frozen.merged(moved.moving))
+    def _evaluated(
+        self, run: RunConstants, server: ServerState | None
+    ) -> tuple[dict[str, float], float]:
+        """Metrics on the public split, and the seconds that they took; none of nothing."""
+        if server is None:
+            return {}, 0.0
+        began = time.monotonic()
+        metrics = public_model.evaluate(self.pool, run.setup, run.frozen.merged(server.moving))
+        return metrics, time.monotonic() - began
+
+    def _evaluated_at_end(self, run: RunConstants, state: Checkpoint) -> Checkpoint:
+        """The last state with its own metrics, also if the run stopped after a round without any."""
+        moved = [record for record in self.directory.records() if not record.kept]
+        if not moved or moved[-1].metrics:
+            return state
+        state = replace(state, metrics=self._evaluated(run, state.server)[0])
+        self.directory.save(state)
+        return state
 
     def _followed(
         self, run: RunConstants, number: int, moved: ServerState | None

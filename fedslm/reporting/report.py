@@ -101,7 +101,7 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "private_metrics": [r.private_metric for r in records if r.private_metric is not None],
         "bytes_down": sum(record.bytes_down for record in records),
         "bytes_up": sum(record.bytes_up for record in records),
-        "seconds_in_rounds": sum(record.seconds for record in records),
+        **_times(records),
         "seconds": inputs.seconds,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "measured_by_clients": _measured(inputs),
@@ -143,6 +143,15 @@ def _settings(config: Config) -> dict[str, Any]:
             if value != usual and f"{name}.{key}" != "aggregation.method":
                 found[f"{name}.{key}"] = value
     return found
+
+
+def _times(records: list[RoundRecord]) -> dict[str, Any]:
+    """Returns the time of all rounds, and the part of it that evaluation took."""
+    return {
+        "seconds_in_rounds": sum(record.seconds for record in records),
+        "evaluations": sum(record.evaluation_seconds > 0 for record in records),
+        "seconds_in_evaluations": sum(record.evaluation_seconds for record in records),
+    }
 
 
 def _attack(config: Config) -> dict[str, Any] | None:

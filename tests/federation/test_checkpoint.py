@@ -367,6 +367,7 @@ def test_the_hash_of_an_earlier_version() -> None:
         "model": {"base": "demo", "dtype": "float32"},  # the default then, and stored
         "data": {"source": "demo"},
         "task": {"name": "classification"},
+        "federation": {"evaluate_every": 1},  # its default
     }
     robust = {"aggregation": {"method": "ffa", "rule": "median", "num_byzantine": 1}}
     made = configuration.from_mapping({**sections, **robust, "privacy": {**privacy, **rest}})

