@@ -89,7 +89,7 @@ def _check_request(client_round: ClientRound, plan: PrivatePlan) -> None:
     if plan.passes == "shared" and client_round.model.is_rounded:
         raise PolicyRefused(
             "shared passes need a base in float32: the rounding of bfloat16 lets units "
-            "change one another's gradients by several percent"
+            "change one another's gradients by 1 % and more"
         )
     check_private_model(client_round.model.adapter.network)
     _check_adapter(client_round.start.adapter, client_round.model)

@@ -85,7 +85,7 @@ def problems(model: ModelConfig, distill: DistillConfig, *, shares_passes: bool)
     if shares_passes and model.dtype == "bfloat16":
         message = (
             'value "bfloat16" must be "auto" or "float32" with privacy.passes="shared": in a shared '
-            "pass its rounding lets units change one another's gradients by several percent"
+            "pass its rounding lets units change one another's gradients by 1 % and more"
         )
         yield Problem("model.dtype", message)
 
