@@ -69,9 +69,9 @@ def test_shared_passes_in_bfloat16_are_refused(
 ) -> None:
     """Whatever a server asks for, units that share a pass are computed in float32; no record is read."""
     monkeypatch.setattr(records.store, "read_client", never)
-    private = first_request(config_in(tmp_path / "run", privacy={**PRIVATE, "batched": True}))
+    private = first_request(config_in(tmp_path / "run", privacy={**PRIVATE, "passes": "shared"}))
     assert private.setup.model.dtype == "float32"
-    node = write_policy(tmp_path / "node", batched=True)
+    node = write_policy(tmp_path / "node", weakest_passes="shared")
     model = private.setup.model.model_copy(update={"dtype": "bfloat16"})
     reply = ask(replace(private, setup=replace(private.setup, model=model)), context_of(0, node))
     assert (reply.status, "need a base in float32" in reply.reason) == ("refused", True)
