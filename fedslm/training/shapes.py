@@ -23,8 +23,8 @@ class _Kind:
 
     Attributes:
         most_parameters: Largest base of this kind.
-        lengths: Padded lengths: multiples of 8, so that elementwise kernels start every row alike. 72
-            and 136 are for records that are cut at 64 and 128 tokens, since one column is always
+        lengths: Padded lengths: multiples of 4, so that elementwise kernels start every row alike. 68
+            and 132 are for records that are cut at 64 and 128 tokens, since one column is always
             padding. A longer record has a pass of its own.
         tokens: Most tokens in a pass.
         records: Most records in a pass.
@@ -37,12 +37,12 @@ class _Kind:
 
 
 _ON_CPU = (  # a tiny base waits for Python, a small one for its caches, a large one for neither
-    _Kind(4e6, (24, 48, 72, 136, 264, 520), 2304, 32),
-    _Kind(5e7, (16, 24, 32, 48, 64, 72, 96), 576, 16),
+    _Kind(4e6, (24, 48, 68, 132, 260, 516), 2304, 32),
+    _Kind(5e7, (16, 24, 32, 48, 68, 96), 576, 16),
     _Kind(math.inf, (), 0, 0),  # isolated passes of 128 tokens cost 1.04 of a shared one at 135 M
 )
-_ON_GPU = _Kind(math.inf, (32, 72, 136, 264, 520), 16_384, 64)
-_COUNTS = (*range(1, 17), 24, 32, 48, 64)  # of records in a pass
+_ON_GPU = _Kind(math.inf, (32, 68, 132, 260, 516), 16_384, 64)
+_COUNTS = (*range(1, 9), 10, 12, 14, 16, 24, 32, 48, 64)  # of records in a pass
 _MOST_VALUES = 1 << 24  # of per-record gradients in one pass: 64 MiB
 _UNIT_VALUES = 1 << 23  # of units' sums at once: 64 MiB in float64
 
