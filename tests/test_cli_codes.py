@@ -22,6 +22,8 @@ CODES = {
     "ModelError": console.INPUT,
     "LedgerError": console.INPUT,
     "OutOfRange": console.INPUT,
+    "NeedsTime": console.FAILED,
+    "NotRepeated": console.FAILED,
     "RolledBack": console.INPUT,
     "PrivacyError": console.REFUSED,
     "BudgetExceeded": console.REFUSED,

@@ -282,7 +282,7 @@ def test_a_failed_self_test_refuses_and_is_not_kept(
         reply = ask(requests["plain"], context)
         assert (reply.status, reply.delta) == ("refused", None)
         assert reply.reason == "this node's self-test failed, so it trains nothing"
-        assert not list((node / layout.ATTESTATIONS).glob("*.json"))
+        assert not list((node / layout.ATTESTATIONS).glob("self-test-*.json"))
         assert not (node / "ledger.jsonl").exists()
     assert ask(requests["plain"], context).status == "ok"
     assert counted.ran == [False, False, True]
@@ -321,6 +321,6 @@ def test_another_way_to_compute_is_tested_anew(
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
     assert ask(replace(requests["plain"], round=2), context_of(0, node)).status == "ok"
     assert counted.ran == [True, True]
-    kept = [json.loads(path.read_text()) for path in (node / layout.ATTESTATIONS).glob("*.json")]
+    kept = [json.loads(path.read_text()) for path in (node / layout.ATTESTATIONS).glob("self-test-*.json")]
     assert len(kept) == 2
     assert self_test.kernels() in [each["test"]["key"]["kernels"] for each in kept]

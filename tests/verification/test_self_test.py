@@ -111,7 +111,7 @@ def bench() -> Bench:
 def patch(bench: Bench) -> Iterator[pytest.MonkeyPatch]:
     """Changes for one test, in which the model is not loaded again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bench, "load", classmethod(lambda cls: bench))
+        patch.setattr(Bench, "load", classmethod(lambda cls, device: bench))
         yield patch
     chain._parse.cache_clear()
     accounting._cross_checked.cache_clear()
