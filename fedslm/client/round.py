@@ -121,6 +121,8 @@ class ClientRound:
     def forget_records(self) -> None:
         """Removes a deployed node's records of this run, which can make no more charges."""
         forget_records(self.setup, self.node)
+        if self.node.deployed:
+            self.model.forget_records()
 
     def reply(self, release: Release, *, ledger: Ledger | None = None, weight: float = 1.0) -> Reply:
         """A reply with everything that the server checks."""

@@ -112,7 +112,7 @@ def count(setup: Setup, adapter: AdapterState, part: int, parts: int) -> dict[st
 
     model = model_for(setup)
     examples = _public(setup).examples[part::parts]
-    return count_examples(model, task_for(setup), examples, adapter)
+    return count_examples(model, task_for(setup), examples, adapter, again=True)
 
 
 def export(setup: Setup, adapter: AdapterState, directory: Path) -> None:

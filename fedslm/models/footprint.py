@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig, TrainingConfig
 from fedslm.config.tasks import TASKS
 from fedslm.models import families, networks, precision
-from fedslm.models.adapter import attach
+from fedslm.models.adapter import AttachedAdapter, attach
 from fedslm.models.base import device_of
 from fedslm.tasks.passes import bounded_budget
 
@@ -43,6 +43,10 @@ class Footprint:
         heads: Names of new heads, which are trained from scratch.
         activation_bytes: Kept for the backward pass of one record of the maximum length; rough.
         evaluation_bytes: Logits and their copies in one evaluation pass; rough.
+        layers: Number of layers; for an encoder-decoder, those of the encoder.
+        cached_layers: How many of them are computed once for each record, since they lie below the
+            lowest adapted one (:mod:`fedslm.models.cached_layers`).
+        cached_bytes: What is kept of a record of the maximum length; 0 if nothing is.
     """
 
     model_type: str
@@ -56,6 +60,9 @@ class Footprint:
     heads: tuple[str, ...]
     activation_bytes: int
     evaluation_bytes: int
+    layers: int
+    cached_layers: int
+    cached_bytes: int
 
 
 def footprint(
@@ -100,6 +107,8 @@ def footprint(
         heads=heads,
         activation_bytes=_activations(network, model, task),
         evaluation_bytes=_evaluation(network, task, num_labels, device_of(model).type),
+        layers=networks.num_layers(directory),
+        **_cached(adapter, model, task),
     )
 
 
@@ -172,10 +181,15 @@ def machine(model: ModelConfig) -> tuple[str, int | None]:
     device = device_of(model)
     if device.type == "cuda":
         return "cuda", int(torch.cuda.mem_get_info(device)[1])
+    return device.type, memory_here()
+
+
+def memory_here() -> int | None:
+    """Returns this machine's memory in bytes; None if it is unknown."""
     try:
-        return device.type, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not on Windows
-        return device.type, None
+        return None
 
 
 def parameters(shapes: Mapping[str, tuple[int, ...]], keys: frozenset[str]) -> int:
@@ -248,6 +262,19 @@ def _activations(network: Any, model: ModelConfig, task: TaskConfig) -> int:
     if kind.network == "decoder":
         logits = length * int(config.vocab_size)
     return round(kind.rows_per_example * (length * values * size + _LOGITS * logits * _FLOAT))
+
+
+def _cached(adapter: AttachedAdapter, model: ModelConfig, task: TaskConfig) -> dict[str, int]:
+    """Returns how many layers are computed once for each record, and what that keeps."""
+    from fedslm.models.cached_layers import prefix_of
+
+    kept = not model.gradient_checkpointing and device_of(model).type == "cpu"
+    prefix = prefix_of(adapter) if kept else None
+    if prefix is None:
+        return {"cached_layers": 0, "cached_bytes": 0}
+    tokens = TASKS[task.name].rows_per_example * task.max_length
+    size = tokens * prefix.width * int(_BYTES[model.dtype])
+    return {"cached_layers": len(prefix.below), "cached_bytes": size}
 
 
 def _evaluation(network: Any, task: TaskConfig, num_labels: int, device: str) -> int:

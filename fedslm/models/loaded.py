@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from fedslm.models.cached_layers import CachedLayers
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,6 +60,22 @@ class LoadedModel:
         """True if the network takes ``logits_to_keep``, as the decoders of transformers do."""
         network: Any = self.adapter.network
         return "logits_to_keep" in signature(network.get_base_model().forward).parameters
+
+    @cached_property
+    def cached_layers(self) -> CachedLayers | None:
+        """What enters the lowest adapted layer, for records seen before; None if nothing is below it.
+
+        Only on a CPU: a GPU computes many records in the time of one.
+        """
+        from fedslm.models.cached_layers import CachedLayers, most_bytes_here, prefix_of
+
+        prefix = prefix_of(self.adapter) if self.device.type == "cpu" else None
+        return None if prefix is None else CachedLayers(prefix, most_bytes_here())
+
+    def forget_records(self) -> None:
+        """Forgets what is kept of records."""
+        if self.cached_layers is not None:
+            self.cached_layers.clear()
 
 
 @lru_cache(maxsize=1)

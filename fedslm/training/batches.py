@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import torch
 
+from fedslm.models.cached_layers import CachedLayers
 from fedslm.models.loaded import LoadedModel
 from fedslm.tasks.base import INPUTS, Example, Task, Tensors
 from fedslm.tasks.passes import together
@@ -40,7 +41,12 @@ def micro_batches(
 
 
 def forward(
-    model: LoadedModel, task: Task, examples: Sequence[Example], *, keep_all: bool = False
+    model: LoadedModel,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    keep_all: bool = False,
+    layers: CachedLayers | None = None,
 ) -> tuple[torch.Tensor, Tensors]:
     """Runs the model on one micro-batch.
 
@@ -53,12 +59,13 @@ def forward(
         task: Collates the examples.
         examples: At least one.
         keep_all: Compute the logits of every position, whatever the labels.
+        layers: See :func:`run`.
 
     Returns:
         Logits, and the batch on the model's device, both at the same positions. The batch includes the
         base's own logits if the task compares with them.
     """
-    return run(model, task, collated(model, task, examples, keep_all=keep_all))
+    return run(model, task, collated(model, task, examples, keep_all=keep_all), layers)
 
 
 def collated(
@@ -69,12 +76,25 @@ def collated(
     return batch if keep_all or task.labels or not model.keeps_positions else at_labels(batch)
 
 
-def run(model: LoadedModel, task: Task, collated: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """Runs the model on a collated batch, of whatever shape; see :func:`forward`."""
+def run(
+    model: LoadedModel, task: Task, collated: Tensors, layers: CachedLayers | None = None
+) -> tuple[torch.Tensor, Tensors]:
+    """Runs the model on a collated batch, of whatever shape; see :func:`forward`.
+
+    Args:
+        model: The model.
+        task: The task.
+        collated: The batch.
+        layers: The model's layers that are not computed again for a record; None computes all of them.
+    """
     batch = {key: tensor.to(model.device) for key, tensor in collated.items()}
     inputs = {key: batch[key] for key in INPUTS if key in batch}
     mixed = model.dtype != torch.float32
-    with torch.autocast(model.device.type, dtype=model.dtype) if mixed else nullcontext():
+    with ExitStack() as stack:
+        if mixed:
+            stack.enter_context(torch.autocast(model.device.type, dtype=model.dtype))
+        if layers is not None:
+            stack.enter_context(layers.serving(inputs))
         if task.uses_base:
             with torch.no_grad(), model.adapter.disabled():
                 batch["base_logits"] = model.adapter.network(**inputs).logits

@@ -18,7 +18,12 @@ Statistics = dict[str, NDArray[np.float64]]
 
 
 def statistics(
-    model: LoadedModel, task: Task, examples: Sequence[Example], adapter: AdapterState
+    model: LoadedModel,
+    task: Task,
+    examples: Sequence[Example],
+    adapter: AdapterState,
+    *,
+    again: bool = False,
 ) -> Statistics:
     """Computes the task's statistics of each example.
 
@@ -27,6 +32,8 @@ def statistics(
         task: The task that is evaluated.
         examples: Any number.
         adapter: The whole adapter.
+        again: Whether the same examples are evaluated again in this process: then
+            :attr:`fedslm.models.loaded.LoadedModel.cached_layers` save time.
 
     Returns:
         Name to an array of shape (examples, …), in the order of the examples; empty without examples.
@@ -39,7 +46,8 @@ def statistics(
     with torch.inference_mode():
         for chosen in passes(examples, tokens):
             order += chosen
-            logits, batch = forward(model, task, [examples[number] for number in chosen])
+            some = [examples[number] for number in chosen]
+            logits, batch = forward(model, task, some, layers=model.cached_layers if again else None)
             for name, values in task.statistics(logits, batch).items():
                 parts.setdefault(name, []).append(values.cpu().double().numpy())
     back = np.argsort(order)
@@ -47,7 +55,12 @@ def statistics(
 
 
 def count(
-    model: LoadedModel, task: Task, examples: Sequence[Example], adapter: AdapterState
+    model: LoadedModel,
+    task: Task,
+    examples: Sequence[Example],
+    adapter: AdapterState,
+    *,
+    again: bool = False,
 ) -> Statistics:
     """Sums the task's statistics over the examples.
 
@@ -56,9 +69,10 @@ def count(
         task: The task that is evaluated.
         examples: Any number.
         adapter: The whole adapter.
+        again: See :func:`statistics`.
 
     Returns:
         Sums, for :meth:`fedslm.tasks.base.Task.metrics`; empty without examples.
     """
-    found = statistics(model, task, examples, adapter)
+    found = statistics(model, task, examples, adapter, again=again)
     return {name: values.sum(axis=0) for name, values in found.items()}

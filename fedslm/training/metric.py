@@ -69,7 +69,7 @@ def _scores(model: LoadedModel, task: Task, examples: Sequence[Example]) -> list
     with torch.inference_mode():
         for example in examples:
             try:
-                logits, batch = forward(model, task, [example])
+                logits, batch = forward(model, task, [example], layers=model.cached_layers)
                 computed = bool(torch.isfinite(logits).all())
                 score = float(task.per_example_score(logits, batch)[0]) if computed else 0.0
             except Exception:  # the failure depends only on the record; it counts as zero

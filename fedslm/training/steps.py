@@ -59,6 +59,7 @@ class PlainStep:
     ) -> None:
         self._model, self._task = model, task
         self._optimizer, self._micro_batch_size = optimizer, micro_batch_size
+        self._layers = model.cached_layers
 
     def __call__(self, units: Sequence[Unit]) -> None:
         """Moves the parameters by one step."""
@@ -67,7 +68,7 @@ class PlainStep:
         tokens = token_budget(self._model.device.type, self._task.rows_per_example)
         for part in micro_batches(units, self._micro_batch_size, tokens=tokens):
             examples = [example for unit in part for example in unit]
-            logits, batch = forward(self._model, self._task, examples)
+            logits, batch = forward(self._model, self._task, examples, layers=self._layers)
             loss = self._task.per_example_loss(logits, batch).sum() / count
             loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -131,7 +132,7 @@ class PrivateStep:
     ) -> None:
         self._model, self._task, self._gradients = model, task, gradients
         self.optimizer, self._cut, self._by_record = optimizer, cut, plan.unit == "record"
-        self._clip_norm = plan.clip_norm
+        self._clip_norm, self._layers = plan.clip_norm, model.cached_layers
         self._steps, self._repeated_in = 0, secrets.randbelow(plan.steps_per_round)
         self._bad = torch.zeros((), dtype=torch.long, device=optimizer.params[0].device)
 
@@ -232,13 +233,25 @@ class PrivateStep:
         slot, kept = secrets.randbelow(len(each.records)), rows.clone()
         other = (slot + 1 + secrets.randbelow(slots - 1)) % slots
         records = (*[self._task.made_up()] * other, each.records[slot])
-        again = self.rows(Pass(records, tuple(range(len(records))), each.shape))[other]
+        with self._afresh():
+            again = self.rows(Pass(records, tuple(range(len(records))), each.shape))[other]
         if not torch.equal(again.view(torch.int32), kept[slot].view(torch.int32)):
+            self._model.forget_records()
             raise NotRepeated(
                 f"a record's gradient changed with its slot or its company at {each.shape}: the fixed "
                 f"shapes do not hold on this machine"
             )
         return kept
+
+    @contextmanager
+    def _afresh(self) -> Iterator[None]:
+        """Takes nothing from the cached layers inside the block, so that they are compared as well."""
+        layers = self._layers
+        try:
+            self._layers = layers and layers.afresh()
+            yield
+        finally:
+            self._layers = layers
 
     def _attempt(self, records: Sequence[Example], shape: Shape | None) -> torch.Tensor:
         """Computes the per-record gradients of one pass, float32 of shape (records, P)."""
@@ -249,7 +262,7 @@ class PrivateStep:
             # Every position is kept: those with a label depend on the records.
             batch = in_shape(task, records, shape, int(model.tokenizer.pad_token_id))
             slots = shape.records
-        logits, batch = run(model, task, batch)
+        logits, batch = run(model, task, batch, self._layers)
         losses = task.per_example_loss(logits, batch)
         rows = self._gradients(losses, slots * task.rows_per_example)
         if task.rows_per_example > 1:

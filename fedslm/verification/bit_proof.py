@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +85,7 @@ def proved_shapes(
                     proved[length] = agreeing
             step.forget_counts()  # the wild rows are made up
     finally:
+        model.forget_records()  # made-up ones
         model.adapter.network.eval()
     return Shapes(proved)
 
@@ -198,15 +198,20 @@ class _Trial:
 
 @contextmanager
 def _wild_row(model: LoadedModel, slot: int, factor: float, rows: int) -> Iterator[None]:
-    """Multiplies the embeddings of one record in a pass by a factor."""
+    """Multiplies one record's embeddings, or its states from cached layers, by a factor."""
 
-    def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        changed = output.clone()
+    def spoil(states: torch.Tensor) -> torch.Tensor:
+        changed = states.clone()
         changed[slot * rows : (slot + 1) * rows] *= factor
         return changed
 
-    table = inner(model.adapter.network.get_base_model()).get_input_embeddings()  # type: ignore[operator]
-    handle = table.register_forward_hook(spoil)
+    if model.cached_layers is not None:
+        handle = model.cached_layers.prefix.first.register_forward_pre_hook(
+            lambda _, inputs: (spoil(inputs[0]), *inputs[1:])
+        )
+    else:
+        table = inner(model.adapter.network.get_base_model()).get_input_embeddings()  # type: ignore[operator]
+        handle = table.register_forward_hook(lambda _, __, output: spoil(output))
     try:
         yield
     finally:

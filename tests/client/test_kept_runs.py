@@ -23,6 +23,7 @@ from fedslm.client.node import OWN_SHARD, Node
 from fedslm.config import Config
 from fedslm.data import store
 from fedslm.privacy.plan import NoPrivacy
+from fedslm.protocol.loading import model_for
 from fedslm.protocol.messages import Reply, Request
 
 ROWS = make_rows(30, 0)
@@ -215,12 +216,15 @@ def test_a_run_that_has_not_asked_for_a_month_is_removed(honest: Request, tmp_pa
 
 def test_the_records_of_a_run_go_with_its_last_round(honest: Request, tmp_path: Path) -> None:
     """After the last round that the plan pays for they are gone; the same request is still answered, for free."""
-    context = node_with(tmp_path, ROWS)
+    context, model = node_with(tmp_path, ROWS), model_for(honest.setup)
+    assert model.cached_layers is not None
+    model.forget_records()
     for number in (1, 2, 3):
-        assert bool(kept_of(tmp_path)) == (number > 1)
+        assert bool(kept_of(tmp_path)) == bool(len(model.cached_layers)) == (number > 1)
         last = ask(replace(honest, round=number), context)
         assert last.status == "ok"
     assert not kept_of(tmp_path)
+    assert len(model.cached_layers) == 0
     shutil.rmtree(tmp_path / "data")
     started_again()
     assert ask(replace(honest, round=3), context).delta_sha256 == last.delta_sha256

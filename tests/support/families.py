@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fedslm import tasks
 from fedslm.config import DataConfig, LoraConfig, ModelConfig, TaskConfig
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel, load
+from fedslm.models.networks import on_meta
 from fedslm.privacy.plan import ExamplePlan, PrivatePlan, UserPlan
 from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
@@ -48,6 +51,13 @@ def load_family(
         TaskConfig(name=name, pooling=pooling, max_length=32),  # type: ignore[arg-type]
         len(labels_of(name)),
     )
+
+
+def last_layer(directory: Path, name: str, pooling: str) -> tuple[str, ...]:
+    """The linear layers of a tiny model's second block, which is its last."""
+    task = TaskConfig(name=name, pooling=pooling, max_length=32)  # type: ignore[arg-type]
+    modules = on_meta(directory, task, len(labels_of(name))).named_modules()
+    return tuple(each for each, m in modules if isinstance(m, nn.Linear | Conv1D) and ".1." in each)
 
 
 def labels_of(name: str) -> tuple[str, ...]:

@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.families import examples_of, load_family, one_step, ready, record_plan, task_of, user_plan
+from support.families import (
+    examples_of,
+    last_layer,
+    load_family,
+    one_step,
+    ready,
+    record_plan,
+    task_of,
+    user_plan,
+)
 
 from fedslm.errors import NotRepeated
 from fedslm.models.loaded import LoadedModel
@@ -21,21 +30,26 @@ from fedslm.training.local import LocalWork, train
 from fedslm.training.per_record import ClosedForm
 from fedslm.training.shapes import Pass, Shape, Shapes
 from fedslm.training.steps import PrivateStep, stepping
-from fedslm.verification.bit_proof import proved_shapes
+from fedslm.verification.bit_proof import _wild_row, proved_shapes
 
 Family = tuple[LoadedModel, Task]
 CASES = [
-    ("bert", "classification", "mean"),
-    ("llama", "causal-lm", "native"),
-    ("t5", "seq2seq", "native"),
+    ("bert", "classification", "mean", "all layers"),
+    ("bert", "classification", "mean", "last layer"),  # those below are cached
+    ("llama", "causal-lm", "native", "all layers"),
+    ("t5", "seq2seq", "native", "all layers"),
 ]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(case), scope="module")
 def family(request: pytest.FixtureRequest, family_directory: Callable[[str, str], Path]) -> Family:
     """A loaded model and its task."""
-    architecture, task, pooling = request.param
-    return load_family(family_directory(architecture, task), task, pooling), task_of(task)
+    architecture, task, pooling, where = request.param
+    directory = family_directory(architecture, task)
+    targets = last_layer(directory, task, pooling) if where == "last layer" else ("all-linear",)
+    model = load_family(directory, task, pooling, targets=targets)
+    assert (model.cached_layers is None) == (where == "all layers")
+    return model, task_of(task)
 
 
 def proof(model: LoadedModel, task: Task, longest: int = 20) -> Shapes:
@@ -59,6 +73,24 @@ def test_what_was_proved_holds_for_new_records(family: Family) -> None:
             for row, record in enumerate(some):
                 assert torch.equal(step.rows(Pass((record,), (0,), shape))[0], together[row])
     assert start.is_finite()
+
+
+def test_the_wild_row_of_the_proof_is_wild(family: Family) -> None:
+    """Also where the layers below are cached: its own gradient changes, and what is kept of it does not."""
+    model, task = family
+    parameters = list(model.adapter.parameters.values())
+    records = task.made_up(12), task.made_up(9)
+    each = Pass(records, (0, 1), Shape(2, 16))
+    ready(model)
+    with stepping(model, task, record_plan(), torch.optim.SGD(parameters, lr=1.0), 4) as step:
+        assert isinstance(step, PrivateStep)
+        calm = step.rows(each).clone()
+        with _wild_row(model, 1, 1e3, 1):
+            wild = step.rows(each).clone()
+        after = step.rows(each).clone()
+    torch.testing.assert_close(wild[0], calm[0], atol=1e-5, rtol=0)
+    assert not torch.allclose(wild[1], calm[1], atol=1e-4)
+    torch.testing.assert_close(after, calm, atol=1e-5, rtol=0)
 
 
 def test_a_step_of_fixed_shapes_is_a_step(family: Family) -> None:

@@ -1,0 +1,242 @@
+"""The layers below the lowest adapted one, computed once for each record and kept in memory.
+
+With an adapter in the last layers only, most of a pass computes what it computed in every pass before:
+the layers below hold nothing that changes. Their output is kept, and later passes begin above them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fedslm.errors import TrainingError
+from fedslm.models.families import PROVED
+from fedslm.models.footprint import memory_here
+from fedslm.models.networks import HEAD_NAMES, forgets_activations, inner
+
+if TYPE_CHECKING:
+    from fedslm.models.adapter import AttachedAdapter
+
+_MOST_BYTES, _SHARE = 512 << 20, 16  # kept by a process: a sixteenth of the memory if that is less
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The blocks below the first one with an adapted module.
+
+    A LoRA layer counts as adapted even if its factors are frozen, since every round may write others.
+
+    Attributes:
+        body: The transformers model.
+        below: The blocks below.
+        first: The first block with an adapted module.
+        blocks: Number of all blocks.
+    """
+
+    body: Any
+    below: tuple[nn.Module, ...]
+    first: nn.Module
+    blocks: int
+
+    @property
+    def width(self) -> int:
+        """Values of one token's state."""
+        return int(self.body.config.hidden_size)
+
+    def states_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Computes what enters :attr:`first` for one record, in a pass of its own.
+
+        Args:
+            tokens: Shape (1, tokens), without padding.
+
+        Returns:
+            A tensor that training can use, of shape (tokens, width).
+        """
+
+        def stop(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            raise _Reached(inputs[0])
+
+        handle = self.first.register_forward_pre_hook(stop, prepend=True)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self.body(input_ids=tokens.clone(), attention_mask=torch.ones_like(tokens))
+        except _Reached as reached:
+            return reached.states[0].contiguous()
+        finally:
+            handle.remove()
+        raise TrainingError("internal check failed: a pass did not reach the first adapted block")
+
+    @contextmanager
+    def given(self, states: torch.Tensor) -> Iterator[None]:
+        """Makes passes inside the block begin at :attr:`first`.
+
+        Args:
+            states: What enters it, of shape (rows, tokens, width).
+        """
+
+        def replace(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (states, *inputs[1:])
+
+        handle = self.first.register_forward_pre_hook(replace, prepend=True)
+        try:
+            for block in self.below:
+                block.forward = _unchanged
+            yield
+        finally:
+            handle.remove()
+            for block in self.below:
+                block.__dict__.pop("forward", None)
+
+
+def prefix_of(adapter: AttachedAdapter) -> Prefix | None:
+    """Returns the blocks below the first adapted one; None if there are none or the base is unknown.
+
+    Only verified architectures with one stack of blocks have a prefix: in an encoder-decoder, blocks
+    share more than a state. A network that recomputes its activations has none either: it would
+    recompute the layers below, too.
+    """
+    network: Any = adapter.network
+    base = network.get_base_model()
+    body = inner(base)
+    known = PROVED.get(body.config.model_type)
+    if known is None or known.reads == "a text, then writes another":
+        return None
+    if any(forgets_activations(module) for module in body.modules()):
+        return None
+    stacks = [
+        module
+        for module in body.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == body.config.num_hidden_layers
+    ]
+    if len(stacks) != 1:
+        return None
+    blocks = list(stacks[0])
+    adapted = {id(parameter) for parameter in adapter.parameters.values()}
+    cut = next((at for at, block in enumerate(blocks) if _owns(block, adapted)), 0)
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    heads = [each for name, each in base.named_children() if name in HEAD_NAMES]
+    above = {id(parameter) for head in heads for parameter in head.parameters()}
+    if cut == 0 or adapted - inside - above:
+        return None
+    return Prefix(body, tuple(blocks[:cut]), blocks[cut], len(blocks))
+
+
+def most_bytes_here() -> int:
+    """Returns the bound on what a process keeps on this machine, in bytes."""
+    return min(_MOST_BYTES, (memory_here() or _MOST_BYTES * _SHARE) // _SHARE)
+
+
+class CachedLayers:
+    """What enters the first adapted block, kept for the records that were used last.
+
+    Formal guarantees:
+        * A record's states are a function of its tokens and of the base, to the last bit: they are
+          computed in a separate pass, without padding, whatever is in the pass that needs them. So it
+          changes no bit whether they were kept, or who needed them first. Padding gets zeros.
+        * Records with equal tokens share an entry, and no other records do. An entry serves one base:
+          the cache belongs to a loaded model.
+        * At most ``most_bytes`` are kept; the record that was not used for longest is forgotten first.
+          Nothing is written to disk.
+
+    Args:
+        prefix: The layers that are not computed again.
+        most_bytes: Bound on the kept states; 0 computes them in every pass.
+    """
+
+    def __init__(self, prefix: Prefix, most_bytes: int) -> None:
+        self.prefix, self._most_bytes = prefix, most_bytes
+        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the kept states."""
+        return self._bytes
+
+    def clear(self) -> None:
+        """Forgets every record."""
+        self._kept.clear()
+        self._bytes = 0
+
+    def afresh(self) -> CachedLayers:
+        """Returns the same layers without memory: to check what is kept, or to leave no trace."""
+        return CachedLayers(self.prefix, 0)
+
+    @contextmanager
+    def serving(self, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Makes passes over one batch begin at the first adapted block.
+
+        Args:
+            inputs: ``input_ids`` and ``attention_mask`` of shape (rows, tokens), padded on the right.
+
+        Raises:
+            TrainingError: The padding is elsewhere.
+        """
+        with self.prefix.given(self._states(inputs["input_ids"], inputs["attention_mask"])):
+            yield
+
+    def _states(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Returns the states of a batch, of shape (rows, tokens, width)."""
+        lengths = mask.sum(dim=1)
+        if not torch.equal(mask > 0, torch.arange(mask.shape[1]) < lengths.unsqueeze(1)):
+            raise TrainingError("internal check failed: a batch is not padded on the right")
+        found = dict[bytes, torch.Tensor]()  # a row may come several times: empty slots are alike
+        keys = []
+        for row, length in zip(tokens, lengths.tolist(), strict=True):
+            own = row[:length]
+            key = own.numpy().tobytes()
+            keys.append(key)
+            if key not in found:
+                found[key] = self._of(key, own)
+        with torch.inference_mode(False):
+            any_states = found[keys[0]]
+            states = any_states.new_zeros((*tokens.shape, any_states.shape[-1]))
+            for row, key in zip(states, keys, strict=True):
+                row[: len(found[key])] = found[key]
+        return states
+
+    def _of(self, key: bytes, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns the states of one record, kept or computed."""
+        if (kept := self._kept.get(key)) is not None:
+            self._kept.move_to_end(key)
+            return kept
+        states = self.prefix.states_of(tokens.unsqueeze(0))
+        size = len(key) + states.nbytes
+        if size <= self._most_bytes:
+            self._kept[key] = states
+            self._bytes += size
+        while self._bytes > self._most_bytes:
+            old, forgotten = self._kept.popitem(last=False)
+            self._bytes -= len(old) + forgotten.nbytes
+        return states
+
+
+class _Reached(Exception):
+    """A pass has reached the first adapted block.
+
+    Args:
+        states: What enters it.
+    """
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def _unchanged(states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    """The forward pass of a block that is not computed."""
+    return states
+
+
+def _owns(block: nn.Module, adapted: Iterable[int]) -> bool:
+    """True if a block has one of these parameters."""
+    return any(id(parameter) in adapted for parameter in block.parameters())
