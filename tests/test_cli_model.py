@@ -162,3 +162,17 @@ def test_a_base_that_is_a_file_is_refused(tmp_path: Path) -> None:
     base = ("--set", f"model.base={tmp_path}/model.safetensors")
     for command in (("config", "check"), ("simulate",)):
         assert_clear(run(*command, DEMO, *base), "ModelError", "is a file; give the directory")
+
+
+def test_info_says_what_is_computed_once_for_a_record() -> None:
+    """The layers below the adapted one, and their size; none where the first layer is adapted."""
+    last = ("task.labels=a,b,c", "model.device=cpu", 'lora.target_modules=["1.attention.self.query"]')
+    found = info(*last, "task.max_length=64")
+    assert 0 < found["cached_layers"] == 1 < found["layers"]
+    assert found["cached_bytes_per_record"] == 64 * 128 * 4  # tokens, width of the demo's base, float32
+    assert info(*last, "model.dtype=bfloat16", "task.max_length=32")["cached_bytes_per_record"] == 8192
+    for none in ("lora.target_modules=all-linear", "model.gradient_checkpointing=true"):
+        assert info(*last, none)["cached_bytes_per_record"] == 0
+    parts = [part for each in last for part in ("--set", each)]
+    result = run("model", "info", DEMO, *parts)
+    assert f"1 of {found['layers']} are computed once for a record" in " ".join(result.stdout.split())

@@ -85,8 +85,7 @@ def describe(config: Config) -> dict[str, Any]:
         **computed,
         "base_bytes": sizes.base_bytes,
         "float32_bytes": sizes.whole_bytes,
-        "targets": sizes.targets,
-        "heads": list(sizes.heads),
+        **_adapted(sizes),
         "classes": classes,
         "classes_assumed": bool(guess),
         "method": config.aggregation.method,
@@ -98,6 +97,17 @@ def describe(config: Config) -> dict[str, Any]:
         "device_bytes": machine_bytes,
         "processes": _processes(config),
         "warnings": guess + slow + _warnings(config, sizes, needs, values, machine_bytes),
+    }
+
+
+def _adapted(sizes: Footprint) -> dict[str, Any]:
+    """Returns which layers are adapted or new, and how many are computed once for each record."""
+    return {
+        "targets": sizes.targets,
+        "heads": list(sizes.heads),
+        "layers": sizes.layers,
+        "cached_layers": sizes.cached_layers,
+        "cached_bytes_per_record": sizes.cached_bytes,
     }
 
 
@@ -295,6 +305,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("cohort per round", f"{readable(found['bytes_per_round'])} for {found['cohort']} clients"),
         ("memory to train", f"about {readable(needs['total'])}: {parts}"),
+        ("cached layers", _cached(found)),
         ("to evaluate", f"about {readable(needs['evaluation'])} of logits, before and after training"),
         *_measured(found["speed"], found["device"]),
         (
@@ -304,6 +315,20 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("this machine", f"{readable(has) if has else 'unknown'} ({found['device']})"),
     ]
     return lines
+
+
+def _cached(found: dict[str, Any]) -> str:
+    """Returns what the cached layers save and take."""
+    from fedslm.models.cached_layers import most_bytes_here
+    from fedslm.progress import readable
+
+    if not (cached := found["cached_layers"]):
+        return "none"
+    size = readable(found["cached_bytes_per_record"])
+    return (
+        f"{cached} of {found['layers']} are computed once for a record; they take up to {size} for a "
+        f"record and {readable(most_bytes_here())} in a process"
+    )
 
 
 def _measured(speed: dict[str, Any] | None, device: str) -> list[tuple[str, str]]:
