@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from fedslm.adapter_keys import delta_keys
 from fedslm.aggregation.methods import trained_keys
-from fedslm.attestations import Places, attested, keep
+from fedslm.attestations import Places, attested, keep, known
 from fedslm.client.round import ClientRound
 from fedslm.errors import RunError
 from fedslm.privacy.plan import PrivatePlan
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from fedslm.training.shapes import Shapes
 
 logger = logging.getLogger(__name__)
-_KIND = "bit-proof"
+_KIND, _WITHDRAWN = "bit-proof", "shapes-withdrawn"
+_withdrawn_here: set[Places] = set()  # where a withdrawal could not be kept
 
 
 def shapes_here(client_round: ClientRound) -> Shapes | None:
@@ -33,48 +36,53 @@ def shapes_here(client_round: ClientRound) -> Shapes | None:
         * None if the plan shares no passes of public shapes, if the adapter carries remainders of
           aggregation, which were not measured, or if the result cannot be kept: the round is then
           isolated.
+        * None after a pass of any round here did not repeat, whatever a server requests then, until the
+          operator removes the file that says so.
 
     Args:
-        client_round: An admitted request.
+        client_round: An admitted request that the ledger allows.
     """
-    setup = client_round.setup
+    from fedslm.training.shapes import Shapes
+    from fedslm.verification.self_test import kernels
+
+    setup, places = client_round.setup, client_round.node.attestations
     if not isinstance(setup.plan, PrivatePlan) or setup.plan.passes != "fixed":
         return None
     if delta_keys(client_round.start.adapter):
         logger.info("the adapter carries remainders of aggregation: each unit has its own pass")
         return None
+    if places in _withdrawn_here or known(places, _WITHDRAWN, {}) is not None:
+        logger.warning("a pass did not repeat here: each unit has its own pass")
+        return None
     try:
-        shapes = _measured(setup, client_round.request.turn, client_round.node.attestations)
-        return shapes if shapes.proved and not shapes.withdrawn else None
+        proved = _measured(setup, client_round.request.turn, places, kernels(setup.model.device))
     except RunError:
         logger.exception("the measured shapes cannot be kept: each unit has its own pass")
         return None
+    return Shapes(proved, on_withdrawal=partial(_withdraw, places)) if proved else None
 
 
-def withdraw(client_round: ClientRound) -> None:
+def _withdraw(places: Places) -> None:
     """Records that a pass did not repeat: this node uses no shapes until its operator removes the file.
 
-    Args:
-        client_round: The round in which it happened.
+    Whatever was measured under other settings is not trusted either: a server chooses the settings.
     """
-    setup, places = client_round.setup, client_round.node.attestations
     try:
-        keep(places, _KIND, _key(setup, client_round.request.turn), {"shapes": {}, "withdrawn": True})
+        keep(places, _WITHDRAWN, {}, {})
     except RunError:
+        _withdrawn_here.add(places)
         logger.exception("that the shapes are withdrawn cannot be kept; this process uses none")
-    logger.error("delete %s-*.json in %s to measure the shapes again", _KIND, places[0])
+    logger.error("delete %s-*.json in %s to use fixed shapes again", _WITHDRAWN, places[0])
 
 
 @lru_cache(maxsize=8)
-def _measured(setup: Setup, turn: int, places: Places) -> Shapes:
-    """Returns the shapes for a setup, once per process: a withdrawal holds for every later round."""
-    from fedslm.training.shapes import Shapes
-
-    found = attested(places, _KIND, _key(setup, turn), lambda: _measure(setup, turn))
+def _measured(setup: Setup, turn: int, places: Places, kernels: str) -> Mapping[int, tuple[int, ...]]:
+    """Returns the numbers of slots for each padded length; looks them up once per process."""
+    found = attested(places, _KIND, _key(setup, turn, kernels), lambda: _measure(setup, turn))
     proved = {int(length): tuple(counts) for length, counts in found["shapes"].items()}
     if not proved:
         logger.warning("records share no passes on this machine: each unit has its own pass")
-    return Shapes(proved, withdrawn=bool(found["withdrawn"]))
+    return proved
 
 
 def _measure(setup: Setup, turn: int) -> dict[str, Any]:
@@ -90,25 +98,23 @@ def _measure(setup: Setup, turn: int) -> dict[str, Any]:
         setup.task.max_length,
         setup.training.micro_batch_size,
     )
-    return {
-        "shapes": {str(length): list(counts) for length, counts in shapes.proved.items()},
-        "withdrawn": False,
-    }
+    return {"shapes": {str(length): list(counts) for length, counts in shapes.proved.items()}}
 
 
-def _key(setup: Setup, turn: int) -> dict[str, Any]:
+def _key(setup: Setup, turn: int, kernels: str) -> dict[str, Any]:
     """Everything that the bits of a pass may depend on, besides code and machine."""
-    from fedslm.verification.self_test import kernels
-
     model = model_for(setup)
-    trained = sorted(trained_keys(setup.method, model.adapter.parameters, turn))
+    trained = trained_keys(setup.method, model.adapter.parameters, turn)
+    tensors = [  # a head's shape depends on the number of classes
+        [key, list(each.shape), key in trained] for key, each in model.adapter.parameters.items()
+    ]
     return {
-        "kernels": kernels(setup.model.device),
+        "kernels": kernels,
         "base": setup.base_sha256,
         "model": setup.model.model_dump(mode="json"),
         "lora": setup.lora.model_dump(mode="json"),
         "task": setup.task.model_dump(mode="json"),
         "dtype": str(model.dtype),
-        "trained": hashlib.sha256("\0".join(trained).encode()).hexdigest(),
+        "tensors": hashlib.sha256(json.dumps(tensors, allow_nan=False).encode()).hexdigest(),
         "records": setup.training.micro_batch_size,
     }

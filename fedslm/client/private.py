@@ -11,7 +11,7 @@ from fedslm import layout
 from fedslm.adapter_keys import delta_keys, key_of, layers_of
 from fedslm.aggregation.methods import trained_keys
 from fedslm.attestations import Places
-from fedslm.client.fixed_shapes import shapes_here, withdraw
+from fedslm.client.fixed_shapes import shapes_here
 from fedslm.client.records import ClientRecords
 from fedslm.client.round import ClientRound
 from fedslm.client.self_test_gate import attest
@@ -59,8 +59,6 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
     charges = [replace(charge, dataset_commitment=records.commitment) for charge in charges]
     reserved = ledger.reserve(charges, limits)
     release = make_update(client_round, records.trained, shapes)
-    if shapes is not None and shapes.withdrawn:
-        withdraw(client_round)
     if plan.metric_event is not None:
         release = replace(release, metric=_metric(client_round, records, plan))
     node.keep(release)

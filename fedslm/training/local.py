@@ -85,7 +85,7 @@ def train(
         if not isinstance(plan, PrivatePlan) or work.shapes is None:
             raise
         logger.error("%s; this round starts again, and each unit has its own pass from now on", error)
-        work.shapes.withdrawn = True
+        work.shapes.withdraw()
         return _trained(model, task, examples, plan, training, work)
 
 

@@ -10,7 +10,7 @@ used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedslm.tasks.base import Example, Task, Tensors
@@ -67,11 +67,18 @@ class Shapes:
 
     Attributes:
         proved: Maps a padded length to the numbers of slots whose rows agree to the last bit.
-        withdrawn: Set by the step if a pass did not repeat: nothing is proved any more.
+        withdrawn: Whether a pass did not repeat: nothing is proved any more.
+        on_withdrawal: Keeps that for later processes.
     """
 
     proved: Mapping[int, tuple[int, ...]]
-    withdrawn: bool = field(default=False)
+    withdrawn: bool = False
+    on_withdrawal: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
+
+    def withdraw(self) -> None:
+        """Withdraws every shape. This is kept at once: the work that follows may be stopped."""
+        self.withdrawn = True
+        self.on_withdrawal()
 
     def of(self, length: int) -> int | None:
         """Returns the padded length for a record; None if it gets a pass of its own."""

@@ -15,7 +15,9 @@ from support.tiny import PRIVATE
 
 from fedslm.client import fixed_shapes
 from fedslm.config import Config
+from fedslm.errors import RunError, TrainingError
 from fedslm.protocol.messages import Reply, Request
+from fedslm.training import local
 from fedslm.training.per_record import ClosedForm
 from fedslm.verification import bit_proof
 
@@ -26,7 +28,7 @@ def request_of_a_run(
 ) -> Request:
     """A server's first request, under a plan that samples every record."""
     request = first_request(config_in(tmp_path_factory.mktemp("server") / "run", privacy=PRIVATE))
-    return with_plan(request, sample_rate=0.2, noise_multiplier=5.0, steps_per_round=2)
+    return with_plan(request, sample_rate=0.2, noise_multiplier=5.0, steps_per_round=2, rounds=45)
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,11 @@ def kept(node: Path) -> list[dict[str, Any]]:
     """What the node keeps about shapes."""
     files = sorted((node / "attestations").glob("bit-proof-*.json"))
     return [json.loads(path.read_text())["values"] for path in files]
+
+
+def is_withdrawn(node: Path) -> bool:
+    """Whether the node keeps that a pass did not repeat."""
+    return bool(list((node / "attestations").glob("shapes-withdrawn-*.json")))
 
 
 def answer(request: Request, node: Path) -> Reply:
@@ -74,14 +81,43 @@ def test_shapes_are_measured_once_and_before_a_record_is_read(
     monkeypatch.setattr(fixed_shapes.ClientRound, "records", records)
     assert answer(request_of_a_run, node).status == "ok"
     assert order == ["measured", "read"]
-    assert [set(each) for each in kept(node)] == [{"shapes", "withdrawn"}]
+    assert [set(each) for each in kept(node)] == [{"shapes"}]
     assert answer(replace(request_of_a_run, round=2), node).status == "ok"
     assert order == ["measured", "read", "read"]
-    training = request_of_a_run.setup.training.model_copy(update={"micro_batch_size": 3})
-    other = replace(request_of_a_run, round=3, setup=replace(request_of_a_run.setup, training=training))
-    assert answer(other, node).status == "ok"
+    assert answer(of_passes(request_of_a_run, 3, round=3), node).status == "ok"
     assert order[3:] == ["measured", "read"]
     assert len(kept(node)) == 2
+
+
+def of_passes(request: Request, records: int, round: int) -> Request:
+    """The request of a later round with another number of records in a pass."""
+    training = request.setup.training.model_copy(update={"micro_batch_size": records})
+    return replace(request, round=round, setup=replace(request.setup, training=training))
+
+
+def test_what_the_bits_depend_on_is_in_the_key(request_of_a_run: Request) -> None:
+    """Another number of classes makes another head, and another turn may train other tensors."""
+    setup = request_of_a_run.setup
+    more = replace(setup, labels=(*setup.labels, "one more class"))
+    rolora = replace(setup, aggregation=setup.aggregation.model_copy(update={"method": "rolora"}))
+    asked = [(setup, 1, "here"), (more, 1, "here"), (rolora, 2, "here"), (setup, 1, "elsewhere")]
+    keys = [fixed_shapes._key(*each) for each in asked]
+    assert len({json.dumps(key) for key in keys}) == len(keys)
+
+
+def test_other_threads_are_measured_again_in_the_same_process(
+    request_of_a_run: Request, node: Path
+) -> None:
+    """What one thread computes says nothing about two."""
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            same_process = replace(request_of_a_run, round=number)
+            assert ask(same_process, context_of(0, node)).status == "ok"
+            assert len(kept(node)) == number
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_an_isolated_plan_measures_nothing(request_of_a_run: Request, node: Path) -> None:
@@ -109,7 +145,7 @@ def test_a_machine_on_which_shapes_do_not_hold_runs_isolated(
     """The round is answered, no shape is kept, and the log says what happened."""
     coupled(monkeypatch)
     assert answer(request_of_a_run, node).status == "ok"
-    assert kept(node) == [{"shapes": {}, "withdrawn": False}]
+    assert kept(node) == [{"shapes": {}}]
     assert "each unit has its own pass" in caplog.text
 
 
@@ -128,11 +164,51 @@ def test_a_pass_that_does_not_repeat_withdraws_the_shapes_for_good(
             charges = (node / "ledger.jsonl").read_bytes().count(b'"reserve"')
             assert answer(replace(request_of_a_run, round=number), node).status == "ok"
             assert (node / "ledger.jsonl").read_bytes().count(b'"reserve"') == charges + 1
-            if kept(node) != [before]:
+            if is_withdrawn(node):
                 break
-    assert kept(node) == [{"shapes": {}, "withdrawn": True}]
-    assert "delete bit-proof-*.json" in caplog.text
+    assert is_withdrawn(node)
+    assert "delete shapes-withdrawn-*.json" in caplog.text
     caplog.clear()
     assert answer(replace(request_of_a_run, round=40), node).status == "ok"
-    assert kept(node) == [{"shapes": {}, "withdrawn": True}]
-    assert "changed with its slot" not in caplog.text
+    assert "a pass did not repeat here: each unit has its own pass" in caplog.text
+    # Nor does another setting, which a server chooses, bring shared passes back.
+    assert answer(of_passes(request_of_a_run, 3, round=41), node).status == "ok"
+    assert kept(node) == [before]
+
+
+def test_a_withdrawal_is_kept_before_the_round_is_computed_again(
+    request_of_a_run: Request, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second attempt may fail, or be stopped at a time limit that a server chose."""
+    assert answer(request_of_a_run, node).status == "ok"
+    if not kept(node)[0]["shapes"]:
+        pytest.skip("shapes do not hold on this machine")
+    coupled(monkeypatch)
+    real, seen = local._trained, []
+
+    def trained(*arguments: Any) -> Any:
+        if arguments[-1].shapes is not None and arguments[-1].shapes.withdrawn:
+            seen.append(is_withdrawn(node))
+            raise TrainingError("stopped")
+        return real(*arguments)
+
+    monkeypatch.setattr(local, "_trained", trained)
+    for number in range(2, 30):
+        if answer(replace(request_of_a_run, round=number), node).status == "failed":
+            break
+    assert seen == [True]
+
+
+def test_a_withdrawal_that_cannot_be_kept_holds_for_the_process(
+    request_of_a_run: Request, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever setup is asked for next."""
+
+    def fails(*_: Any) -> None:
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr(fixed_shapes, "_withdrawn_here", set())
+    monkeypatch.setattr(fixed_shapes, "keep", fails)
+    fixed_shapes._withdraw((node / "attestations",))
+    assert answer(request_of_a_run, node).status == "ok"
+    assert kept(node) == []
