@@ -51,10 +51,10 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
         return client_round.reply(again, ledger=ledger)
     _check_request(client_round, plan)
     _attest(client_round)
-    shapes = shapes_here(client_round)
     charged = _rounds_charged(client_round, ledger, plan)
     charges, limits = _charges(client_round, plan), node.limits(plan)
     ledger.check(charges, limits)  # before a record is read: the time of a refusal reveals nothing
+    shapes = shapes_here(client_round)  # after it: a request that cannot be charged measures nothing
     records = client_round.records(has_begun=charged > 0)
     charges = [replace(charge, dataset_commitment=records.commitment) for charge in charges]
     reserved = ledger.reserve(charges, limits)

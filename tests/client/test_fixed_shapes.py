@@ -120,6 +120,15 @@ def test_other_threads_are_measured_again_in_the_same_process(
         torch.set_num_threads(threads)
 
 
+def test_a_request_that_cannot_be_charged_measures_nothing(
+    request_of_a_run: Request, node: Path
+) -> None:
+    """Measuring takes minutes of a node's processor, and the server chooses what is measured."""
+    write_policy(node, max_epsilon_per_run=1e-6)
+    assert answer(request_of_a_run, node).status == "refused"
+    assert kept(node) == []
+
+
 def test_an_isolated_plan_measures_nothing(request_of_a_run: Request, node: Path) -> None:
     """It needs no premise."""
     assert answer(with_plan(request_of_a_run, passes="isolated"), node).status == "ok"
