@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)  # the client's own log
 Cut = Callable[[Sequence[Unit]], Iterable[Part]]
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory")  # torch's: plain RuntimeErrors
 
 
 class Step(Protocol):
@@ -89,7 +90,8 @@ class PrivateStep:
             each round is repeated with other rows. :class:`NotRepeated` is raised before anything is
             released if a bit differs;
           - ``"shared"``: it holds up to rounding, which a crafted adapter can amplify.
-        * A record whose gradient is not finite or cannot be computed contributes exactly zero.
+        * A record whose gradient is not finite or cannot be computed contributes exactly zero. If
+          memory runs out, the round ends: how much is left depends on earlier passes too.
         * An empty batch adds the same noise as any other.
         * Noise is secure randomness, with a separate stream for each round; it is added on the grid.
 
@@ -174,12 +176,14 @@ class PrivateStep:
 
         Returns:
             float32 of shape (records, P); valid until the next pass.
+
+        Raises:
+            TrainingError: The model has no per-record gradients, or memory ran out.
         """
         try:
             rows = self._attempt(each.records, each.shape)
-        except TrainingError:
-            raise  # caused by the model, not by a record
-        except Exception:  # a failing record must not be visible outside
+        except Exception as error:  # a failing record must not be visible outside
+            _raise_unless_of_a_record(error)
             rows = self._one_by_one(each)
         self._bad += zero_non_finite(rows)
         return rows
@@ -276,9 +280,8 @@ class PrivateStep:
             self._gradients.forget()
             try:
                 rows.append(self._attempt([record], each.shape).clone())
-            except TrainingError:
-                raise
-            except Exception:  # the failure depends only on the record; it counts as zero
+            except Exception as error:  # the failure depends only on the record; it counts as zero
+                _raise_unless_of_a_record(error)
                 logger.warning("a record cannot be computed and counts as zero", exc_info=True)
                 rows.append(self._bad.new_zeros((1, self._gradients.width), dtype=torch.float32))
         self._gradients.forget()
@@ -288,6 +291,22 @@ class PrivateStep:
         """Gives Opacus' optimizer each parameter's columns."""
         for parameter, place in zip(self.optimizer.params, self._gradients.places, strict=True):
             parameter.grad_sample = rows[:, place].view(len(rows), *parameter.shape)
+
+
+def _raise_unless_of_a_record(error: Exception) -> None:
+    """Raises an error that may depend on more than the record at which it happened.
+
+    Raises:
+        TrainingError: It is the model's, or memory ran out.
+    """
+    if isinstance(error, TrainingError):
+        raise error
+    refused = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if refused or any(words in str(error) for words in _NO_MEMORY):
+        raise TrainingError(
+            "memory ran out in a private step: give the node more, or lower task.max_length, lora.rank "
+            "or training.micro_batch_size"
+        ) from error
 
 
 def _check_units(units: Sequence[Unit]) -> None:

@@ -25,9 +25,11 @@ from support.families import (
     wild_token,
 )
 
+from fedslm.errors import TrainingError
 from fedslm.models.loaded import LoadedModel
 from fedslm.tasks.base import Example, Task, Tensors
 from fedslm.tasks.classification import Classification
+from fedslm.training.per_record import ClosedForm
 
 Family = tuple[LoadedModel, Task]
 SIZES = (2, 1, 3, 1)  # records of the patients of an ordinary batch
@@ -154,6 +156,22 @@ class Steep(Classification):
         """Losses times a factor for the last class, the others' as they are."""
         factors = torch.where(batch["labels"] == 2, self.factor, 1.0)
         return super().per_example_loss(logits, batch) * factors
+
+
+def test_memory_that_runs_out_ends_the_round(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One patient's records leave less memory for the next patient's, who must not count as zero then."""
+    real = ClosedForm.__call__
+
+    def scarce(self: ClosedForm, losses: torch.Tensor, rows: int) -> torch.Tensor:
+        if len(self._values) > 2:  # an earlier pass needed room for three records
+            torch.empty(1 << 50)
+        return real(self, losses, rows)
+
+    monkeypatch.setattr(ClosedForm, "__call__", scarce)
+    large, small = patients_of((3, 1))
+    assert one_step(*family, user_plan(), [small]).exact.any()
+    with pytest.raises(TrainingError, match="memory ran out"):
+        one_step(*family, user_plan(), [large, small])
 
 
 def test_a_sum_of_enormous_records_is_clipped(family_directory: Callable[[str, str], Path]) -> None:
