@@ -321,6 +321,8 @@ def test_another_way_to_compute_is_tested_anew(
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
     assert ask(replace(requests["plain"], round=2), context_of(0, node)).status == "ok"
     assert counted.ran == [True, True]
-    kept = [json.loads(path.read_text()) for path in (node / layout.ATTESTATIONS).glob("self-test-*.json")]
+    kept = [
+        json.loads(path.read_text()) for path in (node / layout.ATTESTATIONS).glob("self-test-*.json")
+    ]
     assert len(kept) == 2
     assert self_test.kernels() in [each["test"]["key"]["kernels"] for each in kept]
