@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedslm.errors import TrainingError
 from fedslm.models.initial import initial_state
@@ -205,14 +206,17 @@ def _wild_row(model: LoadedModel, slot: int, factor: float, rows: int) -> Iterat
         changed[slot * rows : (slot + 1) * rows] *= factor
         return changed
 
-    if model.cached_layers is not None:
-        handle = model.cached_layers.prefix.first.register_forward_pre_hook(
-            lambda _, inputs: (spoil(inputs[0]), *inputs[1:])
-        )
-    else:
-        table = inner(model.adapter.network.get_base_model()).get_input_embeddings()  # type: ignore[operator]
-        handle = table.register_forward_hook(lambda _, __, output: spoil(output))
-    try:
+    with ExitStack() as stack:
+        if model.cached_layers is not None:
+            first = model.cached_layers.prefix.first
+            handle = first.register_forward_pre_hook(lambda _, inputs: (spoil(inputs[0]), *inputs[1:]))
+            stack.callback(handle.remove)
+            yield
+            return
+        network = inner(model.adapter.network.get_base_model())  # type: ignore[operator]
+        rows_of_table = network.get_input_embeddings().num_embeddings
+        for module in network.modules():  # T5's encoder and decoder have a table each, with one weight
+            if isinstance(module, nn.Embedding) and module.num_embeddings == rows_of_table:
+                handle = module.register_forward_hook(lambda _, __, output: spoil(output))
+                stack.callback(handle.remove)
         yield
-    finally:
-        handle.remove()
