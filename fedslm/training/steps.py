@@ -90,6 +90,9 @@ class PrivateStep:
             each round is repeated with other rows. :class:`NotRepeated` is raised before anything is
             released if a bit differs;
           - ``"shared"``: it holds up to rounding, which a crafted adapter can amplify.
+
+          Cached layers keep this: what enters the first computed layer is a function of the record
+          (:class:`fedslm.models.cached_layers.CachedLayers`).
         * A record whose gradient is not finite or cannot be computed contributes exactly zero. If
           memory runs out, the round ends: how much is left depends on earlier passes too.
         * An empty batch adds the same noise as any other.
@@ -229,6 +232,8 @@ class PrivateStep:
 
     def _repeat(self, each: Pass, rows: torch.Tensor) -> torch.Tensor:
         """Computes one record again, in another slot among made-up ones, and compares every bit.
+
+        Cached layers are computed again as well; if a bit differs, what was kept is forgotten.
 
         Raises:
             NotRepeated: A bit differs.

@@ -52,6 +52,10 @@ def proved_shapes(
           scales. This is a measurement, not a proof for all inputs: the step repeats a pass in each
           round as well.
         * A shape with a single difference, or that cannot be computed, is left out.
+        * Where layers are cached (:mod:`fedslm.models.cached_layers`), the measured passes begin above
+          them, as those of training do. A record's states are computed in a separate pass, so no
+          other record can change them, and the wild row's factor is on what enters the first computed
+          layer.
 
     On a CPU no shape is measured for a base of more than 50 M parameters: sharing a pass saves little
     there, and measuring takes minutes.
