@@ -32,6 +32,8 @@ from fedslm.training.sums import clipped
 logger = logging.getLogger(__name__)
 TRIALS = 64  # least comparisons of a record's bits for each padded length
 TRIALS_OF_OTHERS = 8  # ... and for each number of slots below the largest
+PASSES = 36  # least for each number of slots where threads share a product, a third at each scale: the
+# record in the slot at which two threads meet had other bits in one pass of three, at some scales only
 _HALF_EMPTY = 0.2  # share of the passes
 _SCALES = (1.0, 5.0, 30.0)  # of the adapter: a large one lets rounding decide
 _OVERFLOWS = 1e8
@@ -46,11 +48,12 @@ def proved_shapes(
 
     Formal guarantees:
         * For each padded length that is returned, in at least :data:`TRIALS` comparisons on this
-          machine (and :data:`TRIALS_OF_OTHERS` for each smaller number of slots), a record's gradient
-          and its clipped integer vector had the same bits in other slots, with other records, empty
-          slots, and a row of NaN, infinity, enormous or denormal values, under adapters of several
-          scales. This is a measurement, not a proof for all inputs: the step repeats a pass in each
-          round as well.
+          machine (and :data:`TRIALS_OF_OTHERS` for each smaller number of slots; with several threads,
+          or on a GPU, in :data:`PASSES` passes for each number of slots), a record's gradient and
+          its clipped integer vector had the same bits in other slots, with other records, empty slots,
+          and a row of NaN, infinity, enormous or denormal values, under adapters of several scales.
+          This is a measurement, not a proof for all inputs: the step repeats a pass in each round as
+          well.
         * A shape with a single difference, or that cannot be computed, is left out.
         * Where layers are cached (:mod:`fedslm.models.cached_layers`), the measured passes begin above
           them, as those of training do. A record's states are computed in a separate pass, so no
@@ -107,6 +110,7 @@ class _Trial:
     def __init__(self, model: LoadedModel, task: Task, step: PrivateStep) -> None:
         self._model, self._task, self._step = model, task, step
         self._random = stream(0, "bit-proof")
+        self._is_split = model.device.type != "cpu" or torch.get_num_threads() > 1
         self.last_pass_moves = False  # whether every record of the last pass had a gradient
 
     def counts_that_agree(self, length: int, counts: Sequence[int]) -> tuple[int, ...]:
@@ -116,54 +120,68 @@ class _Trial:
             length: Padded length.
             counts: Numbers of slots, the largest last.
         """
-        slots = counts[-1]
-        agreeing = {slots}
+        slots, others = counts[-1], counts[:-1]
+        differing: set[int] = set()
+        passes = -(-PASSES // len(_SCALES)) if self._is_split else 1
         try:
             for number, scale in enumerate((*_SCALES, _OVERFLOWS)):
                 self._scale(scale)
                 reference = self._reference(length, slots)
                 if scale == 1.0 and not self.last_pass_moves:
                     raise TrainingError("made-up records have no gradient, which tests nothing")
-                trials = TRIALS // (len(_SCALES) + 1)
-                if not self._agrees(reference, slots, length, trials):
+                trials = -(-TRIALS // len(_SCALES))
+                if not self._agrees(reference, slots, length, trials, passes):
                     raise TrainingError("a record has other bits in another slot or company")
-                others = counts[number : -1 : len(_SCALES)] if scale != _OVERFLOWS else ()
-                agreeing |= {
-                    count
-                    for count in others
-                    if self._agrees(reference, count, length, TRIALS_OF_OTHERS)
-                }
+                if scale == _OVERFLOWS:
+                    continue
+                # One thread chooses its kernels only by the shape: one scale shows them.
+                for count in others if self._is_split else others[number :: len(_SCALES)]:
+                    if count not in differing and not self._agrees(
+                        reference, count, length, TRIALS_OF_OTHERS, passes
+                    ):
+                        differing.add(count)
         except (TrainingError, RuntimeError) as error:
             logger.warning("%d records of %d tokens cannot share a pass: %s", slots, length, error)
             return ()
-        return tuple(sorted(agreeing))
+        return tuple(sorted({*counts} - differing))
 
     def _reference(self, length: int, slots: int) -> dict[Example, bytes]:
         """Returns the bits of random records in one pass."""
         records = self._records(length, slots)
         return dict(zip(records, self._bits(records, slots, length), strict=True))
 
-    def _agrees(self, reference: Mapping[Example, bytes], count: int, length: int, trials: int) -> bool:
-        """Whether records have the reference's bits in passes of a number of slots."""
-        passes = -(-trials // max(1, count - 1))  # a wild row is not compared
-        return all(self._same(reference, count, length) for _ in range(passes))
+    def _agrees(
+        self, reference: Mapping[Example, bytes], count: int, length: int, trials: int, passes: int
+    ) -> bool:
+        """Whether records have the reference's bits, in so many comparisons and passes at least."""
+        while trials > 0 or passes > 0:
+            compared = self._compared(reference, count, length)
+            if compared is None:
+                return False
+            trials, passes = trials - compared, passes - 1
+        return True
 
-    def _same(self, reference: Mapping[Example, bytes], count: int, length: int) -> bool:
-        """Whether shuffled records have the reference's bits, with a wild row and empty slots."""
+    def _compared(self, reference: Mapping[Example, bytes], count: int, length: int) -> int | None:
+        """Compares shuffled records with the reference, with a wild row and empty slots.
+
+        Returns:
+            How many records were compared; None if one has other bits.
+        """
         order = self._random.permutation(len(reference))[:count]
         records = [list(reference)[number] for number in order]
         if count == 1:
-            return self._bits(records, 1, length) == [reference[records[0]]]
+            return 1 if self._bits(records, 1, length) == [reference[records[0]]] else None
         if self._random.random() < _HALF_EMPTY:
             records = records[: count // 2]
         odd, factor = int(self._random.integers(count)), float(self._random.choice(_WILD))
         with _wild_row(self._model, odd, factor, self._task.rows_per_example):
             bits = self._bits(records, count, length)
-        return all(
+        same = [
             found == reference[record]
             for slot, (record, found) in enumerate(zip(records, bits, strict=True))
             if slot != odd
-        )
+        ]
+        return len(same) if all(same) else None
 
     def _bits(self, records: Sequence[Example], slots: int, length: int) -> list[bytes]:
         """Returns the bits of each record's gradient and of its clipped integer vector."""

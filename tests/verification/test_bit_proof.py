@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -24,13 +25,13 @@ from fedslm.errors import NotRepeated
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.records import AdapterState
-from fedslm.tasks.base import Task, Tensors
+from fedslm.tasks.base import Example, Task, Tensors
 from fedslm.training import local
 from fedslm.training.local import LocalWork, train
 from fedslm.training.per_record import ClosedForm
 from fedslm.training.shapes import Pass, Shape, Shapes
 from fedslm.training.steps import PrivateStep, stepping
-from fedslm.verification.bit_proof import _wild_row, proved_shapes
+from fedslm.verification.bit_proof import TRIALS, _Trial, _wild_row, proved_shapes
 
 Family = tuple[LoadedModel, Task]
 CASES = [
@@ -149,6 +150,57 @@ def test_a_coupling_of_the_last_bits_is_found(
     """No shape is proved, and the log says why."""
     assert proof(*coupled).proved == {}
     assert "other bits in another slot or company" in caplog.text
+
+
+def test_a_slot_where_two_threads_meet_is_found(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The middle one of three slots has other bits for one record in three, as with two threads."""
+    real = ClosedForm.__call__
+
+    def call(self: ClosedForm, losses: torch.Tensor, rows: int) -> torch.Tensor:
+        found, records = real(self, losses, rows), rows // family[1].rows_per_example
+        if records == 3 and crc32(found[rows // 2].numpy().tobytes()) % 3 == 0:
+            found[rows // 2] *= 1 + 1e-6
+        return found
+
+    monkeypatch.setattr(ClosedForm, "__call__", call)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        proved = proof(*family).proved
+    finally:
+        torch.set_num_threads(threads)
+    assert not any(3 in counts for counts in proved.values())
+
+
+@pytest.mark.parametrize("length", [16, 24])
+def test_as_many_records_are_compared_as_is_said(
+    family: Family, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Empty slots and the wild row are not counted; nor is an adapter under which all overflow."""
+    scales: list[float] = []
+    compared: list[int] = []
+    real, scaled = _Trial._compared, _Trial._scale
+
+    def to_scale(self: _Trial, scale: float) -> None:
+        scales.append(scale)
+        scaled(self, scale)
+
+    def counted(self: _Trial, reference: Mapping[Example, bytes], *shape: int) -> int | None:
+        found = real(self, reference, *shape)
+        compared.append(found or 0 if scales[-1] < 1e8 else 0)
+        return found
+
+    monkeypatch.setattr(_Trial, "_scale", to_scale)
+    monkeypatch.setattr(_Trial, "_compared", counted)
+    model, task = family
+    ready(model)
+    parameters = list(model.adapter.parameters.values())
+    with stepping(model, task, record_plan(), torch.optim.SGD(parameters, lr=1.0), 4) as step:
+        assert isinstance(step, PrivateStep)
+        counts = _Trial(model, task, step).counts_that_agree(length, (17,))
+    assert not counts or sum(compared) >= TRIALS
 
 
 @pytest.mark.parametrize("plan", [record_plan(steps=2), user_plan(steps=2)], ids=["record", "user"])
