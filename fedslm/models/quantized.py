@@ -253,7 +253,8 @@ def _keep_the_rest(network: nn.Module, dtype: torch.dtype, device: torch.device)
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in moved:
-                kept = parameter.data.to(device, stored if is_table else dtype)
+                # A copy: one tensor that stays in the mapped file would keep all of it mapped.
+                kept = parameter.data.to(device, stored if is_table else dtype, copy=True)
                 moved[id(parameter)] = nn.Parameter(kept, requires_grad=False)
             setattr(module, name, moved[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from support.families import (
     record_plan,
     task_of,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedslm.errors import ModelError
 from fedslm.models import quantized
@@ -176,6 +179,22 @@ def test_weights_are_really_small(family_directory: Callable[[str, str], Path]) 
     layers = found["none"] - tables
     for kind, share in (("int8", 1 / 4), ("int4", 1 / 8)):
         assert found[kind] == pytest.approx(tables / 2 + layers * share, rel=0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_no_file_of_the_base_stays_mapped(
+    family_directory: Callable[[str, str], Path], kind: str, tmp_path: Path
+) -> None:
+    """Also of a base that is stored as it is computed: its tables are copied out of the file."""
+    source = family_directory("llama", "causal-lm")
+    network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    network.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
+    model = load_family(tmp_path, "causal-lm", quantization=kind, dtype="bfloat16")
+    gc.collect()
+    assert model.dtype == torch.bfloat16
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
