@@ -36,6 +36,7 @@ _PRELOADED = (
     "pyarrow.parquet",
 )
 _PRELOADED_IF_PRIVATE = ("dp_accounting.rdp", "opacus.accountants")
+_CACHED_KERNELS = 32  # of 1,024; with fewer, those of the next length are made again
 _HIDING = threading.Lock()
 _START_METHOD = "forkserver" if sys.platform != "win32" else "spawn"
 
@@ -340,11 +341,18 @@ def _set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _limit_memory(memory_mb: int | None) -> None:
-    """Limits this process's memory, so that the kernel refuses allocations and kills no process."""
+def _limit_memory(memory_mb: int | None, threads: int) -> None:
+    """Limits this process's memory, so that the kernel refuses allocations and kills no process.
+
+    The limit counts what libraries reserve and never use: oneDNN's code, 256 kB for each kernel of each
+    shape, and OpenBLAS' buffers and stacks for each thread. So they are told to reserve little, before
+    they are imported.
+    """
     if memory_mb is not None and sys.platform != "win32":
         import resource
 
+        os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(_CACHED_KERNELS)
+        os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         asked = memory_mb << 20
         allowed = asked if hard == resource.RLIM_INFINITY else min(asked, hard)
@@ -356,7 +364,7 @@ def _work(
 ) -> None:
     """Runs the worker's loop; ends when the parent closes its end of the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _limit_memory(memory_mb)
+    _limit_memory(memory_mb, threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if log is not None:
         form = "%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"

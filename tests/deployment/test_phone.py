@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import smollm2
 from support.places import admitted_node
 from support.tiny import make_rows, write_rows
 
@@ -113,6 +114,16 @@ def test_a_worker_is_refused_what_is_beyond_its_memory() -> None:
             pool.call(allocate, 800 << 20)
         assert pool.call(allocate, 100 << 20) == 100 << 20
         assert pool.call(os.getpid) == process
+    finally:
+        pool.close()
+
+
+def test_libraries_reserve_little_in_a_limited_worker() -> None:
+    """The limit counts what is reserved too, so libraries are told before they are imported."""
+    pool = WorkerPool(1, threads=3, memory_mb=700, is_forked=False)
+    try:
+        assert pool.call(os.getenv, "OPENBLAS_NUM_THREADS") == "3"
+        assert int(pool.call(os.getenv, "ONEDNN_PRIMITIVE_CACHE_CAPACITY")) < 1024
     finally:
         pool.close()
 
@@ -261,6 +272,20 @@ def _read_as(root: Path) -> tuple[Any, Any]:
     return request.packing, {key: shapes[key] for key in sent}
 
 
+def assert_fits(node: Path) -> None:
+    """Two replies within 1 GiB: trained, charged, small to send; the second one is the first again."""
+    replies, figures = answered(node, GIB)
+    print(json.dumps({name: round(value) for name, value in figures.items()}))
+    first, again = replies
+    assert (first.status, again.status) == ("ok", "ok"), (first.reason, again.reason)
+    assert first.delta is not None
+    assert first.delta.is_finite()
+    assert again.delta_sha256 == first.delta_sha256
+    assert 0 < first.num_bytes < first.delta.num_bytes / 3.5
+    assert figures["Pss"] < 1024
+    assert (node / "ledger.jsonl").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "causal-lm"])
 def test_a_private_round_of_135_million_parameters_fits_in_1_gib(
@@ -275,16 +300,15 @@ def test_a_private_round_of_135_million_parameters_fits_in_1_gib(
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-    replies, figures = answered(node, GIB)
-    print(task, json.dumps({name: round(value) for name, value in figures.items()}))
-    first, again = replies
-    assert (first.status, again.status) == ("ok", "ok"), (first.reason, again.reason)
-    assert first.delta is not None
-    assert first.delta.is_finite()
-    assert again.delta_sha256 == first.delta_sha256
-    assert 0 < first.num_bytes < first.delta.num_bytes / 3.5
-    assert figures["Pss"] < 1024
-    assert (node / "ledger.jsonl").exists()
+    assert_fits(node)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_private_round_of_real_weights_fits_in_1_gib(tmp_path: Path) -> None:
+    """SmolLM2 itself, with its own tokenizer."""
+    (tmp_path / "base").mkdir()
+    assert_fits(prepared(tmp_path, smollm2.weights(tmp_path / "base"), "causal-lm", 1024))
 
 
 @pytest.mark.slow
