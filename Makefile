@@ -44,8 +44,8 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/table.py
 	$(BIN)/python benchmarks/imports.py
-	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/deployment.py

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def write_texts(directory: Path, *, num_train: int, num_evaluation: int = 4) -> 
         (directory / f"{name}.jsonl").write_text(lines)
 
 
-def config(model: Path, texts: Path, run: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
+def config(model: Path, texts: Path, run: Path, /, **sections: Mapping[str, Any]) -> dict[str, Any]:
     """A federation without privacy on a model and texts; evaluation is as good as off.
 
     Args:
@@ -132,10 +133,15 @@ def measured(command: Sequence[str | Path]) -> tuple[dict[str, Any], float]:
         processes of a machine share.
     """
     started = time.monotonic()
+    return json.loads(finished(command).splitlines()[-1]), started
+
+
+def finished(command: Sequence[str | Path]) -> str:
+    """Runs a Python program to its end; gives what it prints."""
     done = subprocess.run(
         [sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, check=True, env=quiet()
     )
-    return json.loads(done.stdout.splitlines()[-1]), started
+    return done.stdout
 
 
 def quiet() -> dict[str, str]:
@@ -145,12 +151,12 @@ def quiet() -> dict[str, str]:
     return {**kept, **offline}
 
 
-def memory_bytes(process: int | str, key: str) -> int:
-    """Reads one gauge of a process: VmHWM (peak) or VmRSS (now).
+def memory_bytes(process: int | str, key: str, file: str = "status") -> int:
+    """Reads one gauge of a process: VmHWM (peak) or VmRSS (now), or of another file such as its Pss.
 
     Unlike ``getrusage``, these do not remember what the process was before it became a program.
     """
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+    for line in Path(f"/proc/{process}/{file}").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == key:
             return 1024 * int(value.split()[0])
@@ -163,6 +169,37 @@ def descendants(process: int | str) -> Iterator[int]:
         for child in map(int, (thread / "children").read_text().split()):
             yield child
             yield from descendants(child)
+
+
+def cpu_seconds(process: int | str = "self") -> float:
+    """Processor time of a process and of all below it, those that have ended included; Linux only."""
+    ticks = 0
+    for number in (process, *descendants(process)):
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        ticks += sum(map(int, fields[11:15]))  # own, and of children that ended and were waited for
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def peak_bytes(command: Sequence[str | Path]) -> int:
+    """Runs a Python program and returns the most memory that it and all below it held together.
+
+    Memory is the proportional set size, in which a page that n processes share counts once. It is read
+    ten times a second; Linux only.
+    """
+    peak = 0
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=quiet(),
+    ) as process:
+        while process.poll() is None:
+            with suppress(OSError, KeyError):  # a process ended meanwhile
+                everyone = (process.pid, *descendants(process.pid))
+                peak = max(peak, sum(memory_bytes(one, "Pss", "smaps_rollup") for one in everyone))
+            time.sleep(0.1)
+    assert process.returncode == 0, f"{command} ended with {process.returncode}"
+    return peak
 
 
 def busy_cores(seconds: float = 1.0) -> float:

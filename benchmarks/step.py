@@ -111,7 +111,21 @@ def main() -> None:
             ],
         )
         results[name]["bit-proof"] = proof
-    print(json.dumps(results))
+    busy = round(scenario.busy_cores(), 2)
+    found = {"benchmark": "step", "busy_cores": busy, "ratios": ratios_of(results), "seconds": results}
+    print(json.dumps(found))
+
+
+def ratios_of(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Each kind over the best plain step of all layers, and the step before over each kind."""
+    found = {}
+    for name, seconds in results.items():
+        kinds = {kind: value for kind, value in seconds.items() if kind != "bit-proof"}
+        best = min(kinds[kind] for kind in kinds if kind.startswith("plain") and "cached" not in kind)
+        for kind, value in kinds.items():
+            found[f"{name} {kind}"] = round(value / best, 3)
+            found[f"{name} before / {kind}"] = round(kinds[BEFORE] / value, 3)
+    return found
 
 
 def measured(
