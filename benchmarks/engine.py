@@ -63,7 +63,7 @@ def jobs(directory: Path, models: list[str], *, is_private: bool) -> Iterator[Jo
         if model in sizes:
             path = directory / f"{model}-model"
             scenario.write_model(path, sizes[model])
-            counts = (4, 5, 16, 160) if is_private else (8, 10, 4, 64)
+            counts = (4, 10, 32, 320) if is_private else (8, 10, 4, 64)
         else:
             path = Path(model).resolve()
             counts = (2, 2, 4, 40) if is_private else (4, 2, 4, 64)

@@ -1,5 +1,4 @@
-"""The same job on fedslm, on pfl-research and on Flower's simulation: processor time, wall time,
-start-up.
+"""The same job on fedslm, on pfl-research and on Flower's simulation.
 
 All three train the same clients on the same tokens from the same adapter, and must end with the same
 one. The peers run at their best: the model is loaded once in each process, with one thread each;
@@ -34,6 +33,7 @@ from sides import ENGINE, Job
 
 ENVIRONMENT = RUNS / "peers"
 PFL = "pfl==0.6.0"
+TWO = "pfl-research, 2 processes"
 SHARED = ("torch", "transformers", "peft", "safetensors")  # of the same version on all sides
 HERE = Path(__file__).parent
 Found = dict[str, list[float]]
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="rounds in a run (default: 4)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side (default: 2)")
     parser.add_argument("--model", choices=[SMALL.name, MEDIUM.name], default=SMALL.name)
+    parser.add_argument("--only", choices=["pfl", "flower"], help="only this peer")
     parser.add_argument("--install", action="store_true", help="install pfl-research, and end")
     parser.add_argument(
         "--python", type=Path, default=ENVIRONMENT / "bin" / "python", help="Python with pfl-research"
@@ -54,7 +55,11 @@ def main() -> None:
     if arguments.install:
         install()
         return
-    peers = commands(arguments.python)
+    peers = {
+        name: command
+        for name, command in commands(arguments.python).items()
+        if arguments.only in (None, "pfl" if name.startswith("pfl") else "flower")
+    }
     with tempfile.TemporaryDirectory() as directory:
         report(compare(Path(directory), peers, arguments), arguments.model)
 
@@ -77,11 +82,12 @@ def commands(python: Path) -> dict[str, list[str]]:
         app = str(peers / "pfl_app.py")
         found["pfl-research"] = [str(python), app]
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511"]
-        found["pfl-research, 2 processes"] = [str(python), *torchrun, app]
+        found[TWO] = [str(python), *torchrun, app]
     else:
         print(f"pfl-research is not run: {python} does not exist; --install makes it")
     if importlib.util.find_spec("ray"):
-        found["Flower's simulation"] = [sys.executable, str(peers / "flower_app.py")]
+        # Ray's actors import the app by name, so it must not be the program itself.
+        found["Flower's simulation"] = [sys.executable, "-c", "import flower_app; flower_app.main()"]
     else:
         print('Flower\'s simulation is not run: it needs Ray (pip install -e ".[simulation]")')
     return found
@@ -140,15 +146,19 @@ def run(command: list[str], directory: Path) -> Found:
 def report(results: dict[str, Any], model: str) -> None:
     """Prints the table, and everything as one JSON line."""
     runs: dict[str, list[Found]] = results["runs"]
-    medians = {
-        name: {
+    medians: dict[str, dict[str, float]] = {}
+    for name, each in runs.items():
+        medians[name] = {
             "wall": statistics.median(value for one in each for value in one["seconds"][1:]),
-            "cpu": statistics.median(value for one in each for value in one["cpu_seconds"][1:]),
             "start": statistics.median(one["start"][0] for one in each),
         }
-        for name, each in runs.items()
-    }
-    rows = [[name, *(f"{value:.2f}" for value in each.values())] for name, each in medians.items()]
+        if name != TWO:  # whose clock sees only one of them
+            cpu = (value for one in each for value in one["cpu_seconds"][1:])
+            medians[name]["cpu"] = statistics.median(cpu)
+    rows = [
+        [name, *(f"{each[key]:.2f}" if key in each else "–" for key in ("wall", "cpu", "start"))]
+        for name, each in medians.items()
+    ]
     scenario.print_table([f"{model}: medians", "a round, s", "CPU s", "start, s"], rows)
     print(f"{results['busy_cores']:.1f} cores were busy with other work")
     ratios = {

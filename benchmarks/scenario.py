@@ -175,8 +175,9 @@ def cpu_seconds(process: int | str = "self") -> float:
     """Processor time of a process and of all below it, those that have ended included; Linux only."""
     ticks = 0
     for number in (process, *descendants(process)):
-        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-        ticks += sum(map(int, fields[11:15]))  # own, and of children that ended and were waited for
+        with suppress(FileNotFoundError):  # it ended meanwhile
+            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))  # own, and of children that it waited for
     return ticks / os.sysconf("SC_CLK_TCK")
 
 

@@ -44,7 +44,9 @@ def test_each_row_is_written_measured_or_not(table: ModuleType) -> None:
     """All rows are there once, the page around the table stays, and the old table goes."""
     table.write_page(table.kept())
     text = table.PAGE.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
     assert all("not measured" in line_of(table, row) for row in table.ROWS)
     assert len({row.key for row in table.ROWS}) == len(table.ROWS)
 
@@ -77,5 +79,6 @@ def test_wall_time_of_a_busy_machine_is_marked(table: ModuleType) -> None:
 def test_the_page_has_the_table(table: ModuleType) -> None:
     """The README that is committed has a line for every row of the script."""
     text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    assert table.BEGIN in text and table.END in text
+    assert table.BEGIN in text
+    assert table.END in text
     assert [row.what for row in table.ROWS if f"| {row.what} |" not in text] == []

@@ -1,6 +1,6 @@
 """The job on Flower's simulation, at its best: each of two Ray actors loads the model once.
 
-Prints one JSON line, as ``pfl_app.py`` does.
+``peers.py`` calls :func:`main`, which prints one JSON line, as ``pfl_app.py`` does.
 """
 
 from __future__ import annotations
@@ -72,7 +72,3 @@ def main() -> None:
     }
     run_simulation(server, app, clients, backend_config=options)
     print(json.dumps(clock.result()))
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,16 +75,14 @@ class Clock:
 
     def note(self) -> None:
         """Adds a mark."""
-        below, found = [os.getpid()], []
+        below, ticks = [os.getpid()], 0
         while below:
             number = below.pop()
-            found.append(number)
-            for thread in Path(f"/proc/{number}/task").iterdir():
-                below += map(int, (thread / "children").read_text().split())
-        ticks = 0
-        for number in found:
-            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-            ticks += sum(map(int, fields[11:15]))
+            with suppress(FileNotFoundError):  # it ended meanwhile
+                for thread in Path(f"/proc/{number}/task").iterdir():
+                    below += map(int, (thread / "children").read_text().split())
+                fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+                ticks += sum(map(int, fields[11:15]))  # own, and of children that it waited for
         self.marks.append((time.monotonic(), ticks / os.sysconf("SC_CLK_TCK")))
 
     def result(self) -> dict[str, list[float]]:
