@@ -15,6 +15,24 @@ from fedslm.models import families
 from fedslm.models.adapter import AttachedAdapter
 from fedslm.records import AdapterState
 
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory")  # torch's: plain RuntimeErrors
+
+
+def raise_unless_of_a_record(error: Exception) -> None:
+    """Raises an error that may depend on more than the record at which it happened.
+
+    Raises:
+        TrainingError: It is the model's, or memory ran out.
+    """
+    if isinstance(error, TrainingError):
+        raise error
+    refused = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if refused or any(words in str(error) for words in _NO_MEMORY):
+        raise TrainingError(
+            "memory ran out: give the node more, or lower task.max_length, lora.rank "
+            "or training.micro_batch_size"
+        ) from error
+
 
 def check_parameters(adapter: AttachedAdapter, optimizer: torch.optim.Optimizer) -> None:
     """Checks that the optimizer holds exactly the module's trained parameters, all on one device.

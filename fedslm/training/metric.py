@@ -14,6 +14,7 @@ from fedslm.privacy.plan import METRIC_SENSITIVITY, PrivatePlan
 from fedslm.records import AdapterState
 from fedslm.tasks.base import Example, Task
 from fedslm.training.batches import forward
+from fedslm.training.checks import raise_unless_of_a_record
 
 _GRID = 2**32  # scores are counted in units of 1 / _GRID: integers add up without rounding
 
@@ -32,7 +33,8 @@ def noisy_metric(
           the mean score of its records, in [0, 1] and rounded to 2^-32, and 1; the sums are exact.
           Noise has standard deviation √2 · ``plan.metric_noise_multiplier``: this is the Gaussian
           mechanism that ``plan.metric_event`` charges.
-        * A record that cannot be scored, or whose logits or score are not finite, counts as 0.
+        * A record that cannot be scored, or whose logits or score are not finite, counts as 0. If
+          memory runs out, nothing is released: how much is left depends on other records too.
 
     Args:
         model: The loaded model; its adapter is overwritten.
@@ -46,6 +48,7 @@ def noisy_metric(
 
     Raises:
         PrivacyError: The plan does not allow a metric.
+        TrainingError: Memory ran out.
     """
     if plan.metric_noise_multiplier is None:
         raise PrivacyError("the plan lets no metric leave")
@@ -72,7 +75,8 @@ def _scores(model: LoadedModel, task: Task, examples: Sequence[Example]) -> list
                 logits, batch = forward(model, task, [example], layers=model.cached_layers)
                 computed = bool(torch.isfinite(logits).all())
                 score = float(task.per_example_score(logits, batch)[0]) if computed else 0.0
-            except Exception:  # the failure depends only on the record; it counts as zero
+            except Exception as error:  # the failure depends only on the record; it counts as zero
+                raise_unless_of_a_record(error)
                 score = 0.0
             scores.append(min(1.0, max(0.0, score)) if math.isfinite(score) else 0.0)
     return scores

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from fedslm.errors import NotRepeated, PrivacyError, TrainingError, plural
+from fedslm.errors import NotRepeated, PrivacyError, plural
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.lora_layers import fused
 from fedslm.privacy.plan import MOST_RECORDS_PER_UNIT, Plan, PrivatePlan
 from fedslm.tasks.base import Example, Task
 from fedslm.tasks.passes import token_budget
 from fedslm.training.batches import Unit, collated, forward, micro_batches, run
+from fedslm.training.checks import raise_unless_of_a_record
 from fedslm.training.noisy_optimizer import private_optimizer
 from fedslm.training.per_record import Gradients, per_record_gradients
 from fedslm.training.shapes import Part, Pass, Shape, Shapes, fixed, in_shape, isolated, shared
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)  # the client's own log
 Cut = Callable[[Sequence[Unit]], Iterable[Part]]
-_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory")  # torch's: plain RuntimeErrors
 
 
 class Step(Protocol):
@@ -138,7 +138,7 @@ class PrivateStep:
         self._model, self._task, self._gradients = model, task, gradients
         self.optimizer, self._cut, self._by_record = optimizer, cut, plan.unit == "record"
         self._clip_norm, self._layers = plan.clip_norm, model.cached_layers
-        self._steps, self._repeated_in = 0, secrets.randbelow(plan.steps_per_round)
+        self._steps_before_repeat: int | None = secrets.randbelow(plan.steps_per_round)
         self._bad = torch.zeros((), dtype=torch.long, device=optimizer.params[0].device)
 
     def __call__(self, units: Sequence[Unit]) -> None:
@@ -155,7 +155,6 @@ class PrivateStep:
             self._set_samples(self._sums(part, repeated))
             self.optimizer.signal_skip_step(do_skip=position < len(parts))
             self.optimizer.step()
-        self._steps += 1
 
     @property
     def has_fixed_shapes(self) -> bool:
@@ -186,7 +185,7 @@ class PrivateStep:
         try:
             rows = self._attempt(each.records, each.shape)
         except Exception as error:  # a failing record must not be visible outside
-            _raise_unless_of_a_record(error)
+            raise_unless_of_a_record(error)
             rows = self._one_by_one(each)
         self._bad += zero_non_finite(rows)
         return rows
@@ -223,11 +222,16 @@ class PrivateStep:
 
     def _to_repeat(self, parts: Sequence[Part]) -> Pass | None:
         """Chooses the pass that is repeated, once in a round; None in the other steps."""
+        if self._steps_before_repeat is None:  # it was
+            return None
+        if self._steps_before_repeat > 0:
+            self._steps_before_repeat -= 1
+            return None
         passes = [each for part in parts for each in part.passes]
         shaped = [each for each in passes if each.shape is not None and each.shape.records > 1]
-        if self._steps < self._repeated_in or not shaped:
+        if not shaped:  # then the next step has one, perhaps
             return None
-        self._repeated_in = 1 << 62
+        self._steps_before_repeat = None
         return secrets.choice(shaped)
 
     def _repeat(self, each: Pass, rows: torch.Tensor) -> torch.Tensor:
@@ -247,8 +251,8 @@ class PrivateStep:
         if not torch.equal(again.view(torch.int32), kept[slot].view(torch.int32)):
             self._model.forget_records()
             raise NotRepeated(
-                f"a record's gradient changed with its slot or its company at {each.shape}: the fixed "
-                f"shapes do not hold on this machine"
+                f"a record's gradient changed with its slot or with the other records at {each.shape}: "
+                f"fixed shapes do not hold on this machine"
             )
         return kept
 
@@ -286,7 +290,7 @@ class PrivateStep:
             try:
                 rows.append(self._attempt([record], each.shape).clone())
             except Exception as error:  # the failure depends only on the record; it counts as zero
-                _raise_unless_of_a_record(error)
+                raise_unless_of_a_record(error)
                 logger.warning("a record cannot be computed and counts as zero", exc_info=True)
                 rows.append(self._bad.new_zeros((1, self._gradients.width), dtype=torch.float32))
         self._gradients.forget()
@@ -296,22 +300,6 @@ class PrivateStep:
         """Gives Opacus' optimizer each parameter's columns."""
         for parameter, place in zip(self.optimizer.params, self._gradients.places, strict=True):
             parameter.grad_sample = rows[:, place].view(len(rows), *parameter.shape)
-
-
-def _raise_unless_of_a_record(error: Exception) -> None:
-    """Raises an error that may depend on more than the record at which it happened.
-
-    Raises:
-        TrainingError: It is the model's, or memory ran out.
-    """
-    if isinstance(error, TrainingError):
-        raise error
-    refused = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if refused or any(words in str(error) for words in _NO_MEMORY):
-        raise TrainingError(
-            "memory ran out in a private step: give the node more, or lower task.max_length, lora.rank "
-            "or training.micro_batch_size"
-        ) from error
 
 
 def _check_units(units: Sequence[Unit]) -> None:

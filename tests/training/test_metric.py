@@ -26,7 +26,7 @@ from support.families import (
     wild_token,
 )
 
-from fedslm.errors import PrivacyError
+from fedslm.errors import PrivacyError, TrainingError
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import PrivatePlan
@@ -222,3 +222,18 @@ def test_metric_noise_ignores_every_seed(family: Family, plan: PrivatePlan) -> N
         random.seed(1)
         drawn.update(noisy_metric(model, task, [], adapter, plan))
     assert len(drawn) == 4
+
+
+@BY_PLAN
+def test_memory_that_runs_out_releases_nothing(
+    family: Family, plan: PrivatePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record for which memory is too short does not count as zero: another record may have taken it."""
+    model, task = family
+
+    def scarce(*_: object, **__: object) -> None:
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr(metric, "forward", scarce)
+    with pytest.raises(TrainingError, match="memory ran out"):
+        noisy_metric(model, task, examples_of(2), random_state(model), plan)
