@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from fedslm.models.loaded import LoadedModel
 from fedslm.tasks.base import Task
 from fedslm.training.batches import forward
 from fedslm.training.local import enter_training
+from fedslm.training.threads import one_thread
 
 _FEW, _SOME = 1, 6  # layers
 _WORK, _EMULATED = 5e9, 5e8  # parameters x tokens of a pass
@@ -143,7 +143,7 @@ def measure(trial: Trial) -> Speed:
             logits, batch = forward(model, trial.learning, examples)
             trial.learning.per_example_loss(logits, batch).sum().backward()  # type: ignore[no-untyped-call]
 
-        with torch.random.fork_rng(devices=()), _one_thread():
+        with torch.random.fork_rng(devices=()), one_thread():
             models = {(v, depth): _built(trial, device, v, depth) for v in variants for depth in depths}
             best = fastest(models, one_pass, _clock(device))
     except Exception as error:  # an unusual base or device, or too little memory
@@ -245,14 +245,3 @@ def _clock(device: torch.device) -> Callable[[], float]:
         return time.perf_counter()
 
     return now
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Computes with one thread: idle threads would spin and add to the processor time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

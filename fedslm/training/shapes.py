@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedslm.tasks.base import Example, Task, Tensors
+from fedslm.tasks.passes import GPU_TOKENS, passes
 from fedslm.training.batches import Unit, micro_batches
 
 
@@ -36,12 +37,12 @@ class _Kind:
     records: int
 
 
-_ON_CPU = (  # a tiny base waits for Python, a small one for its caches, a large one for neither
+_ON_CPU = (  # the overhead of a pass dominates for a tiny base, cache misses for a small one
     _Kind(4e6, (24, 48, 68, 132, 260, 516), 2304, 32),
     _Kind(5e7, (16, 24, 32, 48, 68, 96), 576, 16),
     _Kind(math.inf, (), 0, 0),  # isolated passes of 128 tokens cost 1.04 of a shared one at 135 M
 )
-_ON_GPU = _Kind(math.inf, (32, 68, 132, 260, 516), 16_384, 64)
+_ON_GPU = _Kind(math.inf, (32, 68, 132, 260, 516), GPU_TOKENS, 64)
 _COUNTS = (*range(1, 9), 10, 12, 14, 16, 24, 32, 48, 64)  # of records in a pass
 _MOST_VALUES = 1 << 24  # of per-record gradients in one pass: 64 MiB
 _UNIT_VALUES = 1 << 23  # of units' sums at once: 64 MiB in float64
@@ -163,15 +164,13 @@ def isolated(units: Sequence[Unit], most_tokens: int) -> Iterator[Part]:
         most_tokens: Padded tokens in a pass, unless one record has more on its own.
     """
     for unit in units:
-        chosen: list[Example] = []
-        passes = []
-        for record in sorted(unit, key=lambda each: each.length):
-            if chosen and (len(chosen) + 1) * record.length > most_tokens:
-                passes.append(Pass(tuple(chosen), (0,) * len(chosen)))
-                chosen = []
-            chosen.append(record)
-        passes.append(Pass(tuple(chosen), (0,) * len(chosen)))
-        yield Part(1, tuple(passes))
+        yield Part(
+            1,
+            tuple(
+                Pass(tuple(unit[number] for number in chosen), (0,) * len(chosen))
+                for chosen in passes(unit, most_tokens)
+            ),
+        )
 
 
 def shared(units: Sequence[Unit], most_records: int, most_tokens: int) -> Iterator[Part]:
@@ -200,11 +199,11 @@ def fixed(units: Sequence[Unit], shapes: Shapes, values: int, *, by_record: bool
     size = max(1, _UNIT_VALUES // max(values, 1))
     for start in range(0, len(units), size):
         some = units[start : start + size]
-        passes = tuple(_packed(some, shapes))
+        packed = tuple(_packed(some, shapes))
         if not by_record:
-            yield Part(len(some), passes)
+            yield Part(len(some), packed)
             continue
-        for each in passes:
+        for each in packed:
             count = len(each.records)
             yield Part(count, (Pass(each.records, tuple(range(count)), each.shape),))
 
@@ -242,8 +241,7 @@ def in_shape(task: Task, records: Sequence[Example], shape: Shape, pad_token_id:
         pad_token_id: The tokenizer's padding token.
     """
     empty = shape.records - len(records)
-    # One made-up record as long as the shape makes every tensor that long, whatever the task's tensors
-    # are.
+    # A made-up record as long as the shape makes every tensor that long, for any task's tensors.
     ruler = task.made_up(shape.length)
     batch = task.collate([*records, *[task.made_up()] * empty, ruler], pad_token_id)
     rows = shape.records * task.rows_per_example

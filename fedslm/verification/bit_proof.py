@@ -1,8 +1,8 @@
 """Tests whether the bits of a record's gradient depend only on the record, for each public shape.
 
-With ``passes = "fixed"`` several records share a pass. Its bound on one unit is exact
-for every adapter if a row's bits depend neither on its slot nor on the other rows. No documentation of
-a kernel promises that, so it is measured: on this machine, with this base, these libraries and threads.
+With ``passes = "fixed"`` several records share a pass. The bound on one unit is then exact for every
+adapter if a row's bits depend neither on its slot nor on the other rows. No documentation of a kernel
+promises that, so it is measured: on this machine, with this base and these libraries.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from fedslm.training.sums import clipped
 logger = logging.getLogger(__name__)
 TRIALS = 64  # least comparisons of a record's bits for each padded length
 TRIALS_OF_OTHERS = 8  # ... and for each number of slots below the largest
-PASSES = 36  # least for each number of slots where threads share a product, a third at each scale: the
-# record in the slot at which two threads meet had other bits in one pass of three, at some scales only
+PASSES = (
+    36  # least for each number of slots on a GPU, a third at each scale: with two threads on a CPU,
+)
+# the record in the slot where they met had other bits in one pass of three, at some scales only
 _HALF_EMPTY = 0.2  # share of the passes
 _SCALES = (1.0, 5.0, 30.0)  # of the adapter: a large one lets rounding decide
 _OVERFLOWS = 1e8
@@ -80,13 +82,13 @@ def proved_shapes(
         rows=task.rows_per_example,
         on_gpu=model.device.type != "cpu",
     )
+    if not job.on_gpu and torch.get_num_threads() > 1:
+        logger.info("with several threads on a CPU, records share no passes")
+        return Shapes({})
     model.adapter.train_only(set(trained))
     enter_training(model)
     parameters = [p for p in model.adapter.parameters.values() if p.requires_grad]
     proved: dict[int, tuple[int, ...]] = {}
-    if not job.on_gpu and torch.get_num_threads() > 1:
-        logger.info("with several threads on a CPU, records share no passes")
-        return Shapes(proved)
     try:
         with stepping(
             model, task, _PLAN, torch.optim.SGD(parameters, lr=1.0), 1, shapes=Shapes({})
@@ -141,7 +143,7 @@ class _Trial:
                     raise TrainingError("made-up records have no gradient, which tests nothing")
                 trials = -(-TRIALS // len(_SCALES))
                 if not self._agrees(reference, slots, length, trials, passes):
-                    raise TrainingError("a record has other bits in another slot or company")
+                    raise TrainingError("a record has other bits in another slot or with other records")
                 if scale == _OVERFLOWS:
                     continue
                 # One thread chooses its kernels only by the shape: one scale shows them.

@@ -37,6 +37,7 @@ from fedslm.training.batches import Unit
 from fedslm.training.local import LocalWork, train
 from fedslm.training.metric import noisy_metric
 from fedslm.training.steps import logger as steps_logger
+from fedslm.training.threads import one_thread
 from fedslm.verification.harness import BROKEN, WILD, Bench, example
 
 _CLIP_NORM = 0.05  # small, so that every gradient is clipped
@@ -108,7 +109,7 @@ def run_self_test(device: DeviceName = "auto") -> SelfTest:
         ("the ledger refuses what was changed or would exceed the budget", _ledger),
     ]
     results = []
-    with _quiet(), _one_thread():
+    with _quiet(), one_thread():
         bench = Bench.load(device)
         for name, check in checks:
             try:
@@ -127,17 +128,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         steps_logger.disabled = disabled
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Computes with one thread: in steps this small, idle threads spin and cost most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def kernels(device: DeviceName = "auto") -> str:

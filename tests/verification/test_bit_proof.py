@@ -150,7 +150,7 @@ def test_a_coupling_of_the_last_bits_is_found(
 ) -> None:
     """No shape is proved, and the log says why."""
     assert proof(*coupled).proved == {}
-    assert "other bits in another slot or company" in caplog.text
+    assert "other bits in another slot or with other records" in caplog.text
 
 
 def test_a_slot_that_differs_in_some_passes_is_found(
