@@ -22,14 +22,7 @@ State = dict[str, torch.Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="directory of the base model")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--inputs", type=Path, help="tokens and initial adapter; without: only load")
-    parser.add_argument("--output", type=Path, help="where the last adapter goes")
-    arguments = parser.parse_args()
+    arguments = options(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     model = load(arguments.model, arguments.rank)
     ready = time.monotonic()
@@ -51,6 +44,18 @@ def main() -> None:
                 parameter.copy_(state[name])
         save_file(peft.get_peft_model_state_dict(model), arguments.output)
     print(json.dumps({"ready": ready, "seconds": seconds, "cpu_seconds": cpu_seconds}))
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options that both loops have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("model", type=Path, help="directory of the base model")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--inputs", type=Path, help="tokens and initial adapter; without: only load")
+    parser.add_argument("--output", type=Path, help="where the last adapter goes")
+    return parser
 
 
 def load(directory: Path, rank: int) -> peft.PeftModel:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 
 import peft
 import torch
-from bare_loop import State, load
+from bare_loop import State, load, options
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -23,13 +22,7 @@ from torch.nn import functional
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="directory of the base model")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--inputs", type=Path, help="tokens and initial adapter; without: only load")
-    parser.add_argument("--output", type=Path, help="where the last adapter goes")
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16, help="expected records of a sample")

@@ -14,6 +14,7 @@ import torch
 import transformers
 from support.closeness import assert_same_logits
 from support.families import (
+    CASES,
     examples_of,
     gradient,
     labels_of,
@@ -39,30 +40,6 @@ from fedslm.training.per_record import ClosedForm
 from fedslm.training.shapes import Pass
 from fedslm.training.steps import PrivateStep, stepping
 
-CASES = [
-    ("bert", "classification", "native"),
-    ("bert", "token-classification", "native"),
-    ("distilbert", "classification", "native"),
-    ("gemma", "causal-lm", "native"),
-    ("gemma2", "causal-lm", "native"),
-    ("gemma3_text", "causal-lm", "native"),
-    ("gpt2", "causal-lm", "native"),
-    ("gpt2", "classification", "native"),
-    ("llama", "causal-lm", "native"),
-    ("mistral", "causal-lm", "native"),
-    ("modernbert", "classification", "native"),
-    ("modernbert", "token-classification", "native"),
-    ("phi", "causal-lm", "native"),
-    ("phi3", "causal-lm", "native"),
-    ("qwen2", "causal-lm", "native"),
-    ("qwen3", "causal-lm", "native"),
-    ("qwen3", "classification", "mean"),
-    ("roberta", "classification", "native"),
-    ("smollm3", "causal-lm", "native"),
-    ("t5", "seq2seq", "native"),
-    ("t5", "classification", "mean"),
-    ("xlm-roberta", "token-classification", "native"),
-]
 HARMLESS = 1e-5
 
 

@@ -33,6 +33,31 @@ FAMILIES = [
     ("gpt2", "causal-lm", "native"),
     ("llama", "causal-lm", "native"),
 ]
+CASES = [
+    ("bert", "classification", "native"),
+    ("bert", "token-classification", "native"),
+    ("distilbert", "classification", "native"),
+    ("gemma", "causal-lm", "native"),
+    ("gemma2", "causal-lm", "native"),
+    ("gemma3_text", "causal-lm", "native"),
+    ("gpt2", "causal-lm", "native"),
+    ("gpt2", "classification", "native"),
+    ("llama", "causal-lm", "native"),
+    ("mistral", "causal-lm", "native"),
+    ("modernbert", "classification", "native"),
+    ("modernbert", "token-classification", "native"),
+    ("phi", "causal-lm", "native"),
+    ("phi3", "causal-lm", "native"),
+    ("qwen2", "causal-lm", "native"),
+    ("qwen3", "causal-lm", "native"),
+    ("qwen3", "classification", "mean"),
+    ("roberta", "classification", "native"),
+    ("smollm3", "causal-lm", "native"),
+    ("t5", "seq2seq", "native"),
+    ("t5", "classification", "mean"),
+    ("xlm-roberta", "token-classification", "native"),
+]
+"""Every proved architecture with its usual tasks."""
 WILD_TOKEN, UNKNOWN_TOKEN = 8, 10**6  # see wild_token; a token of no vocabulary
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from support.families import (
-    FAMILIES,
     examples_of,
-    load_family,
     one_step,
     own_columns,
     ready,
     record_plan,
-    task_of,
 )
 from torch import nn
 
@@ -29,13 +25,6 @@ from fedslm.training.shapes import Pass, Shapes
 from fedslm.training.steps import PrivateStep, stepping
 
 Family = tuple[LoadedModel, Task]
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda family: "-".join(family), scope="module")
-def family(request: pytest.FixtureRequest, family_directory: Callable[[str, str], Path]) -> Family:
-    """A loaded model and its task."""
-    architecture, task, pooling = request.param
-    return load_family(family_directory(architecture, task), task, pooling), task_of(task)
 
 
 def gradients(family: Family, seed: int = 0) -> np.ndarray:

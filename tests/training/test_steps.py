@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,6 @@ import pytest
 import torch
 from scipy import stats
 from support.families import (
-    FAMILIES,
     LABELS,
     UNKNOWN_TOKEN,
     WILD_TOKEN,
@@ -27,7 +26,6 @@ from support.families import (
     ready,
     record_plan,
     task_of,
-    wild_token,
 )
 from support.families import clipped as shortened
 
@@ -42,20 +40,6 @@ from fedslm.training.steps import PlainStep, PrivateStep, stepping
 from fedslm.training.sums import clipped, grid_of, zero_non_finite
 
 Family = tuple[LoadedModel, Task]
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda family: "-".join(family), scope="module")
-def family(request: pytest.FixtureRequest, family_directory: Callable[[str, str], Path]) -> Family:
-    """A loaded model and its task."""
-    architecture, task, pooling = request.param
-    return load_family(family_directory(architecture, task), task, pooling), task_of(task)
-
-
-@pytest.fixture
-def wild(family: Family) -> Iterator[Family]:
-    """The same, with a token that makes its record infinite."""
-    with wild_token(family[0]):
-        yield family
 
 
 def test_per_record_gradients_equal_autograd(family: Family) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.families import (
-    FAMILIES,
     UNKNOWN_TOKEN,
     WILD_TOKEN,
     clipped,
@@ -20,9 +19,7 @@ from support.families import (
     load_family,
     one_step,
     record_plan,
-    task_of,
     user_plan,
-    wild_token,
 )
 
 from fedslm.errors import TrainingError
@@ -37,20 +34,6 @@ SIZES = (2, 1, 3, 1)  # records of the patients of an ordinary batch
 OFTEN = settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda family: "-".join(family), scope="module")
-def family(request: pytest.FixtureRequest, family_directory: Callable[[str, str], Path]) -> Family:
-    """A loaded model and its task."""
-    architecture, task, pooling = request.param
-    return load_family(family_directory(architecture, task), task, pooling), task_of(task)
-
-
-@pytest.fixture
-def wild(family: Family) -> Iterator[Family]:
-    """The same, with a token that makes its record infinite."""
-    with wild_token(family[0]):
-        yield family
 
 
 def patients_of(sizes: tuple[int, ...], seed: int = 0) -> list[list[Example]]:
