@@ -5,6 +5,7 @@ FedslmError
 ├── DataError            a source, a column, a label or a client's shard is not usable
 ├── ModelError           a base model, an adapter or a LoRA target is not usable
 ├── TrainingError        a self-check of local training failed; nothing was released
+│   └── NotRepeated      a repeated pass of a private step gave other bits
 ├── PrivacyError         a privacy guarantee cannot be given; nothing was released
 │   ├── OutOfRange       a value is missing, or epsilon cannot be computed for it: delta=2
 │   ├── BudgetExceeded   the release would exceed the client's budget

@@ -40,7 +40,7 @@ class _Kind:
 _ON_CPU = (  # the overhead of a pass dominates for a tiny base, cache misses for a small one
     _Kind(4e6, (24, 48, 68, 132, 260, 516), 2304, 32),
     _Kind(5e7, (16, 24, 32, 48, 68, 96), 576, 16),
-    _Kind(math.inf, (), 0, 0),  # isolated passes of 128 tokens cost 1.04 of a shared one at 135 M
+    _Kind(math.inf, (), 0, 0),  # isolated passes of 128 tokens cost 1.04 of a plain step at 135 M
 )
 _ON_GPU = _Kind(math.inf, (32, 68, 132, 260, 516), GPU_TOKENS, 64)
 _COUNTS = (*range(1, 9), 10, 12, 14, 16, 24, 32, 48, 64)  # of records in a pass
