@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,18 +79,31 @@ def _withdraw(places: Places) -> None:
 @lru_cache(maxsize=8)
 def _measured(setup: Setup, turn: int, places: Places, kernels: str) -> Mapping[int, tuple[int, ...]]:
     """Returns the numbers of slots for each padded length; looks them up once per process."""
-    found = attested(places, _KIND, _key(setup, turn, kernels), lambda: _measure(setup, turn))
+    key = _key(setup, turn, kernels)
+    asked = _Asked(json.dumps(key, sort_keys=True, allow_nan=False), setup, turn)
+    found = attested(places, _KIND, key, lambda: _measure(asked))
     proved = {int(length): tuple(counts) for length, counts in found["shapes"].items()}
     if not proved:
         logger.warning("records share no passes on this machine: each unit has its own pass")
     return proved
 
 
-def _measure(setup: Setup, turn: int) -> dict[str, Any]:
-    """Runs the bit-proof with the model that is loaded for a setup."""
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be measured; equal keys measure the same, whichever run needs it."""
+
+    key: str
+    setup: Setup = field(compare=False)
+    turn: int = field(compare=False)
+
+
+@lru_cache(maxsize=8)
+def _measure(asked: _Asked) -> dict[str, Any]:
+    """Runs the bit-proof with the model that is loaded for a setup, once per process and key."""
     from fedslm.verification.bit_proof import proved_shapes
 
     logger.info("the shapes of private passes are measured, once on this machine")
+    setup, turn = asked.setup, asked.turn
     model = model_for(setup)
     shapes = proved_shapes(
         model,

@@ -135,10 +135,12 @@ class _Trial:
         slots, others = counts[-1], counts[:-1]
         differing: set[int] = set()
         passes = -(-PASSES // len(_SCALES)) if self._is_split else 1
+        # The same at every scale: cached layers, which no adapter changes, compute each record once.
+        chosen = self._records(length, slots)
         try:
             for number, scale in enumerate((*_SCALES, _OVERFLOWS)):
                 self._scale(scale)
-                reference = self._reference(length, slots)
+                reference = dict(zip(chosen, self._bits(chosen, slots, length), strict=True))
                 if scale == 1.0 and not self.last_pass_moves:
                     raise TrainingError("made-up records have no gradient, which tests nothing")
                 trials = -(-TRIALS // len(_SCALES))
@@ -156,11 +158,6 @@ class _Trial:
             logger.warning("%d records of %d tokens cannot share a pass: %s", slots, length, error)
             return ()
         return tuple(sorted({*counts} - differing))
-
-    def _reference(self, length: int, slots: int) -> dict[Example, bytes]:
-        """Returns the bits of random records in one pass."""
-        records = self._records(length, slots)
-        return dict(zip(records, self._bits(records, slots, length), strict=True))
 
     def _agrees(
         self, reference: Mapping[Example, bytes], count: int, length: int, trials: int, passes: int

@@ -34,9 +34,15 @@ def request_of_a_run(
 @pytest.fixture(autouse=True)
 def forgetful() -> Iterator[None]:
     """Nothing that one process knows is known to the next test."""
-    fixed_shapes._measured.cache_clear()
+    forget()
     yield
+    forget()
+
+
+def forget() -> None:
+    """Begins a new process, as far as shapes are concerned."""
     fixed_shapes._measured.cache_clear()
+    fixed_shapes._measure.cache_clear()
 
 
 @pytest.fixture
@@ -58,7 +64,7 @@ def is_withdrawn(node: Path) -> bool:
 
 def answer(request: Request, node: Path) -> Reply:
     """The reply of a node whose process has just started."""
-    fixed_shapes._measured.cache_clear()
+    forget()
     return ask(request, context_of(0, node))
 
 
