@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from fedslm.errors import NotRepeated, PrivacyError, plural
+from fedslm.errors import NotRepeated, PrivacyError, TrainingError, plural
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.lora_layers import fused
 from fedslm.privacy.plan import MOST_RECORDS_PER_UNIT, Plan, PrivatePlan
@@ -86,9 +86,9 @@ class PrivateStep:
           to the last bit:
 
           - ``passes = "isolated"``: no premise is needed, a unit shares no pass with another unit;
-          - ``"fixed"``: it is measured for each public shape on this machine, and one random pass of
-            each round is repeated with other rows. :class:`NotRepeated` is raised before anything is
-            released if a bit differs;
+          - ``"fixed"``: it is measured for each public shape on this machine, and a random record of
+            each round is computed again with other rows. :class:`NotRepeated` is raised before anything
+            is released if a bit differs;
           - ``"shared"``: it holds up to rounding, which a crafted adapter can amplify.
 
           Cached layers keep this: what enters the first computed layer is a function of the record
@@ -123,6 +123,7 @@ class PrivateStep:
         gradients: Computes per-record gradients.
         optimizer: Opacus' optimizer.
         cut: Splits a step's units into parts.
+        shapes: The shapes that ``cut`` may use.
     """
 
     def __init__(
@@ -134,10 +135,11 @@ class PrivateStep:
         gradients: Gradients,
         optimizer: DPOptimizer,
         cut: Cut,
+        shapes: Shapes | None = None,
     ) -> None:
         self._model, self._task, self._gradients = model, task, gradients
         self.optimizer, self._cut, self._by_record = optimizer, cut, plan.unit == "record"
-        self._clip_norm, self._layers = plan.clip_norm, model.cached_layers
+        self._clip_norm, self._layers, self._shapes = plan.clip_norm, model.cached_layers, shapes
         self._steps_before_repeat: int | None = secrets.randbelow(plan.steps_per_round)
         self._bad = torch.zeros((), dtype=torch.long, device=optimizer.params[0].device)
 
@@ -237,17 +239,23 @@ class PrivateStep:
     def _repeat(self, each: Pass, rows: torch.Tensor) -> torch.Tensor:
         """Computes one record again, in another slot among made-up ones, and compares every bit.
 
-        Cached layers are computed again as well; if a bit differs, what was kept is forgotten.
+        This pass has as few slots as were proved for its length: a record has the same bits at every
+        proved number of slots, and few cost little. Cached layers are computed again as well; if a bit
+        differs, what was kept is forgotten.
 
         Raises:
             NotRepeated: A bit differs.
         """
-        slots = len(each.records) if each.shape is None else each.shape.records
+        if each.shape is None:
+            raise TrainingError("internal check failed: a pass without a public shape is not repeated")
+        length = each.shape.length
+        proved = () if self._shapes is None else self._shapes.proved.get(length, ())
+        slots = min((count for count in proved if count > 1), default=each.shape.records)
         slot, kept = secrets.randbelow(len(each.records)), rows.clone()
         other = (slot + 1 + secrets.randbelow(slots - 1)) % slots
         records = (*[self._task.made_up()] * other, each.records[slot])
         with self._afresh():
-            again = self.rows(Pass(records, tuple(range(len(records))), each.shape))[other]
+            again = self.rows(Pass(records, tuple(range(len(records))), Shape(slots, length)))[other]
         if not torch.equal(again.view(torch.int32), kept[slot].view(torch.int32)):
             self._model.forget_records()
             raise NotRepeated(
@@ -347,6 +355,8 @@ def stepping(
             cut = partial(shared, most_records=micro_batch_size, most_tokens=tokens)
         else:
             cut = partial(isolated, most_tokens=tokens)
-        step = PrivateStep(model, task, plan, gradients=gradients, optimizer=private, cut=cut)
+        step = PrivateStep(
+            model, task, plan, gradients=gradients, optimizer=private, cut=cut, shapes=shapes
+        )
         yield step
         step.close()

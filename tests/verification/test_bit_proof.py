@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -75,6 +76,17 @@ def test_what_was_proved_holds_for_new_records(family: Family) -> None:
             for row, record in enumerate(some):
                 assert torch.equal(step.rows(Pass((record,), (0,), shape))[0], together[row])
     assert start.is_finite()
+
+
+def test_a_shape_longer_than_the_model_reads_is_left_out(
+    family_directory: Callable[[str, str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model has 128 positions; a record that needs the shape of 132 tokens has its own pass."""
+    model = load_family(family_directory("bert", "classification"), "classification", "mean")
+    shapes = proof(model, task_of("classification"), longest=128)
+    assert set(shapes.proved) <= {24, 48, 68}
+    assert shapes.of(127) is None
+    assert "records of 132 tokens cannot share a pass" in caplog.text
 
 
 def test_the_wild_row_of_the_proof_is_wild(family: Family) -> None:
@@ -259,3 +271,22 @@ def test_a_sound_pass_repeats_in_every_round(family: Family) -> None:
             one_step(model, task, record_plan(), records, shapes=shapes)
         except NotRepeated as error:  # pragma: no cover
             pytest.fail(str(error))
+
+
+def test_the_repeated_pass_is_a_small_one(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has two slots, the least that records share, and is compared with whatever pass was chosen."""
+    model, task = family
+    name = {"CausalLM": "causal-lm", "Seq2Seq": "seq2seq"}.get(type(task).__name__, "classification")
+    records = [each for each in examples_of(30, seed=11, name=name) if each.length < 16][:4]
+    passes: list[Shape | None] = []
+    real = PrivateStep.rows
+
+    def noted(self: PrivateStep, each: Pass) -> torch.Tensor:
+        passes.append(each.shape)
+        return real(self, each)
+
+    monkeypatch.setattr(PrivateStep, "rows", noted)
+    shapes = Shapes({16: (1, 2, 4)})
+    with suppress(NotRepeated):  # nothing was proved here
+        one_step(model, task, record_plan(), [[each] for each in records], shapes=shapes)
+    assert passes == [Shape(4, 16), Shape(2, 16)]
