@@ -4,8 +4,8 @@
     python benchmarks/table.py --only step peers        # some
     python benchmarks/table.py --write                  # run nothing, write what is there
 
-Every figure is kept with date, command and the load of the machine in ``runs/benchmarks/results.json``;
-the table shows the last one, and the least and the greatest if there are several. A script ends with
+Every figure is kept with date, command and the load of the machine in ``benchmarks/results.json``; the
+table shows the last one, and the least and the greatest if there are several. A script ends with
 one JSON line, whose ``ratios`` are read here.
 """
 
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import scenario
-from arms import ROOT, RUNS
+from arms import ROOT
 
-RESULTS = RUNS / "benchmarks" / "results.json"
+RESULTS = ROOT / "benchmarks" / "results.json"
 PAGE = ROOT / "benchmarks" / "README.md"
 BEGIN, END = "<!-- begin: python benchmarks/table.py -->", "<!-- end -->"
 HERE = Path(__file__).parent
