@@ -26,7 +26,8 @@ class _Kind:
         most_parameters: Largest base of this kind.
         lengths: Padded lengths: multiples of 4, so that elementwise kernels start every row alike. 68
             and 132 are for records that are cut at 64 and 128 tokens, since one column is always
-            padding. A longer record has a pass of its own.
+            padding. The last one that a job needs is as short as its longest record allows. A record
+            longer than all of them has a pass of its own.
         tokens: Most tokens in a pass.
         records: Most records in a pass.
     """
@@ -38,12 +39,13 @@ class _Kind:
 
 
 _ON_CPU = (  # the overhead of a pass dominates for a tiny base, cache misses for a small one
-    _Kind(4e6, (24, 48, 68, 132, 260, 516), 2304, 32),
+    _Kind(4e6, (24, 48, 68, 84, 100, 132, 260, 516), 2304, 32),
     _Kind(5e7, (16, 24, 32, 48, 68, 96), 576, 16),
     _Kind(math.inf, (), 0, 0),  # isolated passes of 128 tokens cost 1.04 of a plain step at 135 M
 )
 _ON_GPU = _Kind(math.inf, (32, 68, 132, 260, 516), GPU_TOKENS, 64)
 _COUNTS = (*range(1, 9), 10, 12, 14, 16, 24, 32, 48, 64)  # of records in a pass
+_SHORTEST = 8  # tokens: below, no length is measured
 _MOST_VALUES = 1 << 24  # of per-record gradients in one pass: 64 MiB
 _UNIT_VALUES = 1 << 23  # of units' sums at once: 64 MiB in float64
 
@@ -124,6 +126,7 @@ class Job:
         base_parameters: Parameters of the base.
         trained_values: Trained values: per-record gradients bound the records in a pass.
         longest: Longest record, in tokens: no longer length is needed.
+        positions: Most tokens that the base reads; 0 if there is no bound.
         most_records: ``training.micro_batch_size``.
         rows: Batch rows of a record.
         on_gpu: Whether the model is on a GPU.
@@ -135,19 +138,24 @@ class Job:
     most_records: int
     rows: int = 1
     on_gpu: bool = False
+    positions: int = 0
 
 
 def candidates(job: Job) -> dict[int, tuple[int, ...]]:
     """Returns the shapes that are worth a measurement: padded length to numbers of slots.
 
-    >>> candidates(Job(10**7, 10_000, 20, 3))
-    {16: (1, 2, 3), 24: (1, 2, 3)}
+    >>> candidates(Job(10**7, 10_000, 28, 3))
+    {16: (1, 2, 3), 24: (1, 2, 3), 32: (1, 2, 3)}
     """
     kind = next(kind for kind in _ON_CPU if job.base_parameters <= kind.most_parameters)
     kind = _ON_GPU if job.on_gpu else kind
     most = min(kind.records, job.most_records, _MOST_VALUES // max(job.trained_values, 1))
-    needed = [length for length in kind.lengths if length <= job.longest]
-    needed += [length for length in kind.lengths if length > job.longest][:1]
+    last = job.longest // 4 * 4 + 4  # the least multiple of 4 with a column of padding
+    if job.positions:
+        last = min(last, job.positions // 4 * 4)
+    needed = [length for length in kind.lengths if length < last]
+    if len(needed) < len(kind.lengths) and last >= _SHORTEST:
+        needed.append(last)
     slots = {length: min(most, kind.tokens // (length * job.rows)) for length in needed}
     return {
         length: (*(count for count in _COUNTS if count < most), most)

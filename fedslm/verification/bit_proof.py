@@ -81,6 +81,7 @@ def proved_shapes(
         most_records=most_records,
         rows=task.rows_per_example,
         on_gpu=model.device.type != "cpu",
+        positions=_positions(model),
     )
     if not job.on_gpu and torch.get_num_threads() > 1:
         logger.info("with several threads on a CPU, records share no passes")
@@ -103,6 +104,12 @@ def proved_shapes(
         model.forget_records()  # made-up ones
         model.adapter.network.eval()
     return Shapes(proved)
+
+
+def _positions(model: LoadedModel) -> int:
+    """Returns the most tokens that the base says it reads; 0 if it says nothing."""
+    config = inner(model.adapter.network.get_base_model()).config  # type: ignore[operator]
+    return int(getattr(config, "max_position_embeddings", None) or 0)
 
 
 def _may_split_rows(model: LoadedModel) -> bool:

@@ -104,6 +104,19 @@ def test_a_pass_is_bounded_by_tokens_values_and_the_config() -> None:
     assert max(candidates(replace(small, longest=64))) == 68
 
 
+@pytest.mark.parametrize("parameters", [10**5, 10**7])
+@pytest.mark.parametrize("longest", range(4, 97))
+def test_every_record_that_a_config_allows_has_a_shape(parameters: int, longest: int) -> None:
+    """The longest one too, unless the base reads no more: the demo's records were once all isolated."""
+    job = Job(base_parameters=parameters, trained_values=100, longest=longest, most_records=4)
+    shapes = Shapes(candidates(job))
+    if parameters < 10**6 or longest < 96:
+        assert shapes.of(longest) in range(longest + 1, longest + 5)
+    read = Shapes(candidates(replace(job, positions=longest)))
+    assert max(read.proved, default=0) <= longest
+    assert read.of(longest) is None
+
+
 def test_isolated_passes_of_a_large_unit_are_bounded() -> None:
     """A unit's records are cut into passes of few tokens, and never beside another unit's."""
     units = [[Example((1,) * 100)] * 12, [Example((1,) * 2000)]]
