@@ -9,12 +9,9 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
-import os
-import signal
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from fedslm.errors import FederationError, FedslmError
+from fedslm.errors import FederationError
+from fedslm.worker_process import Failure, run, set_threads, work
 
 _PRELOADED = (
     "fedslm.client.handlers",
@@ -36,7 +34,6 @@ _PRELOADED = (
     "pyarrow.parquet",
 )
 _PRELOADED_IF_PRIVATE = ("dp_accounting.rdp", "opacus.accountants")
-_CACHED_KERNELS = 32  # of 1,024; with fewer, those of the next length are made again
 _HIDING = threading.Lock()
 _START_METHOD = "forkserver" if sys.platform != "win32" else "spawn"
 
@@ -48,11 +45,20 @@ class WorkerDied(FederationError):
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A job that raised: contains the error if it is a FedslmError, else its traceback."""
+class _Job:
+    """A function to run.
 
-    error: FedslmError | None
-    details: str
+    Attributes:
+        number: Number of the job.
+        function: What is run.
+        arguments: What it gets.
+        client: The client that it works for; None if any worker will do.
+    """
+
+    number: int
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    client: int | None
 
 
 @dataclass
@@ -85,7 +91,10 @@ def preload(*, private: bool = False) -> None:
 class WorkerPool:
     """Runs functions in worker processes, in order of submission.
 
-    At most ``2 * num_workers`` results wait to be fetched: memory use does not grow with jobs.
+    Jobs of one client prefer one worker, which has read and tokenised its records before, and holds
+    their cached layers: an idle worker takes the first job among the next few that is its own or
+    nobody's, else the first. At most ``2 * num_workers`` results wait to be fetched: memory use does
+    not grow with jobs.
 
     Args:
         num_workers: Number of processes, >= 1.
@@ -114,7 +123,7 @@ class WorkerPool:
         self._threads, self._log, self._memory_mb = threads, log, memory_mb
         self._log_level = log_level
         self._numbers = itertools.count()
-        self._queue: deque[tuple[int, Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._queue: deque[_Job] = deque()
         self._results: dict[int, Any] = {}
         self._window = 2 * num_workers
         self._workers = [self._start() for _ in range(num_workers)]
@@ -124,12 +133,15 @@ class WorkerPool:
         """Number of processes."""
         return len(self._workers)
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> int:
-        """Queues a job and returns its number."""
-        job = next(self._numbers)
-        self._queue.append((job, function, arguments))
-        self._dispatch()
-        return job
+    def submit(self, function: Callable[..., Any], *arguments: Any, client: int | None = None) -> int:
+        """Queues a job and returns its number; jobs of one client prefer one worker.
+
+        Another worker takes it only when results are polled, since jobs of its own may follow.
+        """
+        job = _Job(next(self._numbers), function, arguments, client)
+        self._queue.append(job)
+        self._dispatch(is_complete=False)
+        return job.number
 
     def poll(self, job: int, timeout_seconds: float) -> Any | None:
         """Waits for one job for a limited time.
@@ -182,7 +194,7 @@ class WorkerPool:
         Otherwise, a worker that hangs would never become available.
         """
         gone = set(jobs)
-        self._queue = deque(item for item in self._queue if item[0] not in gone)
+        self._queue = deque(job for job in self._queue if job.number not in gone)
         for worker in self._workers:
             if worker.job in gone:
                 worker.process.kill()
@@ -213,29 +225,46 @@ class WorkerPool:
         here, there = context.Pipe()
         arguments = (there, self._threads, self._log, self._log_level, self._memory_mb)
         process = context.Process(  # type: ignore[attr-defined]
-            target=_work, args=arguments, daemon=True
+            target=work, args=arguments, daemon=True
         )
         with _without_script():
             process.start()
         there.close()
         return _Worker(process, here)
 
-    def _dispatch(self, needed: int | None = None) -> None:
-        """Assigns queued jobs to idle workers; a job that is waited for may exceed the window."""
-        idle = deque(worker for worker in self._workers if worker.job is None)
-        while idle and self._queue:
-            waited_for = needed is not None and self._queue[0][0] <= needed
-            if len(self._results) >= self._window and not waited_for:
+    def _dispatch(self, needed: int | None = None, *, is_complete: bool = True) -> None:
+        """Assigns queued jobs to idle workers; a job that is waited for may exceed the window.
+
+        Args:
+            needed: The job that is waited for.
+            is_complete: Whether a worker without own jobs may take another's.
+        """
+        for number, worker in enumerate(self._workers):
+            if worker.job is not None:
+                continue
+            if not self._queue:
                 return
-            job, function, arguments = self._queue.popleft()
-            worker = idle.popleft()
+            is_full = len(self._results) >= self._window
+            if is_full and (needed is None or self._queue[0].number > needed):
+                return
+            job = self._queue.popleft() if is_full else self._next(number, is_complete=is_complete)
+            if job is None:
+                continue
             if not worker.process.is_alive():  # it died while idle
                 self._bury(worker)
-            worker.job = job
+            worker.job = job.number
             try:
-                worker.pipe.send((function, arguments))
+                worker.pipe.send((job.function, job.arguments))
             except OSError:
                 self._bury(worker)
+
+    def _next(self, worker: int, *, is_complete: bool) -> _Job | None:
+        """Takes the next job of a worker from the queue."""
+        for position, job in enumerate(itertools.islice(self._queue, self._window)):
+            if job.client is None or job.client % len(self._workers) == worker:
+                del self._queue[position]
+                return job
+        return self._queue.popleft() if is_complete else None
 
     def _receive(self, worker: _Worker, *, replace: bool = True) -> None:
         """Receives one result from a worker."""
@@ -273,21 +302,21 @@ class InlinePool:
         self._numbers = itertools.count()
         self._queue: dict[int, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> int:
-        """Queues a job and returns its number."""
+    def submit(self, function: Callable[..., Any], *arguments: Any, client: int | None = None) -> int:
+        """Queues a job and returns its number; this process works for every client."""
         job = next(self._numbers)
         self._queue[job] = (function, arguments)
         return job
 
     def poll(self, job: int, timeout_seconds: float) -> Any:
         """Runs the job."""
-        _set_threads(self._threads)
+        set_threads(self._threads)
         function, arguments = self._queue.pop(job)
-        return _run(function, arguments)
+        return run(function, arguments)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Runs one function."""
-        _set_threads(self._threads)
+        set_threads(self._threads)
         return function(*arguments)
 
     def map(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
@@ -321,61 +350,3 @@ def _without_script() -> Iterator[None]:
             yield
         finally:
             sys.modules["__main__"] = script
-
-
-def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Runs a function; a result is wrapped, so that it is never mistaken for "not ready"."""
-    try:
-        return (function(*arguments),)
-    except FedslmError as error:
-        return Failure(error, traceback.format_exc())
-    except Exception:  # worker boundary: report every error to the parent
-        return Failure(None, traceback.format_exc())
-
-
-def _set_threads(threads: int) -> None:
-    """Sets the number of torch threads; more than one rarely helps on small matrices."""
-    import torch
-
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-
-
-def _limit_memory(memory_mb: int | None, threads: int) -> None:
-    """Limits this process's memory, so that the kernel refuses allocations and kills no process.
-
-    The limit counts what libraries reserve and never use: oneDNN's code, 256 kB for each kernel of each
-    shape, and OpenBLAS' buffers and stacks for each thread. So they are told to reserve little, before
-    they are imported.
-    """
-    if memory_mb is not None and sys.platform != "win32":
-        import resource
-
-        os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(_CACHED_KERNELS)
-        os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        asked = memory_mb << 20
-        allowed = asked if hard == resource.RLIM_INFINITY else min(asked, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
-
-
-def _work(
-    pipe: Connection, threads: int, log: Path | None, log_level: int, memory_mb: int | None
-) -> None:
-    """Runs the worker's loop; ends when the parent closes its end of the pipe or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _limit_memory(memory_mb, threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if log is not None:
-        form = "%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"
-        options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "force": True}
-        logging.basicConfig(filename=log, level=logging.WARNING, format=form, **options)
-        logging.getLogger("fedslm").setLevel(log_level)
-        logging.captureWarnings(True)
-    _set_threads(threads)
-    while True:
-        try:
-            function, arguments = pipe.recv()
-        except (EOFError, OSError):
-            return
-        pipe.send(_run(function, arguments))

@@ -27,6 +27,7 @@ STOREYS = {
     "rng": 1,
     "layout": 1,
     "adapter_keys": 1,
+    "worker_process": 1,
     "storage": 2,
     "workers": 2,
     "rendering": 2,
@@ -72,7 +73,15 @@ OWNERS = {
     "transformers": {"tasks", "models", "inference", "distillation"},
     "peft": {"models"},
     "bitsandbytes": {"models"},
-    "torch": {"tasks", "models", "training", "verification", "inference", "distillation", "workers"},
+    "torch": {
+        "tasks",
+        "models",
+        "training",
+        "verification",
+        "inference",
+        "distillation",
+        "worker_process",
+    },
     "opacus": {"training", "verification", "privacy.accounting"},
     "dp_accounting": {"privacy.accounting"},
     "filelock": {"storage", "privacy", "distillation.run"},
@@ -295,7 +304,8 @@ def test_engines_share_their_functions() -> None:
     from fedslm.protocol.messages import HELLO, TRAIN
     from fedslm.workers import InlinePool
 
-    (node, context), *_ = LocalGrid(1, InlinePool())._contexts.items()
+    grid = LocalGrid(1, InlinePool())
+    (node,), context = grid.get_node_ids(), grid._context(0)
     for kind, record, key in [(HELLO, "hello", "client"), (TRAIN, "reply", "status")]:
         message = Message(RecordDict(), node, kind)
         by_app, by_grid = client_app()(message, context), handle(message, context)

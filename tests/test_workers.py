@@ -15,7 +15,8 @@ import pytest
 from support.pace import patient
 
 from fedslm.errors import DataError, FederationError
-from fedslm.workers import Failure, InlinePool, WorkerDied, WorkerPool
+from fedslm.worker_process import Failure
+from fedslm.workers import InlinePool, WorkerDied, WorkerPool
 
 
 def square(number: int) -> int:
@@ -95,6 +96,12 @@ def touch(path: Path, seconds: float) -> None:
     path.touch()
 
 
+def nap(seconds: float) -> int:
+    """Takes a while; which process did."""
+    time.sleep(seconds)
+    return os.getpid()
+
+
 @pytest.fixture(scope="module")
 def shared() -> Iterator[WorkerPool]:
     """Two workers for all tests of this file."""
@@ -119,6 +126,25 @@ def test_unclaimed_results_are_bounded(shared: WorkerPool) -> None:
     assert shared._wait(blocking) == seconds
     assert 1 <= len(shared._results) <= 2 * shared.num_workers + 1
     shared.abandon(jobs)
+
+
+def test_a_client_s_jobs_prefer_the_worker_that_has_read_its_records(shared: WorkerPool) -> None:
+    """While both workers have jobs of their own, every client stays with one of them, over many rounds."""
+    where: dict[int, set[int]] = {}
+    for _ in range(5):
+        jobs = {client: shared.submit(nap, 0.1, client=client) for client in (0, 2, 1, 3)}
+        for client, job in jobs.items():
+            where.setdefault(client, set()).add(shared._wait(job))
+    first, second = where[0], where[1]
+    assert where == {0: first, 1: second, 2: first, 3: second}
+    assert len(first) == len(second) == 1
+    assert first != second
+
+
+def test_an_idle_worker_takes_the_jobs_of_another(shared: WorkerPool) -> None:
+    """A preference is no bound: all clients of one worker use both."""
+    jobs = [shared.submit(nap, 0.3, client=2 * number) for number in range(6)]
+    assert len({shared._wait(job) for job in jobs}) == 2
 
 
 def test_workers_compute_with_one_thread(shared: WorkerPool) -> None:

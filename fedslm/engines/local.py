@@ -15,11 +15,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedslm.client.handlers import hello, train
 from fedslm.client.personal import measure
 from fedslm.protocol.messages import HELLO, MEASURE, TRAIN
-from fedslm.workers import Failure, Pool, WorkerDied
+from fedslm.worker_process import Failure
+from fedslm.workers import Pool, WorkerDied
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _SERVER_NODE_ID = 1
+_FIRST_NODE_ID = 2
 _CLIENT_RAISED = 2
 _CLIENT_DIED = 8
 _REASONS = {
@@ -41,17 +43,7 @@ class LocalGrid(Grid):
 
     def __init__(self, num_clients: int, pool: Pool) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 0, _SERVER_NODE_ID
-        first = _SERVER_NODE_ID + 1
-        self._contexts = {
-            first + index: Context(
-                run_id=0,
-                node_id=first + index,
-                node_config={"partition-id": index, "num-partitions": num_clients},
-                state=RecordDict(),
-                run_config={},
-            )
-            for index in range(num_clients)
-        }
+        self._num_clients = num_clients
         self._pool = pool
         self._run = Run.create_empty(0)
         self._jobs: dict[str, tuple[int, Message]] = {}
@@ -76,9 +68,14 @@ class LocalGrid(Grid):
         """Creates a message."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
-    def get_node_ids(self) -> Iterable[int]:
+    def get_node_ids(self) -> range:
         """Ids of all clients; each is always available."""
-        return list(self._contexts)
+        return range(_FIRST_NODE_ID, _FIRST_NODE_ID + self._num_clients)
+
+    @property
+    def clients(self) -> dict[int, int]:
+        """Client index to node id: in this process nobody has to be asked."""
+        return {client: _FIRST_NODE_ID + client for client in range(self._num_clients)}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queues messages in order."""
@@ -86,11 +83,31 @@ class LocalGrid(Grid):
         for message in messages:
             identifier = str(uuid4())
             message.metadata.__dict__["_message_id"] = identifier
-            context = self._contexts[message.metadata.dst_node_id]
-            job = self._pool.submit(handle, message, context)
+            client = self._client_of(message.metadata.dst_node_id)
+            job = self._pool.submit(handle, message, self._context(client), client=client)
             self._jobs[identifier] = (job, message)
             identifiers.append(identifier)
         return identifiers
+
+    def _client_of(self, node: int) -> int:
+        """The client with a node id.
+
+        Raises:
+            ValueError: There is no such node.
+        """
+        if node not in self.get_node_ids():
+            raise ValueError(f"node_id={node} is not one of the {self._num_clients} clients")
+        return node - _FIRST_NODE_ID
+
+    def _context(self, client: int) -> Context:
+        """What Flower gives a client beside a message; made when it is asked, since most never are."""
+        return Context(
+            run_id=0,
+            node_id=_FIRST_NODE_ID + client,
+            node_config={"partition-id": client, "num-partitions": self._num_clients},
+            state=RecordDict(),
+            run_config={},
+        )
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Returns the available replies; waits a short while for the first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -29,12 +29,17 @@ def choose_cohort(config: FederationConfig, seed: int, round: int) -> list[int]:
 def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:
     """Waits for the exact population and asks each node for its client index.
 
+    A grid that runs clients in this process's own workers knows them, and none is asked.
+
     Returns:
         Client index to node id.
 
     Raises:
         FederationError: Nodes are missing, do not answer, or run another version.
     """
+    known: Mapping[int, int] | None = getattr(grid, "clients", None)
+    if known is not None:
+        return dict(known)
     deadline = time.monotonic() + seconds
     while len(found := list(grid.get_node_ids())) < num_clients:
         if time.monotonic() > deadline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from support.served import context_of
 
 from fedslm.engines.local import LocalGrid, handle, reply_of, wait_for
 from fedslm.errors import DataError, FederationError
-from fedslm.workers import Failure, InlinePool, WorkerDied
+from fedslm.federation.population import join
+from fedslm.worker_process import Failure
+from fedslm.workers import InlinePool, WorkerDied
 
 RECORD = "Jane Doe, born in 1961, has been diagnosed"
 RAISED = "the client raised an error; see its log"
@@ -65,3 +68,21 @@ def test_a_message_of_no_known_type_is_an_error(tmp_path: Path) -> None:
     pool, asked = InlinePool(), message("train.secret")
     reply = wait_for(pool, pool.submit(handle, asked, context_of(0, tmp_path)), asked, 60.0)
     assert reply.error.reason == RAISED
+
+
+def test_a_large_population_costs_nothing_before_it_is_asked() -> None:
+    """Nobody is asked who it is, and no client has a context before it gets a message."""
+    grid = LocalGrid(10**7, InlinePool())
+    began = time.process_time()
+    assert len(grid.get_node_ids()) == 10**7
+    assert grid._context(10**7 - 1).node_config["partition-id"] == 10**7 - 1
+    assert time.process_time() - began < 1
+    assert join(LocalGrid(3, InlinePool()), 3, 0.0) == {0: 2, 1: 3, 2: 4}
+
+
+@pytest.mark.parametrize("node", [1, 5])
+def test_a_node_that_does_not_exist_is_an_error(node: int) -> None:
+    """Neither the server nor one beyond the last client is a client."""
+    grid = LocalGrid(3, InlinePool())
+    with pytest.raises(ValueError, match=f"node_id={node} is not one of the 3 clients"):
+        grid.push_messages([Message(RecordDict({}), node, "train")])
