@@ -13,7 +13,7 @@ from fedslm.data import labels as names
 from fedslm.data.columns import needed, needed_to_share
 from fedslm.data.duplicates import count_duplicates
 from fedslm.data.owners import owners_in
-from fedslm.data.partition import partition
+from fedslm.data.partition import Partition, partition
 from fedslm.data.poison import hostile_clients, poisoned
 from fedslm.data.sources import cut, load_evaluation, load_public, load_train
 from fedslm.errors import DataError, have
@@ -50,7 +50,7 @@ class Shared:
         train: The whole private split.
         evaluation: The public split, limited to its maximum size.
         labels: Class names or tags; empty for tasks without.
-        shards: (name, records) of each client.
+        shards: Name and records of each client.
         duplicates: Number of private records whose input also occurs in the public split.
         public: Public records available for training; None if there are none.
     """
@@ -58,7 +58,7 @@ class Shared:
     train: Dataset
     evaluation: Dataset
     labels: tuple[str, ...]
-    shards: tuple[tuple[str, Dataset], ...]
+    shards: Partition
     duplicates: int
     public: Dataset | None = None
 
@@ -134,14 +134,12 @@ def share_out(
     shards = partition(train, data, num_clients, seed)
     hostile = hostile_clients(attack, num_clients, seed)
     columns = {"text_column": data.text_column, "label_column": str(data.label_column)}
-    shards = [
-        (name, poisoned(shard, attack, labels, **columns) if client in hostile else shard)
-        for client, (name, shard) in enumerate(shards)
-    ]
+    shards = shards.with_changed(
+        {client: poisoned(shards[client][1], attack, labels, **columns) for client in hostile}
+    )
     if privacy.unit == "user":
-        parts = [shard for _, shard in shards]
-        _check_units(parts, str(privacy.unit_column), privacy.overlapping)
-    return Shared(train, public.evaluation, labels, tuple(shards), duplicates, public.records)
+        _check_units(shards, str(privacy.unit_column), privacy.overlapping)
+    return Shared(train, public.evaluation, labels, shards, duplicates, public.records)
 
 
 def inputs(data: DataConfig, task: TaskConfig) -> list[str]:
@@ -151,14 +149,15 @@ def inputs(data: DataConfig, task: TaskConfig) -> list[str]:
     return [column for column in columns if column not in targets] or [data.text_column]
 
 
-def _check_units(parts: list[Dataset], column: str, overlapping: bool) -> None:
+def _check_units(shards: Partition, column: str, overlapping: bool) -> None:
     """Refuses records without a unit, and units shared by clients unless this was declared."""
-    missing = 0
+    owners = [owner for piece in shards.pieces() for owner in owners_in(piece, column)]
+    missing = sum(not owner for owner in owners)
     clients: Counter[str] = Counter()
-    for part in parts:
-        owners = owners_in(part, column)
-        missing += sum(not owner for owner in owners)
-        clients.update(set(owners))
+    start = 0
+    for end in shards.ends:
+        clients.update(set(owners[start:end]))
+        start = int(end)
     if missing:
         raise DataError(
             f"{have(missing, 'record')} no value in privacy.unit_column={column!r}; remove them"

@@ -3,8 +3,10 @@
 The data set is read and partitioned once; afterwards, a worker reads only its client's records. Columns
 keep their names.
 
-train.parquet              one row group per client
-train/00000.arrow …        instead, if data.streaming: one Arrow file per client, read row by row
+train.arrow                the records of all clients, one client after another
+offsets.npy                where each client's records begin, and where the last one's end
+train/00000.arrow          instead, at a real node: its own records
+train.parquet              instead, in a run of an earlier version: one row group per client
 evaluation.parquet         the public evaluation split
 public.parquet             public records available for training, if there are any
 shards.json                names, sizes, labels; written last
@@ -16,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, overload
 
 from fedslm.config import AttackConfig, DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data.federated import NO_ATTACK, Shared, load_what_is_public, share_out
+from fedslm.data.partition import Partition
 from fedslm.data.rows import Row, rows_of
 from fedslm.data.tables import BATCH_ROWS, parquet
 from fedslm.errors import DataError, plural
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-_DECLARED = "columns.json"
+_DECLARED, _TRAIN, _OFFSETS = "columns.json", "train.arrow", "offsets.npy"
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,7 @@ def write(
             attack=attack,
         )
         directory.mkdir(parents=True, exist_ok=True)
-        parts = [shard for _, shard in shared.shards]
-        if data.streaming:
-            _write_arrow(directory / "train", dict(enumerate(parts)))
-        else:
-            write_parquet(directory / "train.parquet", parts)
+        _write_shards(directory, shared.shards)
         write_parquet(directory / "evaluation.parquet", [shared.evaluation])
         if shared.public is not None:
             write_parquet(directory / "public.parquet", [shared.public])
@@ -152,7 +151,7 @@ def write_own(directory: Path, rows: Dataset, client: int, columns: Sequence[str
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_arrow(directory / "train", {client: rows})
+        _write_arrow(directory / "train", client, rows)
     except OSError as error:
         raise DataError(f"{directory} cannot be written: {error}") from error
     write_text(directory / _DECLARED, json.dumps(list(columns)))
@@ -175,34 +174,59 @@ def declared_columns(directory: Path) -> frozenset[str] | None:
 
 def _summary(shared: Shared) -> Shards:
     """Returns the names, sizes and labels of partitioned data."""
-    names = tuple(name for name, _ in shared.shards)
-    sizes = tuple(len(shard) for _, shard in shared.shards)
+    names, sizes = tuple(shared.shards.names), tuple(shared.shards.sizes)
     return Shards(names, sizes, shared.labels, shared.duplicates)
 
 
 def read_client(directory: Path, client: int, columns: Set[str] | None = None) -> Sequence[Row]:
-    """Reads the rows of one client.
+    """Returns the rows of one client, which are read when they are accessed.
 
     Args:
-        directory: Contains ``train.parquet`` or ``train/``.
+        directory: The data directory of a run or of a real node.
         client: Index of the client.
         columns: Columns to read, if they exist; None: all. Columns that are not read cannot fail.
 
-    Returns:
-        Rows in memory, or (``train/``) rows that are read on access.
+    Raises:
+        DataError: There is no such client, or a file is damaged.
+    """
+    folder, earlier = directory / "train", directory / "train.parquet"
+    if folder.is_dir():
+        path = folder / _file_name(client)
+        if client < 0 or not path.exists():
+            count = len(list(folder.glob("*.arrow")))
+            raise DataError(f"{folder} holds {plural(count, 'client')}; there is no client {client}")
+        return StoredRows(path, columns)
+    if earlier.exists():
+        return _read_row_group(earlier, client, columns)
+    return StoredRows(directory / _TRAIN, columns, _place_of(directory / _OFFSETS, client))
+
+
+def _place_of(path: Path, client: int) -> range:
+    """Returns the numbers of a client's rows; reads only these of the file.
 
     Raises:
-        DataError: There is no such client.
+        DataError: There is no such client, or the file is damaged.
     """
-    folder = directory / "train"
-    if folder.is_dir():
-        return StoredRows(folder, client, columns)
-    return _read_row_group(directory / "train.parquet", client, columns)
+    import numpy as np
+
+    try:
+        offsets = np.load(path, mmap_mode="r", allow_pickle=False)
+        if offsets.dtype != np.int64 or offsets.ndim != 1 or len(offsets) < 2:
+            raise ValueError("it must have one whole number for each client, and one more")
+        if not 0 <= client < len(offsets) - 1:
+            held = plural(len(offsets) - 1, "client")
+            raise DataError(f"{path.parent} holds {held}; there is no client {client}")
+        start, end, rows = int(offsets[client]), int(offsets[client + 1]), int(offsets[-1])
+        if not 0 <= start <= end <= rows:
+            raise ValueError(f"client {client} has rows {start} to {end} of {rows}")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read, it may be damaged: {error}") from error
+    return range(start, end)
 
 
 def holds(directory: Path, client: int) -> bool:
-    """Whether :func:`read_client` finds a client there."""
-    return (directory / _file_of(directory, client)).exists()
+    """Whether :func:`read_client` finds a client's files there."""
+    return all((directory / file).exists() for file in _files_of(directory, client))
 
 
 def pin(directory: Path, client: int, target: Path, *, linked: bool) -> None:
@@ -218,22 +242,22 @@ def pin(directory: Path, client: int, target: Path, *, linked: bool) -> None:
     Raises:
         RunError: The copy cannot be made.
     """
-    file = _file_of(directory, client)
-    with replacing(target / file) as temporary:
-        temporary.unlink(missing_ok=True)  # left by a process that was killed
-        if linked:
-            with suppress(OSError):
-                os.link(directory / file, temporary)
-        if not temporary.exists():
-            shutil.copyfile(directory / file, temporary)
-        temporary.chmod(0o600)
+    for file in _files_of(directory, client):
+        with replacing(target / file) as temporary:
+            temporary.unlink(missing_ok=True)  # left by a process that was killed
+            if linked:
+                with suppress(OSError):
+                    os.link(directory / file, temporary)
+            if not temporary.exists():
+                shutil.copyfile(directory / file, temporary)
+            temporary.chmod(0o600)
 
 
-def _file_of(directory: Path, client: int) -> Path:
-    """Returns the file with a client's records."""
-    return (
-        Path("train", _file_name(client)) if (directory / "train").is_dir() else Path("train.parquet")
-    )
+def _files_of(directory: Path, client: int) -> tuple[Path, ...]:
+    """Returns the files with a client's records."""
+    if (directory / "train").is_dir():
+        return (Path("train", _file_name(client)),)
+    return Path(_TRAIN), Path(_OFFSETS)
 
 
 def read_evaluation(directory: Path) -> list[Row]:
@@ -251,32 +275,31 @@ class StoredRows(Sequence[Row]):
     """Rows of one client in a memory-mapped file; no row is kept in memory.
 
     Args:
-        folder: Contains one Arrow file per client.
-        client: Index of the client.
+        path: An Arrow file whose batches have :data:`fedslm.data.tables.BATCH_ROWS` rows, but the last.
         columns: As for :func:`read_client`.
+        place: Numbers of the client's rows; None: all rows are the client's.
 
     Raises:
-        DataError: There is no such client, or its file is damaged.
+        DataError: The file is damaged.
     """
 
-    def __init__(self, folder: Path, client: int, columns: Set[str] | None = None) -> None:
+    def __init__(self, path: Path, columns: Set[str] | None = None, place: range | None = None) -> None:
         import pyarrow as pa
 
-        path = folder / _file_name(client)
-        if client < 0 or not path.exists():
-            count = len(list(folder.glob("*.arrow")))
-            raise DataError(f"{folder} holds {plural(count, 'client')}; there is no client {client}")
         try:
             self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-            batches = map(self._file.get_batch, range(self._file.num_record_batches))
-            self._size = sum(int(batch.num_rows) for batch in batches)
+            last = self._file.num_record_batches - 1
+            rows = 0 if last < 0 else last * BATCH_ROWS + self._file.get_batch(last).num_rows
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
+        self._place = range(rows) if place is None else place
+        if self._place.stop > rows:
+            raise DataError(f"{path} has {rows} rows, and the client's end at {self._place.stop}")
         known = self._file.schema.names
         self._columns = known if columns is None else [name for name in known if name in columns]
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._place)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -284,15 +307,20 @@ class StoredRows(Sequence[Row]):
     def __getitem__(self, index: slice) -> list[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(self._size))]
-        if not -self._size <= index < self._size:
-            raise IndexError(f"index={index} is beyond {self._size} rows")
-        batch, row = divmod(index % self._size, BATCH_ROWS)
+            return [self[each] for each in range(*index.indices(len(self)))]
+        try:
+            batch, row = divmod(self._place[index], BATCH_ROWS)
+        except IndexError:
+            raise IndexError(f"index={index} is beyond {len(self)} rows") from None
         return rows_of(self._batch(batch).slice(row, 1))[0]
 
     def __iter__(self) -> Iterator[Row]:
-        for batch in range(self._file.num_record_batches):
-            yield from rows_of(self._batch(batch))
+        first, stop = self._place.start, self._place.stop
+        while first < stop:
+            batch, row = divmod(first, BATCH_ROWS)
+            found = self._batch(batch).slice(row, stop - first)
+            yield from rows_of(found)
+            first += found.num_rows
 
     def _batch(self, number: int) -> pa.RecordBatch:
         """Returns the chosen columns of a thousand rows, still on disk."""
@@ -314,17 +342,39 @@ def _read_index(index: Path) -> Shards | None:
         return None
 
 
-def _write_arrow(folder: Path, parts: Mapping[int, Dataset]) -> None:
-    """Writes one file per client, a thousand rows at a time, then renames the folder into place."""
+def _write_shards(directory: Path, shards: Partition) -> None:
+    """Writes the records of all clients to one file, and where each client's begin."""
+    import numpy as np
+
+    pieces = (piece.with_format("arrow") for piece in shards.pieces())
+    tables = (table for piece in pieces for table in piece.iter(BATCH_ROWS))
+    with replacing(directory / _TRAIN) as temporary:
+        _write_batches(temporary, shards.dataset.with_format("arrow")[:1].schema, tables)
+    with replacing(directory / _OFFSETS) as temporary, temporary.open("wb") as file:
+        np.save(file, np.concatenate([[0], shards.ends]).astype(np.int64))
+
+
+def _write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Writes tables to an Arrow file in batches of equal size; only the last may be smaller."""
     import pyarrow as pa
 
+    rest = schema.empty_table()
+    with pa.ipc.new_file(str(path), schema) as writer:
+        for table in tables:
+            rest = pa.concat_tables([rest, table.cast(schema)])
+            while len(rest) >= BATCH_ROWS:
+                writer.write_batch(rest[:BATCH_ROWS].combine_chunks().to_batches()[0])
+                rest = rest[BATCH_ROWS:]
+        if len(rest):
+            writer.write_batch(rest.combine_chunks().to_batches()[0])
+
+
+def _write_arrow(folder: Path, client: int, rows: Dataset) -> None:
+    """Writes one client's file, then renames the folder into place."""
     with TemporaryDirectory(dir=folder.parent, prefix="train-") as temporary:
-        for client, part in parts.items():
-            rows = part.with_format("arrow")
-            schema = rows[:1].schema
-            with pa.ipc.new_file(str(Path(temporary) / _file_name(client)), schema) as writer:
-                for table in rows.iter(BATCH_ROWS):
-                    writer.write_batch(table.combine_chunks().to_batches()[0])
+        whole = rows.with_format("arrow")
+        path = Path(temporary) / _file_name(client)
+        _write_batches(path, whole[:1].schema, whole.iter(BATCH_ROWS))
         shutil.rmtree(folder, ignore_errors=True)
         Path(temporary).rename(folder)
         Path(temporary).mkdir()  # created for the cleanup of the temporary directory

@@ -208,3 +208,32 @@ def test_a_partition_that_has_nothing_to_go_by_is_refused(values: dict[str, Any]
     with pytest.raises(DataError, match=r"data\.") as caught:
         partition(data, DataConfig(source="x", **values), 2, 0)
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("size", "clients"), [(10, 3), (100, 7), (64, 64)])
+def test_iid_shards_are_those_of_flwr_datasets(size: int, clients: int) -> None:
+    """Another source for the same rows in the same order."""
+    from flwr_datasets.partitioner import IidPartitioner
+
+    source = Dataset.from_dict({"text": [str(number) for number in range(size)], "label": ["a"] * size})
+    partitioner = IidPartitioner(num_partitions=clients)
+    partitioner.dataset = source.shuffle(seed=5, keep_in_memory=True)
+    found = partition(source, DataConfig(source="x"), clients, 5)
+    for client, (name, shard) in enumerate(found):
+        assert name == f"client-{client}"
+        assert list(shard["text"]) == list(partitioner.load_partition(client)["text"])
+
+
+def test_changed_clients_stand_in_their_place() -> None:
+    """Few pieces hold all clients in order, with other records where some were changed."""
+    source = Dataset.from_dict({"text": [str(number) for number in range(12)], "label": ["a"] * 12})
+    found = partition(source, DataConfig(source="x"), 6, 0)
+    other = {client: Dataset.from_dict({"text": [f"new {client}"] * 2}) for client in (0, 3, 5)}
+    changed = found.with_changed(other)
+    texts = [text for piece in changed.pieces() for text in piece["text"]]
+    assert texts == [text for _, shard in changed for text in shard["text"]]
+    assert texts[6:8] == ["new 3", "new 3"]
+    assert len(list(found.pieces())) == 1
+    assert len(list(changed.pieces())) == 5
+    assert changed.sizes == [2] * 6
+    assert [name for name, _ in changed[1:3]] == ["client-1", "client-2"]

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
+from datasets import Dataset
 
 from fedslm.config import DataConfig, PrivacyConfig, TaskConfig
 from fedslm.data import store
@@ -70,7 +72,7 @@ def test_a_client_reads_its_own_rows(tmp_path: Path) -> None:
         expected = [
             row for row in columns(rows(31), "text", "label", "client") if row["client"] == name
         ]
-        assert store.read_client(tmp_path / "data", client) == expected
+        assert list(store.read_client(tmp_path / "data", client)) == expected
     assert store.read_evaluation(tmp_path / "data") == columns(rows(4), "text", "label")
 
 
@@ -81,7 +83,7 @@ def test_rows_on_disk_are_the_partitions(tmp_path: Path, kind: str) -> None:
     config = DataConfig(source=str(tmp_path / "source"), partition=kind)  # type: ignore[arg-type]
     train = load_train(config, TaskConfig(name="classification"), 0)
     for client, (_, shard) in enumerate(partition(train, config, 3, 0)):
-        assert store.read_client(tmp_path / "data", client) == shard.to_list()
+        assert list(store.read_client(tmp_path / "data", client)) == shard.to_list()
 
 
 def test_a_large_shard_is_one_part(tmp_path: Path) -> None:
@@ -324,3 +326,59 @@ def test_a_damaged_split_is_an_error_of_ours(tmp_path: Path, damage: bytes | flo
     path.write_bytes(whole[: int(len(whole) * damage)] if isinstance(damage, float) else damage)
     with pytest.raises(DataError, match=r"evaluation\.parquet cannot be read, it may be damaged"):
         store.read_evaluation(tmp_path / "data")
+
+
+@pytest.mark.parametrize("clients", [1, 3, 7])
+def test_clients_lie_across_batches(tmp_path: Path, clients: int) -> None:
+    """Random access, slices and iteration give the same rows, wherever a client begins in the file."""
+    write(tmp_path, rows(2500), rows(4), num_clients=clients, partition="iid")
+    seen: list[str] = []
+    for client in range(clients):
+        found = store.read_client(tmp_path / "data", client)
+        whole = list(found)
+        assert len(whole) == len(found) == written_sizes(tmp_path)[client]
+        for index in (0, 1, len(found) // 2, -1):
+            assert found[index] == whole[index]
+        assert found[3:6] == whole[3:6]
+        with pytest.raises(IndexError, match=f"is beyond {len(found)} rows"):
+            _ = found[len(found)]
+        seen += [row["text"] for row in whole]
+    assert sorted(seen) == sorted(row["text"] for row in rows(2500))
+
+
+def written_sizes(directory: Path) -> list[int]:
+    """The sizes that the index states."""
+    sizes: list[int] = json.loads((directory / "data" / "shards.json").read_text())["sizes"]
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"not numbers"),
+        lambda path: np.save(path, np.array([0, 5, 3, 9])),
+        lambda path: np.save(path, np.array([0, -1, 3, 9])),
+        lambda path: np.save(path, np.array([0.0, 3.0, 6.0, 9.0])),
+        lambda path: np.save(path, np.array([[0, 3], [6, 9]])),
+        lambda path: np.save(path, np.array([0, 30, 60, 90])),
+        lambda path: np.save(path, np.array([{}, 3, 6, 9], dtype=object), allow_pickle=True),
+    ],
+)
+def test_a_damaged_index_is_an_error(tmp_path: Path, damage: Any) -> None:
+    """No client reads another one's records; what a pickle would run does not run."""
+    write(tmp_path, rows(9), rows(4), partition="iid")
+    damage(tmp_path / "data" / "offsets.npy")
+    with pytest.raises(DataError, match=r"may be damaged|has 9 rows"):
+        [store.read_client(tmp_path / "data", client) for client in range(3)]
+
+
+def test_data_of_an_earlier_version_can_be_read(tmp_path: Path) -> None:
+    """It has one row group of a Parquet file for each client."""
+    write(tmp_path, rows(9), rows(4), partition="iid")
+    directory = tmp_path / "data"
+    before = [list(store.read_client(directory, client)) for client in range(3)]
+    store.write_parquet(directory / "train.parquet", [Dataset.from_list(own) for own in before])
+    (directory / "train.arrow").unlink()
+    assert [list(store.read_client(directory, client)) for client in range(3)] == before
