@@ -55,6 +55,23 @@ def places_of_simulation(nodes: Path) -> Places:
         return (own,)
 
 
+def warn_if_cache_is_unusable() -> None:
+    """Warns that a simulation must test and measure again, since this user's cache keeps nothing."""
+    try:
+        place = user_cache() / layout.ATTESTATIONS
+        _prepare(place)
+        if os.access(place, os.W_OK | os.X_OK):
+            return
+        problem = f"{place} cannot be written"
+    except RunError as error:
+        problem = str(error)
+    logger.warning(
+        "%s: this run tests this machine itself, and so does every later one; set FEDSLM_CACHE to a "
+        "directory that can be written",
+        problem,
+    )
+
+
 def places_of_node(directory: Path) -> Places:
     """A deployed node's only place: it believes no file that another program may have written."""
     return (directory / layout.ATTESTATIONS,)

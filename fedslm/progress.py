@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -17,11 +18,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fedslm import layout
+from fedslm.attestations import is_any_known
 from fedslm.config import Config
-from fedslm.errors import plural
+from fedslm.errors import RunError, plural
 from fedslm.federation.checkpoint import Checkpoint
 from fedslm.federation.observers import Observer
 from fedslm.records import RoundRecord
+from fedslm.storage import user_cache
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -47,6 +51,8 @@ class Bar(Observer):
             f"[bold]{config.run.name}[/bold]: {plural(config.federation.num_clients, 'client')}, "
             f"round {done.round} of {self._rounds}; public split: {first}"
         )
+        if config.privacy.unit != "none" and config.engine.nodes is None and not done.round:
+            self._say_what_is_paid_once()
         self._progress = Progress(
             TextColumn("round {task.fields[round]}/{task.fields[rounds]}"),
             BarColumn(bar_width=24),
@@ -68,6 +74,16 @@ class Bar(Observer):
         )
         if self._console.is_terminal:
             self._progress.start()
+
+    def _say_what_is_paid_once(self) -> None:
+        """Says why the first private round on a machine takes long."""
+        with suppress(RunError):  # no cache, which was said
+            places = (user_cache() / layout.ATTESTATIONS,)
+            if not all(is_any_known(places, kind) for kind in ("self-test", "bit-proof")):
+                self._console.print(
+                    "the first private round tests this code and measures passes on this machine, "
+                    "which may take minutes; the results are kept"
+                )
 
     def on_client(self, round: int, done: int, cohort: int) -> None:
         """Advances the bar."""

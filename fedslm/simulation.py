@@ -16,6 +16,7 @@ from typing import Any, assert_never
 from flwr.serverapp import Grid
 
 from fedslm import layout, validation
+from fedslm.attestations import warn_if_cache_is_unusable
 from fedslm.config import Config
 from fedslm.data import store
 from fedslm.data.layouts import laid_out
@@ -247,6 +248,8 @@ def _tell_end(observers: Sequence[Observer], report: dict[str, Any] | None) -> N
 def _prepare(config: Config, directory: RunDirectory) -> tuple[store.Shards, RunPlan]:
     """Partitions the data and calibrates the plan, concurrently."""
     check_early(config.model, config.lora, private=config.privacy.unit != "none")
+    if config.privacy.unit != "none" and config.engine.nodes is None:
+        warn_if_cache_is_unusable()
     with ThreadPoolExecutor(1) as background:
         privacy, training = config.privacy, config.training
         planned = background.submit(calibrated, privacy, training, config.federation.rounds)

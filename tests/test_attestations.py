@@ -21,6 +21,7 @@ from fedslm.attestations import (
     known,
     places_of_node,
     places_of_simulation,
+    warn_if_cache_is_unusable,
 )
 from fedslm.errors import RunError
 
@@ -245,6 +246,19 @@ def test_a_simulation_falls_back_to_its_run(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "cache").unlink()
     attested(places, "accounts", KEY, test)
     assert [path.name[:8] for path in shared.glob("*.json")] == ["accounts"]
+
+
+def test_a_cache_that_keeps_nothing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the remedy; a cache that can be used is no news."""
+    monkeypatch.setenv("FEDSLM_CACHE", str(tmp_path / "cache"))
+    warn_if_cache_is_unusable()
+    assert caplog.text == ""
+    monkeypatch.setenv("FEDSLM_CACHE", "/proc/x")
+    warn_if_cache_is_unusable()
+    assert "/proc/x" in caplog.text
+    assert "set FEDSLM_CACHE to a directory that can be written" in caplog.text
 
 
 def test_a_simulation_without_a_home_uses_its_run(

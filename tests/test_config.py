@@ -177,6 +177,13 @@ def test_a_misspelt_choice_is_refused_once_with_the_nearest(key: str, value: str
     assert found[key].endswith(f"did you mean {meant!r}?")
 
 
+def test_a_choice_that_is_like_no_other_gets_no_guess() -> None:
+    """In earlier versions "batched" meant the opposite of "isolated", its nearest neighbour."""
+    (message,) = problems(changed(("privacy.passes", "batched"))).values()
+    assert "'shared', 'fixed' or 'isolated'" in message
+    assert "did you mean" not in message
+
+
 def test_a_key_like_no_other_lists_what_is_known() -> None:
     """Where nothing is near, all keys of the section are listed."""
     assert "known: rank, alpha" in problems(changed(("lora.zzzzzz", 3)))["lora.zzzzzz"]

@@ -242,7 +242,7 @@ def _or_this(detail: Mapping[str, Any]) -> str:
     """Suggests the most similar allowed value."""
     allowed = re.findall(r"'([^']+)'", str(detail.get("ctx", {}).get("expected", "")))
     value = str(detail["input"]).lower()
-    nearest = difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(value, allowed, n=1, cutoff=0.6)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
