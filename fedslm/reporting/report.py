@@ -174,17 +174,24 @@ def _measured(inputs: Inputs) -> dict[str, Any] | None:
 
 
 def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, ...]]:
-    """Returns each client's charges in this run, from its ledger (simulation) or its statement."""
+    """Returns each client's charges in this run, from its ledger (simulation) or its statement.
+
+    Clients that were never asked are left out: most of a large population.
+    """
     if not isinstance(inputs.plan, PrivatePlan):
         return {}
+    statements = inputs.outcome.checkpoint.statements
+    names = (path.name.removeprefix("client-") for path in directory.nodes.glob("client-*"))
+    there = {int(name) for name in names if name.isdecimal()}
     charged = {}
-    for client, name in enumerate(inputs.clients):
+    for client in sorted((there | set(statements)) & set(range(len(inputs.clients)))):
         node = directory.nodes / f"client-{client:05d}"
-        statement = inputs.outcome.checkpoint.statements.get(client)
         if (node / layout.LEDGER).exists():
-            charged[name] = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY)).events
+            events = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY)).events
         else:
-            charged[name] = () if statement is None else statement.events
+            events = statements[client].events if client in statements else ()
+        if events:
+            charged[inputs.clients[client]] = events
     return charged
 
 

@@ -272,8 +272,13 @@ def test_a_client_that_was_never_chosen_is_not_a_finding(
 ) -> None:
     """A simulation of one round with two of three clients has no ledger of the third."""
     sampled = {"num_clients": 3, "clients_per_round": 2, "rounds": 1, "min_replies": 1}
-    simulation.simulate(config_in(tmp_path / "other", privacy=PRIVATE, federation=sampled), [Bar()])
+    config = config_in(tmp_path / "other", privacy=PRIVATE, federation=sampled)
+    report = simulation.simulate(config, [Bar()])
     assert len(list((tmp_path / "other" / "nodes").glob("client-*/ledger.jsonl"))) == 2
+    assert len(report["clients"]) == 3
+    assert len(report["privacy"]) == 2
+    page = (tmp_path / "other" / "report.md").read_text()
+    assert "1 of 3 clients were not asked and spent nothing" in page
     audit = audited(run, others=(tmp_path / "other",))
     assert audit["findings"] == []
     assert sorted(client["charges"] for client in audit["clients"]) == [2, 3, 3]
