@@ -306,10 +306,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("cohort per round", f"{readable(found['bytes_per_round'])} for {found['cohort']} clients"),
         ("memory to train", f"about {readable(needs['total'])}: {parts}"),
         ("cached layers", _cached(found)),
-        (
-            "to evaluate",
-            f"about {readable(needs['evaluation'])} beside the base",
-        ),
+        ("to evaluate", f"about {readable(needs['evaluation'])} on top of the base"),
         *_measured(found["speed"], found["device"]),
         (
             "in a simulation",

@@ -100,7 +100,7 @@ class LocalGrid(Grid):
         return node - _FIRST_NODE_ID
 
     def _context(self, client: int) -> Context:
-        """What Flower gives a client beside a message; made when it is asked, since most never are."""
+        """What Flower gives a client with a message; made when it is asked, since most never are."""
         return Context(
             run_id=0,
             node_id=_FIRST_NODE_ID + client,

@@ -176,7 +176,7 @@ def _measured(inputs: Inputs) -> dict[str, Any] | None:
 def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, ...]]:
     """Returns each client's charges in this run, from its ledger (simulation) or its statement.
 
-    Clients that were never asked are left out: most of a large population.
+    Clients without a directory and a statement are left out: most of a large population.
     """
     if not isinstance(inputs.plan, PrivatePlan):
         return {}
@@ -190,23 +190,22 @@ def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, 
             events = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY)).events
         else:
             events = statements[client].events if client in statements else ()
-        if events:
-            charged[inputs.clients[client]] = events
+        charged[inputs.clients[client]] = events
     return charged
 
 
 def _privacy(config: Config, charged: dict[str, tuple[Event, ...]]) -> dict[str, Any]:
     """Returns the privacy loss of each client and of the whole network; infinite without privacy."""
     delta, overlapping = config.privacy.delta, config.privacy.overlapping
-    spent, epsilon = {}, math.inf
-    if charged and delta is not None:
+    spent, epsilon, is_private = {}, math.inf, config.privacy.unit != "none"
+    if is_private and delta is not None:
         spent = {name: _spent(events, delta) for name, events in charged.items()}
-        clients = list(charged.values())
+        clients = list(charged.values()) or [()]
         epsilon = accounting.network_epsilon(clients, delta, overlapping=overlapping)
     return {
         "privacy": spent,
         "epsilon": epsilon_as_json(epsilon),
-        "delta": delta if spent else None,
+        "delta": delta if is_private else None,
         "overlapping": overlapping,
         "is_deployed": config.engine.nodes is not None,
     }
