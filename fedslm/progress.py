@@ -52,7 +52,7 @@ class Bar(Observer):
             f"round {done.round} of {self._rounds}; public split: {first}"
         )
         if config.privacy.unit != "none" and config.engine.nodes is None and not done.round:
-            self._say_what_is_paid_once()
+            self._say_what_is_paid_once(config.privacy.passes)
         self._progress = Progress(
             TextColumn("round {task.fields[round]}/{task.fields[rounds]}"),
             BarColumn(bar_width=24),
@@ -75,14 +75,15 @@ class Bar(Observer):
         if self._console.is_terminal:
             self._progress.start()
 
-    def _say_what_is_paid_once(self) -> None:
+    def _say_what_is_paid_once(self, passes: str) -> None:
         """Says why the first private round on a machine takes long."""
         with suppress(RunError):  # no cache, which was said
             places = (user_cache() / layout.ATTESTATIONS,)
-            if not all(is_any_known(places, kind) for kind in ("self-test", "bit-proof")):
+            kinds = ("self-test", "bit-proof") if passes == "fixed" else ("self-test",)
+            if not all(is_any_known(places, kind) for kind in kinds):
                 self._console.print(
                     "the first private round tests this code and measures passes on this machine, "
-                    "which may take minutes; the results are kept"
+                    "which may take minutes"
                 )
 
     def on_client(self, round: int, done: int, cohort: int) -> None:

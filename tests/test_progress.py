@@ -39,8 +39,11 @@ def test_the_first_private_round_of_a_machine_is_announced(
     assert ANNOUNCED in shown(private)
     assert ANNOUNCED not in shown(config_in(tmp_path / "run"))
     assert ANNOUNCED not in shown(private, round=1)
+    isolated: Config = config_in(tmp_path / "run", privacy={**PRIVATE, "passes": "isolated"})
+    assert ANNOUNCED in shown(isolated)
     values: dict[str, Any] = {"passed": True}
     for kind in ("self-test", "bit-proof"):
         assert ANNOUNCED in shown(private)
         keep(places_of_simulation(tmp_path / "run"), kind, {}, values)
+        assert ANNOUNCED not in shown(isolated)  # it measures no passes
     assert ANNOUNCED not in shown(private)

@@ -96,9 +96,8 @@ def touch(path: Path, seconds: float) -> None:
     path.touch()
 
 
-def nap(seconds: float) -> int:
-    """Takes a while; which process did."""
-    time.sleep(seconds)
+def process() -> int:
+    """Which process this is."""
     return os.getpid()
 
 
@@ -129,21 +128,23 @@ def test_unclaimed_results_are_bounded(shared: WorkerPool) -> None:
 
 
 def test_a_client_s_jobs_prefer_the_worker_that_has_read_its_records(shared: WorkerPool) -> None:
-    """While both workers have jobs of their own, every client stays with one of them, over many rounds."""
+    """Every client stays with one worker; its job waits for it, even if the other is idle, until polled."""
     where: dict[int, set[int]] = {}
-    for _ in range(5):
-        jobs = {client: shared.submit(nap, 0.1, client=client) for client in (0, 2, 1, 3)}
-        for client, job in jobs.items():
-            where.setdefault(client, set()).add(shared._wait(job))
-    first, second = where[0], where[1]
-    assert where == {0: first, 1: second, 2: first, 3: second}
-    assert len(first) == len(second) == 1
-    assert first != second
+    for _ in range(3):
+        for client in (1, 0, 3, 2):
+            where.setdefault(client, set()).add(shared._wait(shared.submit(process, client=client)))
+    assert where == {0: where[0], 1: where[1], 2: where[0], 3: where[1]}
+    assert len(where[0]) == len(where[1]) == 1
+    assert where[0] != where[1]
+    first, second = (shared.submit(process, client=client) for client in (1, 3))
+    assert [worker.job for worker in shared._workers] == [None, first]
+    assert {shared._wait(first)} == where[1]
+    shared._wait(second)
 
 
 def test_an_idle_worker_takes_the_jobs_of_another(shared: WorkerPool) -> None:
     """A preference is no bound: all clients of one worker use both."""
-    jobs = [shared.submit(nap, 0.3, client=2 * number) for number in range(6)]
+    jobs = [shared.submit(process, client=2 * number) for number in range(6)]
     assert len({shared._wait(job) for job in jobs}) == 2
 
 

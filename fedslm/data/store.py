@@ -72,6 +72,7 @@ def write(
 
     Raises:
         DataError: The data has a defect that would stop a client later, or cannot be written.
+        RunError: The records of the clients cannot be written (for example, the disk is full).
     """
     index = directory / "shards.json"
     if (written := _read_index(index)) is not None:

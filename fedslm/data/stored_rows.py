@@ -19,7 +19,7 @@ class StoredRows(Sequence[Row]):
 
     Args:
         path: An Arrow file whose batches have :data:`fedslm.data.tables.BATCH_ROWS` rows, but the last.
-        columns: As for :func:`read_client`.
+        columns: As for :func:`fedslm.data.store.read_client`.
         place: Numbers of the client's rows; None: all rows are the client's.
 
     Raises:
@@ -62,6 +62,8 @@ class StoredRows(Sequence[Row]):
         while first < stop:
             batch, row = divmod(first, BATCH_ROWS)
             found = self._batch(batch).slice(row, stop - first)
+            if not found.num_rows:  # it would go on for ever
+                raise DataError(f"the file of a client's records is damaged: batch {batch} is short")
             yield from rows_of(found)
             first += found.num_rows
 

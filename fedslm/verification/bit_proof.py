@@ -54,8 +54,8 @@ def proved_shapes(
           :data:`PASSES` passes for each number of slots), a record's gradient and
           its clipped integer vector had the same bits in other slots, with other records, empty slots,
           and a row of NaN, infinity, enormous or denormal values, under adapters of several scales.
-          This is a measurement, not a proof for all inputs: the step repeats a pass in each round as
-          well.
+          This is a measurement, not a proof for all inputs: the step computes a record again in
+          each round as well.
         * A shape with a single difference, or that cannot be computed, is left out.
         * Where layers are cached (:mod:`fedslm.models.cached_layers`), the measured passes begin above
           them, as those of training do. A record's states are computed in a separate pass, so no

@@ -278,7 +278,7 @@ def test_a_client_that_was_never_chosen_is_not_a_finding(
     assert len(report["clients"]) == 3
     assert len(report["privacy"]) == 2
     page = (tmp_path / "other" / "report.md").read_text()
-    assert "1 of 3 clients were not asked, or refused, and spent nothing" in page
+    assert "1 of 3 clients are not listed: no ledger or statement of theirs is here" in page
     audit = audited(run, others=(tmp_path / "other",))
     assert audit["findings"] == []
     assert sorted(client["charges"] for client in audit["clients"]) == [2, 3, 3]

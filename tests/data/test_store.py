@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 
@@ -382,3 +383,17 @@ def test_data_of_an_earlier_version_can_be_read(tmp_path: Path) -> None:
     store.write_parquet(directory / "train.parquet", [Dataset.from_list(own) for own in before])
     (directory / "train.arrow").unlink()
     assert [list(store.read_client(directory, client)) for client in range(3)] == before
+
+
+def test_a_short_batch_ends_a_reader(tmp_path: Path) -> None:
+    """Rows are found by their number, so a batch with fewer rows than the others is damage, not an end."""
+    write(tmp_path, rows(2500), rows(4), num_clients=1, partition="iid")
+    path = tmp_path / "data" / "train.arrow"
+    batches = pa.ipc.open_file(pa.memory_map(str(path)))
+    cut = [batches.get_batch(0), batches.get_batch(1).slice(0, 700), batches.get_batch(2)]
+    with pa.ipc.new_file(str(tmp_path / "cut.arrow"), batches.schema) as writer:
+        for batch in cut:
+            writer.write_batch(batch)
+    (tmp_path / "cut.arrow").replace(path)
+    with pytest.raises(DataError, match="batch 1 is short"):
+        list(store.read_client(tmp_path / "data", 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 
 import pytest
@@ -72,11 +71,9 @@ def test_a_message_of_no_known_type_is_an_error(tmp_path: Path) -> None:
 
 def test_a_large_population_costs_nothing_before_it_is_asked() -> None:
     """Nobody is asked who it is, and no client has a context before it gets a message."""
-    grid = LocalGrid(10**7, InlinePool())
-    began = time.process_time()
-    assert len(grid.get_node_ids()) == 10**7
-    assert grid._context(10**7 - 1).node_config["partition-id"] == 10**7 - 1
-    assert time.process_time() - began < 1
+    grid = LocalGrid(10**15, InlinePool())  # with anything for each client, this would not end
+    assert grid.get_node_ids() == range(2, 10**15 + 2)
+    assert grid._context(10**15 - 1).node_config["partition-id"] == 10**15 - 1
     assert join(LocalGrid(3, InlinePool()), 3, 0.0) == {0: 2, 1: 3, 2: 4}
 
 
