@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from scenario import memory_bytes
 
-from fedslm.records import AdapterState
+from fedslm.records import AdapterState, FloatArray
 
 WIDTH, RANK = 512, 8
 MEMORY_GOAL, SPEED_GOAL = 3.0, 0.7
@@ -59,31 +59,43 @@ def adapter(parameters: int) -> AdapterState:
     """An adapter of about so many values, in layers as a language model has them."""
     generator = np.random.default_rng(0)
     layers = max(1, parameters // (2 * RANK * WIDTH))
-    shapes = {"lora_A": (RANK, WIDTH), "lora_B": (WIDTH, RANK)}
-    return AdapterState(
-        {
-            f"layer.{layer:04d}.{part}.weight": generator.standard_normal(shape, dtype=np.float32)
-            for layer in range(layers)
-            for part, shape in shapes.items()
-        }
-    )
+    parts = {"lora_A": (RANK, WIDTH), "lora_B": (WIDTH, RANK)}
+    shapes = {
+        f"layer.{layer:04d}.{part}.weight": shape
+        for layer in range(layers)
+        for part, shape in parts.items()
+    }
+    flat = generator.standard_normal(layers * 2 * RANK * WIDTH, dtype=np.float32)
+    return AdapterState.of_flat(flat, shapes)
 
 
 def updates(start: AdapterState, clients: int) -> Iterator[AdapterState]:
-    """One client's update after another, each with memory of its own, as a message brings it."""
+    """One client's update after another, each in one buffer of its own, as a message brings it."""
     for client in range(clients):
-        factor = np.float32(1 + 0.1 * (client % 7))
-        yield AdapterState({key: factor * start[key] for key in start})
+        yield scaled(start, 1 + 0.1 * (client % 7))
+
+
+def scaled(start: AdapterState, factor: float) -> AdapterState:
+    """One update."""
+    update = AdapterState.of_flat(flat_of(start) * np.float32(factor), start.shapes)
+    _ = update.shapes  # the check of a reply has compared them
+    return update
+
+
+def flat_of(state: AdapterState) -> FloatArray:
+    """The buffer of an adapter that has one."""
+    if state.flat is None:
+        raise SystemExit("the adapter has no buffer of its own")
+    return state.flat
 
 
 def numpy_adds(start: AdapterState, clients: int) -> dict[str, float]:
-    """The floor: add each update's arrays in place."""
-    sums = {key: np.zeros_like(start[key]) for key in start}
+    """The floor: add each update to a sum in place, as one array."""
+    total = np.zeros(start.num_parameters, np.float32)
     seconds = 0.0
     for update in updates(start, clients):
         began = time.perf_counter()
-        for key, total in sums.items():
-            total += update[key]
+        total += flat_of(update)
         seconds += time.perf_counter() - began
     return {"seconds": seconds}
 

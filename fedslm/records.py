@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ class AdapterState:
 
     Attributes:
         tensors: Key to array. Keys are PEFT state-dict keys.
+        flat: All values in this order, if they lie in one buffer, of which the tensors are views; else
+            None. What reads all values reads this one array.
 
     Raises:
         ModelError: A tensor is not float32.
@@ -39,6 +42,30 @@ class AdapterState:
     """
 
     tensors: Mapping[str, FloatArray]
+    flat: FloatArray | None = field(default=None, repr=False)
+
+    @classmethod
+    def of_flat(cls, flat: FloatArray, shapes: Mapping[str, tuple[int, ...]]) -> AdapterState:
+        """Views of one buffer.
+
+        Args:
+            flat: All values, one axis, in the sorted order of the keys.
+            shapes: Key to shape.
+
+        Raises:
+            ModelError: There are more values, or fewer.
+
+        >>> state = AdapterState.of_flat(np.arange(3, dtype=np.float32), {"b": (1,), "a": (2,)})
+        >>> state["a"], state["b"]
+        (array([0., 1.], dtype=float32), array([2.], dtype=float32))
+        """
+        tensors, end = {}, 0
+        for key, shape in sorted(shapes.items()):
+            begin, end = end, end + math.prod(shape)
+            tensors[key] = flat[begin:end].reshape(shape) if end <= flat.size else flat
+        if end != flat.size:
+            raise ModelError(f"an adapter of {end} values cannot be made of {flat.size}")
+        return cls(tensors, flat)
 
     def __post_init__(self) -> None:
         for key, tensor in self.tensors.items():
@@ -69,7 +96,7 @@ class AdapterState:
         """Size of all tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Key to shape."""
         return {key: tensor.shape for key, tensor in self.tensors.items()}
@@ -92,6 +119,8 @@ class AdapterState:
 
     def minus(self, start: AdapterState) -> AdapterState:
         """Returns the difference between these tensors and those with the same keys in ``start``."""
+        if self.flat is not None and start.flat is not None and self.shapes == start.shapes:
+            return AdapterState.of_flat(self.flat - start.flat, self.shapes)
         return AdapterState({key: value - start[key] for key, value in self.tensors.items()})
 
     def plus(self, delta: AdapterState) -> AdapterState:
@@ -101,12 +130,24 @@ class AdapterState:
 
     def norm(self) -> float:
         """L2 norm over all tensors together."""
-        flat = (tensor.ravel() for tensor in self.tensors.values())
+        flat = (tensor.ravel() for tensor in self._parts())
         return math.sqrt(sum(float(np.dot(each, each)) for each in flat))
 
     def is_finite(self) -> bool:
         """True if no tensor holds NaN or infinity."""
-        return all(bool(np.isfinite(tensor).all()) for tensor in self.tensors.values())
+        return all(bool(np.isfinite(part).all()) for part in self._parts())
+
+    def largest(self) -> float:
+        """The largest absolute value; 0 if there is none.
+
+        >>> AdapterState({"a": np.array([1, -3], np.float32)}).largest()
+        3.0
+        """
+        return max((float(np.abs(part).max(initial=0.0)) for part in self._parts()), default=0.0)
+
+    def _parts(self) -> Iterable[FloatArray]:
+        """All values, in as few arrays as they lie in."""
+        return self.tensors.values() if self.flat is None else (self.flat,)
 
 
 def is_number(value: object) -> bool:

@@ -17,6 +17,8 @@ from fedslm.aggregation.ranks import RANK_AXES, rank_of
 from fedslm.errors import FederationError
 from fedslm.records import AdapterState, ClientUpdate, FloatArray
 
+_BLOCK = 1 << 19  # values, 2 MB: a block is still in the processor's cache when it is added
+
 
 class WeightedMean:
     """Mean of differences, added one at a time, in a fixed order so that the result is reproducible.
@@ -39,7 +41,9 @@ class WeightedMean:
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], cohort_ranks: Iterable[int] | None = None
     ) -> None:
-        self._sums = {key: np.zeros(shape, np.float32) for key, shape in sorted(shapes.items())}
+        size = sum(math.prod(shape) for shape in shapes.values())
+        self._sum = AdapterState.of_flat(np.zeros(size, np.float32), shapes)
+        self._shapes = self._sum.shapes
         self._is_fixed = cohort_ranks is not None
         self._weights: Counter[int] = Counter(cohort_ranks or ())
         self._square_norms = 0.0
@@ -49,8 +53,8 @@ class WeightedMean:
     def add(self, update: ClientUpdate, limit: float = math.inf) -> float:
         """Adds one checked update, scaled down to ``limit`` if its norm is larger (the norm bound).
 
-        Each tensor is measured and added in one pass, while it is in the processor's cache. The part of
-        an update that was added before its norm exceeded ``limit`` is no longer than ``limit``, so
+        Each part is measured and added in one pass, while it is in the processor's cache. The parts of
+        an update that were added before its norm exceeded ``limit`` are no longer than ``limit``, so
         subtracting the excess loses no precision, however large the whole is.
 
         Args:
@@ -64,22 +68,22 @@ class WeightedMean:
             FederationError: The weight is not positive and finite, or is not 1 with the cohort as the
                 denominator; or the mean was already taken.
         """
-        weight, tensors = update.weight, update.delta.tensors
+        weight = update.weight
         if not 0 < weight < math.inf or (self._is_fixed and weight != 1):
             raise FederationError(f"client {update.client}: weight={weight} is not allowed")
         if self._taken is not None:
             raise FederationError(f"client {update.client}: the mean was taken already")
-        square, longest, added = 0.0, limit * limit, set()
-        for key, total in self._sums.items():
-            tensor = tensors[key]
-            square += float(np.vdot(tensor, tensor))
+        pairs = self._pairs(update.delta)
+        square, longest, added = 0.0, limit * limit, 0
+        for total, part in pairs:
+            square += float(np.vdot(part, part))
             if square <= longest:
-                _accumulate(total, tensor, weight)
-                added.add(key)
+                _accumulate(total, part, weight)
+                added += 1
         norm = math.sqrt(square)
         if not square <= longest:
-            for key, total in self._sums.items():
-                _accumulate(total, tensors[key], weight * (limit / norm - (key in added)))
+            for number, (total, part) in enumerate(pairs):
+                _accumulate(total, part, weight * (limit / norm - (number < added)))
         if not self._is_fixed:
             self._weights[rank_of(update.delta)] += weight  # type: ignore[assignment]
         self._square_norms += min(square, longest)
@@ -95,8 +99,7 @@ class WeightedMean:
         if self.count == 0:
             raise FederationError("there is no update to average")
         if self._taken is None:
-            means = {key: self._mean(key, total) for key, total in self._sums.items()}
-            self._taken = AdapterState(means)
+            self._taken = self._mean()
         return self._taken
 
     def signal_to_noise(self) -> float | None:
@@ -107,10 +110,25 @@ class WeightedMean:
         square = (answered * self.result().norm()) ** 2
         return signal_to_noise(self.count, self._square_norms / self.count, square)
 
-    def _mean(self, key: str, total: FloatArray) -> FloatArray:
-        """Returns one tensor's mean: each entry over the total weight of the clients that hold it."""
+    def _pairs(self, update: AdapterState) -> list[tuple[FloatArray, FloatArray]]:
+        """Parts of the sum with the update's parts: blocks if both are one buffer, else tensors."""
+        ours, theirs = self._sum.flat, update.flat
+        if ours is None or theirs is None or update.shapes != self._shapes:
+            return [(total, update[key]) for key, total in self._sum.tensors.items()]
+        begins = range(0, ours.size, _BLOCK)
+        return [(ours[begin : begin + _BLOCK], theirs[begin : begin + _BLOCK]) for begin in begins]
+
+    def _mean(self) -> AdapterState:
+        """Returns the mean: each entry over the total weight of the clients that hold it."""
+        if len(self._weights) == 1 and self._sum.flat is not None:
+            np.divide(self._sum.flat, np.float32(sum(self._weights.values())), out=self._sum.flat)
+            return self._sum
+        return AdapterState({key: self._of(key, total) for key, total in self._sum.tensors.items()})
+
+    def _of(self, key: str, total: FloatArray) -> FloatArray:
+        """Returns the mean of one tensor that clients hold at several ranks."""
         axes = RANK_AXES.get(part_of(key), ())
-        if len(self._weights) == 1 or not axes:
+        if not axes:
             total /= np.float32(sum(self._weights.values()))
             return total
         position = np.indices([total.shape[axis] for axis in axes]).max(axis=0)

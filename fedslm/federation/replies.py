@@ -47,7 +47,7 @@ def checked(message: Message, request: Request, client: int) -> Reply | str:
     delta = reply.delta
     if not delta.is_finite():
         return "the update contains NaN or infinity"
-    if any(float(abs(delta[key]).max(initial=0.0)) > _LARGEST_VALUE for key in delta):
+    if delta.largest() > _LARGEST_VALUE:
         return f"the update contains values beyond {_LARGEST_VALUE:g}"
     if reply.round != request.round:
         return f"the update is for round {reply.round}"

@@ -219,7 +219,14 @@ class Reply:
         if status not in _STATUSES:
             raise ValueError(f"unknown status {status!r}")
         most = None if shapes is None else most_bytes(packing, shapes)
-        arrays = None if packed is None else arrays_of(packed, packing.number_types, most)
+        delta, received = None, 0
+        if packed is not None and packing.is_whole:
+            delta = from_arrays(packed, most_bytes=most)
+            received = delta.num_bytes
+        elif packed is not None:
+            arrays = arrays_of(packed, packing.number_types, most)
+            delta = packing.unpack(arrays, shapes)
+            received = sum(each.nbytes for each in arrays.values())
         if not _is_moderate(values["weight"]):
             raise ValueError("weight must be a number up to 10^12")
         if (status == "needs-time") != ("answer_after_seconds" in values):
@@ -228,7 +235,7 @@ class Reply:
             status=status,  # type: ignore[arg-type]
             round=bounds.count(values, "round", 0, bounds.MOST_ROUNDS),
             reason=bounds.text(values, "reason", bounds.LONGEST_REASON),
-            delta=None if arrays is None else packing.unpack(arrays, shapes),
+            delta=delta,
             delta_sha256=bounds.text(values, "delta_sha256", _LONGEST_HASH),
             base_sha256=bounds.text(values, "base_sha256", _LONGEST_HASH),
             weight=float(values["weight"]),  # type: ignore[arg-type]
@@ -236,7 +243,7 @@ class Reply:
             extension=proofs_of(values["extension"]),
             metric=None if metric is None else _pair(metric),
             answer_after_seconds=_period(values.get("answer_after_seconds")),
-            num_bytes=sum(each.nbytes for each in (arrays or {}).values()),
+            num_bytes=received,
         )
 
 

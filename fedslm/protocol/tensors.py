@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,14 +25,39 @@ def to_arrays(state: AdapterState) -> ArrayRecord:
     return record_of(state.tensors)
 
 
-def from_arrays(record: ArrayRecord, mask: Mask | None = None) -> AdapterState:
-    """Unpacks tensors.
+def from_arrays(
+    record: ArrayRecord, mask: Mask | None = None, most_bytes: int | None = None
+) -> AdapterState:
+    """Unpacks tensors that were sent whole, as read-only views of the received bytes.
 
     Raises:
-        ModelError: A tensor is not float32.
-        FederationError: They cannot be read.
+        FederationError: A tensor is not float32, or they cannot be read.
     """
-    return AdapterState(arrays_of(record, ("F32",), mask=mask))
+    content = bounds.tensor_bytes(record, ("F32",), most_bytes, mask=mask)
+    return _views(content) if content else AdapterState({})
+
+
+def _views(content: bytes) -> AdapterState:
+    """The tensors of a safetensors content whose header is valid by itself.
+
+    Raises:
+        FederationError: The header's tensors do not lie one after another.
+    """
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    flat = np.frombuffer(content, "<f4", offset=begin).astype(np.float32, copy=False)
+    if not flat.flags.aligned:  # NumPy computes slowly on such an array, and BLAS not at all
+        flat = flat.copy()
+    shapes, tensors, end = {}, {}, 0
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, after = entry["data_offsets"]
+        if first != end:
+            raise FederationError(f"tensor {bounds.cut(key, 60)!r} overlaps another, or leaves a gap")
+        end, shapes[key] = after, tuple(entry["shape"])
+        tensors[key] = flat[first // 4 : after // 4].reshape(shapes[key])
+    if list(tensors) == sorted(tensors):
+        return AdapterState.of_flat(flat, shapes)
+    return AdapterState(tensors)
 
 
 def record_of(tensors: Mapping[str, NDArray[Any]], mask: Mask | None = None) -> ArrayRecord:

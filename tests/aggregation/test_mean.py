@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from fedslm.aggregation import mean as mean_module
 from fedslm.aggregation.mean import WeightedMean, signal_to_noise
 from fedslm.aggregation.methods import sent_keys
 from fedslm.aggregation.ranks import crop
@@ -216,6 +217,38 @@ def test_a_giant_leaves_nothing_but_its_bounded_length() -> None:
         for key in honest
     }
     assert_close(mean.result(), AdapterState(expected))
+
+
+def one_buffer(update: AdapterState) -> AdapterState:
+    """The same values in one buffer, as a message brings them."""
+    flat = np.concatenate([update[key].ravel() for key in update])
+    return AdapterState.of_flat(flat, update.shapes)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 19])
+@pytest.mark.parametrize("limit", [math.inf, 1.0])
+def test_one_buffer_has_the_mean_of_its_tensors(
+    block: int, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it is cut into blocks, bounded or not, and mixed with updates that are tensors."""
+    monkeypatch.setattr(mean_module, "_BLOCK", block)
+    pieces, whole = (WeightedMean(state(0).shapes) for _ in range(2))
+    for number in range(3):
+        update = state(number)
+        norm = pieces.add(ClientUpdate(number, update, 1.0), limit)
+        sent = one_buffer(update) if number else update
+        assert whole.add(ClientUpdate(number, sent, 1.0), limit) == pytest.approx(norm)
+    assert_close(whole.result(), pieces.result())
+
+
+def test_one_buffer_of_other_tensors_is_not_mixed_up() -> None:
+    """As many values in other shapes: each tensor is added to its own sum, or it is an error."""
+    shapes = {"x.lora_A.weight": (2, 3), "x.lora_B.weight": (3, 2)}
+    mean = WeightedMean(shapes)
+    turned = {"x.lora_A.weight": (3, 2), "x.lora_B.weight": (2, 3)}
+    update = AdapterState.of_flat(np.arange(12, dtype=np.float32), turned)
+    with pytest.raises(ValueError, match="broadcast"):
+        mean.add(ClientUpdate(0, update, 1.0))
 
 
 def test_absent_clients_do_not_look_like_noise() -> None:

@@ -15,7 +15,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 from support.messages import ADAPTER, REPLY, SETUP, as_record
 
 from fedslm.errors import FederationError, PolicyRefused
@@ -160,6 +160,9 @@ WRONG_TENSORS = {
     "metadata": tensors({**one(), "__metadata__": {"a": "b"}}, bytes(4)),
     "more of a tensor": tensors(one(more=1), bytes(4)),
     "rest": tensors(one(), bytes(8)),
+    "overlap": tensors({**one(), "b": one()["a"]}, bytes(8)),
+    "gap": tensors({**one(), "b": one(data_offsets=[8, 12])["a"]}, bytes(8)),
+    "no beginning": tensors(one(data_offsets=[4, 8]), bytes(4)),
     "array's type": ArrayRecord(
         {"tensors": Array("float32", (len(save(ADAPTER.tensors)),), "safetensors", b"")}
     ),
@@ -174,6 +177,35 @@ def test_a_header_that_is_not_sound_is_refused(record: ArrayRecord) -> None:
     assert len(str(caught.value)) <= 300
     with pytest.raises(FederationError, match="cannot be read"):
         Reply.from_records(RecordDict({**REPLY.to_records(), "delta": record}))
+
+
+@pytest.mark.parametrize("padding", range(8))
+def test_tensors_are_views_of_the_received_bytes_wherever_they_begin(padding: int) -> None:
+    """As safetensors reads them; in one buffer that NumPy and BLAS can use."""
+    header = {
+        "b": {"dtype": "F32", "shape": [1, 2], "data_offsets": [4, 12]},
+        "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+    }
+    raw = json.dumps(header).encode() + b" " * padding
+    values = np.array([1.0, -2.0, 3.0], "<f4")
+    content = struct.pack("<Q", len(raw)) + raw + values.tobytes()
+    state = from_arrays(as_record(content))
+    assert {key: tensor.tolist() for key, tensor in state.tensors.items()} == {
+        key: tensor.tolist() for key, tensor in load(content).items()
+    }
+    assert state.flat is not None
+    assert state.flat.flags.aligned
+    assert np.shares_memory(state.flat, state["b"])
+
+
+def test_tensors_in_another_order_are_read_and_have_no_buffer() -> None:
+    """Their values are in the order of the keys, whatever the order of the bytes."""
+    header = {
+        "a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+    }
+    state = from_arrays(tensors(header, np.array([1.0, 2.0], "<f4").tobytes()))
+    assert (state["a"].tolist(), state["b"].tolist(), state.flat) == ([2.0], [1.0], None)
 
 
 @settings(max_examples=200, deadline=None)
