@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fedslm.adapter_keys import part_of
 from fedslm.config import LoraConfig
@@ -39,11 +41,17 @@ class AttachedAdapter:
     deltas: Deltas
 
     def read(self, keys: list[str] | None = None) -> AdapterState:
-        """Copies tensors from the model as float32."""
-        chosen = self.parameters if keys is None else {key: self.parameters[key] for key in keys}
-        return AdapterState(
-            {key: parameter.detach().float().cpu().numpy().copy() for key, parameter in chosen.items()}
-        )
+        """Copies tensors from the model as float32, with one transfer from its device."""
+        import torch
+
+        chosen = {
+            key: self.parameters[key] for key in sorted(self.parameters if keys is None else keys)
+        }
+        if not chosen:
+            return AdapterState({})
+        flat = torch.cat([parameter.detach().float().reshape(-1) for parameter in chosen.values()])
+        shapes = {key: tuple(parameter.shape) for key, parameter in chosen.items()}
+        return AdapterState.of_flat(flat.cpu().numpy(), shapes)
 
     def write(self, state: AdapterState) -> None:
         """Copies tensors into the model; the parameter objects stay the same.
@@ -55,8 +63,6 @@ class AttachedAdapter:
         Raises:
             ModelError: A key is unknown or a shape differs; nothing was written.
         """
-        import torch
-
         aside = state.select({key for key in state if part_of(key) in ("delta_A", "delta_B")})
         own = state.select(set(state) - set(aside))
         for key, shape in own.shapes.items():
@@ -64,9 +70,8 @@ class AttachedAdapter:
             if parameter is None or tuple(parameter.shape) != shape:
                 raise ModelError(f"adapter tensor {key} of shape {shape} does not fit")
         self.deltas.check(aside)
-        with torch.no_grad():
-            for key, tensor in own.tensors.items():
-                self.parameters[key].copy_(torch.from_numpy(tensor))
+        if own:
+            _copy(own, [self.parameters[key] for key in own])
         self.deltas.write(aside, others_stay=len(own) < len(self.parameters))
 
     def train_only(self, keys: set[str]) -> None:
@@ -180,3 +185,17 @@ def _targets(network: nn.Module, wanted: tuple[str, ...], heads: list[str]) -> t
             f"lora.target_modules={list(wanted)} mixes Linear and Conv1D layers; name one kind"
         )
     return chosen, transposed.pop()
+
+
+def _copy(state: AdapterState, parameters: Sequence[nn.Parameter]) -> None:
+    """Copies values into parameters of the same shapes and order, with one transfer to their device."""
+    import torch
+
+    flat = state.flat
+    if flat is None:
+        flat = np.concatenate([tensor.ravel() for tensor in state.tensors.values()])
+    values = torch.tensor(flat).to(parameters[0].device)  # a copy: what was received is read-only
+    parts = torch.split(values, [each.numel() for each in parameters])
+    with torch.no_grad():
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.copy_(part.view_as(parameter))

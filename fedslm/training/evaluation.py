@@ -42,16 +42,17 @@ def statistics(
     model.adapter.network.eval()
     tokens = evaluation_budget(task, model.vocabulary, model.device.type)
     order: list[int] = []
-    parts: dict[str, list[NDArray[np.float64]]] = {}
+    parts: dict[str, list[torch.Tensor]] = {}
     with torch.inference_mode():
         for chosen in passes(examples, tokens):
             order += chosen
             some = [examples[number] for number in chosen]
             logits, batch = forward(model, task, some, layers=model.cached_layers if again else None)
             for name, values in task.statistics(logits, batch).items():
-                parts.setdefault(name, []).append(values.cpu().double().numpy())
+                parts.setdefault(name, []).append(values)
     back = np.argsort(order)
-    return {name: np.concatenate(values)[back] for name, values in parts.items()}
+    whole = {name: torch.cat(values) for name, values in parts.items()}  # one transfer for each
+    return {name: values.cpu().double().numpy()[back] for name, values in whole.items()}
 
 
 def count(

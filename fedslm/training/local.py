@@ -190,9 +190,7 @@ def hold(
         return
     named = {key: p for key, p in model.adapter.parameters.items() if p.requires_grad}
     starts = {key: p.detach().clone() for key, p in named.items()}
-    corrections = {
-        key: torch.from_numpy(work.correction[key]).to(named[key]) for key in work.correction
-    }
+    corrections = {key: torch.tensor(work.correction[key]).to(named[key]) for key in work.correction}
 
     def before_step(*_: object) -> None:
         for key, parameter in named.items():
