@@ -48,7 +48,10 @@ def spool(tables: Iterable[pa.Table], scratch: Path | None, source: str) -> Data
                 raise DataError(f"{source} is empty: it gives no records")
             return _mapped(path, source)
     except OSError as error:
-        raise DataError(f"{source} cannot be copied to disk: {error}") from error
+        place = scratch or "the temporary directory"
+        raise DataError(
+            f"{source} cannot be copied to {place}: {error}; it needs as much space there as the rows"
+        ) from error
 
 
 def _mapped(path: Path, source: str) -> Dataset:
