@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedslm.inference.prediction import predict
 from fedslm.inference.trained import load_trained, open_run
 from fedslm.progress import Bar
 from fedslm.rendering import spent as shown
-from fedslm.simulation import simulate
+from fedslm.simulation import simulate, workers_for
 from fedslm.storage import json_text
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -33,6 +34,7 @@ ARMS: dict[str, dict[str, Any]] = {
 EXAMPLE = "slurred speech and facial droop"
 _LAST_LAYERS = ["3.attention.self.query", "3.attention.self.value", "3.output.dense"]
 _JSON_KEYS = ("metrics_before", "metrics_after", "privacy", "epsilon", "delta", "seconds", "directory")
+_LOG = "clients.log"
 _PUBLIC = {"delta": 1e-5, "clip_norm": 1.0, "sample_rate": 0.06}
 
 
@@ -78,7 +80,10 @@ def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
     """
     if directory.exists() and any(directory.iterdir()):
         raise Unusable(f"{directory} is not empty; choose another with --directory")
-    reports = [simulate(config_of(arm, directory), [Bar()]) for arm in ARMS]
+    configs = [config_of(arm, directory) for arm in ARMS]
+    directory.mkdir(parents=True, exist_ok=True)
+    with closing(workers_for(configs[-1], directory / _LOG)) as pool:
+        reports = [simulate(config, [Bar()], pool) for config in configs]
     if as_json:
         for report in reports:
             print(json_text({key: report[key] for key in ("name", *_JSON_KEYS)}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,13 +21,14 @@ from fedslm.data import store
 from fedslm.data.layouts import laid_out
 from fedslm.distillation.hooks import check_asked, distill_if_asked, follower, is_distilled
 from fedslm.engines.local import LocalGrid
+from fedslm.engines.placement import placed, visible
 from fedslm.errors import DataError, RunError, have
 from fedslm.federation.checkpoint import RunDirectory, metrics_of
 from fedslm.federation.observers import Observer
 from fedslm.federation.public_model import export
 from fedslm.federation.roster import roster_of
 from fedslm.federation.rounds import Federation, Outcome
-from fedslm.models.base import check_early
+from fedslm.models.base import check_early, local
 from fedslm.privacy.calibration import calibrated
 from fedslm.privacy.plan import RunPlan
 from fedslm.privacy.policy import open_policy
@@ -43,12 +43,16 @@ _LOG = "clients.log"
 Rounds = Callable[[RunPlan, tuple[str, ...]], Outcome]
 
 
-def simulate(config: Config, observers: Sequence[Observer] = ()) -> dict[str, Any]:
+def simulate(
+    config: Config, observers: Sequence[Observer] = (), pool: Pool | None = None
+) -> dict[str, Any]:
     """Runs a simulation in a new run directory.
 
     Args:
         config: The config.
         observers: Receive progress events.
+        pool: Workers of :func:`workers_for` that several runs share: a run with the same base, adapter
+            and task finds them loaded. None: the run starts its own.
 
     Returns:
         The content of ``report.json``.
@@ -62,7 +66,7 @@ def simulate(config: Config, observers: Sequence[Observer] = ()) -> dict[str, An
     path = Path(config.run.directory or Path("runs") / config.run.name)
     directory = RunDirectory.create(path, config)
     try:
-        report = Run(config, directory, observers).report()
+        report = Run(config, directory, observers, pool).report()
     except Exception:
         if not directory.has_checkpoint:
             _discard(directory)  # nothing has run yet: the corrected call may reuse the name
@@ -145,19 +149,19 @@ class Run:
         config: The resolved config.
         directory: The run's directory.
         observers: Receive progress events.
+        pool: Workers that outlive the run; None: it starts its own.
     """
 
     config: Config
     directory: RunDirectory
     observers: Sequence[Observer] = ()
+    pool: Pool | None = None
 
     def report(self) -> dict[str, Any]:
         """Runs on the configured engine; returns the content of ``report.json``."""
         match self.config.engine.name:
-            case "local":
-                return self._locally()
-            case "ray":
-                return self._on_ray()
+            case "local" | "ray":
+                return self._simulated()
             case "deployed":
                 raise RunError("real nodes are asked by `fedslm server run`, not by a simulation")
             case _:
@@ -206,32 +210,25 @@ class Run:
         inputs = report.Inputs(config, plan, outcome, data.names, headline, seconds, data.duplicates)
         return report.write(directory, inputs)
 
-    def _locally(self) -> dict[str, Any]:
-        """Runs clients in worker processes, or in this process."""
-        num_clients = self.config.federation.num_clients
+    def _simulated(self) -> dict[str, Any]:
+        """Runs clients in worker processes, in this process, or in a Ray cluster."""
+        if self.pool is not None:
+            pool = self.pool
+            return self._on(lambda: pool)
         with ThreadPoolExecutor(1) as background:
             starting = background.submit(_pool, self.config, self.directory)  # while the data is read
-
-            def rounds(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
-                pool = starting.result()
-                return self.rounds_on(LocalGrid(num_clients, pool), pool, plan, labels)
-
             try:
-                return self.serve(rounds)
+                return self._on(starting.result)
             finally:
                 starting.result().close(drain_seconds=_DRAIN_SECONDS)
 
-    def _on_ray(self) -> dict[str, Any]:
-        """Runs clients in Flower's simulation."""
-        from fedslm.engines.ray import run_on_ray
-
-        pool = InlinePool(threads=self.config.engine.threads_per_worker)
+    def _on(self, ready: Callable[[], Pool]) -> dict[str, Any]:
+        """Runs clients in workers, which may be ready only after the data."""
 
         def rounds(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
-            def on_grid(grid: Grid) -> Outcome:
-                return self.rounds_on(grid, pool, plan, labels)
-
-            return run_on_ray(on_grid, self.config.federation.num_clients, self.config.engine)
+            pool = ready()
+            grid = LocalGrid(self.config.federation.num_clients, pool)
+            return self.rounds_on(grid, pool, plan, labels)
 
         return self.serve(rounds)
 
@@ -290,14 +287,33 @@ def _install_policy(source: Path, directory: RunDirectory) -> None:
 
 
 def _pool(config: Config, directory: RunDirectory) -> Pool:
-    """Starts worker processes, if the config asks for any."""
-    threads, workers = config.engine.threads_per_worker, config.engine.workers
-    if workers == 0:
-        return InlinePool(threads=threads)
-    if workers < 0:
-        workers = min(os.cpu_count() or 1, config.federation.num_clients)
+    """Starts the workers that the config asks for."""
+    log = directory.path / _LOG
+    if config.engine.name == "ray":
+        from fedslm.engines.ray import RayPool
+        from fedslm.engines.ray_cluster import Needs
+
+        most = config.federation.cohort_size
+        return RayPool(config.engine, Needs(directory.path, local(config.model), log, most))
+    return workers_for(config, log)
+
+
+def workers_for(config: Config, log: Path) -> Pool:
+    """Starts the workers of the local engine; the caller closes them.
+
+    Args:
+        config: Any config that they will run.
+        log: File to which they append their logs.
+
+    Raises:
+        ConfigError: ``engine.devices`` names a device that is not here.
+    """
+    place = placed(config)
+    if place.workers == 0:
+        return InlinePool(threads=place.threads)
     preload(private=config.privacy.unit != "none")
-    return WorkerPool(workers, threads=threads, log=directory.path / _LOG)
+    environments = [visible(device) for device in place.devices]
+    return WorkerPool(place.workers, threads=place.threads, log=log, environments=environments)
 
 
 def _check_sizes(config: Config, data: store.Shards) -> None:

@@ -11,6 +11,7 @@ from fedslm.config import Config
 from fedslm.config.tasks import TASKS, tasks_that
 from fedslm.data.columns import placeholders
 from fedslm.data.database import PASSWORD, USER, holds_password, is_url
+from fedslm.engines.options import engine_problems
 from fedslm.errors import ConfigError, Problem, plural
 from fedslm.models import precision
 from fedslm.privacy.accounting import MOST_STEPS
@@ -32,7 +33,7 @@ def check(config: Config) -> None:
         *_privacy(config),
         *precision.problems(config.model, config.distill, shares_passes=config.privacy.shares_passes),
         *_federation(config),
-        *_engine(config),
+        *engine_problems(config),
         *_aggregation(config),
         *_data(config),
         *_task(config),
@@ -116,22 +117,6 @@ def _federation(config: Config) -> Iterator[Problem]:
     elif federation.min_replies > cohort:
         message = f"value {federation.min_replies} exceeds the cohort of {plural(cohort, 'client')}"
         yield Problem("federation.min_replies", message)
-
-
-def _engine(config: Config) -> Iterator[Problem]:
-    """Real nodes are registered, keep their own policies, and do not simulate attacks."""
-    engine = config.engine
-    if (engine.name == "deployed") != (engine.nodes is not None):
-        message = 'must be set exactly when engine.name="deployed"; `fedslm server run` sets both'
-        yield Problem("engine.nodes", message)
-    if engine.name != "deployed":
-        return
-    if engine.policy is not None:
-        yield Problem(
-            "engine.policy", "is only for simulated nodes; a real node has its own policy.toml"
-        )
-    if config.attack.kind != "none":
-        yield Problem("attack.kind", "is only for simulations; no real node obeys it")
 
 
 def _aggregation(config: Config) -> Iterator[Problem]:

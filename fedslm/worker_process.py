@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,11 +63,42 @@ def _limit_memory(memory_mb: int | None, threads: int) -> None:
 
 
 def work(
-    pipe: Connection, threads: int, log: Path | None, log_level: int, memory_mb: int | None
+    pipe: Connection,
+    environment: Mapping[str, str],
+    limits: tuple[int, int | None],
+    log: Path | None,
+    log_level: int,
 ) -> None:
-    """Runs the worker's loop; ends when the parent closes its end of the pipe or dies."""
+    """Runs the worker's loop; ends when the parent closes its end of the pipe or dies.
+
+    Args:
+        pipe: Where jobs come from.
+        environment: Variables to set first.
+        limits: Threads, and memory in MiB or None.
+        log: File to which it appends; None: standard error.
+        log_level: Least level of fedslm's own lines in it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(environment)
+    threads, memory_mb = limits
     _limit_memory(memory_mb, threads)
+    begin(threads, log, log_level)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except (EOFError, OSError):
+            return
+        pipe.send(run(function, arguments))
+
+
+def begin(threads: int, log: Path | None, log_level: int) -> None:
+    """Sets up a worker's threads and its log.
+
+    Args:
+        threads: Threads that it computes with.
+        log: File to which it appends; None: standard error.
+        log_level: Least level of fedslm's own lines; other libraries' begin at WARNING.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if log is not None:
         form = "%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"
@@ -76,9 +107,3 @@ def work(
         logging.getLogger("fedslm").setLevel(log_level)
         logging.captureWarnings(True)
     set_threads(threads)
-    while True:
-        try:
-            function, arguments = pipe.recv()
-        except (EOFError, OSError):
-            return
-        pipe.send(run(function, arguments))

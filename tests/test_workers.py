@@ -15,8 +15,9 @@ import pytest
 from support.pace import patient
 
 from fedslm.errors import DataError, FederationError
+from fedslm.scheduling import WorkerDied
 from fedslm.worker_process import Failure
-from fedslm.workers import InlinePool, WorkerDied, WorkerPool
+from fedslm.workers import InlinePool, WorkerPool
 
 
 def square(number: int) -> int:
@@ -137,7 +138,7 @@ def test_a_client_s_jobs_prefer_the_worker_that_has_read_its_records(shared: Wor
     assert len(where[0]) == len(where[1]) == 1
     assert where[0] != where[1]
     first, second = (shared.submit(process, client=client) for client in (1, 3))
-    assert [worker.job for worker in shared._workers] == [None, first]
+    assert [worker.job and worker.job.number for worker in shared._workers] == [None, first]
     assert {shared._wait(first)} == where[1]
     shared._wait(second)
 
@@ -189,8 +190,8 @@ def test_a_worker_that_died_idle_costs_no_job(shared: WorkerPool) -> None:
     for worker in killed:
         os.kill(worker, 9)
     for worker in shared._workers:
-        if worker.process.pid in killed:
-            worker.process.join(600)
+        if worker.handle.process.pid in killed:
+            worker.handle.process.join(600)
     assert shared.map(square, [(3,), (4,)]) == [9, 16]
 
 
@@ -211,7 +212,7 @@ def test_close_lets_running_jobs_finish(tmp_path: Path) -> None:
     pool.submit(touch, tmp_path / "running", 0.5)
     time.sleep(0.1)
     pool.submit(touch, tmp_path / "queued", 0.0)
-    processes = [worker.process for worker in pool._workers]
+    processes = [worker.handle.process for worker in pool._workers]
     pool.close(drain_seconds=600)
     assert [path.name for path in tmp_path.iterdir()] == ["running"]
     assert not any(process.is_alive() for process in processes)

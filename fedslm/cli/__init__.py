@@ -95,9 +95,12 @@ def simulate(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Continue this run directory.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would run where, and start nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Simulate a federation on this machine.
+    """Simulate a federation on this machine, or in a Ray cluster.
 
     Example: `fedslm simulate simulations/demo.toml --set privacy.epsilon=2`
 
@@ -108,9 +111,21 @@ def simulate(
             message = "give a CONFIG, or --resume RUN without --set"
             raise typer.BadParameter(message)
         loaded = None if config is None else load_config(config, overrides)
+        if plan:
+            _show_plan(loaded, resume, as_json=as_json)
+            return
         report = _finished(loaded, resume) or _simulate(loaded, resume)
         _finish(report, as_json)
         _fail_if_stopped(report)
+
+
+def _show_plan(config: Config | None, resume: Path | None, *, as_json: bool) -> None:
+    """Shows what a new run would take."""
+    if config is None or resume is not None:
+        raise typer.BadParameter("--plan needs a CONFIG, and no --resume")
+    from fedslm.cli import plan
+
+    plan.show(config, as_json=as_json)
 
 
 def _finished(config: Config | None, resume: Path | None) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -202,10 +201,9 @@ def _traffic(config: Config, sizes: Footprint) -> dict[str, Any]:
 
 def _processes(config: Config) -> int:
     """Returns the number of simulation processes that each hold a base model."""
-    workers = config.engine.workers
-    if workers < 0:
-        workers = min(os.cpu_count() or 1, config.federation.num_clients)
-    return max(1, workers)
+    from fedslm.engines.placement import placed
+
+    return max(1, placed(config).workers)
 
 
 def _warnings(

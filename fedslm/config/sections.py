@@ -269,16 +269,27 @@ class EngineConfig(Section):
     """Where the clients of a simulation run."""
 
     name: Literal["local", "ray", "deployed"] = "local"
-    """local: worker processes (or this process); ray: Flower's simulation; deployed: real nodes, set by
-    `fedslm server run`."""
+    """local: worker processes of this machine (or this process); ray: actors of a Ray cluster;
+    deployed: real nodes, set by `fedslm server run`."""
     nodes: OptionalText = None
     """File that maps admitted nodes to clients (engine.name = "deployed")."""
     policy: OptionalText = None
     """Policy file that every simulated node enforces; `fedslm policy example` prints one."""
     workers: int = Field(-1, ge=-1)
-    """Worker processes; -1 means one for each core, 0 means in this process."""
+    """Worker processes; -1 means one for each core or GPU that is free for them, 0 means in this
+    process. `fedslm simulate --plan` shows how many."""
     threads_per_worker: int = Field(1, ge=1)
     """Threads of each worker; small matrices are fastest with one."""
+    devices: Names = ()
+    """Devices of the local engine's workers, such as ["cuda:0", "cuda:1"] or ["cpu"]; each device is
+    given to one worker after another. Empty: every GPU that model.device allows, else the CPU."""
+    address: OptionalText = None
+    """Ray cluster to run on: HOST:PORT, or "auto" for the one that this machine belongs to. Empty: Ray
+    is started on this machine for the run. Every node must see run.directory and the base."""
+    cpus_per_client: float = Field(1.0, gt=0, le=4096)
+    """CPUs that Ray reserves for a worker, which trains one client at a time."""
+    gpus_per_client: float = Field(0.0, ge=0, le=64)
+    """GPUs that Ray reserves for a worker; 0.5 lets two workers share one, each with its own base."""
 
 
 class Config(Section):

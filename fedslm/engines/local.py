@@ -15,8 +15,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedslm.client.handlers import hello, train
 from fedslm.client.personal import measure
 from fedslm.protocol.messages import HELLO, MEASURE, TRAIN
+from fedslm.scheduling import WorkerDied
 from fedslm.worker_process import Failure
-from fedslm.workers import Pool, WorkerDied
+from fedslm.workers import Pool
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5

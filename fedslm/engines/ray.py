@@ -1,72 +1,186 @@
-"""Flower's simulation on Ray: the same server and client functions, in Ray actors."""
+"""Runs clients in actors of a Ray cluster: one that exists (``engine.address``), or one for the run.
+
+A job whose node was lost is tried once more on another one. Without privacy nothing of it is lost. A
+private client that had charged its ledger is charged again, as after any crash:
+``privacy.spare_rounds`` pays for that; without spare rounds the client refuses its last round.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable
-from typing import TypeVar
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
-
-from fedslm.client.app import client_app
 from fedslm.config import EngineConfig
-from fedslm.errors import FederationError
+from fedslm.engines.ray_cluster import (
+    Needs,
+    alive,
+    capacity,
+    check_nodes,
+    clear_errors,
+    connect,
+    library,
+)
+from fedslm.errors import FederationError, plural
+from fedslm.scheduling import Job, Worker, Workers
+from fedslm.worker_process import Failure, begin, run
 
-T = TypeVar("T")
+_START_SECONDS = 300.0
+_ATTEMPTS = 2
 
 
-def run_on_ray(serve: Callable[[Grid], T], num_clients: int, engine: EngineConfig) -> T:
-    """Runs a server function against simulated nodes on Ray.
+@dataclass
+class _Actor:
+    """A worker in the cluster.
+
+    Attributes:
+        actor: Ray's handle.
+        result: What is waited for: the end of its start, or of its job.
+        has_begun: Whether its process runs, or failed to.
+        is_lost: Whether it failed to.
+    """
+
+    actor: Any
+    result: Any
+    has_begun: bool = False
+    is_lost: bool = False
+
+
+class RayPool(Workers[_Actor]):
+    """Runs functions in Ray actors (see :mod:`fedslm.scheduling`).
+
+    An actor that is lost with its node is replaced if the cluster still has room for it; otherwise the
+    others go on without it.
 
     Args:
-        serve: The server function; it is called with the grid.
-        num_clients: Number of simulated nodes.
-        engine: Worker processes and their threads.
-
-    Returns:
-        The return value of ``serve``.
+        engine: Address, number of workers, and what each of them takes.
+        needs: What they need.
 
     Raises:
-        FederationError: Ray is not installed, or the simulation crashed.
+        FederationError: Ray is not installed; the cluster does not answer, runs other code, does not
+            see the files, or has no room for a worker.
     """
-    try:
-        import ray  # noqa: F401  (a clear error now, rather than Flower's exit later)
-    except ImportError:
-        raise FederationError('engine.name="ray" needs Ray: pip install "fedslm[simulation]"') from None
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    from flwr.simulation import run_simulation
 
-    flower = logging.getLogger("flwr")
-    flower.setLevel(logging.ERROR)
-    flower.propagate = False
-
-    app, results, errors = ServerApp(), list[T](), list[BaseException]()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
+    def __init__(self, engine: EngineConfig, needs: Needs) -> None:
+        self._ray = ray = library()
+        self._engine, self._needs = engine, needs
+        with clear_errors():
+            connect(ray, engine, needs.most)
         try:
-            results.append(serve(grid))
-        except BaseException as error:
-            errors.append(error)
+            self._options = {"num_cpus": engine.cpus_per_client, "num_gpus": engine.gpus_per_client}
+            remote = ray.remote(_Work)
+            self._make = remote.options(**self._options, max_restarts=0).remote
+            if engine.address is not None:
+                check_nodes(ray, needs)
+            super().__init__(self._room(), attempts=_ATTEMPTS)
+            self._wait_for_the_first()
+        except BaseException:
+            ray.shutdown()
             raise
 
-    workers = os.cpu_count() or 1 if engine.workers < 1 else engine.workers
-    os.environ["OMP_NUM_THREADS"] = str(engine.threads_per_worker)  # the actors inherit it
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    options = {
-        "init_args": {
-            "num_cpus": workers,
-            "include_dashboard": False,
-        },
-        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-    }
-    try:
-        run_simulation(app, client_app(), num_clients, backend_config=options)  # type: ignore[arg-type]
-    except Exception as error:
-        raise errors[0] if errors else FederationError(f"Ray: {error}") from error
-    if not results:
-        raise FederationError("the simulation on Ray ended without a result")
-    return results[0]
+    def _room(self) -> int:
+        """How many workers to start.
+
+        Raises:
+            FederationError: The cluster has no room for one.
+        """
+        asked, most = self._engine.workers, self._needs.most
+        room = capacity(alive(self._ray), self._engine)
+        if room < max(1, asked):
+            has = self._ray.cluster_resources()
+            raise FederationError(
+                f"engine.workers={asked if asked > 0 else 1} with engine.cpus_per_client="
+                f"{self._engine.cpus_per_client:g} and engine.gpus_per_client="
+                f"{self._engine.gpus_per_client:g} do not fit: the cluster has "
+                f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs on "
+                f"{plural(len(alive(self._ray)), 'node')}, room for {plural(room, 'worker')}"
+            )
+        return asked if asked > 0 else min(room, most)
+
+    def _wait_for_the_first(self) -> None:
+        """Waits until one worker has begun.
+
+        Raises:
+            FederationError: None begins in time.
+        """
+        waited = [worker.handle.result for worker in self._workers]
+        if not self._ray.wait(waited, num_returns=1, timeout=_START_SECONDS)[0]:
+            raise FederationError(
+                f"no worker of the Ray cluster began within {_START_SECONDS:g} s: something else uses "
+                f"its CPUs or GPUs; see `ray status`"
+            )
+
+    def _start(self) -> _Actor:
+        """Asks for an actor; Ray starts it when there is room."""
+        actor = self._make(self._engine.threads_per_worker, self._needs.log)
+        return _Actor(actor, actor.begun.remote())
+
+    def _replacement(self) -> _Actor | None:
+        """A new actor if the nodes that are left have room for one more than the others."""
+        room = capacity(alive(self._ray), self._engine)
+        return self._start() if room >= len(self._workers) else None
+
+    def _has_begun(self, handle: _Actor) -> bool:
+        """Whether its process runs, or failed to."""
+        if not handle.has_begun and self._ray.wait([handle.result], timeout=0)[0]:
+            handle.has_begun = True
+            try:
+                self._ray.get(handle.result)
+            except self._ray.exceptions.RayError:
+                handle.is_lost = True
+        return handle.has_begun
+
+    def _is_alive(self, handle: _Actor) -> bool:
+        """Whether it began; if it died since, its next job shows that, and is tried again."""
+        return not handle.is_lost
+
+    def _send(self, handle: _Actor, job: Job) -> None:
+        """Asks the actor to run a job."""
+        handle.result = handle.actor.run.remote(job.function, job.arguments)
+
+    def _ready(
+        self, busy: Sequence[Worker[_Actor]], timeout_seconds: float
+    ) -> Sequence[Worker[_Actor]]:
+        """Waits for the results."""
+        if not busy:
+            time.sleep(min(timeout_seconds, 0.05))
+            return []
+        waited = {worker.handle.result: worker for worker in busy}
+        ready, _ = self._ray.wait(list(waited), num_returns=1, timeout=timeout_seconds)
+        return [waited[result] for result in ready]
+
+    def _receive(self, handle: _Actor) -> Any:
+        """Fetches a result; an error of the job itself is one, too."""
+        try:
+            return self._ray.get(handle.result)
+        except self._ray.exceptions.RayTaskError as error:  # a result that cannot be sent
+            return Failure(None, str(error))
+
+    def _end(self, handle: _Actor, *, kill: bool = False) -> str:
+        """Kills what is left of an actor."""
+        self._ray.kill(handle.actor)
+        return "a worker was stopped" if kill else "a worker died, or its node was lost"
+
+    def _stop(self, handles: Sequence[_Actor]) -> None:
+        """Stops all actors and leaves the cluster; one that was started for the run ends."""
+        for handle in handles:
+            self._ray.kill(handle.actor)
+        self._ray.shutdown()
+
+
+class _Work:
+    """What runs in an actor."""
+
+    def __init__(self, threads: int, log: Path) -> None:
+        begin(threads, log, logging.WARNING)
+
+    def begun(self) -> bool:
+        """Ends when the process has begun."""
+        return True
+
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Runs one function."""
+        return run(function, arguments)

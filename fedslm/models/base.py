@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +33,7 @@ _HASHED = (
 _HASHED_TOO = ("merges.txt", "added_tokens.json", "special_tokens_map.json")
 _FILES = ("config.json", "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _BLOCK_BYTES = 1 << 20
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # CUDA, CUDA under WSL, ROCm
 
 
 def resolve(model: ModelConfig, *, may_fetch: bool = True) -> Path:
@@ -135,6 +138,18 @@ def base_sha256(directory: Path) -> str:
             while block := stream.read(_BLOCK_BYTES):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def num_gpus() -> int:
+    """Number of CUDA devices of this machine; asks the driver and does not begin to use one.
+
+    Without a driver, torch is not imported: that takes two seconds.
+    """
+    if sys.platform == "linux" and not any(map(os.path.exists, _DRIVERS)):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def device_of(model: ModelConfig) -> torch.device:

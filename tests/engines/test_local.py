@@ -12,8 +12,9 @@ from support.served import context_of
 from fedslm.engines.local import LocalGrid, handle, reply_of, wait_for
 from fedslm.errors import DataError, FederationError
 from fedslm.federation.population import join
+from fedslm.scheduling import WorkerDied
 from fedslm.worker_process import Failure
-from fedslm.workers import InlinePool, WorkerDied
+from fedslm.workers import InlinePool
 
 RECORD = "Jane Doe, born in 1961, has been diagnosed"
 RAISED = "the client raised an error; see its log"

@@ -1,0 +1,217 @@
+"""``fedslm simulate --plan``: what will run where, and what it takes, before anything starts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedslm.cli.model import describe
+from fedslm.config import Config
+from fedslm.errors import plural
+from fedslm.storage import expand, json_text
+
+if TYPE_CHECKING:
+    from fedslm.engines.placement import Placement
+
+_PRIVATE = 1.15  # a private step over a plain one (benchmarks/README.md)
+_LEDGER_BYTES, _STATEMENT_BYTES, _CLIENT_BYTES = 1_500, 800, 1_000  # of a round; of a client's keys
+_FULL = 0.9
+
+
+def show(config: Config, *, as_json: bool) -> None:
+    """Prints the plan of a simulation; trains nothing, and writes nothing.
+
+    Raises:
+        FedslmError: The base, a device or the cluster cannot be used.
+    """
+    found = planned(config.resolved())
+    if as_json:
+        typer.echo(json_text(found))
+    else:
+        _print(found)
+
+
+def planned(config: Config) -> dict[str, Any]:
+    """Returns the plan as JSON values.
+
+    Raises:
+        FedslmError: As :func:`show`.
+    """
+    from fedslm.engines.placement import LIBRARY_BYTES, free_bytes, placed
+
+    model = describe(config)
+    place = placed(config)
+    nodes: list[dict[str, Any]] = []
+    if config.engine.name == "ray":
+        place, nodes = _on_ray(config, place)
+    processes = max(1, place.workers)
+    each = LIBRARY_BYTES + model["memory_bytes"]["total"]
+    directory = Path(config.run.directory or Path("runs") / config.run.name)
+    found: dict[str, Any] = {
+        "engine": config.engine.name,
+        "workers": place.workers,
+        "threads_per_worker": place.threads,
+        "devices": list(place.devices),
+        "why": place.why,
+        "nodes": nodes,
+        "worker_bytes": each,
+        "memory_bytes": processes * each,
+        "free_memory_bytes": free_bytes(),
+        "directory": str(directory),
+        "disk_bytes": _disk(config, model),
+        "free_disk_bytes": shutil.disk_usage(_existing(directory)).free,
+        **_work(config, model["speed"], processes),
+    }
+    return {**found, "warnings": [*model["warnings"], *_warnings(found)]}
+
+
+def _on_ray(config: Config, place: Placement) -> tuple[Placement, list[dict[str, Any]]]:
+    """The workers in a cluster, which is asked what it has; this machine's if Ray will be started."""
+    from dataclasses import replace
+
+    from fedslm.engines.ray_cluster import survey
+
+    engine, most = config.engine, config.federation.cohort_size
+    if engine.address is None:
+        return place, []
+    nodes = survey(engine)
+    room = sum(node["workers"] for node in nodes)
+    workers = engine.workers if engine.workers > 0 else min(room, most)
+    why = f"room for {plural(room, 'worker')} on {plural(len(nodes), 'node')}"
+    device = f"{engine.gpus_per_client:g} GPU" if engine.gpus_per_client else "cpu"
+    return replace(place, workers=workers, devices=(device,) * workers, why=why), nodes
+
+
+def _work(config: Config, speed: dict[str, Any] | None, processes: int) -> dict[str, Any]:
+    """The records that are trained on, and how long that takes at most; None if no pass was timed."""
+    training, federation = config.training, config.federation
+    records = federation.rounds * federation.cohort_size * training.local_steps * training.batch_size
+    units = config.privacy.max_records_per_unit if config.privacy.unit == "user" else None
+    records *= units or 1
+    found: dict[str, Any] = {"records": records, "seconds_per_record": None, "seconds": None}
+    if speed is None:
+        return found
+    dtype = config.model.dtype
+    timed = {name: seconds for name, seconds in speed["seconds"].items() if dtype in ("auto", name)}
+    passed = min((timed or speed["seconds"]).values())
+    tokens = speed["records"] * speed["tokens"]
+    each = passed / tokens * config.task.max_length
+    each *= _PRIVATE if config.privacy.unit != "none" else 1.0
+    at_once = min(processes, federation.cohort_size)
+    return found | {"seconds_per_record": each, "seconds": each * records / at_once}
+
+
+def _disk(config: Config, model: dict[str, Any]) -> int:
+    """What the run directory takes at most, in bytes, with the data if their files are here."""
+    federation = config.federation
+    participations = federation.rounds * federation.cohort_size
+    clients = min(federation.num_clients, participations)
+    down, up = model["bytes_down_per_client"], model["bytes_up_per_client"]
+    total: int = _size(Path(expand(config.data.source))) + 4 * down
+    if config.privacy.unit != "none":
+        total += participations * (_LEDGER_BYTES + _STATEMENT_BYTES)
+        total += clients * (_CLIENT_BYTES + up)  # each keeps its last release, to send it again
+    return total
+
+
+def _size(source: Path) -> int:
+    """The size of a file, or of the files in a directory; 0 if it is neither."""
+    if source.is_file():
+        return source.stat().st_size
+    return sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+
+
+def _existing(directory: Path) -> Path:
+    """The directory, or the nearest one above it that exists."""
+    directory = directory.absolute()
+    return next(path for path in (directory, *directory.parents) if path.exists())
+
+
+def _warnings(found: dict[str, Any]) -> list[str]:
+    """What will not fit."""
+    from fedslm.progress import readable
+
+    warnings = []
+    free, disk = found["free_memory_bytes"], found["free_disk_bytes"]
+    if not found["nodes"] and free is not None and found["memory_bytes"] > _FULL * free:
+        warnings.append(
+            f"about {readable(found['memory_bytes'])} of memory are needed and {readable(free)} are "
+            f"free; lower engine.workers"
+        )
+    if found["disk_bytes"] > _FULL * disk:
+        warnings.append(
+            f"about {readable(found['disk_bytes'])} are written below {found['directory']}, where "
+            f"{readable(disk)} are free; set run.directory"
+        )
+    return warnings
+
+
+def _print(found: dict[str, Any]) -> None:
+    """Prints the plan for people."""
+    console = Console()
+    table = Table(show_header=False, box=None)
+    for name, text in _lines(found):
+        table.add_row(name, Text(text))
+    console.print(table, highlight=False)
+    for warning in dict.fromkeys(found["warnings"]):
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+    console.print("Nothing was started. Run it without --plan.", highlight=False)
+
+
+def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns name and text of each line."""
+    from fedslm.progress import readable
+
+    threads = plural(found["threads_per_worker"], "thread")
+    where = (
+        f"{plural(found['workers'], 'worker')}, {threads} each" if found["workers"] else "this process"
+    )
+    counts = {device: found["devices"].count(device) for device in found["devices"]}
+    devices = ", ".join(f"{device} ×{count}" for device, count in counts.items())
+    free = found["free_memory_bytes"]
+    held = f"; {readable(free)} are free" if free is not None and not found["nodes"] else ""
+    nodes = [
+        (
+            "node" if number else "nodes",
+            f"{node['address']}: {node['cpus']:g} CPUs, {node['gpus']:g} GPUs, room for "
+            f"{plural(node['workers'], 'worker')}",
+        )
+        for number, node in enumerate(found["nodes"])
+    ]
+    lines = [
+        ("engine", f"{found['engine']}: {where} ({found['why']})"),
+        *nodes,
+        ("devices", devices),
+        (
+            "memory",
+            f"about {readable(found['memory_bytes'])}: {readable(found['worker_bytes'])} each{held}",
+        ),
+        (
+            "disk",
+            f"about {readable(found['disk_bytes'])} in {found['directory']}; "
+            f"{readable(found['free_disk_bytes'])} are free",
+        ),
+        ("training", f"{found['records']:,} records are passed through the base, as expected"),
+    ]
+    return [*lines, ("time", _time(found))]
+
+
+def _time(found: dict[str, Any]) -> str:
+    """The line about the time."""
+    if found["seconds"] is None:
+        return "unknown: no pass could be timed"
+    seconds = found["seconds"]
+    text = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    if seconds >= 7200:
+        text = f"{seconds / 3600:.1f} h"
+    return (
+        f"about {text} if every record is task.max_length long and none is cached "
+        f"({1000 * found['seconds_per_record']:.1f} ms a record, timed here with one thread); "
+        f"evaluation and start-up are not in it"
+    )
