@@ -40,7 +40,7 @@ class Bar(Observer):
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, soft_wrap=True)
         self._progress: Progress | None = None
-        self._rounds = self._bytes_down = self._bytes_up = 0
+        self._rounds = 0
 
     def on_start(self, config: Config, done: Checkpoint) -> None:
         """Shows the settings of the run that starts."""
@@ -93,8 +93,6 @@ class Bar(Observer):
 
     def on_round(self, record: RoundRecord) -> None:
         """Shows a round's metrics."""
-        self._bytes_down += record.bytes_down
-        self._bytes_up += record.bytes_up
         note = self._note(record)
         if self._progress is not None:
             self._progress.update(self._task, note=note)
@@ -118,8 +116,8 @@ class Bar(Observer):
             parts.append(f"ε {record.epsilon:.2f}")
         parts += [f"{key} {value:.4f}" for key, value in list(record.metrics.items())[:2]]
         if record.signal_to_noise is not None:
-            parts.append(f"SNR {record.signal_to_noise:.2f}")
-        parts.append(f"↓{readable(self._bytes_down)} ↑{readable(self._bytes_up)}")
+            parts.append(f"signal/noise {record.signal_to_noise:.2f}")
+        parts.append(f"↓{readable(record.bytes_down)} ↑{readable(record.bytes_up)}")
         return "  ".join(parts)
 
 

@@ -16,7 +16,7 @@ from fedslm.attestations import keep, places_of_simulation
 from fedslm.config import Config
 from fedslm.federation.checkpoint import Checkpoint
 from fedslm.progress import Bar
-from fedslm.records import AdapterState
+from fedslm.records import AdapterState, RoundRecord
 
 ANNOUNCED = "the first private round tests this code"
 
@@ -47,3 +47,34 @@ def test_the_first_private_round_of_a_machine_is_announced(
         keep(places_of_simulation(tmp_path / "run"), kind, {}, values)
         assert ANNOUNCED not in shown(isolated)  # it measures no passes
     assert ANNOUNCED not in shown(private)
+
+
+def test_a_round_s_line_has_that_round_s_bytes_only(
+    config_in: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So it is the same line in a run that was resumed; and the ratio has a name."""
+    bar = Bar(Console(file=StringIO(), soft_wrap=True))
+    bar.on_start(
+        config_in(tmp_path / "run"), Checkpoint(0, ServerState(AdapterState({})), {}, {"accuracy": 0.5})
+    )
+    for number in (1, 2):
+        bar.on_round(
+            RoundRecord(
+                round=number,
+                cohort=3,
+                completed=2,
+                failed=1,
+                late=0,
+                refused=0,
+                kept=False,
+                epsilon=1.5,
+                metrics={},
+                signal_to_noise=0.25,
+                bytes_down=2_000,
+                bytes_up=1_000,
+                seconds=1.0,
+            )
+        )
+    bar.on_end(None)
+    lines = [line.split(": ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["2/3 clients  ε 1.50  signal/noise 0.25  ↓2.0 kB ↑1.0 kB"] * 2

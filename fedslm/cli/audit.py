@@ -100,12 +100,13 @@ def run(
     with clear_errors():
         from fedslm.audit.runs import audit_run
 
-        audit = audit_run(
-            path,
-            others=tuple(others),
-            group_sizes=tuple(records_per_person),
-            empirical=empirical,
-        )
+        with ERRORS.status("checking ledgers, statements and accountants ..."):
+            audit = audit_run(
+                path,
+                others=tuple(others),
+                group_sizes=tuple(records_per_person),
+                empirical=empirical,
+            )
         if as_json:
             typer.echo(json_text(audit))
         else:

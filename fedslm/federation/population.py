@@ -26,6 +26,19 @@ def choose_cohort(config: FederationConfig, seed: int, round: int) -> list[int]:
     return sorted(int(index) for index in chosen)
 
 
+def choose_measured(nodes: Iterable[int], seed: int, most: int = 1_000) -> list[int]:
+    """Chooses the clients that measure the last adapter: all, or a sample of a large population.
+
+    >>> choose_measured([3, 1, 2], seed=0), len(choose_measured(range(100_000), seed=0))
+    ([1, 2, 3], 1000)
+    """
+    clients = sorted(nodes)
+    if len(clients) <= most:
+        return clients
+    chosen = stream(seed, "measure").choice(len(clients), most, replace=False)
+    return sorted(clients[int(index)] for index in chosen)
+
+
 def join(grid: Grid, num_clients: int, seconds: float) -> dict[int, int]:
     """Waits for the exact population and asks each node for its client index.
 

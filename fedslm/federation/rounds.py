@@ -25,7 +25,7 @@ from fedslm.federation.evaluations import Evaluations
 from fedslm.federation.exchange import Exchange
 from fedslm.federation.observers import Observer
 from fedslm.federation.participation import came_to_nothing
-from fedslm.federation.population import choose_cohort, gather, join
+from fedslm.federation.population import choose_cohort, choose_measured, gather, join
 from fedslm.federation.replies import checked, continued, expected_shapes
 from fedslm.federation.roster import Registered, roster_of
 from fedslm.federation.tally import Tally
@@ -167,7 +167,10 @@ class Federation:
         number = config.federation.rounds + 1
         request = Request(run.setup, number, server.moving, server.turn, server.control)
         measured = {}
-        for client, reply in exchange.replies(request, sorted(exchange.nodes), MEASURE):
+        asked = sorted(exchange.nodes)  # each may keep an adapter of its own
+        if not personalised:
+            asked = choose_measured(asked, config.run.seed)
+        for client, reply in exchange.replies(request, asked, MEASURE):
             found = (
                 "late" if reply is None else reply if isinstance(reply, str) else read_metrics(reply)
             )
