@@ -47,7 +47,6 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/table.py
 	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/deployment.py
 
 demo-model: $(VENV)/.installed

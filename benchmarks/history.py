@@ -50,8 +50,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=100, help="clients of a round (default: 100)")
     parser.add_argument("--rounds", type=int, default=200, help="rounds (default: 200)")
     arguments = parser.parse_args()
+    busy = scenario.busy_cores()
     with tempfile.TemporaryDirectory() as directory:
-        report(measure(Path(directory), arguments), arguments)
+        report(measure(Path(directory), arguments), arguments, busy)
 
 
 @dataclass
@@ -173,7 +174,7 @@ def size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def report(found: Found, arguments: argparse.Namespace) -> None:
+def report(found: Found, arguments: argparse.Namespace, busy: float) -> None:
     """The table, with goals, and everything as one JSON line."""
     rows, last = [], arguments.rounds
     for number in sorted({1, max(1, last // 4), max(1, last // 2), last}):
@@ -191,12 +192,12 @@ def report(found: Found, arguments: argparse.Namespace) -> None:
     scenario.print_table(header, rows)
     half = found.server_bytes[last // 2 - 1] if last > 1 else 0
     ratios = {
-        "accounting seconds, last rounds": statistics.median(found.accounting[-5:]),
-        "server bytes": found.server_bytes[-1],
-        "server bytes over those at half time": found.server_bytes[-1] / max(1, half),
+        "accounting ms": round(1e3 * statistics.median(found.accounting[-5:]), 1),
+        "server MB": round(found.server_bytes[-1] / 1e6, 2),
+        "growth": round(found.server_bytes[-1] / max(1, half), 3),
     }
     print(f"goals: accounting ≤ {1e3 * SECONDS_GOAL:g} ms, server's files ≤ {BYTES_GOAL / 1e6:g} MB")
-    print(json.dumps({"benchmark": "history", "ratios": ratios, "clients": arguments.clients}))
+    print(json.dumps({"benchmark": "history", "busy_cores": busy, "ratios": ratios}))
 
 
 if __name__ == "__main__":

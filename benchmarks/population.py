@@ -47,11 +47,12 @@ def main() -> None:
         print(json.dumps(one(arguments.one, data_only=arguments.data_only)))
         return
     options = ["--data-only"] if arguments.data_only else []
+    busy = scenario.busy_cores()
     found = [
         scenario.measured([Path(__file__), "--one", str(clients), *options])[0]
         for clients in arguments.clients
     ]
-    report(found)
+    report(found, busy)
 
 
 class Gauge(Observer):
@@ -145,7 +146,7 @@ def config(directory: Path, clients: int) -> Config:
     )
 
 
-def report(found: list[dict[str, Any]]) -> None:
+def report(found: list[dict[str, Any]], busy: float) -> None:
     """Prints the table, and everything as one JSON line."""
     first, rows, ratios = found[0], [], {}
     for each in found:
@@ -172,7 +173,11 @@ def report(found: list[dict[str, Any]]) -> None:
     header += ["start-up, CPU s", "server, MB", "a round, server's CPU s", "on disk, MB", "files"]
     scenario.print_table(header[: len(rows[0])], rows)
     print(f"goals: start-up ≤ {START_GOAL} of the first, memory ≤ {MEMORY_GOAL}")
-    print(json.dumps({"benchmark": "population", "ratios": ratios, "populations": found}))
+    last = found[-1]
+    ratios[f"{last['clients']} data seconds"] = round(last["data_seconds"], 1)
+    ratios[f"{last['clients']} data GB"] = round(last["data_bytes"] / 1e9, 2)
+    values = {"busy_cores": busy, "ratios": ratios, "populations": found}
+    print(json.dumps({"benchmark": "population", **values}))
 
 
 if __name__ == "__main__":

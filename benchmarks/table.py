@@ -1,6 +1,6 @@
 """Runs the benchmarks that have goals and writes their ratios into benchmarks/README.md.
 
-    python benchmarks/table.py                          # all; half an hour on two quiet cores
+    python benchmarks/table.py                          # all; an hour on two quiet cores
     python benchmarks/table.py --only step peers        # some
     python benchmarks/table.py --write                  # run nothing, write what is there
 
@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 LARGE = os.environ.get("FEDSLM_SMOLLM2", "")  # a directory; its rows are left out without one
 QUIET = 0.3  # cores that others may keep busy
 STEP = "private, public shapes"
+_MILLION = "population/1000000"
 LAST = [  # of MiniLM-L6
     *(f"5.attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")),
     *("5.intermediate.dense", "5.output.dense"),
@@ -135,6 +136,16 @@ ROWS = (
         is_wall=True,
     ),
     Row("`make demo` after installation, seconds", "demo/seconds", 90.0, is_wall=True),
+    Row("100,000 clients over 100: start-up, CPU", "population/100000 start", 1.5),
+    Row("100,000 clients over 100: server memory", "population/100000 memory", 1.2),
+    Row("a million clients of 3 records: preparing the data, CPU s", f"{_MILLION} data seconds", 60.0),
+    Row("a million clients of 3 records: preparing the data, GB", f"{_MILLION} data GB", 4.0),
+    Row("speed of aggregation over NumPy's add, 4 M values", "aggregation/speed", 0.7, is_least=True),
+    Row("memory of aggregation, adapters", "aggregation/adapters", 3.0),
+    Row("accounting at round 200 of 100 clients, CPU ms", "history/accounting ms", 50.0),
+    Row("the server's files after 200 rounds of 100 clients, MB", "history/server MB", 20.0),
+    Row("the same over those after 100 rounds", "history/growth", 2.1),
+    Row("Ray, two nodes on this machine, over the local engine, 5M, CPU", "cluster/cpu", 1.5),
 )
 
 
@@ -150,6 +161,10 @@ def arms(*, is_busy: bool) -> dict[str, list[list[str]]]:
         "engine-private": [["engine.py", "--private", *options] for options in engine],
         "peers": [["peers.py"]],
         "demo": [["demo"]],
+        "population": [["population.py"], ["population.py", "--clients", "1000000", "--data-only"]],
+        "aggregation": [["aggregation.py"]],
+        "history": [["history.py"]],
+        "cluster": [["cluster.py"]],
     }
 
 
