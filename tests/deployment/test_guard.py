@@ -750,6 +750,38 @@ def test_an_instruction_whose_outline_was_lost_is_given_again(world: World) -> N
     world.nodes.remove(other)
 
 
+def test_flower_is_not_asked_when_nothing_waits(world: World) -> None:
+    """The answer is Flower's, byte by byte; only an undelivered instruction that is still good waits."""
+    sender, other = world.add_node(), world.add_node()
+    request = PullMessagesRequest(node=Node(node_id=sender.node_id)).SerializeToString()
+    reached: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+        await world.guard._app(scope, receive, send)
+
+    guard = Guard(app, world.guard._records, MESSAGE_MB)
+
+    def asked(before: Any) -> httpx.Response:
+        shown = World(before, world.state, world.run, world.task)
+        return shown.post(fleet_api.PULL_MESSAGES, request, sender.headers())
+
+    ours, flowers = asked(guard), asked(world.guard._app)
+    assert not reached
+    assert (ours.status_code, ours.content) == (flowers.status_code, flowers.content) == (200, b"")
+    assert dict(ours.headers) == dict(flowers.headers)
+    world.instruct(other, kind="train.other")
+    expired = world.instruct(sender, kind="train.old").metadata.message_id
+    world.state.query("UPDATE message_ins SET ttl = 0 WHERE message_id = :id", {"id": expired})
+    assert accepted(asked(guard)) == b""
+    assert not reached
+    world.instruct(sender, kind="train.waits")
+    assert accepted(asked(guard)) != b""
+    assert reached == [fleet_api.PULL_MESSAGES]
+    world.nodes.remove(sender)
+    world.nodes.remove(other)
+
+
 # ---- the guard itself
 
 
