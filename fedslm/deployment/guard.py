@@ -15,7 +15,8 @@ Formal guarantees, for every path below ``/v1/fleet`` (``tests/deployment/test_g
   one message and eight other requests are read at a time.
 - A body that reaches Flower complies with the rules of :mod:`fedslm.deployment.guard_rules`, and is
   unchanged.
-- If a node asks for its next instruction and none waits, the guard answers so itself, as Flower would.
+- A node that asks for its next instruction gets one all of which has been uploaded; if there is none,
+  the guard answers so itself.
 - A refusal that leaves a body unread closes the connection.
 - If the guard itself fails, the request does not reach Flower.
 """
@@ -150,14 +151,16 @@ class Guard:
         return node
 
     async def _has_nothing_for(self, node: int, path: str) -> bool:
-        """True if a request asks for the next instruction, and none waits.
+        """True if a request asks for the next instruction, and none can be given.
 
         Nearly all requests of connected nodes are these, every second or so for each node. Flower's own
-        answer, through its layers and with a write to the database, takes several times the time.
+        answer, through its layers and with a write to the database, takes twice the time or more. And
+        it gives the instructions of a round to all nodes before the first object is uploaded: their
+        requests for objects that are not there yet would compete with the upload.
         """
         if path != fleet_api.PULL_MESSAGES:
             return False
-        return not await asyncio.to_thread(self._records.is_waiting, node)
+        return not await asyncio.to_thread(self._records.can_give, node)
 
     def _remembering(self, send: Send, body: bytes, node: int) -> Send:
         """Passes on Flower's answer to a pushed message, and records the session that it opens."""

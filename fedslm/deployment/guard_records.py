@@ -33,8 +33,8 @@ _GIVEN = """SELECT message_id FROM message_ins
     JOIN objects ON objects.object_id = message_ins.message_id WHERE dst_node_id = :node
     AND delivered_at != '' AND created_at + ttl > :now
     AND NOT EXISTS (SELECT 1 FROM message_res WHERE reply_to_message_id = message_ins.message_id)"""
-_WAITING = """SELECT 1 AS found FROM message_ins WHERE dst_node_id = :node
-    AND delivered_at = '' AND created_at + ttl > :now LIMIT 1"""
+_NEXT = """SELECT message_id FROM message_ins WHERE dst_node_id = :node
+    AND delivered_at = '' AND created_at + ttl > :now ORDER BY created_at, message_id LIMIT 1"""
 _GIVE_AGAIN = "UPDATE message_ins SET delivered_at = '' WHERE message_id = :message"
 
 
@@ -82,9 +82,10 @@ class Records:
         rows = self.state.query(_GIVEN, {"node": _signed(node), "now": time.time()})
         return [str(row["message_id"]) for row in rows]
 
-    def is_waiting(self, node: int) -> bool:
-        """Whether an undelivered instruction waits for the node, by Flower's own condition."""
-        return self._one(_WAITING, node=_signed(node), now=time.time()) is not None
+    def can_give(self, node: int) -> bool:
+        """Whether the node's next instruction, which Flower would give it now, has been uploaded."""
+        found = self._one(_NEXT, node=_signed(node), now=time.time())
+        return found is not None and not self.lacks_objects(str(found["message_id"]))
 
     def give_again(self, message: str) -> None:
         """Makes the SuperLink deliver an instruction's outline again at the next request for one."""
@@ -100,7 +101,7 @@ class Records:
             lambda: self.may_pull(0, 0, ""),
             lambda: self.lacks_objects(""),
             lambda: self.given(0),
-            lambda: self.is_waiting(0),
+            lambda: self.can_give(0),
             lambda: self.give_again(""),
         ):
             ask()

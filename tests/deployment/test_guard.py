@@ -751,7 +751,7 @@ def test_an_instruction_whose_outline_was_lost_is_given_again(world: World) -> N
 
 
 def test_flower_is_not_asked_when_nothing_waits(world: World) -> None:
-    """The answer is Flower's, byte by byte; only an undelivered instruction that is still good waits."""
+    """The answer is Flower's, byte by byte; an instruction waits if it is new, good and uploaded."""
     sender, other = world.add_node(), world.add_node()
     request = PullMessagesRequest(node=Node(node_id=sender.node_id)).SerializeToString()
     reached: list[str] = []
@@ -773,9 +773,11 @@ def test_flower_is_not_asked_when_nothing_waits(world: World) -> None:
     world.instruct(other, kind="train.other")
     expired = world.instruct(sender, kind="train.old").metadata.message_id
     world.state.query("UPDATE message_ins SET ttl = 0 WHERE message_id = :id", {"id": expired})
+    content = RecordDict({"request": ConfigRecord({"still": "uploaded"})})
+    world.instruct(sender, content, kind="train.waits", uploads=False)
     assert accepted(asked(guard)) == b""
     assert not reached
-    world.instruct(sender, kind="train.waits")
+    world.state.query("UPDATE objects SET is_available = 1", {})
     assert accepted(asked(guard)) != b""
     assert reached == [fleet_api.PULL_MESSAGES]
     world.nodes.remove(sender)
