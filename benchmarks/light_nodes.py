@@ -5,7 +5,7 @@ with a ledger key, Flower's Fleet API over TLS, the check of each instruction, a
 it lacks are records, a policy and training: its update is noise of the shapes that were asked for. Each
 reply is charged to its ledger first, and states what was charged.
 
-    python benchmarks/light_nodes.py CALLS.json NODE_DIRECTORY ...
+    python benchmarks/light_nodes.py CALLS.json POLL_SECONDS NODE_DIRECTORY ...
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from fedslm.records import AdapterState
 from fedslm.storage import write_text
 
 CALLS = ("receive", "send", "get_run", "get_fab", "pull_object", "push_object", "confirm")
-POLL_SECONDS = 1.0  # as a hospital's node by default
 _AGAIN_SECONDS, _WRITE_SECONDS, _MESSAGE_BYTES = 2.0, 0.25, 1 << 30
 _UPDATE_SCALE = 1e-4
 
@@ -57,9 +56,11 @@ class LightNode:
     Args:
         directory: Its directory: keys, admission and ledger.
         calls: Counts the calls to the server by name.
+        poll_seconds: How often it asks for work when there is none.
     """
 
-    def __init__(self, directory: Path, calls: Counter[str]) -> None:
+    def __init__(self, directory: Path, calls: Counter[str], poll_seconds: float) -> None:
+        self._poll_seconds = poll_seconds
         self._admission, self._key = read_admission(directory / ADMISSION), node_key(directory)
         self._instructions = Instructions(directory, self._admission)
         ledger_key = signing_key(directory)
@@ -78,7 +79,7 @@ class LightNode:
                     self.is_connected = True
                     counted = tuple(map(self._counted, CALLS, functions))
                     Link(number, counted, approved, _MESSAGE_BYTES).serve(
-                        self.answer, _waited, POLL_SECONDS
+                        self.answer, _waited, self._poll_seconds
                     )
             except httpx.TransportError as error:
                 logging.warning("node %d: %s", self._admission.node_id, error)
@@ -153,10 +154,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("calls", type=Path, help="file for the number of calls so far")
+    parser.add_argument("poll", type=float, help="how often a node asks for work, in seconds")
     parser.add_argument("directories", type=Path, nargs="+", help="directories of admitted nodes")
     arguments = parser.parse_args()
     counters = [Counter[str]() for _ in arguments.directories]
-    nodes = [LightNode(*each) for each in zip(arguments.directories, counters, strict=True)]
+    nodes = [
+        LightNode(directory, counter, arguments.poll)
+        for directory, counter in zip(arguments.directories, counters, strict=True)
+    ]
     for node in nodes:
         threading.Thread(target=node.serve, daemon=True).start()
     while True:

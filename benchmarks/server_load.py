@@ -103,6 +103,7 @@ class Watched:
         found = {
             "database": size_of([self.server / _DATABASE]),
             "its write-ahead log": size_of([log]),
+            "state directory": size_of((self.server / "state").rglob("*")),
             "logs": size_of((self.server / "logs").glob("*")),
             _SPENDS: size_of([self.server / _SPENDS]),
             "run directory": size_of(self.run.rglob("*")),
