@@ -235,7 +235,8 @@ def report(samples: list[Sample], idle: list[Sample], *, nodes: int, busy: float
     rows = [[name, *(f"{found[each][name]:.4g}" for each in windows)] for name in found["early"]]
     scenario.print_table([*header, "late/early"], [[*row, _ratio(found, row[0])] for row in rows])
     spends = samples[-1].files["spends.json"] / nodes
-    grown = samples[-1].files["statements.jsonl"] / (nodes * rounds)
+    statements = [sample.files["statements.jsonl"] for sample in (samples[0], samples[-1])]
+    grown = (statements[1] - statements[0]) / (nodes * (rounds - 1))
     if rounds < _ROUNDS:
         print(f"{rounds} rounds: what grows slowly shows only in more, up to {_ROUNDS}")
     print(f"spends.json: {spends:.0f} bytes a node; statements.jsonl: {grown:.0f} a node and round")
