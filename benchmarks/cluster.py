@@ -51,55 +51,34 @@ def main() -> None:
         scenario.write_model(directory / "model", size)
         job = sides.Job(size.name, directory / "model", False, 8, 10, 4, 64)
         here = measure(job, directory, "local", arguments.rounds)
-        with cluster() as (address, nodes):
-            there = measure(job, directory, "ray", arguments.rounds, address=address, nodes=nodes)
+        with cluster() as address:
+            there = measure(job, directory, "ray", arguments.rounds, address)
     report(here, there, busy)
 
 
-class Gauge(sides.Stopwatch):
-    """Processor time at the end of each round, of this process and of the cluster's."""
-
-    def __init__(self, nodes: Sequence[int]) -> None:
-        super().__init__()
-        self._nodes, self.cpu = nodes, list[float]()
-
-    def on_round(self, record: Any) -> None:
-        """Notes the time of all processes."""
-        super().on_round(record)
-        self.cpu.append(sum(scenario.cpu_seconds(each) for each in ("self", *self._nodes)))
-
-
 def measure(
-    job: sides.Job,
-    directory: Path,
-    name: str,
-    rounds: int,
-    *,
-    address: str = "",
-    nodes: Sequence[int] = (),
+    job: sides.Job, directory: Path, name: str, rounds: int, address: str = ""
 ) -> dict[str, Any]:
-    """Runs the job on one engine."""
+    """Runs the job on one engine; the cluster's processes are below this one, so they count."""
     import fedslm
 
     path = sides.write_config(job, directory, name, rounds=rounds, steps=job.steps)
     engine = {"engine.name": "ray", "engine.address": address} if address else {"engine.workers": 2}
-    gauge = Gauge(nodes)
+    watch = sides.Stopwatch()
     began = time.monotonic()
-    run = fedslm.simulate(path, overrides=engine, observers=[gauge])
-    each = [end - start for start, end in itertools.pairwise(gauge.cpu)]
+    run = fedslm.simulate(path, overrides=engine, observers=[watch])
+    pairs = list(itertools.pairwise(watch.rounds[1:]))
     return {
         "sha256": run.report["adapter_sha256"],
-        "cpu_seconds": statistics.median(each),
-        "wall_seconds": statistics.median(
-            end[0] - start[0] for start, end in itertools.pairwise(gauge.rounds)
-        ),
+        "cpu_seconds": statistics.median(end[1] - start[1] for start, end in pairs),
+        "wall_seconds": statistics.median(end[0] - start[0] for start, end in pairs),
         "seconds": time.monotonic() - began,
     }
 
 
 @contextmanager
-def cluster() -> Iterator[tuple[str, list[int]]]:
-    """A cluster of two nodes; its address and the processes below which everything of it runs."""
+def cluster() -> Iterator[str]:
+    """A cluster of two nodes; its address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -111,7 +90,7 @@ def cluster() -> Iterator[tuple[str, list[int]]]:
             folders.append(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # paths of sockets must be short
             nodes.append(node([*kind, "--temp-dir", folders[-1]]))
             wait_for(address, len(nodes))
-        yield address, [each.pid for each in nodes]
+        yield address
     finally:
         for each in nodes:
             with suppress(ProcessLookupError):

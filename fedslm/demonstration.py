@@ -58,7 +58,7 @@ def config_of(arm: str, directory: Path) -> Config:
             "training": {"local_steps": 8, "batch_size": _batch_size(privacy), "learning_rate": 5e-3},
             "privacy": privacy,
             "aggregation": {"method": "ffa"},
-            "federation": {"num_clients": 5, "rounds": 8, "evaluate_every": 2},
+            "federation": {"num_clients": 5, "rounds": 6, "evaluate_every": 3},
         }
     )
 
