@@ -247,7 +247,7 @@ def report(samples: list[Sample], idle: list[Sample], *, nodes: int, busy: float
         "nodes": nodes,
         "rounds": rounds,
         "busy_cores": round(busy, 2),
-        "ratios": {name: float(_ratio(found, name)) for name in wanted},
+        "ratios": {name: float(_ratio(found, name)) for name in wanted if found["early"][name]},
         "idle": {name: round(value, 4) for name, value in resting.items()},
         **{name: {key: round(value, 4) for key, value in each.items()} for name, each in found.items()},
         "spends_bytes_per_node": round(spends),
