@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +77,11 @@ class AdapterState:
             for key, tensor in sorted(self.tensors.items())
         }
         object.__setattr__(self, "tensors", contiguous)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.flat is not None:  # once, not once more in views
+            return AdapterState.of_flat, (self.flat, self.shapes)
+        return AdapterState, (self.tensors,)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

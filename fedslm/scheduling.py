@@ -46,7 +46,7 @@ class Job:
     attempts: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Worker(Generic[H]):
     """How a worker is reached, and its current job."""
 
@@ -216,6 +216,9 @@ class Workers(ABC, Generic[H]):
         """Gives a job to an idle worker, which is replaced first if it died meanwhile."""
         if not self._is_alive(worker.handle):
             self._bury(worker)
+            if worker not in self._workers or not self._has_begun(worker.handle):
+                self._put_back(job)
+                return
         worker.job = job
         try:
             self._send(worker.handle, job)
@@ -245,7 +248,7 @@ class Workers(ABC, Generic[H]):
         job = worker.job
         if job is not None and replaced and job.attempts + 1 < self._attempts:
             worker.job = None
-            self._queue.appendleft(replace(job, attempts=job.attempts + 1))
+            self._put_back(replace(job, attempts=job.attempts + 1))
         self._finish(worker, Failure(died, ""))
         if not replaced:
             return
@@ -256,6 +259,11 @@ class Workers(ABC, Generic[H]):
         self._workers.remove(worker)
         if not self._workers:
             raise FederationError(f"no worker is left: {died}")
+
+    def _put_back(self, job: Job) -> None:
+        """Queues a job in order of its number, on which the window relies."""
+        later = (at for at, other in enumerate(self._queue) if other.number > job.number)
+        self._queue.insert(next(later, len(self._queue)), job)
 
     def _finish(self, worker: Worker[H], result: Any) -> None:
         """Stores a result until it is fetched."""

@@ -220,7 +220,8 @@ class Run:
             try:
                 return self._on(starting.result)
             finally:
-                starting.result().close(drain_seconds=_DRAIN_SECONDS)
+                if starting.exception() is None:  # else that error, or an earlier one, is on its way
+                    starting.result().close(drain_seconds=_DRAIN_SECONDS)
 
     def _on(self, ready: Callable[[], Pool]) -> dict[str, Any]:
         """Runs clients in workers, which may be ready only after the data."""
@@ -228,7 +229,11 @@ class Run:
         def rounds(plan: RunPlan, labels: tuple[str, ...]) -> Outcome:
             pool = ready()
             grid = LocalGrid(self.config.federation.num_clients, pool)
-            return self.rounds_on(grid, pool, plan, labels)
+            try:
+                return self.rounds_on(grid, pool, plan, labels)
+            finally:
+                if self.pool is not None:  # the next run's jobs must not wait behind this one's
+                    grid.forget_all()
 
         return self.serve(rounds)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -148,3 +150,16 @@ def test_an_event_that_means_nothing_cannot_be_made(values: tuple[Any, Any, Any]
     """No accountant sees an event out of its range or of other types: it cannot be made."""
     with pytest.raises(PrivacyError, match="sample_rate"):
         Event(*values)
+
+
+def test_a_state_in_one_buffer_is_pickled_once() -> None:
+    """And is one buffer again; states that are not stay so."""
+    values = np.arange(1000, dtype=np.float32)
+    state = AdapterState.of_flat(values, {"b": (20, 30), "a": (400,)})
+    content = pickle.dumps(state)
+    assert len(content) < 1.2 * values.nbytes
+    again = copy.deepcopy(state)
+    assert again.sha256() == state.sha256()
+    assert np.shares_memory(again.flat, again["b"])
+    pieces = copy.deepcopy(AdapterState({"a": values[:3].copy()}))
+    assert (pieces.flat, pieces["a"].tolist()) == (None, [0.0, 1.0, 2.0])

@@ -75,17 +75,26 @@ def _on_ray(config: Config, place: Placement) -> tuple[Placement, list[dict[str,
     """The workers in a cluster, which is asked what it has; this machine's if Ray will be started."""
     from dataclasses import replace
 
-    from fedslm.engines.ray_cluster import survey
+    from fedslm.engines.ray_cluster import capacity, own_workers, survey, workers_on
 
     engine, most = config.engine, config.federation.cohort_size
-    if engine.address is None:
-        return place, []
-    nodes = survey(engine)
-    room = sum(node["workers"] for node in nodes)
-    workers = engine.workers if engine.workers > 0 else min(room, most)
-    why = f"room for {plural(room, 'worker')} on {plural(len(nodes), 'node')}"
+    nodes = [] if engine.address is None else survey(engine)
+    found = [
+        {
+            "address": node["NodeManagerAddress"],
+            "cpus": node["Resources"].get("CPU", 0.0),
+            "gpus": node["Resources"].get("GPU", 0.0),
+            "workers": capacity([node], engine),
+        }
+        for node in nodes
+    ]
+    workers, why = own_workers(engine, most), "Ray is started on this machine"
+    if engine.address is not None:
+        workers = workers_on(nodes, engine, most)
+        room = capacity(nodes, engine)
+        why = f"room for {plural(room, 'worker')} on {plural(len(nodes), 'node')}"
     device = f"{engine.gpus_per_client:g} GPU" if engine.gpus_per_client else "cpu"
-    return replace(place, workers=workers, devices=(device,) * workers, why=why), nodes
+    return replace(place, workers=workers, devices=(device,) * workers, why=why), found
 
 
 def _work(config: Config, speed: dict[str, Any] | None, processes: int) -> dict[str, Any]:

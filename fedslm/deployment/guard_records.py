@@ -33,8 +33,9 @@ _GIVEN = """SELECT message_id FROM message_ins
     JOIN objects ON objects.object_id = message_ins.message_id WHERE dst_node_id = :node
     AND delivered_at != '' AND created_at + ttl > :now
     AND NOT EXISTS (SELECT 1 FROM message_res WHERE reply_to_message_id = message_ins.message_id)"""
-_NEXT = """SELECT message_id FROM message_ins WHERE dst_node_id = :node
+_NEXT = """SELECT message_id, created_at FROM message_ins WHERE dst_node_id = :node
     AND delivered_at = '' AND created_at + ttl > :now ORDER BY created_at, message_id LIMIT 1"""
+_UPLOAD_SECONDS = 180.0  # after which Flower gives an upload up
 _GIVE_AGAIN = "UPDATE message_ins SET delivered_at = '' WHERE message_id = :message"
 
 
@@ -83,9 +84,17 @@ class Records:
         return [str(row["message_id"]) for row in rows]
 
     def can_give(self, node: int) -> bool:
-        """Whether the node's next instruction, which Flower would give it now, has been uploaded."""
-        found = self._one(_NEXT, node=_signed(node), now=time.time())
-        return found is not None and not self.lacks_objects(str(found["message_id"]))
+        """Whether the node's next instruction, which Flower would give it now, has been uploaded.
+
+        An instruction that is not whole after three minutes is given, too: its sender has gone, which
+        Flower finds out when a node asks for an object, and later instructions wait behind it.
+        """
+        now = time.time()
+        found = self._one(_NEXT, node=_signed(node), now=now)
+        if found is None:
+            return False
+        is_late = now - float(found["created_at"]) > _UPLOAD_SECONDS
+        return is_late or not self.lacks_objects(str(found["message_id"]))
 
     def give_again(self, message: str) -> None:
         """Makes the SuperLink deliver an instruction's outline again at the next request for one."""

@@ -143,6 +143,10 @@ class LocalGrid(Grid):
         known = [identifier for identifier in message_ids if identifier in self._jobs]
         self._pool.abandon([self._jobs.pop(identifier)[0] for identifier in known])
 
+    def forget_all(self) -> None:
+        """Cancels every message that has no reply yet."""
+        self.forget(list(self._jobs))
+
 
 def handle(message: Message, context: Context) -> Message:
     """Routes a message to the client function, as a Flower ClientApp does."""

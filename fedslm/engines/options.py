@@ -51,8 +51,8 @@ def _devices(config: Config) -> Iterator[Problem]:
         yield Problem(key, message)
     elif config.model.device not in ("auto", *kinds):
         yield Problem(key, f'contradicts model.device="{config.model.device}"; leave that at "auto"')
-    if engine.workers == 0 and len(set(engine.devices)) > 1:
-        message = "names several devices, and engine.workers=0 runs everything in this process, on one"
+    if engine.workers == 0:
+        message = "is for worker processes, and engine.workers=0 starts none; set model.device instead"
         yield Problem(key, message)
 
 

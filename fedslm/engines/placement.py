@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedslm.config import Config, EngineConfig, ModelConfig
 from fedslm.errors import ConfigError, Problem, plural
-from fedslm.models.base import local, num_gpus
+from fedslm.models.base import has_mps, local, num_gpus
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
@@ -85,12 +85,17 @@ def devices_of(engine: EngineConfig, model: ModelConfig) -> tuple[str, ...]:
         return _asked(engine.devices, model)
     if model.device in ("auto", "cuda") and (count := num_gpus()):
         return tuple(f"cuda:{number}" for number in range(count))
-    return ("cpu" if model.device == "auto" else model.device,)
+    if model.device == "auto":
+        return ("mps" if has_mps() else "cpu",)
+    return (model.device,)
 
 
 def _asked(devices: Sequence[str], model: ModelConfig) -> tuple[str, ...]:
     """The devices that the config names, if they are here."""
     if devices[0] == "cpu":
+        if model.device == "auto" and has_mps():  # which cannot be hidden from a process
+            message = 'is ["cpu"], and model.device="auto" is mps here; set model.device="cpu"'
+            raise ConfigError([Problem("engine.devices", message)])
         return tuple(devices)
     count = num_gpus()
     missing = [device for device in devices if int(device.split(":")[1]) >= count]
@@ -110,11 +115,13 @@ def _asked(devices: Sequence[str], model: ModelConfig) -> tuple[str, ...]:
 def visible(device: str) -> dict[str, str]:
     """Environment of a worker that may see one device only; there it is the first one.
 
-    >>> visible("cuda:3"), visible("cpu")
-    ({'CUDA_VISIBLE_DEVICES': '3'}, {})
+    >>> visible("cpu"), visible("mps")
+    ({'CUDA_VISIBLE_DEVICES': '-1'}, {})
     """
     kind, _, number = device.partition(":")
-    if kind != "cuda":
+    if kind == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": "-1"}
+    if not number:  # there is none: the worker itself says so
         return {}
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return {"CUDA_VISIBLE_DEVICES": allowed[int(number)].strip() if allowed != [""] else number}
@@ -147,8 +154,11 @@ def free_bytes() -> int | None:
         pass
     try:
         limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
-        found.append(limit - int((_CGROUP / "memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no cgroup v2, or limit "max"
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        kept = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        found.append(limit - used + kept)  # the kernel gives pages of files up
+    except (OSError, ValueError, IndexError):  # no cgroup v2, or limit "max"
         pass
     return max(0, min(found)) if found else None
 

@@ -23,8 +23,9 @@ from fedslm.engines.ray_cluster import (
     clear_errors,
     connect,
     library,
+    workers_on,
 )
-from fedslm.errors import FederationError, plural
+from fedslm.errors import FederationError
 from fedslm.scheduling import Job, Worker, Workers
 from fedslm.worker_process import Failure, begin, run
 
@@ -41,12 +42,14 @@ class _Actor:
         result: What is waited for: the end of its start, or of its job.
         has_begun: Whether its process runs, or failed to.
         is_lost: Whether it failed to.
+        node: The node on which it runs.
     """
 
     actor: Any
     result: Any
     has_begun: bool = False
     is_lost: bool = False
+    node: str = ""
 
 
 class RayPool(Workers[_Actor]):
@@ -75,30 +78,12 @@ class RayPool(Workers[_Actor]):
             self._make = remote.options(**self._options, max_restarts=0).remote
             if engine.address is not None:
                 check_nodes(ray, needs)
-            super().__init__(self._room(), attempts=_ATTEMPTS)
+            nodes = alive(ray)
+            super().__init__(workers_on(nodes, engine, needs.most), attempts=_ATTEMPTS)
             self._wait_for_the_first()
         except BaseException:
             ray.shutdown()
             raise
-
-    def _room(self) -> int:
-        """How many workers to start.
-
-        Raises:
-            FederationError: The cluster has no room for one.
-        """
-        asked, most = self._engine.workers, self._needs.most
-        room = capacity(alive(self._ray), self._engine)
-        if room < max(1, asked):
-            has = self._ray.cluster_resources()
-            raise FederationError(
-                f"engine.workers={asked if asked > 0 else 1} with engine.cpus_per_client="
-                f"{self._engine.cpus_per_client:g} and engine.gpus_per_client="
-                f"{self._engine.gpus_per_client:g} do not fit: the cluster has "
-                f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs on "
-                f"{plural(len(alive(self._ray)), 'node')}, room for {plural(room, 'worker')}"
-            )
-        return asked if asked > 0 else min(room, most)
 
     def _wait_for_the_first(self) -> None:
         """Waits until one worker has begun.
@@ -128,13 +113,13 @@ class RayPool(Workers[_Actor]):
         if not handle.has_begun and self._ray.wait([handle.result], timeout=0)[0]:
             handle.has_begun = True
             try:
-                self._ray.get(handle.result)
+                handle.node = self._ray.get(handle.result)
             except self._ray.exceptions.RayError:
                 handle.is_lost = True
         return handle.has_begun
 
     def _is_alive(self, handle: _Actor) -> bool:
-        """Whether it began; if it died since, its next job shows that, and is tried again."""
+        """Whether it began, and answered when another one on its node was lost."""
         return not handle.is_lost
 
     def _send(self, handle: _Actor, job: Job) -> None:
@@ -160,8 +145,12 @@ class RayPool(Workers[_Actor]):
             return Failure(None, str(error))
 
     def _end(self, handle: _Actor, *, kill: bool = False) -> str:
-        """Kills what is left of an actor."""
+        """Kills what is left of an actor; idle ones on its node must answer before they get a job."""
         self._ray.kill(handle.actor)
+        for worker in self._workers:
+            other = worker.handle
+            if not kill and worker.job is None and other.has_begun and other.node == handle.node:
+                other.has_begun, other.result = False, other.actor.begun.remote()
         return "a worker was stopped" if kill else "a worker died, or its node was lost"
 
     def _stop(self, handles: Sequence[_Actor]) -> None:
@@ -177,9 +166,11 @@ class _Work:
     def __init__(self, threads: int, log: Path) -> None:
         begin(threads, log, logging.WARNING)
 
-    def begun(self) -> bool:
-        """Ends when the process has begun."""
-        return True
+    def begun(self) -> str:
+        """The node on which the process runs."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """Runs one function."""

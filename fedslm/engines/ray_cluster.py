@@ -7,6 +7,7 @@ see the run's directory, and the base, under the same paths, as on a shared file
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import sys
@@ -20,7 +21,8 @@ from uuid import uuid4
 
 import fedslm
 from fedslm.config import EngineConfig
-from fedslm.errors import FederationError
+from fedslm.engines.placement import cores
+from fedslm.errors import FederationError, plural
 from fedslm.fingerprint import code_fingerprint
 
 _CONNECT_SECONDS, _CHECK_SECONDS = 5.0, 120.0
@@ -67,8 +69,31 @@ def capacity(nodes: Sequence[Mapping[str, Any]], engine: EngineConfig) -> int:
     )
 
 
-def survey(engine: EngineConfig) -> list[dict[str, Any]]:
-    """What each node of a cluster has, and how many workers fit on it; starts nothing there.
+def workers_on(nodes: Sequence[Mapping[str, Any]], engine: EngineConfig, most: int) -> int:
+    """How many workers a run gets on some nodes.
+
+    Args:
+        nodes: As for :func:`capacity`.
+        engine: How many are asked for, and what each takes.
+        most: The most workers that can be busy at once.
+
+    Raises:
+        FederationError: There is no room for as many as are asked for, or for one.
+    """
+    asked, room = engine.workers, capacity(nodes, engine)
+    if room < max(1, asked):
+        cpus, gpus = (sum(node["Resources"].get(key, 0.0) for node in nodes) for key in ("CPU", "GPU"))
+        raise FederationError(
+            f"engine.workers={asked if asked > 0 else 1} with engine.cpus_per_client="
+            f"{engine.cpus_per_client:g} and engine.gpus_per_client={engine.gpus_per_client:g} do not "
+            f"fit: the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {plural(len(nodes), 'node')}, "
+            f"room for {plural(room, 'worker')}"
+        )
+    return asked if asked > 0 else min(room, most)
+
+
+def survey(engine: EngineConfig) -> list[Mapping[str, Any]]:
+    """Ray's descriptions of a cluster's nodes; starts nothing there.
 
     Args:
         engine: The address, and what a worker takes.
@@ -80,15 +105,7 @@ def survey(engine: EngineConfig) -> list[dict[str, Any]]:
     with clear_errors():
         connect(ray, engine, 1)
     try:
-        return [
-            {
-                "address": node["NodeManagerAddress"],
-                "cpus": node["Resources"].get("CPU", 0.0),
-                "gpus": node["Resources"].get("GPU", 0.0),
-                "workers": capacity([node], engine),
-            }
-            for node in alive(ray)
-        ]
+        return alive(ray)
     finally:
         ray.shutdown()
 
@@ -120,6 +137,11 @@ def clear_errors() -> Iterator[None]:
         raise FederationError(f"Ray: {''.join(first)[:300] or type(error).__name__}") from error
 
 
+def own_workers(engine: EngineConfig, most: int) -> int:
+    """How many workers a run gets in a Ray that is started on this machine for it."""
+    return engine.workers if engine.workers > 0 else min(cores(), most)
+
+
 def connect(ray: Any, engine: EngineConfig, most: int) -> None:
     """Joins a cluster, or starts one on this machine.
 
@@ -129,8 +151,8 @@ def connect(ray: Any, engine: EngineConfig, most: int) -> None:
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     options |= {"namespace": f"fedslm-{uuid4().hex}", "logging_level": logging.ERROR}
     if engine.address is None:
-        workers = engine.workers if engine.workers > 0 else min(os.cpu_count() or 1, most)
-        ray.init(num_cpus=max(1, round(workers * engine.cpus_per_client)), **options)
+        cpus = math.ceil(own_workers(engine, most) * engine.cpus_per_client - 1e-9)
+        ray.init(address="local", num_cpus=cpus, **options)  # whatever cluster this machine belongs to
         return
     if engine.address != "auto":
         _knock(engine.address)

@@ -152,6 +152,15 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def has_mps() -> bool:
+    """Whether this machine has Apple's GPU."""
+    if sys.platform != "darwin":
+        return False
+    import torch
+
+    return torch.backends.mps.is_available()
+
+
 def device_of(model: ModelConfig) -> torch.device:
     """Returns the device that clients compute on.
 

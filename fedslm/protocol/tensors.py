@@ -54,7 +54,10 @@ def _views(content: bytes) -> AdapterState:
         if first != end:
             raise FederationError(f"tensor {bounds.cut(key, 60)!r} overlaps another, or leaves a gap")
         end, shapes[key] = after, tuple(entry["shape"])
-        tensors[key] = flat[first // 4 : after // 4].reshape(shapes[key])
+        try:
+            tensors[key] = flat[first // 4 : after // 4].reshape(shapes[key])
+        except ValueError as error:  # no values in 2^117 places
+            raise FederationError(f"tensor {bounds.cut(key, 60)!r} cannot be read") from error
     if list(tensors) == sorted(tensors):
         return AdapterState.of_flat(flat, shapes)
     return AdapterState(tensors)

@@ -8,6 +8,7 @@ import math
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -777,6 +778,14 @@ def test_flower_is_not_asked_when_nothing_waits(world: World) -> None:
     world.instruct(sender, content, kind="train.waits", uploads=False)
     assert accepted(asked(guard)) == b""
     assert not reached
+    late = {"then": time.time() - 181.0}
+    world.state.query("UPDATE message_ins SET created_at = :then", late)
+    assert accepted(asked(guard)) != b""  # its sender has gone: others must not wait behind it
+    assert reached == [fleet_api.PULL_MESSAGES]
+    reached.clear()
+    world.state.query("UPDATE message_ins SET ttl = 0", {})
+    world.instruct(sender, content, kind="train.waits_too", uploads=False)
+    assert accepted(asked(guard)) == b""
     world.state.query("UPDATE objects SET is_available = 1", {})
     assert accepted(asked(guard)) != b""
     assert reached == [fleet_api.PULL_MESSAGES]

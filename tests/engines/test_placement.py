@@ -73,6 +73,7 @@ def test_each_gpu_gets_one_worker_and_so_one_base(machine: Any) -> None:
     assert three.devices == ("cuda:0", "cuda:1", "cuda:0")
     assert placed(make_config(devices=["cuda:1"])) == Placement(1, 1, ("cuda:1",), "1 device")
     assert placed(make_config(workers=0)) == Placement(0, 1, ("cuda:0",), "engine.workers=0")
+    assert placed(make_config(devices=["cpu"])).devices == ("cpu",) * 8
 
 
 def test_more_gpus_than_there_are_is_an_error(machine: Any) -> None:
@@ -89,7 +90,7 @@ def test_more_gpus_than_there_are_is_an_error(machine: Any) -> None:
         ({"devices": ["cuda"]}, "'cuda' is not a device"),
         ({"devices": ["cpu", "cuda:0"]}, "mixes CPU and GPU"),
         ({"devices": ["cuda:0"], "device": "cpu"}, 'contradicts model.device="cpu"'),
-        ({"devices": ["cuda:0", "cuda:1"], "workers": 0}, "names several devices"),
+        ({"devices": ["cuda:1"], "workers": 0}, "engine.workers=0 starts none"),
         ({"devices": ["cpu"], "name": "ray"}, 'only for engine.name="local"'),
     ],
 )
@@ -106,7 +107,8 @@ def test_a_worker_sees_its_own_device_only(monkeypatch: pytest.MonkeyPatch) -> N
     assert visible("cuda:1") == {"CUDA_VISIBLE_DEVICES": "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
     assert visible("cuda:1") == {"CUDA_VISIBLE_DEVICES": "6"}
-    assert visible("cpu") == {}
+    assert visible("cpu") == {"CUDA_VISIBLE_DEVICES": "-1"}
+    assert visible("cuda") == visible("mps") == {}
 
 
 def seen() -> tuple[int, str]:
@@ -142,7 +144,8 @@ def test_a_container_s_quota_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / "cpu.max").write_text(text)
         assert placement.cores() == found
     (tmp_path / "memory.max").write_text("5000000")
-    (tmp_path / "memory.current").write_text("2000000")
+    (tmp_path / "memory.current").write_text("4000000")
+    (tmp_path / "memory.stat").write_text("active_file 700000\ninactive_file 2000000\nfile 2700000\n")
     assert placement.free_bytes() == 3_000_000
     (tmp_path / "memory.max").write_text("max")
     assert placement.free_bytes() is None or placement.free_bytes() > 3_000_000

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from support.sites import free_port
 import fedslm
 from fedslm import Observer
 from fedslm.config import Config, EngineConfig, from_mapping
-from fedslm.engines.ray_cluster import capacity
+from fedslm.engines.ray_cluster import capacity, connect, workers_on
 from fedslm.errors import ConfigError, FederationError
 from fedslm.validation import check
 
@@ -51,6 +53,15 @@ class Killer(Observer):
             self.killed = self._made.kill(self._node)
 
 
+def is_in_a_cluster() -> bool:
+    """Whether Ray runs on this machine."""
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"gcs_server" in process.read_bytes():
+                return True
+    return False
+
+
 def problems(config: Config) -> str:
     """What is wrong with a config."""
     with pytest.raises(ConfigError) as refused:
@@ -62,7 +73,7 @@ def problems(config: Config) -> str:
 def test_two_nodes_give_the_adapter_of_this_process_even_if_one_is_lost(tmp_path: Path) -> None:
     """Bit for bit without privacy; a client that trained on the lost node trains again elsewhere."""
     here = fedslm.simulate(make_config(tmp_path / "here", workers=2)).report
-    with cluster(2) as made:
+    with cluster(2, cpus=2) as made:  # so a node is lost with two workers, of which one may be idle
         ray = {"name": "ray", "address": made.address}
         there = fedslm.simulate(make_config(tmp_path / "there", **ray)).report
         assert there["adapter_sha256"] == here["adapter_sha256"]
@@ -127,6 +138,8 @@ def test_a_node_that_does_not_see_the_run_is_named(tmp_path: Path) -> None:
 )
 def test_an_address_where_no_cluster_is(tmp_path: Path, address: str, said: str) -> None:
     """It is refused at once, before anything is computed, and the remedy is in the message."""
+    if address == "auto" and is_in_a_cluster():
+        pytest.skip("this machine belongs to a Ray cluster, which would be found")
     address = address.replace("PORT", str(free_port()))
     with pytest.raises(FederationError, match=said):
         fedslm.simulate(make_config(tmp_path / "run", name="ray", address=address))
@@ -140,6 +153,22 @@ def test_a_cluster_has_room_for_whole_workers_on_each_node() -> None:
     assert capacity([large, small], EngineConfig(cpus_per_client=2, gpus_per_client=1)) == 2
     assert capacity([large], EngineConfig(cpus_per_client=0.1, gpus_per_client=0.1)) == 20
     assert capacity([], EngineConfig()) == 0
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "started"), [(5, 0.5, 3), (3, 0.4, 2), (1, 1.4, 2), (2, 1, 2)]
+)
+def test_a_ray_of_the_run_s_own_has_room_for_its_workers(
+    workers: int, cpus: float, started: int
+) -> None:
+    """Whatever they reserve, and whatever cluster this machine belongs to."""
+    asked: dict[str, Any] = {}
+    ray = SimpleNamespace(init=lambda **options: asked.update(options))
+    engine = EngineConfig(name="ray", workers=workers, cpus_per_client=cpus)
+    connect(ray, engine, 100)
+    assert (asked["address"], asked["num_cpus"]) == ("local", started)
+    node = {"Resources": {"CPU": float(asked["num_cpus"])}}
+    assert workers_on([node], engine, 100) == workers
 
 
 def test_contradictions_are_refused(tmp_path: Path) -> None:

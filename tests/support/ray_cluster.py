@@ -21,17 +21,19 @@ _STORE_BYTES = 100_000_000
 
 
 class Cluster:
-    """Nodes of one CPU each; the first is the head.
+    """Nodes on this machine; the first is the head.
 
     Args:
         num_nodes: Number of nodes.
+        cpus: CPUs of each.
         mount: A shell command that changes what the last node sees, in a mount namespace of its own.
 
     Attributes:
         address: HOST:PORT of the head.
     """
 
-    def __init__(self, num_nodes: int, *, mount: str = "") -> None:
+    def __init__(self, num_nodes: int, *, cpus: int = 1, mount: str = "") -> None:
+        self._cpus = cpus
         self.address = f"127.0.0.1:{free_port()}"
         # Ray's sockets lie below it, and their paths must be short.
         self._folders = [Path(tempfile.mkdtemp(prefix="r", dir="/tmp")) for _ in range(num_nodes)]
@@ -51,7 +53,7 @@ class Cluster:
         where = head if is_head else ["--address", self.address]
         options = [
             "--num-cpus",
-            "1",
+            str(self._cpus),
             "--object-store-memory",
             str(_STORE_BYTES),
             "--temp-dir",
@@ -111,9 +113,9 @@ def may_mount() -> bool:
 
 
 @contextlib.contextmanager
-def cluster(num_nodes: int, *, mount: str = "") -> Iterator[Cluster]:
+def cluster(num_nodes: int, *, cpus: int = 1, mount: str = "") -> Iterator[Cluster]:
     """A cluster that ends with the block."""
-    made = Cluster(num_nodes, mount=mount)
+    made = Cluster(num_nodes, cpus=cpus, mount=mount)
     try:
         yield made
     finally:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -168,12 +168,12 @@ def test_a_coupling_of_the_last_bits_is_found(
 def test_a_slot_that_differs_in_some_passes_is_found(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU, the middle one of three slots has other bits for one record in three."""
-    real = ClosedForm.__call__
+    """On a GPU, the middle one of three slots has other bits in one pass of three."""
+    real, passes = ClosedForm.__call__, itertools.count()
 
     def call(self: ClosedForm, losses: torch.Tensor, rows: int) -> torch.Tensor:
         found, records = real(self, losses, rows), rows // family[1].rows_per_example
-        if records == 3 and crc32(found[rows // 2].numpy().tobytes()) % 3 == 0:
+        if records == 3 and next(passes) % 3 == 0:
             found[rows // 2] *= 1 + 1e-6
         return found
 
