@@ -72,15 +72,22 @@ def test_people_see_workers_memory_disk_and_time(tmp_path: Path) -> None:
     assert "Nothing was started." in text
 
 
-def test_figures_follow_from_the_config(tmp_path: Path) -> None:
-    """Records by rounds, clients, steps and batch; the time by the pass that was timed."""
+def test_figures_follow_from_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records by rounds, clients, steps and batch; the time by the pass that was timed, and by cores."""
+    monkeypatch.setattr(placement, "cores", lambda: 2)
     plain, private = values(tmp_path), values(tmp_path, private=True)
     assert plain["records"] == private["records"] == RECORDS
     assert plain["memory_bytes"] == 2 * plain["worker_bytes"]
     assert plain["seconds"] == pytest.approx(plain["seconds_per_record"] * RECORDS / 2)
     assert private["disk_bytes"] > plain["disk_bytes"] > 0
+    monkeypatch.setattr(placement, "cores", lambda: 8)
     four = values(tmp_path, "--set", "engine.workers=4")
     assert four["seconds"] == pytest.approx(four["seconds_per_record"] * RECORDS / 3)
+    assert "engine.workers=4, and a round asks 3 clients" in four["warnings"]
+    monkeypatch.setattr(placement, "cores", lambda: 1)
+    one = values(tmp_path)
+    assert one["seconds"] == pytest.approx(one["seconds_per_record"] * RECORDS)
+    assert "the workers have 2 threads for 1 core" in one["warnings"]
 
 
 def test_data_on_this_machine_count_on_disk(tmp_path: Path) -> None:
@@ -109,3 +116,13 @@ def test_a_plan_is_of_a_new_run(tmp_path: Path) -> None:
     for arguments in (["simulate", "--plan", "--resume", str(tmp_path)], ["simulate", "--plan"]):
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 2
+
+
+def test_a_directory_that_is_taken_is_a_warning(tmp_path: Path) -> None:
+    """The run itself would refuse it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
+    text = CONFIG.format(directory=tmp_path / "run", unit="none", private="")
+    (tmp_path / "config.toml").write_text(text)
+    done = CliRunner().invoke(app, ["simulate", str(tmp_path / "config.toml"), "--plan", "--json"])
+    assert any("exists: set another run.name" in each for each in json.loads(done.stdout)["warnings"])

@@ -66,9 +66,9 @@ def planned(config: Config) -> dict[str, Any]:
         "directory": str(directory),
         "disk_bytes": _disk(config, model),
         "free_disk_bytes": shutil.disk_usage(_existing(directory)).free,
-        **_work(config, model["speed"], processes),
+        **_work(config, model["speed"], processes, is_on_cores="cpu" in place.devices and not nodes),
     }
-    return {**found, "warnings": [*model["warnings"], *_warnings(found)]}
+    return {**found, "warnings": [*model["warnings"], *_warnings(config, found)]}
 
 
 def _on_ray(config: Config, place: Placement) -> tuple[Placement, list[dict[str, Any]]]:
@@ -82,6 +82,7 @@ def _on_ray(config: Config, place: Placement) -> tuple[Placement, list[dict[str,
     found = [
         {
             "address": node["NodeManagerAddress"],
+            "id": node["NodeID"],
             "cpus": node["Resources"].get("CPU", 0.0),
             "gpus": node["Resources"].get("GPU", 0.0),
             "workers": capacity([node], engine),
@@ -97,8 +98,12 @@ def _on_ray(config: Config, place: Placement) -> tuple[Placement, list[dict[str,
     return replace(place, workers=workers, devices=(device,) * workers, why=why), found
 
 
-def _work(config: Config, speed: dict[str, Any] | None, processes: int) -> dict[str, Any]:
+def _work(
+    config: Config, speed: dict[str, Any] | None, processes: int, *, is_on_cores: bool
+) -> dict[str, Any]:
     """The records that are trained on, and how long that takes at most; None if no pass was timed."""
+    from fedslm.engines.placement import cores
+
     training, federation = config.training, config.federation
     records = federation.rounds * federation.cohort_size * training.local_steps * training.batch_size
     units = config.privacy.max_records_per_unit if config.privacy.unit == "user" else None
@@ -113,6 +118,8 @@ def _work(config: Config, speed: dict[str, Any] | None, processes: int) -> dict[
     each = passed / tokens * config.task.max_length
     each *= _PRIVATE if config.privacy.unit != "none" else 1.0
     at_once = min(processes, federation.cohort_size)
+    if is_on_cores:
+        at_once = max(1, min(at_once, cores()))
     return found | {"seconds_per_record": each, "seconds": each * records / at_once}
 
 
@@ -142,11 +149,21 @@ def _existing(directory: Path) -> Path:
     return next(path for path in (directory, *directory.parents) if path.exists())
 
 
-def _warnings(found: dict[str, Any]) -> list[str]:
-    """What will not fit."""
+def _warnings(config: Config, found: dict[str, Any]) -> list[str]:
+    """What will not fit, or cannot be used."""
+    from fedslm.engines.placement import cores
     from fedslm.progress import readable
 
     warnings = []
+    directory = Path(found["directory"])
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        warnings.append(f"{directory} exists: set another run.name or run.directory, or use --resume")
+    busy, here = config.federation.cohort_size, cores()
+    if found["workers"] > busy:
+        warnings.append(f"engine.workers={found['workers']}, and a round asks {plural(busy, 'client')}")
+    threads = found["workers"] * found["threads_per_worker"]
+    if config.engine.name == "local" and threads > here:
+        warnings.append(f"the workers have {threads} threads for {plural(here, 'core')}")
     free, disk = found["free_memory_bytes"], found["free_disk_bytes"]
     if not found["nodes"] and free is not None and found["memory_bytes"] > _FULL * free:
         warnings.append(
@@ -187,11 +204,11 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     held = f"; {readable(free)} are free" if free is not None and not found["nodes"] else ""
     nodes = [
         (
-            "node" if number else "nodes",
-            f"{node['address']}: {node['cpus']:g} CPUs, {node['gpus']:g} GPUs, room for "
-            f"{plural(node['workers'], 'worker')}",
+            "node",
+            f"{node['address']} ({node['id'][:8]}): {node['cpus']:g} CPUs, {node['gpus']:g} GPUs, room "
+            f"for {plural(node['workers'], 'worker')}",
         )
-        for number, node in enumerate(found["nodes"])
+        for node in found["nodes"]
     ]
     lines = [
         ("engine", f"{found['engine']}: {where} ({found['why']})"),
@@ -216,7 +233,7 @@ def _time(found: dict[str, Any]) -> str:
     if found["seconds"] is None:
         return "unknown: no pass could be timed"
     seconds = found["seconds"]
-    text = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    text = f"{max(1, seconds):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     if seconds >= 7200:
         text = f"{seconds / 3600:.1f} h"
     return (

@@ -29,6 +29,7 @@ from fedslm.errors import FederationError
 from fedslm.scheduling import Job, Worker, Workers
 from fedslm.worker_process import Failure, begin, run
 
+logger = logging.getLogger(__name__)
 _START_SECONDS = 300.0
 _ATTEMPTS = 2
 
@@ -147,6 +148,8 @@ class RayPool(Workers[_Actor]):
     def _end(self, handle: _Actor, *, kill: bool = False) -> str:
         """Kills what is left of an actor; idle ones on its node must answer before they get a job."""
         self._ray.kill(handle.actor)
+        if not kill:
+            logger.warning("a worker of the Ray cluster was lost; its job starts again on another one")
         for worker in self._workers:
             other = worker.handle
             if not kill and worker.job is None and other.has_begun and other.node == handle.node:

@@ -83,11 +83,11 @@ def workers_on(nodes: Sequence[Mapping[str, Any]], engine: EngineConfig, most: i
     asked, room = engine.workers, capacity(nodes, engine)
     if room < max(1, asked):
         cpus, gpus = (sum(node["Resources"].get(key, 0.0) for node in nodes) for key in ("CPU", "GPU"))
+        wanted = f"engine.workers={asked} do not fit: " if asked > 0 else ""
         raise FederationError(
-            f"engine.workers={asked if asked > 0 else 1} with engine.cpus_per_client="
-            f"{engine.cpus_per_client:g} and engine.gpus_per_client={engine.gpus_per_client:g} do not "
-            f"fit: the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {plural(len(nodes), 'node')}, "
-            f"room for {plural(room, 'worker')}"
+            f"{wanted}the cluster has room for {plural(room, 'worker')} of engine.cpus_per_client="
+            f"{engine.cpus_per_client:g} and engine.gpus_per_client={engine.gpus_per_client:g}, each "
+            f"on one node; it has {cpus:g} CPUs and {gpus:g} GPUs on {plural(len(nodes), 'node')}"
         )
     return asked if asked > 0 else min(room, most)
 
@@ -118,6 +118,7 @@ def library() -> Any:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a Ray that is started here
     try:
         import ray
     except ImportError:
@@ -146,8 +147,13 @@ def connect(ray: Any, engine: EngineConfig, most: int) -> None:
     """Joins a cluster, or starts one on this machine.
 
     Raises:
-        FederationError: The address cannot be used.
+        FederationError: The address cannot be used, or this process uses Ray already.
     """
+    if ray.is_initialized():
+        raise FederationError(
+            "this process is connected to Ray already; call ray.shutdown() first, and name the cluster "
+            "by engine.address"
+        )
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     options |= {"namespace": f"fedslm-{uuid4().hex}", "logging_level": logging.ERROR}
     if engine.address is None:
@@ -172,12 +178,16 @@ def _knock(address: str) -> None:
         FederationError: It is not HOST:PORT, or does not answer.
     """
     host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise FederationError(
+            f'engine.address={address!r} must be HOST:PORT, such as 10.0.0.1:6379, or "auto"'
+        )
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS):
             return
     except (OSError, ValueError, OverflowError) as error:
         raise FederationError(
-            f"engine.address={address!r} does not answer within {_CONNECT_SECONDS:g} s ({error}); give "
+            f"engine.address={address!r} does not answer ({error}); give "
             f"the address that `ray start --head` prints, such as 10.0.0.1:6379"
         ) from error
 
@@ -215,7 +225,8 @@ def check_nodes(ray: Any, needs: Needs) -> None:
         if node["NodeID"] in problems
     ]
     if said:
-        raise FederationError("the Ray cluster cannot be used: " + "; ".join(said))
+        where = ray.get_runtime_context().gcs_address
+        raise FederationError(f"the Ray cluster at {where} cannot be used: " + "; ".join(said))
 
 
 def _problem(ray: Any, result: Any, seconds: float, secret: str, needs: Needs) -> str:
