@@ -113,3 +113,14 @@ def print_table(
     console.print(table)
     for note in notes:
         console.print(f"{note}.", highlight=False, markup=False)
+
+
+def print_facts(lines: Iterable[tuple[str, str]], warnings: Iterable[str]) -> None:
+    """Prints names with their texts, and then the warnings, each once."""
+    console = Console()
+    table = Table(show_header=False, box=None)
+    for name, text in lines:
+        table.add_row(name, Text(text))
+    console.print(table, highlight=False)
+    for warning in dict.fromkeys(warnings):
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)

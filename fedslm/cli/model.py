@@ -6,11 +6,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedslm.adapter_keys import key_of, layers_of
+from fedslm.cli.answers import print_facts
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
 from fedslm.config import Config
 from fedslm.config.tasks import TASKS
@@ -49,7 +47,7 @@ def info(config: ConfigPath, overrides: Overrides = [], as_json: Json = False) -
         if as_json:
             typer.echo(json_text(found))
         else:
-            _print(found)
+            print_facts(_lines(found), found["warnings"])
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -258,17 +256,6 @@ def _drowned(config: Config, trained: int) -> list[str]:
         clients=federation.cohort_size,
     )
     return list(plan_budget(asked).warnings)
-
-
-def _print(found: dict[str, Any]) -> None:
-    """Prints the description for people."""
-    console = Console()
-    table = Table(show_header=False, box=None)
-    for name, text in _lines(found):
-        table.add_row(name, Text(text))
-    console.print(table, highlight=False)
-    for warning in found["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:

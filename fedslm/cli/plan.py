@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from fedslm.cli.answers import print_facts
 from fedslm.cli.model import describe
 from fedslm.config import Config
 from fedslm.errors import plural
@@ -34,7 +32,8 @@ def show(config: Config, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json_text(found))
     else:
-        _print(found)
+        print_facts(_lines(found), found["warnings"])
+        typer.echo("Nothing was started. Run it without --plan.")
 
 
 def planned(config: Config) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def planned(config: Config) -> dict[str, Any]:
         "directory": str(directory),
         "disk_bytes": _disk(config, model),
         "free_disk_bytes": shutil.disk_usage(_existing(directory)).free,
-        **_work(config, model["speed"], processes, is_on_cores="cpu" in place.devices and not nodes),
+        **_work(config, model, processes, is_on_cores="cpu" in place.devices and not nodes),
     }
     return {**found, "warnings": [*model["warnings"], *_warnings(config, found)]}
 
@@ -99,7 +98,7 @@ def _on_ray(config: Config, place: Placement) -> tuple[Placement, list[dict[str,
 
 
 def _work(
-    config: Config, speed: dict[str, Any] | None, processes: int, *, is_on_cores: bool
+    config: Config, model: dict[str, Any], processes: int, *, is_on_cores: bool
 ) -> dict[str, Any]:
     """The records that are trained on, and how long that takes at most; None if no pass was timed."""
     from fedslm.engines.placement import cores
@@ -109,13 +108,13 @@ def _work(
     units = config.privacy.max_records_per_unit if config.privacy.unit == "user" else None
     records *= units or 1
     found: dict[str, Any] = {"records": records, "seconds_per_record": None, "seconds": None}
+    speed = model["speed"]
     if speed is None:
         return found
-    dtype = config.model.dtype
-    timed = {name: seconds for name, seconds in speed["seconds"].items() if dtype in ("auto", name)}
-    passed = min((timed or speed["seconds"]).values())
+    stored = model["quantization"]
+    variant = model["dtype"] if stored == "none" else f"{stored} in {model['dtype']}"
     tokens = speed["records"] * speed["tokens"]
-    each = passed / tokens * config.task.max_length
+    each = speed["seconds"][variant] / tokens * config.task.max_length
     each *= _PRIVATE if config.privacy.unit != "none" else 1.0
     at_once = min(processes, federation.cohort_size)
     if is_on_cores:
@@ -176,18 +175,6 @@ def _warnings(config: Config, found: dict[str, Any]) -> list[str]:
             f"{readable(disk)} are free; set run.directory"
         )
     return warnings
-
-
-def _print(found: dict[str, Any]) -> None:
-    """Prints the plan for people."""
-    console = Console()
-    table = Table(show_header=False, box=None)
-    for name, text in _lines(found):
-        table.add_row(name, Text(text))
-    console.print(table, highlight=False)
-    for warning in dict.fromkeys(found["warnings"]):
-        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
-    console.print("Nothing was started. Run it without --plan.", highlight=False)
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
