@@ -13,7 +13,10 @@ _ONLY_RAY = {"address": None, "cpus_per_client": 1.0, "gpus_per_client": 0.0}
 
 
 def engine_problems(config: Config) -> Iterator[Problem]:
-    """Real nodes are registered, keep their own policies, and do not simulate attacks."""
+    """Each engine has the options that it needs, and none of another's.
+
+    Real nodes are registered, keep their own policies, and do not simulate attacks.
+    """
     engine = config.engine
     if (engine.name == "deployed") != (engine.nodes is not None):
         message = 'must be set exactly when engine.name="deployed"; `fedslm server run` sets both'

@@ -20,7 +20,6 @@ from fedslm.engines.ray_cluster import (
     alive,
     capacity,
     check_nodes,
-    clear_errors,
     connect,
     library,
     workers_on,
@@ -71,16 +70,13 @@ class RayPool(Workers[_Actor]):
     def __init__(self, engine: EngineConfig, needs: Needs) -> None:
         self._ray = ray = library()
         self._engine, self._needs = engine, needs
-        with clear_errors():
-            connect(ray, engine, needs.most)
+        connect(ray, engine, needs.most)
         try:
-            self._options = {"num_cpus": engine.cpus_per_client, "num_gpus": engine.gpus_per_client}
-            remote = ray.remote(_Work)
-            self._make = remote.options(**self._options, max_restarts=0).remote
+            takes = {"num_cpus": engine.cpus_per_client, "num_gpus": engine.gpus_per_client}
+            self._make = ray.remote(_Work).options(**takes, max_restarts=0).remote
             if engine.address is not None:
                 check_nodes(ray, needs)
-            nodes = alive(ray)
-            super().__init__(workers_on(nodes, engine, needs.most), attempts=_ATTEMPTS)
+            super().__init__(workers_on(alive(ray), engine, needs.most), attempts=_ATTEMPTS)
             self._wait_for_the_first()
         except BaseException:
             ray.shutdown()
@@ -148,13 +144,14 @@ class RayPool(Workers[_Actor]):
     def _end(self, handle: _Actor, *, kill: bool = False) -> str:
         """Kills what is left of an actor; idle ones on its node must answer before they get a job."""
         self._ray.kill(handle.actor)
-        if not kill:
-            logger.warning("a worker of the Ray cluster was lost; its job starts again on another one")
+        if kill:
+            return "a worker was stopped"
+        logger.warning("a worker of the Ray cluster died, or its node was lost")
         for worker in self._workers:
             other = worker.handle
-            if not kill and worker.job is None and other.has_begun and other.node == handle.node:
+            if worker.job is None and other.has_begun and other.node == handle.node:
                 other.has_begun, other.result = False, other.actor.begun.remote()
-        return "a worker was stopped" if kill else "a worker died, or its node was lost"
+        return "a worker died, or its node was lost"
 
     def _stop(self, handles: Sequence[_Actor]) -> None:
         """Stops all actors and leaves the cluster; one that was started for the run ends."""

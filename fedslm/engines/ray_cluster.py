@@ -102,8 +102,7 @@ def survey(engine: EngineConfig) -> list[Mapping[str, Any]]:
         FederationError: Ray is not installed, or the cluster does not answer.
     """
     ray = library()
-    with clear_errors():
-        connect(ray, engine, 1)
+    connect(ray, engine, 1)
     try:
         return alive(ray)
     finally:
@@ -127,8 +126,8 @@ def library() -> Any:
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turns what Ray raises while it connects into one error."""
+def _as_one_error() -> Iterator[None]:
+    """Turns what Ray raises while it connects into a FederationError."""
     try:
         yield
     except FederationError:
@@ -143,6 +142,7 @@ def own_workers(engine: EngineConfig, most: int) -> int:
     return engine.workers if engine.workers > 0 else min(cores(), most)
 
 
+@_as_one_error()
 def connect(ray: Any, engine: EngineConfig, most: int) -> None:
     """Joins a cluster, or starts one on this machine.
 

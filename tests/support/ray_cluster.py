@@ -112,6 +112,8 @@ class Cluster:
 
 def may_mount() -> bool:
     """Whether this process may give another one a mount namespace."""
+    if shutil.which("unshare") is None:  # not Linux
+        return False
     command = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
     return subprocess.run(command, check=False, timeout=60, capture_output=True).returncode == 0
 
