@@ -60,12 +60,13 @@ class AdapterState:
         >>> state["a"], state["b"]
         (array([0., 1.], dtype=float32), array([2.], dtype=float32))
         """
+        size = sum(map(math.prod, shapes.values()))
+        if size != flat.size:
+            raise ModelError(f"an adapter of {size} values cannot be made of {flat.size}")
         tensors, end = {}, 0
         for key, shape in sorted(shapes.items()):
             begin, end = end, end + math.prod(shape)
-            tensors[key] = flat[begin:end].reshape(shape) if end <= flat.size else flat
-        if end != flat.size:
-            raise ModelError(f"an adapter of {end} values cannot be made of {flat.size}")
+            tensors[key] = flat[begin:end].reshape(shape)
         return cls(tensors, flat)
 
     def __post_init__(self) -> None:

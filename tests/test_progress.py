@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from support.checkpoints import record
 from support.tiny import PRIVATE
 
 from fedslm.aggregation.server import ServerState
@@ -16,7 +18,7 @@ from fedslm.attestations import keep, places_of_simulation
 from fedslm.config import Config
 from fedslm.federation.checkpoint import Checkpoint
 from fedslm.progress import Bar
-from fedslm.records import AdapterState, RoundRecord
+from fedslm.records import AdapterState
 
 ANNOUNCED = "the first private round tests this code"
 
@@ -58,23 +60,7 @@ def test_a_round_s_line_has_that_round_s_bytes_only(
         config_in(tmp_path / "run"), Checkpoint(0, ServerState(AdapterState({})), {}, {"accuracy": 0.5})
     )
     for number in (1, 2):
-        bar.on_round(
-            RoundRecord(
-                round=number,
-                cohort=3,
-                completed=2,
-                failed=1,
-                late=0,
-                refused=0,
-                kept=False,
-                epsilon=1.5,
-                metrics={},
-                signal_to_noise=0.25,
-                bytes_down=2_000,
-                bytes_up=1_000,
-                seconds=1.0,
-            )
-        )
+        bar.on_round(replace(record(number), epsilon=1.5, signal_to_noise=0.25, reasons=(), metrics={}))
     bar.on_end(None)
     lines = [line.split(": ", 1)[1] for line in capsys.readouterr().err.splitlines()]
-    assert lines == ["2/3 clients  ε 1.50  signal/noise 0.25  ↓2.0 kB ↑1.0 kB"] * 2
+    assert lines == ["2/3 clients  ε 1.50  signal/noise 0.25  ↓30 B ↑20 B"] * 2
