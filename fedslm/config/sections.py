@@ -139,7 +139,8 @@ class DataConfig(Section):
     """Column that names the client (natural partition); the largest clients are used."""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of each client's units held out from training (a user is never on both sides); the
-    charged metric is measured on it."""
+    charged metric is measured on it. Without privacy, at most 1,000 clients measure the last
+    adapter."""
     max_evaluation_records: int = Field(2000, ge=1)
     """The evaluation split is cut to this many records."""
 

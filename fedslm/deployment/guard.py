@@ -15,8 +15,8 @@ Formal guarantees, for every path below ``/v1/fleet`` (``tests/deployment/test_g
   one message and eight other requests are read at a time.
 - A body that reaches Flower complies with the rules of :mod:`fedslm.deployment.guard_rules`, and is
   unchanged.
-- A node that asks for its next instruction gets one all of which has been uploaded; if there is none,
-  the guard answers so itself.
+- A node that asks for its next instruction gets one all of which has been uploaded, or whose upload was
+  not finished within three minutes; if there is none, the guard answers so itself.
 - A refusal that leaves a body unread closes the connection.
 - If the guard itself fails, the request does not reach Flower.
 """
@@ -151,7 +151,7 @@ class Guard:
         return node
 
     async def _has_nothing_for(self, node: int, path: str) -> bool:
-        """True if a request asks for the next instruction, and none can be given.
+        """True if a request asks for the next instruction, and none is to be given yet.
 
         Nearly all requests of connected nodes are these, every second or so for each node. Flower's own
         answer, through its layers and with a write to the database, takes twice the time or more. And
