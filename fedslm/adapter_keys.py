@@ -8,7 +8,8 @@ L.lora_R.weight    R, (rank, rank); only Fed-SB has it, otherwise it is the iden
 L.delta_A.weight   D_A, (delta rank, in): residual factor kept by aggregation, never trained
 L.delta_B.weight   D_B, (out, delta rank)
 
-Every other key belongs to a head, which is fully trained.
+``center.weight``, (width,), is what a classifier subtracts from its features: a public constant, never
+trained. Every other key belongs to a head, which is fully trained.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-Part = Literal["lora_A", "lora_B", "lora_R", "delta_A", "delta_B", "head"]
-_FACTORS: tuple[Part, ...] = ("lora_A", "lora_B", "lora_R", "delta_A", "delta_B")
+Part = Literal["lora_A", "lora_B", "lora_R", "delta_A", "delta_B", "center", "head"]
+_NAMED: tuple[Part, ...] = ("lora_A", "lora_B", "lora_R", "delta_A", "delta_B", "center")
 
 
 def part_of(key: str) -> Part:
-    """Returns the factor that a key names.
+    """Returns the factor, or the other part of an adapter, that a key names.
 
     >>> part_of("base_model.model.h.0.attn.lora_B.weight"), part_of("base_model.model.score.weight")
     ('lora_B', 'head')
     """
-    for part in _FACTORS:
+    for part in _NAMED:
         if key.endswith(f".{part}.weight"):
             return part
     return "head"

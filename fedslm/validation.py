@@ -268,8 +268,11 @@ def _task(config: Config) -> Iterator[Problem]:
         yield Problem("data.rejected_column", f"is required with {name}: the worse answer's column")
     if not kind.has_rejected and data.rejected_column is not None:
         yield Problem("data.rejected_column", f'is for task.name="preference", not {name}')
-    if task.pooling == "mean" and task.name not in _POOLED:
-        yield Problem("task.pooling", f'value "mean" is for classification, not {name}')
+    if task.pooling != "native" and task.name not in _POOLED:
+        yield Problem("task.pooling", f'value "{task.pooling}" is for classification, not {name}')
+    if task.head == "labels" and (task.pooling != "normalized" or task.name != "classification"):
+        message = 'value "labels" needs task.name="classification" and task.pooling="normalized"'
+        yield Problem("task.head", message)
     yield from _labels(config)
     yield from _prompt(config)
 

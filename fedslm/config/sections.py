@@ -159,8 +159,12 @@ class TaskConfig(Section):
     """Class names (token-classification: O, B-…, I-…); absent means those of the public split."""
     labels_file: OptionalText = None
     """A public file with one class name on each line, instead of `labels`."""
-    pooling: Literal["native", "mean"] = "native"
-    """Classifier input: the architecture's own (CLS/pooler, last token) or the masked mean."""
+    pooling: Literal["native", "mean", "normalized"] = "native"
+    """Classifier input: the architecture's own (CLS/pooler, last token), the mean of the hidden states,
+    or that mean, centered and scaled to length √width, which suits sentence encoders."""
+    head: Literal["random", "labels"] = "random"
+    """First weights of a classifier on normalized features: small and random, or the features of the
+    public class names (task.labels)."""
     prompt: OptionalText = None
     """Prompt with columns in braces, such as "Question: {text}"; absent means only the text column."""
     format: Literal["auto", "columns"] = "auto"
@@ -204,6 +208,10 @@ class PrivacyConfig(Section):
     trains without privacy."""
     unit_column: OptionalText = None
     """Column that names the user of a record (unit = "user")."""
+    units_per_client: OptionalCount = Field(None, ge=1)
+    """About how many units a client has: a public estimate, for the recipe that completes a config; a
+    simulation takes the size class of its own data. Not needed if delta, clip_norm, sample_rate and
+    training.batch_size are set."""
     max_records_per_unit: OptionalCount = Field(None, ge=1)
     """Most records of one user in a step, chosen at random; public, never looked up in the data."""
     overlapping: bool = False
@@ -332,6 +340,9 @@ class Config(Section):
         if not self.distill.mutual_steps:  # otherwise it is part of the rounds
             content.pop("distill")
         content["run"] = {"seed": self.run.seed}
+        content["privacy"].pop("units_per_client")  # it chooses values that are hashed themselves
+        if self.task.head == "random":  # configs from before this key keep their hash
+            content["task"].pop("head")
         return content
 
     def flat(self) -> dict[str, str | int | float | bool]:

@@ -20,6 +20,7 @@ from fedslm.data import store
 from fedslm.errors import DataError, ModelError
 from fedslm.models import precision
 from fedslm.models.initial import initial_state
+from fedslm.models.label_head import label_head
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.peft_export import save_plain
 from fedslm.privacy.plan import PrivatePlan
@@ -70,6 +71,8 @@ def describe(setup: Setup) -> Description:
     state = initial_state(shapes, setup.seed)
     if setup.lora.initial == "eva":
         state = _from_public_inputs(setup, model, state)
+    if setup.task.head == "labels":
+        state = label_head(model, setup.labels, setup.task.max_length, state)
     moving = moving_keys(setup.method, state)
     return Description(
         moving=state.select(moving),

@@ -138,6 +138,7 @@ def _with_own_class(network: MeanPoolingClassifier, num_labels: int) -> nn.Modul
     import torch
 
     from fedslm.inference.mean_pooling import (
+        Center,
         MeanPoolingConfig,
         MeanPoolingForSequenceClassification,
     )
@@ -147,10 +148,14 @@ def _with_own_class(network: MeanPoolingClassifier, num_labels: int) -> nn.Modul
     config = MeanPoolingConfig(
         encoder=values,
         encoder_class=type(encoder).__name__,
+        normalized=network.normalized,
         num_labels=num_labels,
         pad_token_id=encoder.config.pad_token_id,
     )
     with torch.device("meta"):
         exported = MeanPoolingForSequenceClassification(config)
     exported.encoder, exported.classifier = encoder, network.classifier
+    if network.normalized:
+        exported.center = Center(network.center.weight.shape[0])
+        exported.center.load_state_dict(network.center.state_dict())
     return exported.eval()  # type: ignore[no-any-return]

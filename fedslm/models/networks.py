@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-HEAD_NAMES = ("classifier", "pre_classifier", "score", "classification_head")
+HEAD_NAMES = ("classifier", "pre_classifier", "score", "classification_head", "center")
 _PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their positions start at pad_token_id + 1
 
 
@@ -200,7 +200,7 @@ def _names(task: TaskConfig, is_encoder_decoder: bool) -> tuple[Any, str]:
     from transformers.models.auto import modeling_auto as auto
 
     match TASKS[task.name].network:
-        case "classifier" if task.pooling == "mean":
+        case "classifier" if task.pooling != "native":
             names = auto.MODEL_MAPPING_NAMES
             if is_encoder_decoder:
                 names = auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
@@ -227,7 +227,7 @@ def _names(task: TaskConfig, is_encoder_decoder: bool) -> tuple[Any, str]:
 
 def _is_pooled(task: TaskConfig) -> bool:
     """True if the task uses our own head."""
-    return task.pooling == "mean" and TASKS[task.name].network == "classifier"
+    return task.pooling != "native" and TASKS[task.name].network == "classifier"
 
 
 def first(error: Exception) -> str:
@@ -268,4 +268,4 @@ def _finished(network: Any, task: TaskConfig, num_labels: int) -> nn.Module:
         return network  # type: ignore[no-any-return]
     from fedslm.models.pooling import MeanPoolingClassifier
 
-    return MeanPoolingClassifier(network, num_labels)
+    return MeanPoolingClassifier(network, num_labels, normalized=task.pooling == "normalized")

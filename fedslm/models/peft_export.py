@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 _ADAPTER = "default"  # PEFT's name for the single adapter
+_WHOLE = ("head", "center")
 
 
 def plain(state: AdapterState, lora: LoraConfig) -> tuple[AdapterState, LoraConfig]:
@@ -42,12 +43,12 @@ def plain(state: AdapterState, lora: LoraConfig) -> tuple[AdapterState, LoraConf
     if not parts & {"lora_R", "delta_A", "delta_B"}:
         return state, lora
     layers = layers_of(state)
-    stray = [key for key in state if part_of(key) != "head" and key.rsplit(".", 2)[0] not in layers]
+    stray = [key for key in state if part_of(key) not in _WHOLE and key.rsplit(".", 2)[0] not in layers]
     if stray:
         raise ModelError(f"the adapter has {stray[0]}, but no LoRA factor A of that layer")
     factors = {layer: _factors(state, layer, lora.scaling) for layer in layers}
     rank = max(len(down) for down, _ in factors.values())
-    tensors = {key: value for key, value in state.tensors.items() if part_of(key) == "head"}
+    tensors = {key: value for key, value in state.tensors.items() if part_of(key) in _WHOLE}
     for layer, (down, up) in factors.items():
         tensors[key_of(layer, "lora_A")] = np.pad(down, ((0, rank - len(down)), (0, 0)))
         tensors[key_of(layer, "lora_B")] = np.pad(up, ((0, 0), (0, rank - len(down))))

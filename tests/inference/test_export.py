@@ -69,12 +69,13 @@ numpy.savez(out, **found)
 """
 AUTO = {
     "classification": "AutoModelForSequenceClassification",
+    "normalized": "AutoModelForSequenceClassification",
     "native": "AutoModelForSequenceClassification",
     "multi-label": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
-OWN_CODE = ("classification", "multi-label")
+OWN_CODE = ("classification", "normalized", "multi-label")
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ ANSWER = {"label_column": "answer"}
 # kind: (family, None for the embedded model), task keys, data keys
 KINDS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "classification": (None, {"pooling": "mean"}, {}),
+    "normalized": (None, {"name": "classification", "pooling": "normalized", "head": "labels"}, {}),
     "native": ("bert", {"name": "classification", "pooling": "native"}, {}),
     "multi-label": (
         None,
