@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from fedslm.models.base import check_early, local
 from fedslm.privacy.calibration import calibrated
 from fedslm.privacy.plan import RunPlan
 from fedslm.privacy.policy import open_policy
+from fedslm.recipes import Completed, completed, write_recipe
 from fedslm.reporting import report
 from fedslm.storage import write_text
 from fedslm.tasks import build
@@ -44,12 +46,12 @@ Rounds = Callable[[RunPlan, tuple[str, ...]], Outcome]
 
 
 def simulate(
-    config: Config, observers: Sequence[Observer] = (), pool: Pool | None = None
+    config: Config | Completed, observers: Sequence[Observer] = (), pool: Pool | None = None
 ) -> dict[str, Any]:
     """Runs a simulation in a new run directory.
 
     Args:
-        config: The config.
+        config: The config, or one that a recipe has completed; otherwise this is done first.
         observers: Receive progress events.
         pool: Workers of :func:`workers_for` that several runs share: a run with the same base, adapter
             and task finds them loaded. None: the run starts its own.
@@ -60,12 +62,14 @@ def simulate(
     Raises:
         FedslmError: The config, the data, the model or the run directory cannot be used.
     """
-    validation.check(config)
-    check_asked(config.distill)
-    config = with_layout(config.resolved())
+    made = config if isinstance(config, Completed) else completed(config)
+    validation.check(made.config)
+    check_asked(made.config.distill)
+    config = with_layout(made.config.resolved())
     path = Path(config.run.directory or Path("runs") / config.run.name)
     directory = RunDirectory.create(path, config)
     try:
+        write_recipe(directory.path, made)
         report = Run(config, directory, observers, pool).report()
     except Exception:
         if not directory.has_checkpoint:
@@ -98,6 +102,7 @@ def resume(
     Raises:
         FedslmError: As :func:`simulate`, or the run cannot be continued.
     """
+    expected = None if expected is None else completed(expected).config
     done = finished(path, expected)
     if done is not None:
         return done
@@ -118,6 +123,7 @@ def finished(path: Path, expected: Config | None = None) -> dict[str, Any] | Non
     Raises:
         RunError: It is not a run directory, or was created with another config.
     """
+    expected = None if expected is None else completed(expected).config
     directory, config = RunDirectory.open(path, expected)
     try:
         text = (directory.path / layout.REPORT).read_text(encoding="utf-8")
@@ -324,16 +330,22 @@ def workers_for(config: Config, log: Path) -> Pool:
 def _check_sizes(config: Config, data: store.Shards) -> None:
     """Checks for clients with less than one batch: an error without privacy, a warning with it.
 
-    Under privacy such a client takes part like any other, since its absence would reveal its size.
+    Under privacy such a client takes part like any other, since its absence would reveal its size; only
+    one with less than a quarter of a batch is named, since there the noise is most of its update.
     """
     limit = config.training.batch_size
+    if config.privacy.unit != "none":
+        limit = math.ceil(limit / 4)
     small = [
         f"{name} ({size})" for name, size in zip(data.names, data.sizes, strict=True) if size < limit
     ]
     if not small:
         return
+    what = (
+        "training.batch_size" if config.privacy.unit == "none" else "a quarter of training.batch_size"
+    )
     text = (
-        f"{have(len(small), 'client')} fewer records than training.batch_size={limit}: "
+        f"{have(len(small), 'client')} fewer records than {what}={config.training.batch_size}: "
         f"{', '.join(small[:5])}; lower training.batch_size, use fewer clients, or another "
         f"data.partition"
     )

@@ -39,6 +39,7 @@ STOREYS = {
     "tasks": 5,
     "models": 6,
     "privacy": 6,
+    "recipes": 7,
     "training": 7,
     "aggregation": 7,
     "verification": 8,
@@ -101,6 +102,8 @@ OWNERS = {
 # Only these see the whole config.
 SEE_CONFIG = {
     "validation",
+    "recipes.choice",
+    "recipes.expected",
     "federation.rounds",
     "federation.observers",
     "federation.checkpoint",

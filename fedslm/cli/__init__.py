@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +25,7 @@ from fedslm.cli.console import (
     Json,
     Overrides,
     clear_errors,
+    load_completed,
     load_config,
 )
 from fedslm.cli.data import data_app, remarks, seen
@@ -40,6 +41,9 @@ from fedslm.cli.server import server_app
 from fedslm.config import Config
 from fedslm.models.base import check_early
 from fedslm.storage import expand, json_text
+
+if TYPE_CHECKING:
+    from fedslm.recipes import Completed, Expectation
 
 app = typer.Typer(
     cls=Program,
@@ -110,11 +114,12 @@ def simulate(
         if config is None and (resume is None or overrides):
             message = "give a CONFIG, or --resume RUN without --set"
             raise typer.BadParameter(message)
-        loaded = None if config is None else load_config(config, overrides)
+        made = None if config is None else load_completed(config, overrides)
+        loaded = None if made is None else made.config
         if plan:
             _show_plan(loaded, resume, as_json=as_json)
             return
-        report = _finished(loaded, resume) or _simulate(loaded, resume)
+        report = _finished(loaded, resume) or _simulate(made, resume)
         _finish(report, as_json)
         _fail_if_stopped(report)
 
@@ -152,8 +157,9 @@ def _fail_if_stopped(*reports: dict[str, Any]) -> None:
         raise typer.Exit(1)
 
 
-def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
+def _simulate(made: Completed | None, resume: Path | None) -> dict[str, Any]:
     """Runs or resumes a simulation with a progress bar."""
+    config = None if made is None else made.config
     if config is None or (config.engine.name == "local" and config.engine.workers != 0):
         from fedslm.workers import preload
 
@@ -164,9 +170,9 @@ def _simulate(config: Config | None, resume: Path | None) -> dict[str, Any]:
     try:
         if resume is not None:
             return simulation.resume(resume, [Bar()], config)
-        if config is None:
+        if made is None:
             raise typer.BadParameter("give a CONFIG")
-        return simulation.simulate(config, [Bar()])
+        return simulation.simulate(made, [Bar()])
     except KeyboardInterrupt:
         directory = resume or Path(
             (config and config.run.directory) or Path("runs") / (config.run.name if config else "")
@@ -266,6 +272,18 @@ def show(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
         typer.echo(configuration.to_toml(load_config(config, overrides).resolved()))
 
 
+def _outlook(config: Config) -> Expectation | None:
+    """Returns what to expect of a private config; None without privacy, or if the base is not here."""
+    from fedslm.models.base import local
+
+    if config.privacy.unit == "none" or local(config.model) is None:
+        return None
+    from fedslm.cli.model import trained_parameters
+    from fedslm.recipes import expected
+
+    return expected(config, trained_parameters(config.resolved()))
+
+
 @config_app.command("check")
 def check(
     config: ConfigPath,
@@ -291,4 +309,9 @@ def check(
             found = with_layout(loaded)
             for line in remarks(seen(found), found):
                 typer.echo(line)
+        outlook = _outlook(loaded)
+        if outlook is not None and outlook.learns:
+            typer.echo(outlook.text)
+        elif outlook is not None:
+            ERRORS.print(outlook.text, style="red")
         typer.echo(f"{config}: ok (sha256 {loaded.sha256()[:12]})")

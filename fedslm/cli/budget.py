@@ -14,6 +14,7 @@ from rich.table import Table
 from fedslm.cli.console import ERRORS, Json, clear_errors, load_config
 from fedslm.config import Config
 from fedslm.errors import OutOfRange, plural
+from fedslm.models.base import local
 from fedslm.storage import json_text
 
 if TYPE_CHECKING:
@@ -139,6 +140,10 @@ def _from_config(config: Config) -> dict[str, Any]:
         "batch_size": training.batch_size,
         "clients": federation.cohort_size,
     }
+    if local(config.model) is not None:
+        from fedslm.cli.model import trained_parameters
+
+        values["parameters"] = trained_parameters(config.resolved())
     return {key: value for key, value in values.items() if value is not None}
 
 

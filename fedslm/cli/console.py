@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -28,6 +28,9 @@ from fedslm.errors import (
     Unusable,
     printable,
 )
+
+if TYPE_CHECKING:
+    from fedslm.recipes import Completed
 
 FINE, FAILED, INPUT, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130  # see the table in docs/cli.md
 ERRORS = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -80,9 +83,18 @@ def keep_private() -> None:
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
-    """Reads a config, refuses contradictions, and prints warnings."""
-    loaded = configuration.from_toml(path, overrides)
-    validation.check(loaded)
-    for warning in validation.warnings(loaded):
+    """Reads a config and completes it as :func:`load_completed` does."""
+    return load_completed(path, overrides).config
+
+
+def load_completed(path: Path, overrides: list[str]) -> Completed:
+    """Reads a config, completes it from a recipe, refuses contradictions, and prints warnings."""
+    from fedslm.recipes import completed
+
+    made = completed(configuration.from_toml(path, overrides))
+    validation.check(made.config)
+    for line in made.lines():
+        ERRORS.print(line)
+    for warning in validation.warnings(made.config):
         ERRORS.print(f"warning: {warning}", style="yellow")
-    return loaded
+    return made

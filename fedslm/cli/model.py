@@ -97,6 +97,23 @@ def describe(config: Config) -> dict[str, Any]:
     }
 
 
+def trained_parameters(config: Config) -> int:
+    """Returns how many values one round trains.
+
+    Raises:
+        ModelError: The base model cannot be found or does not support the config.
+    """
+    from fedslm.aggregation.methods import method_of, trained_keys
+    from fedslm.models import footprint as sizing
+    from fedslm.models.base import resolve_config
+
+    classes, _ = _classes(config)
+    directory = resolve_config(config.model)
+    sizes = sizing.footprint(directory, config.model, config.lora, config.task, classes)
+    shapes = _with_cores(sizes.shapes)
+    return sizing.parameters(shapes, trained_keys(method_of(config.aggregation), shapes))
+
+
 def _adapted(sizes: Footprint) -> dict[str, Any]:
     """Returns which layers are adapted or new, and how many are computed once for each record."""
     return {
@@ -231,14 +248,18 @@ def _warnings(
             f"{', '.join(sizes.heads)} is newly initialised, so the first rounds learn only the classes"
         )
     if config.privacy.unit != "none":
-        found += _drowned(config, trained)
+        from fedslm.recipes import expected
+
+        outlook = expected(config, trained)
+        found += [] if outlook is None or outlook.learns else [outlook.text]
+        found += _of_the_plan(config)
     elif trained > _HUGE and config.aggregation.method == "fedit":
         found.append(f"{trained:,} values are sent each way; a lower lora.rank sends fewer")
     return found
 
 
-def _drowned(config: Config, trained: int) -> list[str]:
-    """Returns the budget planner's warnings for this number of trained values."""
+def _of_the_plan(config: Config) -> list[str]:
+    """Returns the budget planner's warnings."""
     from fedslm.privacy.planning import BudgetQuery, plan_budget
 
     privacy, federation = config.privacy, config.federation
@@ -251,7 +272,6 @@ def _drowned(config: Config, trained: int) -> list[str]:
         noise_multiplier=known,
         steps_per_round=config.training.local_steps,
         unit=privacy.unit,
-        parameters=trained,
         batch_size=config.training.batch_size,
         clients=federation.cohort_size,
     )

@@ -36,6 +36,7 @@ from fedslm.privacy.statement import Statement
 from fedslm.protocol.messages import MEASURE, TRAIN, Reply, Request
 from fedslm.protocol.metrics import ClientMetrics, read_metrics
 from fedslm.protocol.setup import Setup
+from fedslm.recipes import expected
 from fedslm.records import AdapterState, ClientUpdate
 from fedslm.storage import load_adapter, save_adapter
 from fedslm.workers import Pool
@@ -203,6 +204,9 @@ class Federation:
         if state is None:
             metrics = public_model.evaluate(self.pool, setup, frozen.merged(description.moving))
             _check_base(config, metrics)
+            outlook = expected(config, description.moving.num_parameters)
+            if outlook is not None and not outlook.learns:
+                logger.warning("%s", outlook.text)
             self._say_what_is_cut(setup)
             control = AdapterState({})
             if config.training.drift == "scaffold":

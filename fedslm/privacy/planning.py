@@ -114,7 +114,15 @@ def plan_budget(query: BudgetQuery) -> BudgetPlan:
     affordable = None
     if query.epsilon is not None:
         affordable = affordable_steps(query.epsilon, query.delta, event)
-    signal = _signal_to_noise(query, noise, steps)
+    signal = None
+    if query.parameters and query.batch_size:
+        signal = signal_to_noise(
+            noise=noise,
+            steps=steps,
+            batch_size=query.batch_size,
+            clients=query.clients,
+            parameters=query.parameters,
+        )
     return BudgetPlan(
         unit=query.unit,
         epsilon=accounts.pld,
@@ -172,16 +180,26 @@ def _curve(query: BudgetQuery, event: Event, rounds: int, deltas: Sequence[float
     return tuple(points)
 
 
-def _signal_to_noise(query: BudgetQuery, noise: float, steps: int) -> float | None:
-    """Signal-to-noise ratio of the sum of all steps if every gradient agreed.
+def signal_to_noise(
+    *, noise: float, steps: int, batch_size: int, clients: int, parameters: int
+) -> float:
+    """Returns the signal-to-noise ratio of the sum of all steps if every gradient agreed.
 
     A step's mean gradient has norm <= C, its noise norm σ·C·√d / (L·√n); over T steps the signal grows
-    with T, the noise with √T.
+    with T, the noise with √T. Real gradients agree less; how much a ratio is worth is measured
+    (:mod:`fedslm.recipes.table`).
+
+    Args:
+        noise: Noise multiplier σ, > 0.
+        steps: Steps T of the whole run.
+        batch_size: Units L that the noisy sum is divided by.
+        clients: Clients n whose updates are averaged.
+        parameters: Trained parameters d, >= 1.
+
+    >>> signal_to_noise(noise=2.0, steps=16, batch_size=100, clients=4, parameters=10_000)
+    4.0
     """
-    if not (query.parameters and query.batch_size):
-        return None
-    evidence = query.batch_size * math.sqrt(query.clients * steps)
-    return evidence / (noise * math.sqrt(query.parameters))
+    return batch_size * math.sqrt(clients * steps) / (noise * math.sqrt(parameters))
 
 
 def _warnings(query: BudgetQuery, signal: float | None, epsilon: float, steps: int) -> list[str]:

@@ -19,6 +19,7 @@ from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.privacy.plan import Plan, PrivatePlan
 from fedslm.protocol.metrics import as_json
+from fedslm.recipes import expected, read_recipe
 from fedslm.records import Event, PrivacySpent, RoundRecord, epsilon_as_json
 from fedslm.rendering import render
 from fedslm.reporting.plots import plot_rounds
@@ -83,6 +84,7 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "num_trained_parameters": outcome.checkpoint.server.moving.num_parameters,
         "num_frozen_parameters": outcome.frozen.num_parameters,
         "aggregation": outcome.setup.method,
+        **_expected(directory, config, outcome),
         "settings": _settings(config),
         "attack": _attack(config),
         "personal": None if config.personalization.method == "none" else config.personalization.method,
@@ -107,6 +109,13 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "measured_by_clients": _measured(inputs),
         "failures": [f"round {r.round}: {reason}" for r in records for reason in r.reasons],
     }
+
+
+def _expected(directory: RunDirectory, config: Config, outcome: Outcome) -> dict[str, Any]:
+    """Returns the recipe, if there was one, and what the signal-to-noise ratio promised."""
+    found = expected(config, outcome.checkpoint.server.moving.num_parameters)
+    outlook = None if found is None else found.as_json()
+    return {"recipe": read_recipe(directory.path), "outlook": outlook}
 
 
 def _base(config: Config, outcome: Outcome) -> dict[str, str]:

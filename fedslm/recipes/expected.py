@@ -1,0 +1,148 @@
+"""Whether a private run can learn, before it spends: its signal-to-noise ratio against measured runs.
+
+The ratio needs only public figures: the plan, the size of the adapter, the clients and a batch's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fedslm.config import Config
+from fedslm.errors import ModelError, PrivacyError
+from fedslm.privacy.calibration import calibrate
+from fedslm.privacy.planning import signal_to_noise
+from fedslm.recipes.facts import base_of
+from fedslm.recipes.table import Recipe, recipe_for
+
+_LARGEST_EPSILON = 32.0
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a plan's signal-to-noise ratio promises.
+
+    Attributes:
+        signal: The ratio over the whole run if all gradients agreed.
+        needed: Below this, measured runs kept less than half of what they learned without privacy.
+        enough: From here on, they kept most of it.
+        evidence: Those runs.
+        remedies: Changes that each reach ``needed``; empty if the run reaches it.
+    """
+
+    signal: float
+    needed: float
+    enough: float
+    evidence: str
+    remedies: tuple[str, ...] = ()
+
+    @property
+    def learns(self) -> bool:
+        """False if this will not learn."""
+        return self.signal >= self.needed
+
+    @property
+    def text(self) -> str:
+        """One sentence on the ratio, and what would raise it where it is too low."""
+        ratio = f"signal-to-noise ratio over the run: {self.signal:.2g}"
+        if self.signal >= self.enough:
+            return f"{ratio}; from {self.enough:g} on, measured runs kept most of what they learn"
+        if self.learns:
+            return (
+                f"{ratio}; between {self.needed:g} and {self.enough:g}, measured runs kept only a part"
+            )
+        ways = "".join(f"\n  - {each}" for each in self.remedies)
+        return (
+            f"this will not learn: {ratio}, and below {self.needed:g} measured runs kept less than "
+            f"half of what they learn without privacy ({self.evidence}). Each of these is enough:{ways}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns all of it as JSON values."""
+        return {
+            "signal_to_noise": self.signal,
+            "needed": self.needed,
+            "enough": self.enough,
+            "learns": self.learns,
+            "remedies": list(self.remedies),
+        }
+
+
+def expected(config: Config, parameters: int) -> Expectation | None:
+    """Computes what to expect of a private run; None without privacy.
+
+    Args:
+        config: A complete config.
+        parameters: Number of parameters that a round trains.
+
+    Raises:
+        PrivacyError: No noise keeps this epsilon.
+    """
+    privacy = config.privacy
+    if privacy.unit == "none" or privacy.sample_rate is None or privacy.delta is None:
+        return None
+    recipe = _recipe(config)
+    signal = _signal(config, parameters)
+    low = signal < recipe.needed
+    remedies = tuple(_remedies(config, parameters, recipe.needed / signal)) if low else ()
+    return Expectation(signal, recipe.needed, recipe.enough, recipe.evidence, remedies)
+
+
+def _recipe(config: Config) -> Recipe:
+    """The recipe whose evidence is nearest to a config."""
+    try:
+        parameters = base_of(config.model).parameters
+    except ModelError:  # a hub name that is not in the cache
+        parameters = 0
+    return recipe_for(config.task.name, parameters)
+
+
+def _signal(config: Config, parameters: int, *, epsilon: float | None = None) -> float:
+    """The ratio of a config, also at another epsilon."""
+    privacy, training, federation = config.privacy, config.training, config.federation
+    steps = (federation.rounds + privacy.spare_rounds) * training.local_steps
+    noise = privacy.noise_multiplier
+    if noise is None or epsilon is not None:
+        budget = epsilon or privacy.epsilon or 0.0
+        noise = calibrate(budget, privacy.delta or 0.0, privacy.sample_rate or 0.0, steps)
+    return signal_to_noise(
+        noise=noise,
+        steps=federation.rounds * training.local_steps,
+        batch_size=training.batch_size,
+        clients=federation.cohort_size,
+        parameters=parameters,
+    )
+
+
+def _remedies(config: Config, parameters: int, factor: float) -> Iterator[str]:
+    """Yields changes that each multiply the ratio by at least a factor."""
+    federation, unit = config.federation, config.privacy.unit
+    units = config.training.batch_size / (config.privacy.sample_rate or 1.0)
+    yield f"{math.ceil(factor * units):,} {unit}s at each client (about {units:,.0f} now)"
+    clients = math.ceil(factor**2 * federation.cohort_size)
+    yield f"{clients:,} clients of this size in a round ({federation.cohort_size} now)"
+    budget = config.privacy.epsilon
+    if budget is not None:
+        wanted = factor * _signal(config, parameters)
+        larger = (budget * 1.25**power for power in range(1, 60))
+        for epsilon in larger:
+            if epsilon > _LARGEST_EPSILON:
+                break
+            if _signal(config, parameters, epsilon=epsilon) >= wanted:
+                yield f"privacy.epsilon = {epsilon:.2g} ({budget:g} now), a weaker promise"
+                break
+    yield f"{max(1, int(parameters / factor**2)):,} trained parameters ({parameters:,} now)"
+    if (config.privacy.sample_rate or 1.0) < 1:
+        changed = config.model_copy(
+            update={
+                "privacy": config.privacy.model_copy(update={"sample_rate": 1.0}),
+                "training": config.training.model_copy(update={"batch_size": round(units)}),
+            }
+        )
+        try:
+            if _signal(changed, parameters) >= factor * _signal(config, parameters):
+                yield f"privacy.sample_rate = 1 with training.batch_size = {units:.0f}"
+        except PrivacyError:  # no noise keeps the budget with so many units in a step
+            return

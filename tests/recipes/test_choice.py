@@ -1,0 +1,173 @@
+"""What a recipe fills in, what it leaves to the user, and that the result runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny import write_base
+
+from fedslm import config as configuration
+from fedslm import simulation, validation
+from fedslm.config import Config
+from fedslm.config.base import TaskName
+from fedslm.config.tasks import TASKS
+from fedslm.errors import ConfigError
+from fedslm.privacy.calibration import calibrate
+from fedslm.recipes import RECIPES, completed, read_recipe
+from fedslm.recipes.facts import base_of, size_class
+
+MECHANISM = {"delta": 1e-3, "clip_norm": 0.5, "sample_rate": 0.5}
+
+
+def config_of(source: Path, **sections: dict[str, Any]) -> Config:
+    """A config that leaves out everything but what no recipe can know."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {"base": "demo", "device": "cpu"},
+        "data": {"source": str(source), "partition": "natural"},
+        "task": {"name": "classification", "max_length": 24},
+        "privacy": {"unit": "record", "epsilon": 8.0},
+        "federation": {"num_clients": 3},
+        "engine": {"workers": 0},
+    }
+    for section, changes in sections.items():
+        values[section] = {**values.get(section, {}), **changes}
+    return configuration.from_mapping(values)
+
+
+def test_a_complete_config_stays(notes: Path) -> None:
+    """Without privacy, or with the mechanism set, not one value changes; nothing is read."""
+    for privacy in ({"unit": "none"}, {"unit": "record", "epsilon": 8.0, **MECHANISM}):
+        config = config_of(notes / "missing").model_copy(
+            update={
+                "privacy": configuration.section_from(configuration.PrivacyConfig, "privacy", privacy)
+            }
+        )
+        made = completed(config)
+        assert made.config is config
+        assert (made.recipe, made.text, made.as_json()) == (None, "", {})
+
+
+def test_an_epsilon_is_never_assumed(notes: Path) -> None:
+    """Without epsilon and noise the config stays incomplete, and is refused."""
+    config = config_of(notes, privacy={"epsilon": ""})
+    assert completed(config).config is config
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon"):
+        validation.check(config)
+
+
+def test_features(notes: Path) -> None:
+    """All of a classifier's settings, valid, and with the rate that bounds a logit's noise."""
+    made = completed(config_of(notes))
+    config = made.config
+    validation.check(config)
+    assert made.recipe is not None
+    assert made.recipe.name == "features"
+    assert config.task.pooling == "normalized"
+    assert config.privacy.sample_rate == 1.0
+    assert config.training.batch_size == made.units
+    assert config.lora.target_modules == (base_of(config.model).last,)
+    # the second source of the rate: the deviation that T noisy steps add to a logit
+    width, steps = base_of(config.model).width, config.federation.rounds
+    privacy = config.privacy
+    assert privacy.epsilon is not None
+    assert privacy.delta is not None
+    assert privacy.clip_norm is not None
+    noise = calibrate(privacy.epsilon, privacy.delta, 1.0, steps)
+    momentum = 1 / (1 - config.aggregation.server_momentum)
+    if config.aggregation.server_optimizer == "fedavg":
+        momentum = 1.0
+    each = config.training.learning_rate * momentum * noise * privacy.clip_norm
+    each /= config.training.batch_size * math.sqrt(config.federation.num_clients)
+    assert each * math.sqrt(width * steps) <= 1.5 * 1.01
+
+
+def test_own_values_win_and_are_said(notes: Path) -> None:
+    """A key that the user sets keeps its value, and the text names it; derived values follow it."""
+    tight = {"epsilon": 0.1}  # so that noise bounds the rate, not the number of classes
+    own = {"federation": {"rounds": 3}, "privacy": {"delta": 1e-5, **tight}, "lora": {"rank": 4}}
+    made = completed(config_of(notes, **own))
+    assert (made.config.federation.rounds, made.config.privacy.delta) == (3, 1e-5)
+    assert made.own == {"federation.rounds": 3, "privacy.delta": 1e-5, "lora.rank": 4}
+    assert "federation.rounds = 3 (your own value)" in made.text
+    other = completed(config_of(notes, privacy=tight)).config
+    # noise bounds rate times rounds, so fewer rounds take larger steps
+    assert made.config.training.learning_rate > other.training.learning_rate
+    assert completed(made.config).config is made.config  # nothing is left to complete
+
+
+def test_a_public_size_replaces_a_look_at_the_data(notes: Path) -> None:
+    """units_per_client wins over the data's own size; real nodes must give it."""
+    made = completed(config_of(notes, privacy={"units_per_client": 700}))
+    assert (made.units, made.config.training.batch_size) == (700, 700)
+    assert made.config.privacy.delta == 1e-4
+    deployed = config_of(notes, engine={"name": "deployed", "workers": -1})
+    with pytest.raises(ConfigError, match=r"privacy\.units_per_client.*public estimate"):
+        completed(deployed)
+
+
+def test_users_are_counted(notes: Path) -> None:
+    """With users as units, a client's size is its number of users, and a user's records are bounded."""
+    records = completed(config_of(notes)).units
+    made = completed(config_of(notes, privacy={"unit": "user", "unit_column": "patient"}))
+    assert made.units < records
+    assert made.config.privacy.max_records_per_unit == 8
+    validation.check(made.config)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_recipe(task: TaskName, notes: Path, tmp_path: Path) -> None:
+    """Whatever the task, a config without a mechanism becomes one that is valid."""
+    family = {"decoder": "llama", "encoder-decoder": "t5"}.get(TASKS[task].network, "bert")
+    base = write_base(tmp_path / "base", family, task)
+    data = {"rejected_column": "worse"} if TASKS[task].has_rejected else {}
+    labels = {"labels": ["O", "B-heart"]} if TASKS[task].classes != "none" else {}
+    config = config_of(
+        notes,
+        model={"base": str(base), "device": "cpu"},
+        data={**data, **({"label_column": ""} if task == "causal-lm" else {})},
+        task={"name": task, **labels},
+        privacy={"units_per_client": 100},
+    )
+    made = completed(config)
+    validation.check(made.config)
+    assert made.recipe is not None
+    assert task in made.recipe.tasks
+
+
+def test_recipes_are_data() -> None:
+    """Names are unique, each has its evidence, and each value is a key of the config."""
+    assert len({recipe.name for recipe in RECIPES}) == len(RECIPES)
+    for recipe in RECIPES:
+        assert recipe.evidence
+        for key in recipe.values:
+            section, _, name = key.partition(".")
+            kind = Config.model_fields[section].annotation
+            assert kind is not None
+            assert name in kind.model_fields, key
+
+
+def test_a_size_class_hides_one_unit() -> None:
+    """One unit more or less changes nothing but at the borders, of which there are six a decade."""
+    borders = [n for n in range(1, 100_000) if size_class(n) != size_class(n + 1)]
+    assert len(borders) <= 6 * 5
+    for units in (1, 7, 231, 99_999):
+        assert 0.5 < size_class(units) / units < 2
+
+
+def test_a_run_completes_itself(notes: Path, tmp_path: Path) -> None:
+    """A run says in its directory and report what the recipe chose; it learns, and resumes as itself."""
+    config = config_of(
+        notes, run={"name": "own", "directory": str(tmp_path / "run")}, federation={"rounds": 2}
+    )
+    report = simulation.simulate(config)
+    assert report["stopped"] == ""
+    told = read_recipe(tmp_path / "run")
+    assert report["recipe"] == told
+    assert told["name"] == "features"
+    assert told["own"] == {"federation.rounds": 2}
+    assert "## Recipe" in (tmp_path / "run" / "report.md").read_text()
+    assert simulation.finished(tmp_path / "run", config) is not None
+    assert 0 < report["epsilon"] <= 8.0

@@ -1,0 +1,104 @@
+"""What is said before a run that cannot learn, and that each remedy is one."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from fedslm import config as configuration
+from fedslm.config import Config
+from fedslm.privacy import accounting
+from fedslm.recipes import RECIPES, expected
+from fedslm.records import Event
+
+PARAMETERS = 30_000
+
+
+def config_of(**privacy: object) -> Config:
+    """A complete classifier's config with too little of everything."""
+    values = {"unit": "record", "epsilon": 0.5, "delta": 1e-4, "clip_norm": 1.0, "sample_rate": 1.0}
+    return configuration.from_mapping(
+        {
+            "model": {"base": "demo"},
+            "data": {"source": "demo"},
+            "task": {"name": "classification"},
+            "training": {"local_steps": 1, "batch_size": 100},
+            "privacy": {**values, **privacy},
+            "federation": {"num_clients": 10, "rounds": 16},
+        }
+    )
+
+
+def test_nothing_is_said_without_privacy() -> None:
+    """There is no noise."""
+    assert expected(config_of(unit="none"), PARAMETERS) is None
+
+
+def test_the_ratio_is_that_of_gaussian_dp() -> None:
+    """A second source: with full sampling σ = √T / μ, so the ratio is L·√n·μ / √d."""
+    for epsilon in (0.5, 8.0):
+        found = expected(config_of(epsilon=epsilon), PARAMETERS)
+        assert found is not None
+        mu = found.signal * math.sqrt(PARAMETERS) / (100 * math.sqrt(10))
+        spent = accounting.epsilon([Event(1.0, 1 / mu, 1)], 1e-4)
+        assert math.isclose(spent, epsilon, rel_tol=0.02)
+
+
+def test_what_will_not_learn_is_said_with_what_would() -> None:
+    """Each remedy, applied, reaches the ratio that is needed."""
+    found = expected(config_of(), PARAMETERS)
+    assert found is not None
+    assert not found.learns
+    assert found.text.startswith("this will not learn: signal-to-noise ratio over the run: ")
+    first = [re.search(r"\d[\d,]*(?:\.\d+)?", each) for each in found.remedies]
+    numbers = [float(match[0].replace(",", "")) for match in first if match is not None]
+    units, clients, epsilon, parameters = numbers
+    base = config_of()
+    changed = [
+        (
+            base.model_copy(
+                update={"training": base.training.model_copy(update={"batch_size": int(units)})}
+            ),
+            PARAMETERS,
+        ),
+        (
+            base.model_copy(
+                update={"federation": base.federation.model_copy(update={"num_clients": int(clients)})}
+            ),
+            PARAMETERS,
+        ),
+        (config_of(epsilon=epsilon), PARAMETERS),
+        (base, int(parameters)),
+    ]
+    for config, size in changed:
+        better = expected(config, size)
+        assert better is not None
+        assert better.signal >= 0.97 * found.needed  # epsilon is shown with two digits
+
+
+def test_a_good_plan_is_said_to_be_one() -> None:
+    """Above the upper bound, nothing is asked for."""
+    found = expected(config_of(epsilon=8.0), 300)
+    assert found is not None
+    assert found.learns
+    assert found.remedies == ()
+    assert "most of what they learn" in found.text
+    assert found.as_json()["learns"] is True
+
+
+def test_a_larger_sample_rate_is_a_remedy() -> None:
+    """Where few units join a step, all of them may be asked instead."""
+    config = config_of(sample_rate=0.02, epsilon=2.0)
+    few = config.training.model_copy(update={"batch_size": 10})
+    found = expected(config.model_copy(update={"training": few}), PARAMETERS)
+    assert found is not None
+    assert not found.learns
+    assert any("privacy.sample_rate = 1" in each for each in found.remedies)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_bounds_are_ordered(recipe: object) -> None:
+    """Needed is below enough."""
+    assert 0 < recipe.needed < recipe.enough  # type: ignore[attr-defined]
