@@ -99,7 +99,8 @@ def size_class(units: float) -> int:
     [3, 50, 200, 1000, 1000, 1500]
     """
     scale: float = 10.0 ** math.floor(math.log10(max(units, 1)))
-    return round(min((step * scale for step in _STEPS), key=lambda each: abs(math.log(each / units))))
+    classes = [step * scale for step in _STEPS]
+    return round(min(classes, key=lambda each: abs(math.log(each / units))))
 
 
 def simulated_units(
