@@ -99,8 +99,9 @@ def size_class(units: float) -> int:
     [3, 50, 200, 1000, 1000, 1500]
     """
     scale: float = 10.0 ** math.floor(math.log10(max(units, 1)))
-    classes = [step * scale for step in _STEPS]
-    return round(min(classes, key=lambda each: abs(math.log(each / units))))
+    classes: list[float] = [step * scale for step in _STEPS]
+    nearest: float = min(classes, key=lambda each: abs(math.log(each / units)))
+    return round(nearest)
 
 
 def simulated_units(
