@@ -128,6 +128,9 @@ def _aggregation(config: Config) -> Iterator[Problem]:
     )
     for conflict in compatibility.conflicts(chosen):
         yield Problem(compatibility.KEYS[conflict.axis], compatibility.refusal(conflict, chosen))
+    if aggregation.method == "head" and TASKS[config.task.name].classes == "none":
+        message = f'value "head" needs a task with classes, not task.name={config.task.name!r}'
+        yield Problem("aggregation.method", message)
     for rank in lora.client_ranks:
         if rank > lora.rank:
             message = f"value {rank} exceeds lora.rank={lora.rank}, which the server holds"

@@ -52,9 +52,9 @@ def test_its_config_and_its_call_run(
     """The TOML file is a config, and the Python lines train with it and print what they say."""
     (config,), (code,) = blocks("toml"), blocks("python")
     (tmp_path / "my.toml").write_text(config)
-    assert from_toml(tmp_path / "my.toml").federation.rounds == 5
-    faster = f"{config}\n[engine]\nworkers = 0\n[training]\nlocal_steps = 1\n"
-    (tmp_path / "my.toml").write_text(faster.replace("rounds = 5", "rounds = 1"))
+    assert from_toml(tmp_path / "my.toml").federation.num_clients == 5
+    faster = f"{config}\n[engine]\nworkers = 0\n"
+    (tmp_path / "my.toml").write_text(faster.replace("num_clients = 5", "num_clients = 5\nrounds = 1"))
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})  # noqa: S102  (our own page)
     printed = capsys.readouterr().out

@@ -56,7 +56,7 @@ def _names(text: str) -> frozenset[str]:
 
 _LINEAR = frozenset(name for name, row in METHODS.items() if row.family == "linear")
 _FACTORS = frozenset(METHODS) - _LINEAR
-_SHARED_A = _names("ffa rolora fed-sb")
+_SHARED_A = _names("ffa rolora fed-sb head")
 _ROBUST = frozenset(get_args(RuleName)) - {"mean"}
 _ADAPTIVE = _names("fedavgm fedadam fedyogi fedadagrad")
 _PRIVATE = _names("record user")

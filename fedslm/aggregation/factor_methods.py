@@ -139,7 +139,7 @@ class FactorRound:
                 return made | _aside(layer, left, np.vstack([stack.right, mean_a]), size)
             case "hetlora":
                 return {key: self._padded_mean(key, shares * kept) for key in (a_key, b_key)}
-            case "fedit" | "ffa" | "rolora" | "fedrot" | "fedsa" | "fed-sb":
+            case "fedit" | "ffa" | "rolora" | "fedrot" | "fedsa" | "fed-sb" | "head":
                 raise FederationError(f"{method} needs no client's own factors")
             case _:
                 assert_never(method)

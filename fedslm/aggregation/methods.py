@@ -19,6 +19,7 @@ _A: frozenset[Part] = frozenset({"lora_A", "head"})
 _B: frozenset[Part] = frozenset({"lora_B", "head"})
 _R: frozenset[Part] = frozenset({"lora_R", "head"})
 _AB: frozenset[Part] = _A | _B
+_HEAD: frozenset[Part] = frozenset({"head"})
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,10 @@ METHODS: dict[MethodName, Method] = {
     "hetlora": Method(
         "HetLoRA", "arXiv 2401.06432", "factors", False, _AB, _AB,
         "factors of several ranks, padded with zeros and weighted by their norm",
+    ),
+    "head": Method(
+        "linear probe", "arXiv 1610.01644", "linear", True, _HEAD, _HEAD,
+        "only a classifier's head is trained: the base is computed once for each record",
     ),
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ MethodName = Literal[
     "fedex",
     "flora",
     "hetlora",
+    "head",
 ]
 RuleName = Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "geometric-median"]
 ServerOptimizerName = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]

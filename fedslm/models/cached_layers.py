@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fedslm.adapter_keys import part_of
 from fedslm.errors import TrainingError
 from fedslm.models.families import PROVED
 from fedslm.models.footprint import memory_here
@@ -30,19 +31,27 @@ _MOST_BYTES, _SHARE = 512 << 20, 16  # kept by a process: a sixteenth of the mem
 class Prefix:
     """The blocks below the first one with an adapted module.
 
-    A LoRA layer counts as adapted even if its factors are frozen, since every round may write others.
+    A LoRA layer counts as adapted even if its factors are frozen, since every round may write others;
+    where only the head is trained, B is zero for good, and all blocks are below.
 
     Attributes:
         body: The transformers model.
         below: The blocks below.
-        first: The first block with an adapted module.
+        first: The first block with an adapted module; None if all blocks are below.
         blocks: Number of all blocks.
+        zero: Tensors in the blocks below that must be zero.
     """
 
     body: Any
     below: tuple[nn.Module, ...]
-    first: nn.Module
+    first: nn.Module | None
     blocks: int
+    zero: tuple[nn.Parameter, ...] = ()
+
+    @property
+    def entry(self) -> nn.Module:
+        """The block that receives kept states."""
+        return self.below[0] if self.first is None else self.first
 
     @property
     def width(self) -> int:
@@ -50,7 +59,7 @@ class Prefix:
         return int(self.body.config.hidden_size)
 
     def states_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Computes what enters :attr:`first` for one record, in a pass of its own.
+        """Computes what leaves the blocks below for one record, in a pass of its own.
 
         Args:
             tokens: Shape (1, tokens), without padding.
@@ -62,7 +71,13 @@ class Prefix:
         def stop(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             raise _Reached(inputs[0])
 
-        handle = self.first.register_forward_pre_hook(stop, prepend=True)
+        def end(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+            raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+        if self.first is None:
+            handle = self.below[-1].register_forward_hook(end, prepend=True)
+        else:
+            handle = self.first.register_forward_pre_hook(stop, prepend=True)
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self.body(input_ids=tokens.clone(), attention_mask=torch.ones_like(tokens))
@@ -70,20 +85,20 @@ class Prefix:
             return reached.states[0].contiguous()
         finally:
             handle.remove()
-        raise TrainingError("internal check failed: a pass did not reach the first adapted block")
+        raise TrainingError("internal check failed: a pass did not leave the cached blocks")
 
     @contextmanager
     def given(self, states: torch.Tensor) -> Iterator[None]:
-        """Makes passes inside the block begin at :attr:`first`.
+        """Makes passes inside the block begin above the blocks below.
 
         Args:
-            states: What enters it, of shape (rows, tokens, width).
+            states: What leaves these, of shape (rows, tokens, width).
         """
 
         def replace(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (states, *inputs[1:])
 
-        handle = self.first.register_forward_pre_hook(replace, prepend=True)
+        handle = self.entry.register_forward_pre_hook(replace, prepend=True)
         try:
             for block in self.below:
                 block.forward = _unchanged
@@ -94,8 +109,12 @@ class Prefix:
                 block.__dict__.pop("forward", None)
 
 
-def prefix_of(adapter: AttachedAdapter) -> Prefix | None:
+def prefix_of(adapter: AttachedAdapter, *, only_head: bool = False) -> Prefix | None:
     """Returns the blocks below the first adapted one; None if there are none or the base is unknown.
+
+    Args:
+        adapter: The attached adapter.
+        only_head: Whether no round changes the LoRA factors, and B is zero.
 
     Only verified architectures with one stack of blocks have a prefix: in an encoder-decoder, blocks
     share more than a state. A network that recomputes its activations has none either: it would
@@ -117,14 +136,23 @@ def prefix_of(adapter: AttachedAdapter) -> Prefix | None:
     if len(stacks) != 1:
         return None
     blocks = list(stacks[0])
-    adapted = {id(parameter) for parameter in adapter.parameters.values()}
-    cut = next((at for at, block in enumerate(blocks) if _owns(block, adapted)), 0)
+    moving = {
+        key: each
+        for key, each in adapter.parameters.items()
+        if not only_head or part_of(key) in ("head", "center")
+    }
+    adapted = {id(parameter) for parameter in moving.values()}
+    none = len(blocks) if only_head else 0
+    cut = next((at for at, block in enumerate(blocks) if _owns(block, adapted)), none)
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     heads = [each for name, each in base.named_children() if name in HEAD_NAMES]
     above = {id(parameter) for head in heads for parameter in head.parameters()}
     if cut == 0 or adapted - inside - above:
         return None
-    return Prefix(body, tuple(blocks[:cut]), blocks[cut], len(blocks))
+    if cut < len(blocks):
+        return Prefix(body, tuple(blocks[:cut]), blocks[cut], len(blocks))
+    zero = tuple(each for key, each in adapter.parameters.items() if part_of(key) == "lora_B")
+    return Prefix(body, tuple(blocks), None, len(blocks), zero)
 
 
 def most_bytes_here() -> int:
@@ -179,8 +207,10 @@ class CachedLayers:
             inputs: ``input_ids`` and ``attention_mask`` of shape (rows, tokens), padded on the right.
 
         Raises:
-            TrainingError: The padding is elsewhere.
+            TrainingError: The padding is elsewhere, or a tensor that must be zero is not.
         """
+        if any(bool(tensor.any()) for tensor in self.prefix.zero):
+            raise TrainingError("internal check failed: the adapter below the head is not zero")
         with self.prefix.given(self._states(inputs["input_ids"], inputs["attention_mask"])):
             yield
 

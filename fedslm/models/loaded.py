@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.config.tasks import TASKS
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedslm.models.cached_layers import CachedLayers
 
 logger = logging.getLogger(__name__)
+Trains = Literal["factors", "core", "head"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class LoadedModel:
         device: The device of the model.
         base_sha256: Hash of the base model's files.
         dtype: The precision in which the base computes; the adapter is float32.
+        only_head: Whether no round changes the LoRA factors, and B is zero.
     """
 
     adapter: AttachedAdapter
@@ -43,6 +45,7 @@ class LoadedModel:
     device: torch.device
     base_sha256: str
     dtype: torch.dtype
+    only_head: bool = False
 
     @property
     def is_rounded(self) -> bool:
@@ -69,7 +72,8 @@ class LoadedModel:
         """
         from fedslm.models.cached_layers import CachedLayers, most_bytes_here, prefix_of
 
-        prefix = prefix_of(self.adapter) if self.device.type == "cpu" else None
+        on_cpu = self.device.type == "cpu"
+        prefix = prefix_of(self.adapter, only_head=self.only_head) if on_cpu else None
         return None if prefix is None else CachedLayers(prefix, most_bytes_here())
 
     def forget_records(self) -> None:
@@ -80,7 +84,7 @@ class LoadedModel:
 
 @lru_cache(maxsize=1)
 def load(
-    model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int, core: bool = False
+    model: ModelConfig, lora: LoraConfig, task: TaskConfig, num_labels: int, trains: Trains = "factors"
 ) -> LoadedModel:
     """Loads a base model and attaches an adapter; one model stays in memory per process.
 
@@ -89,7 +93,7 @@ def load(
         lora: The adapter.
         task: The task of the network.
         num_labels: Classes; 0 if the task has none.
-        core: See :func:`fedslm.models.adapter.attach`.
+        trains: What training changes: LoRA factors, a core between them (Fed-SB), or only the head.
 
     Raises:
         ModelError: The model, its tokenizer or its LoRA targets are not usable.
@@ -102,13 +106,14 @@ def load(
     _check_template(model, task, tokenizer)
     asked, model = model.dtype, decided(model, directory, task, num_labels)
     network = load_base(model, task, num_labels, tokenizer)
-    adapter = attach(network, lora, core=core)
+    adapter = attach(network, lora, core=trains == "core")
     if model.gradient_checkpointing:
         checkpoint_activations(network)
     device = device_of(model)
     text = 'model.base=%r computes in %s on %s (model.dtype="%s")'
     logger.info(text, model.base, model.dtype, device, asked)
-    return LoadedModel(adapter, tokenizer, device, base_sha256(directory), getattr(torch, model.dtype))
+    sha256, dtype = base_sha256(directory), getattr(torch, model.dtype)
+    return LoadedModel(adapter, tokenizer, device, sha256, dtype, only_head=trains == "head")
 
 
 def _check_template(model: ModelConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:

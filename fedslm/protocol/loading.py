@@ -15,7 +15,13 @@ def model_for(setup: Setup) -> LoadedModel:
         ModelError: The model, its tokenizer or its LoRA targets are not usable.
     """
     sections = (setup.model, setup.lora, setup.task, len(setup.labels))
-    return load(*sections, core=True) if setup.method == "fed-sb" else load(*sections)
+    match setup.method:
+        case "fed-sb":
+            return load(*sections, trains="core")
+        case "head":
+            return load(*sections, trains="head")
+        case _:
+            return load(*sections)
 
 
 def task_for(setup: Setup) -> Task:

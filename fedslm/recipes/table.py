@@ -57,9 +57,9 @@ RECIPES: tuple[Recipe, ...] = (
             "task.pooling": "normalized",
             "task.head": "labels",
             "lora.rank": 1,
-            "lora.alpha": 0.1,
             **_ONE_STEP,
             "federation.rounds": 16,
+            "aggregation.method": "head",
             "aggregation.server_optimizer": "fedavgm",
             "aggregation.server_momentum": 0.8,
         },
@@ -155,3 +155,32 @@ def recipe_for(task: TaskName, parameters: int) -> Recipe:
     fits = [recipe for recipe in RECIPES if task in recipe.tasks]
     large = [recipe for recipe in fits if parameters >= recipe.least_parameters]
     return max(large or fits, key=lambda each: each.least_parameters)
+
+
+def as_table() -> str:
+    """Returns the table of ``docs/recipes.md``."""
+    head = "| recipe | tasks | base | settings | measured on |\n|---|---|---|---|---|\n"
+    return head + "".join(map(_row, RECIPES))
+
+
+def _row(recipe: Recipe) -> str:
+    """One row of the table."""
+    tasks = ", ".join(recipe.tasks)
+    cells = (f"`{recipe.name}`", tasks, _size(recipe), _settings(recipe), recipe.evidence)
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _size(recipe: Recipe) -> str:
+    """Sizes of the bases that a recipe is for."""
+    if recipe.least_parameters == 0:
+        return "any"
+    return f"{recipe.least_parameters // 1_000_000} million parameters or more"
+
+
+def _settings(recipe: Recipe) -> str:
+    """A recipe's settings on one line."""
+    clip = f"{recipe.clip_norm:g}" + (" · √width" if recipe.on_features else "")
+    derived = {"privacy.sample_rate": recipe.sample_rate, "privacy.clip_norm": clip}
+    rate = {"training.learning_rate": "from the noise"} if recipe.on_features else {}
+    values = {**recipe.values, **derived, **rate}
+    return ", ".join(f"`{key} = {value}`" for key, value in values.items())

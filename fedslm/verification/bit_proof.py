@@ -246,7 +246,7 @@ def _wild_row(model: LoadedModel, slot: int, factor: float, rows: int) -> Iterat
 
     with ExitStack() as stack:
         if model.cached_layers is not None:
-            first = model.cached_layers.prefix.first
+            first = model.cached_layers.prefix.entry
             handle = first.register_forward_pre_hook(lambda _, inputs: (spoil(inputs[0]), *inputs[1:]))
             stack.callback(handle.remove)
             yield

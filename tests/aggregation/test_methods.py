@@ -31,6 +31,7 @@ TRAINED = {
     "fedex": ({A, B, HEAD}, {A, B, HEAD}),
     "flora": ({A, B, HEAD}, {A, B, HEAD}),
     "hetlora": ({A, B, HEAD}, {A, B, HEAD}),
+    "head": ({HEAD}, {HEAD}),
 }
 
 

@@ -73,7 +73,13 @@ def check_plain(config: Config, report: dict[str, Any]) -> None:
     with torch.inference_mode():
         found = opened(**inputs).logits
     core = report["aggregation"] == "fed-sb"
-    own = load(config.model, config.lora, config.task, len(report["labels"]), core=core)
+    own = load(
+        config.model,
+        config.lora,
+        config.task,
+        len(report["labels"]),
+        trains="core" if core else "factors",
+    )
     own.adapter.write(load_adapter(directory / "frozen.safetensors").merged(moving(report)))
     with torch.inference_mode():
         expected = own.adapter.network.eval()(**inputs).logits

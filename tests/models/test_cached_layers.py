@@ -27,11 +27,14 @@ from support.families import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedslm.adapter_keys import part_of
+from fedslm.config import LoraConfig, ModelConfig, TaskConfig
 from fedslm.errors import NotRepeated, TrainingError
 from fedslm.models import cached_layers
 from fedslm.models.cached_layers import CachedLayers, prefix_of
 from fedslm.models.families import PROVED
-from fedslm.models.loaded import LoadedModel
+from fedslm.models.initial import initial_state
+from fedslm.models.loaded import LoadedModel, load
 from fedslm.models.networks import checkpoint_activations, inner
 from fedslm.privacy.plan import NoPrivacy
 from fedslm.tasks.base import Example, Task
@@ -355,3 +358,34 @@ def test_the_rehearsal_keeps_only_a_made_up_record(bert: LoadedModel) -> None:
     """It runs before anything is charged, and so before a record is read."""
     rehearse(bert, task_of("classification"), record_plan(), frozenset(bert.adapter.parameters))
     assert len(layers_of(bert)) == 1
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+def test_where_only_the_head_is_trained_every_layer_is_kept(
+    family_directory: Directories, family: str
+) -> None:
+    """Logits as without a cache; no layer of a known record is computed again; B must be zero."""
+    directory = family_directory(family, "classification")
+    base = ModelConfig(base=str(directory), device="cpu")
+    task_config = TaskConfig(name="classification", pooling="normalized", max_length=32)
+    classes = len(task_of("classification").labels)
+    model = load.__wrapped__(base, LoraConfig(rank=1), task_config, classes, "head")
+    task, records = task_of("classification"), examples_of(5, name="classification")
+    shapes = {key: tuple(each.shape) for key, each in model.adapter.parameters.items()}
+    model.adapter.write(initial_state(shapes, 0))
+    model.adapter.train_only({key for key in shapes if part_of(key) == "head"})
+    layers = layers_of(model)
+    assert len(layers.prefix.below) == layers.prefix.blocks
+    with torch.no_grad():
+        plain = [forward(model, task, [each])[0] for each in records]
+        kept = [forward(model, task, [each], layers=layers)[0] for each in records]
+        calls = lower_calls(model)
+        again, _ = forward(model, task, records, layers=layers)
+    assert calls == []
+    torch.testing.assert_close(torch.cat(kept), torch.cat(plain), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(again, torch.cat(plain), rtol=1e-5, atol=1e-6)
+    factors = [each for key, each in model.adapter.parameters.items() if part_of(key) == "lora_B"]
+    with torch.no_grad():
+        factors[0].add_(1.0)
+    with pytest.raises(TrainingError, match="not zero"):
+        forward(model, task, records, layers=layers)

@@ -31,7 +31,7 @@ def model() -> LoadedModel:
     """The embedded base with a classifier on normalized features."""
     base = ModelConfig(base="demo", device="cpu")
     task = TaskConfig(name="classification", pooling="normalized", max_length=32)
-    return load.__wrapped__(base, LORA, task, len(NAMES), False)
+    return load.__wrapped__(base, LORA, task, len(NAMES))
 
 
 def seeded(model: LoadedModel) -> AdapterState:

@@ -18,6 +18,7 @@ from fedslm.errors import ConfigError
 from fedslm.privacy.calibration import calibrate
 from fedslm.recipes import RECIPES, completed, read_recipe
 from fedslm.recipes.facts import base_of, size_class
+from fedslm.recipes.table import as_table
 
 MECHANISM = {"delta": 1e-3, "clip_norm": 0.5, "sample_rate": 0.5}
 
@@ -171,3 +172,9 @@ def test_a_run_completes_itself(notes: Path, tmp_path: Path) -> None:
     assert "## Recipe" in (tmp_path / "run" / "report.md").read_text()
     assert simulation.finished(tmp_path / "run", config) is not None
     assert 0 < report["epsilon"] <= 8.0
+
+
+def test_the_page_has_the_table() -> None:
+    """docs/recipes.md shows the recipes as they are."""
+    page = Path(__file__).parents[2] / "docs" / "recipes.md"
+    assert as_table() in page.read_text(encoding="utf-8")

@@ -28,7 +28,7 @@ def load_with(
     """A tiny model with an adapter of a given shape, of its own: no other test shares it."""
     base = ModelConfig(base=str(directory), device="cpu", **options)  # type: ignore[arg-type]
     task = TaskConfig(name=name, pooling=pooling, max_length=32)  # type: ignore[arg-type]
-    return load.__wrapped__(base, lora, task, len(labels_of(name)), core)
+    return load.__wrapped__(base, lora, task, len(labels_of(name)), "core" if core else "factors")
 
 
 def random_whole(model: LoadedModel, seed: int = 0) -> AdapterState:
