@@ -1,0 +1,273 @@
+"""Defaults only: what the recipes reach where a config names just data, base, unit and epsilon.
+
+FEDSLM_ASSETS=… python benchmarks/recipes.py [NAME …] [--epsilon 8 3] [--seeds 0 1 2]
+
+Each run is one minimal config. The reference is a central regression without privacy on the same base's
+features, with the better of two penalties *on the test records*: an upper bound. Results are kept under
+``runs/recipes``; complete runs are not repeated. Writes the table of docs/recipes.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import random
+import resource
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arms import ROOT, RUNS, finished_run
+
+from fedslm.storage import expand
+
+PLACE, PAGE = RUNS / "recipes", ROOT / "docs" / "recipes.md"
+BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
+PATIENTS, SITES, SECTIONS = 160, 3, 6
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One data set.
+
+    Attributes:
+        data: Directory with train and test files, below FEDSLM_ASSETS unless absolute.
+        max_length: Tokens of a text.
+        rest: Further lines of the config.
+        base: Directory of the base below FEDSLM_ASSETS.
+    """
+
+    data: str
+    max_length: int
+    rest: str = '[privacy]\nunit = "record"\n[federation]\nnum_clients = 10\n'
+    partition: str = "dirichlet"
+    base: str = "models/all-MiniLM-L6-v2"
+
+
+JOBS = {
+    "banking77": Job("data/banking77", 32),
+    "clinc150": Job("data/clinc150", 32),
+    "medical_abstracts": Job("data/medical_abstracts", 128),
+    "patients": Job(
+        str(PLACE / "patients"),
+        128,
+        f'[privacy]\nunit = "user"\nunit_column = "patient"\n[federation]\nnum_clients = {SITES}\n',
+        "natural",
+    ),
+}
+
+
+def assets() -> Path:
+    """The directory of models and data."""
+    return Path(os.environ["FEDSLM_ASSETS"])
+
+
+def place_of(job: Job) -> Path:
+    """Where a job's data is."""
+    return Path(job.data) if Path(job.data).is_absolute() else assets() / job.data
+
+
+def read(path: Path) -> Rows:
+    """Rows of a JSONL file, compressed or not."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def split_of(job: Job, split: str) -> Rows:
+    """Rows of a split."""
+    (path,) = place_of(job).glob(f"{split}.jsonl*")
+    return read(path)
+
+
+def make_patients() -> None:
+    """Notes of 160 people at three sites: mts_dialog's notes, dealt out; the class is their section."""
+    target = PLACE / "patients"
+    if (target / "test.jsonl").exists():
+        return
+    source = assets() / "data" / "mts_dialog"
+    rows = read(source / "train.jsonl.gz")
+    common = [name for name, _ in Counter(row["section"] for row in rows).most_common(SECTIONS)]
+    rows = [row for row in rows if row["section"] in common]
+    random.Random(1).shuffle(rows)
+    held_out = [
+        row for split in ("validation", "test", "test2") for row in read(source / f"{split}.jsonl.gz")
+    ]
+    held_out = [row for row in held_out if row["section"] in common]
+    target.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", rows), ("test", held_out)):
+        with (target / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for number, row in enumerate(part):
+                who = number % PATIENTS if name == "train" else PATIENTS
+                made = {"text": row["output"], "label": row["section"], "patient": f"p{who}"}
+                file.write(json.dumps({**made, "client": f"site-{who % SITES}"}) + "\n")
+
+
+def config_of(name: str) -> Path:
+    """Writes a job's minimal config."""
+    job = JOBS[name]
+    path = PLACE / f"{name}.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'[model]\nbase = "$FEDSLM_ASSETS/{job.base}"\n'
+        f'[data]\nsource = "{place_of(job)}"\npartition = "{job.partition}"\n'
+        f'[task]\nname = "classification"\nmax_length = {job.max_length}\n{job.rest}',
+        encoding="utf-8",
+    )
+    return path
+
+
+def run(name: str, epsilon: float, seed: int, workers: int) -> dict[str, Any]:
+    """One run, with the processor time that it took; kept."""
+    directory = PLACE / f"{name}-{epsilon:g}-{seed}"
+    kept = directory / "figures.json"
+    if not kept.exists():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        overrides = (f"privacy.epsilon={epsilon}", f"run.seed={seed}", f"engine.workers={workers}")
+        finished_run(config_of(name), directory, overrides)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        figures = {
+            "accuracy": report["metrics_after"]["accuracy"],
+            "before": report["metrics_before"]["accuracy"],
+            "epsilon": report["epsilon"],
+            "delta": report["delta"],
+            "signal": report["outlook"]["signal_to_noise"],
+            "cpu_seconds": spent,
+        }
+        kept.write_text(json.dumps(figures), encoding="utf-8")
+    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
+
+
+def central(name: str) -> float:
+    """Accuracy of the central regression; kept."""
+    kept = PLACE / f"{name}-central.json"
+    if not kept.exists():
+        job = JOBS[name]
+        parts = {split: split_of(job, split) for split in ("train", "test")}
+        labels = sorted({row["label"] for rows in parts.values() for row in rows})
+        found = max(regressions(job, parts, labels))
+        kept.write_text(json.dumps(found), encoding="utf-8")
+    return float(json.loads(kept.read_text(encoding="utf-8")))
+
+
+def regressions(job: Job, parts: dict[str, Rows], labels: Sequence[str]) -> Iterator[float]:
+    """Accuracy at two penalties."""
+    import torch
+
+    features = {split: features_of(job, rows) for split, rows in parts.items()}
+    classes = {
+        split: torch.tensor([labels.index(r["label"]) for r in rows]) for split, rows in parts.items()
+    }
+    for strength in (1.0, 10.0):
+        weights = torch.zeros(len(labels), features["train"].shape[1] + 1, requires_grad=True)
+        solver = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss(weights: Any = weights, solver: Any = solver, strength: float = strength) -> Any:
+            solver.zero_grad()
+            logits = features["train"] @ weights[:, :-1].T + weights[:, -1]
+            data = torch.nn.functional.cross_entropy(logits, classes["train"], reduction="sum")
+            total = (strength * data + weights[:, :-1].square().sum() / 2) / len(logits)
+            total.backward()
+            return total
+
+        solver.step(loss)
+        with torch.no_grad():
+            logits = features["test"] @ weights[:, :-1].T + weights[:, -1]
+        yield float((logits.argmax(1) == classes["test"]).float().mean())
+
+
+def features_of(job: Job, rows: Rows) -> Any:
+    """Masked means of the last hidden states."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    directory = expand(f"$FEDSLM_ASSETS/{job.base}")
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]["text"]))
+    found = torch.zeros(len(rows), model.config.hidden_size)
+    for start in range(0, len(rows), 32):
+        chosen = order[start : start + 32]
+        texts = [rows[number]["text"] for number in chosen]
+        batch = tokenizer(
+            texts, padding=True, truncation=True, max_length=job.max_length, return_tensors="pt"
+        )
+        with torch.no_grad():
+            hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).float()
+        found[chosen] = (hidden * mask).sum(1) / mask.sum(1)
+    return found
+
+
+def row(name: str, epsilon: float, seeds: Sequence[int]) -> str | None:
+    """One line of the table; None if no run is complete."""
+    files = [PLACE / f"{name}-{epsilon:g}-{seed}" / "figures.json" for seed in seeds]
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    if not runs:
+        return None
+    job, reference = JOBS[name], central(name)
+    test = split_of(job, "test")
+    commonest = max(Counter(row["label"] for row in test).values()) / len(test)
+    scores = [each["accuracy"] for each in runs]
+    mean = statistics.mean(scores)
+    cells = [
+        f"`{name}`",
+        f"{epsilon:g}",
+        f"{runs[0]['delta']:g}",
+        f"{runs[0]['signal']:.2g}",
+        f"{commonest:.3f}",
+        f"{runs[0]['before']:.3f}",
+        f"{mean:.3f} ({min(scores):.3f} to {max(scores):.3f}; {len(scores)})",
+        f"{reference:.3f}",
+        f"{mean / reference:.2f}",
+        f"{max(each['cpu_seconds'] for each in runs):.0f} s",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def write_table(epsilons: Sequence[float], seeds: Sequence[int]) -> None:
+    """Writes the table from what is there."""
+    head = (
+        "| data | ε | δ | signal to noise | commonest class | before | accuracy: mean (range, seeds) | "
+        "central, not private | share of it | most CPU time |\n|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+    rows = [row(name, epsilon, seeds) for name in JOBS for epsilon in epsilons]
+    table = head + "".join(f"{each}\n" for each in rows if each is not None)
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}{table}{END}{after}", encoding="utf-8")
+    print(table)
+
+
+def main() -> None:
+    """Runs what is asked for, then writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(JOBS)}; left out: all")
+    parser.add_argument("--epsilon", nargs="+", type=float, default=[8.0, 3.0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=-1)
+    parser.add_argument("--table", action="store_true", help="run nothing, write what is there")
+    asked = parser.parse_args()
+    if unknown := set(asked.names) - set(JOBS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if not asked.table:
+        make_patients()
+        for seed in asked.seeds:
+            for name in asked.names or JOBS:
+                for epsilon in asked.epsilon:
+                    print(name, epsilon, seed, run(name, epsilon, seed, asked.workers), flush=True)
+    write_table(asked.epsilon, asked.seeds)
+
+
+if __name__ == "__main__":
+    main()
