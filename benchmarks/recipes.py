@@ -236,10 +236,19 @@ def row(name: str, epsilon: float, seeds: Sequence[int]) -> str | None:
 
 def write_table(epsilons: Sequence[float], seeds: Sequence[int]) -> None:
     """Writes the table from what is there."""
-    head = (
-        "| data | ε | δ | signal to noise | commonest class | before | accuracy: mean (range, seeds) | "
-        "central, not private | share of it | most CPU time |\n|---|---|---|---|---|---|---|---|---|---|\n"
-    )
+    names = [
+        "data",
+        "ε",
+        "δ",
+        "signal to noise",
+        "commonest class",
+        "before",
+        "mean accuracy (range; seeds)",
+        "central and not private",
+        "share of it",
+        "most CPU time",
+    ]
+    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
     rows = [row(name, epsilon, seeds) for name in JOBS for epsilon in epsilons]
     table = head + "".join(f"{each}\n" for each in rows if each is not None)
     page = PAGE.read_text(encoding="utf-8")
