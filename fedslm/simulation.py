@@ -29,6 +29,7 @@ from fedslm.federation.observers import Observer
 from fedslm.federation.public_model import export
 from fedslm.federation.roster import roster_of
 from fedslm.federation.rounds import Federation, Outcome
+from fedslm.federation.visible import SignalWatch
 from fedslm.models.base import check_early, local
 from fedslm.privacy.calibration import calibrated
 from fedslm.privacy.plan import RunPlan
@@ -199,7 +200,8 @@ class Run:
         """
         config, directory = self.config, self.directory
         follow = follower(config.distill, config.federation.rounds, pool.call)
-        federation = Federation(config, grid, pool, directory, self.observers, follow)
+        observers = (*self.observers, SignalWatch())
+        federation = Federation(config, grid, pool, directory, observers, follow)
         outcome = federation.run(plan, labels)
         pool.call(export, outcome.setup, outcome.adapter, directory.path / layout.ADAPTER)
         return outcome

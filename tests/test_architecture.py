@@ -106,6 +106,7 @@ SEE_CONFIG = {
     "recipes.expected",
     "federation.rounds",
     "federation.observers",
+    "federation.visible",
     "federation.checkpoint",
     "reporting.report",
     "audit.runs",
