@@ -38,3 +38,10 @@ ATTESTATIONS = "attestations"
 """Results of tests that the code passed on this machine."""
 SELF_TEST = "self-test.json"
 """The self-test that the code of a simulation's nodes passed; next to their directories."""
+
+# A search's directory.
+TUNE_STATE = "tune.json"
+"""What all trials share, with the hash of the config."""
+TRIALS, TRIAL_RUNS = "trials.jsonl", "trials"
+"""One line for each finished trial; its scores on the held-out records."""
+TUNED, TUNE_PAGE = "recipe.toml", "tune.md"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,38 @@ def split_in_two(
     _write(dataset, is_test, paths)
     records = sum(is_test)
     return Sides(len(owners) - records, records, len(units) - count, count)
+
+
+def write_chosen(
+    dataset: Dataset, path: Path, rows: Sequence[int], columns: Mapping[str, Sequence[str]]
+) -> None:
+    """Writes some rows of a data set as a Parquet file.
+
+    Args:
+        dataset: Any data set.
+        path: The file.
+        rows: Row numbers, in the order of the file.
+        columns: Further columns, each with one text for each row.
+
+    Raises:
+        DataError: A column has a type that Parquet cannot hold.
+        RunError: The file cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def tables() -> Iterator[pa.Table]:
+        first = 0
+        for table in dataset.select(rows).with_format("arrow").iter(BATCH_ROWS):
+            for name, values in columns.items():
+                part = pa.array(values[first : first + len(table)], pa.string())
+                table = table.append_column(name, part)
+            yield table
+            first += len(table)
+
+    with replacing(path) as temporary, parquet(path):
+        whole = pa.concat_tables(tables())
+        pq.write_table(whole, temporary)
 
 
 def _owners(dataset: Dataset, unit: str | None) -> list[str]:
