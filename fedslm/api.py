@@ -103,7 +103,8 @@ def _configured(config: object, overrides: object) -> Config:
         )
     match config:
         case Config():
-            return from_mapping(with_overrides(config.model_dump(), overrides))
+            own = config.model_dump(exclude_unset=True)  # a recipe may set what the caller did not
+            return from_mapping(with_overrides(own, overrides))
         case str() | Path():
             return from_toml(config, overrides)
         case Mapping():
