@@ -27,6 +27,9 @@ ERROR = "error.txt"
 DISTILLED = "distilled"
 DISTILL_REPORT, DISTILL_PAGE = "distill.json", "distill.md"
 
+# A sweep's directory.
+SWEEP, SWEEP_PAGE, SWEEP_PLOT = "sweep.json", "sweep.md", "sweep.png"
+
 # A node's directory.
 POLICY = "policy.toml"
 LEDGER = "ledger.jsonl"

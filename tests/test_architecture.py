@@ -57,6 +57,7 @@ STOREYS = {
     "flower": 15,
     "tuning": 15,
     "api": 15,
+    "sweep": 15,
     "deployment": 15,
     "demonstration": 15,
     "cli": 16,
@@ -104,6 +105,8 @@ OWNERS = {
 SEE_CONFIG = {
     "validation",
     "recipes.choice",
+    "sweep",
+    "cli.sweep",
     "recipes.expected",
     "federation.rounds",
     "federation.observers",

@@ -40,6 +40,7 @@ CODES = {
 ENDS = {
     "simulate": ("no.toml", 2),
     "demo": ("--directory", 2),
+    "sweep": ("no.toml --over privacy.epsilon=1,2", 2),
     "tune": ("no.toml", 2),
     "distill": ("no", 2),
     "predict": ("no --text a", 2),

@@ -38,6 +38,7 @@ from fedslm.cli.policy import policy_app
 from fedslm.cli.program import Program
 from fedslm.cli.provision import provision_app
 from fedslm.cli.server import server_app
+from fedslm.cli.sweep import sweep_app
 from fedslm.cli.tune import tune_app
 from fedslm.config import Config
 from fedslm.models.base import check_early
@@ -60,6 +61,7 @@ app.add_typer(config_app, name="config", rich_help_panel=TRAIN)
 app.add_typer(data_app, name="data", rich_help_panel=TRAIN)
 app.add_typer(model_app, name="model", rich_help_panel=TRAIN)
 app.add_typer(methods_app)  # without a name: a top-level command
+app.add_typer(sweep_app)
 app.add_typer(tune_app)
 app.add_typer(distill_app)
 app.add_typer(inference_app)

@@ -18,6 +18,7 @@ from fedslm.recipes.facts import base_of
 from fedslm.recipes.table import Recipe, recipe_for
 
 _LARGEST_EPSILON = 32.0
+_WITHOUT_NAMES = 3.0  # a head that does not start from class names needs so many times the ratio
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,12 @@ def expected(config: Config, parameters: int) -> Expectation | None:
     if privacy.unit == "none" or privacy.sample_rate is None or privacy.delta is None:
         return None
     recipe = _recipe(config)
+    needed = recipe.needed
+    if recipe.on_features and config.task.head != "labels":
+        needed *= _WITHOUT_NAMES
     signal = _signal(config, parameters)
-    low = signal < recipe.needed
-    remedies = tuple(_remedies(config, parameters, recipe.needed / signal)) if low else ()
-    return Expectation(signal, recipe.needed, recipe.enough, recipe.evidence, remedies)
+    remedies = tuple(_remedies(config, parameters, needed / signal)) if signal < needed else ()
+    return Expectation(signal, needed, recipe.enough, recipe.evidence, remedies)
 
 
 def _recipe(config: Config) -> Recipe:

@@ -66,7 +66,7 @@ RECIPES: tuple[Recipe, ...] = (
         sample_rate=1.0,
         clip_norm=0.3,
         on_features=True,
-        needed=3.0,
+        needed=1.0,
         enough=10.0,
         evidence="banking77, clinc150, medical_abstracts, sms_spam on all-MiniLM-L6-v2, 10 clients",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,5 +74,28 @@ def plot_budget(path: Path, answer: BudgetPlan) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def plot_spread(path: Path, scores: Mapping[str, Sequence[float]], *, axes: tuple[str, str]) -> None:
+    """Plots the mean at several values, and the range over seeds.
+
+    Args:
+        path: The PNG to write.
+        scores: Value to its scores.
+        axes: Names of the value and of the score.
+    """
+    figure = _figure()
+    panel = figure.add_subplot()
+    places = list(range(len(scores)))
+    means = [sum(each) / len(each) for each in scores.values()]
+    below = [mean - min(each) for mean, each in zip(means, scores.values(), strict=True)]
+    above = [max(each) - mean for mean, each in zip(means, scores.values(), strict=True)]
+    panel.errorbar(places, means, yerr=[below, above], marker="o", markersize=4, capsize=4)
+    panel.set_xticks(places, list(scores))
+    panel.set_xlabel(axes[0])
+    panel.set_ylabel(f"{axes[1]} (public split)")
+    panel.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,94 @@
+"""A config at several values: every run is real, kept, and counted in one figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from support.commands import run
+
+from fedslm.privacy import accounting
+from fedslm.records import Event
+
+TINY = """
+[model]
+base = "demo"
+device = "cpu"
+[data]
+source = "{notes}"
+partition = "natural"
+[task]
+name = "classification"
+max_length = 24
+[privacy]
+unit = "record"
+epsilon = 8.0
+[federation]
+num_clients = 3
+rounds = 1
+[engine]
+workers = 0
+"""
+
+
+@pytest.fixture
+def config(notes: Path, tmp_path: Path) -> Path:
+    """A config that a recipe completes."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.format(notes=notes))
+    return path
+
+
+def test_it_runs_keeps_and_adds_up(config: Path, tmp_path: Path) -> None:
+    """Two values, two seeds: a table, a curve, ε of all four runs; a second call runs nothing."""
+    place = tmp_path / "sweep"
+    call = [
+        "sweep",
+        str(config),
+        "--over",
+        "privacy.epsilon=2,8",
+        "--seeds",
+        "2",
+        "--directory",
+        str(place),
+    ]
+    first = run(*call)
+    assert first.exit_code == 0, first.output
+    found = json.loads((place / "sweep.json").read_text())
+    assert [point["value"] for point in found["points"]] == ["2", "8"]
+    assert [len(point["scores"]) for point in found["points"]] == [2, 2]
+    assert found["points"][0]["epsilon"] <= 2 < found["points"][1]["epsilon"] <= 8
+    reports = [json.loads(file.read_text()) for file in place.glob("*/report.json")]
+    assert len(reports) == 4
+    plans = [report["plan"] for report in reports]
+    events = [Event(plan["sample_rate"], plan["noise_multiplier"], plan["rounds"]) for plan in plans]
+    assert math.isclose(found["together"], accounting.epsilon(events, found["delta"]), rel_tol=1e-9)
+    assert found["together"] > found["points"][1]["epsilon"]
+    assert "all 4 runs together cost" in first.stdout
+    assert (place / "sweep.png").stat().st_size > 1000
+    assert "| 8 |" in (place / "sweep.md").read_text()
+    finished = {report["run_id"]: report["finished_at"] for report in reports}
+    assert run(*call, "--json").exit_code == 0
+    again = [json.loads(file.read_text()) for file in place.glob("*/report.json")]
+    assert {report["run_id"]: report["finished_at"] for report in again} == finished
+
+
+@pytest.mark.parametrize(
+    ("over", "told"),
+    [
+        ("privacy.epsilon", "KEY=A,B"),
+        ("epsilon=1,2", "KEY=A,B"),
+        ("privacy.epsilon=2,2", "each value once"),
+        ("privacy.epsilon=2,zero", "privacy.epsilon"),
+        ("lora.rnak=1,2", "lora.rnak"),
+    ],
+)
+def test_nothing_starts_before_all_is_valid(config: Path, tmp_path: Path, over: str, told: str) -> None:
+    """A wrong key or value is refused before the first run."""
+    place = tmp_path / "sweep"
+    result = run("sweep", str(config), "--over", over, "--directory", str(place))
+    assert result.exit_code == 2
+    assert told in result.output
+    assert not place.exists()
