@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedslm import layout
+from fedslm.aggregation.methods import METHODS, method_of
 from fedslm.config import Config
 from fedslm.config.tasks import TASKS
 from fedslm.errors import ConfigError, Problem, RunError
@@ -27,6 +28,7 @@ _BOUND, _BOUND_OF_A_CLASS = (
     20.0,
 )  # of a rate on features of length 1; above, steps oscillate
 _RECORDS_OF_A_USER = 8
+_LINEAR_ONLY = ("aggregation.server_optimizer", "aggregation.server_momentum")
 _LARGEST_DELTA, _SMALLEST_DELTA = -3, -6  # powers of ten
 
 
@@ -145,14 +147,21 @@ def completed(config: Config) -> Completed:
         else:
             filled[key] = wanted[key] = value
     own = {key: value for key, value in mine.items() if value != wanted.get(key)}
-    return Completed(_with(config, filled), recipe, filled, own, units, tuple(_notes(config, recipe)))
+    return Completed(
+        _with(config, filled), recipe, filled, own, units, tuple(_notes(config, recipe, base))
+    )
 
 
-def _notes(config: Config, recipe: Recipe) -> list[str]:
+def _notes(config: Config, recipe: Recipe, base: Base) -> list[str]:
     """What the user should know about a recipe for a config."""
-    if recipe.on_features and config.task.pooling == "mean":
-        return ['the recipe was measured with task.pooling = "normalized"; "mean" learns more slowly']
-    return []
+    notes = []
+    if recipe.on_features and _is_set(config, "task.pooling") and config.task.pooling != "normalized":
+        notes.append(
+            'the recipe was measured with task.pooling = "normalized"; yours learns more slowly'
+        )
+    if recipe.on_features and not base.is_encoder:
+        notes.append("the recipe was measured on sentence encoders, and this base is not an encoder")
+    return notes
 
 
 def _units(config: Config) -> int:
@@ -178,6 +187,10 @@ def _units(config: Config) -> int:
 def _values(config: Config, recipe: Recipe, base: Base, units: int) -> dict[str, Any]:
     """The recipe's values that do not depend on the noise."""
     values: dict[str, Any] = dict(recipe.values)
+    if _is_set(config, "task.pooling") and config.task.pooling != "normalized":
+        values.pop("task.head", None)  # class names start only a head on normalized features
+    if METHODS[method_of(config.resolved().aggregation)].family != "linear":
+        values = {key: value for key, value in values.items() if key not in _LINEAR_ONLY}
     if not set(recipe.values) & {"lora.target_modules"} and TASKS[config.task.name].classes != "none":
         values["lora.target_modules"] = base.last
     sample_rate = config.privacy.sample_rate or recipe.sample_rate

@@ -43,11 +43,13 @@ class Base:
         width: Length of a hidden state.
         parameters: About how many parameters it has.
         last: Name of its last linear layer; "usual" if the architecture is not in the table.
+        is_encoder: Whether it reads texts in both directions.
     """
 
     width: int
     parameters: int
     last: str
+    is_encoder: bool
 
 
 def base_of(model: ModelConfig) -> Base:
@@ -59,11 +61,12 @@ def base_of(model: ModelConfig) -> Base:
     values = families.configuration(resolve_config(model))
     width = _size(values, "hidden_size", "d_model", "n_embd", "dim")
     layers = _size(values, "num_hidden_layers", "num_layers", "n_layer", "n_layers")
-    last = _LAST.get(values["model_type"])
+    last, known = _LAST.get(values["model_type"]), families.PROVED.get(values["model_type"])
     return Base(
         width,
         12 * layers * width**2 + _size(values, "vocab_size") * width,
         "usual" if last is None else last.format(layers - 1),
+        known is not None and known.reads == "both ways",
     )
 
 

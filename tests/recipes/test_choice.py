@@ -178,3 +178,34 @@ def test_the_page_has_the_table() -> None:
     """docs/recipes.md shows the recipes as they are."""
     page = Path(__file__).parents[2] / "docs" / "recipes.md"
     assert as_table() in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"task": {"pooling": "mean"}},
+        {"task": {"pooling": "native"}},
+        {"aggregation": {"method": "flexlora"}},
+        {"aggregation": {"method": "fed-sb"}},
+        {"training": {"optimizer": "adamw", "local_steps": 5}},
+        {"privacy": {"epsilon": "", "noise_multiplier": 3.0}},
+        {"privacy": {"sample_rate": 0.1}},
+        {"federation": {"clients_per_round": 2}},
+    ],
+    ids=str,
+)
+def test_a_recipe_never_contradicts_its_user(notes: Path, own: dict[str, dict[str, Any]]) -> None:
+    """Whatever the user sets, what the recipe adds is valid next to it."""
+    task = {"max_length": 24, **own.pop("task", {})}
+    config = config_of(notes, task=task, **own)
+    if own.get("privacy", {}).get("noise_multiplier"):
+        config = config_of(notes, privacy={"noise_multiplier": 3.0, "epsilon": 50.0})
+    validation.check(completed(config).config)
+
+
+def test_another_kind_of_base_is_said(notes: Path, tmp_path: Path) -> None:
+    """The nearest recipe is used for a decoder, and the text says what it was measured on."""
+    base = write_base(tmp_path / "base", "llama", "classification")
+    made = completed(config_of(notes, model={"base": str(base), "device": "cpu"}))
+    assert "this base is not an encoder" in made.text
+    assert "not an encoder" not in completed(config_of(notes)).text
