@@ -183,18 +183,22 @@ def _summary(question: Question, reports: Mapping[tuple[str, int], dict[str, Any
             )
         )
     events = tuple(_events(every))
-    private = len(events) == len(every)
+    private = all(report["plan"] is not None for report in every)
     delta = max(report["delta"] for report in every) if private else None
     together = epsilon_as_json(accounting.epsilon(events, delta)) if delta is not None else None
     return Sweep(question.key, metric, tuple(points), len(every), together, delta)
 
 
 def _events(reports: Sequence[dict[str, Any]]) -> Iterator[Event]:
-    """What one client is charged in each private run."""
+    """What one unit is charged at most in all private runs: spare rounds and metrics count too."""
     for report in reports:
-        if (plan := report["plan"]) is not None:
-            steps = plan["steps_per_round"] * plan["rounds"]
-            yield Event(plan["sample_rate"], plan["noise_multiplier"], steps)
+        if (plan := report["plan"]) is None:
+            continue
+        clients = len(report["clients"]) if report["overlapping"] else 1
+        steps = plan["steps_per_round"] * plan["rounds"] * clients
+        yield Event(plan["sample_rate"], plan["noise_multiplier"], steps)
+        if (metric := plan["metric_noise_multiplier"]) is not None:
+            yield Event(1.0, metric, plan["rounds"] * clients)
 
 
 def _number(epsilon: float | str) -> float:

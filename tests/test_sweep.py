@@ -11,6 +11,7 @@ from support.commands import run
 
 from fedslm.privacy import accounting
 from fedslm.records import Event
+from fedslm.sweep import _events
 
 TINY = """
 [model]
@@ -92,3 +93,18 @@ def test_nothing_starts_before_all_is_valid(config: Path, tmp_path: Path, over: 
     assert result.exit_code == 2
     assert told in result.output
     assert not place.exists()
+
+
+def test_metrics_and_shared_units_cost_too() -> None:
+    """A released metric and units at several clients are in the figure of all runs together."""
+    plan = {
+        "sample_rate": 1.0,
+        "noise_multiplier": 5.0,
+        "steps_per_round": 1,
+        "rounds": 4,
+        "metric_noise_multiplier": None,
+    }
+    report = {"plan": plan, "overlapping": False, "clients": ["a", "b"]}
+    assert list(_events([report, {"plan": None}])) == [Event(1.0, 5.0, 4)]
+    more = {**report, "overlapping": True, "plan": {**plan, "metric_noise_multiplier": 7.0}}
+    assert list(_events([more])) == [Event(1.0, 5.0, 8), Event(1.0, 7.0, 8)]
