@@ -21,7 +21,7 @@ from typing import assert_never
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedslm.adapter_keys import delta_keys
+from fedslm.adapter_keys import delta_keys, part_of
 from fedslm.aggregation.factor_methods import set_aside
 from fedslm.aggregation.methods import trained_keys
 from fedslm.client.node import FAILED, Node
@@ -125,8 +125,10 @@ def _personal(client_round: ClientRound, records: ClientRecords) -> AdapterState
             raise FederationError("a second adapter has no core to go with Fed-SB's")
         case "second-adapter":
             own = start.select(set(start) - delta_keys(start))
-            start = set_aside(start, setup.lora.scaling, initial_state(own.shapes, setup.seed))
-            keys = frozenset(set(start) - delta_keys(start))
+            center = start.select({key for key in start if part_of(key) == "center"})
+            new = initial_state(own.shapes, setup.seed).merged(center)
+            start = set_aside(start, setup.lora.scaling, new)
+            keys = frozenset(set(start) - delta_keys(start) - set(center))
         case other:
             assert_never(other)
     plan = NoPrivacy(setup.training.batch_size, setup.personalization.steps)

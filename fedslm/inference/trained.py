@@ -25,6 +25,7 @@ from fedslm.errors import ModelError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.models.base import base_sha256, resolve
 from fedslm.models.initial import initial_state
+from fedslm.models.label_head import label_head
 from fedslm.models.loaded import LoadedModel, load
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter
@@ -122,7 +123,10 @@ class Trained:
     @cached_property
     def initial(self) -> AdapterState:
         """The run's starting adapter: behaves as the plain base model; a new head is untrained."""
-        return initial_state(self.run.adapter.shapes, self.run.seed)
+        state, task = initial_state(self.run.adapter.shapes, self.run.seed), self.run.task
+        if task.head != "labels":
+            return state
+        return label_head(self.model, self.run.labels, task.max_length, state)
 
     @property
     def has_new_head(self) -> bool:

@@ -34,7 +34,7 @@ def label_head(
     With fewer than 20 classes the center stays zero. A class whose name has no letters starts at zero.
 
     Args:
-        model: The loaded model, with ``task.pooling = "normalized"``; its adapter is zero at the start.
+        model: The loaded model, with ``task.pooling = "normalized"``; its adapter is not used.
         labels: Class names, which are public.
         max_length: Most tokens of a name.
         initial: The seeded adapter.
@@ -78,12 +78,14 @@ def _features(model: LoadedModel, texts: Sequence[str], max_length: int) -> Floa
     import torch
 
     network: Any = model.adapter.network.get_base_model()  # type: ignore[operator]
-    found = []
-    with torch.no_grad(), _precision(model):
+    found, was_training = [], network.training
+    network.eval()
+    with torch.no_grad(), model.adapter.disabled(), _precision(model):
         for each in tokenise(texts, model.tokenizer, max_length):
             one = pad_inputs([each.input_ids], int(model.tokenizer.pad_token_id))
             inputs = {key: tensor.to(model.device) for key, tensor in one.items()}
             found.append(scaled(network.mean(**inputs).float())[0].cpu().numpy())
+    network.train(was_training)
     return np.stack(found)
 
 

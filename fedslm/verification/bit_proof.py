@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedslm.adapter_keys import part_of
 from fedslm.errors import TrainingError
 from fedslm.models.initial import initial_state
 from fedslm.models.loaded import LoadedModel
@@ -208,12 +209,13 @@ class _Trial:
         return [gradient.tobytes() + integers.tobytes() for gradient, integers in both]
 
     def _scale(self, scale: float) -> None:
-        """Writes a random adapter in which no tensor is zero."""
+        """Writes a random adapter; no tensor is zero, except B where only the head is trained."""
         shapes = {key: tuple(each.shape) for key, each in self._model.adapter.parameters.items()}
         start = initial_state(shapes, 0)
         noisy = {
             key: scale * (value + 0.1 * self._random.standard_normal(value.shape))
             for key, value in start.tensors.items()
+            if not (self._model.only_head and part_of(key) == "lora_B")
         }
         self._model.adapter.write(
             AdapterState({key: value.astype(np.float32) for key, value in noisy.items()})

@@ -44,6 +44,7 @@ from fedslm.training.local import rehearse
 from fedslm.training.metric import noisy_metric
 from fedslm.training.shapes import Pass, Shape, Shapes
 from fedslm.training.steps import PrivateStep, stepping
+from fedslm.verification.bit_proof import proved_shapes
 
 WITH_A_PREFIX = [case for case in CASES if case[0] != "t5"]
 ROUNDING = 1e-5
@@ -362,7 +363,7 @@ def test_the_rehearsal_keeps_only_a_made_up_record(bert: LoadedModel) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
 def test_where_only_the_head_is_trained_every_layer_is_kept(
-    family_directory: Directories, family: str
+    family_directory: Directories, family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Logits as without a cache; no layer of a known record is computed again; B must be zero."""
     directory = family_directory(family, "classification")
@@ -384,6 +385,10 @@ def test_where_only_the_head_is_trained_every_layer_is_kept(
     assert calls == []
     torch.testing.assert_close(torch.cat(kept), torch.cat(plain), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(again, torch.cat(plain), rtol=1e-5, atol=1e-6)
+    with caplog.at_level("WARNING"):  # the bit-proof writes random adapters, and keeps B at zero
+        head = frozenset(key for key in shapes if part_of(key) == "head")
+        proved_shapes(model, task, head, 20, 4)
+    assert "not zero" not in caplog.text
     factors = [each for key, each in model.adapter.parameters.items() if part_of(key) == "lora_B"]
     with torch.no_grad():
         factors[0].add_(1.0)

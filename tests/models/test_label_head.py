@@ -99,3 +99,13 @@ def test_other_features_are_refused(family_directory: Callable[[str, str], Path]
     native = load_with(family_directory("bert", "classification"), "classification", LoraConfig(rank=1))
     with pytest.raises(ModelError, match="normalized"):
         label_head(native, NAMES, 32, seeded(native))
+
+
+def test_a_trained_adapter_changes_no_start(model: LoadedModel) -> None:
+    """The start is a function of base and names: `fedslm evaluate` computes it again after training."""
+    start = label_head(model, NAMES, 32, seeded(model))
+    with torch.no_grad():
+        for key, parameter in model.adapter.parameters.items():
+            parameter.add_(0.3 if part_of(key) != "center" else 1.0)
+    again = label_head(model, NAMES, 32, seeded(model))
+    assert again.sha256() == start.sha256()
