@@ -6,17 +6,20 @@ composition is computed and said. A choice among them is covered only by that fi
 
 from __future__ import annotations
 
+import math
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedslm import layout, simulation
+from fedslm import layout, simulation, validation
 from fedslm.config import Config
 from fedslm.errors import OutOfRange
 from fedslm.federation.observers import Observer
 from fedslm.privacy import accounting
+from fedslm.recipes import Completed, completed
 from fedslm.records import Event, epsilon_as_json
 from fedslm.reporting.plots import plot_spread
 from fedslm.storage import json_text, write_text
@@ -75,8 +78,9 @@ class Sweep:
         metric: The task's main metric.
         points: One for each value.
         runs: Number of runs.
-        together: Epsilon of all runs together, for one client's unit; None without privacy.
-        delta: Its delta: the largest of the runs.
+        together: Epsilon of all runs together, for one client's unit; None if no run is private, or if
+            they protect different units.
+        delta: Its delta: the largest of the runs; None if no run is private.
     """
 
     key: str
@@ -106,8 +110,10 @@ class Sweep:
 
     def notes(self) -> list[str]:
         """What must be known about the table."""
-        if self.together is None:
+        if self.together is None and self.delta is None:
             return []
+        if self.together is None:
+            return ["the runs protect different units, so there is no common ε of all of them"]
         return [
             f"all {self.runs} runs together cost ε = {_figure(self.together)} at δ = {self.delta:g}: a "
             f"choice among them is covered by this figure, not by that of one run"
@@ -133,36 +139,36 @@ def sweep(load: Load, question: Question, observers: Sequence[Observer] = ()) ->
             f"values={','.join(question.values)} and seeds={question.seeds} give {runs} runs; give "
             f"1 to {MOST_RUNS} runs, and each value once"
         )
+    if question.key.startswith("run."):
+        raise OutOfRange(f"key={question.key!r} names a run; vary another key, and give --seeds")
     configs = {
         (value, number): _config(load, question, value, number)
         for value in question.values
         for number in range(question.seeds)
-    }  # all are read before the first run starts
-    reports = {key: _report(config, observers) for key, config in configs.items()}
+    }  # all are complete and valid before the first run starts
+    if len({made.config.run.directory for made in configs.values()}) < runs:
+        raise OutOfRange(f"values={','.join(question.values)} differ only in signs; give other values")
+    reports = {key: _report(made, observers) for key, made in configs.items()}
     found = _summary(question, reports)
     write(found, question.directory)
     return found
 
 
-def _config(load: Load, question: Question, value: str, number: int) -> Config:
-    """The config of one run."""
+def _config(load: Load, question: Question, value: str, number: int) -> Completed:
+    """The complete config of one run."""
     seed = load({}).run.seed + number
-    name = f"{value.replace('/', '_')}-seed{seed}"
-    return load(
-        {
-            question.key: value,
-            "run.seed": seed,
-            "run.directory": str(question.directory / name),
-        }
-    )
+    place = question.directory / f"{re.sub(r'[^A-Za-z0-9.+-]', '_', value)}-seed{seed}"
+    made = completed(load({question.key: value, "run.seed": seed, "run.directory": str(place)}))
+    validation.check(made.config)
+    return made
 
 
-def _report(config: Config, observers: Sequence[Observer]) -> dict[str, Any]:
+def _report(made: Completed, observers: Sequence[Observer]) -> dict[str, Any]:
     """Runs, continues or reads one run."""
-    path = Path(str(config.run.directory))
+    path = Path(str(made.config.run.directory))
     if (path / layout.CONFIG_JSON).exists():
-        return simulation.resume(path, observers, config)
-    return simulation.simulate(config, observers)
+        return simulation.resume(path, observers, made.config)
+    return simulation.simulate(made, observers)
 
 
 def _summary(question: Question, reports: Mapping[tuple[str, int], dict[str, Any]]) -> Sweep:
@@ -182,11 +188,22 @@ def _summary(question: Question, reports: Mapping[tuple[str, int], dict[str, Any
                 None if outlook is None else all(report["outlook"]["learns"] for report in mine),
             )
         )
-    events = tuple(_events(every))
-    private = all(report["plan"] is not None for report in every)
-    delta = max(report["delta"] for report in every) if private else None
-    together = epsilon_as_json(accounting.epsilon(events, delta)) if delta is not None else None
+    together, delta = _together(every)
     return Sweep(question.key, metric, tuple(points), len(every), together, delta)
+
+
+def _together(reports: Sequence[dict[str, Any]]) -> tuple[float | str | None, float | None]:
+    """Epsilon and delta of all runs; None if none is private, or if they protect different units."""
+    plans = [report["plan"] for report in reports]
+    units = {None if plan is None else (plan["unit"], plan.get("unit_column")) for plan in plans}
+    if units == {None}:
+        return None, None
+    delta = max(report["delta"] for report in reports if report["plan"] is not None)
+    if None in units:
+        return epsilon_as_json(math.inf), delta
+    if len(units) > 1:
+        return None, delta
+    return epsilon_as_json(accounting.epsilon(tuple(_events(reports)), delta)), delta
 
 
 def _events(reports: Sequence[dict[str, Any]]) -> Iterator[Event]:

@@ -11,7 +11,7 @@ from support.commands import run
 
 from fedslm.privacy import accounting
 from fedslm.records import Event
-from fedslm.sweep import _events
+from fedslm.sweep import _events, _together
 
 TINY = """
 [model]
@@ -84,6 +84,8 @@ def test_it_runs_keeps_and_adds_up(config: Path, tmp_path: Path) -> None:
         ("privacy.epsilon=2,2", "each value once"),
         ("privacy.epsilon=2,zero", "privacy.epsilon"),
         ("lora.rnak=1,2", "lora.rnak"),
+        ("run.seed=0,1", "names a run"),
+        ("privacy.epsilon=8,-1", "privacy.epsilon"),
     ],
 )
 def test_nothing_starts_before_all_is_valid(config: Path, tmp_path: Path, over: str, told: str) -> None:
@@ -108,3 +110,21 @@ def test_metrics_and_shared_units_cost_too() -> None:
     assert list(_events([report, {"plan": None}])) == [Event(1.0, 5.0, 4)]
     more = {**report, "overlapping": True, "plan": {**plan, "metric_noise_multiplier": 7.0}}
     assert list(_events([more])) == [Event(1.0, 5.0, 8), Event(1.0, 7.0, 8)]
+
+
+def test_there_is_no_common_figure_of_different_promises() -> None:
+    """With a run without privacy it is infinite; with different units there is none."""
+    plan = {
+        "unit": "record",
+        "sample_rate": 1.0,
+        "noise_multiplier": 5.0,
+        "steps_per_round": 1,
+        "rounds": 4,
+        "metric_noise_multiplier": None,
+    }
+    record = {"plan": plan, "overlapping": False, "clients": ["a"], "delta": 1e-5}
+    user = {**record, "plan": {**plan, "unit": "user", "unit_column": "who"}}
+    none = {"plan": None, "delta": None}
+    assert _together([none, none]) == (None, None)
+    assert _together([record, none]) == ("infinite", 1e-5)
+    assert _together([record, user]) == (None, 1e-5)

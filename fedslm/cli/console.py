@@ -82,16 +82,16 @@ def keep_private() -> None:
     os.umask(0o077)
 
 
-def load_config(path: Path, overrides: list[str]) -> Config:
+def load_config(path: Path, overrides: list[str], *, deployed: bool = False) -> Config:
     """Reads a config and completes it as :func:`load_completed` does."""
-    return load_completed(path, overrides).config
+    return load_completed(path, overrides, deployed=deployed).config
 
 
-def load_completed(path: Path, overrides: list[str]) -> Completed:
+def load_completed(path: Path, overrides: list[str], *, deployed: bool = False) -> Completed:
     """Reads a config, completes it from a recipe, refuses contradictions, and prints warnings."""
     from fedslm.recipes import completed
 
-    made = completed(configuration.from_toml(path, overrides))
+    made = completed(configuration.from_toml(path, overrides), deployed=deployed)
     validation.check(made.config)
     for line in made.lines():
         ERRORS.print(line)

@@ -77,7 +77,7 @@ def run(
         from fedslm.deployment import runs
         from fedslm.deployment.control import STOPPED
 
-        loaded = load_config(config, overrides)
+        loaded = load_config(config, overrides, deployed=True)
         shown = runs.last_round(runs.directory_of(server, loaded)) if resume else 0
 
         def tell(record: dict[str, Any]) -> None:

@@ -33,7 +33,8 @@ def sweep(
     ],
     seeds: Annotated[int, typer.Option(min=1, help="Runs at each value, with different seeds.")] = 1,
     directory: Annotated[
-        Path | None, typer.Option(help="Where the runs are; default: runs/NAME-sweep.", metavar="DIR")
+        Path | None,
+        typer.Option(help="Place of the runs; default: runs/NAME-sweep-KEY.", metavar="DIR"),
     ] = None,
     overrides: Overrides = [],  # noqa: B006  (typer copies it)
     as_json: Json = False,
@@ -59,7 +60,7 @@ def sweep(
         from fedslm.workers import preload
 
         preload(private=True)
-        place = directory or Path("runs") / f"{load({}).run.name}-sweep"
+        place = directory or Path("runs") / f"{load({}).run.name}-sweep-{key.strip()}"
         chosen = tuple(value.strip() for value in values.split(","))
         try:
             found = sweep(load, Question(key.strip(), chosen, seeds, place), [Bar()])

@@ -31,7 +31,8 @@ def label_head(
 ) -> AdapterState:
     """Replaces the head's weights by the classes' directions, and the center by the names' mean.
 
-    With fewer than 20 classes the center stays zero. A class whose name has no letters starts at zero.
+    With fewer than 20 named classes the center stays zero. A class whose name has no letter starts at
+    zero.
 
     Args:
         model: The loaded model, with ``task.pooling = "normalized"``; its adapter is not used.
@@ -49,9 +50,10 @@ def label_head(
     weights = [key for key in keys["head"] if initial[key].ndim == 2]
     if len(keys["center"]) != 1 or len(weights) != 1:
         raise ModelError('task.head="labels" needs task.pooling="normalized"')
-    named = [number for number, label in enumerate(labels) if re.search(r"[^\W\d_]{2}", label)]
+    named = [number for number, label in enumerate(labels) if re.search(r"[^\W\d_]", label)]
+    head = np.zeros_like(initial[weights[0]])
     if not named:
-        return initial
+        return initial.merged(AdapterState({weights[0]: head}))
     features = _features(model, [spoken(labels[number]) for number in named], max_length)
     center = np.zeros_like(initial[keys["center"][0]])
     if len(named) >= _FOR_A_CENTER:
@@ -59,7 +61,6 @@ def label_head(
     width = features.shape[1]
     directions = features - center
     directions *= math.sqrt(width) / np.linalg.norm(directions, axis=1, keepdims=True).clip(1e-12)
-    head = np.zeros_like(initial[weights[0]])
     head[named] = _LOGIT / width * directions
     return initial.merged(AdapterState({weights[0]: head, keys["center"][0]: center}))
 

@@ -15,7 +15,8 @@ from fedslm.aggregation.methods import METHODS, method_of
 from fedslm.config import Config
 from fedslm.config.tasks import TASKS
 from fedslm.errors import ConfigError, Problem, RunError
-from fedslm.privacy.calibration import calibrate
+from fedslm.privacy.calibration import calibrated
+from fedslm.privacy.plan import PrivatePlan
 from fedslm.recipes.facts import Base, base_of, num_classes, simulated_units
 from fedslm.recipes.table import Recipe, recipe_for
 from fedslm.storage import json_text, write_text
@@ -29,7 +30,7 @@ _BOUND, _BOUND_OF_A_CLASS = (
 )  # of a rate on features of length 1; above, steps oscillate
 _RECORDS_OF_A_USER = 8
 _LINEAR_ONLY = ("aggregation.server_optimizer", "aggregation.server_momentum")
-_LARGEST_DELTA, _SMALLEST_DELTA = -3, -6  # powers of ten
+_LARGEST_DELTA = -3  # a power of ten
 
 
 @dataclass(frozen=True)
@@ -112,21 +113,21 @@ def shown(value: object) -> str:
 def is_incomplete(config: Config) -> bool:
     """Whether a config is private and leaves out how: it has an epsilon, and no mechanism."""
     privacy = config.privacy
-    has_budget = privacy.epsilon is not None or privacy.noise_multiplier is not None
     return (
         privacy.unit != "none"
-        and has_budget
+        and privacy.epsilon is not None
         and any(getattr(privacy, key) is None for key in _REQUIRED)
     )
 
 
-def completed(config: Config) -> Completed:
+def completed(config: Config, *, deployed: bool = False) -> Completed:
     """Fills in what a private config leaves out; every value that it sets stays.
 
     A config without privacy, or one that sets delta, clip norm and sample rate, is left unchanged.
 
     Args:
         config: As it was read: keys that the file does not set are not in ``model_fields_set``.
+        deployed: Whether it is for real nodes, whatever ``engine.name`` says now.
 
     Raises:
         ConfigError: Real nodes take part, and ``privacy.units_per_client`` is not set.
@@ -136,7 +137,7 @@ def completed(config: Config) -> Completed:
     """
     if not is_incomplete(config):
         return Completed(config)
-    base, units = base_of(config.model), _units(config)
+    base, units = base_of(config.model), _units(config, deployed=deployed)
     recipe = recipe_for(config.task.name, base.parameters)
     wanted = _values(config, recipe, base, units)
     mine = {key: _get(config, key) for key in wanted if _is_set(config, key)}
@@ -155,6 +156,16 @@ def completed(config: Config) -> Completed:
 def _notes(config: Config, recipe: Recipe, base: Base) -> list[str]:
     """What the user should know about a recipe for a config."""
     notes = []
+    if config.privacy.units_per_client is None:
+        notes.append(
+            "the size of a client was counted in the training split and rounded; batch size, rate and "
+            "delta follow from it, which epsilon does not cover: set privacy.units_per_client"
+        )
+    if recipe.on_features and not _fits_rate(config):
+        notes.append(
+            "the recipe's rate is for SGD with fedavg or fedavgm, so training.learning_rate is left to "
+            "you"
+        )
     if recipe.on_features and _is_set(config, "task.pooling") and config.task.pooling != "normalized":
         notes.append(
             'the recipe was measured with task.pooling = "normalized"; yours learns more slowly'
@@ -164,12 +175,12 @@ def _notes(config: Config, recipe: Recipe, base: Base) -> list[str]:
     return notes
 
 
-def _units(config: Config) -> int:
+def _units(config: Config, *, deployed: bool) -> int:
     """The public number of units of a client."""
     given = config.privacy.units_per_client
     if given is not None:
         return given
-    if config.engine.name == "deployed":
+    if deployed or config.engine.name == "deployed":
         message = (
             "is required where real nodes leave privacy.clip_norm, sample_rate or delta out: a public "
             "estimate, such as 1000"
@@ -194,19 +205,23 @@ def _values(config: Config, recipe: Recipe, base: Base, units: int) -> dict[str,
     if not set(recipe.values) & {"lora.target_modules"} and TASKS[config.task.name].classes != "none":
         values["lora.target_modules"] = base.last
     sample_rate = config.privacy.sample_rate or recipe.sample_rate
-    values["privacy.sample_rate"] = recipe.sample_rate
+    if _is_set(config, "training.batch_size") and config.privacy.sample_rate is None:
+        sample_rate = min(1.0, config.training.batch_size / units)  # a step of the user's size
+    values["privacy.sample_rate"] = sample_rate
     length = math.sqrt(base.width) if recipe.on_features else 1.0
     values["privacy.clip_norm"] = float(f"{recipe.clip_norm * length:.3g}")
     values["privacy.delta"] = _delta(units)
     values["training.batch_size"] = max(1, round(sample_rate * units))
+    if config.lora.client_ranks and "lora.rank" in values:
+        values["lora.rank"] = max(config.lora.client_ranks)
     if config.privacy.unit == "user":
         values["privacy.max_records_per_unit"] = _RECORDS_OF_A_USER
     return values
 
 
 def _delta(units: int) -> float:
-    """The largest power of ten that is at most 1 / (10 · units), within limits."""
-    return float(10.0 ** max(_SMALLEST_DELTA, min(_LARGEST_DELTA, math.floor(-math.log10(10 * units)))))
+    """The largest power of ten that is at most 1 / (10 · units) and 1e-3."""
+    return float(10.0 ** min(_LARGEST_DELTA, math.floor(-math.log10(10 * units))))
 
 
 def _derived(config: Config, recipe: Recipe, base: Base) -> dict[str, Any]:
@@ -216,14 +231,12 @@ def _derived(config: Config, recipe: Recipe, base: Base) -> dict[str, Any]:
     steps, a logit of features of norm √d gets √(d·T) times that. Under full sampling σ grows as √T, so
     the bound fixes η·T: more rounds cost no more noise.
     """
-    if not recipe.on_features:
+    if not (recipe.on_features and _fits_rate(config)):
         return {}
     privacy, training, federation = config.privacy, config.training, config.federation
     steps = (federation.rounds + privacy.spare_rounds) * training.local_steps
-    noise = privacy.noise_multiplier
-    if noise is None:
-        budget = privacy.epsilon or 0.0
-        noise = calibrate(budget, privacy.delta or 0.0, privacy.sample_rate or 0.0, steps)
+    plan = calibrated(privacy, training, federation.rounds)
+    noise = plan.noise_multiplier if isinstance(plan, PrivatePlan) else math.inf
     clip_norm = (privacy.clip_norm or 0.0) / math.sqrt(base.width)
     root = math.sqrt(federation.cohort_size / steps)
     rate = _LOGIT_NOISE * training.batch_size * root / (noise * clip_norm)
@@ -234,11 +247,17 @@ def _derived(config: Config, recipe: Recipe, base: Base) -> dict[str, Any]:
     return {"training.learning_rate": float(f"{rate / base.width:.3g}")}
 
 
+def _fits_rate(config: Config) -> bool:
+    """Whether the derived rate is one for the config's optimizers."""
+    own = config.training.optimizer if _is_set(config, "training.optimizer") else "sgd"
+    return own == "sgd" and config.aggregation.server_optimizer in ("fedavg", "fedavgm")
+
+
 def _is_set(config: Config, key: str) -> bool:
-    """Whether the user set a key to a value."""
+    """Whether the user set a key to a value; "auto" leaves the choice open."""
     section, _, name = key.partition(".")
     part = getattr(config, section)
-    return name in part.model_fields_set and getattr(part, name) is not None
+    return name in part.model_fields_set and getattr(part, name) not in (None, "auto")
 
 
 def _get(config: Config, key: str) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 
 from fedslm.config import Config
 from fedslm.errors import ModelError, PrivacyError
-from fedslm.privacy.calibration import calibrate
+from fedslm.privacy.calibration import calibrated
+from fedslm.privacy.plan import PrivatePlan
 from fedslm.privacy.planning import signal_to_noise
 from fedslm.recipes.facts import base_of
 from fedslm.recipes.table import Recipe, recipe_for
@@ -105,13 +106,13 @@ def _recipe(config: Config) -> Recipe:
 def _signal(config: Config, parameters: int, *, epsilon: float | None = None) -> float:
     """The ratio of a config, also at another epsilon."""
     privacy, training, federation = config.privacy, config.training, config.federation
-    steps = (federation.rounds + privacy.spare_rounds) * training.local_steps
-    noise = privacy.noise_multiplier
-    if noise is None or epsilon is not None:
-        budget = epsilon or privacy.epsilon or 0.0
-        noise = calibrate(budget, privacy.delta or 0.0, privacy.sample_rate or 0.0, steps)
+    if epsilon is not None:
+        privacy = privacy.model_copy(update={"epsilon": epsilon})
+    plan = calibrated(privacy, training, federation.rounds)
+    if not isinstance(plan, PrivatePlan):
+        return math.inf
     return signal_to_noise(
-        noise=noise,
+        noise=plan.noise_multiplier,
         steps=federation.rounds * training.local_steps,
         batch_size=training.batch_size,
         clients=federation.cohort_size,
@@ -127,7 +128,7 @@ def _remedies(config: Config, parameters: int, factor: float) -> Iterator[str]:
     clients = math.ceil(factor**2 * federation.cohort_size)
     yield f"{clients:,} clients of this size in a round ({federation.cohort_size} now)"
     budget = config.privacy.epsilon
-    if budget is not None:
+    if budget is not None and config.privacy.noise_multiplier is None:
         wanted = factor * _signal(config, parameters)
         larger = (budget * 1.25**power for power in range(1, 60))
         for epsilon in larger:

@@ -76,7 +76,10 @@ def _size(values: Mapping[str, Any], *names: str) -> int:
         found = values.get(name)
         if isinstance(found, int) and not isinstance(found, bool) and found > 0:
             return found
-    raise ModelError(f"config.json of the base lacks {names[0]}; no recipe can be chosen for it")
+    raise ModelError(
+        f"config.json of the base lacks {names[0]}, so no recipe can be chosen: set privacy.delta, "
+        f"privacy.clip_norm and privacy.sample_rate"
+    )
 
 
 def num_classes(data: DataConfig, task: TaskConfig, seed: int) -> int:

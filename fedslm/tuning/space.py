@@ -34,7 +34,7 @@ _SAMPLE = Axis(("privacy.sample_rate", "training.batch_size"), _HALF_TO_DOUBLE)
 _SCALING = Axis(("lora.alpha",), _HALF_TO_DOUBLE)
 
 SPACES: Mapping[str, tuple[Axis, ...]] = {
-    "features": (_RATE, _CLIP, _ROUNDS, _SCALING),
+    "features": (_RATE, _CLIP, _ROUNDS),
     "several-labels": (_RATE, _CLIP, _ROUNDS, _STEPS, _SAMPLE),
     "tags": (_RATE, _CLIP, _ROUNDS, _STEPS, _SAMPLE),
     "small-decoder": (_RATE, _CLIP, _ROUNDS, _STEPS, _SAMPLE, _SCALING),

@@ -187,6 +187,8 @@ def test_the_page_has_the_table() -> None:
         {"task": {"pooling": "native"}},
         {"aggregation": {"method": "flexlora"}},
         {"aggregation": {"method": "fed-sb"}},
+        {"aggregation": {"method": "auto"}},
+        {"aggregation": {"method": "ffa"}, "lora": {"client_ranks": [2, 4]}},
         {"training": {"optimizer": "adamw", "local_steps": 5}},
         {"privacy": {"epsilon": "", "noise_multiplier": 3.0}},
         {"privacy": {"sample_rate": 0.1}},
@@ -209,3 +211,36 @@ def test_another_kind_of_base_is_said(notes: Path, tmp_path: Path) -> None:
     made = completed(config_of(notes, model={"base": str(base), "device": "cpu"}))
     assert "this base is not an encoder" in made.text
     assert "not an encoder" not in completed(config_of(notes)).text
+
+
+def test_a_step_has_the_size_that_the_user_sets(notes: Path) -> None:
+    """The sample rate follows a batch size of the user's own: the divisor stays what a step draws."""
+    made = completed(config_of(notes, training={"batch_size": 5}))
+    assert made.config.privacy.sample_rate == pytest.approx(5 / made.units)
+    other = completed(config_of(notes, aggregation={"method": "auto"}))
+    assert other.config.aggregation.method == "head"
+
+
+def test_a_rate_is_derived_only_for_what_it_was_derived_for(notes: Path) -> None:
+    """AdamW, or an adaptive server, keeps the default rate, and the text says so."""
+    for own in ({"training": {"optimizer": "adamw"}}, {"aggregation": {"server_optimizer": "fedadam"}}):
+        made = completed(config_of(notes, **own))
+        assert "training.learning_rate" not in made.chosen
+        assert "training.learning_rate is left to you" in made.text
+
+
+def test_a_counted_size_is_said_not_to_be_covered(notes: Path) -> None:
+    """Where the size comes from the private split, the text and the report say that ε omits it."""
+    assert "epsilon does not cover" in completed(config_of(notes)).text
+    given = completed(config_of(notes, privacy={"units_per_client": 20}))
+    assert "does not cover" not in given.text
+    with pytest.raises(ConfigError, match="units_per_client"):
+        completed(config_of(notes), deployed=True)  # `fedslm server run`, before engine.name is set
+
+
+def test_the_rate_counts_what_a_metric_takes_of_the_budget(notes: Path) -> None:
+    """A metric leaves less for training, so more noise and a smaller rate."""
+    tight = {"epsilon": 0.1, "units_per_client": 20}
+    plain = completed(config_of(notes, privacy=tight)).config
+    metric = completed(config_of(notes, privacy={**tight, "metric_noise_multiplier": 300.0})).config
+    assert metric.training.learning_rate < plain.training.learning_rate
