@@ -54,7 +54,8 @@ class Point:
         before: The metric before training.
         scores: The metric after training, one for each seed.
         epsilon: Largest epsilon of a run; "infinite" without privacy.
-        learns: Whether the plan's signal-to-noise ratio is large enough; None without privacy.
+        learns: Whether the plan's signal-to-noise ratio is large enough; None without privacy, or if no
+            bound was measured for the task.
     """
 
     value: str
@@ -147,7 +148,9 @@ def sweep(load: Load, question: Question, observers: Sequence[Observer] = ()) ->
         for number in range(question.seeds)
     }  # all are complete and valid before the first run starts
     if len({made.config.run.directory for made in configs.values()}) < runs:
-        raise OutOfRange(f"values={','.join(question.values)} differ only in signs; give other values")
+        raise OutOfRange(
+            f"values={','.join(question.values)} must differ in letters or digits, which name the runs"
+        )
     reports = {key: _report(made, observers) for key, made in configs.items()}
     found = _summary(question, reports)
     write(found, question.directory)
@@ -178,14 +181,14 @@ def _summary(question: Question, reports: Mapping[tuple[str, int], dict[str, Any
     points = []
     for value in question.values:
         mine = [report for (other, _), report in reports.items() if other == value]
-        outlook = mine[0]["outlook"]
+        outlook = mine[0]["outlook"]  # a function of the config, which seeds do not change
         points.append(
             Point(
                 value,
                 mine[0]["metrics_before"][metric],
                 tuple(report["metrics_after"][metric] for report in mine),
                 max((report["epsilon"] for report in mine), key=lambda each: float(_number(each))),
-                None if outlook is None else all(report["outlook"]["learns"] for report in mine),
+                None if outlook is None else outlook["learns"],
             )
         )
     together, delta = _together(every)

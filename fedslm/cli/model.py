@@ -253,14 +253,15 @@ def _warnings(
 
         outlook = expected(config, trained)
         found += [] if outlook is None or outlook.learns else [outlook.text]
-        found += _of_the_plan(config)
+        is_measured = outlook is not None and outlook.is_measured
+        found += _of_the_plan(config, parameters=0 if is_measured else trained)
     elif trained > _HUGE and config.aggregation.method == "fedit":
         found.append(f"{trained:,} values are sent each way; a lower lora.rank sends fewer")
     return found
 
 
-def _of_the_plan(config: Config) -> list[str]:
-    """Returns the budget planner's warnings."""
+def _of_the_plan(config: Config, *, parameters: int) -> list[str]:
+    """Returns the budget planner's warnings; of the noise too, given the number of trained values."""
     from fedslm.privacy.planning import BudgetQuery, plan_budget
 
     privacy, federation = config.privacy, config.federation
@@ -273,6 +274,7 @@ def _of_the_plan(config: Config) -> list[str]:
         noise_multiplier=known,
         steps_per_round=config.training.local_steps,
         unit=privacy.unit,
+        parameters=parameters,
         batch_size=config.training.batch_size,
         clients=federation.cohort_size,
     )

@@ -28,7 +28,8 @@ class Expectation:
 
     Attributes:
         signal: The ratio over the whole run if all gradients agreed.
-        needed: Below this, measured runs kept less than half of what they learned without privacy.
+        needed: Below this, measured runs kept less than half of what they learned without privacy; 0 if
+            no runs of this task were measured.
         enough: From here on, they kept most of it.
         evidence: Those runs.
         remedies: Changes that each reach ``needed``; empty if the run reaches it.
@@ -41,14 +42,21 @@ class Expectation:
     remedies: tuple[str, ...] = ()
 
     @property
+    def is_measured(self) -> bool:
+        """Whether there are bounds to compare with."""
+        return self.needed > 0
+
+    @property
     def learns(self) -> bool:
-        """False if this will not learn."""
+        """False if measured runs say that this will not learn."""
         return self.signal >= self.needed
 
     @property
     def text(self) -> str:
         """One sentence on the ratio, and what would raise it where it is too low."""
         ratio = f"signal-to-noise ratio over the run: {self.signal:.2g}"
+        if not self.is_measured:
+            return f"{ratio}; for this task no bound was measured"
         if self.signal >= self.enough:
             return f"{ratio}; from {self.enough:g} on, measured runs kept most of what they learn"
         if self.learns:
@@ -67,7 +75,7 @@ class Expectation:
             "signal_to_noise": self.signal,
             "needed": self.needed,
             "enough": self.enough,
-            "learns": self.learns,
+            "learns": self.learns if self.is_measured else None,
             "remedies": list(self.remedies),
         }
 

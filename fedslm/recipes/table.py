@@ -31,8 +31,8 @@ class Recipe:
             where no other recipe fits better.
         evidence: The runs.
         needed: Signal-to-noise ratio (:func:`fedslm.privacy.planning.signal_to_noise`) below which the
-            measured runs kept less than half of what they learned without privacy.
-        enough: Ratio from which on they kept most of it.
+            measured runs kept less than half of what they learned without privacy; 0: not measured.
+        enough: Ratio from which on they kept most of it; 0: not measured.
     """
 
     name: str
@@ -43,8 +43,8 @@ class Recipe:
     evidence: str
     on_features: bool = False
     least_parameters: int = 0
-    needed: float = 1.0
-    enough: float = 3.0
+    needed: float = 0.0
+    enough: float = 0.0
 
 
 _ONE_STEP: Mapping[str, Value] = {"training.local_steps": 1, "training.optimizer": "sgd"}
