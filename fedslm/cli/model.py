@@ -128,22 +128,20 @@ def _adapted(sizes: Footprint, method: MethodName) -> dict[str, Any]:
 
 def _classes(config: Config) -> tuple[int, str]:
     """Returns the number of classes, and why it is a guess: nothing is downloaded to determine it."""
-    from fedslm.data.federated import load_what_is_public
-    from fedslm.data.labels import read_file
     from fedslm.data.sources import is_here
+    from fedslm.recipes.facts import num_classes
 
     data, task = config.data, config.task
     if TASKS[task.name].classes == "none":
         return 0, ""
-    if task.labels:
-        return len(task.labels), ""
-    if task.labels_file is not None:
-        return len(read_file(task.labels_file)), ""
-    if not is_here(data.evaluation_source or data.source):
+    named = bool(task.labels or task.labels_file)
+    if not named and not is_here(data.evaluation_source or data.source):
         return _ASSUMED_CLASSES, "the public split is not on this machine; set task.labels"
     try:
-        return len(load_what_is_public(data, task, config.run.seed).labels), ""
+        return num_classes(data, task, config.run.seed), ""
     except DataError as error:
+        if named:
+            raise
         return _ASSUMED_CLASSES, str(error)
 
 

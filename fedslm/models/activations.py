@@ -127,7 +127,7 @@ def _moments(
     network: Any = model.adapter.network
     with (
         torch.no_grad(),
-        _evaluating(network),
+        evaluating(network),
         model.adapter.disabled(),
         _watched(group, moments, masks),
     ):
@@ -162,7 +162,7 @@ def _watched(
 
 
 @contextmanager
-def _evaluating(network: Any) -> Iterator[None]:
+def evaluating(network: Any) -> Iterator[None]:
     """Disables dropout inside the block, and restores the modes of all modules after it."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

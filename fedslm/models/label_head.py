@@ -17,6 +17,7 @@ import numpy as np
 
 from fedslm.adapter_keys import part_of
 from fedslm.errors import ModelError
+from fedslm.models.activations import evaluating
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.pooling import scaled
 from fedslm.records import AdapterState, FloatArray
@@ -79,14 +80,12 @@ def _features(model: LoadedModel, texts: Sequence[str], max_length: int) -> Floa
     import torch
 
     network: Any = model.adapter.network.get_base_model()  # type: ignore[operator]
-    found, was_training = [], network.training
-    network.eval()
-    with torch.no_grad(), model.adapter.disabled(), _precision(model):
+    found = []
+    with torch.no_grad(), evaluating(network), model.adapter.disabled(), _precision(model):
         for each in tokenise(texts, model.tokenizer, max_length):
             one = pad_inputs([each.input_ids], int(model.tokenizer.pad_token_id))
             inputs = {key: tensor.to(model.device) for key, tensor in one.items()}
             found.append(scaled(network.mean(**inputs).float())[0].cpu().numpy())
-    network.train(was_training)
     return np.stack(found)
 
 

@@ -48,6 +48,16 @@ def calibrated(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) ->
             assert_never(privacy.unit)
 
 
+def noise_of(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) -> float:
+    """Returns the noise multiplier of the plan that :func:`calibrated` makes; 0 without privacy.
+
+    Raises:
+        PrivacyError: As :func:`calibrated`.
+    """
+    plan = calibrated(privacy, training, rounds)
+    return 0.0 if isinstance(plan, NoPrivacy) else plan.noise_multiplier
+
+
 def _mechanism(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) -> dict[str, Any]:
     """The fields that all DP-SGD plans share, calibrated over all steps that a client can take."""
     epsilon, delta = privacy.epsilon, privacy.delta

@@ -15,8 +15,7 @@ from fedslm.aggregation.methods import METHODS, method_of
 from fedslm.config import Config
 from fedslm.config.tasks import TASKS
 from fedslm.errors import ConfigError, Problem, RunError
-from fedslm.privacy.calibration import calibrated
-from fedslm.privacy.plan import PrivatePlan
+from fedslm.privacy.calibration import noise_of
 from fedslm.recipes.facts import Base, base_of, num_classes, simulated_units
 from fedslm.recipes.table import Recipe, recipe_for
 from fedslm.storage import json_text, write_text
@@ -24,10 +23,8 @@ from fedslm.storage import json_text, write_text
 logger = logging.getLogger(__name__)
 _REQUIRED = ("clip_norm", "sample_rate", "delta")
 _LOGIT_NOISE = 1.5  # standard deviation that all noise together may add to a logit
-_BOUND, _BOUND_OF_A_CLASS = (
-    30.0,
-    20.0,
-)  # of a rate on features of length 1; above, steps oscillate
+# Of a rate on features of length 1: above it, steps oscillate.
+_BOUND, _BOUND_OF_A_CLASS = 30.0, 20.0
 _RECORDS_OF_A_USER = 8
 _LINEAR_ONLY = ("aggregation.server_optimizer", "aggregation.server_momentum")
 _LARGEST_DELTA = -3  # a power of ten
@@ -167,9 +164,7 @@ def _notes(config: Config, recipe: Recipe, base: Base) -> list[str]:
             "you"
         )
     if recipe.on_features and _is_set(config, "task.pooling") and config.task.pooling != "normalized":
-        notes.append(
-            'the recipe was measured with task.pooling = "normalized"; yours learns more slowly'
-        )
+        notes.append('the recipe was measured with task.pooling = "normalized", not with yours')
     if recipe.on_features and not base.is_encoder:
         notes.append("the recipe was measured on sentence encoders, and this base is not an encoder")
     return notes
@@ -235,8 +230,7 @@ def _derived(config: Config, recipe: Recipe, base: Base) -> dict[str, Any]:
         return {}
     privacy, training, federation = config.privacy, config.training, config.federation
     steps = (federation.rounds + privacy.spare_rounds) * training.local_steps
-    plan = calibrated(privacy, training, federation.rounds)
-    noise = plan.noise_multiplier if isinstance(plan, PrivatePlan) else math.inf
+    noise = noise_of(privacy, training, federation.rounds)
     clip_norm = (privacy.clip_norm or 0.0) / math.sqrt(base.width)
     root = math.sqrt(federation.cohort_size / steps)
     rate = _LOGIT_NOISE * training.batch_size * root / (noise * clip_norm)

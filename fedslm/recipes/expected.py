@@ -12,8 +12,7 @@ from typing import Any
 
 from fedslm.config import Config
 from fedslm.errors import ModelError, PrivacyError
-from fedslm.privacy.calibration import calibrated
-from fedslm.privacy.plan import PrivatePlan
+from fedslm.privacy.calibration import noise_of
 from fedslm.privacy.planning import signal_to_noise
 from fedslm.recipes.facts import base_of
 from fedslm.recipes.table import Recipe, recipe_for
@@ -116,11 +115,8 @@ def _signal(config: Config, parameters: int, *, epsilon: float | None = None) ->
     privacy, training, federation = config.privacy, config.training, config.federation
     if epsilon is not None:
         privacy = privacy.model_copy(update={"epsilon": epsilon})
-    plan = calibrated(privacy, training, federation.rounds)
-    if not isinstance(plan, PrivatePlan):
-        return math.inf
     return signal_to_noise(
-        noise=plan.noise_multiplier,
+        noise=noise_of(privacy, training, federation.rounds),
         steps=federation.rounds * training.local_steps,
         batch_size=training.batch_size,
         clients=federation.cohort_size,

@@ -20,9 +20,7 @@ from fedslm.errors import (
     TrainingError,
     Unusable,
 )
-from fedslm.privacy import accounting
-from fedslm.privacy.calibration import calibrated
-from fedslm.privacy.plan import NoPrivacy
+from fedslm.privacy import accounting, calibration
 from fedslm.recipes import completed
 from fedslm.recipes.choice import is_incomplete
 from fedslm.recipes.facts import base_of
@@ -201,8 +199,7 @@ def noise_of(config: Config) -> float:
     Raises:
         PrivacyError: No noise keeps its epsilon.
     """
-    plan = calibrated(config.privacy, config.training, config.federation.rounds)
-    return 0.0 if isinstance(plan, NoPrivacy) else plan.noise_multiplier
+    return calibration.noise_of(config.privacy, config.training, config.federation.rounds)
 
 
 def _spent(config: Config, scale: float) -> float:
