@@ -63,7 +63,9 @@ class PrivatePlan(ABC):
           plus Gaussian noise of standard deviation ``noise_multiplier * clip_norm`` on every
           coordinate, over a Poisson sample of units drawn at ``sample_rate`` from secure randomness,
           divided by ``normaliser``.
-        * ``sample_rate`` and ``normaliser`` are public constants: neither depends on the data.
+        * ``sample_rate`` and ``normaliser`` are constants that the guarantee takes as public. Whoever
+          chooses them from private data reveals that choice, which epsilon does not cover: a
+          simulation that counts the size class of its clients (:mod:`fedslm.recipes.facts`) says so.
         * An empty sample still releases noise and is charged.
         * A batch is never cut to a maximum size: that would cost more than the accountant counts.
         * ``rounds`` rounds cost at most ``epsilon`` at ``delta`` for every client, against the server,

@@ -73,6 +73,7 @@ class Completed:
             "name": self.recipe.name,
             "evidence": self.recipe.evidence,
             "units_per_client": self.units,
+            "counted": self.config.privacy.units_per_client is None,
             "chosen": dict(self.chosen),
             "own": dict(self.own),
             "notes": list(self.notes),

@@ -170,6 +170,10 @@ def test_a_run_completes_itself(notes: Path, tmp_path: Path) -> None:
     assert told["name"] == "features"
     assert told["own"] == {"federation.rounds": 2}
     assert "## Recipe" in (tmp_path / "run" / "report.md").read_text()
+    assert told["counted"]
+    assert (
+        "not covered by ε: the size class" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    )
     assert simulation.finished(tmp_path / "run", config) is not None
     assert 0 < report["epsilon"] <= 8.0
 
