@@ -20,6 +20,7 @@ from fedslm.storage import expand
 _WITH_PROMPT = tasks_that(lambda kind: kind.has_prompt)
 _WITH_TURNS = tasks_that(lambda kind: kind.reads_turns)
 _TAUGHT = tasks_that(lambda kind: kind.teaches != "nothing")
+_NO_PUBLIC = "needs public records: set data.public_split (or data.public_source)"
 _POOLED = tasks_that(lambda kind: kind.network == "classifier")
 
 
@@ -138,9 +139,8 @@ def _aggregation(config: Config) -> Iterator[Problem]:
     if aggregation.rule == "mean" and aggregation.num_byzantine > 0:
         message = f"value {aggregation.num_byzantine} needs a robust rule, such as median; not the mean"
         yield Problem("aggregation.num_byzantine", message)
-    if lora.initial == "eva" and config.data.public_source is config.data.public_split is None:
-        message = 'value "eva" needs public records: set data.public_split (or data.public_source)'
-        yield Problem("lora.initial", message)
+    if lora.initial == "eva" and not config.data.has_public_records:
+        yield Problem("lora.initial", f'value "eva" {_NO_PUBLIC}')
     cohort = config.federation.cohort_size
     needed = required_clients(aggregation.rule, aggregation.num_byzantine)
     if cohort < needed:
@@ -273,9 +273,11 @@ def _task(config: Config) -> Iterator[Problem]:
         yield Problem("data.rejected_column", f'is for task.name="preference", not {name}')
     if task.pooling != "native" and task.name not in _POOLED:
         yield Problem("task.pooling", f'value "{task.pooling}" is for classification, not {name}')
-    if task.head == "labels" and (task.pooling != "normalized" or task.name != "classification"):
-        message = 'value "labels" needs task.name="classification" and task.pooling="normalized"'
+    if task.head != "random" and (task.pooling != "normalized" or task.name != "classification"):
+        message = f'value "{task.head}" needs task.name="classification" and task.pooling="normalized"'
         yield Problem("task.head", message)
+    if task.head == "public" and not data.has_public_records:
+        yield Problem("task.head", f'value "public" {_NO_PUBLIC}')
     yield from _labels(config)
     yield from _prompt(config)
 

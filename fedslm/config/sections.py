@@ -109,7 +109,7 @@ class DataConfig(Section):
     evaluation_source: OptionalText = None
     """Source of the evaluation split if it is not `source`."""
     public_source: OptionalText = None
-    """Source of public records that training may use (to initialise A, see lora.initial)."""
+    """Source of public records that training may use (see lora.initial and task.head)."""
     public_split: OptionalText = None
     """Split (or file stem) of the public records; if public_source is absent too, there are none."""
     train_query: OptionalText = None
@@ -144,6 +144,11 @@ class DataConfig(Section):
     max_evaluation_records: int = Field(2000, ge=1)
     """The evaluation split is cut to this many records."""
 
+    @property
+    def has_public_records(self) -> bool:
+        """Whether there are public records that training may use."""
+        return self.public_source is not None or self.public_split is not None
+
 
 class TaskConfig(Section):
     """The task."""
@@ -162,9 +167,9 @@ class TaskConfig(Section):
     pooling: Literal["native", "mean", "normalized"] = "native"
     """Classifier input: the architecture's own (CLS/pooler, last token), the mean of the hidden states,
     or that mean, centered and scaled to length √width, which suits sentence encoders."""
-    head: Literal["random", "labels"] = "random"
-    """First weights of a classifier on normalized features: small and random, or the features of the
-    public class names (task.labels)."""
+    head: Literal["random", "labels", "public"] = "random"
+    """First weights of a classifier on normalized features: small and random, the features of the
+    public class names (task.labels), or those fitted to public records (data.public_source)."""
     prompt: OptionalText = None
     """Prompt with columns in braces, such as "Question: {text}"; absent means only the text column."""
     format: Literal["auto", "columns"] = "auto"

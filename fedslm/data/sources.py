@@ -96,7 +96,7 @@ def load_public(
     Raises:
         DataError: As :func:`load_train`, or the records are the private split.
     """
-    if config.public_split is None and config.public_source is None:
+    if not config.has_public_records:
         return None
     source = config.public_source or config.source
     split = config.public_split or config.train_split

@@ -23,13 +23,14 @@ from fedslm.models.initial import initial_state
 from fedslm.models.label_head import label_head
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.peft_export import save_plain
+from fedslm.models.public_head import public_head
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.privacy.verified import verified
 from fedslm.protocol.loading import model_for, task_for
 from fedslm.protocol.setup import Setup
 from fedslm.records import AdapterState
 from fedslm.storage import with_usual_modes
-from fedslm.tasks.base import Prepared
+from fedslm.tasks.base import Example, Prepared
 from fedslm.workers import Pool
 
 
@@ -71,8 +72,10 @@ def describe(setup: Setup) -> Description:
     state = initial_state(shapes, setup.seed)
     if setup.lora.initial == "eva":
         state = _from_public_inputs(setup, model, state)
-    if setup.task.head == "labels":
+    if setup.task.head != "random":
         state = label_head(model, setup.labels, setup.task.max_length, state)
+    if setup.task.head == "public":
+        state = public_head(model, task_for(setup), _public_examples(setup, model), state)
     moving = moving_keys(setup.method, state)
     return Description(
         moving=state.select(moving),
@@ -87,10 +90,14 @@ def _from_public_inputs(setup: Setup, model: LoadedModel, state: AdapterState) -
     """Initialises A from the main directions of each layer's inputs on the public records."""
     from fedslm.models.activations import eva_state, input_directions
 
-    task = task_for(setup)
+    examples = _public_examples(setup, model)
+    return eva_state(state, input_directions(model, task_for(setup), examples, setup.lora.rank))
+
+
+def _public_examples(setup: Setup, model: LoadedModel) -> tuple[Example, ...]:
+    """The public records that training may use."""
     rows = store.read_public(Path(setup.directory) / layout.DATA)
-    examples = task.prepare(rows, model.tokenizer).examples
-    return eva_state(state, input_directions(model, task, examples, setup.lora.rank))
+    return task_for(setup).prepare(rows, model.tokenizer).examples
 
 
 def evaluate(pool: Pool, setup: Setup, adapter: AdapterState) -> dict[str, float]:

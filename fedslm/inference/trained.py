@@ -21,12 +21,14 @@ from fedslm.config import (
     TaskConfig,
     TrainingConfig,
 )
+from fedslm.data import store
 from fedslm.errors import ModelError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.models.base import base_sha256, resolve
 from fedslm.models.initial import initial_state
 from fedslm.models.label_head import label_head
 from fedslm.models.loaded import LoadedModel, load
+from fedslm.models.public_head import public_head
 from fedslm.records import AdapterState
 from fedslm.storage import load_adapter
 from fedslm.tasks import build
@@ -124,9 +126,14 @@ class Trained:
     def initial(self) -> AdapterState:
         """The run's starting adapter: behaves as the plain base model; a new head is untrained."""
         state, task = initial_state(self.run.adapter.shapes, self.run.seed), self.run.task
-        if task.head != "labels":
+        if task.head == "random":
             return state
-        return label_head(self.model, self.run.labels, task.max_length, state)
+        state = label_head(self.model, self.run.labels, task.max_length, state)
+        if task.head == "labels":
+            return state
+        rows = store.read_public(self.run.directory / layout.DATA)
+        examples = self.task.prepare(rows, self.model.tokenizer).examples
+        return public_head(self.model, self.task, examples, state)
 
     @property
     def has_new_head(self) -> bool:

@@ -21,7 +21,7 @@ from fedslm.models.activations import evaluating
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.pooling import scaled
 from fedslm.records import AdapterState, FloatArray
-from fedslm.tasks.base import pad_inputs, tokenise
+from fedslm.tasks.base import Tokens, pad_inputs, tokenise
 
 _LOGIT = 8.0  # logit of a text that has exactly the features of a class name
 _FOR_A_CENTER = 20  # classes: the mean over few names is about the classes, not about the encoder
@@ -47,23 +47,34 @@ def label_head(
     Raises:
         ModelError: The adapter has no center: its features are not normalized.
     """
-    keys = {part: [key for key in initial if part_of(key) == part] for part in ("center", "head")}
-    weights = [key for key in keys["head"] if initial[key].ndim == 2]
-    if len(keys["center"]) != 1 or len(weights) != 1:
-        raise ModelError('task.head="labels" needs task.pooling="normalized"')
+    center_key, weight = head_keys(initial)
     named = [number for number, label in enumerate(labels) if re.search(r"[^\W\d_]", label)]
-    head = np.zeros_like(initial[weights[0]])
+    head = np.zeros_like(initial[weight])
     if not named:
-        return initial.merged(AdapterState({weights[0]: head}))
-    features = _features(model, [spoken(labels[number]) for number in named], max_length)
-    center = np.zeros_like(initial[keys["center"][0]])
+        return initial.merged(AdapterState({weight: head}))
+    names = tokenise([spoken(labels[number]) for number in named], model.tokenizer, max_length)
+    features = np.concatenate([pooled(model, [each.input_ids]) for each in names])
+    center = np.zeros_like(initial[center_key])
     if len(named) >= _FOR_A_CENTER:
         center = features.mean(axis=0)
     width = features.shape[1]
     directions = features - center
     directions *= math.sqrt(width) / np.linalg.norm(directions, axis=1, keepdims=True).clip(1e-12)
     head[named] = _LOGIT / width * directions
-    return initial.merged(AdapterState({weights[0]: head, keys["center"][0]: center}))
+    return initial.merged(AdapterState({weight: head, center_key: center}))
+
+
+def head_keys(initial: AdapterState) -> tuple[str, str]:
+    """Returns the keys of the center and of the head's weights.
+
+    Raises:
+        ModelError: The adapter has no center: its features are not normalized.
+    """
+    keys = {part: [key for key in initial if part_of(key) == part] for part in ("center", "head")}
+    weights = [key for key in keys["head"] if initial[key].ndim == 2]
+    if len(keys["center"]) != 1 or len(weights) != 1:
+        raise ModelError('a start other than task.head="random" needs task.pooling="normalized"')
+    return keys["center"][0], weights[0]
 
 
 def spoken(label: str) -> str:
@@ -75,18 +86,16 @@ def spoken(label: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", re.sub(r"[_\-./]+", " ", label)).strip()
 
 
-def _features(model: LoadedModel, texts: Sequence[str], max_length: int) -> FloatArray:
-    """Features of texts, (texts, width), of length √width."""
+def pooled(model: LoadedModel, texts: Sequence[Tokens]) -> FloatArray:
+    """Features of tokenised texts by the base without its adapter, (texts, width), of length √width."""
     import torch
 
     network: Any = model.adapter.network.get_base_model()  # type: ignore[operator]
-    found = []
+    batch = pad_inputs(texts, int(model.tokenizer.pad_token_id))
+    inputs = {key: tensor.to(model.device) for key, tensor in batch.items()}
     with torch.no_grad(), evaluating(network), model.adapter.disabled(), _precision(model):
-        for each in tokenise(texts, model.tokenizer, max_length):
-            one = pad_inputs([each.input_ids], int(model.tokenizer.pad_token_id))
-            inputs = {key: tensor.to(model.device) for key, tensor in one.items()}
-            found.append(scaled(network.mean(**inputs).float())[0].cpu().numpy())
-    return np.stack(found)
+        found: FloatArray = scaled(network.mean(**inputs).float()).cpu().numpy()
+    return found
 
 
 def _precision(model: LoadedModel) -> AbstractContextManager[Any]:

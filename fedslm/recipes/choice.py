@@ -195,7 +195,9 @@ def _values(config: Config, recipe: Recipe, base: Base, units: int) -> dict[str,
     """The recipe's values that do not depend on the noise."""
     values: dict[str, Any] = dict(recipe.values)
     if _is_set(config, "task.pooling") and config.task.pooling != "normalized":
-        values.pop("task.head", None)  # class names start only a head on normalized features
+        values.pop("task.head", None)  # only a head on normalized features has such a start
+    elif recipe.on_features and config.data.has_public_records:
+        values["task.head"] = "public"
     if METHODS[method_of(config.resolved().aggregation)].family != "linear":
         values = {key: value for key, value in values.items() if key not in _LINEAR_ONLY}
     if not set(recipe.values) & {"lora.target_modules"} and TASKS[config.task.name].classes != "none":

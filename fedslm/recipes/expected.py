@@ -94,7 +94,7 @@ def expected(config: Config, parameters: int) -> Expectation | None:
         return None
     recipe = _recipe(config)
     needed = recipe.needed
-    if recipe.on_features and config.task.head != "labels":
+    if recipe.on_features and config.task.head == "random":
         needed *= _WITHOUT_NAMES
     signal = _signal(config, parameters)
     remedies = tuple(_remedies(config, parameters, needed / signal)) if signal < needed else ()

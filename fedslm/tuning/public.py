@@ -70,7 +70,7 @@ def source_of(data: DataConfig) -> tuple[str, str]:
         ConfigError: The config names none.
         DataError: They are the private training split, or the evaluation split.
     """
-    if data.public_source is None and data.public_split is None:
+    if not data.has_public_records:
         message = (
             "is missing; a search trains only on public records: set data.public_source or "
             "data.public_split, or give --public SOURCE"

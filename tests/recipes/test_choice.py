@@ -14,7 +14,9 @@ from fedslm import simulation, validation
 from fedslm.config import Config
 from fedslm.config.base import TaskName
 from fedslm.config.tasks import TASKS
-from fedslm.errors import ConfigError
+from fedslm.errors import ConfigError, ModelError
+from fedslm.inference.evaluation import EvaluationOptions, evaluate, own_rows
+from fedslm.inference.trained import load_trained, open_run
 from fedslm.privacy.calibration import calibrate
 from fedslm.recipes import RECIPES, completed, read_recipe
 from fedslm.recipes.facts import base_of, size_class
@@ -248,3 +250,41 @@ def test_the_rate_counts_what_a_metric_takes_of_the_budget(notes: Path) -> None:
     plain = completed(config_of(notes, privacy=tight)).config
     metric = completed(config_of(notes, privacy={**tight, "metric_noise_multiplier": 300.0})).config
     assert metric.training.learning_rate < plain.training.learning_rate
+
+
+def test_public_records_start_the_head(notes: Path, tmp_path: Path) -> None:
+    """With public records the recipe fits the first head to them, and an evaluation finds it again."""
+    data = {"source": str(notes), "partition": "natural", "public_split": "public"}
+    (notes / "public.jsonl").write_text((notes / "train.jsonl").read_text(), encoding="utf-8")
+    directory = tmp_path / "run"
+    config = config_of(
+        notes, run={"name": "own", "directory": str(directory)}, data=data, federation={"rounds": 1}
+    )
+    report = simulation.simulate(config)
+    assert report["recipe"]["chosen"]["task.head"] == "public"
+    trained = load_trained(open_run(directory))
+    found = evaluate(trained, own_rows(trained.run), lambda _done, _total: None, EvaluationOptions())
+    before = found.metrics["loss"].base.value
+    assert before == pytest.approx(report["metrics_before"]["loss"], rel=1e-3)
+    (directory / "data" / "public.parquet").unlink()
+    with pytest.raises(ModelError, match="public examples"):
+        evaluate(
+            load_trained(open_run(directory)),
+            own_rows(trained.run),
+            lambda *_: None,
+            EvaluationOptions(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ({"head": "public"}, "needs public records: set data.public_split"),
+        ({"head": "public", "pooling": "mean"}, "needs task.name"),
+    ],
+)
+def test_a_start_without_what_it_needs(notes: Path, head: dict[str, Any], said: str) -> None:
+    """A head from public records needs those records and normalized features."""
+    task = {"name": "classification", "max_length": 24, "pooling": "normalized", **head}
+    with pytest.raises(ConfigError, match=said):
+        validation.check(completed(config_of(notes, task=task)).config)
