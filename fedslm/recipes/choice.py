@@ -16,13 +16,15 @@ from fedslm.config import Config
 from fedslm.config.tasks import TASKS
 from fedslm.errors import ConfigError, Problem, RunError
 from fedslm.privacy.calibration import noise_of
+from fedslm.privacy.planning import signal_to_noise
 from fedslm.recipes.facts import Base, base_of, num_classes, simulated_units
 from fedslm.recipes.table import Recipe, recipe_for
 from fedslm.storage import json_text, write_text
 
 logger = logging.getLogger(__name__)
 _REQUIRED = ("clip_norm", "sample_rate", "delta")
-_LOGIT_NOISE = 1.5  # standard deviation that all noise together may add to a logit
+# Standard deviation that all noise together may add to a logit: a share of the signal-to-noise ratio.
+_LOGIT_NOISE, _LEAST_NOISE, _MOST_NOISE = 0.25, 1.0, 2.2
 # Of a rate on features of length 1: above it, steps oscillate.
 _BOUND, _BOUND_OF_A_CLASS = 30.0, 20.0
 _RECORDS_OF_A_USER = 8
@@ -225,9 +227,10 @@ def _delta(units: int) -> float:
 def _derived(config: Config, recipe: Recipe, base: Base) -> dict[str, Any]:
     """The rate at which the noise of all steps adds a set deviation to a logit.
 
-    A step adds noise of deviation η·σ·C / (L·√K) to each weight, for K clients with divisor L. Over T
-    steps, a logit of features of norm √d gets √(d·T) times that. Under full sampling σ grows as √T, so
-    the bound fixes η·T: more rounds cost no more noise.
+    The deviation is 1.0 to 2.2, larger where the signal is. A step adds noise of deviation
+    η·σ·C / (L·√K) to each weight, for K clients with divisor L. Over T steps, a logit of features of
+    norm √d gets √(d·T) times that. Under full sampling σ grows as √T, so the bound fixes η·T: more
+    rounds cost no more noise.
     """
     if not (recipe.on_features and _fits_rate(config)):
         return {}
@@ -235,9 +238,17 @@ def _derived(config: Config, recipe: Recipe, base: Base) -> dict[str, Any]:
     steps = (federation.rounds + privacy.spare_rounds) * training.local_steps
     noise = noise_of(privacy, training, federation.rounds)
     clip_norm = (privacy.clip_norm or 0.0) / math.sqrt(base.width)
-    root = math.sqrt(federation.cohort_size / steps)
-    rate = _LOGIT_NOISE * training.batch_size * root / (noise * clip_norm)
     classes = num_classes(config.data, config.task, config.run.seed)
+    signal = signal_to_noise(
+        noise=noise,
+        steps=steps,
+        batch_size=training.batch_size,
+        clients=federation.cohort_size,
+        parameters=classes * (base.width + 1),
+    )
+    deviation = min(max(_LOGIT_NOISE * signal, _LEAST_NOISE), _MOST_NOISE)
+    root = math.sqrt(federation.cohort_size / steps)
+    rate = deviation * training.batch_size * root / (noise * clip_norm)
     rate = min(rate, _BOUND + _BOUND_OF_A_CLASS * classes)
     if config.aggregation.server_optimizer == "fedavgm":  # m sums steps of 1 / (1 - β)
         rate *= 1 - config.aggregation.server_momentum

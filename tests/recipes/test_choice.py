@@ -84,7 +84,21 @@ def test_features(notes: Path) -> None:
         momentum = 1.0
     each = config.training.learning_rate * momentum * noise * privacy.clip_norm
     each /= config.training.batch_size * math.sqrt(config.federation.num_clients)
-    assert each * math.sqrt(width * steps) <= 1.5 * 1.01
+    assert each * math.sqrt(width * steps) <= 2.2 * 1.01
+
+
+def test_little_signal_means_little_noise(notes: Path) -> None:
+    """Where noise bounds the rate, the deviation of a logit is its least: 1."""
+    made = completed(config_of(notes, privacy={"epsilon": 0.1})).config
+    privacy, federation = made.privacy, made.federation
+    noise = calibrate(0.1, privacy.delta or 0.0, 1.0, federation.rounds)
+    momentum = 1.0
+    if made.aggregation.server_optimizer == "fedavgm":
+        momentum = 1 / (1 - made.aggregation.server_momentum)
+    each = made.training.learning_rate * momentum * noise * (privacy.clip_norm or 0.0)
+    each /= made.training.batch_size * math.sqrt(federation.num_clients)
+    deviation = each * math.sqrt(base_of(made.model).width * federation.rounds)
+    assert deviation == pytest.approx(1.0, rel=0.02)
 
 
 def test_own_values_win_and_are_said(notes: Path) -> None:
