@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import docstrings
 from arms import ROOT, RUNS, finished_run
 
 from fedslm.storage import expand
@@ -59,6 +60,8 @@ JOBS = {
         f'[privacy]\nunit = "user"\nunit_column = "patient"\n[federation]\nnum_clients = {SITES}\n',
         "natural",
     ),
+    "packages": Job(str(PLACE / "packages"), 64),
+    "library": Job(str(PLACE / "library"), 64),
 }
 
 
@@ -267,6 +270,8 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     if not asked.table:
         make_patients()
+        for name in ("packages", "library"):
+            docstrings.make(name, PLACE / name)
         for seed in asked.seeds:
             for name in asked.names or JOBS:
                 for epsilon in asked.epsilon:
