@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -247,23 +246,23 @@ def schema() -> None:
     typer.echo(json_text(Config.model_json_schema(), indent=2))
 
 
-class Kind(StrEnum):
-    """Configurations that `fedslm config example` prints."""
-
-    deployed = "deployed"
-
-
 @config_app.command("example")
 def example(
-    kind: Annotated[Kind, typer.Argument(help="deployed: a run on real nodes.", metavar="KIND")],
+    name: Annotated[
+        str | None, typer.Argument(help="One of the listed names; without it, list them.")
+    ] = None,
 ) -> None:
-    """Print a commented configuration to start from.
+    """List the configurations to start from, or print one.
 
-    Example: `fedslm config example deployed > triage.toml`
+    Example: `fedslm config example demo > demo.toml`
     """
-    from fedslm.deployment.starters import deployed_config
+    with clear_errors():
+        from fedslm.cli.examples import list_configs, text_of_config
 
-    typer.echo(deployed_config(), nl=False)
+        if name is None:
+            list_configs()
+        else:
+            typer.echo(text_of_config(name), nl=False)
 
 
 @config_app.command("show")

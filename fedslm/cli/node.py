@@ -14,16 +14,10 @@ import typer
 
 from fedslm import layout
 from fedslm.cli.console import ERRORS, LogForm, LogFormat, clear_errors, keep_private
+from fedslm.cli.examples import AnyProfile, Profile
 from fedslm.errors import plural
 
 _GRACE_SECONDS, _ASK_SECONDS = 5.0, 3.0
-
-
-class StartProfile(StrEnum):
-    """Profiles that a node can start with."""
-
-    hospital = "hospital"
-    phone = "phone"
 
 
 class StartUnit(StrEnum):
@@ -38,13 +32,25 @@ node_app = typer.Typer(help="For node operators: enrol, check and run a node.", 
 Directory = Annotated[Path, typer.Argument(help="The node's own directory.", metavar="DIR")]
 
 
+@node_app.command("example")
+def example(profile: AnyProfile = Profile.hospital) -> None:
+    """Print example settings of a node: its node.toml. `fedslm node enroll` writes them filled in.
+
+    Example: `fedslm node example phone > node.toml`
+    """
+    from fedslm.deployment.settings import NODE_FILE
+    from fedslm.deployment.starters import node_example
+
+    typer.echo(node_example(profile.value, NODE_FILE), nl=False)
+
+
 @node_app.command("enroll")
 def enroll(
     directory: Directory,
     name: Annotated[str, typer.Option("--name", help="The node's name.")],
     profile: Annotated[
-        StartProfile, typer.Option("--profile", help="What kind of machine this is.")
-    ] = StartProfile.hospital,
+        Profile, typer.Option("--profile", help="What kind of machine this is.")
+    ] = Profile.hospital,
     source: Annotated[
         str | None,
         typer.Option("--source", help="The records: a file, a directory or a database URL."),

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from fedslm import layout
 from fedslm.cli.console import clear_errors
+from fedslm.cli.examples import AnyProfile, Profile
 
 policy_app = typer.Typer(
     help="A node's policy: the requests that it accepts from a server.", no_args_is_help=True
@@ -15,14 +17,14 @@ policy_app = typer.Typer(
 
 
 @policy_app.command("example")
-def example() -> None:
+def example(profile: AnyProfile = Profile.hospital) -> None:
     """Print an example policy.
 
     Example: `fedslm policy example > policy.toml`
     """
-    from fedslm.privacy.policy import EXAMPLE
+    from fedslm.deployment.starters import node_example
 
-    typer.echo(EXAMPLE, nl=False)
+    typer.echo(node_example(profile.value, layout.POLICY), nl=False)
 
 
 @policy_app.command("check")

@@ -79,7 +79,8 @@ def from_toml(path: Path | str, overrides: Overrides = ()) -> Config:
     Raises:
         ConfigError: The file is missing, is not TOML, or does not validate.
     """
-    return from_mapping(with_overrides(_read_toml(Path(path)), overrides))
+    remedy = "`fedslm config example` lists files to start from, `fedslm init` writes your own"
+    return from_mapping(with_overrides(_read_toml(Path(path), remedy), overrides))
 
 
 def read_file(path: Path, kind: type[F], instead: Mapping[str, object] = {}) -> F:
@@ -104,12 +105,13 @@ def read_file(path: Path, kind: type[F], instead: Mapping[str, object] = {}) -> 
         raise ConfigError(problems) from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path, remedy: str = "") -> dict[str, Any]:
     """Reads a TOML file's values; skips the byte order mark that editors on Windows write."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError([Problem(str(path), "no such file")]) from None
+        message = "; ".join(filter(None, ("no such file", remedy)))
+        raise ConfigError([Problem(str(path), message)]) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError([Problem(str(path), f"cannot be read as TOML: {error}")]) from None
 

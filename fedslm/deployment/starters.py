@@ -22,6 +22,7 @@ from fedslm.privacy.policy import EXAMPLE
 NodeUnit = Literal["record", "patient", "user"]
 UNITS: dict[Profile, NodeUnit] = {"hospital": "patient", "phone": "record"}
 _TEMPLATES = Path(__file__).parent / "templates"
+_EXAMPLES = Path(__file__).parent.parent / "examples"
 _COMMAND = "may-train"
 _EXECUTABLE = 0o700
 
@@ -110,9 +111,24 @@ def write_federation(path: Path, name: str | None = None, host: str | None = Non
     return _write_new(path, _with_value(text, "host", host or socket.gethostname()))
 
 
-def deployed_config() -> str:
-    """A commented config of a run on real nodes that the example policy allows."""
-    return _template("deployed.toml")
+def example_configs() -> dict[str, Path]:
+    """Name to file of each config to start from; "deployed" is a run on real nodes.
+
+    The example policy allows "deployed"; the others are the scenarios of ``simulations/``.
+    """
+    files = [_TEMPLATES / "deployed.toml", *sorted(_EXAMPLES.glob("*.toml"))]
+    return {path.stem: path for path in files}
+
+
+def node_example(profile: Profile, name: str) -> str:
+    """One file of a node to start from: its settings, its policy or a phone's check.
+
+    Args:
+        profile: The kind of machine.
+        name: A name that :func:`node_files` gives.
+    """
+    start = {"hospital": Start("north"), "phone": Start("phone", "phone")}[profile]
+    return node_files(Path("/var/lib/fedslm/north"), start)[name]
 
 
 def _settings(directory: Path, start: Start) -> str:
