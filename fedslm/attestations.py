@@ -72,6 +72,20 @@ def warn_if_cache_is_unusable() -> None:
     )
 
 
+def cache_problem() -> str:
+    """Why this user's cache cannot be used; empty if it can. Creates nothing."""
+    try:
+        place = user_cache() / layout.ATTESTATIONS
+        nearest = next(each for each in (place, *place.absolute().parents) if os.path.lexists(each))
+        is_private = nearest != place or _is_private(place)
+    except (OSError, RunError) as error:
+        return str(error)
+    if not is_private:
+        return f"{place} can be written by others, or is not a directory"
+    can_write = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    return "" if can_write else f"{place} cannot be written"
+
+
 def places_of_node(directory: Path) -> Places:
     """A deployed node's only place: it believes no file that another program may have written."""
     return (directory / layout.ATTESTATIONS,)

@@ -42,6 +42,7 @@ STOREYS = {
     "training": 7,
     "aggregation": 7,
     "recipes": 8,
+    "drafting": 8,
     "verification": 8,
     "protocol": 8,
     "client": 9,
@@ -58,6 +59,7 @@ STOREYS = {
     "tuning": 15,
     "api": 15,
     "sweep": 15,
+    "doctor": 15,
     "deployment": 15,
     "demonstration": 15,
     "cli": 16,
@@ -131,6 +133,7 @@ SEE_CONFIG = {
     "cli.budget",
     "cli.console",
     "cli.data",
+    "cli.init",
     "cli.model",
     "cli.plan",
     "__init__",  # the public names

@@ -48,6 +48,8 @@ ENDS = {
     "evaluate": ("no", 2),
     "export": ("no --out x", 2),
     "methods": ("", 0),
+    "init": ("--data no.csv", 2),
+    "doctor": ("--no", 2),
     "config schema": ("", 0),
     "config example": ("no", 2),
     "config show": ("no.toml", 2),

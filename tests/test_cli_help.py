@@ -16,7 +16,10 @@ from fedslm.cli import app
 
 ROOT = get_command(app)
 PANELS = {
-    "Train": {"simulate", "demo", "distill", "config", "data", "model", "methods", "sweep", "tune"},
+    "Train": {
+        *("simulate", "demo", "distill", "config", "data", "model", "methods", "sweep", "tune"),
+        *("init", "doctor"),
+    },
     "Use": {"predict", "generate", "evaluate", "export"},
     "Privacy": {"budget", "policy", "audit"},
     "Deploy": {"provision", "server", "node"},

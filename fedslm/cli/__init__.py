@@ -29,7 +29,9 @@ from fedslm.cli.console import (
 )
 from fedslm.cli.data import data_app, remarks, seen
 from fedslm.cli.distill import distill_app
+from fedslm.cli.doctor import doctor_app
 from fedslm.cli.inference import inference_app
+from fedslm.cli.init import init_app
 from fedslm.cli.methods import methods_app
 from fedslm.cli.model import model_app
 from fedslm.cli.node import node_app
@@ -59,6 +61,8 @@ config_app = typer.Typer(help="Show and check a configuration.", no_args_is_help
 app.add_typer(config_app, name="config", rich_help_panel=TRAIN)
 app.add_typer(data_app, name="data", rich_help_panel=TRAIN)
 app.add_typer(model_app, name="model", rich_help_panel=TRAIN)
+app.add_typer(init_app)
+app.add_typer(doctor_app)
 app.add_typer(methods_app)  # without a name: a top-level command
 app.add_typer(sweep_app)
 app.add_typer(tune_app)

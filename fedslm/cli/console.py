@@ -89,9 +89,14 @@ def load_config(path: Path, overrides: list[str], *, deployed: bool = False) -> 
 
 def load_completed(path: Path, overrides: list[str], *, deployed: bool = False) -> Completed:
     """Reads a config, completes it from a recipe, refuses contradictions, and prints warnings."""
+    return complete(configuration.from_toml(path, overrides), deployed=deployed)
+
+
+def complete(config: Config, *, deployed: bool = False) -> Completed:
+    """Completes a config from a recipe, refuses contradictions, and prints warnings."""
     from fedslm.recipes import completed
 
-    made = completed(configuration.from_toml(path, overrides), deployed=deployed)
+    made = completed(config, deployed=deployed)
     validation.check(made.config)
     for line in made.lines():
         ERRORS.print(line)

@@ -1,0 +1,261 @@
+"""``fedslm init``: a config that passes its own check, from data that nobody has described."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pty
+import sqlite3
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import Result
+from support.commands import ROOT, assert_clear, run
+from support.tiny import make_rows, write_rows
+
+RENAMED = {"text": "note", "label": "department", "client": "site", "patient": "patient"}
+CLASSES = ("--task", "classification", "--base", "demo")
+PRIVATE = ("--unit", "record", "--epsilon", "8")
+ALL = (*CLASSES, *PRIVATE, "--evaluation", "public.csv")
+
+
+def rows_of(count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows whose columns no config knows by default."""
+    return [{RENAMED[key]: row[key] for key in RENAMED} for row in make_rows(count, seed)]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory with private and public records, in which the commands run."""
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "notes.csv", rows_of(90, 0))
+    write_csv(tmp_path / "public.csv", rows_of(40, 1))
+    return tmp_path
+
+
+def written(path: str = "my.toml") -> dict[str, Any]:
+    """The file, read; it passes its own check."""
+    result = run("config", "check", path, "--data")
+    assert result.exit_code == 0, result.output
+    return tomllib.loads(Path(path).read_text())
+
+
+def test_a_csv_becomes_a_config(place: Path) -> None:
+    """Columns are guessed, and said to be; the file leaves the mechanism to a recipe, and holds no count."""
+    before = {path.name for path in place.iterdir()}
+    result = run("init", "my.toml", "--data", "notes.csv", *ALL, "--client-column", "site")
+    assert result.exit_code == 0, result.output
+    assert "text column: note (a guess; --text names another" in result.stderr
+    assert "label column: department (a guess; --label names another" in result.stderr
+    assert "classes: 2 (heart 45, bone 45)" in result.stderr
+    assert "they stay on this screen" in result.stderr
+    for part in (
+        "ε = 8.000 at δ = 0.001 for one record",
+        "noise multiplier",
+        "simulate my.toml --plan",
+    ):
+        assert part in result.stdout
+    assert ("signal-to-noise ratio" in result.stdout) != ("this will not learn" in result.stderr)
+    assert {path.name for path in place.iterdir()} - before == {"my.toml"}
+    values = written()
+    assert values["data"] == {
+        "source": "notes.csv",
+        "evaluation_source": "public.csv",
+        "text_column": "note",
+        "label_column": "department",
+        "partition": "natural",
+        "natural_column": "site",
+    }
+    assert values["privacy"] == {"unit": "record", "epsilon": 8.0}
+    assert values["federation"] == {"num_clients": 3}
+    assert values["task"]["max_length"] == 16
+    assert "45" not in Path("my.toml").read_text()
+
+
+def test_a_database_with_people(place: Path) -> None:
+    """A SQLite file by query; the unit is a column, and a plan that cannot learn says what would."""
+    base = sqlite3.connect(place / "notes.db")
+    base.execute("CREATE TABLE notes (note TEXT, department TEXT, site TEXT, patient TEXT)")
+    values = [tuple(row.values()) for row in rows_of(90, 0)]
+    base.executemany("INSERT INTO notes VALUES (?, ?, ?, ?)", values)
+    base.commit()
+    base.close()
+    source = f"sqlite:///{place / 'notes.db'}"
+    arguments = ("--data", source, "--query", "SELECT * FROM notes", "--evaluation", "public.csv")
+    missing = run("init", "my.toml", "--data", source, *CLASSES)
+    assert_clear(missing, "Unusable", "--query", "--evaluation-query", "--unit", "--epsilon")
+    unit = ("--unit", "patient", "--epsilon", "0.5")
+    result = run("init", "my.toml", *arguments, *CLASSES, *unit)
+    assert result.exit_code == 0, result.output
+    assert "people: 18 different values of patient, 5.0 records each" in result.stderr
+    assert "this will not learn" in result.stderr
+    assert "users at each client" in result.stderr
+    found = written()
+    assert found["privacy"] == {"unit": "user", "unit_column": "patient", "epsilon": 0.5}
+    assert found["data"]["train_query"] == "SELECT * FROM notes"
+    assert "train_split" not in found["data"]
+
+
+def test_a_layout_needs_no_names(place: Path, family_directory: Callable[[str, str], Path]) -> None:
+    """JSON lines with prompt and completion, without privacy: no column is written, and no privacy is claimed."""
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(12)]
+    write_rows(place / "train.jsonl", rows)
+    write_rows(place / "test.jsonl", rows[:1] + [{"prompt": "other", "completion": "word"}] * 3)
+    base = str(family_directory("llama", "instruction"))
+    result = run(
+        "init", "my.toml", "--data", ".", "--task", "instruction", "--base", base, "--unit", "none"
+    )
+    assert result.exit_code == 0, result.output
+    assert "columns: prompt, completion, a layout that the task knows" in result.stderr
+    assert "none: anybody who gets the adapter may learn about single records" in result.stdout
+    values = written()
+    assert values["data"] == {"source": ".", "evaluation_split": "test"}
+    assert values["privacy"] == {"unit": "none"}
+
+
+def test_tags_in_parquet(place: Path, family_directory: Callable[[str, str], Path]) -> None:
+    """Lists of words and of tags are told apart by their values, whatever they are called."""
+    rows = [{"marks": ["O", "B-sign"], "terms": ["patient", f"sign{i}"], "id": i} for i in range(30)]
+    pq.write_table(pa.Table.from_pylist(rows), place / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[:8]), place / "test.parquet")
+    base = str(family_directory("bert", "token-classification"))
+    task = ("--data", str(place), "--task", "token-classification", "--base", base, "--unit", "none")
+    assert run("init", "my.toml", *task).exit_code == 0
+    values = written()
+    assert (values["data"]["text_column"], values["data"]["label_column"]) == ("terms", "marks")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        ((), "Unusable", ("--data: private records", "--task", "--base", "--unit", "--epsilon")),
+        (("--data", "notes.csv", *CLASSES, *PRIVATE), "Unusable", ("--evaluation", "data split")),
+        (("--data", "no.csv", *ALL), "DataError", ("no.csv", "no such file")),
+        (
+            ("--data", "notes.csv", *ALL, "--text", "notte"),
+            "DataError",
+            ("--text='notte'", "note, dep"),
+        ),
+        (
+            ("--data", "notes.csv", *ALL, "--unit", "person"),
+            "DataError",
+            ("--unit='person'", '"record"'),
+        ),
+        (("--data", "notes.csv", *ALL, "--base", "./no"), "ModelError", ("model.base='./no'",)),
+        (("--data", "notes.csv", *ALL, "--epsilon", "-1"), "ConfigError", ("privacy.epsilon",)),
+        (
+            ("--data", "many.csv", *ALL, "--epsilon", "1e-4"),
+            "PrivacyError",
+            ("out of reach", "more units"),
+        ),
+        (
+            ("--data", "notes.csv", *ALL, "--unit", "none"),
+            "Unusable",
+            ("--epsilon is only for a unit",),
+        ),
+        (
+            ("--data", "three.csv", *ALL, "--clients", "5"),
+            "DataError",
+            ("--clients=5 must be at most 3",),
+        ),
+        (
+            ("--data", "notes.csv", *ALL, "--unit", "patient", "--clients", "3"),
+            "DataError",
+            ("divide the records of one patient", "--client-column"),
+        ),
+        (("--data", "one.csv", *ALL), "DataError", ("all records have the same class, 'heart'",)),
+        (("--data", "texts.csv", *ALL), "DataError", ("no column looks like the label", "--label")),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else None,
+)
+def test_bad_wishes(place: Path, arguments: tuple[str, ...], kind: str, words: tuple[str, ...]) -> None:
+    """Each ends with one clear error that names the option or the bound, and writes nothing."""
+    write_csv(place / "many.csv", rows_of(2000, 0))
+    write_csv(place / "three.csv", rows_of(3, 0))
+    write_csv(place / "one.csv", [row for row in rows_of(20, 0) if row["department"] == "heart"])
+    write_csv(place / "texts.csv", [{"note": f"some words {i}", "id": i} for i in range(9)])
+    result = run("init", "my.toml", *arguments)
+    assert_clear(result, kind, *words)
+    assert not Path("my.toml").exists()
+
+
+def test_three_records_are_said_to_be_too_few(place: Path) -> None:
+    """A plan for three records is written, and says that it will not learn and what would."""
+    write_csv(place / "three.csv", rows_of(3, 0))
+    result = run(
+        "init", "my.toml", "--data", "three.csv", *CLASSES, "--evaluation", "public.csv", *PRIVATE
+    )
+    assert result.exit_code == 0, result.output
+    assert "this will not learn" in result.stderr
+    assert "records at each client" in result.stderr
+
+
+def test_nothing_is_overwritten(place: Path) -> None:
+    """An existing file stays, unless --force is given; a place that cannot be written is refused first."""
+    Path("my.toml").write_text("mine")
+    arguments = ("--data", "notes.csv", *ALL)
+    assert_clear(run("init", "my.toml", *arguments), "Unusable", "exists", "--force")
+    assert Path("my.toml").read_text() == "mine"
+    assert_clear(run("init", ".", *arguments), "Unusable", "is a directory")
+    assert_clear(run("init", "my.toml/a.toml", *arguments), "Unusable", "not a writable directory")
+    assert run("init", "my.toml", *arguments, "--force").exit_code == 0
+    assert written()["privacy"]["epsilon"] == 8.0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_cannot_be_written(place: Path) -> None:
+    """Nothing is asked and nothing is read."""
+    (place / "closed").mkdir(mode=0o500)
+    assert_clear(run("init", "closed/my.toml"), "Unusable", "cannot be written")
+
+
+def test_a_person_is_asked(place: Path) -> None:
+    """On a terminal everything that is missing is asked for, and a guess is the default answer."""
+    answers = ("notes.csv", "classification", "demo", "record", "8", "public.csv", "", "department")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedslm", "init", "my.toml"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"},
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.write(ours, "".join(f"{answer}\n" for answer in answers).encode())
+    out, err = process.communicate(timeout=600)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == 0, err
+    assert "wrote my.toml" in out
+    assert "none is assumed" in err
+    assert "text column" in err
+    assert "[note]" in err
+    assert written()["data"]["label_column"] == "department"
+
+
+def test_a_json_value_stays_text(place: Path) -> None:
+    """Paths with quotes and backslashes are written so that they are read back."""
+    odd = place / 'a "b" \\ ü'
+    odd.mkdir()
+    write_rows(odd / "train.jsonl", rows_of(30, 0))
+    write_rows(odd / "test.jsonl", rows_of(20, 1))
+    result: Result = run("init", "my.toml", "--data", str(odd), *CLASSES, "--unit", "none")
+    assert result.exit_code == 0, result.output
+    assert written()["data"]["source"] == str(odd)
+    assert json.dumps(str(odd), ensure_ascii=False) in Path("my.toml").read_text()
