@@ -86,10 +86,11 @@ def init(
     given = {key: value for key, value in locals().items() if key not in ("path", "force")}
     with clear_errors():
         _check_target(path, force=force)
-        wish, private = _described(_completed(given), given)
-        config, text_written = _drafted(wish, private, path)
+        _check_given(given)
+        wish, private = _described(given)
+        config, content = _drafted(wish, private, path)
         plan = _plan(config)
-        write_text(path, text_written)
+        write_text(path, content)
         print_facts(plan, [])
         _say_next(path)
 
@@ -109,23 +110,29 @@ def _check_target(path: Path, *, force: bool) -> None:
         raise Unusable(f"FILE={str(path)!r} cannot be written: {above} is not a writable directory")
 
 
-def _completed(given: dict[str, Any]) -> dict[str, Any]:
-    """Asks for what is missing on a terminal.
+def _check_given(values: dict[str, Any]) -> None:
+    """Refuses options that contradict each other, and missing ones if there is nobody to ask.
 
     Raises:
-        Unusable: Something is missing and there is nobody to ask, or two options contradict each other.
+        Unusable: Names the options.
+        DataError: A URL holds a password.
     """
-    values = dict(given)
     if values["unit"] == "none" and values["epsilon"] is not None:
         raise Unusable("--epsilon is only for a unit; leave it out with --unit none")
-    while missing := _missing(values):
-        if not sys.stdin.isatty():
-            lines = "".join(f"\n  --{key.replace('_', '-')}: {_NEEDED[key]}" for key in missing)
-            raise Unusable(f"missing, and there is no terminal to ask at:{lines}")
-        key = missing[0]
-        values[key] = _asked(key)
-    refuse_password(values["data"])
-    return values
+    for source in filter(None, (values["data"], values["evaluation"])):
+        refuse_password(source)
+    missing = _missing(values)
+    if missing and not sys.stdin.isatty():
+        lines = "".join(f"\n  --{key.replace('_', '-')}: {_NEEDED[key]}" for key in missing)
+        raise Unusable(f"missing, and there is no terminal to ask at:{lines}")
+
+
+def _answered(values: dict[str, Any], keys: Sequence[str] = tuple(_NEEDED)) -> dict[str, Any]:
+    """Asks for those of some values that are missing."""
+    found = dict(values)
+    while missing := [key for key in _missing(found) if key in keys]:
+        found[missing[0]] = _asked(missing[0])
+    return found
 
 
 def _missing(values: dict[str, Any]) -> list[str]:
@@ -152,7 +159,7 @@ def _asked(key: str) -> Any:
     return typer.prompt(f"{key.replace('_', ' ')}: {_NEEDED[key]}\n>", type=kind, err=True)
 
 
-def _described(values: dict[str, Any], given: dict[str, Any]) -> tuple[Wish, Dataset]:
+def _described(given: dict[str, Any]) -> tuple[Wish, Dataset]:
     """Reads the private records, and finds the columns and the number of clients.
 
     Raises:
@@ -161,12 +168,16 @@ def _described(values: dict[str, Any], given: dict[str, Any]) -> tuple[Wish, Dat
     from fedslm.data.sources import load
     from fedslm.drafting.survey import columns_of
 
-    wish = Wish(**{**values, "task": cast(TaskName, values["task"]), "clients": values["clients"] or 1})
-    private = load(wish.data, wish.train_split, wish.query, key="--query")
+    values = _answered(given, ("data", "query"))
+    source = values["data"]
+    refuse_password(source)
+    private = load(source, values["train_split"], values["query"], key="--query")
     columns = columns_of(private)
-    ERRORS.print(f"{wish.data}: {plural(len(private), 'record')}")
+    ERRORS.print(f"{source}: {plural(len(private), 'record')}")
     for column in columns:
         ERRORS.print(f"  {column.name}: {column.text}")
+    values = _answered(values)
+    wish = Wish(**{**values, "task": cast(TaskName, values["task"]), "clients": values["clients"] or 1})
     options = {
         "--text": wish.text,
         "--label": wish.label,

@@ -59,6 +59,7 @@ class Column:
             for objects.
         words: Mean number of words, or of elements of a list.
         examined: Number of records examined.
+        is_empty: Whether all values are missing.
     """
 
     name: str
@@ -66,13 +67,22 @@ class Column:
     different: int
     words: float
     examined: int
+    is_empty: bool = False
 
     @property
     def text(self) -> str:
         """The column in words."""
-        much = {"text": f"{self.words:.1f} words", "list": f"{self.words:.1f} elements"}.get(self.kind)
-        several = f"{self.different} different values" if self.different else ""
-        return ", ".join(filter(None, (self.kind, several, much)))
+        match self.kind:
+            case "text":
+                return f"text, {self.different} different values, {self.words:.1f} words"
+            case "list":
+                return f"lists, {self.different} different elements, {self.words:.1f} in each"
+            case "number":
+                return f"numbers, {self.different} different values"
+            case "turns":
+                return "conversations"
+            case _:
+                return "empty" if self.is_empty else "objects"
 
     @property
     def is_like_classes(self) -> bool:
@@ -109,7 +119,7 @@ def _column(name: str, values: Sequence[Any]) -> Column:
         elements = [each for value in there if isinstance(value, list) for each in value]
         different = len({name_of(each) for each in elements if not isinstance(each, list | dict)})
         words = len(elements) / len(there)
-    return Column(name, kind, different, words, len(values))
+    return Column(name, kind, different, words, len(values), not there)
 
 
 def _kind(value: object) -> Kind:
