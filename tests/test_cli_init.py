@@ -160,6 +160,11 @@ def test_tags_in_parquet(place: Path, family_directory: Callable[[str, str], Pat
         (("--data", "notes.csv", *ALL, "--base", "./no"), "ModelError", ("model.base='./no'",)),
         (("--data", "notes.csv", *ALL, "--epsilon", "-1"), "ConfigError", ("privacy.epsilon",)),
         (
+            ("--data", "notes.csv", *ALL, "--task", "causal-lm"),
+            "ModelError",
+            ("a bert base cannot do task.name='causal-lm'",),
+        ),
+        (
             ("--data", "many.csv", *ALL, "--epsilon", "1e-4"),
             "PrivacyError",
             ("out of reach", "more units"),

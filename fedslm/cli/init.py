@@ -287,6 +287,7 @@ def _drafted(wish: Wish, private: Dataset, path: Path) -> tuple[Config, str]:
     Raises:
         FedslmError: The config cannot be used with this data and this base.
     """
+    from fedslm.cli.model import trained_parameters
     from fedslm.data.federated import load_what_is_public
     from fedslm.drafting.survey import classes_in, lengths_of
     from fedslm.models.base import check_early, resolve_config
@@ -296,6 +297,7 @@ def _drafted(wish: Wish, private: Dataset, path: Path) -> tuple[Config, str]:
     resolve_config(first.model)
     check_early(first.model, first.lora, private=wish.unit != "none")
     laid = with_layout(first)
+    trained_parameters(laid.resolved())  # refuses a base that cannot do the task
     classes = classes_in(private, laid.data, laid.task)
     if classes:
         shown = ", ".join(f"{name} {count}" for name, count in classes.most_common(_SHOWN_CLASSES))
