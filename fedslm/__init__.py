@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedslm.api import RunResult, resume, simulate
+    from fedslm.api import RunResult, resume, simulate, train
     from fedslm.config import Config
     from fedslm.config import from_toml as load_config
     from fedslm.errors import FedslmError
@@ -21,6 +21,7 @@ __all__ = [
     "load_config",
     "resume",
     "simulate",
+    "train",
 ]
 
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "load_config": ("fedslm.config", "from_toml"),
     "resume": ("fedslm.api", "resume"),
     "simulate": ("fedslm.api", "simulate"),
+    "train": ("fedslm.api", "train"),
 }
 
 

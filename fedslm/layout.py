@@ -21,6 +21,10 @@ NODES = "nodes"
 """The directories of the simulated nodes."""
 DATA = "data"
 """The simulation's data."""
+GIVEN = "data/given"
+"""Records that a Python caller gave, or that were split from one file."""
+TRAIN_TOML = "train.toml"
+"""The short config of `fedslm train`, for people."""
 ERROR = "error.txt"
 
 # A student's directory.

@@ -67,8 +67,7 @@ def simulate(
     validation.check(made.config)
     check_asked(made.config.distill)
     config = with_layout(made.config.resolved())
-    path = Path(config.run.directory or Path("runs") / config.run.name)
-    directory = RunDirectory.create(path, config)
+    directory = RunDirectory.create(run_path(config), config)
     try:
         write_recipe(directory.path, made)
         report = Run(config, directory, observers, pool).report()
@@ -78,6 +77,11 @@ def simulate(
         raise
     distill_if_asked(directory.path, config.distill)
     return report
+
+
+def run_path(config: Config) -> Path:
+    """The directory of a config's run."""
+    return Path(config.run.directory or Path("runs") / config.run.name)
 
 
 def _discard(directory: RunDirectory) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from fedslm.errors import RunError
+from fedslm.errors import ConfigError, Problem, RunError, Unusable
 from fedslm.records import AdapterState
 
 
@@ -38,6 +38,41 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def make_run_directory(path: Path, *, may_hold: Collection[str] = ()) -> Path:
+    """Makes a new run directory, or takes an empty one.
+
+    Args:
+        path: The directory.
+        may_hold: Files and directories below it that may exist already.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        ConfigError: The path cannot be written as text.
+        RunError: The directory holds something else, or cannot be made.
+    """
+    path = path.expanduser().absolute()
+    if not is_text(str(path)):
+        message = f"{str(path)!a} is not UTF-8; rename its directory, or name another"
+        raise ConfigError([Problem("run.directory", message)])
+    allowed = {path / name for name in may_hold}
+    above = {parent for each in allowed for parent in each.parents}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        occupied = any(
+            each not in above and allowed.isdisjoint((each, *each.parents)) for each in path.rglob("*")
+        )
+    except OSError as error:
+        raise RunError(f"the run directory {path} cannot be made: {error}") from error
+    if occupied:
+        raise Unusable(
+            f"the run directory {path} exists; continue it with --resume {path} (in Python: "
+            f"fedslm.resume), or set another run.name or run.directory"
+        )
+    return path
 
 
 def expand(path: str) -> str:

@@ -123,7 +123,9 @@ SEE_CONFIG = {
     "engines.options",
     "engines.placement",
     "flower",
-    "api",
+    "api.given",
+    "api.runs",
+    "api.single",
     "demonstration",
     "deployment.runs",
     "deployment.lab",
@@ -378,6 +380,7 @@ def test_public_names() -> None:
         "load_config",
         "resume",
         "simulate",
+        "train",
     ]
     for name in fedslm.__all__:
         assert getattr(fedslm, name) is not None

@@ -39,6 +39,7 @@ CODES = {
 }
 ENDS = {
     "simulate": ("no.toml", 2),
+    "train": ("no.csv --base demo", 2),
     "demo": ("--directory", 2),
     "sweep": ("no.toml --over privacy.epsilon=1,2", 2),
     "tune": ("no.toml", 2),

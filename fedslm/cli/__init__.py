@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 import fedslm
 from fedslm import config as configuration
-from fedslm import layout
 from fedslm.cli.audit import audit_app
 from fedslm.cli.budget import budget_app
 from fedslm.cli.console import (
@@ -35,11 +33,13 @@ from fedslm.cli.init import init_app
 from fedslm.cli.methods import methods_app
 from fedslm.cli.model import model_app
 from fedslm.cli.node import node_app
+from fedslm.cli.outcome import fail_if_stopped, finish
 from fedslm.cli.policy import policy_app
 from fedslm.cli.program import Program
 from fedslm.cli.provision import provision_app
 from fedslm.cli.server import server_app
 from fedslm.cli.sweep import sweep_app
+from fedslm.cli.train import train_app
 from fedslm.cli.tune import tune_app
 from fedslm.config import Config
 from fedslm.models.base import check_early
@@ -64,6 +64,7 @@ app.add_typer(model_app, name="model", rich_help_panel=TRAIN)
 app.add_typer(init_app)
 app.add_typer(doctor_app)
 app.add_typer(methods_app)  # without a name: a top-level command
+app.add_typer(train_app)
 app.add_typer(sweep_app)
 app.add_typer(tune_app)
 app.add_typer(distill_app)
@@ -127,8 +128,8 @@ def simulate(
             _show_plan(loaded, resume, as_json=as_json)
             return
         report = _finished(loaded, resume) or _simulate(made, resume)
-        _finish(report, as_json)
-        _fail_if_stopped(report)
+        finish(report, as_json=as_json)
+        fail_if_stopped(report)
 
 
 def _show_plan(config: Config | None, resume: Path | None, *, as_json: bool) -> None:
@@ -151,17 +152,6 @@ def _finished(config: Config | None, resume: Path | None) -> dict[str, Any] | No
         text = f"{resume} is finished: there is nothing left to do, and nothing was written"
         ERRORS.print(text)
     return report
-
-
-def _fail_if_stopped(*reports: dict[str, Any]) -> None:
-    """Exits with code 1 if a run stopped early or had no result."""
-    bad = [report for report in reports if report["stopped"]]
-    for report in bad:
-        how = "stopped early" if report["rounds"] < report["rounds_planned"] else "failed"
-        text = f"{report['name']} {how}: {report['stopped']}"
-        ERRORS.print(text, style="red")
-    if bad:
-        raise typer.Exit(1)
 
 
 def _simulate(made: Completed | None, resume: Path | None) -> dict[str, Any]:
@@ -189,38 +179,6 @@ def _simulate(made: Completed | None, resume: Path | None) -> dict[str, Any]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _finish(report: dict[str, Any], as_json: bool) -> None:
-    """Prints the result and the location of the files."""
-    from fedslm.progress import readable
-    from fedslm.rendering import spent as shown
-
-    if as_json:
-        keys = (
-            "directory metrics_before metrics_after privacy epsilon delta rounds stopped seconds "
-            "bytes_down bytes_up adapter_sha256"
-        )
-        typer.echo(json_text({key: report[key] for key in keys.split()}))
-        return
-    console = Console()
-    name = report["headline"]
-    before, after = report["metrics_before"][name], report["metrics_after"][name]
-    console.print(f"{name}: {before:.4f} before, [bold]{after:.4f}[/bold] after", highlight=False)
-    if report["plan"] is not None:
-        spent = f"ε = {shown(report['epsilon'])} at δ = {report['delta']:g}"
-        of = "all clients composed" if report["overlapping"] else "largest over clients"
-        console.print(f"privacy: {spent} for one {report['plan']['unit']} ({of})", highlight=False)
-    sent = f"{readable(report['bytes_down'])} down, {readable(report['bytes_up'])} up"
-    console.print(f"sent: {sent}; {report['seconds']:.1f} s", highlight=False)
-    if report.get("evaluations"):  # reports of earlier versions do not say
-        share = report["seconds_in_evaluations"] / report["seconds_in_rounds"]
-        console.print(f"evaluation took {100 * share:.0f} % of the time in rounds", highlight=False)
-    student = f"{layout.DISTILLED}/{layout.DISTILL_PAGE}"
-    for file in (student, layout.REPORT_PAGE, layout.ADAPTER, layout.NODES):
-        path = Path(report["directory"]) / file
-        if path.exists():
-            console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
-
-
 @app.command(rich_help_panel=TRAIN)
 def demo(
     directory: Annotated[
@@ -238,7 +196,7 @@ def demo(
         preload(private=True)
         from fedslm import demonstration
 
-        _fail_if_stopped(*demonstration.run(directory, as_json=as_json))
+        fail_if_stopped(*demonstration.run(directory, as_json=as_json))
 
 
 @config_app.command("schema")

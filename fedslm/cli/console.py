@@ -88,7 +88,7 @@ def load_config(path: Path, overrides: list[str], *, deployed: bool = False) -> 
 
 
 def load_completed(path: Path, overrides: list[str], *, deployed: bool = False) -> Completed:
-    """Reads a config, completes it from a recipe, refuses contradictions, and prints warnings."""
+    """Reads a config and completes it as :func:`complete` does."""
     return complete(configuration.from_toml(path, overrides), deployed=deployed)
 
 

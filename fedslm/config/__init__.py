@@ -26,8 +26,10 @@ from fedslm.config.reading import (
     from_mapping,
     from_toml,
     read_file,
+    read_toml,
     section_from,
     to_toml,
+    values_of,
     with_overrides,
 )
 from fedslm.config.sections import (
@@ -76,7 +78,9 @@ __all__ = [
     "from_mapping",
     "from_toml",
     "read_file",
+    "read_toml",
     "section_from",
     "to_toml",
+    "values_of",
     "with_overrides",
 ]

@@ -80,7 +80,7 @@ def from_toml(path: Path | str, overrides: Overrides = ()) -> Config:
         ConfigError: The file is missing, is not TOML, or does not validate.
     """
     remedy = "`fedslm config example` lists files to start from, `fedslm init` writes your own"
-    return from_mapping(with_overrides(_read_toml(Path(path), remedy), overrides))
+    return from_mapping(with_overrides(read_toml(Path(path), remedy), overrides))
 
 
 def read_file(path: Path, kind: type[F], instead: Mapping[str, object] = {}) -> F:
@@ -95,7 +95,7 @@ def read_file(path: Path, kind: type[F], instead: Mapping[str, object] = {}) -> 
         ConfigError: The file is missing, is not TOML, or does not validate: all problems, each with the
             file's name, the dotted key, the value, the bound and the meaning of the key.
     """
-    values = {**_read_toml(path), **instead}
+    values = {**read_toml(path), **instead}
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -105,8 +105,16 @@ def read_file(path: Path, kind: type[F], instead: Mapping[str, object] = {}) -> 
         raise ConfigError(problems) from None
 
 
-def _read_toml(path: Path, remedy: str = "") -> dict[str, Any]:
-    """Reads a TOML file's values; skips the byte order mark that editors on Windows write."""
+def read_toml(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Reads a TOML file's values; skips the byte order mark that editors on Windows write.
+
+    Args:
+        path: The file.
+        remedy: What to do if there is no such file, for the error.
+
+    Raises:
+        ConfigError: The file is missing or is not TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -159,6 +167,18 @@ def with_overrides(values: Mapping[str, Any], overrides: Overrides) -> dict[str,
             raise ConfigError([Problem(section, message)])
         content[key] = value
     return merged
+
+
+def values_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns overrides of the command line as dotted key to value.
+
+    Raises:
+        ConfigError: One of them does not name a section and a key.
+
+    >>> values_of(["run.seed=2", "run.name=a"])
+    {'run.seed': 2, 'run.name': 'a'}
+    """
+    return {dotted.strip(): value for dotted, value in map(_pair, overrides)}
 
 
 def _pair(override: str) -> tuple[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedslm.config import DataConfig, TaskConfig
@@ -58,7 +58,9 @@ LAYOUTS = (
 )
 
 
-def laid_out(data: DataConfig, task: TaskConfig, seed: int) -> tuple[DataConfig, TaskConfig]:
+def laid_out(
+    data: DataConfig, task: TaskConfig, seed: int, there: Sequence[str] | None = None
+) -> tuple[DataConfig, TaskConfig]:
     """Fills in column names from the data where the two sections do not set them.
 
     Only the column names of the public split are read, nothing else of the data.
@@ -67,6 +69,7 @@ def laid_out(data: DataConfig, task: TaskConfig, seed: int) -> tuple[DataConfig,
         data: Sources and columns; explicitly set columns are kept.
         task: The task section, including ``format``.
         seed: Seed of the demo data.
+        there: The column names of the public split, if they are known; None: they are read.
 
     Raises:
         DataError: The public split cannot be read, or a preference data set has unknown columns.
@@ -75,7 +78,7 @@ def laid_out(data: DataConfig, task: TaskConfig, seed: int) -> tuple[DataConfig,
     may = task.format == "auto" and task.prompt is None and data.rejected_column is None and not named
     if not may or task.name not in {name for layout in LAYOUTS for name in layout.tasks}:
         return data, task
-    there = column_names(data, seed)
+    there = column_names(data, seed) if there is None else there
     if not {data.text_column, data.label_column} <= set(there):
         for layout in LAYOUTS:
             if task.name in layout.tasks and set(layout.columns) <= set(there):

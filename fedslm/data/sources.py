@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+EMBEDDED = ("demo", facts.NAME)  # sources that are generated
 _LIKE_PATHS = (".", "~", "/", "$")
 
 
@@ -170,7 +171,7 @@ def load(
         DataError: As :func:`load_train`.
     """
     wanted = wanted or Wanted()
-    if source in ("demo", facts.NAME):
+    if source in EMBEDDED:
         return _chosen(_load_demo(source, split, seed), wanted)
     expanded = expand(source)
     if database.is_url(expanded):
@@ -227,7 +228,7 @@ def column_names(config: DataConfig, seed: int) -> list[str]:
 
 def is_here(source: str) -> bool:
     """Whether a source is the demo data or a local file or directory, so that nothing is downloaded."""
-    return source in ("demo", facts.NAME) or Path(expand(source)).exists()
+    return source in EMBEDDED or Path(expand(source)).exists()
 
 
 def _is_path(source: str, path: Path) -> bool:

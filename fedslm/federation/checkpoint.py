@@ -27,7 +27,7 @@ from fedslm import config as configuration
 from fedslm import layout
 from fedslm.aggregation.server import ServerState
 from fedslm.config import Config, former
-from fedslm.errors import ConfigError, FedslmError, PrivacyError, Problem, RunError, Unusable
+from fedslm.errors import ConfigError, FedslmError, PrivacyError, RunError, Unusable
 from fedslm.privacy.lines import is_index
 from fedslm.privacy.statement import Statement, read_statement
 from fedslm.records import (
@@ -38,8 +38,16 @@ from fedslm.records import (
     is_count,
     is_number,
 )
-from fedslm.storage import is_text, json_text, load_adapter, locked, save_adapter, write_text
+from fedslm.storage import (
+    json_text,
+    load_adapter,
+    locked,
+    make_run_directory,
+    save_adapter,
+    write_text,
+)
 
+_MADE_BEFORE = (layout.GIVEN, layout.TRAIN_TOML)  # by the Python API
 _PARTS = ("moving", "memory", "control")
 _BLOCK_BYTES = 4096
 _LOCK_SECONDS = 1.0  # a process that only checks whether a run is active holds it briefly
@@ -92,22 +100,9 @@ class RunDirectory:
 
         Raises:
             ConfigError: Its path cannot be written as text.
-            RunError: It exists and is not empty, or cannot be written.
+            RunError: It holds more than what is made before a run, or cannot be written.
         """
-        path = path.expanduser().absolute()
-        if not is_text(str(path)):
-            message = f"{str(path)!a} is not UTF-8; rename its directory, or name another"
-            raise ConfigError([Problem("run.directory", message)])
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            occupied = any(path.iterdir())
-        except OSError as error:
-            raise RunError(f"the run directory {path} cannot be made: {error}") from error
-        if occupied:
-            raise Unusable(
-                f"the run directory {path} exists; continue it with --resume {path} (in Python: "
-                f"fedslm.resume), or set another run.name or run.directory"
-            )
+        path = make_run_directory(path, may_hold=_MADE_BEFORE)
         run_id = secrets.token_hex(8)
         write_text(path / layout.CONFIG_TOML, configuration.to_toml(config))
         values = {

@@ -188,7 +188,21 @@ def load_trained(run: TunedModel) -> Trained:
         ModelError: The base model is missing, is a different one, or cannot be loaded.
     """
     run.check_base()
-    model = load(run.model, run.lora, run.task, len(run.labels))
+    return _trained(run, load(run.model, run.lora, run.task, len(run.labels)))
+
+
+def load_separately(run: TunedModel) -> Trained:
+    """Loads the base model of a run with the trained adapter, in memory that no other run shares.
+
+    Raises:
+        ModelError: As :func:`load_trained`.
+    """
+    run.check_base()
+    return _trained(run, load.__wrapped__(run.model, run.lora, run.task, len(run.labels)))
+
+
+def _trained(run: TunedModel, model: LoadedModel) -> Trained:
+    """Writes a run's adapter into a model."""
     model.adapter.write(run.adapter)
     model.adapter.network.eval()
     return Trained(run, model, build(run.task, run.data, run.labels))

@@ -1,53 +1,27 @@
-"""The Python API: run or resume a whole simulation with one call."""
+"""Run or resume a whole simulation with one call."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedslm import layout, simulation
-from fedslm.config import Config, from_mapping, from_toml, with_overrides
+from fedslm import simulation
+from fedslm.api.given import InMemory, placed
+from fedslm.api.result import RunResult, result_of
+from fedslm.config import Config, read_toml, with_overrides
 from fedslm.errors import ConfigError, Problem
 from fedslm.federation.observers import Observer
-from fedslm.records import epsilon_of_json
 
 _TOLD = ("on_start", "on_client", "on_round", "on_end")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The result of a run.
-
-    Attributes:
-        directory: The run directory, with ``report.md`` and ``report.png``.
-        adapter: The PEFT adapter's directory, for ``PeftModel.from_pretrained``.
-        rounds: Number of completed rounds.
-        metrics_before: Metrics of the base model on the public evaluation split.
-        metrics_after: Metrics of the tuned model on the same split.
-        epsilon: Epsilon at ``delta``: the largest over the clients, or that of all clients composed if
-            units overlap; infinite without privacy.
-        delta: Delta of the guarantee; None without privacy.
-        stopped: Why the run stopped before its last round, or why it changed nothing; otherwise empty.
-        report: The content of ``report.json``.
-    """
-
-    directory: Path
-    adapter: Path
-    rounds: int
-    metrics_before: Mapping[str, float]
-    metrics_after: Mapping[str, float]
-    epsilon: float
-    delta: float | None
-    stopped: str
-    report: Mapping[str, Any]
 
 
 def simulate(
     config: Config | Path | str | Mapping[str, Any],
     *,
     overrides: Mapping[str, Any] | None = None,
+    train: Any = None,
+    evaluation: Any = None,
     observers: Sequence[Observer] = (),
 ) -> RunResult:
     """Runs a simulation in a new run directory.
@@ -55,6 +29,13 @@ def simulate(
     Args:
         config: The path of a TOML file, a mapping of its sections, or a config.
         overrides: Dotted key to value; replaces the value in the file or the config.
+        train: Private training records in memory, in place of ``data.source``: a ``datasets.Dataset``,
+            a list of dicts or a pandas frame, which the clients share as ``data.partition`` says; or a
+            mapping from the name of each client to one of these. The columns that the run reads are
+            copied into the run directory (``data/``), where only you can read them: delete ``data/``
+            when you are done.
+        evaluation: Public evaluation records in memory, in place of ``data.evaluation_source``: one of
+            the first three.
         observers: Receive progress events, such as :class:`fedslm.progress.Bar`; by default nothing is
             shown. An exception in an observer ends the run; :func:`resume` can continue it.
 
@@ -73,8 +54,10 @@ def simulate(
     >>> (result.adapter / "adapter_config.json").exists()
     True
     """
-    loaded = _configured(config, {} if overrides is None else overrides)
-    return _result(simulation.simulate(loaded, _checked(observers)))
+    told = checked_observers(observers)
+    sections = _sections(config, {} if overrides is None else overrides)
+    with placed(sections, InMemory.of(train, evaluation)) as made:
+        return result_of(simulation.simulate(made, told))
 
 
 def resume(directory: Path | str, *, observers: Sequence[Observer] = ()) -> RunResult:
@@ -87,14 +70,14 @@ def resume(directory: Path | str, *, observers: Sequence[Observer] = ()) -> RunR
     Raises:
         FedslmError: As :func:`simulate`, or the run cannot be continued.
     """
-    return _result(simulation.resume(Path(directory), _checked(observers)))
+    return result_of(simulation.resume(Path(directory), checked_observers(observers)))
 
 
-def _configured(config: object, overrides: object) -> Config:
-    """Returns the config that the arguments describe.
+def _sections(config: object, overrides: object) -> dict[str, Any]:
+    """Returns the sections that the arguments describe.
 
     Raises:
-        ConfigError: An argument has the wrong type, or the config is invalid.
+        ConfigError: An argument has the wrong type, or a file cannot be read.
     """
     if not isinstance(overrides, Mapping):
         example = 'should be a mapping such as {"privacy.epsilon": 2}'
@@ -104,17 +87,17 @@ def _configured(config: object, overrides: object) -> Config:
     match config:
         case Config():
             own = config.model_dump(exclude_unset=True)  # a recipe may set what the caller did not
-            return from_mapping(with_overrides(own, overrides))
+            return with_overrides(own, overrides)
         case str() | Path():
-            return from_toml(config, overrides)
+            return with_overrides(read_toml(Path(config)), overrides)
         case Mapping():
-            return from_mapping(with_overrides(config, overrides))
+            return with_overrides(config, overrides)
         case _:
             kinds = "should be the path of a TOML file, its sections as a mapping, or a fedslm.Config"
             raise ConfigError([Problem("config", f"value of type {type(config).__name__}: {kinds}")])
 
 
-def _checked(observers: object) -> tuple[Observer, ...]:
+def checked_observers(observers: object) -> tuple[Observer, ...]:
     """Returns the observers after checking their types.
 
     Raises:
@@ -129,19 +112,3 @@ def _checked(observers: object) -> tuple[Observer, ...]:
             message = f"value of type {type(observer).__name__}: has no {', '.join(lacking)}"
             raise ConfigError([Problem("observers", f"{message}; subclass fedslm.Observer")])
     return tuple(observers)
-
-
-def _result(report: Mapping[str, Any]) -> RunResult:
-    """Builds a typed result from the most important values of a report."""
-    directory = Path(report["directory"])
-    return RunResult(
-        directory,
-        directory / layout.ADAPTER,
-        rounds=report["rounds"],
-        metrics_before=report["metrics_before"],
-        metrics_after=report["metrics_after"],
-        epsilon=epsilon_of_json(report["epsilon"]),
-        delta=report["delta"],
-        stopped=report["stopped"],
-        report=report,
-    )

@@ -1,0 +1,200 @@
+"""Records in memory become files of a run: what they change in its config, and when they go."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedslm import layout
+from fedslm.config import Config, from_mapping, with_overrides
+from fedslm.data import given
+from fedslm.data.columns import Wanted, needed, needed_to_share
+from fedslm.data.given import Part
+from fedslm.data.layouts import laid_out
+from fedslm.errors import ConfigError, Problem, RunError
+from fedslm.simulation import run_path
+from fedslm.storage import make_run_directory
+
+_TRAIN, _EVALUATION = "train.arrow", "evaluation.arrow"
+_MOST_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Records that a caller gave.
+
+    Attributes:
+        train: The private records: one part, or one for each client; empty if none were given.
+        evaluation: The public records: one part; empty if none were given.
+        are_clients: Whether the parts of ``train`` are clients.
+    """
+
+    train: tuple[Part, ...] = ()
+    evaluation: tuple[Part, ...] = ()
+    are_clients: bool = False
+
+    @classmethod
+    def of(cls, train: object = None, evaluation: object = None) -> InMemory:
+        """Checks what a caller gave.
+
+        Raises:
+            ConfigError: An argument has another type or is empty, or both are the same records.
+        """
+        are_clients = isinstance(train, Mapping)
+        private: list[Part] = []
+        if isinstance(train, Mapping):
+            private = given.clients_of(train, "train")
+        elif train is not None:
+            private = given.parts_of(train, "train")
+        public = [] if evaluation is None else given.parts_of(evaluation, "evaluation")
+        for one in public:
+            if same := next((each.key for each in private if each.value is one.value), None):
+                message = (
+                    f"is {same} itself: train is private and evaluation is public, so a record "
+                    f"cannot be in both; give other records"
+                )
+                raise ConfigError([Problem("evaluation", message)])
+        return cls(tuple(private), tuple(public), are_clients)
+
+    def changes(self, sections: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Returns the config keys that make a run read these records.
+
+        Args:
+            sections: The config without them.
+            folder: Directory of their files.
+
+        Raises:
+            ConfigError: The config says something else about the clients, or no records are public.
+        """
+        own = _section(sections, "data")
+        changes: dict[str, Any] = {}
+        if self.train:
+            source = own.get("source")
+            changes["data.source"] = str(folder / _TRAIN)
+            changes["data.train_query"] = None
+            for key in ("evaluation", "public") if source else ():
+                if not own.get(f"{key}_source") and (key == "evaluation" or own.get("public_split")):
+                    changes[f"data.{key}_source"] = source  # what the config meant until now
+            if not (self.evaluation or source or own.get("evaluation_source")):
+                message = "is missing: give the public records on which the rounds are evaluated"
+                raise ConfigError([Problem("evaluation", message)])
+        if self.evaluation:
+            changes["data.evaluation_source"] = str(folder / _EVALUATION)
+            changes["data.evaluation_query"] = None
+        if self.are_clients:
+            changes |= self._clients(own, _section(sections, "federation"))
+        return changes
+
+    def _clients(self, data: Mapping[str, Any], federation: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the keys that make each part a client."""
+        count, problems = len(self.train), []
+        if federation.get("num_clients", count) != count:
+            message = f"value {federation['num_clients']}: train has {count} clients; leave it out"
+            problems.append(Problem("federation.num_clients", message))
+        if data.get("partition", "natural") != "natural":
+            message = (
+                f"value {data['partition']!r}: train names the clients already; leave it out, or "
+                f"give all records as one data set"
+            )
+            problems.append(Problem("data.partition", message))
+        if problems:
+            raise ConfigError(problems)
+        return {"data.partition": "natural", "federation.num_clients": count}
+
+    def write(self, config: Config, folder: Path) -> None:
+        """Writes the columns that a run reads.
+
+        Raises:
+            ConfigError: A column is missing, or has the name of the column for the clients.
+            DataError: A column cannot be read.
+        """
+        there = self.evaluation[0].columns if self.evaluation else None
+        data, task = laid_out(config.data, config.task, config.run.seed, there)
+        columns = needed(data, task)
+        private = {**columns, **needed_to_share(data, config.privacy)}
+        client = private.pop("data.natural_column", "") if self.are_clients else ""
+        problems = [*given.missing(self.train, private), *given.missing(self.evaluation, columns)]
+        problems += [
+            Problem(
+                each.key,
+                f"has a column {client!r} already, the name of the column for the clients; rename "
+                f"it, or set data.natural_column to another name",
+            )
+            for each in self.train
+            if client and client in each.columns
+        ]
+        if problems:
+            raise ConfigError(problems[:_MOST_PROBLEMS])
+        for parts, name, wanted in (
+            (self.train, _TRAIN, private),
+            (self.evaluation, _EVALUATION, columns),
+        ):
+            if parts:
+                column = client if name == _TRAIN else ""
+                given.write(parts, folder / name, Wanted(wanted), column)
+
+
+@contextmanager
+def placed(sections: Mapping[str, Any], data: InMemory) -> Iterator[Config]:
+    """Writes records below the run directory, and yields the config of a run that reads them.
+
+    If the block fails before the run has begun, the files are removed.
+
+    Raises:
+        FedslmError: The config, the records or the run directory cannot be used.
+    """
+    if not (data.train or data.evaluation):
+        yield from_mapping(sections)
+        return
+    draft = from_mapping(with_overrides(sections, data.changes(sections, Path(layout.GIVEN))))
+    with started(run_path(draft)) as directory:
+        folder = given_folder(directory)
+        config = from_mapping(with_overrides(sections, data.changes(sections, folder)))
+        data.write(config, folder)
+        yield config
+
+
+@contextmanager
+def started(path: Path) -> Iterator[Path]:
+    """Makes a run directory for files that are there before the run; yields its absolute path.
+
+    If the block fails before the run has begun, the directory is removed.
+
+    Raises:
+        RunError: The directory exists, or cannot be made.
+    """
+    directory = make_run_directory(path)
+    try:
+        yield directory
+    except BaseException:
+        if not (directory / layout.CONFIG_JSON).exists():
+            shutil.rmtree(directory / layout.DATA, ignore_errors=True)
+            (directory / layout.TRAIN_TOML).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds the logs of a run
+                directory.rmdir()
+        raise
+
+
+def given_folder(directory: Path) -> Path:
+    """Makes the directory for given records, which only its owner can read.
+
+    Raises:
+        RunError: It cannot be made.
+    """
+    folder = directory / layout.GIVEN
+    try:
+        for each in (folder.parent, folder):
+            each.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be made: {error}") from error
+    return folder
+
+
+def _section(sections: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns a section; empty if it is missing or is not one, which is reported later."""
+    found = sections.get(name, {})
+    return found if isinstance(found, Mapping) else {}

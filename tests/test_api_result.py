@@ -1,0 +1,113 @@
+"""Tests of what a result can do: what the commands do, on the same run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from support.commands import run
+from support.finished import rows_of
+
+import fedslm
+from fedslm.errors import ConfigError, DataError, PrivacyError
+from fedslm.storage import load_adapter
+
+Finished = Callable[[str], Path]
+
+
+@pytest.fixture
+def result(finished_run: Finished) -> fedslm.RunResult:
+    """A finished classifier."""
+    return fedslm.resume(finished_run("classification"))
+
+
+def test_predictions_are_those_of_the_command(result: fedslm.RunResult) -> None:
+    """For a list, for one text, and for a column of a frame."""
+    texts = ["chest pain", "fracture of the wrist"]
+    said = [part for text in texts for part in ("--text", text)]
+    lines = run("predict", str(result.directory), *said, "--json").stdout.splitlines()
+    expected = [json.loads(line) for line in lines]
+    assert result.predict(texts) == result.predict(pd.Series(texts)) == expected
+    assert result.predict(texts[0]) == expected[:1]
+
+
+def test_generated_texts_are_those_of_the_command(finished_run: Finished) -> None:
+    """Greedy and sampled, for as many prompts as are given."""
+    found = fedslm.resume(finished_run("causal-lm"))
+    prompts = ["chest pain", "cast"]
+    said = [part for text in prompts for part in ("--prompt", text)]
+    options = ["--max-tokens", "4", "--temperature", "1", "--samples", "2"]
+    lines = run("generate", str(found.directory), *said, *options, "--json").stdout.splitlines()
+    expected = [json.loads(line)["texts"] for line in lines]
+    assert found.generate(prompts, max_tokens=4, temperature=1.0, samples=2) == expected
+
+
+def test_evaluation_is_that_of_the_command(result: fedslm.RunResult) -> None:
+    """On the run's own split, and on the same records in memory."""
+    shown = run("evaluate", str(result.directory), "--json").stdout
+    own = result.evaluate()
+    assert own["metrics"] == json.loads(shown)["metrics"]
+    rows = rows_of(30, 1)
+    assert result.evaluate(rows)["metrics"] == result.evaluate(pd.DataFrame(rows))["metrics"]
+    assert result.evaluate(rows)["metrics"] == own["metrics"]
+
+
+def test_the_adapter_is_not_shared(result: fedslm.RunResult) -> None:
+    """It has the run's tensors; changing it changes no later prediction."""
+    before = result.predict("chest pain")
+    model = result.load_adapter()
+    stored = load_adapter(result.adapter / "adapter_model.safetensors")
+    held = [each for name, each in model.named_parameters() if ".lora_" in name]
+    assert held
+    assert sum(each.numel() for each in held) == sum(
+        value.size for key, value in stored.tensors.items() if ".lora_" in key
+    )
+    with torch.no_grad():
+        for each in held:
+            each.fill_(1.0)
+    assert result.predict("chest pain") == before
+
+
+def test_the_history_has_a_row_for_each_round(result: fedslm.RunResult) -> None:
+    """The last metrics are those of the report; a frame has the rounds as its index."""
+    table, frame = result.rounds_table(), result.history
+    assert [row["round"] for row in table] == list(frame.index) == list(range(1, result.rounds + 1))
+    for name, value in result.metrics_after.items():
+        assert table[-1][f"metrics.{name}"] == frame[f"metrics.{name}"].iloc[-1] == value
+
+
+def test_a_notebook_shows_a_table(result: fedslm.RunResult) -> None:
+    """Metrics and guarantee; text from outside is escaped."""
+    page = result._repr_html_()
+    assert f"{result.metrics_after['accuracy']:.4f}" in page
+    assert str(result.directory) in page
+    private = replace(result, epsilon=1.234567, delta=1e-5, stopped="<script>")
+    assert "ε = 1.23" in private._repr_html_()
+    assert "1e-05" in private._repr_html_()
+    assert "&lt;script&gt;" in private._repr_html_()
+    assert "<script>" not in private._repr_html_()
+
+
+def test_what_a_run_cannot_do_is_said(result: fedslm.RunResult, finished_run: Finished) -> None:
+    """Each with the remedy."""
+    with pytest.raises(ConfigError, match="writes no text; use: fedslm predict"):
+        result.generate("chest")
+    with pytest.raises(ConfigError, match="texts: value of type int"):
+        result.predict(7)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="row 1: column 'text'"):
+        result.predict([["a", "list"]])
+    with pytest.raises(ConfigError, match=r"data: has no column 'label' \(data.label_column\)"):
+        result.evaluate([{"text": "chest"}])
+    with pytest.raises(ConfigError, match="data: value of type str: it names a source"):
+        result.evaluate("notes.csv")
+    with pytest.raises(PrivacyError, match="without privacy"):
+        result.audit()
+    instructed: Any = fedslm.resume(finished_run("instruction"))
+    with pytest.raises(DataError, match="a prompt of this run is a dict with text; add text"):
+        instructed.generate([{"note": "chest"}], max_tokens=2)
