@@ -17,7 +17,18 @@ from fedslm.cli import app
 ROOT = get_command(app)
 PANELS = {
     "Train": {
-        *("simulate", "train", "demo", "distill", "config", "data", "model", "methods", "sweep", "tune"),
+        *(
+            "simulate",
+            "train",
+            "demo",
+            "distill",
+            "config",
+            "data",
+            "model",
+            "methods",
+            "sweep",
+            "tune",
+        ),
         *("init", "doctor"),
     },
     "Use": {"predict", "generate", "evaluate", "export"},
