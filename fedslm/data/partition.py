@@ -1,12 +1,11 @@
 """Partitions the training split among the clients of a simulation.
 
-The partitioners of flwr-datasets see only row numbers and the column they partition by, never the
-records: partitioning a data set larger than memory takes little memory.
+Only row numbers and the column to partition by are read, never the records: partitioning a data set
+larger than memory takes little memory.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, assert_never, overload
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     Numbers = npt.NDArray[np.int64]
 
-_ROW, _KEY = "row", "key"
+_MOST_DRAWS = 11
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +101,9 @@ def partition(dataset: Dataset, config: DataConfig, num_clients: int, seed: int)
 
     Returns:
         Name and shard of each client. "shard" drops the remainder of len(dataset) divided by
-        num_clients * config.shards_per_client, from the end of the sorted split, so that all shards are
-        equal; "natural" drops records without a client, and all but the largest clients.
+        num_clients * config.shards_per_client, so that all shards are equal: random shards,
+        and what is less than a shard from the end of the sorted split; "natural" drops records without
+        a client, and all but the largest clients.
 
     Raises:
         DataError: The partition is not possible, or a shard would be empty.
@@ -140,13 +140,6 @@ def _partition(dataset: Dataset, config: DataConfig, num_clients: int, seed: int
             assert_never(config.partition)
 
 
-def _slim(keys: list[Any]) -> Dataset:
-    """Returns the row numbers and the column that a partitioner uses."""
-    from datasets import Dataset
-
-    return Dataset.from_dict({_ROW: list(range(len(keys))), _KEY: keys})
-
-
 def _of_sizes(dataset: Dataset, rows: Numbers, sizes: Sequence[int] | Numbers) -> Partition:
     """Returns a partition under generated names."""
     import numpy as np
@@ -180,60 +173,63 @@ def _size(dataset: Dataset, config: DataConfig, num_clients: int, seed: int) -> 
     return _of_sizes(dataset, _shuffled(size, seed), np.diff(ends, prepend=0) + 1)
 
 
-def _of_partitioner(dataset: Dataset, partitioner: Any, num_clients: int) -> Partition:
-    """Returns what a partitioner of flwr-datasets decides; it decides when the first part is loaded."""
+def _dirichlet(dataset: Dataset, config: DataConfig, num_clients: int, seed: int) -> Partition:
+    """Label skew: the clients' shares of a label are Dirichlet draws, repeated if a client gets none.
+
+    References:
+        Yurochkin et al. 2019 (arXiv 1905.12022).
+    """
     import numpy as np
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about empty clients in a draw, and old Arrow options
-        partitioner.load_partition(0)
-        numbers = np.asarray(partitioner.dataset.with_format("numpy")[_ROW], dtype=np.int64)
-    chosen = [partitioner._partition_id_to_indices[client] for client in range(num_clients)]
-    flat = [row for rows in chosen for row in rows]
-    return _of_sizes(dataset, numbers[flat], [len(rows) for rows in chosen])
-
-
-def _dirichlet(dataset: Dataset, config: DataConfig, num_clients: int, seed: int) -> Partition:
-    """Label skew: the clients' label shares are Dirichlet draws, with at most ten attempts."""
-    from flwr_datasets.partitioner import DirichletPartitioner
-
-    partitioner = DirichletPartitioner(
-        num_partitions=num_clients,
-        partition_by=_KEY,
-        alpha=config.dirichlet_alpha,
-        min_partition_size=1,
-        seed=seed,
+    keys, drawn = np.array(_keys(dataset, config)), np.random.default_rng(seed)
+    rows_of = [np.flatnonzero(keys == key) for key in range(int(keys.max()) + 1)]
+    alphas = np.full(num_clients, config.dirichlet_alpha)
+    for _ in range(_MOST_DRAWS):
+        cuts = [(np.cumsum(drawn.dirichlet(alphas)) * len(rows)).astype(int)[:-1] for rows in rows_of]
+        parts = [np.split(rows, cut) for rows, cut in zip(rows_of, cuts, strict=True)]
+        clients = [np.concatenate(own) for own in zip(*parts, strict=True)]
+        if all(len(own) for own in clients):
+            return _shuffled_clients(dataset, clients, drawn)
+    raise DataError(
+        f"no Dirichlet partition into federation.num_clients={num_clients} at "
+        f"data.dirichlet_alpha={config.dirichlet_alpha}: {_MOST_DRAWS} draws left a client without "
+        f"records; use fewer clients or a larger data.dirichlet_alpha"
     )
-    partitioner.dataset = _slim(_keys(dataset, config))
-    try:
-        return _of_partitioner(dataset, partitioner, num_clients)
-    except ValueError as error:
-        raise DataError(
-            f"no Dirichlet partition into federation.num_clients={num_clients} at "
-            f"data.dirichlet_alpha={config.dirichlet_alpha}: ten draws left a client without records; "
-            f"use fewer clients or a larger data.dirichlet_alpha"
-        ) from error
 
 
 def _shard(dataset: Dataset, config: DataConfig, num_clients: int, seed: int) -> Partition:
-    """Few labels per client: sorts by label and cuts it into equal shards; each client gets some."""
-    from flwr_datasets.partitioner import ShardPartitioner
+    """Few labels per client: sorts by label and cuts it into equal shards; each client gets some.
 
-    shards = num_clients * config.shards_per_client
+    References:
+        McMahan et al. 2017 (arXiv 1602.05629).
+    """
+    import numpy as np
+
+    each = config.shards_per_client
+    shards = num_clients * each
     if len(dataset) < shards:
         raise DataError(
             f"{plural(len(dataset), 'record')} cannot be cut into {shards} shards; use fewer clients "
-            f"(federation.num_clients={num_clients}) or data.shards_per_client="
-            f"{config.shards_per_client}"
+            f"(federation.num_clients={num_clients}) or data.shards_per_client={each}"
         )
-    partitioner = ShardPartitioner(
-        num_partitions=num_clients,
-        partition_by=_KEY,
-        num_shards_per_partition=config.shards_per_client,
-        seed=seed,
-    )
-    partitioner.dataset = _slim(_keys(dataset, config))
-    return _of_partitioner(dataset, partitioner, num_clients)
+    size, drawn = len(dataset) // shards, np.random.default_rng(seed)
+    order = np.argsort(np.array(_keys(dataset, config)), kind="stable")
+    whole = len(dataset) // size  # may be more than are dealt: then which are left out is random too
+    pieces = order[: whole * size].reshape(whole, size)
+    dealt = drawn.permutation(whole)[:shards]
+    clients = [pieces[own].ravel() for own in np.split(dealt, num_clients)]
+    return _shuffled_clients(dataset, clients, drawn)
+
+
+def _shuffled_clients(
+    dataset: Dataset, clients: list[Numbers], drawn: np.random.Generator
+) -> Partition:
+    """Returns a partition in which each client's rows are in random order."""
+    import numpy as np
+
+    for rows in clients:
+        drawn.shuffle(rows)
+    return _of_sizes(dataset, np.concatenate(clients), [len(rows) for rows in clients])
 
 
 def _keys(dataset: Dataset, config: DataConfig) -> list[int]:

@@ -224,6 +224,59 @@ def test_iid_shards_are_those_of_flwr_datasets(size: int, clients: int) -> None:
         assert list(shard["text"]) == list(partitioner.load_partition(client)["text"])
 
 
+@pytest.mark.parametrize(
+    ("size", "clients", "alpha", "labels"),
+    [(300, 4, 0.5, 3), (300, 7, 0.3, 3), (97, 7, 100.0, 10), (20, 1, 0.5, 2), (8, 4, 0.5, 3)],
+)
+@pytest.mark.parametrize("seed", [0, 5])
+def test_dirichlet_clients_are_those_of_flwr_datasets(
+    size: int, clients: int, alpha: float, labels: int, seed: int
+) -> None:
+    """Another source for the same draws: the same rows in the same order, also after draws that failed."""
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    theirs = DirichletPartitioner(clients, "label", alpha, min_partition_size=1, seed=seed)
+    assert _ours("dirichlet", size, clients, labels, seed, dirichlet_alpha=alpha) == _theirs(
+        theirs, size, clients, labels
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "clients", "shards", "labels"),
+    [(300, 6, 2, 3), (303, 4, 2, 7), (97, 5, 3, 10), (11, 3, 2, 2), (12, 12, 1, 3)],
+)
+@pytest.mark.parametrize("seed", [0, 5])
+def test_shards_are_those_of_flwr_datasets(
+    size: int, clients: int, shards: int, labels: int, seed: int
+) -> None:
+    """Another source for the same rows in the same order, also where whole shards are left out."""
+    from flwr_datasets.partitioner import ShardPartitioner
+
+    theirs = ShardPartitioner(clients, "label", num_shards_per_partition=shards, seed=seed)
+    assert _ours("shard", size, clients, labels, seed, shards_per_client=shards) == _theirs(
+        theirs, size, clients, labels
+    )
+
+
+def _labelled(size: int, labels: int) -> Dataset:
+    """Rows with a unique text and labels of unequal frequency."""
+    drawn = np.random.default_rng(1).integers(0, labels, size) * np.random.default_rng(2).integers(
+        0, 2, size
+    )
+    return Dataset.from_dict({"text": [f"{row}" for row in range(size)], "label": drawn.tolist()})
+
+
+def _ours(kind: str, size: int, clients: int, labels: int, seed: int, **values: Any) -> list[list[str]]:
+    """Texts of each client."""
+    return list(shared_out(kind, clients, seed, _labelled(size, labels), **values).values())
+
+
+def _theirs(partitioner: Any, size: int, clients: int, labels: int) -> list[list[str]]:
+    """Texts of each client of a partitioner of flwr-datasets."""
+    partitioner.dataset = _labelled(size, labels)
+    return [list(partitioner.load_partition(client)["text"]) for client in range(clients)]
+
+
 def test_changed_clients_stand_in_their_place() -> None:
     """Few pieces hold all clients in order, with other records where some were changed."""
     source = Dataset.from_dict({"text": [str(number) for number in range(12)], "label": ["a"] * 12})

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets  # noqa: F401  (what is imported later would count as growth)
-import flwr_datasets.partitioner  # noqa: F401
 import numpy as np
 import torch
 
