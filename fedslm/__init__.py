@@ -40,7 +40,10 @@ def __getattr__(name: str) -> Any:
     """Imports public names on first use, so that ``import fedslm`` stays fast."""
     from importlib import import_module
 
+    from fedslm.extras import explained
+
     if name not in _HOMES:
         raise AttributeError(f"module 'fedslm' has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    return getattr(import_module(module), attribute)
+    with explained():
+        return getattr(import_module(module), attribute)

@@ -12,6 +12,7 @@ FedslmError
 │   ├── PolicyRefused    the node's own policy does not allow what the server asks
 │   └── LedgerError      the ledger is unreadable, inconsistent or cannot be written
 │       └── RolledBack   the ledger lacks lines that a server has seen
+├── MissingPackage       an optional package is not installed; names the extra that installs it
 ├── FederationError      the run cannot continue (no clients, too many failed rounds)
 │   ├── FrozenMissing    a client lacks the frozen tensors that the server names; it asks for them
 │   ├── NeedsTime        a request leaves less time than the node's policy takes; it asks for more
@@ -110,6 +111,10 @@ class LedgerError(PrivacyError):
 
 class RolledBack(LedgerError):
     """The ledger lacks lines that a server has seen; the text holds only public values."""
+
+
+class MissingPackage(FedslmError):
+    """An optional package is not installed; the text names the extra that installs it."""
 
 
 class FederationError(FedslmError):

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fedslm.errors import RunError
+from fedslm.extras import EXTRAS, is_installed, missing
 
 _LIBRARIES = (
     "cryptography",
@@ -45,7 +46,13 @@ def code_fingerprint() -> str:
 
     A library of the same version that was modified by hand is noticed only if it is Opacus or
     dp-accounting.
+
+    Raises:
+        MissingPackage: A library that training needs is not installed.
     """
+    for library in _LIBRARIES:
+        if library in EXTRAS and not is_installed(library):
+            raise missing(library, "the comparison of this code")
     digest = hashlib.sha256()
     for package in _READ:
         directory = _directory(package)

@@ -46,6 +46,10 @@ ATTESTATIONS = "attestations"
 SELF_TEST = "self-test.json"
 """The self-test that the code of a simulation's nodes passed; next to their directories."""
 
+# A server's directory.
+OPERATOR_KEY = "operator.key"
+"""Signs requests to nodes."""
+
 # A search's directory.
 TUNE_STATE = "tune.json"
 """What all trials share, with the hash of the config."""

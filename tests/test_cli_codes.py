@@ -22,6 +22,7 @@ CODES = {
     "ModelError": console.INPUT,
     "LedgerError": console.INPUT,
     "OutOfRange": console.INPUT,
+    "MissingPackage": console.INPUT,
     "NeedsTime": console.FAILED,
     "NotRepeated": console.FAILED,
     "RolledBack": console.INPUT,

@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fedslm import layout
 from fedslm.audit.statements import check_statements
 from fedslm.errors import LedgerError, PrivacyError, plural
+from fedslm.extras import missing
 from fedslm.privacy import accounting, clock
-from fedslm.privacy.accounting import Accounts
+from fedslm.privacy.agreement import Accounts
 from fedslm.privacy.calibration import largest
 from fedslm.privacy.chain import (
     GENESIS,
@@ -42,7 +43,8 @@ class Spent:
 
     Attributes:
         delta: The delta.
-        accounts: Epsilon by three accountants, for plans that were fixed in advance.
+        accounts: Epsilon by three accountants, or two without Opacus, for plans that were fixed in
+            advance.
         epsilon: Epsilon of record: the first accountant's, or infinite after a release without privacy.
         budget: Epsilon that the node allows at this delta; None if it was not given.
         adaptive: Epsilon if the plans were chosen after seeing earlier releases; None for one plan.
@@ -161,7 +163,7 @@ def audit_ledger(path: Path, key: Ed25519PublicKey, evidence: Evidence) -> Ledge
         * A sound result means: every line was signed by the key and follows the previous one; the
           ledger contains every given head and statement, and each statement's release, for its run and
           round; the last statement of each run states at least the epsilon that the ledger had cost
-          until then; three accountants agree; the budget is kept; nothing was released without privacy;
+          until then; the accountants agree; the budget is kept; nothing was released without privacy;
           one unit and column are counted; a run has one plan and the same records throughout; no time
           is impossible, and none goes back by more than a recorded correction of the clock.
         * Without a head or a statement from elsewhere, an older copy of ledger and head passes as
@@ -333,6 +335,8 @@ def _spent(chain: Chain, evidence: Evidence, found: _Findings) -> Sequence[Spent
             results.append(_spent_at(chain, delta, evidence.budget, found))
         except PrivacyError as error:
             found.wrong.append(str(error))
+    if any(each.accounts.prv is None for each in results):
+        found.notes.append(f"two accountants agree, PLD and RDP: {missing('opacus', 'PRV')}")
     return results
 
 
@@ -340,7 +344,7 @@ def _spent_at(
     chain: Chain, delta: float, budget: tuple[float, float] | None, found: _Findings
 ) -> Spent:
     """Returns epsilon at one delta, and the remaining budget."""
-    accounts = accounting.cross_check(chain.events, delta)
+    accounts = accounting.cross_check(chain.events, delta, needs_prv=False)
     epsilon = math.inf if chain.unprotected else accounts.pld
     if budget is None or budget[1] != delta:
         return Spent(delta, accounts, epsilon)

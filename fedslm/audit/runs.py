@@ -22,7 +22,7 @@ from fedslm.audit.ledgers import Evidence, LedgerAudit, as_json, audit_ledger
 from fedslm.audit.statements import check_received
 from fedslm.config import Config, PrivacyConfig
 from fedslm.data.store import client_names
-from fedslm.errors import LedgerError, PrivacyError, Unusable
+from fedslm.errors import LedgerError, MissingPackage, PrivacyError, Unusable
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.spends import standings_of_run
 from fedslm.federation.standings import as_values
@@ -243,7 +243,8 @@ def _guarantee(events: tuple[Event, ...], delta: float, *, is_lost: bool) -> dic
 
     After a release without privacy, everything is infinite except the accounts of the charges.
     """
-    accounts, deltas = accounting.cross_check(events, delta), sorted({*_DELTAS, delta})
+    accounts = accounting.cross_check(events, delta, needs_prv=False)
+    deltas = sorted({*_DELTAS, delta})
     curve = [math.inf if is_lost else accounting.epsilon(events, each) for each in deltas]
     attack = [
         [rate, 1.0 if is_lost else accounting.true_positive_bound(events, rate)]
@@ -345,8 +346,16 @@ def _attestation(directory: RunDirectory) -> dict[str, Any] | None:
     """Returns the self-test attestation of this run; None if there is none."""
     try:
         values = json.loads((directory.nodes / layout.SELF_TEST).read_text(encoding="utf-8"))
-        return {**values, "same_code_as_here": values["fingerprint"] == code_fingerprint()}
+        return {**values, "same_code_as_here": _is_here(values["fingerprint"])}
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_here(fingerprint: str) -> bool | None:
+    """Whether code that passed a self-test is the code here; None where training is not installed."""
+    try:
+        return fingerprint == code_fingerprint()
+    except MissingPackage:
         return None
 
 

@@ -42,6 +42,7 @@ from fedslm.cli.sweep import sweep_app
 from fedslm.cli.train import train_app
 from fedslm.cli.tune import tune_app
 from fedslm.config import Config
+from fedslm.extras import is_trainable
 from fedslm.models.base import check_early
 from fedslm.storage import expand, json_text
 
@@ -238,10 +239,13 @@ def show(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 def _outlook(config: Config) -> Expectation | None:
-    """Returns what to expect of a private config; None without privacy, or if the base is not here."""
+    """Returns what to expect of a private config; None without privacy, base or fedslm[train]."""
     from fedslm.models.base import local
 
     if config.privacy.unit == "none" or local(config.model) is None:
+        return None
+    if not is_trainable():
+        ERRORS.print("note: whether this config can learn is not checked: that needs fedslm[train]")
         return None
     from fedslm.cli.model import trained_parameters
     from fedslm.recipes import expected

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedslm.cli.console import ERRORS, Json, clear_errors
 from fedslm.errors import plural, printable
+from fedslm.extras import is_installed, missing
 from fedslm.storage import json_text
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def run(
 ) -> None:
     """Write the audit of a run: audit.md, audit.json and a printable audit.html.
 
+    The attack needs fedslm[train]; without it, give --no-empirical.
+
     Exits with 0 if nothing is wrong and 1 on any finding.
 
     Example: `fedslm audit run runs/mine --with runs/tuning`
@@ -100,6 +103,8 @@ def run(
     with clear_errors():
         from fedslm.audit.runs import audit_run
 
+        if empirical and not is_installed("torch"):
+            raise missing("torch", "the attack with canaries (--no-empirical leaves it out)")
         with ERRORS.status("checking ledgers, statements and accountants ..."):
             audit = audit_run(
                 path,
@@ -164,7 +169,10 @@ def _table(found: LedgerAudit) -> Table:
         accounts, adaptive = spent.accounts, "–"
         if spent.adaptive is not None:
             adaptive = f"{spent.adaptive:.3f} at δ = {spent.adaptive_delta:g}"
-        figures = [f"{each:.3f}" for each in (accounts.pld, accounts.prv, accounts.rdp)]
+        figures = [
+            "–" if each is None else f"{each:.3f}"
+            for each in (accounts.pld, accounts.prv, accounts.rdp)
+        ]
         whole = "∞" if math.isinf(spent.epsilon) else f"{spent.epsilon:.3f}"
         budget = "–" if spent.budget is None else f"{spent.budget:.3f}"
         left = "–" if spent.remaining_releases is None else str(spent.remaining_releases)

@@ -14,6 +14,7 @@ from rich.table import Table
 from fedslm.cli.console import ERRORS, Json, clear_errors, load_config
 from fedslm.config import Config
 from fedslm.errors import OutOfRange, plural
+from fedslm.extras import is_trainable
 from fedslm.models.base import local
 from fedslm.storage import json_text
 
@@ -140,7 +141,9 @@ def _from_config(config: Config) -> dict[str, Any]:
         "batch_size": training.batch_size,
         "clients": federation.cohort_size,
     }
-    if local(config.model) is not None:
+    if not is_trainable():
+        ERRORS.print("note: for the signal-to-noise ratio give --parameters; fedslm[train] counts them")
+    elif local(config.model) is not None:
         from fedslm.cli.model import trained_parameters
 
         values["parameters"] = trained_parameters(config.resolved())
@@ -169,12 +172,8 @@ def _print(found: BudgetPlan, plot: Path | None) -> None:
         f"at δ = {found.delta:g} for one {found.unit}: {work}",
         highlight=False,
     )
-    accounts = found.accounts
-    console.print(
-        f"accountants: PLD {accounts.pld:.3f} (reported), PRV {accounts.prv:.3f}, RDP "
-        f"{accounts.rdp:.3f}",
-        highlight=False,
-    )
+    words = f"accountants: {found.accounts.in_words()}"
+    console.print(words, highlight=False, markup=False)
     if found.affordable_steps is not None:
         paid = plural(found.affordable_steps, "step")
         console.print(f"the budget allows {paid}", highlight=False)

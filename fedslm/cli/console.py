@@ -21,6 +21,7 @@ from fedslm.errors import (
     DataError,
     FedslmError,
     LedgerError,
+    MissingPackage,
     ModelError,
     OutOfRange,
     PrivacyError,
@@ -28,6 +29,7 @@ from fedslm.errors import (
     Unusable,
     printable,
 )
+from fedslm.extras import explained
 
 if TYPE_CHECKING:
     from fedslm.recipes import Completed
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 FINE, FAILED, INPUT, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130  # see the table in docs/cli.md
 ERRORS = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 TRAIN, USE, PRIVACY, DEPLOY = "Train", "Use", "Privacy", "Deploy"  # panels of `fedslm --help`
+
+
+_OF_INPUT = (ConfigError, DataError, LedgerError, MissingPackage, ModelError, OutOfRange, Unusable)
 
 
 class LogForm(StrEnum):
@@ -60,9 +65,13 @@ Json = Annotated[
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Prints our own errors without a traceback, and ends with their exit code."""
+    """Prints our own errors without a traceback, and ends with their exit code.
+
+    The import error of an optional package is one of them (:mod:`fedslm.extras`).
+    """
     try:
-        yield
+        with explained():
+            yield
     except FedslmError as error:
         said = "\n".join(map(printable, str(error).split("\n")))
         text = Text.assemble(("error: ", "red bold"), said)
@@ -72,7 +81,7 @@ def clear_errors() -> Iterator[None]:
 
 def code_of(kind: type[FedslmError]) -> int:
     """Returns the exit code of an error: invalid input, refusal, or failure."""
-    if issubclass(kind, ConfigError | DataError | ModelError | LedgerError | OutOfRange | Unusable):
+    if issubclass(kind, _OF_INPUT):
         return INPUT
     return REFUSED if issubclass(kind, PrivacyError | Refused) else FAILED
 

@@ -35,7 +35,6 @@ from fedslm.errors import LedgerError, Refused, Unusable
 from fedslm.federation import spends
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.standings import Standing
-from fedslm.federation.trust import OPERATOR_KEY
 from fedslm.privacy import keys
 from fedslm.storage import locked, read_text, write_text
 
@@ -243,7 +242,9 @@ def write_admission(directory: Path, node: Admitted) -> Path:
         version=fedslm.__version__,
     )
     path = _admission_of(directory, node.name)
-    signature = keys.signature_of(keys.private_key(directory / OPERATOR_KEY), _signed_part(values))
+    signature = keys.signature_of(
+        keys.private_key(directory / layout.OPERATOR_KEY), _signed_part(values)
+    )
     content = json.dumps(asdict(replace(values, signature=signature)), indent=2)
     write_private(path, content.encode())
     return path

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedslm import layout
 from fedslm.deployment.settings import read_federation
 from fedslm.errors import ConfigError, LedgerError, Problem, RunError, Unusable
-from fedslm.federation.trust import OPERATOR_KEY
 from fedslm.privacy import keys
 
 AUTHORITY_KEY, AUTHORITY = "authority.key", "authority.crt"
@@ -47,7 +47,7 @@ def rekey(server: Path) -> None:
     Raises:
         RunError: It cannot be written.
     """
-    write_private(server / OPERATOR_KEY, keys.new_private_key())
+    write_private(server / layout.OPERATOR_KEY, keys.new_private_key())
 
 
 def operator_public(server: Path) -> str:
@@ -57,7 +57,7 @@ def operator_public(server: Path) -> str:
         RunError: The key cannot be read.
     """
     try:
-        return keys.public_hex(keys.private_key(server / OPERATOR_KEY).public_key())
+        return keys.public_hex(keys.private_key(server / layout.OPERATOR_KEY).public_key())
     except LedgerError as error:
         raise RunError(f"{error}; `fedslm provision rekey` makes a new one") from error
 

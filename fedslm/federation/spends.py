@@ -32,9 +32,8 @@ from pathlib import Path
 
 from fedslm.errors import PrivacyError, RunError, Unusable, printable
 from fedslm.federation.standings import Readmission, Standing, as_values, standing_of
-from fedslm.privacy.merkle import extends
+from fedslm.privacy.merkle import MOST_SEEN, extends
 from fedslm.privacy.statement import Statement
-from fedslm.protocol.envelopes import MOST_SEEN
 from fedslm.storage import locked, write_text
 
 SPENDS = "spends.json"

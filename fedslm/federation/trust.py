@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flwr.app import Message, RecordDict
 
+from fedslm import layout
 from fedslm.errors import FederationError, FedslmError, LedgerError
 from fedslm.federation.roster import Registered, revoked_keys
 from fedslm.federation.spends import SPENDS, STANDING, Spends
@@ -24,7 +25,6 @@ from fedslm.protocol.messages import proofs_of
 from fedslm.storage import write_text
 
 logger = logging.getLogger(__name__)
-OPERATOR_KEY = "operator.key"
 REVOKED = "the node was revoked"
 
 
@@ -45,7 +45,7 @@ class Trust:
 
     def __post_init__(self) -> None:
         try:
-            self._key = private_key(self.listed.parent / OPERATOR_KEY)
+            self._key = private_key(self.listed.parent / layout.OPERATOR_KEY)
             self._public = {
                 client: read_public_key(node.ledger_key) for client, node in self.roster.items()
             }

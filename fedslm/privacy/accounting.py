@@ -19,20 +19,16 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from fedslm.errors import OutOfRange, PrivacyError
+from fedslm.extras import is_installed, missing
+from fedslm.privacy.agreement import DISCRETISATION, Accounts, check_agreement, of_opacus
 from fedslm.records import LARGEST_DELTA, Event
 
-_DISCRETISATION = 1e-3
-_TOLERANCE = 1e-3
 _LEAST_MULTIPLIER = 0.05
-_PRV_TOLERANCE = (0.02, 0.005)  # absolute, relative
-_PRV_MESH = 0.01  # Opacus' default eps_error
-_MOST_POINTS = 10_000_000  # of a PRV, at about 350 bytes each
-_LARGEST_CHECKED, _LARGEST_TIGHT = 1_000, 10_000  # a larger epsilon guarantees nothing
+_LARGEST_TIGHT = 10_000  # a larger epsilon guarantees nothing
 _ROUGH_ORDERS = (2, 3, 4, 8, 16, 32, 64)
 MOST_STEPS = 1_000_000
 _NEARLY = 0.8
@@ -43,26 +39,6 @@ _EPSILON_GRID = tuple(step / 20 for step in range(241))  # 0 to 12
 _ANY_DELTA = 1e-5  # only for grouping; delta has no effect there
 
 Groups = tuple[tuple[float, float, int], ...]  # (sample_rate, noise_multiplier, steps), sorted
-
-
-@dataclass(frozen=True)
-class Accounts:
-    """Epsilon of the same events by three accountants.
-
-    The privacy losses of the steps add up: PLD and PRV convolve their distributions (PLD a pessimistic
-    one). RDP adds the divergence of each order; the best order gives epsilon (Balle et al. 2020,
-    arXiv 1905.09982).
-
-    Attributes:
-        pld: From dp-accounting's privacy loss distributions: the number of record.
-        prv: From Opacus' privacy random variables: an estimate plus its error bound. Its domain comes
-            from Opacus' Rényi accountant; the PLD shares no code with either.
-        rdp: From Opacus' Rényi accountant: an upper bound, 10 to 25 % larger.
-    """
-
-    pld: float
-    prv: float
-    rdp: float
 
 
 def epsilon(events: Iterable[Event], delta: float) -> float:
@@ -87,26 +63,32 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
     return _pld(_grouped(events, delta), delta)
 
 
-def cross_check(events: Iterable[Event], delta: float) -> Accounts:
+def cross_check(events: Iterable[Event], delta: float, *, needs_prv: bool = True) -> Accounts:
     """Computes epsilon with three accountants and checks that they agree.
 
     Formal guarantees:
         * Returns only if RDP >= PLD (an upper bound is above a tight one) and
           |PRV - PLD| <= 0.02 + 0.5 %. An estimate below 0 counts as 0.
+        * Without ``needs_prv``, and only if Opacus is not installed, returns if RDP >= PLD and
+          RDP <= 1,000, and ``prv`` is None. An Opacus that is installed and fails is an error.
         * A computation that would need gigabytes of memory is refused before it starts.
 
     Args:
         events: The charged or planned events.
         delta: In (0, 0.1].
+        needs_prv: False only for reports, never for what allows training.
 
     Raises:
+        MissingPackage: Opacus is not installed, and ``needs_prv``.
         PrivacyError: The accountants disagree, one of them fails, or RDP exceeds 1,000.
 
     References:
         Gopi et al. 2021, PRV (arXiv 2106.02848); Mironov et al. 2019, RDP (arXiv 1908.10530).
     """
-    grouped = _grouped(events, delta)
-    return _cross_checked(grouped, delta) if grouped else Accounts(0.0, 0.0, 0.0)
+    grouped, has_prv = _grouped(events, delta), is_installed("opacus")
+    if needs_prv and not has_prv:
+        raise missing("opacus", "the check by three accountants")
+    return _cross_checked(grouped, delta) if grouped else Accounts(0.0, 0.0 if has_prv else None, 0.0)
 
 
 def adaptive_epsilon(events: Sequence[Event], delta: float, budget: float) -> float:
@@ -241,7 +223,7 @@ def _pld(grouped: Groups, delta: float) -> float:
     if not grouped:
         return 0.0
     with _computing(delta):
-        bound = _rough(grouped, delta)
+        bound = _renyi(grouped, delta, _ROUGH_ORDERS)  # quick
         if bound > _LARGEST_TIGHT:
             return bound
         return float(_composed(grouped).get_epsilon_for_delta(delta))
@@ -258,11 +240,11 @@ def _computing(delta: float) -> Iterator[None]:
         raise PrivacyError(f"epsilon cannot be computed at delta={delta:g}: {error}") from error
 
 
-def _rough(grouped: Groups, delta: float) -> float:
-    """A quick upper bound on epsilon, from a few Rényi orders; infinity if none gives one."""
+def _renyi(grouped: Groups, delta: float, orders: Sequence[float] | None = None) -> float:
+    """An upper bound on epsilon by dp-accounting's Rényi accountant; infinity if no order gives one."""
     from dp_accounting.rdp import RdpAccountant
 
-    accountant = RdpAccountant(_ROUGH_ORDERS)
+    accountant = RdpAccountant(orders)
     for rate, noise, count in grouped:
         accountant.compose(_step(rate, noise), count)
     found = float(accountant.get_epsilon(delta))
@@ -273,7 +255,7 @@ def _composed(grouped: Groups) -> Any:
     """The privacy loss distribution of all events, composed as dp-accounting's PLDAccountant does."""
     from dp_accounting.pld.privacy_loss_distribution import identity
 
-    composed = identity(_DISCRETISATION)
+    composed = identity(DISCRETISATION)
     for rate, noise, count in grouped:
         composed = composed.compose(_of_one_step(rate, noise).self_compose(count))
     return composed
@@ -287,7 +269,7 @@ def _of_one_step(rate: float, noise: float) -> Any:
 
     return from_gaussian_mechanism(
         noise,
-        value_discretization_interval=_DISCRETISATION,
+        value_discretization_interval=DISCRETISATION,
         sampling_prob=rate,
         neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
     )
@@ -301,7 +283,7 @@ def _group(grouped: Groups, delta: float, size: int) -> float:
 
     if not grouped:
         return 0.0
-    accountant = pld.PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, _DISCRETISATION)
+    accountant = pld.PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, DISCRETISATION)
     sensitivities = list(range(size + 1))
     for rate, noise, count in grouped:
         chances = [math.comb(size, k) * rate**k * (1 - rate) ** (size - k) for k in sensitivities]
@@ -313,62 +295,15 @@ def _group(grouped: Groups, delta: float, size: int) -> float:
 
 @lru_cache(maxsize=256)
 def _cross_checked(grouped: Groups, delta: float) -> Accounts:
-    """Runs the three accountants and compares them."""
-    import warnings
-
-    from opacus.accountants import PRVAccountant, RDPAccountant
-
-    rdp, prv = RDPAccountant(), PRVAccountant()
-    rdp.history = prv.history = [(noise, rate, count) for rate, noise, count in grouped]
-    with _computing(delta), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the best order at the edge of the range, and log(0)
-        loose = max(0.0, float(rdp.get_epsilon(delta)))
-        _check_size(loose, float(rdp.get_epsilon(delta / 4000)), grouped, delta)
-        estimate = max(0.0, float(prv.get_epsilon(delta)))
-    accounts = Accounts(_pld(grouped, delta), estimate, loose)
+    """Runs all accountants that are installed and compares them."""
+    with _computing(delta):
+        if is_installed("opacus"):
+            estimate, loose = of_opacus([(noise, rate, count) for rate, noise, count in grouped], delta)
+            accounts = Accounts(_pld(grouped, delta), estimate, loose)
+        else:
+            accounts = Accounts(_pld(grouped, delta), None, max(0.0, _renyi(grouped, delta)))
     check_agreement(accounts)
     return accounts
-
-
-def _check_size(rdp: float, width: float, grouped: Groups, delta: float) -> None:
-    """Refuses a cross-check that would take gigabytes.
-
-    Args:
-        rdp: Epsilon by RDP.
-        width: Epsilon by RDP at the delta at which Opacus' PRV truncates its domain.
-        grouped: The charged events.
-        delta: The delta of the budget.
-    """
-    steps = sum(count for _, _, count in grouped)
-    points = 2 * (width + 3) * math.sqrt(steps * math.log(12_000 / delta) / 2) / _PRV_MESH
-    if not (rdp <= _LARGEST_CHECKED and points <= _MOST_POINTS):
-        raise PrivacyError(
-            f"epsilon is {rdp:,.1f} by RDP over {steps:,} steps and cannot be checked by three "
-            f"accountants: it must be at most {_LARGEST_CHECKED:,}, and PRV would need {points:,.0f} "
-            f"points, at most {_MOST_POINTS:,}; raise noise_multiplier or take fewer steps"
-        )
-
-
-def check_agreement(accounts: Accounts) -> None:
-    """Refuses figures that cannot all be correct.
-
-    Raises:
-        PrivacyError: RDP is below PLD, or PRV differs from PLD by more than 0.02 + 0.5 %. If both are
-            below PLD, the PLD's discretisation is too coarse.
-    """
-    absolute, relative = _PRV_TOLERANCE
-    allowed = absolute + relative * accounts.pld
-    is_bounded = accounts.rdp >= accounts.pld - _TOLERANCE
-    if accounts.prv < accounts.rdp < accounts.pld < math.inf and not is_bounded:
-        raise PrivacyError(
-            f"epsilon cannot be told: PLD, which rounds each step's loss to {_DISCRETISATION:g}, says "
-            f"{accounts.pld:.4f}, and RDP at most {accounts.rdp:.4f}; take fewer steps, or less noise"
-        )
-    if not (is_bounded and abs(accounts.prv - accounts.pld) <= allowed):
-        raise PrivacyError(
-            f"the accountants disagree: PLD {accounts.pld:.4f}, PRV {accounts.prv:.4f}, RDP "
-            f"{accounts.rdp:.4f}; RDP must be at least PLD, and PRV within {allowed:.3f} of it"
-        )
 
 
 def _step(rate: float, noise: float) -> object:

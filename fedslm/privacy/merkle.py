@@ -21,6 +21,7 @@ import hashlib
 from collections.abc import Sequence
 
 _LEAF, _NODE = b"\x00", b"\x01"  # without these, two concatenated hashes could pass for a leaf
+MOST_SEEN = 8  # points of a ledger that a server may ask a node to extend
 MOST_HASHES = 64  # a proof of a tree of at most 2^62 leaves is not longer
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.privacy import accounting
-from fedslm.privacy.accounting import Accounts
+from fedslm.privacy.agreement import Accounts
 from fedslm.privacy.lines import stored_unit
 from fedslm.privacy.randomness import SecureStream
 from fedslm.records import LARGEST_DELTA, Event, is_count, is_number, within

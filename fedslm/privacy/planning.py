@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedslm.errors import OutOfRange, PrivacyError, plural
 from fedslm.privacy import accounting
-from fedslm.privacy.accounting import Accounts
+from fedslm.privacy.agreement import Accounts
 from fedslm.privacy.calibration import affordable_steps, calibrate
 from fedslm.records import Event
 
@@ -74,7 +74,7 @@ class BudgetPlan:
         steps: Noisy steps.
         rounds: Number of rounds; the last one may be shorter.
         affordable_steps: Most steps that the budget pays for; None without a budget.
-        accounts: Epsilon by three accountants.
+        accounts: Epsilon by three accountants, or two without Opacus.
         deltas: The deltas of the curve.
         curve: Epsilon over the rounds.
         signal_to_noise: Best case over the run; None if parameters or batch size are unknown.
@@ -108,7 +108,7 @@ def plan_budget(query: BudgetQuery) -> BudgetPlan:
     """
     noise, steps = _noise_and_steps(query)
     event = Event(query.sample_rate, noise, steps)
-    accounts = accounting.cross_check([event], query.delta)
+    accounts = accounting.cross_check([event], query.delta, needs_prv=False)
     rounds = math.ceil(steps / query.steps_per_round)
     deltas = (query.delta, query.delta / 10, query.delta / 100)
     affordable = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedslm.attestations import Places, attested
 from fedslm.errors import PrivacyError, RunError
-from fedslm.privacy.accounting import Accounts, check_agreement
+from fedslm.privacy.agreement import Accounts, check_agreement
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.records import is_number, within
 

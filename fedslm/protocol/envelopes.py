@@ -34,12 +34,12 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedslm.errors import FederationError
 from fedslm.privacy.keys import is_signed, signature_of
+from fedslm.privacy.merkle import MOST_SEEN
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 ENVELOPE, SEAL = "envelope", "seal"
-MOST_SEEN = 8
 LONGEST_SECONDS = 2 * 86_400.0
 _REQUEST, _REPLY = "fedslm request, version 1", "fedslm reply, version 1"
 _MOST_TEXT, _MOST_CLIENT, _MOST_RECORDS = 8192, 10**6, 16

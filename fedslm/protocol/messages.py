@@ -13,10 +13,10 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedslm.aggregation.compression import WHOLE, Packing
 from fedslm.errors import FederationError
-from fedslm.privacy.merkle import MOST_HASHES
+from fedslm.privacy.merkle import MOST_HASHES, MOST_SEEN
 from fedslm.privacy.statement import LONGEST_STATEMENT
 from fedslm.protocol import bounds
-from fedslm.protocol.envelopes import MOST_SEEN, seen_of
+from fedslm.protocol.envelopes import seen_of
 from fedslm.protocol.lifetime import DAY_SECONDS
 from fedslm.protocol.setup import Setup
 from fedslm.protocol.tensors import arrays_of, from_arrays, record_of

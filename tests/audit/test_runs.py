@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.core_install import in_core
 from support.tiny import PRIVATE
 
 from fedslm import simulation
@@ -74,6 +75,22 @@ def test_a_sound_run(run: Path) -> None:
         assert f"## {part}" in markdown
         assert f"<h2>{part}" in page
     assert "@media print" in page
+
+
+def test_a_core_installation_audits_with_two_accountants(run: Path) -> None:
+    """The figures of record are the same; the page says which accountants agreed and what was not compared."""
+    whole = runs.audit_run(run, group_sizes=(1,), empirical=False)
+    command = ["audit", "run", str(run), "--no-empirical", "--records-per-person", "1"]
+    ((code, _, error),) = in_core([command])
+    assert code == 0, error
+    core, page = json.loads((run / "audit.json").read_text()), (run / "audit.md").read_text()
+    for part in ("### Two accountants", "two accountants agree", "cannot compare the code"):
+        assert part in page
+    theirs, ours = core["guarantee"]["accounts"], whole["guarantee"]["accounts"]
+    assert theirs["prv"] is None
+    assert theirs["pld"] == ours["pld"] <= theirs["rdp"] == pytest.approx(ours["rdp"], rel=0.01)
+    assert core["guarantee"]["epsilon"] == whole["guarantee"]["epsilon"]
+    assert core["findings"] == whole["findings"] == []
 
 
 def test_the_page_names_clients_as_the_report_does_and_has_a_date(run: Path) -> None:

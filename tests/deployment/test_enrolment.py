@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedslm import layout
 from fedslm.deployment import admission, authority, enrolment
 from fedslm.errors import FedslmError, RunError
 from fedslm.federation import spends
@@ -246,7 +247,7 @@ def forged_by(other: Path, told: Path, **changes: str) -> Path:
         "operator_key": authority.operator_public(other),
     }
     del values["signature"]
-    key = keys.private_key(other / authority.OPERATOR_KEY)
+    key = keys.private_key(other / layout.OPERATOR_KEY)
     signature = keys.signature_of(key, {**values, "purpose": "fedslm admission, version 1"})
     path = other / "forged.json"
     path.write_text(json.dumps({**values, "signature": signature}))
@@ -317,14 +318,14 @@ def test_confidential_files_are_their_owners_alone(server: Path, tmp_path: Path,
     """The operator's key and both copies of an admission are their owners' alone, also where one was before."""
     node, told = admission.admit(server, enrolment.enroll(tmp_path / "north", "north"), register)
     accepted = tmp_path / "north" / admission.ADMISSION
-    assert (server / authority.OPERATOR_KEY).stat().st_mode & 0o077 == 0
+    assert (server / layout.OPERATOR_KEY).stat().st_mode & 0o077 == 0
     for _ in range(2):
         admission.accept(tmp_path / "north", told)
         for path in (told, accepted):
             assert path.stat().st_mode & 0o777 == 0o600
             path.chmod(0o644)
         admission.write_admission(server, node)
-    (server / authority.OPERATOR_KEY).chmod(0o644)
+    (server / layout.OPERATOR_KEY).chmod(0o644)
     with pytest.raises(RunError, match="chmod 600"):
         authority.operator_public(server)
 

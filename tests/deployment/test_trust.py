@@ -26,7 +26,7 @@ from fedslm.deployment.node import import_records, open_node
 from fedslm.engines.local import handle
 from fedslm.errors import FederationError
 from fedslm.federation.spends import SPENDS, read_standings, standings_of_run
-from fedslm.federation.trust import OPERATOR_KEY
+from fedslm.layout import OPERATOR_KEY
 from fedslm.privacy.keys import new_private_key, public_hex, signing_key
 from fedslm.protocol.envelopes import ENVELOPE, sealed
 from fedslm.records import epsilon_of_json

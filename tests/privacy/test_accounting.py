@@ -15,15 +15,14 @@ from support.pace import patient
 
 from fedslm.errors import PrivacyError
 from fedslm.privacy.accounting import (
-    Accounts,
     adaptive_epsilon,
-    check_agreement,
     cross_check,
     epsilon,
     group_epsilon,
     network_epsilon,
     true_positive_bound,
 )
+from fedslm.privacy.agreement import Accounts, check_agreement
 from fedslm.privacy.calibration import affordable_steps, largest
 from fedslm.records import Event
 
