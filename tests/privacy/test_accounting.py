@@ -198,6 +198,9 @@ def test_nothing_is_agreed_to_cost_nothing() -> None:
         Accounts(pld=2.0, prv=math.nan, rdp=2.5),
         Accounts(pld=2.0, prv=2.0, rdp=math.nan),
         Accounts(pld=math.inf, prv=2.0, rdp=2.5),
+        Accounts(pld=2.0, prv=None, rdp=1.99),
+        Accounts(pld=math.nan, prv=None, rdp=2.5),
+        Accounts(pld=math.inf, prv=None, rdp=2.5),
     ],
     ids=str,
 )
@@ -205,6 +208,13 @@ def test_accountants_that_disagree_are_refused(accounts: Accounts) -> None:
     """RDP below PLD, PRV further off than 0.02 + 0.5 %, or no number: there is no figure to report."""
     with pytest.raises(PrivacyError, match="disagree"):
         check_agreement(accounts)
+
+
+@pytest.mark.parametrize("rdp", [1000.1, math.inf, math.nan])
+def test_two_accountants_agree_on_nothing_that_guarantees_nothing(rdp: float) -> None:
+    """Without PRV too, an epsilon above 1,000 is refused with the bound."""
+    with pytest.raises(PrivacyError, match=r"cannot be checked by two accountants: .* at most 1,000"):
+        check_agreement(Accounts(900.0, None, rdp))
 
 
 def test_what_pld_cannot_resolve_is_said() -> None:
@@ -221,6 +231,8 @@ def test_what_pld_cannot_resolve_is_said() -> None:
         Accounts(2.0, 1.971, 2.5),
         Accounts(100.0, 100.5, 120.0),
         Accounts(0.0, 0.0, 0.0),
+        Accounts(2.0, None, 2.5),
+        Accounts(0.0, None, 0.0),
     ],
     ids=str,
 )

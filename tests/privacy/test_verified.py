@@ -104,6 +104,7 @@ def test_a_refusal_is_not_kept(checks: Checks, tmp_path: Path) -> None:
         {"pld": 9.0, "prv": 9.0, "rdp": 9.0},
         {"rdp": 0.1},
         {"prv": 0.1},
+        {"prv": None},
         {"pld": True},
         {"pld": "2"},
         {"pld": None},
