@@ -7,7 +7,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check test-kernels test-real test-federation test-all lint bench demo-model install clean
+.PHONY: demo test check test-kernels test-real test-federation test-all lint bench dist demo-model install clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -48,6 +48,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/deployment.py
+
+# sdist and wheel, their contents, and an installation of the wheel without extras.
+dist: $(VENV)/.installed
+	$(BIN)/python tests/support/distribution.py
 
 demo-model: $(VENV)/.installed
 	$(BIN)/python simulations/build_demo_model.py
