@@ -17,6 +17,7 @@ from fedslm.privacy.ledger import Ledger
 
 Result = tuple[int, str, str]
 FEW = "--epsilon 3 --delta 1e-5 --sample-rate 0.1 --steps 10"
+ASKED = "--unit record --epsilon 3 --task classification --base demo --evaluation {at}/notes.csv"
 PRV = 'PRV needs fedslm[train] (opacus is not installed): pip install "fedslm[train]"'
 FINE = {  # what a core installation can do, and a part of what it says
     "help": ("--help", "Federated, privacy-preserving"),
@@ -25,6 +26,8 @@ FINE = {  # what a core installation can do, and a part of what it says
     "config show": (f"config show {DEMO}", "[privacy]"),
     "config check": (f"config check {DEMO}", ": ok (sha256"),
     "methods": ("methods", "fedrot"),
+    "doctor": ("doctor", "fedslm can be used here."),
+    "node example": ("node example hospital", "patient"),
     "budget plan": (f"budget plan {FEW}", f"only two accountants: {PRV}"),
     "policy example": ("policy example", "max_epsilon_per_run"),
     "node enroll": ("node enroll {at}/node --name north", "north.request.json"),
@@ -44,6 +47,7 @@ LACKING = {  # what it cannot, and the package that it names
     "self-test": ("audit self-test", "train", "torch"),
     "attack": ("audit run {at}/run", "train", "torch"),
     "plot": (f"budget plan {FEW} --plot {{at}}/budget.png", "plots", "matplotlib"),
+    "init": (f"init {{at}}/mine.toml --data {{at}}/notes.csv {ASKED}", "train", "pyarrow"),
     "node up": ("node up {at}/node", "train", "flwr"),
     "server up": ("server up {at}/server", "train", "flwr"),
 }
@@ -54,6 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """What all commands said, one after another in one process."""
     at = tmp_path_factory.mktemp("core")
     (at / "ledger").mkdir()
+    (at / "notes.csv").write_text("text,label\na cough,lung\n")
     spend(Ledger(at / "ledger" / "ledger.jsonl", keys.signing_key(at / "ledger")), 1)
     lines = [line for line, *_ in (*FINE.values(), *LACKING.values())]
     found = in_core([line.format(at=at, key=keys.PUBLIC_KEY).split() for line in lines])
