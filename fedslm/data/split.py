@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedslm.data.holdout import record_name
+from fedslm.data.holdout import is_held_out, record_name
 from fedslm.data.owners import owners_in
 from fedslm.data.tables import BATCH_ROWS, batches, named, parquet
 from fedslm.errors import DataError, have
-from fedslm.rng import stream
 from fedslm.storage import replacing
 
 if TYPE_CHECKING:
@@ -42,27 +41,37 @@ def split_in_two(
 ) -> Sides:
     """Writes ``train.parquet`` and ``test.parquet``.
 
+    Formal guarantees:
+        * The side of a unit depends on its name, the fraction and the seed only (:func:`is_held_out`):
+          one person more or less moves nobody else, so the guarantee of a run on ``train.parquet``
+          holds for the whole file too, as far as its training side goes.
+
     Args:
         dataset: All records; read in chunks.
         directory: Directory for the two files.
         unit: Column that names a record's owner; None: each record is a unit, equal ones stay together.
-        fraction: Share of the units in the test file, in (0, 1); at least one unit, but not all.
+        fraction: Expected share of the units in the test file, in (0, 1).
         seed: Seed of the random split.
 
     Raises:
-        DataError: A file exists already, a record has no unit, or there are fewer than two units.
+        DataError: A file exists already, a record has no unit, or all units are on one side.
     """
     paths = [directory / "train.parquet", directory / "test.parquet"]
     for path in paths:
         if path.exists():
             raise DataError(f"{path} exists; choose another directory")
     owners = _owners(dataset, unit)
-    units = sorted(set(owners))
+    units = set(owners)
     if len(units) < 2:
         raise DataError(f"there is only {len(units)} unit; two are needed, one for each file")
-    count = min(len(units) - 1, max(1, round(fraction * len(units))))
-    chosen = stream(seed, "split-in-two").permutation(len(units))[:count]
-    tested = {units[index] for index in chosen}
+    tested = {each for each in units if is_held_out(each, fraction, seed)}
+    count = len(tested)
+    if not 0 < count < len(units):
+        side = "training" if not count else "test"
+        raise DataError(
+            f"all {len(units)} units are on the {side} side with fraction {fraction:g} and seed "
+            f"{seed}; choose another fraction or another seed"
+        )
     is_test = [owner in tested for owner in owners]
     _write(dataset, is_test, paths)
     records = sum(is_test)

@@ -47,7 +47,7 @@ from fedslm.storage import (
     write_text,
 )
 
-_MADE_BEFORE = (layout.GIVEN, layout.TRAIN_TOML)  # by the Python API
+_MADE_BEFORE = (layout.GIVEN, layout.TRAIN_TOML, layout.HOLDOUT)  # by the Python API
 _PARTS = ("moving", "memory", "control")
 _BLOCK_BYTES = 4096
 _LOCK_SECONDS = 1.0  # a process that only checks whether a run is active holds it briefly

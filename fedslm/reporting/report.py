@@ -97,6 +97,7 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "rounds_planned": config.federation.rounds,
         "stopped": outcome.stopped,
         "clients": list(inputs.clients),
+        "holdout": _holdout(directory),
         "training_records_in_public_split": None if private else inputs.duplicates,
         "plan": {"unit": plan.unit, **asdict(plan)} if isinstance(plan, PrivatePlan) else None,
         **_privacy(config, _charged(directory, inputs)),
@@ -116,6 +117,12 @@ def _expected(directory: RunDirectory, config: Config, outcome: Outcome) -> dict
     found = expected(config, outcome.checkpoint.server.moving.num_parameters)
     outlook = None if found is None else found.as_json()
     return {"recipe": read_recipe(directory.path), "outlook": outlook}
+
+
+def _holdout(directory: RunDirectory) -> float | None:
+    """Share of the private file whose units are treated as public; None if the public split is not."""
+    path = directory.path / layout.HOLDOUT
+    return float(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _base(config: Config, outcome: Outcome) -> dict[str, str]:

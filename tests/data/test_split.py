@@ -11,10 +11,11 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedslm.data.holdout import is_held_out
 from fedslm.data.split import Sides, split_in_two
 from fedslm.errors import DataError
 
-ROWS = [{"text": f"note {n}", "patient": f"p{n % 13}", "tags": ["x"] * (n % 3)} for n in range(2100)]
+ROWS = [{"text": f"note {n}", "patient": f"p{n % 37}", "tags": ["x"] * (n % 3)} for n in range(2100)]
 
 
 def split(directory: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) -> Sides:
@@ -37,7 +38,8 @@ def test_nobody_is_in_both_files(tmp_path: Path) -> None:
     assert sorted([*train, *test], key=lambda row: int(row["text"][5:])) == ROWS
     owners = [{row["patient"] for row in rows} for rows in (train, test)]
     assert not owners[0] & owners[1]
-    assert (len(owners[0]), len(owners[1])) == (sides.train_units, sides.test_units) == (10, 3)
+    assert (len(owners[0]), len(owners[1])) == (sides.train_units, sides.test_units)
+    assert sides.test_units == sum(is_held_out(f"p{n}", 0.25, 0) for n in range(37)) > 0
     for rows in (train, test):
         assert rows == sorted(rows, key=lambda row: int(row["text"][5:]))
 
@@ -54,23 +56,38 @@ def test_without_a_unit_equal_records_stay_together(tmp_path: Path) -> None:
     """Each record is a unit, but a copy goes where the original is."""
     rows = [{"text": f"note {n % 50}", "label": "x"} for n in range(100)]
     sides = split(tmp_path, rows, unit=None)
-    assert (sides.train_records, sides.test_records) == (76, 24)
+    assert (sides.train_records, sides.test_records) == (78, 22)
     texts = [{row["text"] for row in read(tmp_path, side)} for side in ("train", "test")]
     assert not texts[0] & texts[1]
 
 
-@given(units=st.integers(2, 30), fraction=st.floats(0.001, 0.999))
+@given(units=st.integers(2, 30), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 9))
 @settings(max_examples=25, deadline=None)
 def test_both_files_have_somebody(
-    tmp_path_factory: pytest.TempPathFactory, units: int, fraction: float
+    tmp_path_factory: pytest.TempPathFactory, units: int, fraction: float, seed: int
 ) -> None:
-    """However small or large the share, each file has at least one unit."""
+    """Either both sides have units, or the split is refused and nothing is written."""
     directory = tmp_path_factory.mktemp("split")
-    rows = [{"text": "note", "patient": n} for n in range(units)]
-    sides = split(directory, rows, fraction=fraction)
-    assert sides.train_units + sides.test_units == units
-    assert min(sides.train_units, sides.test_units) >= 1
-    assert abs(sides.test_units - fraction * units) <= 1
+    rows = [{"text": f"note {n}", "patient": f"p{n}"} for n in range(units)]
+    tested = sum(is_held_out(f"p{n}", fraction, seed) for n in range(units))
+    if 0 < tested < units:
+        sides = split(directory, rows, fraction=fraction, seed=seed)
+        assert (sides.train_units, sides.test_units) == (units - tested, tested)
+        return
+    with pytest.raises(DataError, match="choose another fraction or another seed"):
+        split(directory, rows, fraction=fraction, seed=seed)
+    assert not list(directory.iterdir())
+
+
+def test_one_person_more_moves_nobody_else(tmp_path: Path) -> None:
+    """Neighbouring files give neighbouring sides, so epsilon of a run on one side means what it says."""
+    rows = [{"text": f"note {n}", "patient": f"p{n % 40}"} for n in range(80)]
+    split(tmp_path / "without", rows)
+    for new in ("a", "m", "z"):
+        split(tmp_path / new, [*rows, {"text": "more", "patient": new}])
+        for side in ("train", "test"):
+            before, after = read(tmp_path / "without", side), read(tmp_path / new, side)
+            assert [row for row in after if row["patient"] != new] == before
 
 
 @pytest.mark.parametrize(
