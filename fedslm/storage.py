@@ -65,7 +65,7 @@ def make_run_directory(path: Path, *, may_hold: Collection[str] = ()) -> Path:
         occupied = any(
             each not in above and allowed.isdisjoint((each, *each.parents)) for each in path.rglob("*")
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise RunError(f"the run directory {path} cannot be made: {error}") from error
     if occupied:
         raise Unusable(

@@ -249,3 +249,51 @@ def test_a_failed_call_leaves_nothing(config_in: Make, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="exists; continue it"):
         fedslm.simulate(config, train=TRAIN, evaluation=PUBLIC)
     assert (tmp_path / "run" / "data" / "given" / "train.arrow").read_text() == "of another run"
+
+
+def test_private_records_do_not_become_public(notes: Path, config_in: Make, tmp_path: Path) -> None:
+    """What was the private split stays private when records in memory take its place."""
+    config = config_in(tmp_path / "run")
+    sections = config.model_dump(exclude_unset=True)
+    sections["data"] = {"source": str(notes / "train.jsonl"), "partition": "iid"}
+    with pytest.raises(DataError, match="evaluation split is the private training split"):
+        fedslm.simulate(sections, train=TRAIN)
+    sections["data"] = {"source": str(notes), "public_split": "train", "partition": "iid"}
+    with pytest.raises(DataError, match="public split is the private training split"):
+        fedslm.simulate(sections, train=TRAIN, evaluation=PUBLIC)
+    assert not (tmp_path / "run").exists()
+
+
+def test_copies_are_refused(config_in: Make, tmp_path: Path) -> None:
+    """Records of train are not public, nor those of two clients, in whatever object they come."""
+    sections = sections_in(config_in(tmp_path / "run"))
+    rows = without_client(TRAIN)
+    for twin in (rows, list(rows), pd.DataFrame(rows)):
+        private = {**PRIVATE, "overlapping": False}
+        with pytest.raises(ConfigError, match=r"train\['b'\].*privacy\.overlapping = true"):
+            fedslm.simulate(
+                {**sections, "privacy": private}, train={"a": rows, "b": twin}, evaluation=PUBLIC
+            )
+    with pytest.raises(ConfigError, match="evaluation: has the records of train"):
+        fedslm.simulate(sections, train=by_client(TRAIN), evaluation=pd.DataFrame(TRAIN))
+
+
+@pytest.mark.parametrize(
+    ("names", "part"),
+    [
+        (("train", "test", "unsupervised"), "splits and not clients"),
+        (("train_sft", "more"), "splits and not clients"),
+        (("\ud800", "b"), "a name must be a text"),
+        (("\u00e9", "e\u0301"), "different Unicode forms"),
+    ],
+)
+def test_what_is_no_client_is_named(
+    config_in: Make, tmp_path: Path, names: tuple[str, ...], part: str
+) -> None:
+    """Splits would be trained on as clients; two forms of one name would be one client."""
+    with pytest.raises(ConfigError, match=part):
+        fedslm.simulate(
+            sections_in(config_in(tmp_path / "run")),
+            train={name: without_client(TRAIN) for name in names},
+            evaluation=PUBLIC,
+        )

@@ -175,3 +175,48 @@ def test_a_wrong_option_is_named(
     place = ["--base", "demo", "--output", str(tmp_path / "run")]
     assert_clear(run("train", str(files / "notes.csv"), *place, *options), kind, *parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_report_says_what_was_held_out(files: Path, tmp_path: Path) -> None:
+    """One person more moves nobody; report and card name the records that epsilon does not cover."""
+    directory = tmp_path / "run"
+    fedslm.train(
+        files / "notes.csv",
+        base="demo",
+        epsilon=8,
+        unit="patient",
+        holdout=0.3,
+        directory=directory,
+        overrides=SMALL,
+    )
+    assert json.loads((directory / "holdout.json").read_text()) == 0.3
+    for page in (directory / "report.md", directory / "adapter" / "README.md"):
+        assert "held out of the private file (0.3 of its units)" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"overrides": {" privacy.unit": "none"}}, "is set by the argument unit"),
+        ({"holdout": "0.1", "evaluation": None}, "must be in"),
+        ({"task": ["classification"]}, "should be one of"),
+        (
+            {"train": [{**row, "record": row["patient"]} for row in TRAIN]},
+            "is a column of the data too",
+        ),
+    ],
+    ids=["space", "text", "list", "record"],
+)
+def test_no_promise_is_lost_quietly(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
+    """An override with a space, a share as text, a task as a list, a column named like the unit."""
+    wish = {
+        "base": "demo",
+        "epsilon": 8,
+        "evaluation": PUBLIC,
+        "directory": tmp_path / "run",
+        **changes,
+    }
+    records = wish.pop("train", TRAIN)
+    with pytest.raises(ConfigError, match=part):
+        fedslm.train(records, **wish)
+    assert not (tmp_path / "run").exists()

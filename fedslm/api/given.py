@@ -15,12 +15,14 @@ from fedslm.data import given
 from fedslm.data.columns import Wanted, needed, needed_to_share
 from fedslm.data.given import Part
 from fedslm.data.layouts import laid_out
+from fedslm.data.sources import refuse_private
 from fedslm.errors import ConfigError, Problem, RunError
 from fedslm.simulation import run_path
 from fedslm.storage import make_run_directory
 
 _TRAIN, _EVALUATION = "train.arrow", "evaluation.arrow"
 _MOST_PROBLEMS = 5
+_MOST_SHARED, _FEW = 0.9, 10  # a part that shares more than this share of 10 or more records is a copy
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class InMemory:
             for each in self.train
             if client and client in each.columns
         ]
-        if problems:
+        if problems or (problems := list(self._copies(config, columns))):
             raise ConfigError(problems[:_MOST_PROBLEMS])
         for parts, name, wanted in (
             (self.train, _TRAIN, private),
@@ -136,6 +138,50 @@ class InMemory:
             if parts:
                 column = client if name == _TRAIN else ""
                 given.write(parts, folder / name, Wanted(wanted), column)
+
+    def _copies(self, config: Config, columns: Mapping[str, str]) -> Iterator[Problem]:
+        """Yields a problem for each part that is a copy: epsilon counts each client, and only them."""
+        wanted, seen = Wanted(columns), set[bytes]()
+        privacy = config.privacy
+        overlapping = privacy.overlapping or privacy.unit != "record"  # users are checked later
+        for part in self.train:
+            records = given.records_of(part, wanted)
+            if not overlapping and _are_copied(records, seen):
+                yield Problem(
+                    part.key,
+                    "has the records of other clients: epsilon would hold for each client, and not for "
+                    "a record; give each record to one client, or set privacy.overlapping = true",
+                )
+            seen |= records
+        for part in self.evaluation:
+            if _are_copied(given.records_of(part, wanted), seen):
+                yield Problem(
+                    part.key,
+                    "has the records of train, which are private: metrics on them are released without "
+                    "noise; give other records",
+                )
+
+
+def _are_copied(records: set[bytes], seen: set[bytes]) -> bool:
+    """Whether nearly all of a part's records were seen in other parts."""
+    return len(records) >= _FEW and len(records & seen) > _MOST_SHARED * len(records)
+
+
+def check_public(sections: Mapping[str, Any], config: Config) -> None:
+    """Refuses public sources that were the private ones before records in memory replaced them.
+
+    Args:
+        sections: The config without the records in memory.
+        config: The config with them.
+
+    Raises:
+        DataError: A public source shares a file, a query or a name with the private split.
+    """
+    own = _section(sections, "data")
+    if source := own.get("source"):
+        before = {"source": str(source), "train_query": own.get("train_query")}
+        before["train_split"] = own.get("train_split", "train")
+        refuse_private(config.data.model_copy(update=before), config.data)
 
 
 @contextmanager
@@ -151,6 +197,7 @@ def placed(sections: Mapping[str, Any], data: InMemory) -> Iterator[Config]:
         yield from_mapping(sections)
         return
     draft = from_mapping(with_overrides(sections, data.changes(sections, Path(layout.GIVEN))))
+    check_public(sections, draft)
     with started(run_path(draft)) as directory:
         folder = given_folder(directory)
         config = from_mapping(with_overrides(sections, data.changes(sections, folder)))
@@ -173,7 +220,8 @@ def started(path: Path) -> Iterator[Path]:
     except BaseException:
         if not (directory / layout.CONFIG_JSON).exists():
             shutil.rmtree(directory / layout.DATA, ignore_errors=True)
-            (directory / layout.TRAIN_TOML).unlink(missing_ok=True)
+            for name in (layout.TRAIN_TOML, layout.HOLDOUT):
+                (directory / name).unlink(missing_ok=True)
             with suppress(OSError):  # it holds the logs of a run
                 directory.rmdir()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,7 +44,7 @@ class RunResult:
     epsilon: float
     delta: float | None
     stopped: str
-    report: Mapping[str, Any]
+    report: Mapping[str, Any] = field(repr=False)
 
     def rounds_table(self) -> list[dict[str, Any]]:
         """Returns one dict for each round: its metrics, epsilon, bytes, seconds and counts.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedslm import layout, simulation
-from fedslm.api.given import InMemory, given_folder, started
+from fedslm.api.given import InMemory, check_public, given_folder, started
 from fedslm.api.result import RunResult, result_of
 from fedslm.api.runs import checked_observers
 from fedslm.config import Config, TaskName, from_mapping, with_overrides
@@ -24,7 +24,7 @@ from fedslm.data.sources import EMBEDDED, column_names, load
 from fedslm.data.split import split_in_two
 from fedslm.errors import ConfigError, Problem
 from fedslm.federation.observers import Observer
-from fedslm.storage import expand, write_text
+from fedslm.storage import expand, json_text, write_text
 
 # Keys that an argument of `train` sets; and the only ones of [federation] that one client has.
 _ARGUMENTS = {
@@ -161,16 +161,20 @@ def prepared(wish: Wish) -> Iterator[Config]:
     data = InMemory.of(_in_memory(wish.train), _in_memory(wish.evaluation))
     own = with_overrides(_sections(wish), wish.overrides)
     draft = from_mapping(_with_source(own, wish, data, Path(layout.GIVEN)))
+    if data.train or wish.holdout is not None:
+        check_public(own, draft)
     with started(simulation.run_path(draft)) as directory:
         folder = directory / layout.GIVEN
         sections = _with_source(own, wish, data, folder)
         config = from_mapping(sections)
+        _check_unit(wish, _columns(config, own["data"], data))
         if data.train or data.evaluation or wish.holdout is not None:
             given_folder(directory)
         if wish.holdout is None:
             data.write(config, folder)
         else:
             _split(config, own, data, wish)
+            write_text(directory / layout.HOLDOUT, json_text(wish.holdout))
         header = _header(wish, directory)
         write_text(directory / layout.TRAIN_TOML, commented_toml(_portable(sections), header))
         yield config
@@ -196,8 +200,11 @@ def _check(wish: Wish) -> None:
         problems.append(Problem("unit", message))
     if wish.holdout is not None and wish.evaluation is not None:
         problems.append(Problem("holdout", "is set in addition to evaluation; give one of them"))
-    if wish.holdout is not None and not 0 < wish.holdout < 1:
-        problems.append(Problem("holdout", f"value {wish.holdout} must be in (0, 1), such as 0.1"))
+    is_share = isinstance(wish.holdout, float) and 0 < wish.holdout < 1
+    if wish.holdout is not None and not is_share:
+        problems.append(Problem("holdout", f"value {wish.holdout!r} must be in (0, 1), such as 0.1"))
+    if not isinstance(wish.task, str):
+        problems.append(Problem("task", f"value {wish.task!r}: should be one of {', '.join(TASKS)}"))
     if isinstance(wish.train, Mapping):
         problems.append(Problem("train", "is a mapping; for several clients use fedslm.simulate"))
     if wish.evaluation is None and wish.holdout is None and not _has_splits(wish.train):
@@ -213,7 +220,7 @@ def _check(wish: Wish) -> None:
 
 def _misplaced(overrides: Mapping[str, Any]) -> Iterator[Problem]:
     """Yields a problem for each key that an argument sets, or that only several clients need."""
-    for key in map(str, overrides):
+    for key in (str(each).strip() for each in overrides):
         section, _, name = key.partition(".")
         if key in _ARGUMENTS:
             yield Problem(key, f"is set by the argument {_ARGUMENTS[key]}")
@@ -270,13 +277,7 @@ def _split(config: Config, sections: Mapping[str, Any], data: InMemory, wish: Wi
     """
     folder, seed, own = Path(config.data.source), config.run.seed, sections["data"]
     split = own.get("train_split", "train")
-    if data.train:
-        there: Sequence[str] = data.train[0].columns
-    else:
-        whole = {"evaluation_source": own["source"], "evaluation_split": split}
-        query = {"evaluation_query": own.get("train_query")}
-        there = column_names(config.data.model_copy(update={**whole, **query}), seed)
-    found, task = laid_out(config.data, config.task, seed, there)
+    found, task = laid_out(config.data, config.task, seed, _columns(config, own, data))
     columns = {**needed(found, task), **needed_to_share(found, config.privacy)}
     if problems := given.missing(data.train, columns):
         raise ConfigError(problems)
@@ -290,6 +291,29 @@ def _split(config: Config, sections: Mapping[str, Any], data: InMemory, wish: Wi
     split_in_two(records, folder, unit=unit, fraction=wish.holdout or 0.0, seed=seed)
     for path in folder.glob("*.parquet"):
         path.chmod(0o600)
+
+
+def _columns(config: Config, own: Mapping[str, Any], data: InMemory) -> Sequence[str]:
+    """Names of the private records' columns."""
+    if data.train:
+        return data.train[0].columns
+    whole = {"evaluation_source": own["source"], "evaluation_split": own.get("train_split", "train")}
+    query = {"evaluation_query": own.get("train_query")}
+    return column_names(config.data.model_copy(update={**whole, **query}), config.run.seed)
+
+
+def _check_unit(wish: Wish, columns: Sequence[str]) -> None:
+    """Refuses a unit that could be meant in two ways: epsilon would cover less than was meant.
+
+    Raises:
+        ConfigError: There is a column with the name "record".
+    """
+    if wish.unit == "record" and "record" in columns:
+        message = (
+            "value 'record' is a column of the data too, and would mean one row, not one value of that "
+            "column; rename the column, and give its new name if it names the person"
+        )
+        raise _wrong("unit", message)
 
 
 def _header(wish: Wish, directory: Path) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedslm.config.sections import Config
+from fedslm.errors import printable
 
 
 def commented_toml(sections: Mapping[str, Mapping[str, Any]], header: Sequence[str] = ()) -> str:
@@ -23,7 +24,7 @@ def commented_toml(sections: Mapping[str, Mapping[str, Any]], header: Sequence[s
     [run]
     seed = 1 # Seed of everything reproducible
     """
-    lines = [f"# {line}".rstrip() for line in header]
+    lines = [f"# {printable(line)}".rstrip() for line in header]
     for section, values in sections.items():
         kept = {key: value for key, value in values.items() if value is not None}
         if kept:

@@ -5,17 +5,21 @@ A run reads the file as it reads any other source: in several processes, and aga
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedslm.data.columns import Wanted
+from fedslm.data.holdout import record_name
 from fedslm.data.missing import name_of
+from fedslm.data.owners import owner_of
 from fedslm.data.stored_rows import write_batches
 from fedslm.data.tables import BATCH_ROWS, spool, tables_of
 from fedslm.errors import ConfigError, Problem
-from fedslm.storage import replacing
+from fedslm.storage import is_text, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -70,7 +74,7 @@ def clients_of(value: Mapping[Any, Any], key: str) -> list[Part]:
     """
     if not value:
         raise _problem(key, "has no clients: give at least one data set")
-    if {str(name).lower() for name in value} <= _SPLITS:
+    if _is_named(value, "datasets", "DatasetDict") or any(_is_split(name) for name in value):
         raise _problem(
             key,
             f"holds {', '.join(map(repr, value))}, which are splits and not clients: give one of them, "
@@ -82,10 +86,20 @@ def clients_of(value: Mapping[Any, Any], key: str) -> list[Part]:
             "maps columns to values, or clients to lists without dicts: give "
             "datasets.Dataset.from_dict(…), or a list of dicts for each client",
         )
-    named = [name for name in value if not isinstance(name, str) or name_of(name) != name or not name]
+    named = [name for name in value if not isinstance(name, str) or not _is_name(name)]
     if named:
         raise _problem(key, f"client {named[0]!r}: a name must be a text without spaces around it")
+    owners = [owner_of(name) for name in value]
+    if len(set(owners)) < len(owners):
+        raise _problem(
+            key, "has two clients of one name, written in different Unicode forms; rename one"
+        )
     return [_part(each, f"{key}[{name!r}]", name) for name, each in value.items()]
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text can name a client."""
+    return text != "" and is_text(text) and name_of(text) == text
 
 
 def missing(parts: Iterable[Part], columns: Mapping[str, str]) -> list[Problem]:
@@ -101,6 +115,12 @@ def missing(parts: Iterable[Part], columns: Mapping[str, str]) -> list[Problem]:
         for key, column in columns.items()
         if column not in each.columns
     ]
+
+
+def records_of(part: Part, wanted: Wanted) -> set[bytes]:
+    """Hashes of a part's different records, of 16 bytes each; only the wanted columns count."""
+    rows = (row for table in part.tables(wanted) for row in table.to_pylist())
+    return {blake2b(record_name(row).encode(), digest_size=16).digest() for row in rows}
 
 
 def write(parts: Sequence[Part], path: Path, wanted: Wanted, client_column: str = "") -> None:
@@ -188,6 +208,11 @@ def _rows(value: Any) -> Iterator[Mapping[str, Any]]:
     named = value.set_axis([str(name) for name in value.columns], axis="columns")
     for first in range(0, len(named), BATCH_ROWS):
         yield from named.iloc[first : first + BATCH_ROWS].to_dict("records")
+
+
+def _is_split(name: object) -> bool:
+    """Whether a key names a split, such as "test" or "train_sft"."""
+    return re.split(r"[^a-z]", str(name).lower())[0] in _SPLITS
 
 
 def _is_row(value: object) -> bool:

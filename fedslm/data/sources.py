@@ -108,6 +108,21 @@ def load_public(
     return _with_class_names(dataset, config.label_column, scratch)
 
 
+def refuse_private(private: DataConfig, public: DataConfig) -> None:
+    """Refuses public sources of one config that are the private training split of another.
+
+    Raises:
+        DataError: They share a file, a query or a name.
+    """
+    evaluation = public.evaluation_source or public.source
+    query = public.evaluation_query
+    _check_public(private, evaluation, public.evaluation_split, query, key="evaluation")
+    if public.has_public_records:
+        source = public.public_source or public.source
+        split = public.public_split or public.train_split
+        _check_public(private, source, split, None, key="public")
+
+
 def _check_public(config: DataConfig, source: str, split: str, query: str | None, *, key: str) -> None:
     """Refuses private data that is configured as public."""
     private = _places(config.source, config.train_split, config.train_query)

@@ -89,7 +89,7 @@ def write(
             scratch=scratch,
             attack=attack,
         )
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write_shards(directory, shared.shards)
         write_parquet(directory / "evaluation.parquet", [shared.evaluation])
         if shared.public is not None:
@@ -120,7 +120,7 @@ def write_public(
     if (written := _read_index(index)) is not None:
         return written
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         public = load_what_is_public(data, task, seed, directory.parent, beside_private=False)
         write_parquet(directory / "evaluation.parquet", [public.evaluation])
         if public.records is not None:
