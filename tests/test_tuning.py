@@ -224,6 +224,11 @@ def test_what_cannot_be_searched(notes: Path, tmp_path: Path) -> None:
         (ConfigError, r"privacy\.units_per_client: is required", {"privacy": {"units_per_client": ""}}),
         (DataError, "is the private training split", {"data": {"source": str(notes / "train.jsonl")}}),
         (DataError, "is the evaluation split", {"data": {"evaluation_source": str(notes)}}),
+        (
+            ConfigError,
+            r"task\.head: value .public.*cannot also start",
+            {"task": {"head": "public", "pooling": "normalized"}},
+        ),
         (DataError, "too few for federation.num_clients=80", {"federation": {"num_clients": 80}}),
     ]
     for kind, words, changes in cases:

@@ -336,7 +336,9 @@ def _spent(chain: Chain, evidence: Evidence, found: _Findings) -> Sequence[Spent
         except PrivacyError as error:
             found.wrong.append(str(error))
     if any(each.accounts.prv is None for each in results):
-        found.notes.append(f"two accountants agree, PLD and RDP: {missing('opacus', 'PRV')}")
+        found.notes.append(
+            f"only two accountants were asked, and PLD is at most RDP: {missing('opacus', 'PRV')}"
+        )
     return results
 
 

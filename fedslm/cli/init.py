@@ -185,6 +185,11 @@ def _described(given: dict[str, Any]) -> tuple[Wish, Dataset]:
         "--client-column": wish.client_column,
     }
     _check_columns(options, columns)
+    if any(column.name == wish.unit for column in columns) and wish.unit_column is None:
+        raise DataError(
+            f"--unit={wish.unit} is a column of the data too: rename the column, and give its new name "
+            f"if it names the person"
+        )
     wish = _with_columns(wish, columns)
     return _with_clients(wish, private, given["clients"]), private
 
@@ -258,6 +263,11 @@ def _with_clients(wish: Wish, private: Dataset, clients: int | None) -> Wish:
     """
     from fedslm.drafting.survey import people_in
 
+    if wish.client_column is not None and wish.client_column == wish.unit_column:
+        raise DataError(
+            f"--client-column={wish.client_column} is the column of --unit too: each person would be a "
+            f"client, and the file would hold their number; use --clients N"
+        )
     if wish.client_column is not None:
         there = people_in(private, wish.client_column, "--client-column")
         clients = there if clients is None else clients

@@ -162,7 +162,8 @@ def check(config: Config) -> None:
     """Refuses a config that a search cannot be about.
 
     Raises:
-        ConfigError: There is no privacy, no public source, or no public size.
+        ConfigError: There is no privacy, no public source, or no public size; or the public records
+            would be start and training data in one.
         DataError: The public records are private, or those of the evaluation.
     """
     public.source_of(config.data)
@@ -176,6 +177,12 @@ def check(config: Config) -> None:
             "estimate of a client's units, such as 1000"
         )
         problems.append(Problem("privacy.units_per_client", message))
+    if config.task.head == "public":
+        message = (
+            'value "public": a search trains on the public records, so it cannot also start from them; '
+            'search with task.head="labels"'
+        )
+        problems.append(Problem("task.head", message))
     if problems:
         raise ConfigError(problems)
 
