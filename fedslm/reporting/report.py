@@ -97,7 +97,6 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
         "rounds_planned": config.federation.rounds,
         "stopped": outcome.stopped,
         "clients": list(inputs.clients),
-        "holdout": _holdout(directory),
         "training_records_in_public_split": None if private else inputs.duplicates,
         "plan": {"unit": plan.unit, **asdict(plan)} if isinstance(plan, PrivatePlan) else None,
         **_privacy(config, _charged(directory, inputs)),
@@ -113,10 +112,11 @@ def _report(directory: RunDirectory, inputs: Inputs, records: list[RoundRecord])
 
 
 def _expected(directory: RunDirectory, config: Config, outcome: Outcome) -> dict[str, Any]:
-    """Returns the recipe, if there was one, and what the signal-to-noise ratio promised."""
+    """Returns the recipe and the held-out share, if any, and what the noise leaves to learn."""
     found = expected(config, outcome.checkpoint.server.moving.num_parameters)
     outlook = None if found is None else found.as_json()
-    return {"recipe": read_recipe(directory.path), "outlook": outlook}
+    recipe, share = read_recipe(directory.path), _holdout(directory)
+    return {"recipe": recipe, "outlook": outlook, "holdout": share}
 
 
 def _holdout(directory: RunDirectory) -> float | None:
