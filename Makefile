@@ -7,7 +7,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check test-kernels test-real test-federation test-all lint bench dist demo-model install clean
+.PHONY: demo docs test check test-kernels test-real test-federation test-all lint bench dist demo-model install clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -53,6 +53,14 @@ bench: $(VENV)/.installed
 dist: $(VENV)/.installed
 	$(BIN)/python tests/support/distribution.py
 
+# The site in site/, from docs/ and the docstrings; a broken link is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 demo-model: $(VENV)/.installed
 	$(BIN)/python simulations/build_demo_model.py
 
@@ -66,4 +74,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs build dist site *.egg-info
