@@ -21,7 +21,7 @@ def make_run(directory: Path, rounds: int) -> Path:
     fedslm.simulate(
         {
             "model": {"base": "demo"},
-            "data": {"source": "demo", "max_evaluation_records": 100},
+            "data": {"source": "demo", "partition": "natural", "max_evaluation_records": 100},
             "task": {"name": "classification", "max_length": 96},
             "privacy": {
                 "unit": "user",

@@ -13,7 +13,7 @@ import fedslm
 
 CONFIG = {
     "model": {"base": "demo"},
-    "data": {"source": "demo"},  # or a path, a hub name, a database URL
+    "data": {"source": "demo", "partition": "natural"},  # or a path, a hub name, a database URL
     "task": {"name": "classification", "max_length": 96},
     "privacy": {"unit": "user", "unit_column": "patient", "units_per_client": 200},
     "federation": {"num_clients": 5},
