@@ -13,7 +13,7 @@ from fedslm.rng import seed_of
 _ONE = 2**63
 
 
-def is_held_out(unit: str, fraction: float, seed: int) -> bool:
+def is_held_out(unit: str, fraction: float, seed: int, purpose: str = "held-out") -> bool:
     """Whether a unit belongs to the held-out share.
 
     Formal guarantees:
@@ -25,11 +25,12 @@ def is_held_out(unit: str, fraction: float, seed: int) -> bool:
         unit: Name of a patient, or :func:`record_name`.
         fraction: Expected share of held-out units, in [0, 1).
         seed: The run's seed: public.
+        purpose: Choices for different purposes are independent of each other.
 
     >>> sum(is_held_out(str(unit), 0.25, seed=0) for unit in range(1000))
     255
     """
-    return seed_of(seed, "held-out", unit) < fraction * _ONE
+    return seed_of(seed, purpose, unit) < fraction * _ONE
 
 
 def record_name(row: Mapping[str, Any]) -> str:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# A run holds units out of train.parquet by the same rule: for one purpose, they would all be gone.
+PURPOSE = "split-in-two"
+
+
 @dataclass(frozen=True)
 class Sides:
     """Sizes of the two sides of a split.
@@ -64,7 +68,7 @@ def split_in_two(
     units = set(owners)
     if len(units) < 2:
         raise DataError(f"there is only {len(units)} unit; two are needed, one for each file")
-    tested = {each for each in units if is_held_out(each, fraction, seed)}
+    tested = {each for each in units if is_held_out(each, fraction, seed, PURPOSE)}
     count = len(tested)
     if not 0 < count < len(units):
         side = "training" if not count else "test"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedslm.data.holdout import is_held_out
-from fedslm.data.split import Sides, split_in_two
+from fedslm.data.split import PURPOSE, Sides, split_in_two
 from fedslm.errors import DataError
 
 ROWS = [{"text": f"note {n}", "patient": f"p{n % 37}", "tags": ["x"] * (n % 3)} for n in range(2100)]
@@ -39,7 +39,7 @@ def test_nobody_is_in_both_files(tmp_path: Path) -> None:
     owners = [{row["patient"] for row in rows} for rows in (train, test)]
     assert not owners[0] & owners[1]
     assert (len(owners[0]), len(owners[1])) == (sides.train_units, sides.test_units)
-    assert sides.test_units == sum(is_held_out(f"p{n}", 0.25, 0) for n in range(37)) > 0
+    assert sides.test_units == sum(is_held_out(f"p{n}", 0.25, 0, PURPOSE) for n in range(37)) > 0
     for rows in (train, test):
         assert rows == sorted(rows, key=lambda row: int(row["text"][5:]))
 
@@ -56,7 +56,7 @@ def test_without_a_unit_equal_records_stay_together(tmp_path: Path) -> None:
     """Each record is a unit, but a copy goes where the original is."""
     rows = [{"text": f"note {n % 50}", "label": "x"} for n in range(100)]
     sides = split(tmp_path, rows, unit=None)
-    assert (sides.train_records, sides.test_records) == (78, 22)
+    assert (sides.train_records, sides.test_records) == (84, 16)
     texts = [{row["text"] for row in read(tmp_path, side)} for side in ("train", "test")]
     assert not texts[0] & texts[1]
 
@@ -69,7 +69,7 @@ def test_both_files_have_somebody(
     """Either both sides have units, or the split is refused and nothing is written."""
     directory = tmp_path_factory.mktemp("split")
     rows = [{"text": f"note {n}", "patient": f"p{n}"} for n in range(units)]
-    tested = sum(is_held_out(f"p{n}", fraction, seed) for n in range(units))
+    tested = sum(is_held_out(f"p{n}", fraction, seed, PURPOSE) for n in range(units))
     if 0 < tested < units:
         sides = split(directory, rows, fraction=fraction, seed=seed)
         assert (sides.train_units, sides.test_units) == (units - tested, tested)
@@ -120,3 +120,12 @@ def test_no_file_is_overwritten(tmp_path: Path, side: str) -> None:
     with pytest.raises(DataError, match="exists"):
         split(tmp_path)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_run_can_still_hold_units_out(tmp_path: Path) -> None:
+    """With the same seed, the training side has units that a run's validation_fraction holds out."""
+    rows = [{"text": f"note {n}", "patient": f"p{n}"} for n in range(200)]
+    split(tmp_path, rows)
+    names = [row["patient"] for row in read(tmp_path, "train")]
+    held_out = sum(is_held_out(name, 0.25, 0) for name in names)
+    assert 0.1 < held_out / len(names) < 0.4
