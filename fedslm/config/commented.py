@@ -29,12 +29,14 @@ def commented_toml(sections: Mapping[str, Mapping[str, Any]], header: Sequence[s
         kept = {key: value for key, value in values.items() if value is not None}
         if kept:
             lines += ["", f"[{section}]"]
-            lines += [f"{key} = {_text(value)}{_meaning(section, key)}" for key, value in kept.items()]
+            lines += [
+                f"{key} = {toml_value(value)}{_meaning(section, key)}" for key, value in kept.items()
+            ]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _text(value: Any) -> str:
-    """A value as TOML."""
+def toml_value(value: Any) -> str:
+    """Writes a text, a number, a truth value or a list of them as TOML."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")
 
 

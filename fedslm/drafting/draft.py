@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedslm.config.base import TaskName
+from fedslm.config.commented import toml_value
 from fedslm.config.tasks import TASKS
 from fedslm.data.database import is_url
 from fedslm.errors import printable
@@ -155,11 +155,6 @@ def text_of(values: Mapping[str, Mapping[str, Any]], path: Path) -> str:
 def _lines(section: str, keys: Mapping[str, Any]) -> Iterator[str]:
     """Yields one line for each key, with its comment."""
     for key, value in keys.items():
-        text = f"{key} = {_toml(value)}"
+        text = f"{key} = {toml_value(value)}"
         comment = _COMMENTS.get(f"{section}.{key}", "").format(value=value)
         yield f"{text.ljust(_WIDTH)} # {comment}\n" if comment else f"{text}\n"
-
-
-def _toml(value: object) -> str:
-    """Writes a text or a number as TOML."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")

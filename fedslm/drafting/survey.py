@@ -160,7 +160,7 @@ def targets_in(
 ) -> tuple[str, ...]:
     """Names the columns that look like the target, the best first; none if the task has no target.
 
-    Args: as :func:`guess_text`.
+    Args: as :func:`texts_in`.
 
     >>> columns = [Column("kind", "text", 4, 1.0, 90), Column("entry", "text", 90, 14.0, 90)]
     >>> targets_in("classification", columns, ["entry"])
