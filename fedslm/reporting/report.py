@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ import fedslm
 from fedslm import layout
 from fedslm.config import Config
 from fedslm.config.tasks import TASKS
+from fedslm.errors import RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.rounds import Outcome
 from fedslm.models.peft_export import plain
@@ -23,7 +25,9 @@ from fedslm.recipes import expected, read_recipe
 from fedslm.records import Event, PrivacySpent, RoundRecord, epsilon_as_json
 from fedslm.rendering import render
 from fedslm.reporting.plots import plot_rounds
-from fedslm.storage import expand, json_text, write_text
+from fedslm.storage import expand, json_text, read_text, write_text
+
+_LONGEST_SHARE = 64  # bytes of a number
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,21 @@ def _expected(directory: RunDirectory, config: Config, outcome: Outcome) -> dict
 
 
 def _holdout(directory: RunDirectory) -> float | None:
-    """Share of the private file whose units are treated as public; None if the public split is not."""
+    """Share of the private file whose units are treated as public; None if the public split is not.
+
+    Raises:
+        RunError: The file cannot be read, or holds something else.
+    """
     path = directory.path / layout.HOLDOUT
-    return float(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        share = json.loads(read_text(path, _LONGEST_SHARE))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(share, float) or not 0 < share < 1:
+        raise RunError(f"{path}: value {share!r} must be in (0, 1), the share that was held out")
+    return share
 
 
 def _base(config: Config, outcome: Outcome) -> dict[str, str]:
