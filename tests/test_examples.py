@@ -31,6 +31,7 @@ def started(*command: str | Path, cwd: Path, programs: Path | None = None) -> st
         env=environment(programs),
         capture_output=True,
         text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
