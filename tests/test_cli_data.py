@@ -149,7 +149,8 @@ def test_split_says_what_it_wrote(tmp_path: Path) -> None:
 def test_one_record_is_not_many(tmp_path: Path) -> None:
     """Numbers and their nouns agree in what is printed."""
     (tmp_path / "two.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    options = ("--fraction", "0.5", "--out", str(tmp_path / "out"))
+    # Each unit draws its side by its own key: seed 2 puts one on each.
+    options = ("--fraction", "0.5", "--seed", "2", "--out", str(tmp_path / "out"))
     result = run("data", "split", str(tmp_path / "two.jsonl"), *options)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("parquet: 1 record\n") == 2
