@@ -20,6 +20,7 @@ from fedslm.errors import TrainingError
 from fedslm.models.families import PROVED
 from fedslm.models.footprint import memory_here
 from fedslm.models.networks import HEAD_NAMES, forgets_activations, inner
+from fedslm.models.pooling import MeanPoolingClassifier
 
 if TYPE_CHECKING:
     from fedslm.models.adapter import AttachedAdapter
@@ -40,6 +41,8 @@ class Prefix:
         first: The first block with an adapted module; None if all blocks are below.
         blocks: Number of all blocks.
         zero: Tensors in the blocks below that must be zero.
+        pooled: The classifier, if all blocks are below and it reads only the mean of what leaves them.
+            Then the mean is kept: one vector for a record, not one for each token.
     """
 
     body: Any
@@ -47,10 +50,13 @@ class Prefix:
     first: nn.Module | None
     blocks: int
     zero: tuple[nn.Parameter, ...] = ()
+    pooled: MeanPoolingClassifier | None = None
 
     @property
     def entry(self) -> nn.Module:
-        """The block that receives kept states."""
+        """The module that receives kept states."""
+        if self.pooled is not None:
+            return self.pooled.classifier
         return self.below[0] if self.first is None else self.first
 
     @property
@@ -65,8 +71,11 @@ class Prefix:
             tokens: Shape (1, tokens), without padding.
 
         Returns:
-            A tensor that training can use, of shape (tokens, width).
+            A tensor that training can use, of shape (tokens, width), or (width,) if it is pooled.
         """
+        if self.pooled is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                return self.pooled.mean(tokens.clone(), torch.ones_like(tokens))[0].contiguous()
 
         def stop(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             raise _Reached(inputs[0])
@@ -92,8 +101,15 @@ class Prefix:
         """Makes passes inside the block begin above the blocks below.
 
         Args:
-            states: What leaves these, of shape (rows, tokens, width).
+            states: What leaves these, of shape (rows, tokens, width), or (rows, width) if it is pooled.
         """
+        if self.pooled is not None:
+            self.pooled.__dict__["mean"] = lambda *_, **__: states
+            try:
+                yield
+            finally:
+                del self.pooled.__dict__["mean"]
+            return
 
         def replace(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (states, *inputs[1:])
@@ -152,7 +168,8 @@ def prefix_of(adapter: AttachedAdapter, *, only_head: bool = False) -> Prefix | 
     if cut < len(blocks):
         return Prefix(body, tuple(blocks[:cut]), blocks[cut], len(blocks))
     zero = tuple(each for key, each in adapter.parameters.items() if part_of(key) == "lora_B")
-    return Prefix(body, tuple(blocks), None, len(blocks), zero)
+    pooled = base if isinstance(base, MeanPoolingClassifier) else None
+    return Prefix(body, tuple(blocks), None, len(blocks), zero, pooled)
 
 
 def most_bytes_here() -> int:
@@ -215,7 +232,7 @@ class CachedLayers:
             yield
 
     def _states(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Returns the states of a batch, of shape (rows, tokens, width)."""
+        """Returns the states of a batch, of shape (rows, tokens, width) or (rows, width)."""
         lengths = mask.sum(dim=1)
         if not torch.equal(mask > 0, torch.arange(mask.shape[1]) < lengths.unsqueeze(1)):
             raise TrainingError("internal check failed: a batch is not padded on the right")
@@ -228,6 +245,8 @@ class CachedLayers:
             if key not in found:
                 found[key] = self._of(key, own)
         with torch.inference_mode(False):
+            if self.prefix.pooled is not None:
+                return torch.stack([found[key] for key in keys])
             any_states = found[keys[0]]
             states = any_states.new_zeros((*tokens.shape, any_states.shape[-1]))
             for row, key in zip(states, keys, strict=True):
