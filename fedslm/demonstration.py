@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedslm import config as configuration
+from fedslm import layout
 from fedslm.config import Config
 from fedslm.errors import Unusable
 from fedslm.inference.prediction import predict
@@ -34,7 +35,6 @@ ARMS: dict[str, dict[str, Any]] = {
 EXAMPLE = "slurred speech and facial droop"
 _LAST_LAYERS = ["3.attention.self.query", "3.attention.self.value", "3.output.dense"]
 _JSON_KEYS = ("metrics_before", "metrics_after", "privacy", "epsilon", "delta", "seconds", "directory")
-_LOG = "clients.log"
 _PUBLIC = {"delta": 1e-5, "clip_norm": 1.0, "sample_rate": 0.06}
 
 
@@ -82,7 +82,7 @@ def run(directory: Path, *, as_json: bool = False) -> list[dict[str, Any]]:
         raise Unusable(f"{directory} is not empty; choose another with --directory")
     configs = [config_of(arm, directory) for arm in ARMS]
     directory.mkdir(parents=True, exist_ok=True)
-    with closing(workers_for(configs[-1], directory / _LOG)) as pool:
+    with closing(workers_for(configs[-1], directory / layout.CLIENTS_LOG)) as pool:
         reports = [simulate(config, [Bar()], pool) for config in configs]
     if as_json:
         for report in reports:

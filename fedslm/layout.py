@@ -34,6 +34,7 @@ DISTILLED = "distilled"
 DISTILL_REPORT, DISTILL_PAGE = "distill.json", "distill.md"
 
 # A sweep's directory.
+CLIENTS_LOG = "clients.log"
 SWEEP, SWEEP_PAGE, SWEEP_PLOT = "sweep.json", "sweep.md", "sweep.png"
 
 # A node's directory.

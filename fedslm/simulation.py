@@ -42,7 +42,6 @@ from fedslm.workers import InlinePool, Pool, WorkerPool, preload
 
 logger = logging.getLogger(__name__)
 _DRAIN_SECONDS = 120.0
-_LOG = "clients.log"
 Rounds = Callable[[RunPlan, tuple[str, ...]], Outcome]
 
 
@@ -86,16 +85,19 @@ def run_path(config: Config) -> Path:
 
 def _discard(directory: RunDirectory) -> None:
     """Removes a run directory; its client logs are kept next to it."""
-    log = directory.path / _LOG
+    log = directory.path / layout.CLIENTS_LOG
     if log.exists() and log.stat().st_size:
-        kept = directory.path.with_name(f"{directory.path.name}.{_LOG}")
+        kept = directory.path.with_name(f"{directory.path.name}.{layout.CLIENTS_LOG}")
         log.replace(kept)
         logger.warning("no round was run, so %s is removed; its log is %s", directory.path, kept)
     shutil.rmtree(directory.path, ignore_errors=True)
 
 
 def resume(
-    path: Path, observers: Sequence[Observer] = (), expected: Config | None = None
+    path: Path,
+    observers: Sequence[Observer] = (),
+    expected: Config | None = None,
+    pool: Pool | None = None,
 ) -> dict[str, Any]:
     """Continues a run from its last checkpoint; a finished run is left unchanged.
 
@@ -103,6 +105,7 @@ def resume(
         path: The run directory.
         observers: Receive progress events.
         expected: Refuse the directory if it was created with another config.
+        pool: As for :func:`simulate`.
 
     Raises:
         FedslmError: As :func:`simulate`, or the run cannot be continued.
@@ -113,7 +116,7 @@ def resume(
         return done
     directory, config = RunDirectory.open(path, expected)
     directory.check_continues(config)
-    report = Run(config, directory, observers).report()
+    report = Run(config, directory, observers, pool).report()
     distill_if_asked(directory.path, config.distill)
     return report
 
@@ -305,7 +308,7 @@ def _install_policy(source: Path, directory: RunDirectory) -> None:
 
 def _pool(config: Config, directory: RunDirectory) -> Pool:
     """Starts the workers that the config asks for."""
-    log = directory.path / _LOG
+    log = directory.path / layout.CLIENTS_LOG
     if config.engine.name == "ray":
         from fedslm.engines.ray import RayPool
         from fedslm.engines.ray_cluster import Needs

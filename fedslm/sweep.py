@@ -10,12 +10,14 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedslm import layout, simulation, validation
 from fedslm.config import Config
+from fedslm.engines.placement import placed
 from fedslm.errors import OutOfRange
 from fedslm.federation.observers import Observer
 from fedslm.privacy import accounting
@@ -23,6 +25,7 @@ from fedslm.recipes import Completed, completed
 from fedslm.records import Event, epsilon_as_json
 from fedslm.reporting.plots import plot_spread
 from fedslm.storage import json_text, write_text
+from fedslm.workers import Pool
 
 MOST_RUNS = 200
 Load = Callable[[Mapping[str, Any]], Config]
@@ -144,14 +147,15 @@ def sweep(load: Load, question: Question, observers: Sequence[Observer] = ()) ->
         raise OutOfRange(f"key={question.key!r} names a run; vary another key, and give --seeds")
     configs = {
         (value, number): _config(load, question, value, number)
-        for value in question.values
         for number in range(question.seeds)
+        for value in question.values
     }  # all are complete and valid before the first run starts
     if len({made.config.run.directory for made in configs.values()}) < runs:
         raise OutOfRange(
             f"values={','.join(question.values)} must differ in letters or digits, which name the runs"
         )
-    reports = {key: _report(made, observers) for key, made in configs.items()}
+    with _workers([made.config for made in configs.values()], question.directory) as pool:
+        reports = {key: _report(made, observers, pool) for key, made in configs.items()}
     found = _summary(question, reports)
     write(found, question.directory)
     return found
@@ -166,12 +170,26 @@ def _config(load: Load, question: Question, value: str, number: int) -> Complete
     return made
 
 
-def _report(made: Completed, observers: Sequence[Observer]) -> dict[str, Any]:
+@contextmanager
+def _workers(configs: Sequence[Config], directory: Path) -> Iterator[Pool | None]:
+    """Workers of all runs, which find base and cached layers loaded; None if a run needs others."""
+    left = [each for each in configs if not (simulation.run_path(each) / layout.REPORT).exists()]
+    places = [placed(each) if each.engine.name == "local" else None for each in left]
+    if len(left) < 2 or None in places or any(place != places[0] for place in places):
+        yield None
+        return
+    private = [each for each in left if each.privacy.unit != "none"]
+    directory.mkdir(parents=True, exist_ok=True)
+    with closing(simulation.workers_for((private or left)[0], directory / layout.CLIENTS_LOG)) as pool:
+        yield pool
+
+
+def _report(made: Completed, observers: Sequence[Observer], pool: Pool | None) -> dict[str, Any]:
     """Runs, continues or reads one run."""
-    path = Path(str(made.config.run.directory))
+    path = simulation.run_path(made.config)
     if (path / layout.CONFIG_JSON).exists():
-        return simulation.resume(path, observers, made.config)
-    return simulation.simulate(made, observers)
+        return simulation.resume(path, observers, made.config, pool)
+    return simulation.simulate(made, observers, pool)
 
 
 def _summary(question: Question, reports: Mapping[tuple[str, int], dict[str, Any]]) -> Sweep:

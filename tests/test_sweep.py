@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from support.commands import run
 
+from fedslm import simulation
 from fedslm.privacy import accounting
 from fedslm.records import Event
 from fedslm.sweep import _events, _together
+from fedslm.workers import Pool
 
 TINY = """
 [model]
@@ -42,8 +44,16 @@ def config(notes: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_it_runs_keeps_and_adds_up(config: Path, tmp_path: Path) -> None:
-    """Two values, two seeds: a table, a curve, ε of all four runs; a second call runs nothing."""
+def test_it_runs_keeps_and_adds_up(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two values, two seeds: a table, a curve, ε of all four runs, which share their workers.
+
+    A second call runs nothing, and starts no worker.
+    """
+    started: list[Pool] = []
+    real = simulation.workers_for
+    monkeypatch.setattr(simulation, "workers_for", lambda *a: started.append(real(*a)) or started[-1])
     place = tmp_path / "sweep"
     call = [
         "sweep",
@@ -74,6 +84,7 @@ def test_it_runs_keeps_and_adds_up(config: Path, tmp_path: Path) -> None:
     assert run(*call, "--json").exit_code == 0
     again = [json.loads(file.read_text()) for file in place.glob("*/report.json")]
     assert {report["run_id"]: report["finished_at"] for report in again} == finished
+    assert len(started) == 1
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ class _Search:
         """Trains, and returns the task's statistics of each held-out record."""
         shutil.rmtree(place, ignore_errors=True)  # of a trial that was interrupted
         if self._pool is None and config.engine.name == "local":
-            self._pool = workers_for(config, self._directory / "clients.log")
+            self._pool = workers_for(config, self._directory / layout.CLIENTS_LOG)
         simulate(Completed(config), pool=self._pool)
         run = open_run(place)
         trained = load_trained(run)
