@@ -1,12 +1,12 @@
 """What a dictionary of tagged words reaches on bc5cdr: without privacy, and at the epsilon of a run.
 
-FEDSLM_ASSETS=… python benchmarks/dictionary.py [--epsilon 8] [--delta 1e-4] [--clients 5] [--seeds 0 1 2]
+FEDSLM_ASSETS=… python benchmarks/dictionary.py [--epsilon 8 3] [--delta 1e-4] [--clients 5] [--seeds 0]
 
-The private dictionary counts how often each word has each tag. One sentence adds at most K pairs, each once and
-with weight 1 / √K, so the counts have L2 sensitivity 1 for one sentence, and each client adds the noise of the
-analytic Gaussian mechanism (Balle and Wang 2018, arXiv 1805.06530) to its own counts. It is favoured three times:
-the words are taken as public (all words of training and test), and K and the least count that a tag needs are the
-best of several *by the test sentences*. So its F1 is an upper bound.
+The private dictionary counts how often each word has each tag. One sentence adds at most K pairs, each
+once and with weight 1 / √K, so the counts have L2 sensitivity 1 for one sentence, and each client adds
+the noise of the analytic Gaussian mechanism (Balle and Wang 2018, arXiv 1805.06530) to its own counts.
+It is favoured twice: the words of training and test are taken as public, and K and the least count that
+a tag needs are the best of several *by the test sentences*. So its F1 is an upper bound.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def sentences(split: str) -> Sentences:
 
 
 def analytic_sigma(epsilon: float, delta: float) -> float:
-    """The least noise of the Gaussian mechanism at L2 sensitivity 1 (Balle and Wang 2018, Theorem 8)."""
+    """The least noise at L2 sensitivity 1 (Balle and Wang 2018, Theorem 8)."""
     normal = statistics.NormalDist().cdf
 
     def spent(sigma: float) -> float:
@@ -67,7 +67,7 @@ class Dictionary:
         self.tags = ["O", *sorted(tags - {"O"})]
 
     def pairs(self, row: dict[str, Any]) -> list[tuple[int, int]]:
-        """Distinct pairs of word and tag of a sentence, entities first: they are what K should be spent on."""
+        """Distinct pairs of word and tag of a sentence, entities first: K is for them."""
         found = {
             (self.words[word.lower()], self.tags.index(tag))
             for word, tag in zip(row["tokens"], row["tags"], strict=True)
@@ -83,7 +83,7 @@ class Dictionary:
         return total
 
     def score(self, counts: np.ndarray, least: float) -> float:
-        """Entity F1 if each word gets its commonest tag, and O where no other tag has ``least`` counts."""
+        """Entity F1 if each word gets its commonest tag, or O below ``least`` counts."""
         best = np.where(counts[:, 1:].max(1) >= least, counts[:, 1:].argmax(1) + 1, 0)
         chosen = np.where(counts[:, 0] > counts[:, 1:].max(1), 0, best)
         right = guessed = actual = 0
@@ -98,14 +98,13 @@ class Dictionary:
         return 2 * right / max(1, guessed + actual)
 
     def private(self, sigma: float, seeds: Sequence[int]) -> Iterator[tuple[float, int, float]]:
-        """Mean F1 over seeds with its K and least count; sigma: noise on the sum at L2 sensitivity 1."""
+        """Mean F1 over seeds with its K and least count, under noise for L2 sensitivity 1."""
         for most in PAIRS:
             exact = self.counts(most)
             for least in LEAST:
                 scores = [
                     self.score(
-                        exact
-                        + np.random.default_rng(seed).normal(0, sigma * most**0.5, exact.shape),
+                        exact + np.random.default_rng(seed).normal(0, sigma * most**0.5, exact.shape),
                         least * sigma * most**0.5,
                     )
                     for seed in seeds
@@ -128,8 +127,8 @@ def main() -> None:
         for clients in sorted({1, asked.clients}):
             best = max(dictionary.private(alone * clients**0.5, asked.seeds))
             print(
-                f"epsilon {epsilon:g}, noise of {clients} client{'s' * (clients > 1)}: F1 at most {best[0]:.3f} "
-                f"({best[1]} pairs a sentence, least count {best[2]:g} deviations)",
+                f"epsilon {epsilon:g}, noise of {clients} client{'s' * (clients > 1)}: F1 at most "
+                f"{best[0]:.3f} ({best[1]} pairs a sentence, least count {best[2]:g} deviations)",
                 flush=True,
             )
 

@@ -1,6 +1,6 @@
 """Defaults only: what the recipes reach where a config names just data, base, unit and epsilon.
 
-FEDSLM_ASSETS=… python benchmarks/recipes.py [NAME …] [--epsilon 8 3] [--seeds 0 1 2]
+FEDSLM_ASSETS=… python benchmarks/recipes.py [NAME …] [--epsilon 8 3] [--seeds 3]
 
 Each run is one minimal config. The reference is a central regression without privacy on the same base's
 features, with the better of two penalties *on the test records*: an upper bound. Results are kept under
@@ -15,6 +15,7 @@ import json
 import os
 import random
 import statistics
+import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import docstrings
-from arms import ROOT, RUNS, finished_run
+from arms import FEDSLM, ROOT, RUNS, report_of
 
 from fedslm.storage import expand
 
 PLACE, PAGE = RUNS / "recipes", ROOT / "docs" / "recipes.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 PATIENTS, SITES, SECTIONS = 160, 3, 6
+RUN_SECONDS = 4 * 3600
 Rows = list[dict[str, Any]]
 
 
@@ -125,44 +127,31 @@ def config_of(name: str) -> Path:
     return path
 
 
-def run(name: str, epsilon: float, seed: int, workers: int) -> dict[str, Any]:
-    """One run; kept."""
-    directory = PLACE / f"{name}-{epsilon:g}-{seed}"
-    kept = directory / "figures.json"
-    if not kept.exists():
-        overrides = (f"privacy.epsilon={epsilon}", f"run.seed={seed}", f"engine.workers={workers}")
-        finished_run(config_of(name), directory, overrides)
-        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-        figures = {
-            "accuracy": report["metrics_after"]["accuracy"],
-            "before": report["metrics_before"]["accuracy"],
-            "epsilon": report["epsilon"],
-            "delta": report["delta"],
-            "signal": report["outlook"]["signal_to_noise"],
-            "seconds": report["seconds"],
-        }
-        kept.write_text(json.dumps(figures), encoding="utf-8")
-    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-    return found
+def run(name: str, epsilons: Sequence[float], seeds: int, workers: int) -> None:
+    """All runs of a job; complete ones are kept."""
+    over = f"privacy.epsilon={','.join(f'{each:g}' for each in epsilons)}"
+    command = [FEDSLM, "sweep", str(config_of(name)), "--over", over, "--seeds", str(seeds)]
+    command += ["--directory", str(PLACE / name), "--set", f"engine.workers={workers}"]
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, check=True, timeout=RUN_SECONDS)
 
 
 def central(name: str) -> float:
     """Accuracy of the central regression; kept."""
     kept = PLACE / f"{name}-central.json"
     if not kept.exists():
-        job = JOBS[name]
-        parts = {split: split_of(job, split) for split in ("train", "test")}
+        parts = {split: split_of(JOBS[name], split) for split in ("train", "test")}
         labels = sorted({row["label"] for rows in parts.values() for row in rows})
-        found = max(regressions(job, parts, labels))
+        found = max(regressions(name, parts, labels))
         kept.write_text(json.dumps(found), encoding="utf-8")
     return float(json.loads(kept.read_text(encoding="utf-8")))
 
 
-def regressions(job: Job, parts: dict[str, Rows], labels: Sequence[str]) -> Iterator[float]:
+def regressions(name: str, parts: dict[str, Rows], labels: Sequence[str]) -> Iterator[float]:
     """Accuracy at two penalties."""
     import torch
 
-    features = {split: features_of(job, rows) for split, rows in parts.items()}
+    features = {split: kept_features(name, split, rows) for split, rows in parts.items()}
     classes = {
         split: torch.tensor([labels.index(r["label"]) for r in rows]) for split, rows in parts.items()
     }
@@ -182,6 +171,17 @@ def regressions(job: Job, parts: dict[str, Rows], labels: Sequence[str]) -> Iter
         with torch.no_grad():
             logits = features["test"] @ weights[:, :-1].T + weights[:, -1]
         yield float((logits.argmax(1) == classes["test"]).float().mean())
+
+
+def kept_features(name: str, split: str, rows: Rows) -> Any:
+    """The features of a job's rows; kept."""
+    import torch
+
+    path = PLACE / f"{name}-{split}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(features_of(JOBS[name], rows), path)
+    return torch.load(path)
 
 
 def features_of(job: Job, rows: Rows) -> Any:
@@ -207,24 +207,24 @@ def features_of(job: Job, rows: Rows) -> Any:
     return found
 
 
-def row(name: str, epsilon: float, seeds: Sequence[int]) -> str | None:
+def row(name: str, epsilon: float, seeds: int) -> str | None:
     """One line of the table; None if no run is complete."""
-    files = [PLACE / f"{name}-{epsilon:g}-{seed}" / "figures.json" for seed in seeds]
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    places = [PLACE / name / f"{epsilon:g}-seed{seed}" for seed in range(seeds)]
+    runs = [found for place in places if (found := report_of(place)) is not None]
     if not runs:
         return None
-    job, reference = JOBS[name], central(name)
+    job, reference, first = JOBS[name], central(name), runs[0]
     test = split_of(job, "test")
     commonest = max(Counter(row["label"] for row in test).values()) / len(test)
-    scores = [each["accuracy"] for each in runs]
+    scores = [each["metrics_after"]["accuracy"] for each in runs]
     mean = statistics.mean(scores)
     cells = [
         f"`{name}`",
         f"{epsilon:g}",
-        f"{runs[0]['delta']:g}",
-        f"{runs[0]['signal']:.2g}",
+        f"{first['delta']:g}",
+        f"{first['outlook']['signal_to_noise']:.2g}",
         f"{commonest:.3f}",
-        f"{runs[0]['before']:.3f}",
+        f"{first['metrics_before']['accuracy']:.3f}",
         f"{mean:.3f} ({min(scores):.3f} to {max(scores):.3f}; {len(scores)})",
         f"{reference:.3f}",
         f"{mean / reference:.2f}",
@@ -233,7 +233,7 @@ def row(name: str, epsilon: float, seeds: Sequence[int]) -> str | None:
     return f"| {' | '.join(cells)} |"
 
 
-def write_table(epsilons: Sequence[float], seeds: Sequence[int]) -> None:
+def write_table(epsilons: Sequence[float], seeds: int) -> None:
     """Writes the table from what is there."""
     names = [
         "data",
@@ -262,7 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(JOBS)}; left out: all")
     parser.add_argument("--epsilon", nargs="+", type=float, default=[8.0, 3.0])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=-1)
     parser.add_argument("--table", action="store_true", help="run nothing, write what is there")
     asked = parser.parse_args()
@@ -272,10 +272,8 @@ def main() -> None:
         make_patients()
         for name in ("packages", "library"):
             docstrings.make(name, PLACE / name)
-        for seed in asked.seeds:
-            for name in asked.names or JOBS:
-                for epsilon in asked.epsilon:
-                    print(name, epsilon, seed, run(name, epsilon, seed, asked.workers), flush=True)
+        for name in asked.names or JOBS:
+            run(name, asked.epsilon, asked.seeds, asked.workers)
     write_table(asked.epsilon, asked.seeds)
 
 
