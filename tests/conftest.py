@@ -20,12 +20,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", str(threads()))  # whichever test is the first to import torch
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_cache() -> Iterator[None]:
-    """The tests of a session share a cache of their own, also with the processes that they start."""
-    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDSLM_CACHE", directory)
-        yield
+def pytest_configure(config: pytest.Config) -> None:
+    """The tests of a session share a cache of their own, with its workers and what they start."""
+    if not hasattr(config, "workerinput"):  # before pytest-xdist starts workers, which inherit it
+        directory = tempfile.TemporaryDirectory()
+        patch = pytest.MonkeyPatch()
+        patch.setenv("FEDSLM_CACHE", directory.name)
+        config.add_cleanup(patch.undo)
+        config.add_cleanup(directory.cleanup)
 
 
 @pytest.fixture(autouse=True)
