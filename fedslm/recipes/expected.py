@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedslm.config import Config
 from fedslm.errors import ModelError, PrivacyError
-from fedslm.privacy.calibration import noise_of
+from fedslm.privacy import accounting
+from fedslm.privacy.calibration import calibrated, noise_of
+from fedslm.privacy.plan import NoPrivacy
 from fedslm.privacy.planning import signal_to_noise
 from fedslm.recipes.facts import base_of
 from fedslm.recipes.table import Recipe, recipe_for
 
 _LARGEST_EPSILON = 32.0
+_MARGIN = 0.01  # calibrated noise is up to 0.002 above the smallest
 _WITHOUT_NAMES = 3.0  # a head that does not start from class names needs so many times the ratio
 
 
@@ -110,11 +113,9 @@ def _recipe(config: Config) -> Recipe:
     return recipe_for(config.task.name, parameters)
 
 
-def _signal(config: Config, parameters: int, *, epsilon: float | None = None) -> float:
-    """The ratio of a config, also at another epsilon."""
+def _signal(config: Config, parameters: int) -> float:
+    """The ratio of a config."""
     privacy, training, federation = config.privacy, config.training, config.federation
-    if epsilon is not None:
-        privacy = privacy.model_copy(update={"epsilon": epsilon})
     return signal_to_noise(
         noise=noise_of(privacy, training, federation.rounds),
         steps=federation.rounds * training.local_steps,
@@ -131,16 +132,8 @@ def _remedies(config: Config, parameters: int, factor: float) -> Iterator[str]:
     yield f"{math.ceil(factor * units):,} {unit}s at each client (about {units:,.0f} now)"
     clients = math.ceil(factor**2 * federation.cohort_size)
     yield f"{clients:,} clients of this size in a round ({federation.cohort_size} now)"
-    budget = config.privacy.epsilon
-    if budget is not None and config.privacy.noise_multiplier is None:
-        wanted = factor * _signal(config, parameters)
-        larger = (budget * 1.25**power for power in range(1, 60))
-        for epsilon in larger:
-            if epsilon > _LARGEST_EPSILON:
-                break
-            if _signal(config, parameters, epsilon=epsilon) >= wanted:
-                yield f"privacy.epsilon = {epsilon:.2g} ({budget:g} now), a weaker promise"
-                break
+    if (epsilon := _enough_epsilon(config, factor)) is not None:
+        yield f"privacy.epsilon = {epsilon:g} ({config.privacy.epsilon:g} now), a weaker promise"
     yield f"{max(1, int(parameters / factor**2)):,} trained parameters ({parameters:,} now)"
     if (config.privacy.sample_rate or 1.0) < 1:
         changed = config.model_copy(
@@ -154,3 +147,22 @@ def _remedies(config: Config, parameters: int, factor: float) -> Iterator[str]:
                 yield f"privacy.sample_rate = 1 with training.batch_size = {units:.0f}"
         except PrivacyError:  # no noise keeps the budget with so many units in a step
             return
+
+
+def _enough_epsilon(config: Config, factor: float) -> float | None:
+    """The budget, in two digits, whose noise is smaller by a factor; None if that is no remedy.
+
+    The ratio is inversely proportional to the noise, so the wanted noise is known, and what it costs is
+    one question to the accountants.
+    """
+    plan = calibrated(config.privacy, config.training, config.federation.rounds)
+    if isinstance(plan, NoPrivacy) or config.privacy.noise_multiplier is not None:
+        return None
+    smaller = replace(plan, noise_multiplier=plan.noise_multiplier / factor)
+    try:
+        spent = accounting.epsilon(smaller.run_events, smaller.delta)
+    except PrivacyError:  # noise so small that no epsilon is finite
+        return None
+    digit: float = 10.0 ** (math.floor(math.log10(spent)) - 1)
+    epsilon = round(math.ceil(spent * (1 + _MARGIN) / digit) * digit, 6)
+    return epsilon if epsilon <= _LARGEST_EPSILON else None

@@ -45,7 +45,7 @@ def test_the_ratio_is_that_of_gaussian_dp() -> None:
 
 
 def test_what_will_not_learn_is_said_with_what_would() -> None:
-    """Each remedy, applied, reaches the ratio that is needed."""
+    """Each remedy, applied, reaches the ratio that is needed; a larger epsilon by little more."""
     found = expected(config_of(), PARAMETERS)
     assert found is not None
     assert not found.learns
@@ -53,6 +53,9 @@ def test_what_will_not_learn_is_said_with_what_would() -> None:
     first = [re.search(r"\d[\d,]*(?:\.\d+)?", each) for each in found.remedies]
     numbers = [float(match[0].replace(",", "")) for match in first if match is not None]
     units, clients, epsilon, parameters = numbers
+    less = expected(config_of(epsilon=epsilon / 1.15), PARAMETERS)
+    assert less is not None
+    assert less.signal < found.needed
     base = config_of()
     changed = [
         (
@@ -73,7 +76,7 @@ def test_what_will_not_learn_is_said_with_what_would() -> None:
     for config, size in changed:
         better = expected(config, size)
         assert better is not None
-        assert better.signal >= 0.97 * found.needed  # epsilon is shown with two digits
+        assert better.signal >= found.needed
 
 
 def test_a_good_plan_is_said_to_be_one() -> None:
