@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -192,10 +194,26 @@ def stop(
 
 
 def until_stopped() -> threading.Event:
-    """Returns an event that Ctrl-C sets, or a service manager's SIGTERM."""
+    """Returns an event that Ctrl-C sets, or a service manager's SIGTERM.
+
+    A handler runs between two steps of the main thread, which may hold the event's lock there: setting
+    the event itself would then wait for ever. So a handler writes a byte, and a thread sets the event.
+    """
     stop = threading.Event()
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def wait() -> None:
+        os.read(read, 1)
+        stop.set()
+
+    def tell(*_: object) -> None:
+        with suppress(BlockingIOError):  # so many signals that the pipe is full
+            os.write(write, b"\0")
+
+    threading.Thread(target=wait, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, tell)
     return stop
 
 
