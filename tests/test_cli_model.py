@@ -171,6 +171,9 @@ def test_info_says_what_is_computed_once_for_a_record() -> None:
     assert 0 < found["cached_layers"] == 1 < found["layers"]
     assert found["cached_bytes_per_record"] == 64 * 128 * 4  # tokens, width of the demo's base, float32
     assert info(*last, "model.dtype=bfloat16", "task.max_length=32")["cached_bytes_per_record"] == 8192
+    head = info(*last, "task.max_length=64", "aggregation.method=head", "task.pooling=mean")
+    assert head["cached_layers"] == head["layers"]
+    assert head["cached_bytes_per_record"] == 128 * 4  # the mean of all tokens
     for none in ("lora.target_modules=all-linear", "model.gradient_checkpointing=true"):
         assert info(*last, none)["cached_bytes_per_record"] == 0
     parts = [part for each in last for part in ("--set", each)]

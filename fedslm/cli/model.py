@@ -10,7 +10,7 @@ import typer
 from fedslm.adapter_keys import key_of, layers_of
 from fedslm.cli.answers import print_facts
 from fedslm.cli.console import ConfigPath, Json, Overrides, clear_errors, load_config
-from fedslm.config import Config, MethodName
+from fedslm.config import Config
 from fedslm.config.tasks import TASKS
 from fedslm.errors import DataError, TrainingError, plural
 from fedslm.storage import json_text
@@ -82,7 +82,7 @@ def describe(config: Config) -> dict[str, Any]:
         **computed,
         "base_bytes": sizes.base_bytes,
         "float32_bytes": sizes.whole_bytes,
-        **_adapted(sizes, method_of(config.aggregation)),
+        **_adapted(sizes, config),
         "classes": classes,
         "classes_assumed": bool(guess),
         "method": config.aggregation.method,
@@ -114,15 +114,20 @@ def trained_parameters(config: Config) -> int:
     return sizing.parameters(shapes, trained_keys(method_of(config.aggregation), shapes))
 
 
-def _adapted(sizes: Footprint, method: MethodName) -> dict[str, Any]:
+def _adapted(sizes: Footprint, config: Config) -> dict[str, Any]:
     """Returns which layers are adapted or new, and how many are computed once for each record."""
-    whole = method == "head" and sizes.cached_layers > 0  # then nothing below the head changes
+    from fedslm.aggregation.methods import method_of
+
+    only_head = method_of(config.aggregation) == "head"
+    whole = only_head and sizes.cached_layers > 0  # then nothing below the head changes
+    # Where a classifier reads only the mean of all tokens, the mean is kept.
+    vectors = config.task.max_length if whole and config.task.pooling in ("mean", "normalized") else 1
     return {
         "targets": sizes.targets,
         "heads": list(sizes.heads),
         "layers": sizes.layers,
         "cached_layers": sizes.layers if whole else sizes.cached_layers,
-        "cached_bytes_per_record": sizes.cached_bytes,
+        "cached_bytes_per_record": sizes.cached_bytes // vectors,
     }
 
 
