@@ -26,7 +26,7 @@ check: lint
 	  --dist loadfile $(patsubst %,--ignore tests/privacy/test_%.py,$(UNCHECKED))
 
 test-real: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m "real and not slow" --timeout 1200
+	$(BIN)/python -m pytest -q -m "real and not slow" -n 2 --maxschedchunk 1 --timeout 1200
 
 test-federation: $(VENV)/.installed
 	$(BIN)/python -m pytest -q tests/deployment -m "federation and not slow" -n 2 --dist loadfile --no-loadscope-reorder --timeout 600
