@@ -24,6 +24,7 @@ from fedslm.storage import load_adapter
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parent.parent.parent
+POLITE = {"RAY_worker_niceness": "0"}  # by default other tests that run now would starve Ray's workers
 BIN = Path(sys.executable).parent
 
 
@@ -73,7 +74,9 @@ def write(config: Config, path: Path) -> Path:
 def simulate(config: Config, path: Path) -> AdapterState:
     """Runs the command line."""
     command = [BIN / "fedslm", "simulate", write(config, path), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env={**os.environ, **POLITE}
+    )
     assert done.returncode == 0, done.stderr
     return adapter_of(Path(str(config.run.directory)))
 
@@ -83,6 +86,7 @@ def flower(home: Path) -> Iterator[dict[str, str]]:
     """An environment of its own for Flower's persistent local SuperLink, stopped at the end."""
     environment = {
         **os.environ,
+        **POLITE,
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
