@@ -24,6 +24,9 @@ FedslmError
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -71,6 +74,35 @@ class ConfigError(FedslmError):
         self.problems = problems
         lines = "\n".join(f"  {problem}" for problem in problems)
         super().__init__(f"{plural(len(problems), 'problem')} in the configuration\n{lines}")
+
+
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """Returns a text with other names for config keys and arguments, such as the options of a command.
+
+    A name without a dot counts only before "=", since it may be a word of a sentence.
+
+    >>> renamed("data.source='a'; set the unit with unit=b", {"data.source": "FILE", "unit": "--unit"})
+    "FILE='a'; set the unit with --unit=b"
+    >>> renamed("data.source='a'", {})
+    "data.source='a'"
+    """
+    if not names:
+        return text
+    keys = "|".join(re.escape(each) + ("" if "." in each else "(?==)") for each in names)
+    return re.sub(rf"(?<![\w.'\"/-])({keys})(?!\w|\.\w)", lambda found: names[found[1]], text)
+
+
+@contextmanager
+def told_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Renames config keys and arguments in the errors of a block, as :func:`renamed` does."""
+    try:
+        yield
+    except ConfigError as error:
+        problems = [(names.get(each.key, each.key), each.message) for each in error.problems]
+        raise ConfigError([Problem(key, renamed(text, names)) for key, text in problems]) from error
+    except FedslmError as error:
+        error.args = (renamed(str(error), names), *error.args[1:])
+        raise
 
 
 class DataError(FedslmError):

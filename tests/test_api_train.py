@@ -13,6 +13,8 @@ from support.commands import assert_clear, run
 from support.tiny import make_rows
 
 import fedslm
+from fedslm.api.single import ARGUMENTS
+from fedslm.cli.train import OPTIONS
 from fedslm.config import from_toml
 from fedslm.errors import ConfigError
 
@@ -112,7 +114,7 @@ def test_holdout_divides_people(files: Path, tmp_path: Path) -> None:
 BAD = [
     ({"epsilon": None}, "epsilon: is required"),
     ({"evaluation": None}, "evaluation: is missing: give public records"),
-    ({"holdout": 0.1}, "holdout: is set in addition to evaluation"),
+    ({"holdout": 0.1}, "holdout: is set together with evaluation"),
     ({"evaluation": None, "holdout": 1.0}, r"holdout: value 1.0 must be in \(0, 1\)"),
     ({"unit": "none"}, "unit: value 'none': give \"record\", or the column"),
     ({"unit": "person"}, r"train: has no column 'person' \(privacy.unit_column\); it has text, label"),
@@ -144,21 +146,46 @@ def test_a_wrong_argument_is_named(tmp_path: Path, changes: dict[str, Any], part
     ("arguments", "kind", "parts"),
     [
         (["--evaluation", "{}/public.csv"], "ConfigError", ["--epsilon: is required", "no default"]),
-        (["--epsilon", "3"], "ConfigError", ["evaluation: is missing"]),
+        (["--epsilon", "3"], "ConfigError", ["--evaluation: is missing", "set --holdout=0.1"]),
         (
             ["--epsilon", "3", "--evaluation", "{}/public.csv", "--text", "note"],
             "DataError",
-            ["data.text_column='note' is not a column", "text, label, client"],
+            ["--text='note' is not a column", "text, label, client"],
         ),
         (
             ["--epsilon", "3", "--evaluation", "{}/public.csv", "--unit", "person"],
             "DataError",
-            ["privacy.unit_column='person' is not a column"],
+            ["--unit='person' is not a column"],
         ),
         (
             ["--epsilon", "3", "--holdout", "0.2", "--unit", "person"],
             "DataError",
-            ["privacy.unit_column='person' is not a column"],
+            ["--unit='person' is not a column"],
+        ),
+        (
+            ["--epsilon", "3", "--evaluation", "{}/no.csv"],
+            "DataError",
+            ["--evaluation='", "/no.csv': no such file or directory"],
+        ),
+        (
+            ["--epsilon", "-3", "--evaluation", "{}/public.csv", "--delta", "4"],
+            "ConfigError",
+            ["--epsilon: value -3.0", "--delta: value 4.0"],
+        ),
+        (
+            ["--epsilon", "3", "--evaluation", "{}/notes.csv"],
+            "DataError",
+            ["is the private training split", "set --evaluation"],
+        ),
+        (
+            ["--epsilon", "3", "--holdout", "2", "--unit", "none", "--set", "model.base=x"],
+            "ConfigError",
+            ["--set model.base: use --base"],
+        ),
+        (
+            ["--epsilon", "3", "--holdout", "2", "--unit", "none"],
+            "ConfigError",
+            ["--holdout: value 2.0", "--unit: value 'none'"],
         ),
         (
             ["--epsilon", "3", "--holdout", "0.2", "--set", "federation.num_clients=2"],
@@ -175,6 +202,32 @@ def test_a_wrong_option_is_named(
     place = ["--base", "demo", "--output", str(tmp_path / "run")]
     assert_clear(run("train", str(files / "notes.csv"), *place, *options), kind, *parts)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["{}/no.csv", "--evaluation", "{}/public.csv"], ["FILE='", "/no.csv': no such file"]),
+        (["{}/notes.csv", "--holdout", "0.2", "--base", "./no"], ["--base='./no': no such directory"]),
+    ],
+)
+def test_a_wrong_file_or_base_is_named(
+    files: Path, tmp_path: Path, arguments: list[str], parts: list[str]
+) -> None:
+    """The private file has no option; the base has one."""
+    options = [each.format(files) for each in arguments]
+    place = ["--epsilon", "3", "--output", str(tmp_path / "run")]
+    base = [] if "--base" in options else ["--base", "demo"]
+    kind = "ModelError" if "--base" in options else "DataError"
+    assert_clear(run("train", *options, *base, *place), kind, *parts)
+
+
+def test_each_argument_has_its_option() -> None:
+    """What `fedslm.train` sets in a config has an option by which the command's errors call it."""
+    assert set(ARGUMENTS) <= set(OPTIONS)
+    options = {option for option in OPTIONS.values() if option != "FILE"}
+    help_page = run("train", "--help").stdout
+    assert {option for option in options if option not in help_page} == set()
 
 
 def test_the_report_says_what_was_held_out(files: Path, tmp_path: Path) -> None:

@@ -146,7 +146,22 @@ def test_tags_in_parquet(place: Path, family_directory: Callable[[str, str], Pat
     [
         ((), "Unusable", ("--data: private records", "--task", "--base", "--unit", "--epsilon")),
         (("--data", "notes.csv", *CLASSES, *PRIVATE), "Unusable", ("--evaluation", "data split")),
-        (("--data", "no.csv", *ALL), "DataError", ("no.csv", "no such file")),
+        (("--data", "no.csv", *ALL), "DataError", ("--data='no.csv'", "no such file")),
+        (
+            ("--data", "notes.csv", *ALL, "--evaluation", "no.csv"),
+            "DataError",
+            ("--evaluation='no.csv': no such file",),
+        ),
+        (
+            ("--data", ".", *CLASSES, *PRIVATE, "--train-split", "notes"),
+            "DataError",
+            ("--data='.' has no split 'test'", "--train-split or --evaluation-split"),
+        ),
+        (
+            ("--data", "notes.csv", *ALL, "--evaluation", "notes.csv"),
+            "DataError",
+            ("is the private training split", "set --evaluation"),
+        ),
         (
             ("--data", "notes.csv", *ALL, "--text", "notte"),
             "DataError",
@@ -157,12 +172,12 @@ def test_tags_in_parquet(place: Path, family_directory: Callable[[str, str], Pat
             "DataError",
             ("--unit='person'", '"record"'),
         ),
-        (("--data", "notes.csv", *ALL, "--base", "./no"), "ModelError", ("model.base='./no'",)),
-        (("--data", "notes.csv", *ALL, "--epsilon", "-1"), "ConfigError", ("privacy.epsilon",)),
+        (("--data", "notes.csv", *ALL, "--base", "./no"), "ModelError", ("--base='./no'",)),
+        (("--data", "notes.csv", *ALL, "--epsilon", "-1"), "ConfigError", ("--epsilon: value -1.0",)),
         (
             ("--data", "notes.csv", *ALL, "--task", "causal-lm"),
             "ModelError",
-            ("a bert base cannot do task.name='causal-lm'",),
+            ("a bert base cannot do --task='causal-lm'",),
         ),
         (
             ("--data", "many.csv", *ALL, "--epsilon", "1e-4"),

@@ -20,14 +20,14 @@ from fedslm.config.tasks import TASKS
 from fedslm.data import given
 from fedslm.data.columns import Wanted, needed, needed_to_share
 from fedslm.data.layouts import laid_out
-from fedslm.data.sources import EMBEDDED, column_names, load
+from fedslm.data.sources import EMBEDDED, columns_in, load
 from fedslm.data.split import split_in_two
 from fedslm.errors import ConfigError, Problem
 from fedslm.federation.observers import Observer
 from fedslm.storage import expand, json_text, write_text
 
 # Keys that an argument of `train` sets; and the only ones of [federation] that one client has.
-_ARGUMENTS = {
+ARGUMENTS = {
     "model.base": "base",
     "data.source": "train",
     "data.evaluation_source": "evaluation",
@@ -195,11 +195,11 @@ def _check(wish: Wish) -> None:
     if not isinstance(wish.unit, str) or wish.unit in ("none", ""):
         message = (
             f'value {wish.unit!r}: give "record", or the column that names the person of each record; '
-            f'to train without privacy, use simulate with privacy.unit = "none"'
+            f'to train without privacy, use simulate with unit = "none" in [privacy]'
         )
         problems.append(Problem("unit", message))
     if wish.holdout is not None and wish.evaluation is not None:
-        problems.append(Problem("holdout", "is set in addition to evaluation; give one of them"))
+        problems.append(Problem("holdout", "is set together with evaluation; give one of them"))
     is_share = isinstance(wish.holdout, float) and 0 < wish.holdout < 1
     if wish.holdout is not None and not is_share:
         problems.append(Problem("holdout", f"value {wish.holdout!r} must be in (0, 1), such as 0.1"))
@@ -209,8 +209,8 @@ def _check(wish: Wish) -> None:
         problems.append(Problem("train", "is a mapping; for several clients use fedslm.simulate"))
     if wish.evaluation is None and wish.holdout is None and not _has_splits(wish.train):
         message = (
-            "is missing: give public records to evaluate on; or set holdout, such as 0.1, if that "
-            "share of the records may be treated as public"
+            "is missing: give public records to evaluate on; or set holdout=0.1, if that share of "
+            "the records may be treated as public"
         )
         problems.append(Problem("evaluation", message))
     problems += _misplaced(wish.overrides)
@@ -222,8 +222,8 @@ def _misplaced(overrides: Mapping[str, Any]) -> Iterator[Problem]:
     """Yields a problem for each key that an argument sets, or that only several clients need."""
     for key in (str(each).strip() for each in overrides):
         section, _, name = key.partition(".")
-        if key in _ARGUMENTS:
-            yield Problem(key, f"is set by the argument {_ARGUMENTS[key]}")
+        if key in ARGUMENTS:
+            yield Problem(key, f"is set by the argument {ARGUMENTS[key]}")
         elif key in _OF_CLIENTS or section in _SECTIONS_OF_CLIENTS:
             yield Problem(key, "is for several clients; use simulate")
         elif section == "federation" and name not in _ROUNDS:
@@ -297,9 +297,8 @@ def _columns(config: Config, own: Mapping[str, Any], data: InMemory) -> Sequence
     """Names of the private records' columns."""
     if data.train:
         return data.train[0].columns
-    whole = {"evaluation_source": own["source"], "evaluation_split": own.get("train_split", "train")}
-    query = {"evaluation_query": own.get("train_query")}
-    return column_names(config.data.model_copy(update={**whole, **query}), config.run.seed)
+    split, query_text = own.get("train_split", "train"), own.get("train_query")
+    return columns_in(own["source"], split, query_text, seed=config.run.seed)
 
 
 def _check_unit(wish: Wish, columns: Sequence[str]) -> None:

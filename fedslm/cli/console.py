@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,6 +29,7 @@ from fedslm.errors import (
     Refused,
     Unusable,
     printable,
+    told_as,
 )
 from fedslm.extras import explained
 
@@ -64,13 +66,16 @@ Json = Annotated[
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
+def clear_errors(names: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
     """Prints our own errors without a traceback, and ends with their exit code.
 
     The import error of an optional package is one of them (:mod:`fedslm.extras`).
+
+    Args:
+        names: Config keys and arguments of Python to the options that set them.
     """
     try:
-        with explained():
+        with explained(), told_as(names):
             yield
     except FedslmError as error:
         said = "\n".join(map(printable, str(error).split("\n")))

@@ -82,13 +82,13 @@ def split(
     """
     if not 0 < fraction < 1:
         raise typer.BadParameter(f"--fraction {fraction} must be in (0, 1)")
-    with clear_errors():
+    with clear_errors({"data.source": "SOURCE", "data.train_query": "--query"}):
         from fedslm.data.database import refuse_password
         from fedslm.data.sources import load
         from fedslm.data.split import split_in_two
 
         refuse_password(source)
-        dataset = load(source, name, query, key="--query", seed=seed)
+        dataset = load(source, name, query, seed=seed)
         sides = split_in_two(dataset, out, unit=unit, fraction=fraction, seed=seed)
         if as_json:
             typer.echo(json_text(asdict(sides)))

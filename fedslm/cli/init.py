@@ -45,6 +45,24 @@ _NEEDED = {
     "evaluation": "public records to evaluate on; `fedslm data split` makes them from one file",
     "evaluation_query": "SQL that gives the public rows",
 }
+# Config keys, and the options that set them.
+_OPTIONS = {
+    "data.source": "--data",
+    "data.train_split": "--train-split",
+    "data.train_query": "--query",
+    "data.evaluation_source": "--evaluation",
+    "data.evaluation_split": "--evaluation-split",
+    "data.evaluation_query": "--evaluation-query",
+    "data.text_column": "--text",
+    "data.label_column": "--label",
+    "data.natural_column": "--client-column",
+    "task.name": "--task",
+    "model.base": "--base",
+    "privacy.unit": "--unit",
+    "privacy.unit_column": "--unit",
+    "privacy.epsilon": "--epsilon",
+    "federation.num_clients": "--clients",
+}
 _SHOWN_CLASSES = 12
 
 
@@ -84,7 +102,7 @@ def init(
     Example: `fedslm init my.toml --data notes.csv --evaluation public.csv --unit patient --epsilon 3`
     """
     given = {key: value for key, value in locals().items() if key not in ("path", "force")}
-    with clear_errors():
+    with clear_errors(_OPTIONS):
         _check_target(path, force=force)
         _check_given(given)
         wish, private = _described(given)
@@ -171,7 +189,7 @@ def _described(given: dict[str, Any]) -> tuple[Wish, Dataset]:
     values = _answered(given, ("data", "query"))
     source = values["data"]
     refuse_password(source)
-    private = load(source, values["train_split"], values["query"], key="--query")
+    private = load(source, values["train_split"], values["query"])
     columns = columns_of(private)
     ERRORS.print(f"{source}: {plural(len(private), 'record')}")
     for column in columns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -29,6 +30,27 @@ _CHOOSE = (
     "is required: how much privacy the records get is your choice, so there is no default; smaller is "
     "more private, and 1 to 8 is common"
 )
+
+# Arguments of `fedslm.train` and keys of its config, and the options that set them.
+OPTIONS = {
+    "train": "FILE",
+    "data.source": "FILE",
+    "directory": "--output",
+    "run.directory": "--output",
+    "data.evaluation_source": "--evaluation",
+    "data.text_column": "--text",
+    "data.label_column": "--label",
+    "model.base": "--base",
+    "task.name": "--task",
+    "privacy.unit": "--unit",
+    "privacy.unit_column": "--unit",
+    "privacy.epsilon": "--epsilon",
+    "privacy.delta": "--delta",
+    **{
+        argument: f"--{argument}"
+        for argument in ("base", "text", "label", "task", "unit", "delta", "evaluation", "holdout")
+    },
+}
 
 
 @train_app.command(rich_help_panel=TRAIN)
@@ -77,9 +99,11 @@ def train(
 
     Example: `fedslm train notes.csv --unit patient --epsilon 3 --base demo --evaluation public.csv`
     """
-    with clear_errors():
+    with clear_errors(OPTIONS):
         if epsilon is None:
             raise ConfigError([Problem("--epsilon", _CHOOSE)])
+        changes = values_of(overrides)
+        _check_set(changes)
         from fedslm.workers import preload
 
         preload(private=True)
@@ -97,11 +121,22 @@ def train(
             evaluation=evaluation,
             holdout=holdout,
             directory=output,
-            overrides=values_of(overrides),
+            overrides=changes,
         )
         report = _run(wish)
         finish(report, as_json=as_json)
         fail_if_stopped(report)
+
+
+def _check_set(changes: Mapping[str, Any]) -> None:
+    """Refuses keys that an option sets.
+
+    Raises:
+        ConfigError: Names the options.
+    """
+    problems = [Problem(f"--set {key}", f"use {OPTIONS[key]}") for key in changes if key in OPTIONS]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _run(wish: Wish) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fedslm.data import database, demo, facts, files, hub
 from fedslm.data.columns import Wanted, needed
 from fedslm.data.splits import files_of, format_of, texts_in
 from fedslm.data.tables import BATCH_ROWS, spool
-from fedslm.errors import DataError
+from fedslm.errors import DataError, told_as
 from fedslm.rng import stream
 from fedslm.storage import expand
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 EMBEDDED = ("demo", facts.NAME)  # sources that are generated
+_QUERY = "data.train_query"
 _LIKE_PATHS = (".", "~", "/", "$")
 
 
@@ -77,8 +78,9 @@ def load_evaluation(
     split, query = config.evaluation_split, config.evaluation_query
     if beside_private:
         _check_public(config, source, split, query, key="evaluation")
-    wanted, key = Wanted(needed(config, task), optional), "data.evaluation_query"
-    dataset = load(source, split, query, key=key, seed=seed, scratch=scratch, wanted=wanted)
+    wanted = Wanted(needed(config, task), optional)
+    with told_as(_evaluation_keys(config)):
+        dataset = load(source, split, query, seed=seed, scratch=scratch, wanted=wanted)
     return _with_class_names(dataset, config.label_column, scratch)
 
 
@@ -103,8 +105,9 @@ def load_public(
     split = config.public_split or config.train_split
     if beside_private:
         _check_public(config, source, split, None, key="public")
-    wanted, key = Wanted(needed(config, task)), "data.public_source"
-    dataset = load(source, split, key=key, seed=seed, scratch=scratch, wanted=wanted)
+    wanted = Wanted(needed(config, task))
+    with told_as({"data.source": "data.public_source"} if config.public_source else {}):
+        dataset = load(source, split, seed=seed, scratch=scratch, wanted=wanted)
     return _with_class_names(dataset, config.label_column, scratch)
 
 
@@ -166,18 +169,18 @@ def load(
     split: str,
     query: str | None = None,
     *,
-    key: str = "data.train_query",
     seed: int = 0,
     scratch: Path | None = None,
     wanted: Wanted | None = None,
 ) -> Dataset:
     """Loads one split of a source unchanged.
 
+    Errors name ``data.source`` and ``data.train_query``; :func:`fedslm.errors.told_as` renames them.
+
     Args:
         source: Hub name, path (with variables), database URL or "demo".
         split: Split or file stem; ignored for files and databases.
         query: SQL, for databases.
-        key: Dotted key of the query, for errors.
         seed: Seed of the demo data.
         scratch: As :func:`load_train`.
         wanted: Columns to read; None: all.
@@ -191,9 +194,9 @@ def load(
     expanded = expand(source)
     if database.is_url(expanded):
         if query is None:
-            raise DataError(f"{key} is missing: a database needs the query that gives the rows")
-        tables = database.tables_from(expanded, query, key, wanted)
-        return spool(_checked(tables, wanted), scratch, f"the result of {key}")
+            raise DataError(f"{_QUERY} is missing: a database needs the query that gives the rows")
+        tables = database.tables_from(expanded, query, _QUERY, wanted)
+        return spool(_checked(tables, wanted), scratch, f"the result of {_QUERY}")
     path = Path(expanded)
     if path.exists():
         found = files_of(path, split)
@@ -232,13 +235,27 @@ def column_names(config: DataConfig, seed: int) -> list[str]:
         DataError: As :func:`load_evaluation`.
     """
     source, split = config.evaluation_source or config.source, config.evaluation_split
+    with told_as(_evaluation_keys(config)):
+        return columns_in(source, split, config.evaluation_query, seed=seed)
+
+
+def columns_in(source: str, split: str, query: str | None = None, *, seed: int = 0) -> list[str]:
+    """Names of a split's columns; of a file, only the beginning is read.
+
+    Args and errors: as :func:`load`.
+    """
     path = Path(expand(source))
     if not database.is_url(expand(source)) and path.exists():
         found = files_of(path, split)
         first = next(files.tables_in(found[0]), None)
         return [] if first is None else list(first.column_names)
-    query = config.evaluation_query
-    return list(load(source, split, query, key="data.evaluation_query", seed=seed).column_names)
+    return list(load(source, split, query, seed=seed).column_names)
+
+
+def _evaluation_keys(config: DataConfig) -> Mapping[str, str]:
+    """Returns the keys that say where the public evaluation split is, for those of the private one."""
+    source = {"data.source": "data.evaluation_source"} if config.evaluation_source else {}
+    return {_QUERY: "data.evaluation_query", **source}
 
 
 def is_here(source: str) -> bool:

@@ -15,7 +15,7 @@ from fedslm.data.sources import cut, load
 from fedslm.data.tables import rows_in
 from fedslm.distillation import losses
 from fedslm.distillation.models import Reader, Student, Teacher
-from fedslm.errors import DataError, plural
+from fedslm.errors import DataError, plural, told_as
 from fedslm.inference.bootstrap import Statistics
 from fedslm.inference.inputs import Rows
 from fedslm.inference.trained import OnProgress, TunedModel
@@ -137,7 +137,8 @@ def general_examples(
         DataError: The text cannot be read, or contains nothing usable.
     """
     wanted = Wanted({}, frozenset({run.data.text_column, "text"}))
-    dataset = load(source, split, key="distill.general_source", seed=run.seed, wanted=wanted)
+    with told_as({"data.source": "distill.general_source"}):
+        dataset = load(source, split, seed=run.seed, wanted=wanted)
     column = run.data.text_column if run.data.text_column in wanted.there else "text"
     if column not in wanted.there:
         there = ", ".join(wanted.there)

@@ -11,7 +11,7 @@ from fedslm.data.columns import Wanted, needed
 from fedslm.data.duplicates import normalised
 from fedslm.data.sources import cut, load, same_records
 from fedslm.data.tables import rows_in
-from fedslm.errors import ConfigError, DataError, Problem
+from fedslm.errors import ConfigError, DataError, Problem, told_as
 from fedslm.inference.inputs import Rows
 from fedslm.inference.trained import TunedModel
 from fedslm.tasks.base import Row
@@ -65,7 +65,8 @@ def rows_of(run: TunedModel, source: str, split: str, most: int) -> Rows:
     columns = needed(run.data, run.task)
     label = frozenset({columns.pop(_LABEL)} if _LABEL in columns else ())
     wanted = Wanted(columns, label, f"{source} ({split})")
-    dataset = load(source, split, key="distill.source", seed=run.seed, wanted=wanted)
+    with told_as({"data.source": "distill.source"}):
+        dataset = load(source, split, seed=run.seed, wanted=wanted)
     rows = rows_in(cut(dataset, most, run.seed))
     if not rows:
         raise DataError(f"{source} ({split}) holds no record; distillation needs public ones")
