@@ -11,6 +11,11 @@ from fedslm.inference.bootstrap import CONFIDENCE, Estimate
 from fedslm.inference.evaluation import Evaluation
 from fedslm.inference.trained import Trained
 
+_STARTS = {
+    "random": "is untrained",
+    "labels": "starts from the names of the classes, without training",
+    "public": "is fitted to public records; no private record was used",
+}
 COLUMNS = ("metric", "base", "tuned", "difference")
 
 
@@ -31,7 +36,7 @@ def notes_of(trained: Trained, found: Evaluation, resamples: int) -> list[str]:
     if trained.has_new_head:
         notes.append(
             "the base has no classifier for this task: its figures are those of the run's starting "
-            "adapter, whose head is untrained"
+            f"adapter, whose head {_STARTS[trained.run.task.head]}"
         )
     else:
         notes.append("base: the same model without the adapter")

@@ -22,7 +22,7 @@ from fedslm.config import (
     TrainingConfig,
 )
 from fedslm.data import store
-from fedslm.errors import ModelError, RunError
+from fedslm.errors import DataError, ModelError, RunError
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.models.base import base_sha256, resolve
 from fedslm.models.initial import initial_state
@@ -124,14 +124,24 @@ class Trained:
 
     @cached_property
     def initial(self) -> AdapterState:
-        """The run's starting adapter: behaves as the plain base model; a new head is untrained."""
+        """The run's starting adapter: behaves as the base; a new head as ``task.head`` says.
+
+        Raises:
+            DataError: The head started from public records, which were deleted.
+        """
         state, task = initial_state(self.run.adapter.shapes, self.run.seed), self.run.task
         if task.head == "random":
             return state
+        rows = store.read_public(self.run.directory / layout.DATA)
+        if task.head == "public" and not rows:
+            raise DataError(
+                f"{self.run.directory}/data/public.parquet is not there any more: with "
+                f'task.head="public" the base starts from these public records; put the file back, or '
+                f"use predict and export, which do not need it"
+            )
         state = label_head(self.model, self.run.labels, task.max_length, state)
         if task.head == "labels":
             return state
-        rows = store.read_public(self.run.directory / layout.DATA)
         examples = self.task.prepare(rows, self.model.tokenizer).examples
         return public_head(self.model, self.task, examples, state)
 

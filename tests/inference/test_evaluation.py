@@ -210,8 +210,34 @@ def test_tasks_without_references_have_no_rouge(kind: str, finished_run: Finishe
         measured(open_(finished_run, kind), rows_of(3, 0), EvaluationOptions(1000, 5))
 
 
+@pytest.mark.parametrize(
+    ("head", "remark"),
+    [("labels", "starts from the names of the classes"), ("public", "is fitted to public records")],
+)
+def test_a_table_says_what_a_head_starts_from(head: str, remark: str, finished_run: Finished) -> None:
+    """Only a random head is called untrained."""
+    trained = open_(finished_run, "classification")
+    found = measured(trained, rows_of(6, 3))
+    task = trained.run.task.model_copy(update={"head": head})
+    notes = tables.notes_of(replace(trained, run=replace(trained.run, task=task)), found, 1000)
+    assert any(remark in note for note in notes)
+    assert "untrained" not in " ".join(notes)
+
+
+def test_a_head_from_deleted_public_records_is_said(finished_run: Finished) -> None:
+    """The base cannot be rebuilt: the error names the file, and says what still works."""
+    trained = open_(finished_run, "classification")
+    assert not (trained.run.directory / "data" / "public.parquet").exists()
+    task = trained.run.task.model_copy(update={"head": "public"})
+    public = replace(trained, run=replace(trained.run, task=task))
+    with pytest.raises(
+        DataError, match=r"public.parquet is not there.*put the file back, or use predict"
+    ):
+        measured(public, rows_of(6, 3))
+
+
 def test_a_table_says_what_the_base_is(finished_run: Finished) -> None:
-    """A new head is untrained in the base; a language model's base is the plain one."""
+    """What a new head of the base starts from; a language model's base is the plain one."""
     for kind, remark in (("classification", "head is untrained"), ("seq2seq", "without the adapter")):
         trained = open_(finished_run, kind)
         found = measured(trained, rows_of(6, 3))
