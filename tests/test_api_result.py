@@ -13,9 +13,10 @@ import pytest
 import torch
 from support.commands import run
 from support.finished import rows_of
+from support.pairs import public, student
 
 import fedslm
-from fedslm.errors import ConfigError, DataError, PrivacyError
+from fedslm.errors import ConfigError, DataError, PrivacyError, RunError
 from fedslm.storage import load_adapter
 
 Finished = Callable[[str], Path]
@@ -113,3 +114,36 @@ def test_what_a_run_cannot_do_is_said(result: fedslm.RunResult, finished_run: Fi
     instructed: Any = fedslm.resume(finished_run("instruction"))
     with pytest.raises(DataError, match="a prompt of this run is a dict with text; add text"):
         instructed.generate([{"note": "chest"}], max_tokens=2)
+
+
+def test_an_export_is_that_of_the_command(result: fedslm.RunResult, tmp_path: Path) -> None:
+    """The adapter, or a merged model that answers alike; a directory with files is refused."""
+    said = run("export", str(result.directory), "--out", str(tmp_path / "command"))
+    assert said.exit_code == 0
+    assert result.export(tmp_path / "call") == tmp_path / "call"
+    names = sorted(path.name for path in (tmp_path / "command").iterdir())
+    assert sorted(path.name for path in (tmp_path / "call").iterdir()) == names
+    merged = result.export(tmp_path / "merged", merge=True, dtype="bfloat16")
+    assert "bfloat16" in (merged / "config.json").read_text()
+    with pytest.raises(RunError, match="is not empty"):
+        result.export(merged)
+    for wrong in ({"dtype": "float16"}, {"dtype": "int8", "merge": True}):
+        with pytest.raises(ConfigError, match="dtype: value"):
+            result.export(tmp_path / "other", **wrong)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_student_is_that_of_the_command(finished_run: Finished, tmp_path: Path) -> None:
+    """The same settings give the same adapter, and only keys of [distill] can be set."""
+    found = fedslm.resume(finished_run("causal-lm"))
+    model, records = student(tmp_path, "causal-lm"), public(tmp_path)
+    few = {"distill.steps": 3, "distill.rank": 2, "distill.batch_size": 4, "distill.device": "cpu"}
+    values = [part for key, value in few.items() for part in ("--set", f"{key}={value}")]
+    told = run(
+        *("distill", str(found.directory), "--student", str(model), "--data", str(records)),
+        *("--out", str(tmp_path / "command"), "--json", *values),
+    )
+    called = found.distill(model, records, directory=tmp_path / "call", overrides=few)
+    assert called["adapter_sha256"] == json.loads(told.stdout)["adapter_sha256"]
+    with pytest.raises(ConfigError, match=r"lora\.rank: only keys of"):
+        found.distill(model, records, directory=tmp_path / "no", overrides={"lora.rank": 2})

@@ -17,10 +17,11 @@ from fedslm.data.given import Part
 from fedslm.data.layouts import laid_out
 from fedslm.data.sources import refuse_private
 from fedslm.errors import ConfigError, Problem, RunError
+from fedslm.models.given import GivenBase
 from fedslm.simulation import run_path
 from fedslm.storage import make_run_directory
 
-_TRAIN, _EVALUATION = "train.arrow", "evaluation.arrow"
+_TRAIN, _EVALUATION, _PUBLIC = "train.arrow", "evaluation.arrow", "public.arrow"
 _MOST_PROBLEMS = 5
 _MOST_SHARED, _FEW = 0.9, 10  # a part that shares more than this share of 10 or more records is a copy
 
@@ -31,20 +32,22 @@ class InMemory:
 
     Attributes:
         train: The private records: one part, or one for each client; empty if none were given.
-        evaluation: The public records: one part; empty if none were given.
+        evaluation: The records to evaluate on: one part; empty if none were given.
+        public: The public records that training may use: one part; empty if none were given.
         are_clients: Whether the parts of ``train`` are clients.
     """
 
     train: tuple[Part, ...] = ()
     evaluation: tuple[Part, ...] = ()
+    public: tuple[Part, ...] = ()
     are_clients: bool = False
 
     @classmethod
-    def of(cls, train: object = None, evaluation: object = None) -> InMemory:
+    def of(cls, train: object = None, evaluation: object = None, public: object = None) -> InMemory:
         """Checks what a caller gave.
 
         Raises:
-            ConfigError: An argument has another type or is empty, or both are the same records.
+            ConfigError: An argument has another type or is empty, or private records are public too.
         """
         are_clients = isinstance(train, Mapping)
         private: list[Part] = []
@@ -52,15 +55,21 @@ class InMemory:
             private = given.clients_of(train, "train")
         elif train is not None:
             private = given.parts_of(train, "train")
-        public = [] if evaluation is None else given.parts_of(evaluation, "evaluation")
-        for one in public:
+        evaluated = [] if evaluation is None else given.parts_of(evaluation, "evaluation")
+        learned = [] if public is None else given.parts_of(public, "public")
+        for one in (*evaluated, *learned):
             if same := next((each.key for each in private if each.value is one.value), None):
                 message = (
-                    f"is {same} itself: train is private and evaluation is public, so a record "
+                    f"is {same} itself: train is private and {one.key} is public, so a record "
                     f"cannot be in both; give other records"
                 )
-                raise ConfigError([Problem("evaluation", message)])
-        return cls(tuple(private), tuple(public), are_clients)
+                raise ConfigError([Problem(one.key, message)])
+        return cls(tuple(private), tuple(evaluated), tuple(learned), are_clients)
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there are records."""
+        return bool(self.train or self.evaluation or self.public)
 
     def changes(self, sections: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Returns the config keys that make a run read these records.
@@ -87,6 +96,8 @@ class InMemory:
         if self.evaluation:
             changes["data.evaluation_source"] = str(folder / _EVALUATION)
             changes["data.evaluation_query"] = None
+        if self.public:
+            changes |= {"data.public_source": str(folder / _PUBLIC), "data.public_split": None}
         if self.are_clients:
             changes |= self._clients(own, _section(sections, "federation"))
         return changes
@@ -119,7 +130,8 @@ class InMemory:
         columns = needed(data, task)
         private = {**columns, **needed_to_share(data, config.privacy)}
         client = private.pop("data.natural_column", "") if self.are_clients else ""
-        problems = [*given.missing(self.train, private), *given.missing(self.evaluation, columns)]
+        released = (*self.evaluation, *self.public)
+        problems = [*given.missing(self.train, private), *given.missing(released, columns)]
         problems += [
             Problem(
                 each.key,
@@ -134,6 +146,7 @@ class InMemory:
         for parts, name, wanted in (
             (self.train, _TRAIN, private),
             (self.evaluation, _EVALUATION, columns),
+            (self.public, _PUBLIC, columns),
         ):
             if parts:
                 column = client if name == _TRAIN else ""
@@ -153,12 +166,13 @@ class InMemory:
                     "a record; give each record to one client, or set privacy.overlapping = true",
                 )
             seen |= records
-        for part in self.evaluation:
+        for part in (*self.evaluation, *self.public):
             if _are_copied(given.records_of(part, wanted), seen):
+                use = "metrics on" if part in self.evaluation else "what is learned from"
                 yield Problem(
                     part.key,
-                    "has the records of train, which are private: metrics on them are released without "
-                    "noise; give other records",
+                    f"has the records of train, which are private: {use} them is released without "
+                    f"noise; give other records",
                 )
 
 
@@ -185,23 +199,34 @@ def check_public(sections: Mapping[str, Any], config: Config) -> None:
 
 
 @contextmanager
-def placed(sections: Mapping[str, Any], data: InMemory) -> Iterator[Config]:
-    """Writes records below the run directory, and yields the config of a run that reads them.
+def placed(
+    sections: Mapping[str, Any], data: InMemory, base: GivenBase | None = None
+) -> Iterator[Config]:
+    """Writes records and a loaded model below the run directory, and yields the config that reads them.
 
     If the block fails before the run has begun, the files are removed.
 
     Raises:
-        FedslmError: The config, the records or the run directory cannot be used.
+        FedslmError: The config, the records, the model or the run directory cannot be used.
     """
-    if not (data.train or data.evaluation):
-        yield from_mapping(sections)
+    is_loaded = base is not None and base.network is not None
+
+    def config_in(directory: Path) -> Config:
+        changes = data.changes(sections, directory / layout.GIVEN)
+        changes |= base.changes(directory / layout.GIVEN_BASE) if base else {}
+        return from_mapping(with_overrides(sections, changes))
+
+    draft = config_in(Path())
+    if not (data.has_any or is_loaded):
+        yield draft
         return
-    draft = from_mapping(with_overrides(sections, data.changes(sections, Path(layout.GIVEN))))
     check_public(sections, draft)
     with started(run_path(draft)) as directory:
-        folder = given_folder(directory)
-        config = from_mapping(with_overrides(sections, data.changes(sections, folder)))
-        data.write(config, folder)
+        config = config_in(directory)
+        if data.has_any:
+            data.write(config, given_folder(directory))
+        if base and is_loaded:
+            base.write(directory / layout.GIVEN_BASE)
         yield config
 
 
@@ -219,7 +244,8 @@ def started(path: Path) -> Iterator[Path]:
         yield directory
     except BaseException:
         if not (directory / layout.CONFIG_JSON).exists():
-            shutil.rmtree(directory / layout.DATA, ignore_errors=True)
+            for name in (layout.DATA, layout.GIVEN_BASE):
+                shutil.rmtree(directory / name, ignore_errors=True)
             for name in (layout.TRAIN_TOML, layout.HOLDOUT):
                 (directory / name).unlink(missing_ok=True)
             with suppress(OSError):  # it holds the logs of a run

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, get_args
 
 from fedslm import layout
 from fedslm.errors import ConfigError, DataError, Problem
@@ -184,6 +185,70 @@ class RunResult:
         from fedslm.audit.runs import audit_run
 
         return audit_run(self.directory, others=tuple(map(Path, others)), empirical=empirical)
+
+    def export(self, directory: Path | str, *, merge: bool = False, dtype: Any = None) -> Path:
+        """Exports the PEFT adapter, or a plain transformers model, as ``fedslm export`` does.
+
+        Args:
+            directory: A directory that does not exist or is empty.
+            merge: Merge the adapter into the base's weights.
+            dtype: Precision of merged weights: "float32" (None), "float16" or "bfloat16".
+
+        Returns:
+            The directory.
+
+        Raises:
+            ConfigError: ``dtype`` is unknown, or is given without ``merge``.
+            ModelError: As :meth:`load_adapter`.
+            RunError: The directory is not empty, or cannot be written.
+        """
+        from fedslm.inference import export
+
+        if dtype is not None and (not merge or dtype not in get_args(export.Precision)):
+            known = ", ".join(get_args(export.Precision))
+            message = f"value {dtype!r} should be one of {known}, with merge=True"
+            raise ConfigError([Problem("dtype", message)])
+        if merge:
+            export.export_merged(self._opened(), Path(directory), dtype or "float32")
+        else:
+            export.export_adapter(self._opened(), Path(directory))
+        return Path(directory)
+
+    def distill(
+        self,
+        student: Path | str,
+        data: Path | str,
+        *,
+        directory: Path | str | None = None,
+        overrides: Mapping[str, Any] = MappingProxyType({}),
+        drop_overlap: bool = False,
+        prove: bool = False,
+    ) -> dict[str, Any]:
+        """Distills the model into a larger one on public records, as ``fedslm distill`` does.
+
+        Formal guarantee: the student has the epsilon of the adapter and spends nothing.
+
+        Args:
+            student: The larger model: a hub name or a directory.
+            data: Public records: a path, a hub name or "demo".
+            directory: Output directory; None: ``distilled`` in the run directory. An interrupted
+                distillation continues there.
+            overrides: Keys of ``[distill]``, such as ``{"distill.steps": 50}``.
+            drop_overlap: Leave out public records that contain test records, instead of refusing.
+            prove: Train controls too, to test whether the clients' knowledge was transferred.
+
+        Returns:
+            The content of ``distill.json``.
+
+        Raises:
+            FedslmError: An argument, the student, the records or the directory cannot be used.
+        """
+        from fedslm.api.students import distill
+
+        target = self.directory / layout.DISTILLED if directory is None else Path(directory)
+        settings = {**overrides, "distill.student": str(student), "distill.source": str(data)}
+        options = {"drop_overlap": drop_overlap, "prove": prove}
+        return distill(self._opened(), target, settings, **options)
 
     def _repr_html_(self) -> str:
         """A table for a notebook: the metrics before and after, the guarantee and the directory."""

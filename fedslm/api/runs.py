@@ -12,6 +12,7 @@ from fedslm.api.result import RunResult, result_of
 from fedslm.config import Config, read_toml, with_overrides
 from fedslm.errors import ConfigError, Problem
 from fedslm.federation.observers import Observer
+from fedslm.models.given import GivenBase
 
 _TOLD = ("on_start", "on_client", "on_round", "on_end")
 
@@ -22,6 +23,8 @@ def simulate(
     overrides: Mapping[str, Any] | None = None,
     train: Any = None,
     evaluation: Any = None,
+    public: Any = None,
+    model: Any = None,
     observers: Sequence[Observer] = (),
 ) -> RunResult:
     """Runs a simulation in a new run directory.
@@ -36,6 +39,10 @@ def simulate(
             when you are done.
         evaluation: Public evaluation records in memory, in place of ``data.evaluation_source``: one of
             the first three.
+        public: Public records that training may use, in memory, in place of ``data.public_source``.
+        model: The base model, in place of ``model.base``: a hub name, a directory, or a pair of a
+            transformers model and its tokenizer. A pair is written into the run directory (``base/``),
+            from which the run loads its own copy, so device and mode of the pair do not matter.
         observers: Receive progress events, such as :class:`fedslm.progress.Bar`; by default nothing is
             shown. An exception in an observer ends the run; :func:`resume` can continue it.
 
@@ -56,7 +63,7 @@ def simulate(
     """
     told = checked_observers(observers)
     sections = _sections(config, {} if overrides is None else overrides)
-    with placed(sections, InMemory.of(train, evaluation)) as made:
+    with placed(sections, InMemory.of(train, evaluation, public), GivenBase.of(model)) as made:
         return result_of(simulation.simulate(made, told))
 
 

@@ -47,7 +47,8 @@ from fedslm.storage import (
     write_text,
 )
 
-_MADE_BEFORE = (layout.GIVEN, layout.TRAIN_TOML, layout.HOLDOUT)  # by the Python API
+# Made by the Python API.
+_MADE_BEFORE = (layout.GIVEN, layout.GIVEN_BASE, layout.TRAIN_TOML, layout.HOLDOUT)
 _PARTS = ("moving", "memory", "control")
 _BLOCK_BYTES = 4096
 _LOCK_SECONDS = 1.0  # a process that only checks whether a run is active holds it briefly
