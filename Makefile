@@ -7,7 +7,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo docs test check test-kernels test-real test-federation test-all lint bench dist demo-model install clean
+.PHONY: demo docs test check test-kernels test-real test-federation test-oldest test-all lint bench dist demo-model install clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -35,7 +35,22 @@ test-federation: $(VENV)/.installed
 test-kernels: $(VENV)/.installed
 	$(BIN)/python tests/support/processors.py
 
-test-all: lint test-kernels
+# The lowest versions that pyproject.toml allows, in an environment of their own, and tests of what they may do
+# otherwise. torch comes first, as below; uv, which Flower installs, keeps it and resolves the others downwards.
+OLDEST := .venv-oldest/bin/python
+AGED    = test_config.py test_doctor.py test_api_model.py models/test_adapter.py models/test_peft_export.py \
+          data/test_sources.py privacy/test_ledger.py
+test-oldest: .venv-oldest/.installed
+	$(OLDEST) -m pytest -q $(addprefix tests/,$(AGED)) -m "not slow and not real and not federation"
+
+.venv-oldest/.installed: pyproject.toml $(VENV)/.installed
+	test -x $(OLDEST) || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct \
+	  -e ".[train]" "pytest>=9" "pytest-timeout>=2.4" "hypothesis>=6.150"
+	touch $@
+
+test-all: lint test-kernels test-oldest
 	$(BIN)/python -m pytest -q --timeout 3600
 
 lint: $(VENV)/.installed
