@@ -42,6 +42,7 @@ STOREYS = {
     "privacy": 6,
     "training": 7,
     "aggregation": 7,
+    "secagg": 7,
     "recipes": 8,
     "drafting": 8,
     "verification": 8,
@@ -100,7 +101,7 @@ OWNERS = {
     "matplotlib": {"reporting"},
     "typer": {"cli"},
     "rich": {"cli", "progress", "demonstration"},
-    "cryptography": {"deployment", "privacy", "audit"},
+    "cryptography": {"deployment", "privacy", "audit", "secagg"},
 }
 
 # Only these see the whole config.
