@@ -170,6 +170,8 @@ class Server:
         """
         self._check_leg(_INPUT, client, self._shares, self._inputs)
         found = self._read(InputHead, client, head)
+        if not set(found.unreadable) <= self._shares.keys() - {client}:
+            raise FederationError(f"client={client} could not read shares that it was not sent")
         if vector.dtype != np.uint32 or vector.shape != self._sum.shape:
             raise FederationError(
                 f"client={client} must send {len(self._sum)} values of uint32 in one dimension"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -59,8 +59,10 @@ class Reconstruction:
         """
         shares = {who: each.seeds[owner] for who, each in self._opened.items() if owner in each.seeds}
         committed = self._keys[owner].commitment
-        secret = self._secret(owner, shares)
-        if secret is None or commitment(secret, self._cohort, owner) != committed:
+        secret = self._secret(
+            owner, shares, lambda found: commitment(found, self._cohort, owner) == committed
+        )
+        if secret is None:
             raise self._failed(owner, "seed", shares)
         return secret
 
@@ -73,27 +75,35 @@ class Reconstruction:
         shares = {
             who: each.mask_keys[owner] for who, each in self._opened.items() if owner in each.mask_keys
         }
-        secret = self._secret(owner, shares)
-        if secret is None or public_of(secret) != self._keys[owner].mask_key:
+        public = self._keys[owner].mask_key
+        secret = self._secret(owner, shares, lambda found: public_of(found) == public)
+        if secret is None:
             raise self._failed(owner, "mask key", shares)
         return secret
 
-    def _secret(self, owner: int, given: Mapping[int, str]) -> bytes | None:
-        """One secret; None if it cannot be reconstructed. Names the shares that do not fit."""
-        holders = sorted(given)
-        if len(holders) < self._cohort.threshold:
+    def _secret(
+        self, owner: int, given: Mapping[int, str], is_right: Callable[[bytes], bool]
+    ) -> bytes | None:
+        """One secret; None if it cannot be reconstructed. Names the shares that do not fit.
+
+        Holders of earlier misfits are left out first: finding the wrong shares takes seconds in a large
+        cohort, and a hostile holder could ask for it once for each secret.
+        """
+        suspects = {misfit.holder for misfit in self.misfits}
+        for holders in (sorted(given.keys() - suspects), sorted(given)):
+            if len(holders) >= self._cohort.threshold:
+                shares = [bytes.fromhex(given[holder]) for holder in holders]
+                interpolation = self._interpolation(tuple(map(self._cohort.point, holders)))
+                secret = interpolation.secret(shares)
+                if secret is not None and is_right(secret):
+                    return secret
+        if len(given) <= self._cohort.threshold:
             return None
-        shares = [bytes.fromhex(given[holder]) for holder in holders]
-        interpolation = self._interpolation(tuple(map(self._cohort.point, holders)))
-        secret = interpolation.secret(shares)
-        if secret is not None:
-            return secret
-        found = interpolation.corrected(shares)
-        if found is None:
+        found = interpolation.corrected(shares)  # of all holders, the last that were tried
+        if found is None or not is_right(found[0]):
             return None
-        secret, wrong = found
-        self.misfits |= {Misfit(owner, self._cohort.clients[point - 1]) for point in wrong}
-        return secret
+        self.misfits |= {Misfit(owner, self._cohort.clients[point - 1]) for point in found[1]}
+        return found[0]
 
     def _interpolation(self, points: tuple[int, ...]) -> Interpolation:
         """The interpolation at some points; most secrets have the same."""

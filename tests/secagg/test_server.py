@@ -99,6 +99,9 @@ def test_inputs_that_are_refused(tmp_path: Path) -> None:
     stale = encode(InputHead("ab" * 32, 0, ()))
     refused(server.add_input, 0, stale, vector, match="another attempt")
     refused(server.add_input, 1, head, vector, match="in the name of")
+    for unreadable in ((0,), (9,)):  # itself, a stranger
+        framing = encode(replace(decode(InputHead, head), unreadable=unreadable))
+        refused(server.add_input, 0, framing, vector, match="not sent")
     assert not server._sum.any()
     for who, each in sent.items():
         server.add_input(who, each.head, each.vector)
