@@ -139,14 +139,14 @@ class Node:
         """
         return self._answer(_SHARES, request, self._make_shares)
 
-    def masked_input(self, request: bytes, vector_fn: Callable[[], NDArray[np.uint32]]) -> MaskedInput:
+    def masked_input(self, request: bytes, vector_fn: Callable[[Cohort], Vector]) -> MaskedInput:
         """Answers the third leg with its masked vector.
 
         Args:
             request: An encoded :class:`fedslm.secagg.messages.InputRequest`.
             vector_fn: Charges the ledger, then returns the encoded vector with its noise (uint32, one
                 dimension), which is masked in place. Called at most once in an attempt, after every
-                check.
+                check, with the cohort that this node accepted: its ``honest_survivors`` set the noise.
 
         Raises:
             FederationError: The request cannot be read, or the vector has another form.
@@ -162,7 +162,7 @@ class Node:
             self._check_turn(attempt, _INPUT)
             secrets, keys, boxes = _secrets(attempt), _keys(attempt), self._boxes(attempt, request)
             self.kept.write(begun := attempt.with_leg(_INPUT, request, b""))
-        vector = vector_fn()
+        vector = vector_fn(attempt.cohort)
         check_vector(vector, attempt.cohort.num_values)
         context = sharers_context(_context(attempt), [*boxes, self.client])
         self._mask(vector, secrets, [keys[peer] for peer in boxes], context)

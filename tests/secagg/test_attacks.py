@@ -17,6 +17,7 @@ from fedslm.errors import FederationError, FedslmError, PolicyRefused
 from fedslm.privacy.keys import signature_of
 from fedslm.secagg import cohort as cohort_module
 from fedslm.secagg import unmasking
+from fedslm.secagg.cohort import Cohort
 from fedslm.secagg.keys import survivor_values
 from fedslm.secagg.messages import (
     InputHead,
@@ -150,7 +151,7 @@ def test_a_node_with_another_view_stays_hidden(federation: Federation) -> None:
     vectors = inputs(federation)
     for client in federation.nodes:
         sent = federation.nodes[client].masked_input(
-            requests[client], lambda c=client: vectors[c].copy()
+            requests[client], lambda _, c=client: vectors[c].copy()
         )
         federation.inputs[client] = sent
     context = decode(InputHead, federation.inputs[1].head).context
@@ -211,7 +212,7 @@ def test_messages_of_an_earlier_attempt_are_useless(federation: Federation) -> N
     with pytest.raises(FedslmError):
         node.shares(old["shares"])
     with pytest.raises(PolicyRefused, match="another attempt"):
-        node.masked_input(old["input"][0], lambda: pytest.fail("trained"))
+        node.masked_input(old["input"][0], lambda _: pytest.fail("trained"))
     federation.input(inputs(federation))
     with pytest.raises(PolicyRefused, match="another attempt"):
         node.survivors(old["survivors"])
@@ -229,7 +230,7 @@ def test_two_requests_at_the_same_time(federation: Federation) -> None:
     federation.requests["input"] = requests
     made: list[int] = []
 
-    def vector() -> Vector:
+    def vector(cohort: Cohort) -> Vector:
         made.append(1)
         return small_numbers(0, LENGTH)
 

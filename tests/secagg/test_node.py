@@ -32,14 +32,14 @@ from fedslm.secagg.node import Node
 from fedslm.secagg.roster import signed_roster, verified
 
 
-def never() -> Vector:
+def never(cohort: Cohort) -> Vector:
     """A vector that must not be asked for."""
     raise AssertionError("the node trained and charged")
 
 
-def zeros(federation: Federation) -> Callable[[], Vector]:
+def zeros(federation: Federation) -> Callable[[Cohort], Vector]:
     """Makes a vector of zeros."""
-    return lambda: np.zeros(federation.num_values, np.uint32)
+    return lambda cohort: np.zeros(federation.num_values, np.uint32)
 
 
 def asks_keys(federation: Federation, **changes: Any) -> bytes:
@@ -178,7 +178,14 @@ def test_a_second_input_is_never_computed(tmp_path: Path) -> None:
     federation.until("input")
     request = federation.server.input_requests()[0]
     node = federation.nodes[0]
-    first = node.masked_input(request, zeros(federation))
+    asked_with: list[Cohort] = []
+
+    def make(cohort: Cohort) -> Vector:
+        asked_with.append(cohort)
+        return np.zeros(federation.num_values, np.uint32)
+
+    first = node.masked_input(request, make)
+    assert asked_with == [federation.cohort]
     again = node.masked_input(request, never)
     assert (first.head, first.vector.tobytes()) == (again.head, again.vector.tobytes())
     boxes = dict(decode(InputRequest, request).boxes)
@@ -194,7 +201,7 @@ def test_a_vector_that_failed_is_not_asked_for_again(tmp_path: Path) -> None:
     federation.until("input")
     requests = federation.server.input_requests()
 
-    def failing() -> Vector:
+    def failing(cohort: Cohort) -> Vector:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -202,7 +209,7 @@ def test_a_vector_that_failed_is_not_asked_for_again(tmp_path: Path) -> None:
     for wrong in (np.zeros(4, np.uint32), np.zeros(5, np.int64), np.zeros((5, 1), np.uint32)):
         client = len(wrong) % 3 + (wrong.ndim == 2)
         with pytest.raises(FedslmError):
-            federation.nodes[client].masked_input(requests[client], lambda wrong=wrong: wrong)
+            federation.nodes[client].masked_input(requests[client], lambda _, wrong=wrong: wrong)
     for client in range(3):
         with pytest.raises(PolicyRefused, match="did not finish"):
             federation.nodes[client].masked_input(requests[client], never)
@@ -308,7 +315,7 @@ def test_legs_come_in_their_order(tmp_path: Path) -> None:
 # Restarts, crashes and files.
 
 
-def asked(node: Node, leg: str, request: bytes, vector_fn: Callable[[], Vector] = never) -> bytes:
+def asked(node: Node, leg: str, request: bytes, vector_fn: Callable[[Cohort], Vector] = never) -> bytes:
     """Asks a node for a leg by name."""
     if leg == "input":
         sent = node.masked_input(request, vector_fn)
@@ -457,7 +464,7 @@ def test_a_new_attempt_during_the_input_wins(tmp_path: Path) -> None:
     federation.until("input")
     node = federation.nodes[0]
 
-    def meanwhile() -> Vector:
+    def meanwhile(cohort: Cohort) -> Vector:
         node.keys(asks_keys(federation, attempt=2))
         return np.zeros(5, np.uint32)
 

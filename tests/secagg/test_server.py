@@ -90,7 +90,7 @@ def test_inputs_that_are_refused(tmp_path: Path) -> None:
     vectors, requests = federation.vectors(), federation.server.input_requests()
     server = federation.server
     sent = {
-        who: node.masked_input(requests[who], lambda who=who: vectors[who].copy())
+        who: node.masked_input(requests[who], lambda _, who=who: vectors[who].copy())
         for who, node in federation.nodes.items()
     }
     head, vector = sent[0].head, sent[0].vector

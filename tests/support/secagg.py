@@ -98,7 +98,7 @@ class Federation:
         self.requests["input"] = requests = self.server.input_requests()
         for client in requests if clients is None else clients:
             vector = vectors[client].copy()
-            sent = self.nodes[client].masked_input(requests[client], lambda vector=vector: vector)
+            sent = self.nodes[client].masked_input(requests[client], lambda _, vector=vector: vector)
             self.inputs[client] = MaskedInput(sent.head, sent.vector.copy())
             self.server.add_input(client, sent.head, sent.vector)
 
