@@ -14,7 +14,7 @@ from fedslm import simulation, validation
 from fedslm.config import Config
 from fedslm.config.base import TaskName
 from fedslm.config.tasks import TASKS
-from fedslm.errors import ConfigError, ModelError
+from fedslm.errors import ConfigError, DataError
 from fedslm.inference.evaluation import EvaluationOptions, evaluate, own_rows
 from fedslm.inference.trained import load_trained, open_run
 from fedslm.privacy.calibration import calibrate
@@ -281,7 +281,7 @@ def test_public_records_start_the_head(notes: Path, tmp_path: Path) -> None:
     before = found.metrics["loss"].base.value
     assert before == pytest.approx(report["metrics_before"]["loss"], rel=1e-3)
     (directory / "data" / "public.parquet").unlink()
-    with pytest.raises(ModelError, match="public examples"):
+    with pytest.raises(DataError, match=r"public\.parquet is not there"):
         evaluate(
             load_trained(open_run(directory)),
             own_rows(trained.run),
