@@ -220,6 +220,10 @@ class Event:
         sample_rate: Probability in (0, 1] that a record takes part in a step.
         noise_multiplier: Noise standard deviation divided by the clip norm, > 0.
         steps: Number of steps, >= 1.
+        honest_nodes: None: the node added all of the noise, a continuous Gaussian. Otherwise only sums
+            over several nodes were seen, and their discrete Gaussian noise is that of so many nodes,
+            this one included: the cost holds only if so many added their share and keep it to
+            themselves (:mod:`fedslm.privacy.shares`).
 
     Raises:
         PrivacyError: A value has the wrong type or is out of range: no accountant may see it.
@@ -228,6 +232,7 @@ class Event:
     sample_rate: float
     noise_multiplier: float
     steps: int
+    honest_nodes: int | None = None
 
     def __post_init__(self) -> None:
         valid = (
@@ -236,13 +241,22 @@ class Event:
             and is_count(self.steps)
             and 0 < self.sample_rate <= 1
             and self.noise_multiplier > 0
+            and (self.honest_nodes is None or is_count(self.honest_nodes))
         )
         if not valid:
             raise OutOfRange(
                 f"sample_rate={self.sample_rate!r} must be in (0, 1], "
-                f"noise_multiplier={self.noise_multiplier!r} in (0, inf) and steps={self.steps!r} a "
-                f"whole number >= 1"
+                f"noise_multiplier={self.noise_multiplier!r} in (0, inf), steps={self.steps!r} a whole "
+                f"number >= 1 and honest_nodes={self.honest_nodes!r} one too, or None"
             )
+
+    def as_values(self) -> dict[str, float]:
+        """The values as a ledger stores them; without honest_nodes if the noise was not shared.
+
+        >>> Event(0.1, 1.0, 2).as_values()
+        {'sample_rate': 0.1, 'noise_multiplier': 1.0, 'steps': 2}
+        """
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ OWNERS = {
         "worker_process",
     },
     "opacus": {"training", "verification", "privacy.agreement"},
-    "dp_accounting": {"privacy.accounting"},
+    "dp_accounting": {"privacy.accounting", "privacy.renyi"},
     "filelock": {"storage", "privacy", "distillation.run"},
     "scipy": {"verification.self_test", "verification.canaries", "distillation.losses"},
     "safetensors": {"storage", "inference.export", "protocol.tensors"},

@@ -8,37 +8,41 @@ Formal guarantees:
     * The privacy loss is discretised pessimistically: the result is an upper bound.
     * If a Rényi bound is above 10,000, that bound is the result: also an upper bound, and computed
       without large memory.
+    * If nodes share the noise of any event, the number of record is the Rényi bound over whole orders.
+      There the moments of the discrete Gaussian are those of the continuous one, since a shift by a
+      whole vector maps the lattice to itself: E[exp(j·L)] = exp((j² - j)·|μ|² / 2S²). So Mironov's
+      formula at a whole order is exact for the sampled discrete Gaussian.
 
 References:
-    Koskela et al. 2020 (arXiv 1906.03049); Doroshenko et al. 2022 (arXiv 2207.04380).
+    Koskela et al. 2020 (arXiv 1906.03049); Doroshenko et al. 2022 (arXiv 2207.04380); Mironov et al.
+    2019, the sampled Gaussian (arXiv 1908.10530); Canonne et al. 2020 (arXiv 2004.00010).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.extras import is_installed, missing
+from fedslm.privacy import renyi
 from fedslm.privacy.agreement import DISCRETISATION, Accounts, check_agreement, of_opacus
+from fedslm.privacy.renyi import Groups, computing, whole_orders
+from fedslm.privacy.shares import if_all_collude
 from fedslm.records import LARGEST_DELTA, Event
 
 _LEAST_MULTIPLIER = 0.05
 _LARGEST_TIGHT = 10_000  # a larger epsilon guarantees nothing
 _ROUGH_ORDERS = (2, 3, 4, 8, 16, 32, 64)
 MOST_STEPS = 1_000_000
-_NEARLY = 0.8
-_MANY_STEPS = 10**9  # enough steps that no conversion is clamped to zero
-_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
+_NUMERIC = 1e-6
 
 _EPSILON_GRID = tuple(step / 20 for step in range(241))  # 0 to 12
 _ANY_DELTA = 1e-5  # only for grouping; delta has no effect there
-
-Groups = tuple[tuple[float, float, int], ...]  # (sample_rate, noise_multiplier, steps), sorted
 
 
 def epsilon(events: Iterable[Event], delta: float) -> float:
@@ -60,11 +64,37 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
     >>> round(epsilon([Event(256 / 10_000, 1.0, 117)], 1e-5), 2)
     1.92
     """
-    return _pld(_grouped(events, delta), delta)
+    events = tuple(events)
+    grouped = _grouped(events, delta)
+    return whole_orders(grouped, delta) if is_shared(events) else _pld(grouped, delta)
+
+
+def is_shared(events: Iterable[Event]) -> bool:
+    """Whether nodes share the noise of any of the events."""
+    return any(event.honest_nodes is not None for event in events)
+
+
+def epsilon_if_all_collude(events: Iterable[Event], delta: float) -> float:
+    """Epsilon if every other node colludes: of noise that nodes share, only this node's share counts.
+
+    Equal to :func:`epsilon` if no noise is shared. A share may be too weak for any guarantee: the
+    result may be large, or infinite.
+
+    >>> epsilon_if_all_collude([Event(1.0, 1e-3, 1, honest_nodes=100)], 1e-5) > 1e6
+    True
+    """
+    events = if_all_collude(events)
+    if not is_shared(events):
+        return epsilon(events, delta)
+    check_delta(delta)
+    return whole_orders(_groups(events), delta)
 
 
 def cross_check(events: Iterable[Event], delta: float, *, needs_prv: bool = True) -> Accounts:
     """Computes epsilon with three accountants and checks that they agree.
+
+    For noise that nodes share, the accountants are compared on a continuous Gaussian, RDP at whole
+    orders only; there two libraries must agree to 1e-6.
 
     Formal guarantees:
         * Returns only if RDP >= PLD (an upper bound is above a tight one) and
@@ -85,10 +115,13 @@ def cross_check(events: Iterable[Event], delta: float, *, needs_prv: bool = True
     References:
         Gopi et al. 2021, PRV (arXiv 2106.02848); Mironov et al. 2019, RDP (arXiv 1908.10530).
     """
-    grouped, has_prv = _grouped(events, delta), is_installed("opacus")
+    events, has_prv = tuple(events), is_installed("opacus")
+    grouped = _grouped(events, delta)
     if needs_prv and not has_prv:
         raise missing("opacus", "the check by three accountants")
-    return _cross_checked(grouped, delta) if grouped else Accounts(0.0, 0.0 if has_prv else None, 0.0)
+    if not grouped:
+        return Accounts(0.0, 0.0 if has_prv else None, 0.0)
+    return _cross_checked(grouped, delta, is_shared(events))
 
 
 def adaptive_epsilon(events: Sequence[Event], delta: float, budget: float) -> float:
@@ -113,10 +146,10 @@ def adaptive_epsilon(events: Sequence[Event], delta: float, budget: float) -> fl
     grouped = _grouped(events, delta)
     if not grouped:
         return 0.0
-    with _computing(delta):
-        accountant = RdpAccountant([_order(events[0], delta, budget)])
+    with computing(delta):
+        accountant = RdpAccountant([renyi.order_of(events[0], delta, budget)])
         for rate, noise, count in grouped:
-            accountant.compose(_step(rate, noise), count)
+            accountant.compose(renyi.step(rate, noise), count)
         return float(accountant.get_epsilon(delta))
 
 
@@ -124,7 +157,10 @@ def group_epsilon(events: Iterable[Event], delta: float, group_size: int) -> flo
     """Epsilon for a person with ``group_size`` records in a run whose unit is the record.
 
     The number of the group's records in a Poisson sample is binomial, and each moves the sum by at most
-    one clip norm: a mixture of Gaussians. This is tight; ``group_size * epsilon`` is not a bound.
+    one clip norm: a mixture of Gaussians. This is tight; ``group_size * epsilon`` is not a bound. For
+    noise that nodes share it is less tight: whenever one of the group is sampled, all count as sampled.
+    Each moment of the mixture is a sum of exp(a·a'·|μ|² / S²) over numbers a, a' of records: it only
+    rises if each a > 0 becomes ``group_size``.
 
     Args:
         events: The events charged at record level.
@@ -139,7 +175,10 @@ def group_epsilon(events: Iterable[Event], delta: float, group_size: int) -> flo
     """
     if group_size < 1:
         raise OutOfRange(f"group_size={group_size} must be >= 1")
-    with _computing(delta):
+    events = tuple(events)
+    if is_shared(events):
+        return epsilon([_all_or_none(event, group_size) for event in events], delta)
+    with computing(delta):
         return _group(_grouped(events, delta), delta, group_size)
 
 
@@ -179,11 +218,16 @@ def true_positive_bound(events: Iterable[Event], false_positive_rate: float) -> 
     """
     if not 0 < false_positive_rate < 1:
         raise OutOfRange(f"false_positive_rate={false_positive_rate} must be in (0, 1)")
+    events = tuple(events)
     grouped = _grouped(events, _ANY_DELTA)
     if not grouped:
         return false_positive_rate
-    with _computing(_ANY_DELTA):
-        deltas = _composed(grouped).get_delta_for_epsilon(_EPSILON_GRID)
+    with computing(_ANY_DELTA):
+        if is_shared(events):
+            accountant = renyi.accountant_of(grouped, renyi.ORDERS)
+            deltas = [accountant.get_delta(spent) for spent in _EPSILON_GRID]
+        else:
+            deltas = _composed(grouped).get_delta_for_epsilon(_EPSILON_GRID)
     curve = zip(_EPSILON_GRID, deltas, strict=True)
     return min(1.0, *(math.exp(spent) * false_positive_rate + float(delta) for spent, delta in curve))
 
@@ -206,15 +250,28 @@ def check_delta(delta: float) -> None:
 def _grouped(events: Iterable[Event], delta: float) -> Groups:
     """Groups steps that have the same parameters; their order does not matter."""
     check_delta(delta)
-    steps: Counter[tuple[float, float]] = Counter()
-    for event in events:
-        steps[float(event.sample_rate), float(event.noise_multiplier)] += event.steps
-    if steps.total() > MOST_STEPS or any(noise < _LEAST_MULTIPLIER for _, noise in steps):
+    grouped = _groups(events)
+    too_many = sum(count for _, _, count in grouped) > MOST_STEPS
+    if too_many or any(noise < _LEAST_MULTIPLIER for _, noise, _ in grouped):
         raise PrivacyError(
             f"no accounting beyond {MOST_STEPS:,} steps or below "
             f"noise_multiplier={_LEAST_MULTIPLIER}, which promises nothing"
         )
+    return grouped
+
+
+def _groups(events: Iterable[Event]) -> Groups:
+    """Groups any steps that have the same parameters."""
+    steps: Counter[tuple[float, float]] = Counter()
+    for event in events:
+        steps[float(event.sample_rate), float(event.noise_multiplier)] += event.steps
     return tuple(sorted((rate, noise, count) for (rate, noise), count in steps.items()))
+
+
+def _all_or_none(event: Event, size: int) -> Event:
+    """One step's cost for a group, all of which counts as sampled whenever one of it is."""
+    rate = -math.expm1(size * math.log1p(-event.sample_rate)) if event.sample_rate < 1 else 1.0
+    return replace(event, sample_rate=rate, noise_multiplier=event.noise_multiplier / size)
 
 
 @lru_cache(maxsize=4096)
@@ -222,33 +279,11 @@ def _pld(grouped: Groups, delta: float) -> float:
     """Epsilon by privacy loss distributions; a Rényi bound if that bound is too large to be useful."""
     if not grouped:
         return 0.0
-    with _computing(delta):
-        bound = _renyi(grouped, delta, _ROUGH_ORDERS)  # quick
+    with computing(delta):
+        bound = renyi.bound(grouped, delta, _ROUGH_ORDERS)  # quick
         if bound > _LARGEST_TIGHT:
             return bound
         return float(_composed(grouped).get_epsilon_for_delta(delta))
-
-
-@contextmanager
-def _computing(delta: float) -> Iterator[None]:
-    """Turns any exception of an accountant into a PrivacyError: there is no epsilon then."""
-    try:
-        yield
-    except PrivacyError:
-        raise
-    except Exception as error:
-        raise PrivacyError(f"epsilon cannot be computed at delta={delta:g}: {error}") from error
-
-
-def _renyi(grouped: Groups, delta: float, orders: Sequence[float] | None = None) -> float:
-    """An upper bound on epsilon by dp-accounting's Rényi accountant; infinity if no order gives one."""
-    from dp_accounting.rdp import RdpAccountant
-
-    accountant = RdpAccountant(orders)
-    for rate, noise, count in grouped:
-        accountant.compose(_step(rate, noise), count)
-    found = float(accountant.get_epsilon(delta))
-    return math.inf if math.isnan(found) else found
 
 
 def _composed(grouped: Groups) -> Any:
@@ -294,41 +329,24 @@ def _group(grouped: Groups, delta: float, size: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def _cross_checked(grouped: Groups, delta: float) -> Accounts:
+def _cross_checked(grouped: Groups, delta: float, shared: bool) -> Accounts:
     """Runs all accountants that are installed and compares them."""
-    with _computing(delta):
+    orders = renyi.ORDERS if shared else None
+    with computing(delta):
         if is_installed("opacus"):
-            estimate, loose = of_opacus([(noise, rate, count) for rate, noise, count in grouped], delta)
+            history = [(noise, rate, count) for rate, noise, count in grouped]
+            estimate, loose = of_opacus(history, delta, orders)
             accounts = Accounts(_pld(grouped, delta), estimate, loose)
         else:
-            accounts = Accounts(_pld(grouped, delta), None, max(0.0, _renyi(grouped, delta)))
+            loose = max(0.0, renyi.bound(grouped, delta, orders))
+            accounts = Accounts(_pld(grouped, delta), None, loose)
     check_agreement(accounts)
-    return accounts
-
-
-def _step(rate: float, noise: float) -> object:
-    """One Poisson-sampled Gaussian step as a dp-accounting event."""
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-
-    return PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
-
-
-@lru_cache(maxsize=256)
-def _order(first: Event, delta: float, budget: float) -> float:
-    """Smallest Rényi order at which a budget pays for nearly the most steps like the first event's.
-
-    The best order would be slightly better for such steps, and far worse for steps with less noise.
-    """
-    from dp_accounting.rdp import RdpAccountant
-
-    def affordable(order: float) -> float:
-        one, two = (RdpAccountant([order]) for _ in range(2))
-        one.compose(_step(first.sample_rate, first.noise_multiplier), _MANY_STEPS)
-        two.compose(_step(first.sample_rate, first.noise_multiplier), 2 * _MANY_STEPS)
-        total = float(two.get_epsilon(delta)) - float(one.get_epsilon(delta))  # steps·RDP + f(delta)
-        constant = float(one.get_epsilon(delta)) - total
-        return (budget - constant) / total if math.isfinite(total) and total > 0 else -math.inf
-
-    steps = {order: affordable(order) for order in _ORDERS}
-    enough = _NEARLY * max(steps.values())
-    return float(min(order for order, count in steps.items() if count >= enough))
+    if not shared:
+        return accounts
+    whole = whole_orders(grouped, delta)
+    if not math.isclose(whole, accounts.rdp, rel_tol=_NUMERIC, abs_tol=_NUMERIC):
+        raise PrivacyError(
+            f"the accountants disagree: RDP at whole orders is {whole:.6f}, and {accounts.rdp:.6f} by "
+            f"another library"
+        )
+    return replace(accounts, rdp=whole, of_record="RDP")

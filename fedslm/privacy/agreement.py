@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fedslm.errors import PrivacyError
 from fedslm.extras import missing
@@ -35,12 +36,21 @@ class Accounts:
         prv: From Opacus' privacy random variables: an estimate plus its error bound. Its domain comes
             from Opacus' Rényi accountant; the PLD shares no code with either. None: not available.
         rdp: From Opacus' Rényi accountant, or without Opacus from dp-accounting's: an upper bound, 10
-            to 25 % larger.
+            to 25 % larger. For noise that nodes share: by dp-accounting at whole orders, where it is
+            exact for the discrete Gaussian.
+        of_record: The accountant that is reported: RDP for noise that nodes share, whose PLD is that
+            of a continuous Gaussian.
     """
 
     pld: float
     prv: float | None
     rdp: float
+    of_record: Literal["PLD", "RDP"] = "PLD"
+
+    @property
+    def epsilon(self) -> float:
+        """The epsilon that is reported."""
+        return self.rdp if self.of_record == "RDP" else self.pld
 
     def in_words(self) -> str:
         """Which accountants agreed, with their figures.
@@ -50,18 +60,26 @@ class Accounts:
         >>> print(Accounts(2.0, None, 2.3).in_words().partition(" (opacus")[0])
         PLD 2.000 (reported), RDP 2.300; only two accountants: PRV needs fedslm[train]
         """
+        figures = {"PLD": self.pld, "PRV": self.prv, "RDP": self.rdp}
+        words = ", ".join(
+            f"{name} {figure:.3f}{' (reported)' * (name == self.of_record)}"
+            for name, figure in figures.items()
+            if figure is not None
+        )
         if self.prv is None:
-            figures = f"PLD {self.pld:.3f} (reported), RDP {self.rdp:.3f}"
-            return f"{figures}; only two accountants: {missing('opacus', 'PRV')}"
-        return f"PLD {self.pld:.3f} (reported), PRV {self.prv:.3f}, RDP {self.rdp:.3f}"
+            return f"{words}; only two accountants: {missing('opacus', 'PRV')}"
+        return words
 
 
-def of_opacus(history: Sequence[tuple[float, float, int]], delta: float) -> tuple[float, float]:
+def of_opacus(
+    history: Sequence[tuple[float, float, int]], delta: float, orders: Sequence[float] | None = None
+) -> tuple[float, float]:
     """Epsilon by PRV and by RDP, both from Opacus. An estimate below 0 counts as 0.
 
     Args:
         history: (noise multiplier, sample rate, steps) of each kind of step.
         delta: The delta of the budget.
+        orders: Orders of RDP; None: Opacus' own.
 
     Raises:
         PrivacyError: RDP exceeds 1,000, or PRV would take gigabytes.
@@ -74,7 +92,7 @@ def of_opacus(history: Sequence[tuple[float, float, int]], delta: float) -> tupl
     rdp.history = prv.history = list(history)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the best order at the edge of the range, and log(0)
-        loose = max(0.0, float(rdp.get_epsilon(delta)))
+        loose = max(0.0, float(rdp.get_epsilon(delta, orders)))
         # PRV truncates its domain at the epsilon of a smaller delta.
         _check_size(loose, float(rdp.get_epsilon(delta / 4000)), history, delta)
         return max(0.0, float(prv.get_epsilon(delta))), loose

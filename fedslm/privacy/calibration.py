@@ -99,6 +99,8 @@ def calibrate(
     sample_rate: float,
     steps: int,
     others: Sequence[Event] = (),
+    *,
+    honest_nodes: int | None = None,
 ) -> float:
     """Finds a noise multiplier for which the steps cost at most the target.
 
@@ -110,6 +112,7 @@ def calibrate(
         sample_rate: In (0, 1].
         steps: Largest number of steps that a client can take, not the expected number.
         others: Further events that the same budget must pay for.
+        honest_nodes: See :class:`~fedslm.records.Event`: the noise is then that of all of these nodes.
 
     Raises:
         PrivacyError: The target is not a positive number, or no noise multiplier up to 10,000 meets it.
@@ -118,7 +121,8 @@ def calibrate(
         raise OutOfRange(f"epsilon={epsilon_target} must be in (0, inf)")
 
     def spent(noise_multiplier: float) -> float:
-        return accounting.epsilon([Event(sample_rate, noise_multiplier, steps), *others], delta)
+        event = Event(sample_rate, noise_multiplier, steps, honest_nodes)
+        return accounting.epsilon([event, *others], delta)
 
     high = 1.0
     while spent(high) > epsilon_target:

@@ -104,6 +104,14 @@ class Chain:
         """
         return math.inf if self.unprotected else accounting.epsilon(self.events, delta)
 
+    def epsilon_if_all_collude(self, delta: float) -> float:
+        """The same if every other node colludes: of noise that nodes shared, only this node's counts.
+
+        Raises:
+            PrivacyError: As :meth:`epsilon`.
+        """
+        return math.inf if self.unprotected else accounting.epsilon_if_all_collude(self.events, delta)
+
     @property
     def leaves(self) -> list[bytes]:
         """Hashes of all lines, in order: the leaves of the ledger's Merkle tree."""
@@ -121,6 +129,10 @@ def encode(key: Ed25519PrivateKey, entry: Entry) -> bytes:
     for part in _WITH_UNIT & set(values):
         if values[part]["unit"] is not None:
             values[part]["unit"] = stored_unit(values[part]["unit"])
+    if entry.charge is not None:
+        values["charge"]["event"] = entry.charge.event.as_values()
+        if entry.charge.protocol is None:  # as older versions write it
+            del values["charge"]["protocol"]
     return json.dumps({**values, "signature": signature_of(key, values)}).encode() + b"\n"
 
 

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 
 from fedslm.errors import PrivacyError
+from fedslm.privacy.shares import PROTOCOLS
 from fedslm.records import Event, is_count, is_number
 from fedslm.storage import is_text
 
@@ -105,6 +106,9 @@ class Charge:
         unit_column: Column that identifies the owner of a record; None if the unit needs none.
         max_records_per_unit: Most records of a unit in one step; None if the unit needs none.
         normaliser: Divisor of each noisy sum.
+        protocol: How the sum over nodes is formed ("ideal": readable by the server, in a simulation);
+            None if the node added all of the noise, so that its own release may be seen. A line without
+            it is written as by older versions; they refuse a line with it.
 
     Raises:
         PrivacyError: A value has another type, or is out of range. Reading and writing apply the same
@@ -127,6 +131,7 @@ class Charge:
     unit_column: str | None = None
     max_records_per_unit: int | None = None
     normaliser: int | None = None
+    protocol: str | None = None
 
     def __post_init__(self) -> None:
         texts = (self.plan_sha256, self.request_sha256, self.base_sha256, self.config_sha256)
@@ -144,6 +149,9 @@ class Charge:
             max_records_per_unit=self.max_records_per_unit is None
             or is_count(self.max_records_per_unit),
             normaliser=self.normaliser is None or is_count(self.normaliser),
+            protocol=self.protocol is None
+            if self.event.honest_nodes is None
+            else self.protocol in PROTOCOLS,
         )
 
 

@@ -11,6 +11,7 @@ all. ChaCha20 has a key of 256 bits, and runs in constant time without special i
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import NoReturn
 
 import numpy as np
@@ -51,19 +52,38 @@ class SecureStream:
         >>> bool(((0 < SecureStream().uniform(100)) & (SecureStream().uniform(100) < 1)).all())
         True
         """
+        numbers = np.empty(count)
+        for start, words in self._blocks(count):
+            part = numbers[start : start + len(words)]
+            # (k + 1/2)·2^-52 is exact in float64, and neither 0, whose log is infinite, nor 1.
+            np.add(words >> np.uint64(12), 0.5, out=part)
+            part *= 2.0**-52
+        return numbers
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """Draws ``count`` words of 64 random bits.
+
+        Raises:
+            PrivacyError: The stream was used in another process.
+
+        >>> SecureStream().words(3).dtype
+        dtype('uint64')
+        """
+        numbers = np.empty(count, dtype=np.uint64)
+        for start, words in self._blocks(count):
+            numbers[start : start + len(words)] = words
+        return numbers
+
+    def _blocks(self, count: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+        """Yields the next ``count`` words in blocks, each with the number of words before it."""
         if os.getpid() != self._process:
             raise PrivacyError("a stream of secure randomness was carried into another process")
-        numbers = np.empty(count)
         for start in range(0, count, _BLOCK_WORDS):
             if self._blocks_left == 0:
                 self._renew()
             self._blocks_left -= 1
-            part = numbers[start : start + _BLOCK_WORDS]
-            keystream = self._encryptor.update(self._zeros[: len(part) * _WORD_BYTES])
-            # (k + 1/2)·2^-52 is exact in float64, and neither 0, whose log is infinite, nor 1.
-            np.add(np.frombuffer(keystream, dtype="<u8") >> np.uint64(12), 0.5, out=part)
-            part *= 2.0**-52
-        return numbers
+            size = min(_BLOCK_WORDS, count - start)
+            yield start, np.frombuffer(self._encryptor.update(self._zeros[: size * _WORD_BYTES]), "<u8")
 
     def _renew(self) -> None:
         """Takes a fresh key, long before the counter of the old one is exhausted."""

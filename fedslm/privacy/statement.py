@@ -16,6 +16,7 @@ from fedslm.errors import LedgerError, PrivacyError
 from fedslm.privacy.chain import Chain
 from fedslm.privacy.keys import is_signed, public_hex, signature_of
 from fedslm.privacy.lines import NO_UNIT, UNITS, is_short_text, stored_unit, unit_of
+from fedslm.privacy.shares import MOST_NODES, least_honest
 from fedslm.records import Event, epsilon_as_json, epsilon_of_json, is_count, is_number
 
 _MOST_BYTES, _MOST_CHARGES, _MOST_KINDS = 8192, 100_000, 32
@@ -47,6 +48,11 @@ class Statement:
         signature: Signature over all of the other values.
         unprotected: Number of releases without privacy in the ledger, over all runs: the reason for an
             infinite epsilon. JSON omits a zero, so that statements of older versions can be read.
+        honest_nodes: The most honest nodes that any charge in the ledger assumes, over all runs; None
+            (and not in JSON, likewise) if ``epsilon`` assumes none. Older versions refuse a statement
+            that has it.
+        epsilon_if_all_collude: Epsilon of all charges if every other node colludes; None without
+            ``honest_nodes``.
     """
 
     run: str
@@ -64,6 +70,8 @@ class Statement:
     public_key: str
     signature: str = ""
     unprotected: int = 0
+    honest_nodes: int | None = None
+    epsilon_if_all_collude: float | None = None
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -120,6 +128,7 @@ def signed(
         raise LedgerError("an empty ledger has nothing to state")
     own = [charge for charge in chain.charges if charge.run == run]
     delta = max((charge.delta for charge in own or chain.charges), default=0.5)
+    honest_nodes = least_honest(chain.events)
     statement = Statement(
         run=run,
         round=round,
@@ -135,6 +144,8 @@ def signed(
         delta=delta,
         public_key=public_hex(key.public_key()),
         unprotected=len(chain.unprotected),
+        honest_nodes=honest_nodes,
+        epsilon_if_all_collude=None if honest_nodes is None else chain.epsilon_if_all_collude(delta),
     )
     return replace(statement, signature=signature_of(key, _values(statement)))
 
@@ -153,6 +164,8 @@ def read_statement(text: str) -> Statement:
         values: dict[str, Any] = json.loads(text)
         values["charged"] = tuple(_read_counted(values["charged"]))
         values["epsilon"] = epsilon_of_json(values["epsilon"])
+        if "epsilon_if_all_collude" in values:
+            values["epsilon_if_all_collude"] = epsilon_of_json(values["epsilon_if_all_collude"])
         values["unit"] = unit_of(values["unit"])
         statement = Statement(**values)
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(statement.public_key))
@@ -169,7 +182,12 @@ def read_statement(text: str) -> Statement:
 def _counted(events: Iterable[Event]) -> tuple[tuple[Event, int], ...]:
     """Distinct events with their counts, sorted."""
     counts = Counter(events)
-    return tuple(sorted(counts.items(), key=lambda each: (*vars(each[0]).values(),)))
+    return tuple(sorted(counts.items(), key=lambda each: (*_figures(each[0]), each[1])))
+
+
+def _figures(event: Event) -> list[float]:
+    """An event's values in the order of its fields; honest_nodes only if nodes shared the noise."""
+    return list(event.as_values().values())
 
 
 def _read_counted(values: Any) -> list[tuple[Event, int]]:
@@ -192,6 +210,7 @@ def _check(statement: Statement) -> None:
         raise ValueError("round, index and charges must be whole numbers from 0 to 10^12")
     if (statement.epsilon == math.inf) != (statement.unprotected > 0):
         raise ValueError("epsilon must be infinite after a release without privacy, and only then")
+    _check_assumption(statement)
     if not (is_number(statement.delta) and 0 < statement.delta < 1):
         raise ValueError("delta must be in (0, 1)")
     texts = ("run", "unit", "release_sha256", "ledger_id", "head_sha256", "root_sha256", "public_key")
@@ -212,6 +231,22 @@ def _check(statement: Statement) -> None:
         raise ValueError(f"it is longer than {LONGEST_STATEMENT} characters")
 
 
+def _check_assumption(statement: Statement) -> None:
+    """Checks that a statement says what its epsilon assumes, and epsilon without it."""
+    nodes, own = statement.honest_nodes, least_honest(event for event, _ in statement.charged)
+    if (nodes is None) != (statement.epsilon_if_all_collude is None):
+        raise ValueError("honest_nodes and epsilon_if_all_collude go together")
+    if nodes is not None and not (is_count(nodes) and nodes <= MOST_NODES):
+        raise ValueError(f"honest_nodes must be a whole number from 1 to {MOST_NODES}")
+    if own is not None and (nodes is None or own > nodes):
+        raise ValueError("the run's charges assume more honest nodes than the statement says")
+    if (
+        statement.epsilon_if_all_collude is not None
+        and not statement.epsilon_if_all_collude >= statement.epsilon
+    ):
+        raise ValueError("epsilon_if_all_collude must be at least epsilon")
+
+
 def _values(statement: Statement) -> Mapping[str, Any]:
     """All values but the signature."""
     values = {**asdict(statement), "epsilon": epsilon_as_json(statement.epsilon)}
@@ -219,8 +254,9 @@ def _values(statement: Statement) -> Mapping[str, Any]:
     del values["signature"]
     if not statement.unprotected:
         del values["unprotected"]
-    charged = [
-        [event.sample_rate, event.noise_multiplier, event.steps, count]
-        for event, count in statement.charged
-    ]
+    if statement.honest_nodes is None:
+        del values["honest_nodes"], values["epsilon_if_all_collude"]
+    elif statement.epsilon_if_all_collude is not None:
+        values["epsilon_if_all_collude"] = epsilon_as_json(statement.epsilon_if_all_collude)
+    charged = [[*_figures(event), count] for event, count in statement.charged]
     return {**values, "charged": charged}

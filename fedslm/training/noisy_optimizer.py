@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedslm.errors import PrivacyError
+from fedslm.privacy.encoding import FINE_BITS, grid_of
 from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import PrivatePlan
-from fedslm.training.sums import MOST_UNITS, clip_, grid_of
+from fedslm.training.sums import MOST_UNITS, clip_
 
 if TYPE_CHECKING:
     from opacus.optimizers import DPOptimizer
@@ -110,7 +111,7 @@ class _NoisySum:
             raise PrivacyError(
                 f"a sample has {self._units} units; it may have {MOST_UNITS}: lower sample_rate"
             )
-        total = clip_(rows, self._clip_norm).sum(dim=0)
+        total = clip_(rows, self._clip_norm, FINE_BITS).sum(dim=0)
         self._total = total if self._total is None else self._total + total
 
     def released(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,6 +1,7 @@
 """Clipped gradients and their sum as integers on a public grid: exact, in any order.
 
-The grid is γ = 2⁻³⁰ of the largest power of two that is at most the clip norm C. Integers are held in
+The grid is γ = 2⁻³⁰ of the largest power of two that is at most the clip norm C, or a coarser one for a
+sum modulo 2³² (:mod:`fedslm.privacy.encoding`). Integers are held in
 float64, which adds whole numbers exactly up to 2⁵³. With Σ the sum on the grid and N the noise,
 round((Σ + N) / γ) = Σ / γ + round(N / γ): what is released is post-processing of the Gaussian
 mechanism, and no floating-point number ever holds data and noise together before it is rounded.
@@ -16,29 +17,22 @@ import math
 
 import torch
 
+from fedslm.errors import PrivacyError
+from fedslm.privacy.encoding import FINE_BITS, grid_of
+
 MOST_UNITS = 2**22  # each adds at most 2^31 grid steps: the sum stays below 2^53
-_FINE = 30  # bits between the clip norm and the grid
 _ROOM = 1 - 2.0**-20  # share of the clip norm; the rest is reserved for rounding in float64
 _LONGEST = 2.0**10  # clip norms; a longer gradient of one of several records is scaled down to this
 
 
-def grid_of(clip_norm: float) -> float:
-    """Returns γ, a power of two, so that multiplying by it is exact.
-
-    >>> grid_of(1.5) == 2.0**-30
-    True
-    """
-    return math.ldexp(1.0, math.frexp(clip_norm)[1] - 1 - _FINE)
-
-
-def clipped(units: torch.Tensor, clip_norm: float) -> torch.Tensor:
+def clipped(units: torch.Tensor, clip_norm: float, bits: int = FINE_BITS) -> torch.Tensor:
     """Clips each unit's gradient to an integer vector of norm at most ``clip_norm`` / γ.
 
     Formal guarantees:
-        * For any finite float32 values, and any multiples of γ from :func:`on_grid`, of d <= 2^32
-          numbers: a result q consists of integers with ‖q‖·γ <= ``clip_norm`` = C exactly, rounding
-          included. The sum over at most :data:`MOST_UNITS` units is exact in any order, so adding or
-          removing one unit moves it by at most C.
+        * For any finite float32 values, and any multiples of 2⁻³⁰ from :func:`on_grid`, of d <= 2^32
+          numbers, and any grid: a result q consists of integers with ‖q‖·γ <= ``clip_norm`` = C
+          exactly, rounding included. The sum over at most :data:`MOST_UNITS` units is exact in any
+          order, so adding or removing one unit moves it by at most C.
         * A row of the result depends only on its own row of ``units``, if the device's elementwise
           operations and row sums do; the bit-proof of fixed shapes tests that.
 
@@ -50,17 +44,23 @@ def clipped(units: torch.Tensor, clip_norm: float) -> torch.Tensor:
     Args:
         units: Shape (units, d), finite; float32 or float64.
         clip_norm: C.
+        bits: The grid, see :func:`fedslm.privacy.encoding.grid_of`.
 
     Returns:
         Integers in float64, in steps of γ, shape (units, d); on the CPU if the device has no float64.
+
+    Raises:
+        PrivacyError: The grid is too coarse for so many values.
     """
-    return clip_(double(units).clone(), clip_norm)
+    return clip_(double(units).clone(), clip_norm, bits)
 
 
-def clip_(units: torch.Tensor, clip_norm: float) -> torch.Tensor:
+def clip_(units: torch.Tensor, clip_norm: float, bits: int) -> torch.Tensor:
     """The same in place, for float64: a new buffer for each pass costs more than the arithmetic."""
-    grid = grid_of(clip_norm)
+    grid = grid_of(clip_norm, bits)
     room = clip_norm * _ROOM - grid * math.sqrt(units.shape[1]) / 2
+    if room <= 0:
+        raise PrivacyError(f"a grid of {bits} bits is too coarse for {units.shape[1]:,} values")
     factors = (room / _norms(units)).clamp(max=1.0) / grid  # a norm of zero gives inf, and so 1
     return units.mul_(factors.unsqueeze(1)).round_()
 

@@ -34,7 +34,8 @@ from fedslm.privacy.lines import ADAPTER, METRIC, Unprotected
 from fedslm.privacy.statement import Statement, read_statement, signed
 from fedslm.records import Event
 
-FIELDS = [each.name for each in dataclasses.fields(Statement) if each.name != "unprotected"]
+OMITTED = {"unprotected", "honest_nodes", "epsilon_if_all_collude"}  # where they say nothing
+FIELDS = [each.name for each in dataclasses.fields(Statement) if each.name not in OMITTED]
 _EVENTS = st.builds(
     Event,
     st.floats(0.001, 1.0),
@@ -96,7 +97,7 @@ def other_value(name: str) -> st.SearchStrategy[Any]:
     """Something that may stand in a field."""
     if name == "charged":
         return st.lists(_EVENTS, max_size=5).map(
-            lambda each: [[*dataclasses.asdict(event).values(), 1] for event in each]
+            lambda each: [[*event.as_values().values(), 1] for event in each]
         )
     if name in ("epsilon", "delta"):
         return st.floats(0.0, 1.0)

@@ -11,12 +11,12 @@ import torch
 
 from fedslm.errors import LedgerError
 from fedslm.privacy import accounting, chain
+from fedslm.privacy.encoding import grid_of
 from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import ExamplePlan, UserPlan
 from fedslm.privacy.randomness import SecureStream
 from fedslm.training import metric, noisy_optimizer, steps
 from fedslm.training.shapes import Part, Pass
-from fedslm.training.sums import grid_of
 from fedslm.verification.harness import AdversarialTask
 
 Patch = pytest.MonkeyPatch
@@ -152,7 +152,7 @@ def seeded_sampler(patch: Patch) -> None:
 def no_clipping(patch: Patch) -> None:
     """Gradients are added up as they are."""
     patch.setattr(
-        noisy_optimizer, "clip_", lambda units, clip_norm: units.div_(grid_of(clip_norm)).round_()
+        noisy_optimizer, "clip_", lambda units, clip, bits: units.div_(grid_of(clip, bits)).round_()
     )
 
 
@@ -161,8 +161,8 @@ def clipping_by_tensor(patch: Patch) -> None:
     patch.setattr(
         noisy_optimizer,
         "clip_",
-        lambda units, clip_norm: torch.cat(
-            [CLIP(part.clone(), clip_norm) for part in units.chunk(8, 1)], 1
+        lambda units, clip_norm, bits: torch.cat(
+            [CLIP(part.clone(), clip_norm, bits) for part in units.chunk(8, 1)], 1
         ),
     )
 

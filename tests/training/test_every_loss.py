@@ -27,11 +27,11 @@ from support.families import (
 )
 
 from fedslm.aggregation.methods import trained_keys
+from fedslm.privacy.encoding import grid_of
 from fedslm.privacy.plan import WEAKEST_FIRST, Passes
 from fedslm.tasks.base import Example
 from fedslm.tasks.tokens import IGNORED
 from fedslm.training.batches import forward
-from fedslm.training.sums import grid_of
 
 FamilyDirectory = Callable[[str, str], Path]
 KINDS = [

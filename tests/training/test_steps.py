@@ -31,13 +31,14 @@ from support.families import clipped as shortened
 
 from fedslm.errors import PrivacyError, TrainingError
 from fedslm.models.loaded import LoadedModel
+from fedslm.privacy.encoding import grid_of
 from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import NoPrivacy
 from fedslm.tasks.base import Example, Task
 from fedslm.training.checks import check_private_model
 from fedslm.training.shapes import Pass
 from fedslm.training.steps import PlainStep, PrivateStep, stepping
-from fedslm.training.sums import clipped, grid_of, zero_non_finite
+from fedslm.training.sums import clipped, zero_non_finite
 
 Family = tuple[LoadedModel, Task]
 

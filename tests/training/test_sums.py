@@ -24,11 +24,12 @@ from support.families import (
     task_of,
 )
 
+from fedslm.privacy.encoding import grid_of
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.training.noisy_optimizer import private_optimizer
 from fedslm.training.shapes import Pass
 from fedslm.training.steps import PrivateStep, stepping
-from fedslm.training.sums import clipped, grid_of, on_grid
+from fedslm.training.sums import clipped, on_grid
 
 HALF = 2**11  # units that fill the sum, and units that then turn rounding against it
 ABOVE_ONE = (
