@@ -31,7 +31,7 @@ from fedslm.federation.roster import roster_of
 from fedslm.federation.rounds import Federation, Outcome
 from fedslm.federation.visible import SignalWatch
 from fedslm.models.base import check_early, local
-from fedslm.privacy.calibration import calibrated
+from fedslm.privacy.calibration import calibrated, shares_of
 from fedslm.privacy.plan import RunPlan
 from fedslm.privacy.policy import open_policy
 from fedslm.recipes import Completed, completed, write_recipe
@@ -269,7 +269,9 @@ def _prepare(config: Config, directory: RunDirectory) -> tuple[store.Shards, Run
         warn_if_cache_is_unusable()
     with ThreadPoolExecutor(1) as background:
         privacy, training = config.privacy, config.training
-        planned = background.submit(calibrated, privacy, training, config.federation.rounds)
+        rounds, cohort = config.federation.rounds, config.federation.cohort_size
+        shares = shares_of(privacy, training, config.secure_aggregation, cohort)
+        planned = background.submit(calibrated, privacy, training, rounds, shares)
         data = _written(config, directory)
         plan = planned.result()
     if config.engine.nodes is None:  # the server knows nothing about a real node's records

@@ -241,13 +241,18 @@ def with_usual_modes(directory: Path) -> None:
 
 
 def save_adapter(path: Path, state: AdapterState) -> None:
+    """Replaces a safetensors file with an adapter's tensors atomically."""
+    save_tensors(path, state.tensors)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     """Replaces a safetensors file atomically."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     with replacing(path) as temporary:
         try:
-            save_file(dict(state.tensors), temporary)
+            save_file(dict(tensors), temporary)
         except SafetensorError as error:
             raise OSError(str(error)) from error
 

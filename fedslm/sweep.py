@@ -234,7 +234,9 @@ def _events(reports: Sequence[dict[str, Any]]) -> Iterator[Event]:
             continue
         clients = len(report["clients"]) if report["overlapping"] else 1
         steps = plan["steps_per_round"] * plan["rounds"] * clients
-        yield Event(plan["sample_rate"], plan["noise_multiplier"], steps)
+        shares = plan.get("shares")  # absent in reports of older versions
+        honest = None if shares is None else shares["threshold"] - shares["max_colluding"]
+        yield Event(plan["sample_rate"], plan["noise_multiplier"], steps, honest)
         if (metric := plan["metric_noise_multiplier"]) is not None:
             yield Event(1.0, metric, plan["rounds"] * clients)
 

@@ -13,6 +13,7 @@ from fedslm.data.columns import placeholders
 from fedslm.data.database import PASSWORD, USER, holds_password, is_url
 from fedslm.engines.options import engine_problems
 from fedslm.errors import ConfigError, Problem, plural
+from fedslm.federation.sharing import sharing_problems
 from fedslm.models import precision
 from fedslm.privacy.accounting import MOST_STEPS
 from fedslm.storage import expand
@@ -32,6 +33,7 @@ def check(config: Config) -> None:
     """
     problems = [
         *_privacy(config),
+        *sharing_problems(config),
         *precision.problems(config.model, config.distill, shares_passes=config.privacy.shares_passes),
         *_federation(config),
         *engine_problems(config),

@@ -112,6 +112,7 @@ SEE_CONFIG = {
     "cli.sweep",
     "recipes.expected",
     "federation.rounds",
+    "federation.sharing",
     "federation.observers",
     "federation.visible",
     "federation.checkpoint",

@@ -23,6 +23,7 @@ from fedslm.config import (
 Axis = Literal[
     "method",
     "unit",
+    "noise",
     "rule",
     "weights",
     "ranks",
@@ -37,6 +38,7 @@ Axis = Literal[
 KEYS: dict[Axis, str] = {
     "method": "aggregation.method",
     "unit": "privacy.unit",
+    "noise": "privacy.noise",
     "rule": "aggregation.rule",
     "weights": "aggregation.weights",
     "ranks": "lora.client_ranks",
@@ -60,6 +62,8 @@ _SHARED_A = _names("ffa rolora fed-sb head")
 _ROBUST = frozenset(get_args(RuleName)) - {"mean"}
 _ADAPTIVE = _names("fedavgm fedadam fedyogi fedadagrad")
 _PRIVATE = _names("record user")
+_SHARED: Mapping[Axis, frozenset[str]] = {"noise": frozenset({"distributed"})}
+_SUMMED = _names("fedit ffa rolora fed-sb head")
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,51 @@ CONFLICTS: tuple[Conflict, ...] = (
         "the lost part is in coordinates that the next round no longer has",
         "false, or aggregation.method = fedit, ffa or rolora",
     ),
+    Conflict(
+        {**_SHARED, "unit": frozenset({"none"})}, "noise",
+        "without privacy there is no noise to share",
+        "local",
+    ),
+    Conflict(
+        {**_SHARED, "method": frozenset(METHODS) - _SUMMED}, "method",
+        "clients share the noise of one sum, and the method needs more than the sum of their gradients",
+        "ffa, fedit, rolora, fed-sb or head",
+    ),
+    Conflict(
+        {**_SHARED, "rule": _ROBUST}, "rule",
+        "the server sees the sum of all clients only, and no update that it could compare",
+        "mean",
+    ),
+    Conflict(
+        {**_SHARED, "ranks": frozenset({"several"})}, "ranks",
+        "clients of several ranks have no common sum",
+        "one rank",
+    ),
+    Conflict(
+        {**_SHARED, "drift": _names("fedprox scaffold")}, "drift",
+        "a client sends the gradient at the round's start, from which it has not drifted",
+        "none",
+    ),
+    Conflict(
+        {**_SHARED, "local optimizer": frozenset({"adamw"})}, "local optimizer",
+        "clients send gradients, and no sum of them gives a step of AdamW",
+        'sgd, with aggregation.server_optimizer = "fedadam" for an adaptive step',
+    ),
+    Conflict(
+        {**_SHARED, "upload": _names("bfloat16 int8")}, "upload",
+        "rounding a part of a sum modulo 2^32 would change the sum",
+        "float32, which sends 4 bytes a value here too",
+    ),
+    Conflict(
+        {**_SHARED, "share sent": frozenset({"some"})}, "share sent",
+        "values that are left out would have to be hidden as well",
+        "1",
+    ),
+    Conflict(
+        {**_SHARED, "error feedback": frozenset({"yes"})}, "error feedback",
+        "a sum is sent whole, so there is no error to feed back",
+        "false",
+    ),
 )  # fmt: skip
 
 
@@ -163,6 +212,7 @@ def choices(
     return {
         "method": aggregation.method,
         "unit": privacy.unit,
+        "noise": privacy.noise,
         "rule": aggregation.rule,
         "weights": aggregation.weights,
         "ranks": "several" if len(ranks) > 1 else "one",

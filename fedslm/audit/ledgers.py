@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -27,6 +27,7 @@ from fedslm.privacy.chain import (
     read_head,
 )
 from fedslm.privacy.keys import public_hex
+from fedslm.privacy.shares import assumption, least_honest
 from fedslm.privacy.statement import Statement
 from fedslm.records import Event, epsilon_as_json
 
@@ -50,6 +51,8 @@ class Spent:
         adaptive: Epsilon if the plans were chosen after seeing earlier releases; None for one plan.
         adaptive_delta: The delta at which ``adaptive`` holds: twice ``delta``, once for stopping under
             the first plan and once for all later plans; None for one plan.
+        honest_nodes: The most honest nodes that ``epsilon`` assumes; None: it assumes none.
+        all_collude: Epsilon without that assumption; None without ``honest_nodes``.
         remaining_releases: Further releases like the last that fit the budget; None if no budget was
             given or nothing was charged.
     """
@@ -61,6 +64,8 @@ class Spent:
     adaptive: float | None = None
     adaptive_delta: float | None = None
     remaining_releases: int | None = None
+    honest_nodes: int | None = None
+    all_collude: float | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,7 @@ def as_json(audit: LedgerAudit) -> dict[str, object]:
             **asdict(each),
             "epsilon": epsilon_as_json(each.epsilon),
             "adaptive": None if each.adaptive is None else epsilon_as_json(each.adaptive),
+            "all_collude": None if each.all_collude is None else epsilon_as_json(each.all_collude),
         }
         for each in audit.spent
     ]
@@ -335,6 +341,14 @@ def _spent(chain: Chain, evidence: Evidence, found: _Findings) -> Sequence[Spent
             results.append(_spent_at(chain, delta, evidence.budget, found))
         except PrivacyError as error:
             found.wrong.append(str(error))
+    honest = least_honest(chain.events)
+    if honest is not None:
+        found.notes.append(f"ε holds if {assumption(honest)}; without that, see the column all collude")
+    if any(charge.protocol == "ideal" for charge in chain.charges):
+        found.notes.append(
+            "charges by the protocol 'ideal', a simulation of secure aggregation: whoever saw a "
+            "message of this node saw only its own share of the noise"
+        )
     if any(each.accounts.prv is None for each in results):
         found.notes.append(
             f"only two accountants were asked, and PLD is at most RDP: {missing('opacus', 'PRV')}"
@@ -347,9 +361,11 @@ def _spent_at(
 ) -> Spent:
     """Returns epsilon at one delta, and the remaining budget."""
     accounts = accounting.cross_check(chain.events, delta, needs_prv=False)
-    epsilon = math.inf if chain.unprotected else accounts.pld
+    epsilon = math.inf if chain.unprotected else accounts.epsilon
+    honest = least_honest(chain.events)
+    weaker = None if honest is None else chain.epsilon_if_all_collude(delta)
     if budget is None or budget[1] != delta:
-        return Spent(delta, accounts, epsilon)
+        return Spent(delta, accounts, epsilon, honest_nodes=honest, all_collude=weaker)
     adaptive, twice = None, None
     if len({charge.plan_sha256 for charge in chain.charges}) > 1:
         adaptive, twice = accounting.adaptive_epsilon(chain.events, delta, budget[0]), 2 * delta
@@ -365,7 +381,7 @@ def _spent_at(
         remaining: int | None = 0
     else:
         remaining = _remaining(chain.events, budget) if chain.events else None
-    return Spent(delta, accounts, epsilon, budget[0], adaptive, twice, remaining)
+    return Spent(delta, accounts, epsilon, budget[0], adaptive, twice, remaining, honest, weaker)
 
 
 def _remaining(events: tuple[Event, ...], budget: tuple[float, float]) -> int:
@@ -373,7 +389,7 @@ def _remaining(events: tuple[Event, ...], budget: tuple[float, float]) -> int:
     last = events[-1]
 
     def fits(count: int) -> bool:
-        more = Event(last.sample_rate, last.noise_multiplier, last.steps * count)
+        more = replace(last, steps=last.steps * count)
         return accounting.epsilon([*events, more], budget[1]) <= budget[0]
 
     return largest(fits, 10_000)

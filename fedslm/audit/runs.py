@@ -31,6 +31,7 @@ from fedslm.privacy import accounting
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.privacy.plan import ExamplePlan, UserPlan
+from fedslm.privacy.shares import assumption, least_honest
 from fedslm.privacy.statement import Statement
 from fedslm.records import Event, epsilon_as_json
 from fedslm.rendering import page, render
@@ -105,6 +106,7 @@ def audit_run(
         "config_sha256": directory.config_sha256,
         "base_model": config.model.base,
         "privacy": privacy.model_dump(mode="json"),
+        "protocol": config.secure_aggregation.protocol if privacy.shares_noise else None,
         "normaliser": config.training.batch_size,
         "guarantee": _guarantee(worst, privacy.delta, is_lost=is_lost),
         "mechanisms": _mechanisms(directory, len(clients)),
@@ -252,10 +254,24 @@ def _guarantee(events: tuple[Event, ...], delta: float, *, is_lost: bool) -> dic
     ]
     return {
         "delta": delta,
-        "epsilon": epsilon_as_json(math.inf if is_lost else accounts.pld),
+        "epsilon": epsilon_as_json(math.inf if is_lost else accounts.epsilon),
         "accounts": asdict(accounts),
+        "assumption": _assumption(events, delta, is_lost=is_lost),
         "curve": [[each, epsilon_as_json(found)] for each, found in zip(deltas, curve, strict=True)],
         "attack": attack,
+    }
+
+
+def _assumption(events: tuple[Event, ...], delta: float, *, is_lost: bool) -> dict[str, Any] | None:
+    """What epsilon assumes of other nodes, and epsilon without it; None if it assumes nothing."""
+    honest = least_honest(events)
+    if honest is None:
+        return None
+    weaker = math.inf if is_lost else accounting.epsilon_if_all_collude(events, delta)
+    return {
+        "honest_nodes": honest,
+        "text": assumption(honest),
+        "epsilon_if_all_collude": epsilon_as_json(weaker),
     }
 
 
@@ -263,6 +279,8 @@ def _empirical(clients: list[_Client], privacy: PrivacyConfig) -> dict[str, Any]
     """Attacks the training steps of the client with the most steps, using canaries."""
     from fedslm.verification.canaries import empirical_bound
 
+    if any(accounting.is_shared(client.events) for client in clients):
+        return None  # the attack is on one client's release, and only sums were released
     steps: Counter[tuple[float, float]] = Counter()
     for event in max((client.events for client in clients), key=lambda es: sum(e.steps for e in es)):
         steps[event.sample_rate, event.noise_multiplier] += event.steps
@@ -311,6 +329,7 @@ def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any
             values = {
                 "purpose": charge.purpose,
                 **asdict(charge.event),
+                "protocol": charge.protocol,
                 "clip_norm": charge.clip_norm,
                 "unit_column": charge.unit_column,
                 "max_records_per_unit": charge.max_records_per_unit,

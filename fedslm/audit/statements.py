@@ -16,6 +16,7 @@ from fedslm.privacy import accounting
 from fedslm.privacy.chain import LONGEST_LINE, Chain, check_head
 from fedslm.privacy.keys import public_hex
 from fedslm.privacy.lines import NO_UNIT, Entry
+from fedslm.privacy.shares import least_honest
 from fedslm.privacy.statement import Statement, read_statement
 from fedslm.records import RoundRecord, within
 from fedslm.storage import read_lines
@@ -149,8 +150,11 @@ def _check_epsilon(chain: Chain, statement: Statement) -> Iterator[str]:
     lines = chain.entries[: statement.index + 1]
     events = [entry.charge.event for entry in lines if entry.charge is not None]
     is_lost = any(entry.unprotected is not None for entry in lines)
+    honest, weaker = least_honest(events), 0.0
     try:
         spent = math.inf if is_lost else accounting.epsilon(events, statement.delta)
+        if honest is not None:
+            weaker = accounting.epsilon_if_all_collude(events, statement.delta)
     except PrivacyError as error:
         yield f"the statement of round {statement.round}: {error}"
         return
@@ -158,4 +162,11 @@ def _check_epsilon(chain: Chain, statement: Statement) -> Iterator[str]:
         yield (
             f"the statement of round {statement.round} says epsilon={statement.epsilon:.3f}, and the "
             f"ledger cost {spent:.3f} until then"
+        )
+    if statement.honest_nodes != honest or (
+        honest is not None and not within(weaker, statement.epsilon_if_all_collude or 0.0)
+    ):
+        yield (
+            f"the statement of round {statement.round} says another assumption than the ledger, or "
+            f"less epsilon without it"
         )

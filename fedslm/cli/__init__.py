@@ -238,6 +238,29 @@ def show(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006
         typer.echo(configuration.to_toml(load_config(config, overrides).resolved()))
 
 
+def _assumed(config: Config) -> str | None:
+    """What the epsilon of a config rests on, and epsilon without it; None if it assumes nothing."""
+    from fedslm.privacy import accounting
+    from fedslm.privacy.calibration import calibrated, shares_of
+    from fedslm.privacy.plan import NoPrivacy
+    from fedslm.privacy.shares import assumption
+    from fedslm.rendering import spent
+
+    privacy, training, federation = config.privacy, config.training, config.federation
+    if not privacy.shares_noise:
+        return None
+    shares = shares_of(privacy, training, config.secure_aggregation, federation.cohort_size)
+    plan = calibrated(privacy, training, federation.rounds, shares)
+    if shares is None or isinstance(plan, NoPrivacy):
+        return None
+    weaker = spent(accounting.epsilon_if_all_collude(plan.run_events, plan.delta))
+    return (
+        f"epsilon={plan.epsilon:g} holds if {assumption(shares.honest_nodes)}; if all others collude "
+        f"it is {weaker}. protocol={shares.protocol!r} is a simulation of secure aggregation: the "
+        f"server forms the sum itself"
+    )
+
+
 def _outlook(config: Config) -> Expectation | None:
     """Returns what to expect of a private config; None without privacy, base or fedslm[train]."""
     from fedslm.models.base import local
@@ -278,6 +301,8 @@ def check(
             found = with_layout(loaded)
             for line in remarks(seen(found), found):
                 typer.echo(line)
+        if (assumed := _assumed(loaded)) is not None:
+            typer.echo(assumed)
         outlook = _outlook(loaded)
         if outlook is not None and outlook.learns:
             typer.echo(outlook.text)

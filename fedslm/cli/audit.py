@@ -161,8 +161,12 @@ def self_test(as_json: Json = False) -> None:
 
 def _table(found: LedgerAudit) -> Table:
     """Builds a table of the privacy loss at each delta."""
+    from fedslm.rendering import spent as shown
+
     table = Table(title="ε spent, failed work included")
-    columns = ("δ", "ε", "PLD", "PRV", "RDP", "if plans were adaptive", "budget", "releases left")
+    columns = ["δ", "ε", "PLD", "PRV", "RDP", "if plans were adaptive", "budget", "releases left"]
+    if any(each.all_collude is not None for each in found.spent):
+        columns.append("if all others collude")
     for column in columns:
         table.add_column(column, justify="right")
     for spent in found.spent:
@@ -176,7 +180,8 @@ def _table(found: LedgerAudit) -> Table:
         whole = "∞" if math.isinf(spent.epsilon) else f"{spent.epsilon:.3f}"
         budget = "–" if spent.budget is None else f"{spent.budget:.3f}"
         left = "–" if spent.remaining_releases is None else str(spent.remaining_releases)
-        table.add_row(f"{spent.delta:g}", whole, *figures, adaptive, budget, left)
+        weaker = [] if spent.all_collude is None else [shown(spent.all_collude)]
+        table.add_row(f"{spent.delta:g}", whole, *figures, adaptive, budget, left, *weaker)
     return table
 
 

@@ -58,6 +58,10 @@ def plan(
     parameters: Annotated[
         int | None, typer.Option(help="Trained parameters, for the signal-to-noise ratio.")
     ] = None,
+    honest_nodes: Annotated[
+        int | None,
+        typer.Option(help="Clients that share the noise of a sum (docs/secure-aggregation.md)."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Plot epsilon over the rounds as PNG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -141,6 +145,9 @@ def _from_config(config: Config) -> dict[str, Any]:
         "batch_size": training.batch_size,
         "clients": federation.cohort_size,
     }
+    secure = config.secure_aggregation
+    if privacy.shares_noise and secure.threshold is not None:
+        values["honest_nodes"] = secure.threshold - secure.max_colluding
     if not is_trainable():
         ERRORS.print("note: for the signal-to-noise ratio give --parameters; fedslm[train] counts them")
     elif local(config.model) is not None:
@@ -172,6 +179,13 @@ def _print(found: BudgetPlan, plot: Path | None) -> None:
         f"at δ = {found.delta:g} for one {found.unit}: {work}",
         highlight=False,
     )
+    if found.honest_nodes is not None and found.epsilon_if_all_collude is not None:
+        from fedslm.privacy.shares import assumption
+        from fedslm.rendering import spent
+
+        console.print(f"this ε holds if {assumption(found.honest_nodes)};", highlight=False)
+        weaker = spent(found.epsilon_if_all_collude)
+        console.print(f"if all others collude, ε = [bold]{weaker}[/bold]", highlight=False)
     words = f"accountants: {found.accounts.in_words()}"
     console.print(words, highlight=False, markup=False)
     if found.affordable_steps is not None:

@@ -265,10 +265,12 @@ def _warnings(
 
 def _of_the_plan(config: Config, *, parameters: int) -> list[str]:
     """Returns the budget planner's warnings; of the noise too, given the number of trained values."""
+    from fedslm.privacy.calibration import shares_of
     from fedslm.privacy.planning import BudgetQuery, plan_budget
 
     privacy, federation = config.privacy, config.federation
-    known = privacy.noise_multiplier
+    known, cohort = privacy.noise_multiplier, federation.cohort_size
+    shares = shares_of(privacy, config.training, config.secure_aggregation, cohort)
     asked = BudgetQuery(
         sample_rate=privacy.sample_rate or 1.0,
         delta=privacy.delta or 1.0,
@@ -280,6 +282,7 @@ def _of_the_plan(config: Config, *, parameters: int) -> list[str]:
         parameters=parameters,
         batch_size=config.training.batch_size,
         clients=federation.cohort_size,
+        honest_nodes=None if shares is None else shares.honest_nodes,
     )
     return list(plan_budget(asked).warnings)
 

@@ -27,20 +27,22 @@ from flwr.app import Context
 
 from fedslm import layout
 from fedslm.attestations import Places, places_of_node, places_of_simulation
-from fedslm.errors import FederationError, RunError
+from fedslm.errors import FederationError, FedslmError
 from fedslm.privacy import keys
+from fedslm.privacy.encoding import Words, words_sha256
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.limits import Limits
 from fedslm.privacy.lines import ADAPTER, METRIC, NO_UNIT, Unprotected
 from fedslm.privacy.plan import NoPrivacy, PrivatePlan, RunPlan
-from fedslm.privacy.policy import NodePolicy, PlanRequest, read_policy
+from fedslm.privacy.policy import NodePolicy, PlanRequest, check_protocol, read_policy
 from fedslm.records import AdapterState
-from fedslm.storage import load_adapter, save_adapter, write_text
+from fedslm.storage import load_tensors, save_adapter, save_tensors, write_text
 
 FAILED = "failed; see the client's log"  # the only part of an exception that is sent
 OWN_SHARD = 0  # a deployed node's data directory has only its own records, whatever its index in a run
 _NO_BUDGET = (math.inf, 0.5)  # for a run that charges nothing
 _NODE_DIRECTORY, _DATA_DIRECTORY = "node-directory", "data-directory"
+_WORDS = "words"  # no tensor of an adapter has this name
 _SIMULATED = {"partition-id", "num-partitions"}
 _DEPLOYED = {"partition-id", _NODE_DIRECTORY, _DATA_DIRECTORY}
 
@@ -63,14 +65,21 @@ class Release:
     Attributes:
         delta: The sent tensors: their values after training minus those before.
         metric: Noisy (sum of scores, number of units); None if none was requested.
+        words: Instead of ``delta``, which is then empty: the client's part of a sum over clients.
     """
 
     delta: AdapterState
     metric: tuple[float, float] | None = None
+    words: Words | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tensors that are sent, or of the part of the sum."""
+        return self.delta.sha256() if self.words is None else words_sha256(self.words)
 
     def hashes(self) -> dict[str, str]:
         """Hash of each part, by the purpose that it was charged for."""
-        parts = {ADAPTER: self.delta.sha256()}
+        parts = {ADAPTER: self.sha256}
         if self.metric is not None:
             parts[METRIC] = keys.sha256_of(self.metric)
         return parts
@@ -161,6 +170,9 @@ class Node:
         Raises:
             PolicyRefused: With every reason.
         """
+        plan = asked.plan
+        if self.deployed and isinstance(plan, PrivatePlan) and plan.shares is not None:
+            check_protocol(plan.shares)
         policy = self.policy()
         if policy is not None:
             policy.check(asked)
@@ -224,7 +236,10 @@ class Node:
 
     def keep(self, release: Release) -> None:
         """Keeps a release in case its request is repeated."""
-        save_adapter(self.directory / layout.RELEASE_TENSORS, release.delta)
+        if release.words is None:
+            save_adapter(self.directory / layout.RELEASE_TENSORS, release.delta)
+        else:
+            save_tensors(self.directory / layout.RELEASE_TENSORS, {_WORDS: release.words})
         write_text(
             self.directory / layout.RELEASE, json.dumps({"metric": release.metric}, allow_nan=False)
         )
@@ -234,10 +249,12 @@ class Node:
         if not hashes:
             return None
         try:
-            delta = load_adapter(self.directory / layout.RELEASE_TENSORS)
+            tensors = load_tensors(self.directory / layout.RELEASE_TENSORS)
+            words = tensors.pop(_WORDS, None)
+            delta = AdapterState(tensors)
             text = (self.directory / layout.RELEASE).read_text(encoding="utf-8")
             metric = json.loads(text)["metric"]
-            release = Release(delta, None if metric is None else (metric[0], metric[1]))
-        except (RunError, OSError, ValueError, KeyError, TypeError, IndexError):
+            release = Release(delta, None if metric is None else (metric[0], metric[1]), words)
+        except (FedslmError, OSError, ValueError, KeyError, TypeError, IndexError):
             return None
         return release if release.hashes() == hashes else None

@@ -9,13 +9,13 @@ from functools import lru_cache
 import fedslm
 from fedslm import layout
 from fedslm.adapter_keys import delta_keys, key_of, layers_of
-from fedslm.aggregation.methods import trained_keys
+from fedslm.aggregation.methods import METHODS, trained_keys
 from fedslm.attestations import Places
 from fedslm.client.fixed_shapes import shapes_here
 from fedslm.client.records import ClientRecords
 from fedslm.client.round import ClientRound
 from fedslm.client.self_test_gate import attest
-from fedslm.client.update import make_update
+from fedslm.client.update import make_share, make_update
 from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError
 from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.ledger import Ledger
@@ -58,7 +58,8 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
     records = client_round.records(has_begun=charged > 0)
     charges = [replace(charge, dataset_commitment=records.commitment) for charge in charges]
     reserved = ledger.reserve(charges, limits)
-    release = make_update(client_round, records.trained, shapes)
+    make = make_update if plan.shares is None else make_share
+    release = make(client_round, records.trained, shapes)
     if plan.metric_event is not None:
         release = replace(release, metric=_metric(client_round, records, plan))
     node.keep(release)
@@ -84,6 +85,8 @@ def _check_request(client_round: ClientRound, plan: PrivatePlan) -> None:
         raise PolicyRefused("control variates are refused under privacy")
     if client_round.setup.lora.dropout > 0:
         raise PolicyRefused("LoRA dropout couples the records of a batch; it must be 0 under privacy")
+    if plan.shares is not None:
+        _check_sum(client_round.setup)
     if plan.passes == "shared" and client_round.model.is_rounded:
         raise PolicyRefused(
             "shared passes need a base in float32: the rounding of bfloat16 lets units "
@@ -92,6 +95,19 @@ def _check_request(client_round: ClientRound, plan: PrivatePlan) -> None:
     check_private_model(client_round.model.adapter.network)
     _check_adapter(client_round.start.adapter, client_round.model)
     _rehearsed(client_round.setup)
+
+
+def _check_sum(setup: Setup) -> None:
+    """Refuses what a sum over clients with shared noise does not allow, whatever the server did.
+
+    Raises:
+        PolicyRefused: Some of the trained tensors would stay here, or be of another size at another
+            client.
+    """
+    if METHODS[setup.method].local or METHODS[setup.method].family != "linear":
+        raise PolicyRefused(f"aggregation.method={setup.method!r} is not a sum over clients")
+    if setup.lora.client_ranks:
+        raise PolicyRefused("clients of several ranks have no common sum")
 
 
 def _rounds_charged(client_round: ClientRound, ledger: Ledger, plan: PrivatePlan) -> int:
@@ -187,6 +203,7 @@ def _charges(client_round: ClientRound, plan: PrivatePlan) -> list[Charge]:
         unit_column=plan.unit_column if isinstance(plan, UserPlan) else None,
         max_records_per_unit=plan.max_records_per_unit if isinstance(plan, UserPlan) else None,
         normaliser=plan.normaliser,
+        protocol=None if plan.shares is None else plan.shares.protocol,
     )
     metric = plan.metric_event
     if metric is None:

@@ -126,12 +126,13 @@ class ClientRound:
 
     def reply(self, release: Release, *, ledger: Ledger | None = None, weight: float = 1.0) -> Reply:
         """A reply with everything that the server checks."""
-        delta_sha256 = release.delta.sha256()
+        delta_sha256, shared = release.sha256, release.words is not None
         run, number, seen = self.setup.run_id, self.request.round, self.request.seen
         return Reply(
             "ok",
             number,
-            delta=release.delta,
+            delta=None if shared else release.delta,
+            words=release.words,
             delta_sha256=delta_sha256,
             base_sha256=self.model.base_sha256,
             weight=weight,

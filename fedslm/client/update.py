@@ -19,7 +19,8 @@ from fedslm.aggregation.rotation import rotated
 from fedslm.client.memory import Kept
 from fedslm.client.node import Release
 from fedslm.client.round import ClientRound
-from fedslm.errors import TrainingError
+from fedslm.errors import PolicyRefused, TrainingError
+from fedslm.privacy.plan import PrivatePlan
 from fedslm.records import AdapterState
 from fedslm.rng import seed_of
 from fedslm.tasks.base import Example
@@ -61,6 +62,33 @@ def make_update(
     )
     client_round.memory.keep(request.round, kept)
     return Release(delta)
+
+
+def make_share(
+    client_round: ClientRound, examples: Sequence[Example], shapes: Shapes | None = None
+) -> Release:
+    """Returns a client's part of a sum over clients, with its share of the noise.
+
+    Args:
+        client_round: An admitted request, whose plan shares the noise.
+        examples: The client's examples.
+        shapes: The public shapes that were measured here.
+
+    Raises:
+        PolicyRefused: The plan shares no noise.
+        TrainingError: A self-check failed.
+    """
+    from fedslm.training.local import LocalWork, share_of_sum
+
+    request, setup, plan = client_round.request, client_round.setup, client_round.plan
+    if not isinstance(plan, PrivatePlan):
+        raise PolicyRefused("only a private plan shares noise")
+    start = client_round.start.adapter
+    trained = trained_keys(setup.method, start, request.turn)
+    work = LocalWork(start, trained, setup.seed, request.round, client_round.node.client, shapes=shapes)
+    model = client_round.model
+    words = share_of_sum(model, client_round.task, examples, plan, setup.training, work)
+    return Release(_NOTHING, words=words)
 
 
 def _trained(

@@ -7,6 +7,7 @@ from fedslm.config.aggregation import (
     MethodName,
     PersonalizationConfig,
     RuleName,
+    SecureAggregationConfig,
     ServerOptimizerName,
     UploadName,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "RuleName",
     "RunConfig",
     "Section",
+    "SecureAggregationConfig",
     "ServerOptimizerName",
     "TaskConfig",
     "TaskName",

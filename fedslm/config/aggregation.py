@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedslm.config.base import OptionalNumber, OptionalText, Section
+from fedslm.config.base import OptionalCount, OptionalNumber, OptionalText, Section
 
 MethodName = Literal[
     "fedit",
@@ -53,6 +53,19 @@ class AggregationConfig(Section):
     """Decay of the second moment (fedadam, fedyogi)."""
     server_adaptivity: float = Field(1e-3, gt=0)
     """Added to the root of the second moment (fedadam, fedyogi, fedadagrad)."""
+
+
+class SecureAggregationConfig(Section):
+    """Sums over clients, for noise that they share (privacy.noise = "distributed")."""
+
+    threshold: OptionalCount = Field(None, ge=2)
+    """Fewest clients whose sum is formed: with fewer answers a round moves nothing."""
+    max_colluding: int = Field(0, ge=0)
+    """Most clients that may tell the server what they sent: epsilon holds against all of them
+    together. The others of the threshold, at least two, must be honest: they share the noise."""
+    protocol: Literal["ideal"] = "ideal"
+    """How sums are formed. "ideal": by the server, from what it could also read client by client; only
+    in simulations, and refused on real nodes."""
 
 
 class CompressionConfig(Section):

@@ -17,6 +17,7 @@ from fedslm.config.aggregation import (
     AttackConfig,
     CompressionConfig,
     PersonalizationConfig,
+    SecureAggregationConfig,
 )
 from fedslm.config.base import (
     CountOrAuto,
@@ -231,6 +232,10 @@ class PrivacyConfig(Section):
     """Public probability with which a unit joins a step."""
     noise_multiplier: OptionalNumber = Field(None, gt=0)
     """Noise / clip norm, instead of calibrating to epsilon; epsilon is then the hard limit."""
+    noise: Literal["local", "distributed"] = "local"
+    """Who adds the noise. "local": each client adds all of it, and its update may be seen;
+    "distributed": each adds a share and only sums are seen (secure_aggregation), with far less noise in
+    the mean. Epsilon then rests on an assumption: docs/secure-aggregation.md."""
     passes: Literal["shared", "fixed", "isolated"] = "fixed"
     """Which units share a pass: "fixed", those of public shapes that each node tests bit by bit;
     "isolated", none, which is slower; "shared", any: exact only up to rounding, which a crafted adapter
@@ -240,6 +245,11 @@ class PrivacyConfig(Section):
     metric_noise_multiplier: OptionalNumber = Field(None, gt=0)
     """Noise multiplier of a metric on each client's own data, released every round; absent: none is
     released."""
+
+    @property
+    def shares_noise(self) -> bool:
+        """True if clients share the noise of private training."""
+        return self.unit != "none" and self.noise == "distributed"
 
     @property
     def shares_passes(self) -> bool:
@@ -317,6 +327,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     privacy: PrivacyConfig
     aggregation: AggregationConfig = AggregationConfig()
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
     compression: CompressionConfig = CompressionConfig()
     personalization: PersonalizationConfig = PersonalizationConfig()
     attack: AttackConfig = AttackConfig()
@@ -346,6 +357,9 @@ class Config(Section):
             content.pop("distill")
         content["run"] = {"seed": self.run.seed}
         content["privacy"].pop("units_per_client")  # it chooses values that are hashed themselves
+        if self.privacy.noise == "local":  # likewise, as below
+            content["privacy"].pop("noise")
+            content.pop("secure_aggregation")
         if self.task.head == "random":  # configs from before this key keep their hash
             content["task"].pop("head")
         return content

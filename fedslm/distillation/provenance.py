@@ -71,6 +71,7 @@ def chain_of(run: FinishedRun, adapter: AdapterState, before: dict[str, LedgerMa
         "epsilon": report["epsilon"] if plan else INFINITE,
         "delta": report["delta"] if plan else None,
         "unit": plan["unit"] if plan else None,
+        "assumption": report.get("assumption"),  # absent in reports of older versions
         "spent_here": 0.0,
         "run_id": report.get("run_id"),
         "config_sha256": report.get("config_sha256"),

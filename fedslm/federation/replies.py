@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from flwr.app import Message
@@ -10,6 +12,7 @@ from fedslm.aggregation.methods import rank_of_client, sent_keys
 from fedslm.aggregation.ranks import crop
 from fedslm.errors import FedslmError
 from fedslm.privacy import accounting
+from fedslm.privacy.encoding import words_sha256
 from fedslm.privacy.plan import Plan, PrivatePlan
 from fedslm.privacy.statement import Statement, read_statement
 from fedslm.protocol.bounds import cut
@@ -18,6 +21,7 @@ from fedslm.records import within
 
 _LARGEST_VALUE = 1e4
 _LARGEST_WEIGHT = 2**31
+_ANOTHER_HASH = "the update does not match its hash"
 
 
 def checked(message: Message, request: Request, client: int) -> Reply | str:
@@ -39,26 +43,36 @@ def checked(message: Message, request: Request, client: int) -> Reply | str:
     except FedslmError as error:
         return str(error)
     if reply.status != "ok":
-        return replace(reply, delta=None, statement="", metric=None)
+        return replace(reply, delta=None, words=None, statement="", metric=None)
     if (problem := _problem_of_statement(request.setup.plan, request, reply)) is not None:
         return problem
-    if reply.delta is None or reply.delta.shapes != shapes:
-        return "the update has tensors or shapes that differ from the request"
-    delta = reply.delta
-    if not delta.is_finite():
-        return "the update contains NaN or infinity"
-    if delta.largest() > _LARGEST_VALUE:
-        return f"the update contains values beyond {_LARGEST_VALUE:g}"
+    if (problem := _problem_of_values(request.setup.plan, reply, shapes)) is not None:
+        return problem
     if reply.round != request.round:
         return f"the update is for round {reply.round}"
     if reply.base_sha256 != request.setup.base_sha256:
         return "the update was trained on another base model"
-    if reply.delta.sha256() != reply.delta_sha256:
-        return "the update does not match its hash"
     largest = 1 if request.setup.aggregation.weights == "uniform" else _LARGEST_WEIGHT
     if not (1 <= reply.weight <= largest and reply.weight == int(reply.weight)):
         return f"weight={reply.weight} is not allowed"
     return reply
+
+
+def _problem_of_values(plan: Plan, reply: Reply, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why a reply's update, or its part of a sum, cannot be used; None if it can."""
+    delta, words = reply.delta, reply.words
+    if isinstance(plan, PrivatePlan) and plan.shares is not None:
+        size = sum(map(math.prod, shapes.values()))
+        if words is None or words.size != size:
+            return f"the reply has no part of the sum of {size} values"
+        return None if words_sha256(words) == reply.delta_sha256 else _ANOTHER_HASH
+    if delta is None or delta.shapes != shapes:
+        return "the update has tensors or shapes that differ from the request"
+    if not delta.is_finite():
+        return "the update contains NaN or infinity"
+    if delta.largest() > _LARGEST_VALUE:
+        return f"the update contains values beyond {_LARGEST_VALUE:g}"
+    return None if delta.sha256() == reply.delta_sha256 else _ANOTHER_HASH
 
 
 def expected_shapes(request: Request, client: int) -> dict[str, tuple[int, ...]]:

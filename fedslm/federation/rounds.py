@@ -13,14 +13,16 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 import fedslm
-from fedslm.aggregation.server import Aggregation, Round, ServerState
+from fedslm.aggregation.server import Aggregation, ServerState
+from fedslm.aggregation.summed import Summing
 from fedslm.config import Config
 from fedslm.data.poison import hostile_clients
 from fedslm.data.store import client_names
-from fedslm.errors import FederationError, ModelError, plural
+from fedslm.errors import ModelError, plural
 from fedslm.federation import public_model
 from fedslm.federation.attacks import attacked
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
+from fedslm.federation.combining import combining, finished, finite, take
 from fedslm.federation.evaluations import Evaluations
 from fedslm.federation.exchange import Exchange
 from fedslm.federation.observers import Observer
@@ -31,13 +33,13 @@ from fedslm.federation.roster import Registered, roster_of
 from fedslm.federation.tally import Tally
 from fedslm.federation.trust import Trust
 from fedslm.privacy import accounting
-from fedslm.privacy.plan import RunPlan
+from fedslm.privacy.plan import PrivatePlan, RunPlan
 from fedslm.privacy.statement import Statement
 from fedslm.protocol.messages import MEASURE, TRAIN, Reply, Request
 from fedslm.protocol.metrics import ClientMetrics, read_metrics
 from fedslm.protocol.setup import Setup
 from fedslm.recipes import expected
-from fedslm.records import AdapterState, ClientUpdate
+from fedslm.records import AdapterState
 from fedslm.storage import load_adapter, save_adapter
 from fedslm.workers import Pool
 
@@ -81,6 +83,7 @@ class RunConstants:
         aggregation: The aggregation method.
         names: Display names of the clients, by index.
         dtype: Precision in which the base computes at the server.
+        summing: How a step is made of a sum, if clients share the noise; else None.
     """
 
     setup: Setup
@@ -88,6 +91,7 @@ class RunConstants:
     aggregation: Aggregation
     names: Mapping[int, str]
     dtype: str
+    summing: Summing | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,11 @@ class Federation:
             server = ServerState(description.moving, control=control)
             state = Checkpoint(0, server, metrics, metrics)
             self.directory.save(state)
-        return RunConstants(setup, frozen, aggregation, self._names(), description.dtype), state
+        summing = None
+        if isinstance(plan, PrivatePlan) and plan.shares is not None:
+            summing = Summing(plan, config.training.learning_rate)
+        names, dtype = self._names(), description.dtype
+        return RunConstants(setup, frozen, aggregation, names, dtype, summing), state
 
     def _names(self) -> dict[int, str]:
         """Display names of the clients: those of admitted nodes, or those from the data."""
@@ -248,20 +256,20 @@ class Federation:
         request = Request(run.setup, number, server.moving, server.turn, server.control)
         tally, sent_before = Tally(len(cohort), run.names), exchange.bytes_down
         waiting = self.directory.path / "updates"
-        with closing(Round(run.aggregation, server, cohort, waiting)) as aggregate:
+        how = (run.aggregation, run.summing)
+        with closing(combining(how, server, cohort, waiting)) as aggregate:
             for client, answer in self._answers(exchange, request, cohort):
                 if isinstance(answer, Reply) and answer.statement:
                     answer = continued(answer, statements, client)
                 tally.count(client, answer)
-                if isinstance(answer, Reply) and answer.delta is not None:
-                    aggregate.add(ClientUpdate(client, answer.delta, answer.weight))
+                take(aggregate, client, answer)
                 for observer in self.observers:
                     observer.on_client(number, tally.done, len(cohort))
             exchange.save()  # spends are on disk before the round counts
             tally.bytes_down = exchange.bytes_down - sent_before
-            moved = _finished(aggregate, config.federation.min_replies, tally=tally)
+            moved = finished(aggregate, config.federation.min_replies, tally=tally)
             moved = self._followed(run, number, moved)
-            signal_to_noise = _finite(aggregate.signal_to_noise())
+            signal_to_noise = finite(aggregate.signal_to_noise())
         is_due = evaluations.is_due(number, time.monotonic() - began)
         metrics, evaluated = self._evaluated(run, moved if is_due else None)
         record = tally.record(
@@ -376,22 +384,3 @@ def _check_base(config: Config, metrics: Mapping[str, float]) -> None:
             f"model.base={config.model.base!r} gives {figures} on the public split before the first "
             f"round; it must be finite: weights hold NaN or infinity, or overflow; give another base"
         )
-
-
-def _finished(aggregate: Round, min_replies: int, *, tally: Tally) -> ServerState | None:
-    """The state after a round; None if it moves nothing: the tally gets the reason if any replied."""
-    if aggregate.count < min_replies:
-        if aggregate.count:
-            few = f"{aggregate.count} replies are fewer than federation.min_replies={min_replies}"
-            tally.add_reason(few)
-        return None
-    try:
-        return aggregate.finish()
-    except FederationError as error:
-        tally.add_reason(str(error))
-        return None
-
-
-def _finite(value: float | None) -> float | None:
-    """The value if it is finite, else None: JSON has no infinity."""
-    return value if value is not None and math.isfinite(value) else None

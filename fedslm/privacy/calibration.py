@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, assert_never
 
-from fedslm.config import PrivacyConfig, TrainingConfig
+from fedslm.config import PrivacyConfig, SecureAggregationConfig, TrainingConfig
 from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.privacy import accounting
+from fedslm.privacy.encoding import coarse_bits
 from fedslm.privacy.plan import ExamplePlan, NoPrivacy, RunPlan, UserPlan
+from fedslm.privacy.shares import NoiseShares
 from fedslm.records import Event
 
 _STEP, _LARGEST_MULTIPLIER = 1e-3, 10_000
 
 
-def calibrated(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) -> RunPlan:
+def calibrated(
+    privacy: PrivacyConfig, training: TrainingConfig, rounds: int, shares: NoiseShares | None = None
+) -> RunPlan:
     """Turns the requested privacy into a plan, for the worst case: a client joins every round.
 
     Args:
         privacy: The requested privacy.
         training: Steps and batch size.
         rounds: Rounds of the run; ``privacy.spare_rounds`` are added to them.
+        shares: How clients share the noise (:func:`shares_of`); None: each adds all of it.
 
     Returns:
         The plan that every client follows.
@@ -37,28 +43,54 @@ def calibrated(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) ->
         case "none":
             return NoPrivacy(training.batch_size, training.local_steps)
         case "record":
-            return ExamplePlan(**_mechanism(privacy, training, rounds))
+            return ExamplePlan(**_mechanism(privacy, training, rounds, shares))
         case "user":
             cap = privacy.max_records_per_unit
             if cap is None or privacy.unit_column is None:
                 raise OutOfRange("privacy.unit='user' needs unit_column and max_records_per_unit")
-            mechanism = _mechanism(privacy, training, rounds)
+            mechanism = _mechanism(privacy, training, rounds, shares)
             return UserPlan(**mechanism, unit_column=privacy.unit_column, max_records_per_unit=cap)
         case _:
             assert_never(privacy.unit)
 
 
-def noise_of(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) -> float:
-    """Returns the noise multiplier of the plan that :func:`calibrated` makes; 0 without privacy.
+def shares_of(
+    privacy: PrivacyConfig, training: TrainingConfig, secure: SecureAggregationConfig, cohort: int
+) -> NoiseShares | None:
+    """How clients share the noise by a config; None if each adds all of it.
+
+    Args:
+        privacy: Who adds the noise.
+        training: The public number of units in a step.
+        secure: Threshold, colluding clients, protocol.
+        cohort: Clients of a round.
+
+    Raises:
+        OutOfRange: The threshold is missing, or a value is out of range.
+    """
+    if not privacy.shares_noise:
+        return None
+    if secure.threshold is None:
+        raise OutOfRange('privacy.noise="distributed" needs secure_aggregation.threshold')
+    bits = coarse_bits(cohort, training.batch_size)
+    return NoiseShares(secure.threshold, secure.max_colluding, bits, secure.protocol)
+
+
+def noise_of(
+    privacy: PrivacyConfig, training: TrainingConfig, rounds: int, shares: NoiseShares | None = None
+) -> float:
+    """Returns noise / clip norm of one client in the plan of :func:`calibrated`; 0 without privacy.
 
     Raises:
         PrivacyError: As :func:`calibrated`.
     """
-    plan = calibrated(privacy, training, rounds)
-    return 0.0 if isinstance(plan, NoPrivacy) else plan.noise_multiplier
+    plan = calibrated(privacy, training, rounds, shares)
+    return 0.0 if isinstance(plan, NoPrivacy) else plan.own_noise_multiplier
 
 
-def _mechanism(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) -> dict[str, Any]:
+def _mechanism(
+    privacy: PrivacyConfig, training: TrainingConfig, rounds: int, shares: NoiseShares | None
+) -> dict[str, Any]:
     """The fields that all DP-SGD plans share, calibrated over all steps that a client can take."""
     epsilon, delta = privacy.epsilon, privacy.delta
     clip_norm, sample_rate = privacy.clip_norm, privacy.sample_rate
@@ -70,10 +102,10 @@ def _mechanism(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) ->
     # A unit moves (sum of scores, units) by at most (1, 1), √2 in L2. The noise is σ·√2, so σ is its
     # multiplier; all units are read, so no sampling amplifies it.
     others = [] if metric is None else [Event(1.0, metric, rounds)]
-    noise = privacy.noise_multiplier
+    noise, honest = privacy.noise_multiplier, None if shares is None else shares.honest_nodes
     if noise is None:
-        noise = calibrate(epsilon, delta, sample_rate, steps, others)
-    spent = accounting.epsilon([Event(sample_rate, noise, steps), *others], delta)
+        noise = calibrate(epsilon, delta, sample_rate, steps, others, honest_nodes=honest)
+    spent = accounting.epsilon([Event(sample_rate, noise, steps, honest), *others], delta)
     if spent > epsilon:
         raise PrivacyError(
             f"privacy.noise_multiplier={noise} costs epsilon={spent:.3f} over {steps} steps, more "
@@ -90,6 +122,7 @@ def _mechanism(privacy: PrivacyConfig, training: TrainingConfig, rounds: int) ->
         "rounds": rounds,
         "metric_noise_multiplier": metric,
         "passes": privacy.passes,
+        "shares": shares,
     }
 
 
@@ -149,7 +182,7 @@ def affordable_steps(epsilon_target: float, delta: float, event: Event) -> int:
     """
 
     def fits(steps: int) -> bool:
-        one = Event(event.sample_rate, event.noise_multiplier, steps)
+        one = replace(event, steps=steps)
         return accounting.epsilon([one], delta) <= epsilon_target
 
     return largest(fits, accounting.MOST_STEPS)

@@ -8,6 +8,7 @@ cost the round, never privacy.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -54,6 +55,16 @@ def coarse_bits(clients: int, units: int) -> int:
     """
     bits = math.floor(math.log2(_HALF / 2 / (clients * units))) - 1
     return min(COARSE_BITS, max(LEAST_COARSE_BITS, bits))
+
+
+def words_sha256(words: Words) -> str:
+    """Hash of a vector modulo 2^32; equal on every machine, and never that of an adapter's tensors.
+
+    >>> words_sha256(np.array([1, 2], np.uint32))[:8]
+    'ccacf6f8'
+    """
+    little = np.ascontiguousarray(words, dtype="<u4").tobytes()
+    return hashlib.sha256(f"words({words.size})".encode() + little).hexdigest()
 
 
 def encoded(steps: NDArray[Any], noise: NDArray[np.int64]) -> Words:

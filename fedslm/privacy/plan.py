@@ -23,6 +23,7 @@ from fedslm.privacy import accounting
 from fedslm.privacy.agreement import Accounts
 from fedslm.privacy.lines import stored_unit
 from fedslm.privacy.randomness import SecureStream
+from fedslm.privacy.shares import NoiseShares
 from fedslm.records import LARGEST_DELTA, Event, is_count, is_number, within
 
 Records = NDArray[np.int64]
@@ -31,6 +32,8 @@ Passes = Literal["shared", "fixed", "isolated"]
 WEAKEST_FIRST: tuple[Passes, ...] = ("shared", "fixed", "isolated")
 MOST_RECORDS_PER_UNIT = 2**11  # the sum of so many records is exact: fedslm.training.sums
 METRIC_SENSITIVITY = math.sqrt(2.0)  # a unit moves (sum of scores, number of units) by at most (1, 1)
+ONE_STEP = "how far one unit moves the sum of several steps has no simple bound"
+"""Why clients that share the noise take one step a round."""
 _LONGEST = 4096  # longest plan, in characters
 _LEAST_CLIP_NORM = 1e-6  # far below, an update is lost to float32 rounding
 
@@ -70,6 +73,11 @@ class PrivatePlan(ABC):
         * A batch is never cut to a maximum size: that would cost more than the accountant counts.
         * ``rounds`` rounds cost at most ``epsilon`` at ``delta`` for every client, against the server,
           the other clients and everybody downstream; :meth:`verify` checks it.
+        * With ``shares`` a client releases only its part of a sum over clients: the exact sum of its
+          units' clipped gradients, each a whole vector of at most C / γ steps of the grid, plus a share
+          of discrete Gaussian noise (:mod:`fedslm.privacy.shares`). What is said above then holds for
+          the sum, for one step a round, and if ``shares.honest_nodes`` clients, this one included, add
+          their share and keep it to themselves.
 
     Attributes:
         epsilon: Budget of each client over the whole run, > 0.
@@ -86,6 +94,7 @@ class PrivatePlan(ABC):
             if the bits of a row depend only on the row, which each node tests for its machine.
             "shared": any, padded to the longest; it holds up to rounding, which a crafted adapter can
             amplify.
+        shares: How clients share the noise; None: each adds all of it.
 
     References:
         Abadi et al. 2016 (arXiv 1607.00133).
@@ -103,6 +112,7 @@ class PrivatePlan(ABC):
     rounds: int = 1
     metric_noise_multiplier: float | None = None
     passes: Passes = "fixed"
+    shares: NoiseShares | None = None
 
     def __post_init__(self) -> None:
         metric = self.metric_noise_multiplier
@@ -121,11 +131,25 @@ class PrivatePlan(ABC):
         for name, holds in bounds.items():
             if not holds:
                 raise OutOfRange(f"{name}={getattr(self, name)} is out of range for a private plan")
+        if self.shares is not None:
+            if self.steps_per_round != 1 or metric is not None:
+                raise OutOfRange(
+                    f"steps_per_round={self.steps_per_round} must be 1 and metric_noise_multiplier="
+                    f"{metric} absent if clients share the noise: {ONE_STEP}"
+                )
+            self.shares.variance(self.clip_norm, self.noise_multiplier)
 
     @property
     def training_event(self) -> Event:
         """The charge of one round's training."""
-        return Event(self.sample_rate, self.noise_multiplier, self.steps_per_round)
+        honest = None if self.shares is None else self.shares.honest_nodes
+        return Event(self.sample_rate, self.noise_multiplier, self.steps_per_round, honest)
+
+    @property
+    def own_noise_multiplier(self) -> float:
+        """Noise / clip norm of what one client sends: all of the noise, or its share."""
+        shared = 1 if self.shares is None else self.shares.honest_nodes
+        return self.noise_multiplier / math.sqrt(shared)
 
     @property
     def metric_event(self) -> Event | None:
@@ -143,8 +167,7 @@ class PrivatePlan(ABC):
     def run_events(self) -> tuple[Event, ...]:
         """The charges of all rounds."""
         return tuple(
-            Event(event.sample_rate, event.noise_multiplier, event.steps * self.rounds)
-            for event in self.round_events
+            dataclasses.replace(event, steps=event.steps * self.rounds) for event in self.round_events
         )
 
     def verify(self) -> Accounts:
@@ -165,7 +188,10 @@ class PrivatePlan(ABC):
 
     def to_json(self) -> str:
         """Serialises the plan."""
-        return json.dumps({"unit": stored_unit(self.unit), **dataclasses.asdict(self)}, allow_nan=False)
+        values = {"unit": stored_unit(self.unit), **dataclasses.asdict(self)}
+        if self.shares is None:  # as older versions write it; they refuse a plan with it
+            del values["shares"]
+        return json.dumps(values, allow_nan=False)
 
     @abstractmethod
     def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
@@ -299,6 +325,8 @@ def from_json(text: str) -> RunPlan:
     try:
         values = json.loads(text)
         unit = values.pop("unit")
+        if values.get("shares") is not None:
+            values["shares"] = NoiseShares(**values["shares"])
         if unit in kinds:
             return kinds[unit](**values)
     except PrivacyError:

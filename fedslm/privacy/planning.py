@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedslm.errors import OutOfRange, PrivacyError, plural
 from fedslm.privacy import accounting
 from fedslm.privacy.agreement import Accounts
 from fedslm.privacy.calibration import affordable_steps, calibrate
+from fedslm.privacy.plan import ONE_STEP
 from fedslm.records import Event
 
 _CURVE_POINTS = 10
@@ -34,6 +35,8 @@ class BudgetQuery:
         parameters: Trained parameters, for the signal; 0: unknown.
         batch_size: Divisor of the noisy sum (units), for the signal; 0: unknown.
         clients: Clients whose updates are averaged, >= 1.
+        honest_nodes: Clients that share the noise, >= 2, if only their sum is seen; None: each adds all
+            of it.
     """
 
     sample_rate: float
@@ -46,6 +49,7 @@ class BudgetQuery:
     parameters: int = 0
     batch_size: int = 0
     clients: int = 1
+    honest_nodes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class BudgetPlan:
         curve: Epsilon over the rounds.
         signal_to_noise: Best case over the run; None if parameters or batch size are unknown.
         warnings: Likely problems, each with its remedy.
+        honest_nodes: Clients whose honesty epsilon assumes; None: it assumes nothing of others.
+        epsilon_if_all_collude: Epsilon without that assumption; None with ``honest_nodes`` absent.
     """
 
     unit: str
@@ -94,6 +100,8 @@ class BudgetPlan:
     curve: tuple[Point, ...]
     signal_to_noise: float | None
     warnings: tuple[str, ...]
+    honest_nodes: int | None = None
+    epsilon_if_all_collude: float | None = None
 
 
 def plan_budget(query: BudgetQuery) -> BudgetPlan:
@@ -107,7 +115,7 @@ def plan_budget(query: BudgetQuery) -> BudgetPlan:
     0.947
     """
     noise, steps = _noise_and_steps(query)
-    event = Event(query.sample_rate, noise, steps)
+    event = Event(query.sample_rate, noise, steps, query.honest_nodes)
     accounts = accounting.cross_check([event], query.delta, needs_prv=False)
     rounds = math.ceil(steps / query.steps_per_round)
     deltas = (query.delta, query.delta / 10, query.delta / 100)
@@ -117,7 +125,7 @@ def plan_budget(query: BudgetQuery) -> BudgetPlan:
     signal = None
     if query.parameters and query.batch_size:
         signal = signal_to_noise(
-            noise=noise,
+            noise=noise / math.sqrt(query.honest_nodes or 1),
             steps=steps,
             batch_size=query.batch_size,
             clients=query.clients,
@@ -125,7 +133,7 @@ def plan_budget(query: BudgetQuery) -> BudgetPlan:
         )
     return BudgetPlan(
         unit=query.unit,
-        epsilon=accounts.pld,
+        epsilon=accounts.epsilon,
         delta=query.delta,
         noise_multiplier=noise,
         sample_rate=query.sample_rate,
@@ -136,7 +144,11 @@ def plan_budget(query: BudgetQuery) -> BudgetPlan:
         deltas=deltas,
         curve=_curve(query, event, rounds, deltas),
         signal_to_noise=signal,
-        warnings=tuple(_warnings(query, signal, accounts.pld, steps)),
+        warnings=tuple(_warnings(query, signal, accounts.epsilon, steps)),
+        honest_nodes=query.honest_nodes,
+        epsilon_if_all_collude=None
+        if query.honest_nodes is None
+        else accounting.epsilon_if_all_collude([event], query.delta),
     )
 
 
@@ -148,6 +160,11 @@ def _noise_and_steps(query: BudgetQuery) -> tuple[float, int]:
     for name, least in (("steps_per_round", 1), ("clients", 1), ("parameters", 0), ("batch_size", 0)):
         if not getattr(query, name) >= least:
             raise OutOfRange(f"{name}={getattr(query, name)} must be >= {least}")
+    if query.honest_nodes is not None and (query.honest_nodes < 2 or query.steps_per_round != 1):
+        raise OutOfRange(
+            f"honest_nodes={query.honest_nodes} must be at least 2, with 1 step a round, not "
+            f"{query.steps_per_round}: {ONE_STEP}"
+        )
     if query.unit == "client" and (query.sample_rate, query.steps_per_round) != (1, 1):
         raise OutOfRange(
             f"sample_rate={query.sample_rate} and steps_per_round={query.steps_per_round} must "
@@ -157,7 +174,8 @@ def _noise_and_steps(query: BudgetQuery) -> tuple[float, int]:
     if steps is None:
         if epsilon is None or noise is None:
             raise OutOfRange("give steps, or epsilon and noise_multiplier to find how many they allow")
-        steps = affordable_steps(epsilon, query.delta, Event(query.sample_rate, noise, 1))
+        one = Event(query.sample_rate, noise, 1, query.honest_nodes)
+        steps = affordable_steps(epsilon, query.delta, one)
         if steps < 1:
             raise PrivacyError(
                 f"noise_multiplier={noise:g} does not allow one step at epsilon={epsilon:g}; raise it"
@@ -165,7 +183,9 @@ def _noise_and_steps(query: BudgetQuery) -> tuple[float, int]:
     if noise is None:
         if epsilon is None:
             raise OutOfRange("give epsilon to find the noise, or noise_multiplier to find epsilon")
-        noise = calibrate(epsilon, query.delta, query.sample_rate, steps)
+        noise = calibrate(
+            epsilon, query.delta, query.sample_rate, steps, honest_nodes=query.honest_nodes
+        )
     return noise, steps
 
 
@@ -175,7 +195,7 @@ def _curve(query: BudgetQuery, event: Event, rounds: int, deltas: Sequence[float
     points = []
     for mark in marks:
         taken = min(event.steps, mark * query.steps_per_round)
-        part = Event(event.sample_rate, event.noise_multiplier, taken)
+        part = replace(event, steps=taken)
         points.append(Point(mark, tuple(accounting.epsilon([part], delta) for delta in deltas)))
     return tuple(points)
 

@@ -17,6 +17,7 @@ from fedslm.config import Names, OptionalCount, OptionalNumber, OptionalText, Se
 from fedslm.errors import ConfigError, PolicyRefused
 from fedslm.privacy.limits import Limits
 from fedslm.privacy.plan import WEAKEST_FIRST, NoPrivacy, Passes, PrivatePlan, UserPlan
+from fedslm.privacy.shares import NoiseShares
 from fedslm.records import LARGEST_DELTA
 
 ANY = "any"
@@ -45,6 +46,9 @@ base_models = ["any"]         # sha256 of allowed base models (fedslm prints it 
 base_names = ["any"]          # names or paths that a server may request, or "any"
 tasks = ["classification"]    # allowed tasks: "classification", "multi-label", "token-classification",
                               # "causal-lm", "instruction", "seq2seq", "preference"
+allow_distributed_noise = false # true: this node adds only a share of the noise to a sum over nodes;
+                              # epsilon then holds only if others are honest:
+# least_honest_nodes = 5      # ... so many of any sum, this node included
 weakest_passes = "fixed"      # "isolated": no two units in one pass, whatever this node's own test of
                               # fixed shapes says; "shared": any, exact only up to rounding
 metrics = "none"              # "noisy" allows a metric as a separate Gaussian release
@@ -116,6 +120,13 @@ class NodePolicy(Section):
     weakest_passes: Passes = "isolated"
     """Weakest allowed way to share passes: "isolated", "fixed" (public shapes that this node has tested
     bit by bit), or "shared", where rounding couples units."""
+    allow_distributed_noise: bool = False
+    """Whether this node may add only a share of the noise to its part of a sum over nodes. Epsilon then
+    holds only if enough other nodes are honest."""
+    least_honest_nodes: OptionalCount = Field(None, ge=2)
+    """With allow_distributed_noise: of the nodes in any sum, the fewest that this node's operator
+    trusts to add their share and to keep it to themselves, this node included. A plan that assumes
+    more honest nodes is refused."""
     metrics: Literal["none", "noisy"] = "none"
     """Whether a metric may leave the node, as a separate Gaussian release."""
     min_metric_noise_multiplier: OptionalNumber = Field(None, gt=0)
@@ -200,6 +211,18 @@ class NodePolicy(Section):
         if isinstance(plan, UserPlan):
             yield from self._unit_reasons(plan)
         yield from self._metric_reasons(plan)
+        if plan.shares is not None:
+            yield from self._share_reasons(plan.shares)
+
+    def _share_reasons(self, shares: NoiseShares) -> Iterator[str]:
+        """Checks that the node may rely on as many honest nodes as the plan assumes."""
+        trusted = self.least_honest_nodes
+        if not self.allow_distributed_noise:
+            yield "noise that nodes share is not allowed (allow_distributed_noise)"
+        elif trusted is None:
+            yield "the policy names no least_honest_nodes"
+        elif shares.honest_nodes > trusted:
+            yield f"the plan assumes {shares.honest_nodes} honest nodes, and the policy {trusted}"
 
     def _unit_reasons(self, plan: UserPlan) -> Iterator[str]:
         """Checks the column and the cap of a user, which the node determines."""
@@ -221,6 +244,19 @@ class NodePolicy(Section):
         elif self.min_metric_noise_multiplier is None or noise < self.min_metric_noise_multiplier:
             bound = self.min_metric_noise_multiplier
             yield f"metric_noise_multiplier {noise:g} is below {bound if bound is not None else 'any'}"
+
+
+def check_protocol(shares: NoiseShares) -> None:
+    """Refuses a protocol that would show a real node's part of a sum to the server.
+
+    Raises:
+        PolicyRefused: The protocol is for simulations.
+    """
+    if shares.protocol == "ideal":
+        raise PolicyRefused(
+            'secure_aggregation.protocol="ideal" is for simulations: the server could read what this '
+            "node sends, which has only a share of the noise"
+        )
 
 
 def open_policy(path: Path) -> NodePolicy:

@@ -120,6 +120,18 @@ def least_honest(events: Iterable[Event]) -> int | None:
     return max((each.honest_nodes for each in events if each.honest_nodes is not None), default=None)
 
 
+def assumption(honest_nodes: int) -> str:
+    """What an epsilon of shared noise rests on, as the end of a sentence.
+
+    >>> assumption(4)[:48]
+    'at least 4 of the nodes in every sum, the node i'
+    """
+    return (
+        f"at least {honest_nodes} of the nodes in every sum, the node itself included, add their share "
+        f"of the noise and tell nobody what they sent"
+    )
+
+
 def log_closeness(variance: float, nodes: int) -> float:
     """Returns log τ: a sum of discrete Gaussians has every probability of one within e^±τ.
 

@@ -33,7 +33,7 @@ def verified(plan: PrivatePlan, places: Places) -> Accounts:
     Raises:
         PrivacyError: The rounds cost more, or the accountants disagree.
     """
-    events = [[event.sample_rate, event.noise_multiplier, event.steps] for event in plan.run_events]
+    events = [list(event.as_values().values()) for event in plan.run_events]
     key = {"events": events, "delta": plan.delta, "epsilon": plan.epsilon}
     try:
         kept = attested(places, _KIND, key, lambda: asdict(plan.verify()))
@@ -45,11 +45,14 @@ def verified(plan: PrivatePlan, places: Places) -> Accounts:
 
 def _sound(kept: dict[str, Any], plan: PrivatePlan) -> Accounts | None:
     """The accounts of a kept result, if they pass the plan's check."""
-    if set(kept) != {each.name for each in fields(Accounts)} or not all(map(is_number, kept.values())):
+    record = "PLD" if plan.shares is None else "RDP"
+    if set(kept) != {each.name for each in fields(Accounts)} or kept["of_record"] != record:
+        return None
+    if not all(is_number(value) for name, value in kept.items() if name != "of_record"):
         return None
     accounts = Accounts(**kept)
     try:
         check_agreement(accounts)
     except PrivacyError:
         return None
-    return accounts if within(accounts.pld, plan.epsilon) else None
+    return accounts if within(accounts.epsilon, plan.epsilon) else None

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedslm.aggregation.compression import WHOLE, Packing
 from fedslm.errors import FederationError
+from fedslm.privacy.encoding import Words
 from fedslm.privacy.merkle import MOST_HASHES, MOST_SEEN
 from fedslm.privacy.statement import LONGEST_STATEMENT
 from fedslm.protocol import bounds
@@ -46,6 +47,7 @@ _REPLY_KEYS = frozenset(
     }
 )
 _NOTHING = AdapterState({})
+_WORDS = "words"
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Reply:
         round: The round of the request.
         reason: Why the status is not ok; coarse under privacy.
         delta: The sent tensors: their values after training minus those before; None unless ok.
-        delta_sha256: Hash of ``delta``.
+        delta_sha256: Hash of ``delta``, or of ``words``.
         base_sha256: Hash of the base model that the client used.
         weight: Weight in the mean; 1 under privacy.
         statement: Signed spend statement (JSON); empty without privacy.
@@ -145,6 +147,8 @@ class Reply:
         answer_after_seconds: The time after which the node answers, in (0, 86,400]; only with
             needs-time.
         num_bytes: Bytes of tensors that were received; 0 at the client.
+        words: Instead of ``delta``: the client's part of a sum over clients, modulo 2^32; all trained
+            values in the sorted order of their keys.
     """
 
     status: Status
@@ -159,6 +163,7 @@ class Reply:
     metric: tuple[float, float] | None = None
     answer_after_seconds: float | None = None
     num_bytes: int = 0
+    words: Words | None = None
 
     def to_records(self, packing: Packing = WHOLE) -> RecordDict:
         """Packs the reply."""
@@ -182,6 +187,8 @@ class Reply:
         records = RecordDict({"reply": values})
         if self.delta is not None:
             records["delta"] = record_of(packing.pack(self.delta))
+        if self.words is not None:
+            records[_WORDS] = record_of({_WORDS: self.words})
         return records
 
     @classmethod
@@ -212,7 +219,7 @@ class Reply:
         cls, records: RecordDict, packing: Packing, shapes: Mapping[str, tuple[int, ...]] | None
     ) -> Reply:
         """Unpacks a reply; may raise any exception."""
-        bounds.records(records, configs=("reply",), arrays=(), perhaps=("delta",))
+        bounds.records(records, configs=("reply",), arrays=(), perhaps=("delta", _WORDS))
         values, packed = records.config_records["reply"], records.array_records.get("delta")
         bounds.exactly(values, _REPLY_KEYS, "the reply", perhaps=("metric", "answer_after_seconds"))
         status, metric = bounds.text(values, "status", _LONGEST_NAME), values.get("metric")
@@ -227,6 +234,12 @@ class Reply:
             arrays = arrays_of(packed, packing.number_types, most)
             delta = packing.unpack(arrays, shapes)
             received = sum(each.nbytes for each in arrays.values())
+        words = None
+        if _WORDS in records.array_records:
+            if packed is not None:
+                raise ValueError("a reply has an update, or a part of a sum, and not both")
+            words = _words_of(records.array_records[_WORDS], most)
+            received = words.nbytes
         if not _is_moderate(values["weight"]):
             raise ValueError("weight must be a number up to 10^12")
         if (status == "needs-time") != ("answer_after_seconds" in values):
@@ -244,7 +257,17 @@ class Reply:
             metric=None if metric is None else _pair(metric),
             answer_after_seconds=_period(values.get("answer_after_seconds")),
             num_bytes=received,
+            words=words,
         )
+
+
+def _words_of(record: ArrayRecord, most: int | None) -> Words:
+    """Reads a part of a sum: one axis of whole numbers modulo 2^32."""
+    arrays = arrays_of(record, ("U32",), most)
+    bounds.exactly(arrays, (_WORDS,), "a part of a sum")
+    if arrays[_WORDS].ndim != 1:
+        raise ValueError("a part of a sum has one axis")
+    return arrays[_WORDS]
 
 
 def most_bytes(packing: Packing, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -15,7 +15,7 @@ from fedslm.aggregation.methods import METHODS, method_of
 from fedslm.config import Config
 from fedslm.config.tasks import TASKS
 from fedslm.errors import ConfigError, Problem, RunError
-from fedslm.privacy.calibration import noise_of
+from fedslm.privacy.calibration import noise_of, shares_of
 from fedslm.privacy.planning import signal_to_noise
 from fedslm.recipes.facts import Base, base_of, num_classes, simulated_units
 from fedslm.recipes.table import Recipe, recipe_for
@@ -236,7 +236,8 @@ def _derived(config: Config, recipe: Recipe, base: Base) -> dict[str, Any]:
         return {}
     privacy, training, federation = config.privacy, config.training, config.federation
     steps = (federation.rounds + privacy.spare_rounds) * training.local_steps
-    noise = noise_of(privacy, training, federation.rounds)
+    shares = shares_of(privacy, training, config.secure_aggregation, federation.cohort_size)
+    noise = noise_of(privacy, training, federation.rounds, shares)
     clip_norm = (privacy.clip_norm or 0.0) / math.sqrt(base.width)
     classes = num_classes(config.data, config.task, config.run.seed)
     signal = signal_to_noise(

@@ -13,7 +13,7 @@ from typing import Any
 from fedslm.config import Config
 from fedslm.errors import ModelError, PrivacyError
 from fedslm.privacy import accounting
-from fedslm.privacy.calibration import calibrated, noise_of
+from fedslm.privacy.calibration import calibrated, noise_of, shares_of
 from fedslm.privacy.plan import NoPrivacy
 from fedslm.privacy.planning import signal_to_noise
 from fedslm.recipes.facts import base_of
@@ -116,8 +116,9 @@ def _recipe(config: Config) -> Recipe:
 def _signal(config: Config, parameters: int) -> float:
     """The ratio of a config."""
     privacy, training, federation = config.privacy, config.training, config.federation
+    shares = shares_of(privacy, training, config.secure_aggregation, federation.cohort_size)
     return signal_to_noise(
-        noise=noise_of(privacy, training, federation.rounds),
+        noise=noise_of(privacy, training, federation.rounds, shares),
         steps=federation.rounds * training.local_steps,
         batch_size=training.batch_size,
         clients=federation.cohort_size,
@@ -155,13 +156,15 @@ def _enough_epsilon(config: Config, factor: float) -> float | None:
     The ratio is inversely proportional to the noise, so the wanted noise is known, and what it costs is
     one question to the accountants.
     """
-    plan = calibrated(config.privacy, config.training, config.federation.rounds)
+    privacy, training, federation = config.privacy, config.training, config.federation
+    shares = shares_of(privacy, training, config.secure_aggregation, federation.cohort_size)
+    plan = calibrated(privacy, training, federation.rounds, shares)
     if isinstance(plan, NoPrivacy) or config.privacy.noise_multiplier is not None:
         return None
-    smaller = replace(plan, noise_multiplier=plan.noise_multiplier / factor)
     try:
+        smaller = replace(plan, noise_multiplier=plan.noise_multiplier / factor)
         spent = accounting.epsilon(smaller.run_events, smaller.delta)
-    except PrivacyError:  # noise so small that no epsilon is finite
+    except PrivacyError:  # so little noise that no epsilon is finite
         return None
     digit: float = 10.0 ** (math.floor(math.log10(spent)) - 1)
     epsilon = round(math.ceil(spent * (1 + _MARGIN) / digit) * digit, 6)

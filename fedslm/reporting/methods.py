@@ -21,6 +21,7 @@ _COLUMNS: dict[str, dict[Axis, str]] = {
     "server optimizer": {"server optimizer": "fedadam"},
     "scaffold": {"drift": "scaffold", "local optimizer": "sgd", "unit": "none"},
     "error feedback": {"error feedback": "yes", "upload": "int8"},
+    "shared noise": {"noise": "distributed", "unit": "record", "local optimizer": "sgd"},
 }
 _VALUES: dict[Part, str] = {"lora_A": "r·in", "lora_B": "r·out", "lora_R": "r²"}
 

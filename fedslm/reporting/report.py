@@ -20,6 +20,7 @@ from fedslm.privacy import accounting
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
 from fedslm.privacy.plan import Plan, PrivatePlan
+from fedslm.privacy.shares import assumption
 from fedslm.protocol.metrics import as_json
 from fedslm.recipes import expected, read_recipe
 from fedslm.records import Event, PrivacySpent, RoundRecord, epsilon_as_json
@@ -160,6 +161,7 @@ _TOLD_ELSEWHERE = {
     "attack",
     "federation",
     "distill",
+    "secure_aggregation",
 }
 
 
@@ -235,11 +237,29 @@ def _privacy(config: Config, charged: dict[str, tuple[Event, ...]]) -> dict[str,
         clients = list(charged.values()) or [()]
         epsilon = accounting.network_epsilon(clients, delta, overlapping=overlapping)
     return {
+        "assumption": _assumption(config, charged),
         "privacy": spent,
         "epsilon": epsilon_as_json(epsilon),
         "delta": delta if is_private else None,
         "overlapping": overlapping,
         "is_deployed": config.engine.nodes is not None,
+    }
+
+
+def _assumption(config: Config, charged: dict[str, tuple[Event, ...]]) -> dict[str, Any] | None:
+    """Returns what epsilon assumes of other clients, and epsilon without it; None: nothing."""
+    secure, delta = config.secure_aggregation, config.privacy.delta
+    if not config.privacy.shares_noise or secure.threshold is None or delta is None:
+        return None
+    honest = secure.threshold - secure.max_colluding
+    found = [accounting.epsilon_if_all_collude(each, delta) for each in charged.values()]
+    return {
+        "honest_nodes": honest,
+        "text": assumption(honest),
+        "threshold": secure.threshold,
+        "max_colluding": secure.max_colluding,
+        "protocol": secure.protocol,
+        "epsilon_if_all_collude": epsilon_as_json(max(found, default=0.0)),
     }
 
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
+import numpy as np
 import torch
 
 from fedslm.config import TrainingConfig
 from fedslm.errors import DataError, NotRepeated, TrainingError
 from fedslm.models.loaded import LoadedModel
 from fedslm.models.networks import forgets_activations
+from fedslm.privacy.encoding import Words
 from fedslm.privacy.plan import NoPrivacy, Plan, PrivatePlan
 from fedslm.records import AdapterState
 from fedslm.rng import seed_of, stream
@@ -125,6 +127,76 @@ def _trained(
     if not after.is_finite():
         raise TrainingError("local training diverged: the adapter holds NaN or infinity")
     return after
+
+
+def share_of_sum(
+    model: LoadedModel,
+    task: Task,
+    examples: Sequence[Example],
+    plan: PrivatePlan,
+    training: TrainingConfig,
+    work: LocalWork,
+) -> Words:
+    """Computes one client's part of a round's sum over clients; the adapter does not move.
+
+    Args:
+        model: The loaded model; its adapter is overwritten.
+        task: The task to learn.
+        examples: The client's examples; may be empty.
+        plan: Takes one step, and shares the noise.
+        training: Micro-batch size.
+        work: Where to start and what to train.
+
+    Returns:
+        The sum of the units' clipped gradients with this client's share of the noise, modulo 2^32 in
+        steps of the plan's grid: the values of the trained tensors in the sorted order of their keys.
+
+    A repeated pass that gives other bits is treated as by :func:`train`.
+
+    Raises:
+        TrainingError: A self-check failed.
+    """
+    try:
+        return _shared(model, task, examples, plan, training, work)
+    except NotRepeated as error:
+        if work.shapes is None:
+            raise
+        logger.error("%s; this round starts again, and each unit has its own pass from now on", error)
+        work.shapes.withdraw()
+        return _shared(model, task, examples, plan, training, work)
+
+
+def _shared(
+    model: LoadedModel,
+    task: Task,
+    examples: Sequence[Example],
+    plan: PrivatePlan,
+    training: TrainingConfig,
+    work: LocalWork,
+) -> Words:
+    """Takes the one step of :func:`share_of_sum`."""
+    model.adapter.write(work.adapter)
+    model.adapter.train_only(set(work.trained))
+    enter_training(model)
+    optimizer = _optimizer(model, training)
+    check_parameters(model.adapter, optimizer)
+    seeded = stream(work.seed, "batches", work.round, work.client)  # not used under privacy
+    try:
+        with stepping(
+            model, task, plan, optimizer, training.micro_batch_size, shapes=work.shapes
+        ) as step:
+            (batch,) = plan.batches(owners_of(examples), seeded)
+            step([[examples[record] for record in unit] for unit in batch])
+            words = step.optimizer.words if isinstance(step, PrivateStep) else None
+    finally:
+        model.adapter.network.eval()
+    if not isinstance(words, np.ndarray):
+        raise TrainingError("internal check failed: the step left no sum")
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    parts = np.split(words, np.cumsum([parameter.numel() for parameter in held])[:-1])
+    names = {id(parameter): key for key, parameter in model.adapter.parameters.items()}
+    ordered = sorted(zip(held, parts, strict=True), key=lambda pair: names[id(pair[0])])
+    return np.concatenate([part for _, part in ordered])
 
 
 def rehearse(model: LoadedModel, task: Task, plan: PrivatePlan, trained: frozenset[str]) -> None:

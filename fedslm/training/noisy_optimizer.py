@@ -14,13 +14,57 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedslm.errors import PrivacyError
-from fedslm.privacy.encoding import FINE_BITS, grid_of
+from fedslm.privacy.discrete import DiscreteGaussian
+from fedslm.privacy.encoding import FINE_BITS, Words, encoded, grid_of
 from fedslm.privacy.gaussian import GaussianNoise
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.training.sums import MOST_UNITS, clip_
 
 if TYPE_CHECKING:
     from opacus.optimizers import DPOptimizer
+
+
+def sharing_optimizer(optimizer: torch.optim.Optimizer, plan: PrivatePlan) -> DPOptimizer:
+    """Returns Opacus' optimizer for one step whose sum leaves with a share of the noise.
+
+    Formal guarantees:
+        * After the step, ``words`` is Σ + Z modulo 2^32 in steps of the plan's grid, in the order of
+          the parameters: Σ the exact sum of the units' clipped gradients, each of norm at most C / γ
+          (:func:`~fedslm.training.sums.clipped`), and Z discrete Gaussian noise of the plan's variance
+          from secure randomness. Nothing else of the step remains: the parameters do not move.
+
+    Raises:
+        PrivacyError: The plan shares no noise.
+    """
+    from opacus.optimizers import DPOptimizer
+    from opacus.optimizers.optimizer import _mark_as_processed
+
+    shares = plan.shares
+    if shares is None:
+        raise PrivacyError("this plan shares no noise")
+    variance = shares.variance(plan.clip_norm, plan.noise_multiplier)
+
+    class SharingOptimizer(with_noise(DPOptimizer)):  # type: ignore[misc]
+        """Leaves the encoded sum in place of a gradient."""
+
+        words: Words | None = None
+
+        def add_noise(self) -> None:
+            """Encodes the sum with this node's share of the noise, once."""
+            total = self._sum.taken().cpu().numpy()
+            self.words = encoded(total, DiscreteGaussian().draw(total.size, variance))
+            for parameter in self.params:
+                parameter.grad = parameter.summed_grad = torch.zeros_like(parameter)
+                _mark_as_processed(parameter.summed_grad)
+
+    return SharingOptimizer(
+        optimizer,
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=plan.clip_norm,
+        expected_batch_size=plan.normaliser,
+        loss_reduction="mean",
+        bits=shares.grid_bits,
+    )
 
 
 def private_optimizer(optimizer: torch.optim.Optimizer, plan: PrivatePlan) -> DPOptimizer:
@@ -53,9 +97,9 @@ def with_noise(optimizer: type[DPOptimizer]) -> type[DPOptimizer]:
     class NoisyOptimizer(optimizer):  # type: ignore[misc]
         """Clips and sums on the grid; draws noise from secure randomness."""
 
-        def __init__(self, *arguments: Any, **options: Any) -> None:
+        def __init__(self, *arguments: Any, bits: int = FINE_BITS, **options: Any) -> None:
             super().__init__(*arguments, **options)
-            self._sum = _NoisySum(self.params, self.noise_multiplier, self.max_grad_norm)
+            self._sum = _NoisySum(self.params, self.noise_multiplier, self.max_grad_norm, bits)
 
         def clip_and_accumulate(self) -> None:
             """Adds the clipped gradients of some units to the sum, once."""
@@ -84,11 +128,17 @@ class _NoisySum:
         parameters: The trained tensors.
         noise_multiplier: σ.
         clip_norm: C.
+        bits: The grid, see :func:`fedslm.privacy.encoding.grid_of`.
     """
 
     def __init__(
-        self, parameters: Sequence[torch.nn.Parameter], noise_multiplier: float, clip_norm: float
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        noise_multiplier: float,
+        clip_norm: float,
+        bits: int,
     ) -> None:
+        self._bits = bits
         self._sizes = [parameter.numel() for parameter in parameters]
         self.noise_multiplier, self._clip_norm = noise_multiplier, clip_norm
         self._noise, self._units = GaussianNoise(), 0
@@ -111,8 +161,19 @@ class _NoisySum:
             raise PrivacyError(
                 f"a sample has {self._units} units; it may have {MOST_UNITS}: lower sample_rate"
             )
-        total = clip_(rows, self._clip_norm, FINE_BITS).sum(dim=0)
+        total = clip_(rows, self._clip_norm, self._bits).sum(dim=0)
         self._total = total if self._total is None else self._total + total
+
+    def taken(self) -> torch.Tensor:
+        """Returns the exact sum in steps of the grid, and begins the next sum.
+
+        Raises:
+            PrivacyError: Nothing was added.
+        """
+        if self._total is None:
+            raise PrivacyError("noise was asked for before a sum: the step is out of order")
+        total, self._total, self._units = self._total, None, 0
+        return total
 
     def released(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields each parameter's exact and noisy sum in float64, and begins the next sum.
@@ -120,10 +181,7 @@ class _NoisySum:
         Raises:
             PrivacyError: Nothing was added.
         """
-        if self._total is None:
-            raise PrivacyError("noise was asked for before a sum: the step is out of order")
-        grid, total = grid_of(self._clip_norm), self._total
-        self._total, self._units = None, 0
+        grid, total = grid_of(self._clip_norm, self._bits), self.taken()
         noise = self._noise.draw(tuple(total.shape), self.noise_multiplier * self._clip_norm)
         steps = torch.from_numpy(noise).to(total.device).div(grid).round_()
         exact, noisy = total * grid, (total + steps) * grid

@@ -22,7 +22,7 @@ from fedslm.tasks.base import Example, Task
 from fedslm.tasks.passes import token_budget
 from fedslm.training.batches import Unit, collated, forward, micro_batches, run
 from fedslm.training.checks import raise_unless_of_a_record
-from fedslm.training.noisy_optimizer import private_optimizer
+from fedslm.training.noisy_optimizer import private_optimizer, sharing_optimizer
 from fedslm.training.per_record import Gradients, per_record_gradients
 from fedslm.training.shapes import Part, Pass, Shape, Shapes, fixed, in_shape, isolated, shared
 from fedslm.training.sums import on_grid, zero_non_finite
@@ -344,7 +344,8 @@ def stepping(
         with fused(model.adapter.network):
             yield PlainStep(model, task, optimizer, micro_batch_size)
         return
-    private = private_optimizer(optimizer, plan)
+    sharing = plan.shares is not None
+    private = sharing_optimizer(optimizer, plan) if sharing else private_optimizer(optimizer, plan)
     with per_record_gradients(model.adapter.network, private.params) as gradients:
         tokens = token_budget(model.device.type, task.rows_per_example)
         if plan.passes == "fixed" and shapes is not None and gradients.is_aligned:

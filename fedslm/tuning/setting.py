@@ -171,6 +171,9 @@ def check(config: Config) -> None:
     if config.privacy.unit == "none":
         message = 'value "none": `fedslm tune` is for private runs; set "record" or "user"'
         problems.append(Problem("privacy.unit", message))
+    elif config.privacy.shares_noise:
+        message = 'value "distributed" cannot be searched with yet: search with "local"'
+        problems.append(Problem("privacy.noise", message))
     elif is_incomplete(config) and config.privacy.units_per_client is None:
         message = (
             "is required: the private records are not read, so they are not counted; set a public "

@@ -29,6 +29,7 @@ SAID: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("unit", "user"): {"privacy": PATIENT},
     ("ranks", "several"): {"lora": {"rank": 8, "client_ranks": [4, 8]}},
     ("share sent", "all"): {},
+    ("share sent", "some"): {"compression": {"keep_fraction": 0.5}},
     ("error feedback", "yes"): {"compression": {"error_feedback": True}},
 }
 
@@ -101,6 +102,7 @@ def test_choices_read_the_config() -> None:
     assert found == {
         "method": "ffa",
         "unit": "record",
+        "noise": "local",
         "rule": "mean",
         "weights": "uniform",
         "ranks": "several",

@@ -1,0 +1,148 @@
+"""One round at the server if it sees only the sum over clients: clients share the noise.
+
+:class:`IdealSum` is the one place where the sum is formed. A protocol that hides each part takes its
+place; what follows needs the sum and the number of its parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedslm.aggregation.methods import method_of, sent_keys
+from fedslm.aggregation.server import Aggregation, ServerState
+from fedslm.errors import FederationError
+from fedslm.privacy.encoding import Words, decoded, grid_of
+from fedslm.privacy.plan import PrivatePlan
+from fedslm.privacy.shares import NoiseShares
+from fedslm.records import AdapterState
+
+
+class IdealSum:
+    """The sum modulo 2^32, formed from parts that the server can read: only in a simulation.
+
+    It keeps no part. So what a simulation makes of the sum is what it would make of one that was formed
+    by a protocol that hides the parts.
+
+    Args:
+        size: Number of values.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._total = np.zeros(size, dtype=np.uint32)
+        self.count = 0
+
+    def add(self, words: Words) -> None:
+        """Adds one client's part."""
+        self._total += words
+        self.count += 1
+
+    def total(self, threshold: int) -> Words:
+        """Returns the sum of at least ``threshold`` parts.
+
+        Raises:
+            FederationError: There are fewer: their noise would not be enough.
+        """
+        if self.count < threshold:
+            raise FederationError(
+                f"{self.count} replies are fewer than secure_aggregation.threshold={threshold}: their "
+                f"sum is not formed"
+            )
+        return self._total
+
+
+@dataclass(frozen=True)
+class Summing:
+    """How a step is made of a sum.
+
+    Attributes:
+        plan: Clip norm, noise, normaliser and shares.
+        learning_rate: The clients' rate η: their one SGD step is taken by the server.
+    """
+
+    plan: PrivatePlan
+    learning_rate: float
+
+    @property
+    def shares(self) -> NoiseShares:
+        """How clients share the noise.
+
+        Raises:
+            FederationError: They do not.
+        """
+        if self.plan.shares is None:
+            raise FederationError("the plan shares no noise, so there is no sum")
+        return self.plan.shares
+
+
+class SummedRound:
+    """Takes a round's parts one at a time, and moves the adapter by their sum.
+
+    With cohort n, normaliser L and grid γ the difference is -η·γ·Σ / (n·L): the mean over the cohort of
+    the clients' own SGD steps, whoever answers.
+
+    Args:
+        aggregation: The server's optimizer.
+        summing: How a step is made of the sum.
+        state: The state before the round.
+        cohort: Number of clients in the round.
+    """
+
+    def __init__(
+        self, aggregation: Aggregation, summing: Summing, state: ServerState, cohort: int
+    ) -> None:
+        self._how, self._summing, self._state, self._cohort = aggregation, summing, state, cohort
+        sent = sent_keys(method_of(aggregation.config), state.moving, state.turn)
+        self._shapes: Mapping[str, tuple[int, ...]] = state.moving.select(sent).shapes
+        self._sum = IdealSum(sum(map(math.prod, self._shapes.values())))
+        self._values: NDArray[np.int64] | None = None
+
+    def close(self) -> None:
+        """Does nothing: a sum keeps no files."""
+
+    @property
+    def count(self) -> int:
+        """Number of parts so far."""
+        return self._sum.count
+
+    def add(self, words: Words) -> None:
+        """Adds one client's checked part."""
+        self._sum.add(words)
+
+    def finish(self) -> ServerState:
+        """Returns the state after the round.
+
+        Raises:
+            FederationError: There are fewer parts than the threshold, the sum may have wrapped around,
+                or the result is not finite.
+        """
+        plan, shares, state = self._summing.plan, self._summing.shares, self._state
+        self._values = decoded(self._sum.total(shares.threshold))
+        grid = grid_of(plan.clip_norm, shares.grid_bits)
+        scale = -self._summing.learning_rate * grid / (self._cohort * plan.normaliser)
+        flat = (self._values * scale).astype(np.float32)
+        difference = AdapterState.of_flat(flat, self._shapes)
+        moving, memory = self._how.optimizer.step(state.moving, difference, state.memory)
+        if not moving.is_finite():
+            raise FederationError("the aggregate holds NaN or infinity")
+        return ServerState(moving, state.turn + 1, memory, state.control, state.norms)
+
+    def signal_to_noise(self) -> float | None:
+        """Returns the ratio of signal to noise in the sum, whose noise is public; None before it.
+
+        E‖Σ‖² is the square of the signal plus d·n·s² of noise, over d values and n parts.
+        """
+        if self._values is None:
+            return None
+        plan = self._summing.plan
+        noise = (
+            self._values.size
+            * self.count
+            * self._summing.shares.variance(plan.clip_norm, plan.noise_multiplier)
+        )
+        square = float((self._values.astype(np.float64) ** 2).sum())
+        return math.sqrt(max(0.0, square - noise) / noise)

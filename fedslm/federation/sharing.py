@@ -1,0 +1,81 @@
+"""Contradictions among the options of noise that clients share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedslm.config import Config
+from fedslm.errors import Problem
+from fedslm.privacy.plan import ONE_STEP
+
+_DEFAULT_BOUND = 3.0
+
+
+def sharing_problems(config: Config) -> Iterator[Problem]:
+    """Everything that a sum with shared noise does not allow, each with its reason.
+
+    What depends on method, rule and compression is in :mod:`fedslm.aggregation.compatibility`.
+    """
+    secure = config.secure_aggregation
+    if not config.privacy.shares_noise:
+        if secure.threshold is not None:
+            message = 'is only for privacy.noise="distributed"; leave it out'
+            yield Problem("secure_aggregation.threshold", message)
+        return
+    yield from _nodes(config)
+    yield from _step(config)
+    if config.engine.name == "deployed":
+        message = (
+            f"value {secure.protocol!r} is for simulations: the server could read what a node sends, "
+            f'with only a share of the noise; real nodes need privacy.noise="local"'
+        )
+        yield Problem("secure_aggregation.protocol", message)
+    if config.privacy.overlapping:
+        message = (
+            'must be false with privacy.noise="distributed": a unit in several clients would move the '
+            "sum several times, and the noise is for once"
+        )
+        yield Problem("privacy.overlapping", message)
+    if config.privacy.metric_noise_multiplier is not None:
+        message = (
+            'is a figure of each client, and privacy.noise="distributed" shows sums only; leave it out'
+        )
+        yield Problem("privacy.metric_noise_multiplier", message)
+
+
+def _nodes(config: Config) -> Iterator[Problem]:
+    """The threshold is set, can be reached, and leaves honest clients to share the noise."""
+    secure, cohort = config.secure_aggregation, config.federation.cohort_size
+    key = "secure_aggregation.threshold"
+    if secure.threshold is None:
+        message = (
+            f'is required with privacy.noise="distributed": the fewest of the {cohort} clients of a '
+            f"round whose sum is formed, such as {max(2, -(-2 * cohort // 3))}"
+        )
+        yield Problem(key, message)
+        return
+    if secure.threshold > cohort:
+        yield Problem(key, f"value {secure.threshold} exceeds the cohort of {cohort}")
+    if secure.threshold - secure.max_colluding < 2:
+        message = (
+            f"value {secure.max_colluding} leaves {secure.threshold - secure.max_colluding} honest of "
+            f"secure_aggregation.threshold={secure.threshold} clients; at least 2 must share the noise"
+        )
+        yield Problem("secure_aggregation.max_colluding", message)
+
+
+def _step(config: Config) -> Iterator[Problem]:
+    """A client takes one plain step, and the server bounds no update."""
+    training = config.training
+    if training.local_steps != 1:
+        message = f'value {training.local_steps} must be 1 with privacy.noise="distributed": {ONE_STEP}'
+        yield Problem("training.local_steps", message)
+    if training.weight_decay:
+        message = f'value {training.weight_decay} must be 0 with privacy.noise="distributed"'
+        yield Problem("training.weight_decay", message)
+    if config.aggregation.norm_bound != _DEFAULT_BOUND:
+        message = (
+            f"value {config.aggregation.norm_bound:g} has no effect with "
+            f'privacy.noise="distributed": the server sees no update that it could bound; leave it out'
+        )
+        yield Problem("aggregation.norm_bound", message)
