@@ -400,7 +400,9 @@ def test_a_directory_is_no_config(tmp_path: Path) -> None:
 
 def _other(field: FieldInfo, value: Any) -> Any:
     """A value that differs."""
-    if choices := _choices(field):
+    if len(choices := _choices(field)) == 1:
+        pytest.skip("this key has one value only")
+    if choices:
         return next(choice for choice in reversed(choices) if choice != value)
     match value:
         case bool():
@@ -419,10 +421,14 @@ def _other(field: FieldInfo, value: Any) -> Any:
 def test_the_hash_covers_what_determines_the_result(key: str) -> None:
     """Every field changes the hash, but for where the run computes and what it is called.
 
-    What becomes of the adapter afterwards does not change it, unless the small model learns back.
+    What becomes of the adapter afterwards does not change it, unless the small model learns back. How a
+    sum is formed counts where clients share the noise.
     """
     config = from_mapping(BASE).resolved()
     section, name = key.split(".")
+    if section == "secure_aggregation":
+        privacy = config.privacy.model_copy(update={"noise": "distributed"})
+        config = config.model_copy(update={"privacy": privacy})
     part = getattr(config, section)
     other = part.model_copy(update={name: _other(FIELDS[key], getattr(part, name))})
     unhashed = ("run.name", "run.directory", "privacy.units_per_client")
