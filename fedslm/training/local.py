@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from fedslm.training.shapes import Shapes
 from fedslm.training.steps import PrivateStep, stepping
 
 logger = logging.getLogger(__name__)  # the client's own log
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,29 @@ def train(
     """
     if not examples and isinstance(plan, NoPrivacy):
         raise DataError("this client has no usable records")
+    return _repeated(lambda: _trained(model, task, examples, plan, training, work), work)
+
+
+def _repeated(attempt: Callable[[], T], work: LocalWork) -> T:
+    """Makes an attempt, and another one with isolated passes if a repeated pass gave other bits."""
     try:
-        return _trained(model, task, examples, plan, training, work)
-    except NotRepeated as error:
-        if not isinstance(plan, PrivatePlan) or work.shapes is None:
+        return attempt()
+    except NotRepeated as error:  # only a private step repeats a pass
+        if work.shapes is None:
             raise
         logger.error("%s; this round starts again, and each unit has its own pass from now on", error)
         work.shapes.withdraw()
-        return _trained(model, task, examples, plan, training, work)
+        return attempt()
+
+
+def _begun(model: LoadedModel, training: TrainingConfig, work: LocalWork) -> torch.optim.Optimizer:
+    """Writes the adapter, and returns the optimizer of what is trained."""
+    model.adapter.write(work.adapter)
+    model.adapter.train_only(set(work.trained))
+    enter_training(model)
+    optimizer = _optimizer(model, training)
+    check_parameters(model.adapter, optimizer)
+    return optimizer
 
 
 def _trained(
@@ -101,11 +117,7 @@ def _trained(
 ) -> AdapterState:
     """Takes the steps of a round; see :func:`train`."""
     keys = sorted(work.trained)
-    model.adapter.write(work.adapter)
-    model.adapter.train_only(set(work.trained))
-    enter_training(model)
-    optimizer = _optimizer(model, training)
-    check_parameters(model.adapter, optimizer)
+    optimizer = _begun(model, training, work)
     hold(optimizer, model, training, work)
     torch.manual_seed(seed_of(work.seed, "dropout", work.round, work.client))
     seeded = stream(work.seed, "batches", work.round, work.client)
@@ -156,14 +168,7 @@ def share_of_sum(
     Raises:
         TrainingError: A self-check failed.
     """
-    try:
-        return _shared(model, task, examples, plan, training, work)
-    except NotRepeated as error:
-        if work.shapes is None:
-            raise
-        logger.error("%s; this round starts again, and each unit has its own pass from now on", error)
-        work.shapes.withdraw()
-        return _shared(model, task, examples, plan, training, work)
+    return _repeated(lambda: _shared(model, task, examples, plan, training, work), work)
 
 
 def _shared(
@@ -175,11 +180,7 @@ def _shared(
     work: LocalWork,
 ) -> Words:
     """Takes the one step of :func:`share_of_sum`."""
-    model.adapter.write(work.adapter)
-    model.adapter.train_only(set(work.trained))
-    enter_training(model)
-    optimizer = _optimizer(model, training)
-    check_parameters(model.adapter, optimizer)
+    optimizer = _begun(model, training, work)
     seeded = stream(work.seed, "batches", work.round, work.client)  # not used under privacy
     try:
         with stepping(
