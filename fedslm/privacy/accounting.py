@@ -159,8 +159,8 @@ def group_epsilon(events: Iterable[Event], delta: float, group_size: int) -> flo
     The number of the group's records in a Poisson sample is binomial, and each moves the sum by at most
     one clip norm: a mixture of Gaussians. This is tight; ``group_size * epsilon`` is not a bound. For
     noise that nodes share it is less tight: whenever one of the group is sampled, all count as sampled.
-    Each moment of the mixture is a sum of exp(a·a'·|μ|² / S²) over numbers a, a' of records: it only
-    rises if each a > 0 becomes ``group_size``.
+    Given that, the sample is a mixture over how many are. exp((α - 1)·D_α) is jointly convex, so both
+    ways it is at most that of the largest shift, ``group_size`` clip norms.
 
     Args:
         events: The events charged at record level.
