@@ -30,13 +30,14 @@ HOLDOUT = "holdout.json"
 TRAIN_TOML = "train.toml"
 """The short config of `fedslm train`, for people."""
 ERROR = "error.txt"
+CLIENTS_LOG = "clients.log"
+"""What the workers log; runs that share workers share it, next to their directories."""
 
 # A student's directory.
 DISTILLED = "distilled"
 DISTILL_REPORT, DISTILL_PAGE = "distill.json", "distill.md"
 
 # A sweep's directory.
-CLIENTS_LOG = "clients.log"
 SWEEP, SWEEP_PAGE, SWEEP_PLOT = "sweep.json", "sweep.md", "sweep.png"
 
 # A node's directory.
