@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -48,10 +49,10 @@ PLAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def both_cores(one_thread: None) -> None:
-    """One process computes here, not one for each client."""
+    """Two threads, unless another test runs next to this one: four threads on two cores wait for each other."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 else 2)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
