@@ -73,6 +73,7 @@ ENDS = {
     "provision readmit": ("north --server no --reason r", 2),
     "provision rekey": ("--server no", 2),
     "provision list": ("--server no", 2),
+    "provision roster": ("--server no", 2),
     "server up": ("no", 2),
     "server run": ("no.toml", 2),
     "server status": ("--server no", 2),

@@ -167,6 +167,7 @@ def admit(
             )
         with reached(server) as control:
             node, told = admission.admit(server, request, control.register, reason=reason)
+        _sign_again(server)
         typer.echo(f"admitted {node.name}; fingerprint {found}")
         typer.echo(f"send back (confidential): {told}")
         _say_fingerprint(server)
@@ -188,6 +189,7 @@ def revoke(
 
         with reached(server) as control:
             node = admission.revoke(server, name, control.unregister)
+        _sign_again(server)
         typer.echo(f"{node.name} is revoked: its key is never admitted again")
 
 
@@ -235,6 +237,37 @@ def rekey(server: Server = Path()) -> None:
             typer.echo(f"send (confidential): {path}")
         _say_fingerprint(server)
         typer.echo("each node runs `fedslm node accept … --replace --fingerprint …` and is restarted")
+
+
+@provision_app.command("roster")
+def roster(server: Server = Path()) -> None:
+    """Sign the list of admitted nodes, with which nodes may share noise (secure aggregation).
+
+    `fedslm provision admit` and `revoke` do it if authority.key is in the server's directory. If the
+    key is kept offline, copy federation.toml, nodes.json and authority.crt there, run this, and copy
+    signed-roster.json back. Nodes get the list from the server and check its signature.
+
+    Example: `fedslm provision roster --server federation`
+    """
+    with clear_errors():
+        from fedslm import layout
+        from fedslm.deployment.rosters import sign_roster
+
+        found = sign_roster(server)
+        typer.echo(
+            f"signed {server / layout.SIGNED_ROSTER}: list {found.serial} of "
+            f"{plural(len(found.members), 'node')}"
+        )
+
+
+def _sign_again(server: Path) -> None:
+    """Signs the roster after a change; says what to do if the key is not here."""
+    from fedslm.deployment.authority import AUTHORITY_KEY
+    from fedslm.deployment.rosters import sign_if_possible
+
+    sign_if_possible(server)
+    if not (server / AUTHORITY_KEY).exists():
+        typer.echo("for secure aggregation: run `fedslm provision roster` where authority.key is")
 
 
 def _say_fingerprint(server: Path) -> None:

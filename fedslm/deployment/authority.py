@@ -107,7 +107,7 @@ def issue_server(directory: Path, names: Sequence[str], days: int) -> None:
         RunError: The authority cannot be read, or has expired.
     """
     key = ec.generate_private_key(ec.SECP384R1())
-    signer, authority = _authority(directory)
+    signer, authority = authority_of(directory)
     left = authority.not_valid_after_utc - datetime.now(UTC)
     if left <= timedelta(0):
         raise RunError(f"{directory / AUTHORITY} expired on {authority.not_valid_after_utc:%Y-%m-%d}")
@@ -168,8 +168,24 @@ def write_private(path: Path, content: bytes) -> None:
         raise RunError(f"{path} cannot be written: {error}") from error
 
 
-def _authority(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """The authority's key and certificate."""
+def public_key_of(certificate: bytes) -> ec.EllipticCurvePublicKey:
+    """The public key in an authority's certificate (PEM).
+
+    Raises:
+        ValueError: It is not a certificate of an elliptic-curve key.
+    """
+    key = x509.load_pem_x509_certificate(certificate).public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ValueError("its key is not an elliptic-curve key")
+    return key
+
+
+def authority_of(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """The authority's key and certificate.
+
+    Raises:
+        RunError: One of them cannot be read.
+    """
     try:
         content = (directory / AUTHORITY_KEY).read_bytes()
         key = serialization.load_pem_private_key(content, password=None)

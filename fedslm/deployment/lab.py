@@ -13,7 +13,7 @@ from fedslm import layout
 from fedslm.config import Config
 from fedslm.data.federated import share_out
 from fedslm.data.store import write_parquet
-from fedslm.deployment import admission, enrolment
+from fedslm.deployment import admission, enrolment, rosters
 from fedslm.deployment.authority import certify
 from fedslm.deployment.control import connected
 from fedslm.deployment.server import running
@@ -62,6 +62,7 @@ def make_lab(directory: Path, config: Config, *, port: int, inner_port: int) -> 
             request = enrolment.enroll(node, node.name)
             _, told = admission.admit(server, request, control.register)
             admission.accept(node, told)
+    rosters.sign_roster(server)
     return nodes
 
 
@@ -73,7 +74,7 @@ def _node_file(node: Path, columns: list[str]) -> str:
 
 def _policy(config: Config) -> str:
     """A policy that allows what a config requests, several times."""
-    privacy, training = config.privacy, config.training
+    privacy, training, secure = config.privacy, config.training, config.secure_aggregation
     values: dict[str, object] = {
         "unit": privacy.unit,
         "unit_column": privacy.unit_column,
@@ -90,6 +91,10 @@ def _policy(config: Config) -> str:
         "weakest_passes": privacy.passes,
         "metrics": "none" if privacy.metric_noise_multiplier is None else "noisy",
         "min_metric_noise_multiplier": privacy.metric_noise_multiplier,
+        "allow_distributed_noise": privacy.shares_noise,
+        "least_honest_nodes": None
+        if secure.threshold is None
+        else secure.threshold - secure.max_colluding,
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
     return "# For a lab: it allows what the config asks for.\n" + "\n".join(lines) + "\n"

@@ -23,6 +23,7 @@ from fedslm.data.columns import Wanted
 from fedslm.data.owners import refuse_unfit
 from fedslm.data.sources import load
 from fedslm.deployment.admission import ADMISSION, Admission, read_admission
+from fedslm.deployment.authority import public_key_of
 from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.conditions import Attendance
 from fedslm.deployment.enrolment import node_key
@@ -33,10 +34,12 @@ from fedslm.deployment.link import Link, is_there
 from fedslm.deployment.metrics import NodeCounts, node_figures, served
 from fedslm.deployment.settings import NodeFile, read_node
 from fedslm.engines.local import handle, wait_for
-from fedslm.errors import DataError, FederationError, PolicyRefused, RunError
+from fedslm.errors import DataError, FederationError, PolicyRefused, RunError, Unusable
 from fedslm.privacy.policy import read_policy
 from fedslm.protocol.envelopes import Envelope
+from fedslm.protocol.legs import SECAGG
 from fedslm.protocol.lifetime import work_seconds
+from fedslm.secagg.membership import begin_session
 from fedslm.storage import locked
 from fedslm.workers import WorkerPool, preload
 
@@ -150,6 +153,7 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
         NotKnown: The server does not know this node's key.
         FederationError: The server refuses the node, or has another certificate.
     """
+    _begin_session(ready)
     running = _Running(ready, NodeCounts(), Pace(), stop)
     attendance = Attendance(ready.file.conditions, ready.directory)
 
@@ -177,6 +181,17 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
             stop.wait(_AGAIN_SECONDS)
 
 
+def _begin_session(ready: Ready) -> None:
+    """Notes that this process starts: a round of secure aggregation before it is not continued."""
+    try:
+        authority = public_key_of(ready.admission.authority.encode())
+    except ValueError as error:
+        raise Unusable(
+            f"{ready.directory / ADMISSION}: the authority's certificate: {error}"
+        ) from error
+    begin_session(ready.directory, authority)
+
+
 @dataclass(frozen=True)
 class _Running:
     """A node's process, over all its connections."""
@@ -193,8 +208,10 @@ class _Running:
         workers: Callable[[], AbstractContextManager[WorkerPool]],
     ) -> Message:
         """The reply of a worker, or a refusal that needs none; starts the time of the request."""
+        reads_none = message.metadata.message_type == SECAGG  # so its time reveals nothing
         try:
-            self.pace.begin(period_of(context), work_seconds(message.metadata.ttl))
+            period = None if reads_none else period_of(context)
+            self.pace.begin(period, work_seconds(message.metadata.ttl))
         except (FederationError, PolicyRefused) as error:
             return refusal(message, error)
         with workers() as pool:

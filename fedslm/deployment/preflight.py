@@ -16,6 +16,7 @@ from fedslm import layout
 from fedslm.attestations import places_of_node
 from fedslm.client.self_test_gate import attest
 from fedslm.config import ModelConfig
+from fedslm.deployment.authority import public_key_of
 from fedslm.deployment.bundle import bundle, sha256_of
 from fedslm.deployment.certificates import WARNING_DAYS, node_warnings, with_clock
 from fedslm.deployment.conditions import reason_against
@@ -26,8 +27,10 @@ from fedslm.errors import FedslmError, RunError, plural
 from fedslm.models.base import base_sha256, resolve
 from fedslm.privacy import clock
 from fedslm.privacy.chain import read_chain
-from fedslm.privacy.keys import PUBLIC_KEY, read_public_key, signing_key
+from fedslm.privacy.keys import PUBLIC_KEY, public_hex, read_public_key, signing_key
 from fedslm.privacy.policy import ANY, open_policy
+from fedslm.secagg.roster import MOST_BYTES, verified
+from fedslm.storage import read_text
 
 _SKEW_SECONDS, _TOO_MUCH_SECONDS = 30.0, 240.0  # the server refuses a difference of five minutes
 _LEAST_BYTES = 1 << 30
@@ -66,6 +69,7 @@ def preflight(ready: Ready, on_start: Callable[[str], None] = lambda name: None)
         "version and bundle": lambda: _version(ready),
         "policy": lambda: _policy(ready.directory),
         "keys and ledger": lambda: _ledger(ready.directory),
+        "roster": lambda: _roster(ready),
         "records": lambda: _records(ready),
         "base models": lambda: _bases(ready.directory),
         "disk": lambda: _disk(ready.directory),
@@ -134,6 +138,20 @@ def _ledger(directory: Path) -> str:
             f'infinite, and private runs are refused unless the policy says unit = "none"'
         )
     return found
+
+
+def _roster(ready: Ready) -> str:
+    """Checks who signed the list of nodes that may share noise with this one, and that it is on it."""
+    if not open_policy(ready.directory / layout.POLICY).allow_distributed_noise:
+        return "not needed: the policy does not allow noise that nodes share"
+    path = ready.directory / layout.SIGNED_ROSTER
+    if not path.exists():
+        return "none yet: the server sends it in the first round that needs it"
+    authority = public_key_of(ready.admission.authority.encode())
+    roster = verified(read_text(path, MOST_BYTES), authority)
+    own = roster.client_of(public_hex(signing_key(ready.directory).public_key()))
+    count = plural(len(roster.members), "node")
+    return f"{count}, signed by the authority; this node is number {own} on list {roster.serial}"
 
 
 def _records(ready: Ready) -> str:

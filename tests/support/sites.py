@@ -47,6 +47,8 @@ max_rounds_per_day = 500
 base_models = ["any"]
 tasks = ["classification"]
 weakest_passes = "fixed"
+allow_distributed_noise = true
+least_honest_nodes = 2
 """
 
 
