@@ -113,6 +113,7 @@ SEE_CONFIG = {
     "recipes.expected",
     "federation.rounds",
     "federation.sharing",
+    "federation.start",
     "federation.observers",
     "federation.visible",
     "federation.checkpoint",

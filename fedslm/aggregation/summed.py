@@ -1,7 +1,7 @@
 """One round at the server if it sees only the sum over clients: clients share the noise.
 
-:class:`IdealSum` is the one place where the sum is formed. A protocol that hides each part takes its
-place; what follows needs the sum and the number of its parts.
+What follows needs the sum and the number of its parts, so any :class:`Sum` will do: that of a protocol
+that hides each part, or :class:`IdealSum`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,21 @@ from fedslm.privacy.encoding import Words, decoded, grid_of
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.privacy.shares import NoiseShares
 from fedslm.records import AdapterState
+
+
+class Sum(Protocol):
+    """The sum of the clients' parts modulo 2^32, however it is formed."""
+
+    @property
+    def count(self) -> int:
+        """Number of parts so far."""
+
+    def total(self, threshold: int) -> Words:
+        """Returns the sum of at least ``threshold`` parts.
+
+        Raises:
+            FederationError: It cannot be formed.
+        """
 
 
 class IdealSum:
@@ -34,12 +50,17 @@ class IdealSum:
 
     def __init__(self, size: int) -> None:
         self._total = np.zeros(size, dtype=np.uint32)
-        self.count = 0
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """Number of parts so far."""
+        return self._count
 
     def add(self, words: Words) -> None:
         """Adds one client's part."""
         self._total += words
-        self.count += 1
+        self._count += 1
 
     def total(self, threshold: int) -> Words:
         """Returns the sum of at least ``threshold`` parts.
@@ -90,19 +111,30 @@ class SummedRound:
         summing: How a step is made of the sum.
         state: The state before the round.
         cohort: Number of clients in the round.
+        total: The sum that a protocol forms; None: :meth:`add` forms it.
     """
 
     def __init__(
-        self, aggregation: Aggregation, summing: Summing, state: ServerState, cohort: int
+        self,
+        aggregation: Aggregation,
+        summing: Summing,
+        state: ServerState,
+        cohort: int,
+        total: Sum | None = None,
     ) -> None:
         self._how, self._summing, self._state, self._cohort = aggregation, summing, state, cohort
-        sent = sent_keys(method_of(aggregation.config), state.moving, state.turn)
-        self._shapes: Mapping[str, tuple[int, ...]] = state.moving.select(sent).shapes
-        self._sum = IdealSum(sum(map(math.prod, self._shapes.values())))
+        self._shapes = summed_shapes(aggregation, state)
+        self._parts = IdealSum(num_values(self._shapes))
+        self._sum: Sum = self._parts if total is None else total
         self._values: NDArray[np.int64] | None = None
 
     def close(self) -> None:
         """Does nothing: a sum keeps no files."""
+
+    @property
+    def is_formed_elsewhere(self) -> bool:
+        """Whether a protocol forms the sum, and :meth:`add` must not be called."""
+        return self._sum is not self._parts
 
     @property
     def count(self) -> int:
@@ -110,8 +142,8 @@ class SummedRound:
         return self._sum.count
 
     def add(self, words: Words) -> None:
-        """Adds one client's checked part."""
-        self._sum.add(words)
+        """Adds one client's checked part, if no protocol forms the sum."""
+        self._parts.add(words)
 
     def finish(self) -> ServerState:
         """Returns the state after the round.
@@ -146,3 +178,14 @@ class SummedRound:
         )
         square = float((self._values.astype(np.float64) ** 2).sum())
         return math.sqrt(max(0.0, square - noise) / noise)
+
+
+def summed_shapes(aggregation: Aggregation, state: ServerState) -> Mapping[str, tuple[int, ...]]:
+    """The tensors whose sum over clients a round forms."""
+    sent = sent_keys(method_of(aggregation.config), state.moving, state.turn)
+    return state.moving.select(sent).shapes
+
+
+def num_values(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Number of values of these tensors."""
+    return sum(map(math.prod, shapes.values()))

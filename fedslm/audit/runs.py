@@ -180,7 +180,7 @@ def _client(directory: RunDirectory, index: int, name: str, statements: list[Sta
     last = max(statements, key=lambda each: each.num_charged, default=None)
     events = () if last is None else last.events
     is_lost = any(statement.unprotected for statement in statements)
-    audit, node = None, directory.nodes / f"client-{index:05d}"
+    audit, node = None, directory.nodes / layout.simulated(index)
     if (node / layout.LEDGER).exists():
         key = read_public_key(node / PUBLIC_KEY if last is None else last.public_key)
         audit = audit_ledger(node, key, Evidence(statements=tuple(statements)))
@@ -318,7 +318,7 @@ def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any
     """Returns each distinct mechanism that was charged, as the ledgers or statements name it."""
     found: dict[str, dict[str, Any]] = {}
     for index in range(num_clients):
-        node = directory.nodes / f"client-{index:05d}"
+        node = directory.nodes / layout.simulated(index)
         if not (node / layout.LEDGER).exists():
             continue
         try:
@@ -344,7 +344,7 @@ def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any
 
 def _strangers(directory: RunDirectory, num_clients: int) -> list[str]:
     """Returns node directories that belong to no client: their charges would not be counted."""
-    known = {f"client-{index:05d}" for index in range(num_clients)}
+    known = {layout.simulated(index) for index in range(num_clients)}
     found = sorted(each.name for each in directory.nodes.glob("client-*"))
     return [f"nodes/{name} is of no client of this run" for name in found if name not in known]
 

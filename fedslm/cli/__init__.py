@@ -254,10 +254,15 @@ def _assumed(config: Config) -> str | None:
     if shares is None or isinstance(plan, NoPrivacy):
         return None
     weaker = spent(accounting.epsilon_if_all_collude(plan.run_events, plan.delta))
-    return (
+    text = (
         f"epsilon={plan.epsilon:g} holds if {assumption(shares.honest_nodes)}; if all others collude "
-        f"it is {weaker}. protocol={shares.protocol!r} is a simulation of secure aggregation: the "
-        f"server forms the sum itself"
+        f"it is {weaker}"
+    )
+    if shares.protocol == "masked":
+        return text
+    return (
+        f"{text}. protocol={shares.protocol!r} is a simulation of secure aggregation: the server forms "
+        f"the sum itself"
     )
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedslm.client.handlers import hello, refusal, train
+from fedslm.client.handlers import hello, refusal, secagg, train
 from fedslm.client.pace import Pace, period_of
 from fedslm.client.personal import measure
 from fedslm.errors import FederationError, PolicyRefused
+from fedslm.protocol.legs import SECAGG
 from fedslm.protocol.lifetime import work_seconds
 
 Handler = Callable[[Message, Context], Message]
@@ -26,6 +27,7 @@ def client_app() -> ClientApp:
     app.train()(paced(train, pace, _slept))
     app.evaluate()(paced(measure, pace, _slept))
     app.query("hello")(hello)
+    app.query(SECAGG.removeprefix("query."))(secagg)
     return app
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import fedslm
+from fedslm.client.membership import answer_leg
 from fedslm.client.node import FAILED, Node
 from fedslm.client.personal import not_measured
 from fedslm.client.private import answer_privately
@@ -58,11 +60,24 @@ def train(message: Message, context: Context) -> Message:
           statement in the reply contains that record and an infinite epsilon. A failure of training is
           also such a release.
     """
+    return _answered(message, context, _answer)
+
+
+def secagg(message: Message, context: Context) -> Message:
+    """Answers a leg of secure aggregation other than the one in which clients train.
+
+    What it promises is in :func:`fedslm.client.membership.answer_leg`. A failure is one fixed sentence.
+    """
+    return _answered(message, context, answer_leg)
+
+
+def _answered(message: Message, context: Context, answer: Callable[[ClientRound], Reply]) -> Message:
+    """Answers an admitted request; refusals and failures become replies."""
     round_number = 0
     try:
         round_number = round_of(message.content)
         request = Request.from_records(message.content)
-        reply = _answer(admitted(request, Node.of(context, request.setup.directory)))
+        reply = answer(admitted(request, Node.of(context, request.setup.directory)))
         return Message(reply.to_records(request.packing), reply_to=message)
     except FrozenMissing as error:
         reply = Reply("needs-frozen", round_number, reason=str(error))
@@ -72,7 +87,7 @@ def train(message: Message, context: Context) -> Message:
     except (BudgetExceeded, PolicyRefused, FederationError) as error:  # these hold only public values
         return refusal(message, error)
     except Exception:  # boundary of the client: only a coarse status is sent
-        logger.exception("training failed")
+        logger.exception("the request could not be answered")
         reply = Reply("failed", round_number, reason=FAILED)
     return Message(reply.to_records(), reply_to=message)
 

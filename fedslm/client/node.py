@@ -116,7 +116,7 @@ class Node:
         config = context.node_config
         if set(config) == _SIMULATED:
             client, run = int(config["partition-id"]), Path(run_directory)
-            own = run / layout.NODES / f"client-{client:05d}"
+            own = run / layout.NODES / layout.simulated(client)
             return cls(own, run / layout.DATA, client, deployed=False)
         if set(config) == _DEPLOYED and config[_NODE_DIRECTORY] and config[_DATA_DIRECTORY]:
             own, data = Path(str(config[_NODE_DIRECTORY])), Path(str(config[_DATA_DIRECTORY]))

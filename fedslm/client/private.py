@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import fedslm
 from fedslm import layout
@@ -12,20 +13,28 @@ from fedslm.adapter_keys import delta_keys, key_of, layers_of
 from fedslm.aggregation.methods import METHODS, trained_keys
 from fedslm.attestations import Places
 from fedslm.client.fixed_shapes import shapes_here
+from fedslm.client.membership import member_of, requirements_of
+from fedslm.client.node import Release
 from fedslm.client.records import ClientRecords
 from fedslm.client.round import ClientRound
 from fedslm.client.self_test_gate import attest
 from fedslm.client.update import make_share, make_update
 from fedslm.errors import BudgetExceeded, FederationError, PolicyRefused, PrivacyError
 from fedslm.models.loaded import LoadedModel
+from fedslm.privacy.encoding import Words
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.lines import ADAPTER, METRIC, Charge
 from fedslm.privacy.plan import METRIC_SENSITIVITY, PrivatePlan, UserPlan
 from fedslm.privacy.verified import verified
+from fedslm.protocol.legs import INPUT
 from fedslm.protocol.loading import model_for, task_for
 from fedslm.protocol.messages import Reply
 from fedslm.protocol.setup import Setup
 from fedslm.records import AdapterState
+from fedslm.secagg.cohort import Cohort
+
+if TYPE_CHECKING:
+    from fedslm.training.shapes import Shapes
 
 
 def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
@@ -46,28 +55,100 @@ def answer_privately(client_round: ClientRound, plan: PrivatePlan) -> Reply:
     _verify(plan, node.attestations)
     ledger = node.ledger(plan.unit)
     ledger.extension(request.seen)  # before any charge: a ledger that lost lines takes no more
+    if plan.shares is not None and plan.shares.protocol == "masked":
+        return _answer_masked(client_round, plan, ledger)
     again = node.kept(ledger.released(client_round.request_sha256))
     if again is not None:
         return client_round.reply(again, ledger=ledger)
+    paid = _pay(client_round, plan, ledger)
+    make = make_update if plan.shares is None else make_share
+    release = make(client_round, paid.records.trained, paid.shapes)
+    if plan.metric_event is not None:
+        release = replace(release, metric=_metric(client_round, paid.records, plan))
+    node.keep(release)
+    paid.commit(ledger, release)
+    return client_round.reply(release, ledger=ledger)
+
+
+def _answer_masked(client_round: ClientRound, plan: PrivatePlan, ledger: Ledger) -> Reply:
+    """Answers with a part of a sum that only the sum's masks can be removed from.
+
+    Formal guarantees, further to those of :func:`answer_privately`:
+        * The part without its masks is neither sent nor written to disk.
+        * The same leg again gets the same masked part. Another leg of the same round is refused: no
+          second noise is drawn for it (:class:`fedslm.secagg.node.Node`).
+        * The cohort leaves as many honest nodes as the noise of *this* request's plan assumes.
+
+    Raises:
+        PolicyRefused: The request is not the third leg of a round that this node takes part in.
+    """
+    leg, setup = client_round.request.leg, client_round.setup
+    if leg is None or leg.name != INPUT:
+        raise PolicyRefused(
+            'secure_aggregation.protocol="masked": this node sends nothing but a masked part of a sum, '
+            "and the request does not ask for one"
+        )
+    paid: list[_Paid] = []
+
+    def part(cohort: Cohort) -> Words:
+        if cohort.round != client_round.request.round:
+            raise PolicyRefused(f"the cohort is for round {cohort.round}, and the request is not")
+        requirements_of(plan).check(cohort)
+        paid.append(_pay(client_round, plan, ledger))
+        words = make_share(client_round, paid[0].records.trained, paid[0].shapes).words
+        if words is None:
+            raise PrivacyError("internal check failed: there is no part of a sum")
+        return words
+
+    sent = member_of(client_round.node, setup, plan).masked_input(leg.body, part)
+    release = Release(AdapterState({}), words=sent.vector)
+    for each in paid:
+        each.commit(ledger, release)
+    return replace(client_round.reply(release, ledger=ledger), body=sent.head)
+
+
+@dataclass(frozen=True)
+class _Paid:
+    """A round that was charged, and what training needs.
+
+    Attributes:
+        client_round: The round.
+        reserved: Index of each charge in the ledger.
+        charges: The charges.
+        records: The client's records.
+        shapes: The public shapes that were measured here.
+        is_last: Whether the plan pays for no further round.
+    """
+
+    client_round: ClientRound
+    reserved: list[int]
+    charges: list[Charge]
+    records: ClientRecords
+    shapes: Shapes | None
+    is_last: bool
+
+    def commit(self, ledger: Ledger, release: Release) -> None:
+        """Records which bytes the charges paid for, before they are sent."""
+        hashes = release.hashes()
+        for index, charge in zip(self.reserved, self.charges, strict=True):
+            ledger.commit(index, hashes[charge.purpose])
+        if self.is_last:
+            self.client_round.forget_records()
+
+
+def _pay(client_round: ClientRound, plan: PrivatePlan, ledger: Ledger) -> _Paid:
+    """Makes every check that can refuse, then charges; the charge is on disk on return."""
     _check_request(client_round, plan)
     _attest(client_round)
     charged = _rounds_charged(client_round, ledger, plan)
-    charges, limits = _charges(client_round, plan), node.limits(plan)
+    charges, limits = _charges(client_round, plan), client_round.node.limits(plan)
     ledger.check(charges, limits)  # before a record is read: the time of a refusal reveals nothing
     shapes = shapes_here(client_round)  # after it: a request that cannot be charged measures nothing
     records = client_round.records(has_begun=charged > 0)
     charges = [replace(charge, dataset_commitment=records.commitment) for charge in charges]
     reserved = ledger.reserve(charges, limits)
-    make = make_update if plan.shares is None else make_share
-    release = make(client_round, records.trained, shapes)
-    if plan.metric_event is not None:
-        release = replace(release, metric=_metric(client_round, records, plan))
-    node.keep(release)
-    for index, charge in zip(reserved, charges, strict=True):
-        ledger.commit(index, release.hashes()[charge.purpose])
-    if charged + 1 == plan.rounds:
-        client_round.forget_records()
-    return client_round.reply(release, ledger=ledger)
+    is_last = charged + 1 == plan.rounds
+    return _Paid(client_round, reserved, charges, records, shapes, is_last)
 
 
 def _attest(client_round: ClientRound) -> None:

@@ -97,13 +97,15 @@ class ClientRound:
     @property
     def request_sha256(self) -> str:
         """Identifies the request: equal run, round, plan and starting adapter give equal hashes."""
-        parts = (
+        parts: tuple[str, ...] = (
             self.setup.to_json(),
             str(self.request.round),
             str(self.request.turn),
             self.request.adapter.sha256(),
             self.request.control.sha256(),
         )
+        if self.request.leg is not None:
+            parts += (hashlib.sha256(self.request.leg.body).hexdigest(),)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def records(self, *, has_begun: bool) -> ClientRecords:

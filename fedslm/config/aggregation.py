@@ -63,9 +63,13 @@ class SecureAggregationConfig(Section):
     max_colluding: int = Field(0, ge=0)
     """Most clients that may tell the server what they sent: epsilon holds against all of them
     together. The others of the threshold, at least two, must be honest: they share the noise."""
-    protocol: Literal["ideal"] = "ideal"
-    """How sums are formed. "ideal": by the server, from what it could also read client by client; only
-    in simulations, and refused on real nodes."""
+    protocol: Literal["masked", "ideal"] = "masked"
+    """How sums are formed. "masked": by secure aggregation, so the server learns only the sum. "ideal":
+    by the server, from what it could read client by client; only in simulations, refused on real
+    nodes."""
+    leg_deadline_seconds: float = Field(60.0, gt=0)
+    """Longest wait for the answers to one of the four short legs of "masked". The leg in which clients
+    train has federation.round_deadline_seconds."""
 
 
 class CompressionConfig(Section):

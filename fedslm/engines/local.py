@@ -12,8 +12,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedslm.client.handlers import hello, train
+from fedslm.client.handlers import hello, secagg, train
 from fedslm.client.personal import measure
+from fedslm.protocol.legs import SECAGG
 from fedslm.protocol.messages import HELLO, MEASURE, TRAIN
 from fedslm.scheduling import WorkerDied
 from fedslm.worker_process import Failure
@@ -157,8 +158,11 @@ def handle(message: Message, context: Context) -> Message:
             return measure(message, context)
         case "query.hello":
             return hello(message, context)
+        case "query.secagg":
+            return secagg(message, context)
         case other:
-            raise ValueError(f"unknown message type {other!r}; known: {TRAIN}, {MEASURE}, {HELLO}")
+            known = ", ".join([TRAIN, MEASURE, HELLO, SECAGG])
+            raise ValueError(f"unknown message type {other!r}; known: {known}")
 
 
 def wait_for(

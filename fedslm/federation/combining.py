@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from fedslm.aggregation.server import Aggregation, Round, ServerState
-from fedslm.aggregation.summed import SummedRound, Summing
+from fedslm.aggregation.summed import Sum, SummedRound, Summing
 from fedslm.errors import FederationError
 from fedslm.federation.tally import Tally
 from fedslm.protocol.messages import Reply
@@ -16,7 +16,11 @@ Combining = Round | SummedRound
 
 
 def combining(
-    how: tuple[Aggregation, Summing | None], state: ServerState, cohort: list[int], directory: Path
+    how: tuple[Aggregation, Summing | None],
+    state: ServerState,
+    cohort: list[int],
+    directory: Path,
+    total: Sum | None = None,
 ) -> Combining:
     """Starts a round.
 
@@ -25,10 +29,11 @@ def combining(
         state: The state before the round.
         cohort: The clients of the round.
         directory: Where updates may be kept on disk.
+        total: The sum that a protocol forms from the clients' parts.
     """
     aggregation, summing = how
     if summing is not None:
-        return SummedRound(aggregation, summing, state, len(cohort))
+        return SummedRound(aggregation, summing, state, len(cohort), total)
     return Round(aggregation, state, cohort, directory)
 
 
@@ -37,7 +42,7 @@ def take(round: Combining, client: int, answer: Reply | str) -> None:
     if isinstance(answer, str):
         return
     if isinstance(round, SummedRound):
-        if answer.words is not None:
+        if answer.words is not None and not round.is_formed_elsewhere:
             round.add(answer.words)
     elif answer.delta is not None:
         round.add(ClientUpdate(client, answer.delta, answer.weight))

@@ -19,6 +19,7 @@ from fedslm.federation.steady import Steady
 from fedslm.federation.trust import Trust
 from fedslm.protocol.envelopes import RequestHeader
 from fedslm.protocol.inflating import Limits
+from fedslm.protocol.legs import SECAGG, Leg
 from fedslm.protocol.lifetime import deadline_with, lifetime_of
 from fedslm.protocol.messages import Reply, Request, most_bytes
 from fedslm.records import AdapterState
@@ -42,6 +43,7 @@ class Exchange:
             simulation, whose clients read them from the run directory.
         trust: Signs requests, and decides which replies and nodes are trusted; None in a simulation.
         away: Nodes that are not waited for until they are connected to the grid again.
+        leg_seconds: As ``seconds``, for an exchange in which no client trains.
         bytes_down: Bytes of tensors sent so far.
     """
 
@@ -52,6 +54,7 @@ class Exchange:
     trust: Trust | None = None
     away: frozenset[int] = frozenset()
     bytes_down: int = 0
+    leg_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         self._have: set[int] = set()
@@ -59,20 +62,23 @@ class Exchange:
         self._steady = Steady(self.grid)
 
     def replies(
-        self, request: Request, clients: list[int], kind: str
+        self, request: Request, clients: list[int], kind: str, legs: Mapping[int, Leg] | None = None
     ) -> Iterator[tuple[int, Message | str | None]]:
         """Yields each reply in the order of the clients.
+
+        With ``legs`` each client gets its own leg of secure aggregation with the request.
 
         None stands for a late reply or an absent node; a text is the reason why a node was not asked,
         or why its reply is not trusted. A fixed order makes the sum reproducible; earlier replies wait
         at the grid. Nodes that are not connected to the grid are not asked: the others would have to
         wait for them. If the SuperLink does not answer until the deadline, all replies are late.
         """
-        deadline = time.monotonic() + self.seconds
+        asked = Asked(request, kind, self._seconds(kind), legs)
+        deadline = time.monotonic() + asked.seconds
         shut_out = {} if self.trust is None else self.trust.shut_out(clients)
         try:
             wanted = [client for client in clients if client not in shut_out]
-            sent = self._sent(request, wanted, kind, deadline)
+            sent = self._sent(asked, wanted, deadline)
         except Unanswered as error:
             logger.warning("the round continues without its nodes: %s", error)
             sent = {}
@@ -90,13 +96,15 @@ class Exchange:
                 problem = None if self.trust is None else self.trust.problem_of(client, reply)
                 yield client, problem or reply
 
-    def _sent(
-        self, request: Request, clients: list[int], kind: str, deadline: float
-    ) -> dict[str, tuple[int, Message]]:
+    def _seconds(self, kind: str) -> float:
+        """How long an exchange of this type may take."""
+        return self.leg_seconds if kind == SECAGG else self.seconds
+
+    def _sent(self, what: Asked, clients: list[int], deadline: float) -> dict[str, tuple[int, Message]]:
         """Sends the request to the connected nodes; returns each message id with client and message."""
         seen = self._seen(clients, deadline)
         asked = [client for client in clients if self.nodes[client] in seen]
-        messages = self._messages(request, asked, kind)
+        messages = self._messages(what, asked)
         if not messages:
             return {}
         try:
@@ -155,15 +163,21 @@ class Exchange:
             logger.warning(text, client, period, needed, self.seconds)
             self.seconds = needed
 
-    def _messages(self, request: Request, asked: list[int], kind: str) -> list[Message]:
+    def _messages(self, what: Asked, asked: list[int]) -> list[Message]:
         """One message for each client that is asked; signed in a real federation."""
-        contents, ttl = self._contents(request), lifetime_of(self.seconds)
+        request, kind, ttl = what.request, what.kind, lifetime_of(what.seconds)
+        own: dict[int, RecordDict] = {}
+        made: dict[tuple[bool, Leg | None], RecordDict] = {}  # equal requests are packed once
         for client in asked:
-            lacking = client not in self._have
-            self.bytes_down += request.num_bytes + lacking * self.frozen.num_bytes
-        own = {client: contents[client in self._have] for client in asked}
+            lacking = kind != SECAGG and client not in self._have
+            its_own = what.of(client, self.frozen if lacking else None)
+            self.bytes_down += its_own.num_bytes
+            key = (lacking, its_own.leg)
+            if key not in made:
+                made[key] = its_own.to_records()
+            own[client] = made[key]
         if self.trust is not None:
-            seconds = self.seconds + _GRACE_SECONDS  # after that, training would be wasted
+            seconds = what.seconds + _GRACE_SECONDS  # after that, training would be wasted
             grid_run = self.grid.run.run_id
             asked_for = RequestHeader(request.setup.run_id, grid_run, request.round, kind, seconds)
             own = self.trust.signed(own, asked_for)
@@ -192,10 +206,20 @@ class Exchange:
                 return seen
             time.sleep(_POLL_SECONDS)
 
-    def _contents(self, request: Request) -> tuple[RecordDict, RecordDict]:
-        """The request for nodes that lack the frozen tensors, and for those that have them."""
-        short = request.to_records()
-        return (replace(request, frozen=self.frozen).to_records() if self.frozen else short), short
+
+@dataclass(frozen=True)
+class Asked:
+    """What one exchange asks: a request, its message type and time limit, and each client's leg."""
+
+    request: Request
+    kind: str
+    seconds: float
+    legs: Mapping[int, Leg] | None
+
+    def of(self, client: int, frozen: AdapterState | None) -> Request:
+        """The request for one client, with the frozen tensors if it lacks them."""
+        request = self.request if not frozen else replace(self.request, frozen=frozen)
+        return request if self.legs is None else replace(request, leg=self.legs[client])
 
 
 def _limits(request: Request, clients: list[int]) -> Limits:

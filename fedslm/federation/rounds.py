@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -12,34 +11,36 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-import fedslm
 from fedslm.aggregation.server import Aggregation, ServerState
-from fedslm.aggregation.summed import Summing
+from fedslm.aggregation.summed import Summing, num_values, summed_shapes
 from fedslm.config import Config
 from fedslm.data.poison import hostile_clients
 from fedslm.data.store import client_names
-from fedslm.errors import ModelError, plural
-from fedslm.federation import public_model
+from fedslm.errors import FederationError, plural
+from fedslm.federation import epsilons, public_model
 from fedslm.federation.attacks import attacked
 from fedslm.federation.checkpoint import Checkpoint, RunDirectory
 from fedslm.federation.combining import combining, finished, finite, take
 from fedslm.federation.evaluations import Evaluations
 from fedslm.federation.exchange import Exchange
+from fedslm.federation.masked import Begun, MaskedSum, Members, admitted_members, simulated_members
 from fedslm.federation.observers import Observer
 from fedslm.federation.participation import came_to_nothing
 from fedslm.federation.population import choose_cohort, choose_measured, gather, join
 from fedslm.federation.replies import checked, continued, expected_shapes
 from fedslm.federation.roster import Registered, roster_of
+from fedslm.federation.start import RunConstants, check_base, setup_of
 from fedslm.federation.tally import Tally
 from fedslm.federation.trust import Trust
-from fedslm.privacy import accounting
 from fedslm.privacy.plan import PrivatePlan, RunPlan
 from fedslm.privacy.statement import Statement
+from fedslm.protocol.bounds import cut
+from fedslm.protocol.legs import Leg
 from fedslm.protocol.messages import MEASURE, TRAIN, Reply, Request
 from fedslm.protocol.metrics import ClientMetrics, read_metrics
 from fedslm.protocol.setup import Setup
 from fedslm.recipes import expected
-from fedslm.records import AdapterState
+from fedslm.records import AdapterState, RoundRecord
 from fedslm.storage import load_adapter, save_adapter
 from fedslm.workers import Pool
 
@@ -71,27 +72,6 @@ class Outcome:
     def adapter(self) -> AdapterState:
         """The whole adapter."""
         return self.frozen.merged(self.checkpoint.server.moving)
-
-
-@dataclass(frozen=True)
-class RunConstants:
-    """The constants of a run.
-
-    Attributes:
-        setup: The setup that clients receive.
-        frozen: Tensors that no round changes at the server.
-        aggregation: The aggregation method.
-        names: Display names of the clients, by index.
-        dtype: Precision in which the base computes at the server.
-        summing: How a step is made of a sum, if clients share the noise; else None.
-    """
-
-    setup: Setup
-    frozen: AdapterState
-    aggregation: Aggregation
-    names: Mapping[int, str]
-    dtype: str
-    summing: Summing | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +118,10 @@ class Federation:
         while state.round < federation.rounds:
             if exchange.trust is not None:
                 exchange.trust.needed(federation.min_clients)
-            state = self._round(run, state, exchange, evaluations)
+            if run.members is not None and Begun(self.directory.path).has(state.round + 1):
+                state = self._lost(run, state)
+            else:
+                state = self._round(run, state, exchange, evaluations)
             if state.failed_in_row >= federation.max_failed_rounds:
                 stopped = f"{plural(state.failed_in_row, 'round')} in a row moved nothing"
                 break
@@ -151,14 +134,16 @@ class Federation:
         """Waits for the population: exactly the simulated clients, or enough of the admitted nodes."""
         federation, listed = self.config.federation, self.config.engine.nodes
         wait, deadline = federation.join_deadline_seconds, federation.round_deadline_seconds
+        legs = self.config.secure_aggregation.leg_deadline_seconds
         if listed is None:
-            return Exchange(self.grid, join(self.grid, federation.num_clients, wait), deadline)
+            nodes = join(self.grid, federation.num_clients, wait)
+            return Exchange(self.grid, nodes, deadline, leg_seconds=legs)
         roster = self._roster()
         trust = Trust(roster, Path(listed), self.directory.path)
         nodes = {client: node.node_id for client, node in roster.items()}
         there = gather(self.grid, trust.active(), trust.needed(federation.min_clients), wait)
         away = frozenset(nodes.values()) - there
-        return Exchange(self.grid, nodes, deadline, run.frozen, trust, away)
+        return Exchange(self.grid, nodes, deadline, run.frozen, trust, away, leg_seconds=legs)
 
     def _measured(
         self, run: RunConstants, state: Checkpoint, exchange: Exchange
@@ -188,7 +173,7 @@ class Federation:
     def _begin(self, plan: RunPlan, labels: tuple[str, ...]) -> tuple[RunConstants, Checkpoint]:
         """Creates or loads the initial state."""
         config = self.config
-        setup = _setup(config, plan, labels, self.directory)
+        setup = setup_of(config, plan, labels, self.directory)
         description = self.pool.call(public_model.describe, setup)
         if description.warning:
             logger.warning("%s", description.warning)
@@ -207,7 +192,7 @@ class Federation:
         )
         if state is None:
             metrics = public_model.evaluate(self.pool, setup, frozen.merged(description.moving))
-            _check_base(config, metrics)
+            check_base(config, metrics)
             outlook = expected(config, description.moving.num_parameters)
             if outlook is not None and not outlook.learns:
                 logger.warning("%s", outlook.text)
@@ -221,8 +206,16 @@ class Federation:
         summing = None
         if isinstance(plan, PrivatePlan) and plan.shares is not None:
             summing = Summing(plan, config.training.learning_rate)
-        names, dtype = self._names(), description.dtype
-        return RunConstants(setup, frozen, aggregation, names, dtype, summing), state
+        names, dtype, members = self._names(), description.dtype, self._members(summing)
+        return RunConstants(setup, frozen, aggregation, names, dtype, summing, members), state
+
+    def _members(self, summing: Summing | None) -> Members | None:
+        """Whom the authority admitted; None if no protocol forms the sum."""
+        if summing is None or summing.shares.protocol != "masked":
+            return None
+        if self.config.engine.nodes is None:
+            return simulated_members(self.directory.nodes, self.config.federation.num_clients)
+        return admitted_members(Path(self.config.engine.nodes).parent, self._roster())
 
     def _names(self) -> dict[int, str]:
         """Display names of the clients: those of admitted nodes, or those from the data."""
@@ -256,9 +249,10 @@ class Federation:
         request = Request(run.setup, number, server.moving, server.turn, server.control)
         tally, sent_before = Tally(len(cohort), run.names), exchange.bytes_down
         waiting = self.directory.path / "updates"
+        masked = self._masked(run, request, cohort, exchange)
         how = (run.aggregation, run.summing)
-        with closing(combining(how, server, cohort, waiting)) as aggregate:
-            for client, answer in self._answers(exchange, request, cohort):
+        with closing(combining(how, server, cohort, waiting, masked)) as aggregate:
+            for client, answer in self._answers(exchange, request, cohort, masked):
                 if isinstance(answer, Reply) and answer.statement:
                     answer = continued(answer, statements, client)
                 tally.count(client, answer)
@@ -266,6 +260,7 @@ class Federation:
                 for observer in self.observers:
                     observer.on_client(number, tally.done, len(cohort))
             exchange.save()  # spends are on disk before the round counts
+            tally.add_remarks([] if masked is None else masked.remarks)
             tally.bytes_down = exchange.bytes_down - sent_before
             moved = finished(aggregate, config.federation.min_replies, tally=tally)
             moved = self._followed(run, number, moved)
@@ -275,20 +270,51 @@ class Federation:
         record = tally.record(
             number,
             kept=moved is None,
-            epsilon=_network_epsilon(config, statements),
+            epsilon=epsilons.of_network(config.privacy, statements),
             metrics=metrics,
             signal_to_noise=signal_to_noise,
             seconds=time.monotonic() - began,
             evaluation_seconds=evaluated,
         )
         evaluations.count(record)
-        failed = 0 if moved is not None else state.failed_in_row + 1
-        changes = {"statements": statements, "epsilons": _epsilons(config, statements)}
-        state = state.after(record, server=moved or server, failed_in_row=failed, **changes)
+        return self._recorded(state, record, statements, moved)
+
+    def _recorded(
+        self,
+        state: Checkpoint,
+        record: RoundRecord,
+        statements: dict[int, Statement],
+        moved: ServerState | None,
+    ) -> Checkpoint:
+        """The state after a round, which is on disk with its record on return."""
+        state = state.after(
+            record,
+            server=moved or state.server,
+            failed_in_row=0 if moved is not None else state.failed_in_row + 1,
+            statements=statements,
+            epsilons=epsilons.of_clients(self.config.privacy, statements),
+        )
         self.directory.save(state, record)
         for observer in self.observers:
             observer.on_round(record)
         return state
+
+    def _masked(
+        self, run: RunConstants, request: Request, cohort: list[int], exchange: Exchange
+    ) -> MaskedSum | None:
+        """The sum that a protocol forms in a round, which is noted as begun; None if none does."""
+        if run.members is None:
+            return None
+        shapes = summed_shapes(run.aggregation, ServerState(request.adapter, turn=request.turn))
+        Begun(self.directory.path).note(request.round)
+        size = num_values(shapes)
+        return MaskedSum(exchange, run.members, request, cohort=cohort, num_values=size)
+
+    def _lost(self, run: RunConstants, state: Checkpoint) -> Checkpoint:
+        """Records a round that the server began and did not finish: its sum cannot be formed again."""
+        epsilon = epsilons.of_network(self.config.privacy, dict(state.statements))
+        record = Tally(self.config.federation.cohort_size, run.names).lost(state.round + 1, epsilon)
+        return self._recorded(state, record, dict(state.statements), None)
 
     def _evaluated(
         self, run: RunConstants, server: ServerState | None
@@ -320,12 +346,33 @@ class Federation:
         return moved if given is None else replace(moved, moving=given.select(keys))
 
     def _answers(
-        self, exchange: Exchange, request: Request, cohort: list[int]
+        self, exchange: Exchange, request: Request, cohort: list[int], masked: MaskedSum | None
     ) -> Iterator[tuple[int, Reply | str]]:
         """Asks a cohort and yields each reply, or the reason why there is none."""
+        if masked is None:
+            yield from self._trained(exchange, request, cohort)
+            return
+        yield from masked.opened()
+        for client, answer in self._trained(exchange, request, sorted(masked.legs), masked.legs):
+            if isinstance(answer, Reply) and answer.words is not None:
+                try:
+                    masked.add(client, answer.words, answer.body)
+                except FederationError as error:
+                    answer = cut(error)
+            yield client, answer
+        masked.close()
+
+    def _trained(
+        self,
+        exchange: Exchange,
+        request: Request,
+        cohort: list[int],
+        legs: Mapping[int, Leg] | None = None,
+    ) -> Iterator[tuple[int, Reply | str]]:
+        """Asks a cohort to train, each client with its leg if a protocol forms the sum."""
         attack, population = self.config.attack, self.config.federation.num_clients
         hostile = hostile_clients(attack, population, self.config.run.seed)
-        for client, reply in exchange.replies(request, cohort, TRAIN):
+        for client, reply in exchange.replies(request, cohort, TRAIN, legs):
             if reply is None or isinstance(reply, str):
                 answer: Reply | str = "late" if reply is None else reply
             else:
@@ -334,53 +381,3 @@ class Federation:
                 answer = checked(reply, request, client)
             exchange.heard(client, answer)
             yield client, answer
-
-
-def _setup(config: Config, plan: RunPlan, labels: tuple[str, ...], directory: RunDirectory) -> Setup:
-    """The setup that clients receive in every round."""
-    resolved = config.resolved()
-    return Setup(
-        run_id=directory.run_id,
-        seed=config.run.seed,
-        directory=str(directory.path),
-        version=fedslm.__version__,
-        model=resolved.model,
-        lora=resolved.lora,
-        data=config.data,
-        task=config.task,
-        training=config.training,
-        aggregation=resolved.aggregation,
-        compression=config.compression,
-        personalization=config.personalization,
-        labels=labels,
-        plan=plan,
-        config_sha256=config.sha256(),
-    )
-
-
-def _network_epsilon(config: Config, statements: dict[int, Statement]) -> float:
-    """Epsilon of the network so far, from the clients' statements; infinite without privacy."""
-    privacy = config.privacy
-    if privacy.unit == "none" or privacy.delta is None:
-        return math.inf
-    clients = [statement.events for statement in statements.values()]
-    return accounting.network_epsilon(clients, privacy.delta, overlapping=privacy.overlapping)
-
-
-def _epsilons(config: Config, statements: dict[int, Statement]) -> dict[int, float]:
-    """Epsilon of each client so far, from its statement; empty without privacy."""
-    privacy = config.privacy
-    if privacy.unit == "none" or privacy.delta is None:
-        return {}
-    return {k: accounting.epsilon(v.events, privacy.delta) for k, v in statements.items()}
-
-
-def _check_base(config: Config, metrics: Mapping[str, float]) -> None:
-    """Refuses a base without finite metrics: nothing trained on it could be evaluated."""
-    wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-    if wrong:
-        figures = ", ".join(f"{name}={value}" for name, value in wrong.items())
-        raise ModelError(
-            f"model.base={config.model.base!r} gives {figures} on the public split before the first "
-            f"round; it must be finite: weights hold NaN or infinity, or overflow; give another base"
-        )

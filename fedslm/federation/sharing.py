@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fedslm.config import Config
 from fedslm.errors import Problem
 from fedslm.privacy.plan import ONE_STEP
+from fedslm.secagg.cohort import MOST_NODES, threshold_for
 
 _DEFAULT_BOUND = 3.0
 
@@ -24,10 +25,10 @@ def sharing_problems(config: Config) -> Iterator[Problem]:
         return
     yield from _nodes(config)
     yield from _step(config)
-    if config.engine.name == "deployed":
+    if config.engine.name == "deployed" and secure.protocol == "ideal":
         message = (
             f"value {secure.protocol!r} is for simulations: the server could read what a node sends, "
-            f'with only a share of the noise; real nodes need privacy.noise="local"'
+            f'with only a share of the noise; real nodes need "masked"'
         )
         yield Problem("secure_aggregation.protocol", message)
     if config.privacy.overlapping:
@@ -56,12 +57,31 @@ def _nodes(config: Config) -> Iterator[Problem]:
         return
     if secure.threshold > cohort:
         yield Problem(key, f"value {secure.threshold} exceeds the cohort of {cohort}")
+    if secure.protocol == "masked":
+        yield from _masked(secure.threshold, secure.max_colluding, cohort)
     if secure.threshold - secure.max_colluding < 2:
         message = (
             f"value {secure.max_colluding} leaves {secure.threshold - secure.max_colluding} honest of "
             f"secure_aggregation.threshold={secure.threshold} clients; at least 2 must share the noise"
         )
         yield Problem("secure_aggregation.max_colluding", message)
+
+
+def _masked(threshold: int, max_colluding: int, cohort: int) -> Iterator[Problem]:
+    """What the protocol asks of a cohort, further to the noise."""
+    if cohort > MOST_NODES:
+        message = (
+            f'value "masked" is for cohorts of up to {MOST_NODES} clients, of which each shares a mask '
+            f"with every other, and this one has {cohort}; set federation.clients_per_round, or, in a "
+            f'simulation, "ideal"'
+        )
+        yield Problem("secure_aggregation.protocol", message)
+    elif threshold < (least := threshold_for(cohort, min(max_colluding, cohort - 1))):
+        message = (
+            f"value {threshold} must be at least {least} for {cohort} clients of which {max_colluding} "
+            f"may collude with the server: with fewer it could learn two sums"
+        )
+        yield Problem("secure_aggregation.threshold", message)
 
 
 def _step(config: Config) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,16 +57,37 @@ class Tally:
             self._counts["late" if answer == "late" else "failed"] += 1
             reason = answer
         if reason:
-            name = printable(self.names.get(client, f"client {client}"), _LONGEST_NAME)
-            line = f"{name}: {printable(reason, _LONGEST_REASON)}"
-            self._reasons.append(line)
+            self._reasons.append(self._line(client, reason))
             self._left_out.append(client)
-            logger.warning("%s", line)
+
+    def add_remarks(self, remarks: Iterable[tuple[int, str]]) -> None:
+        """Adds what went wrong with clients that answered; called after the last was counted."""
+        self._reasons += [self._line(client, reason) for client, reason in remarks]
+
+    def _line(self, client: int, reason: str) -> str:
+        """A client's reason with its name, which is logged."""
+        name = printable(self.names.get(client, f"client {client}"), _LONGEST_NAME)
+        line = f"{name}: {printable(reason, _LONGEST_REASON)}"
+        logger.warning("%s", line)
+        return line
 
     def add_reason(self, reason: str) -> None:
         """Adds why a round with answers moves nothing; called after the last client was counted."""
         self._reasons.append(f"the round: {printable(reason, _LONGEST_REASON)}")
         logger.warning("the round moves nothing: %s", reason)
+
+    def lost(self, number: int, epsilon: float) -> RoundRecord:
+        """Makes the record of a round that the server began before it stopped."""
+        self.add_reason("the server stopped during it; clients that had trained have paid for it")
+        return self.record(
+            number,
+            kept=True,
+            epsilon=epsilon,
+            metrics={},
+            signal_to_noise=None,
+            seconds=0.0,
+            evaluation_seconds=0.0,
+        )
 
     def record(self, number: int, **values: Any) -> RoundRecord:
         """Makes the round's record; called once per round, after all answers."""

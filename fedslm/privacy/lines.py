@@ -106,9 +106,10 @@ class Charge:
         unit_column: Column that identifies the owner of a record; None if the unit needs none.
         max_records_per_unit: Most records of a unit in one step; None if the unit needs none.
         normaliser: Divisor of each noisy sum.
-        protocol: How the sum over nodes is formed ("ideal": readable by the server, in a simulation);
-            None if the node added all of the noise, so that its own release may be seen. A line without
-            it is written as by older versions; they refuse a line with it.
+        protocol: How the sum over nodes is formed ("masked": by secure aggregation; "ideal": readable
+            by the server, in a simulation); None if the node added all of the noise, so that its own
+            release may be seen. A line without it is written as by older versions; they refuse a line
+            with it.
 
     Raises:
         PrivacyError: A value has another type, or is out of range. Reading and writing apply the same

@@ -22,7 +22,7 @@ from fedslm.errors import OutOfRange
 from fedslm.privacy.encoding import COARSE_BITS, LEAST_COARSE_BITS, grid_of
 from fedslm.records import Event, is_count
 
-Protocol = Literal["ideal"]
+Protocol = Literal["masked", "ideal"]
 PROTOCOLS = get_args(Protocol)
 MOST_NODES = 2**20
 _LEAST_STDDEV = 16
@@ -36,8 +36,8 @@ class NoiseShares:
         threshold: Fewest nodes whose sum is formed, >= 2.
         max_colluding: Most of them that may tell the server what they sent, 0 to ``threshold`` - 2.
         grid_bits: Grid of the sum, see :func:`fedslm.privacy.encoding.grid_of`.
-        protocol: How the sum is formed. "ideal": by the server, from vectors that it can read; only in
-            simulations.
+        protocol: How the sum is formed. "masked": by secure aggregation (:mod:`fedslm.secagg`).
+            "ideal": by the server, from vectors that it can read; only in simulations.
     """
 
     threshold: int

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from fedslm.aggregation.compression import WHOLE, Packing
 from fedslm.errors import FederationError
@@ -18,6 +18,7 @@ from fedslm.privacy.merkle import MOST_HASHES, MOST_SEEN
 from fedslm.privacy.statement import LONGEST_STATEMENT
 from fedslm.protocol import bounds
 from fedslm.protocol.envelopes import seen_of
+from fedslm.protocol.legs import BODY, LEG_VALUES, MOST_ANSWER, Leg, body_of, leg_of
 from fedslm.protocol.lifetime import DAY_SECONDS
 from fedslm.protocol.setup import Setup
 from fedslm.protocol.tensors import arrays_of, from_arrays, record_of
@@ -46,6 +47,7 @@ _REPLY_KEYS = frozenset(
         "salt",
     }
 )
+_REPLY_PERHAPS = ("metric", "answer_after_seconds", BODY)
 _NOTHING = AdapterState({})
 _WORDS = "words"
 
@@ -63,6 +65,7 @@ class Request:
         frozen: The tensors that no round changes, for a node that may not have them; otherwise empty.
         seen: What the server has seen of the node's ledger (lines, Merkle root): the reply proves that
             the ledger extends it.
+        leg: What secure aggregation asks; None in a round without it.
     """
 
     setup: Setup
@@ -72,6 +75,7 @@ class Request:
     control: AdapterState = _NOTHING
     frozen: AdapterState = _NOTHING
     seen: tuple[tuple[int, str], ...] = ()
+    leg: Leg | None = None
 
     def to_records(self) -> RecordDict:
         """Packs the request.
@@ -82,6 +86,8 @@ class Request:
         key = secrets.token_bytes(_KEY_BYTES)
         values = ConfigRecord({"setup": self.setup.to_json(), "round": self.round, "turn": self.turn})
         values["key"] = key.hex()
+        for name, value in ({} if self.leg is None else self.leg.values()).items():
+            values[name] = value
         records = RecordDict({"request": values})
         for name in _STATES:
             if state := getattr(self, name):
@@ -97,7 +103,8 @@ class Request:
         """
         bounds.records(records, configs=("request",), arrays=(), perhaps=_STATES)
         values, arrays = records.config_records["request"], records.array_records
-        bounds.exactly(values, ("setup", "round", "turn", "key"), "the request")
+        needed = ("setup", "round", "turn", "key")
+        bounds.exactly(values, needed, "the request", perhaps=LEG_VALUES)
         key = _key_of(values)
         states = {
             name: from_arrays(arrays[name], (key, name)) if name in arrays else _NOTHING
@@ -111,6 +118,7 @@ class Request:
             states["control"],
             states["frozen"],
             seen_of(records),
+            leg_of(values),
         )
 
     @property
@@ -122,7 +130,8 @@ class Request:
     @property
     def num_bytes(self) -> int:
         """Bytes of tensors that a client downloads."""
-        return self.adapter.num_bytes + self.control.num_bytes + self.frozen.num_bytes
+        leg = 0 if self.leg is None else self.leg.num_bytes
+        return self.adapter.num_bytes + self.control.num_bytes + self.frozen.num_bytes + leg
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,7 @@ class Reply:
         num_bytes: Bytes of tensors that were received; 0 at the client.
         words: Instead of ``delta``: the client's part of a sum over clients, modulo 2^32; all trained
             values in the sorted order of their keys.
+        body: The protocol's answer to a leg of secure aggregation; empty without one.
     """
 
     status: Status
@@ -164,6 +174,7 @@ class Reply:
     answer_after_seconds: float | None = None
     num_bytes: int = 0
     words: Words | None = None
+    body: bytes = b""
 
     def to_records(self, packing: Packing = WHOLE) -> RecordDict:
         """Packs the reply."""
@@ -184,6 +195,8 @@ class Reply:
             values["metric"] = list(self.metric)
         if self.answer_after_seconds is not None:
             values["answer_after_seconds"] = float(self.answer_after_seconds)
+        if self.body:
+            values[BODY] = self.body
         records = RecordDict({"reply": values})
         if self.delta is not None:
             records["delta"] = record_of(packing.pack(self.delta))
@@ -221,7 +234,7 @@ class Reply:
         """Unpacks a reply; may raise any exception."""
         bounds.records(records, configs=("reply",), arrays=(), perhaps=("delta", _WORDS))
         values, packed = records.config_records["reply"], records.array_records.get("delta")
-        bounds.exactly(values, _REPLY_KEYS, "the reply", perhaps=("metric", "answer_after_seconds"))
+        bounds.exactly(values, _REPLY_KEYS, "the reply", perhaps=_REPLY_PERHAPS)
         status, metric = bounds.text(values, "status", _LONGEST_NAME), values.get("metric")
         if status not in _STATUSES:
             raise ValueError(f"unknown status {status!r}")
@@ -234,12 +247,8 @@ class Reply:
             arrays = arrays_of(packed, packing.number_types, most)
             delta = packing.unpack(arrays, shapes)
             received = sum(each.nbytes for each in arrays.values())
-        words = None
-        if _WORDS in records.array_records:
-            if packed is not None:
-                raise ValueError("a reply has an update, or a part of a sum, and not both")
-            words = _words_of(records.array_records[_WORDS], most)
-            received = words.nbytes
+        words = _words_of(records, most)
+        received = received if words is None else words.nbytes
         if not _is_moderate(values["weight"]):
             raise ValueError("weight must be a number up to 10^12")
         if (status == "needs-time") != ("answer_after_seconds" in values):
@@ -258,12 +267,17 @@ class Reply:
             answer_after_seconds=_period(values.get("answer_after_seconds")),
             num_bytes=received,
             words=words,
+            body=body_of(values, MOST_ANSWER),
         )
 
 
-def _words_of(record: ArrayRecord, most: int | None) -> Words:
-    """Reads a part of a sum: one axis of whole numbers modulo 2^32."""
-    arrays = arrays_of(record, ("U32",), most)
+def _words_of(records: RecordDict, most: int | None) -> Words | None:
+    """Reads a part of a sum: one axis of whole numbers modulo 2^32; None if there is none."""
+    if _WORDS not in records.array_records:
+        return None
+    if "delta" in records.array_records:
+        raise ValueError("a reply has an update, or a part of a sum, and not both")
+    arrays = arrays_of(records.array_records[_WORDS], ("U32",), most)
     bounds.exactly(arrays, (_WORDS,), "a part of a sum")
     if arrays[_WORDS].ndim != 1:
         raise ValueError("a part of a sum has one axis")

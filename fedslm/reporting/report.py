@@ -219,7 +219,7 @@ def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, 
     there = {int(name) for name in names if name.isdecimal()}
     charged = {}
     for client in sorted((there | set(statements)) & set(range(len(inputs.clients)))):
-        node = directory.nodes / f"client-{client:05d}"
+        node = directory.nodes / layout.simulated(client)
         if (node / layout.LEDGER).exists():
             events = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY)).events
         else:

@@ -15,7 +15,7 @@ from fedslm import layout
 from fedslm.client import start
 from fedslm.config import Config
 from fedslm.engines.local import LocalGrid
-from fedslm.federation.exchange import Exchange
+from fedslm.federation.exchange import Asked, Exchange
 from fedslm.protocol.messages import TRAIN, Reply, Request
 from fedslm.records import AdapterState
 from fedslm.workers import InlinePool
@@ -58,7 +58,7 @@ def test_the_server_sends_frozen_tensors_until_it_is_answered(whole: Request) ->
     short = replace(whole, frozen=NOTHING)
 
     def sent() -> bool:
-        (message,) = exchange._messages(short, [0], TRAIN)
+        (message,) = exchange._messages(Asked(short, TRAIN, 60.0, None), [0])
         return bool(Request.from_records(message.content).frozen)
 
     seen = [sent()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -16,10 +17,12 @@ from support.sites import FEDSLM, NAMES, Site, eventually, fedslm, ledger_of, ro
 from support.tiny import PRIVATE
 
 import fedslm as fedslm_package
+from fedslm import layout
 from fedslm.config import Config
 from fedslm.deployment import admission, control, enrolment
 from fedslm.deployment.authority import AUTHORITY
 from fedslm.deployment.fleet import UNKNOWN_KEY
+from fedslm.errors import FederationError
 
 pytestmark = pytest.mark.federation
 MakeConfig = Callable[..., Config]
@@ -57,6 +60,52 @@ def test_a_private_run_is_charged_at_the_nodes(site: Site, make: MakeConfig) -> 
         chain = ledger_of(site.root / name)
         assert not chain.torn
         assert sum(event.steps for event in chain.events) >= 4
+
+
+def test_masked_sums_survive_a_node_that_is_killed(site: Site, make: MakeConfig) -> None:
+    """A node is killed between its masked part and the removal of the masks: the others end the round.
+
+    Until the authority has signed the list of nodes, no run begins. The killed node comes back, and takes
+    part in later rounds; what it had sent stays charged.
+    """
+    config = make(
+        "masked",
+        privacy={**PRIVATE, "noise": "distributed"},
+        training={"local_steps": 1, "optimizer": "sgd", "learning_rate": 0.05},
+        secure_aggregation={"threshold": 2, "leg_deadline_seconds": 30.0},
+    )
+    with pytest.raises(FederationError, match="provision roster"):
+        site.run(config)
+    assert "3 nodes" in fedslm("provision", "roster", "--server", site.server)
+    west = site.root / "west"
+    with site.running(config) as (directory, ended):
+        eventually(lambda: has_signed(west, 2), "west signs the survivors", every_seconds=0.002)
+        site.stop("west", signal.SIGKILL)
+        eventually(lambda: len(rounds_of(directory)) > 1, "round 2 ends")
+        site.start_node("west")
+        eventually(lambda: bool(ended()), "the run's end")
+    lines = rounds_of(directory)
+    assert [line["kept"] for line in lines] == [False] * 4
+    assert lines[1]["completed"] == 3
+    assert any("west" in reason for reason in lines[1]["reasons"])
+    assert lines[-1]["completed"] == 3
+    for name in NAMES:
+        charges = [each for each in ledger_of(site.root / name).charges if each.protocol == "masked"]
+        assert {each.round for each in charges} >= ({1, 2, 4} if name == "west" else {1, 2, 3, 4})
+        assert {each.event.honest_nodes for each in charges} == {2}
+        assert "on list" in fedslm("node", "check", site.root / name)
+    found = fedslm("audit", "run", directory)
+    assert "secure aggregation" in (directory / "audit.md").read_text(), found
+
+
+def has_signed(node: Path, round: int) -> bool:
+    """Whether a node has signed a round's survivors, and has not opened its shares."""
+    for path in (node / layout.SECAGG).glob("*/state.json"):
+        legs = json.loads(path.read_text())["legs"]
+        number = json.loads(legs["keys"]["request"])["cohort"]["round"]
+        if number == round and "survivors" in legs and "unmask" not in legs:
+            return True
+    return False
 
 
 def test_nodes_reach_the_fleet_api_alone(site: Site) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import pytest
+from flwr.app import Message
 from support.pace import patient
 from support.served import first_request
 
@@ -32,6 +33,11 @@ class Coming(LocalGrid):
         """Those that are not hidden now."""
         now = time.monotonic()
         return [node for node in super().get_node_ids() if now >= self.hidden.get(node, 0.0)]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Notes what was sent."""
+        self.pushed = list(messages)
+        return super().push_messages(self.pushed)
 
 
 @pytest.fixture
@@ -71,7 +77,8 @@ def test_a_deadline_is_extended_for_a_nodes_policy(
         "client 1 answers after 86400 s and needs federation.round_deadline_seconds of at least 86460; "
         "a run extends it to 400 at most",
     ]
-    (message,) = made._messages(request_, [0], TRAIN)
+    list(made.replies(request_, [0], TRAIN))
+    (message,) = grid.pushed
     pace = Pace()
     pace.begin(340.0, work_seconds(message.metadata.ttl))
     with pytest.raises(NeedsTime):

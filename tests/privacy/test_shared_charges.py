@@ -100,7 +100,7 @@ def test_a_statement_cannot_understate_the_assumption(ledger: Ledger, change: di
 
 
 @pytest.mark.parametrize(
-    ("event", "protocol"), [(SHARED, None), (SHARED, "masked"), (SHARED, ""), (EVENT, "ideal")]
+    ("event", "protocol"), [(SHARED, None), (SHARED, "plain"), (SHARED, ""), (EVENT, "ideal")]
 )
 def test_noise_is_shared_by_a_known_protocol_or_not_at_all(event: Event, protocol: str | None) -> None:
     """A charge with one of the two, or of an unknown protocol, is refused before it is written."""
