@@ -13,7 +13,7 @@ from fedslm.data.columns import placeholders
 from fedslm.data.database import PASSWORD, USER, holds_password, is_url
 from fedslm.engines.options import engine_problems
 from fedslm.errors import ConfigError, Problem, plural
-from fedslm.federation.sharing import sharing_problems
+from fedslm.federation.sharing import client_problems, sharing_problems
 from fedslm.models import precision
 from fedslm.privacy.accounting import MOST_STEPS
 from fedslm.storage import expand
@@ -57,6 +57,8 @@ def _privacy(config: Config) -> Iterator[Problem]:
         "clip_norm": "set the largest norm of one unit's gradient, such as 1.0",
         "sample_rate": "set batch_size / a public estimate of a client's units, such as 0.05",
     }
+    if privacy.unit == "client":
+        del remedies["sample_rate"]
     for key, remedy in remedies.items():
         if getattr(privacy, key) is None:
             yield Problem(f"privacy.{key}", f"is required with unit={privacy.unit!r}; {remedy}")
@@ -87,6 +89,8 @@ def _unit(config: Config) -> Iterator[Problem]:
     """The settings that the chosen unit requires are set."""
     privacy, micro_batch = config.privacy, config.training.micro_batch_size
     cap = privacy.max_records_per_unit
+    if privacy.unit == "client":
+        yield from client_problems(privacy)
     if privacy.unit != "user":
         for key in ("unit_column", "max_records_per_unit"):
             if getattr(privacy, key) is not None:

@@ -49,7 +49,7 @@ def test_without_privacy_nothing_is_required() -> None:
             "aggregation.weights",
             "reveals how many records",
         ),
-        ([("privacy.unit", "client")], "privacy.unit", "'none', 'record' or 'user'"),
+        ([("privacy.unit", "hospital")], "privacy.unit", "'none', 'record', 'user' or 'client'"),
         ([*PATIENT[:1], PATIENT[2]], "privacy.unit_column", "is required"),
         ([*PATIENT, ("privacy.unit_column", "")], "privacy.unit_column", "name the column"),
         (PATIENT[:2], "privacy.max_records_per_unit", "public constant"),

@@ -61,7 +61,8 @@ _FACTORS = frozenset(METHODS) - _LINEAR
 _SHARED_A = _names("ffa rolora fed-sb head")
 _ROBUST = frozenset(get_args(RuleName)) - {"mean"}
 _ADAPTIVE = _names("fedavgm fedadam fedyogi fedadagrad")
-_PRIVATE = _names("record user")
+_PRIVATE = _names("record user client")
+_GRADIENTS = _names("record user")  # units whose clients send gradients of one step to a sum
 _SHARED: Mapping[Axis, frozenset[str]] = {"noise": frozenset({"distributed"})}
 _SUMMED = _names("fedit ffa rolora fed-sb head")
 
@@ -158,8 +159,13 @@ CONFLICTS: tuple[Conflict, ...] = (
         "local",
     ),
     Conflict(
+        {"noise": frozenset({"local"}), "unit": frozenset({"client"})}, "noise",
+        "a client that hides all that it has in its own update leaves nothing to learn from",
+        "distributed",
+    ),
+    Conflict(
         {**_SHARED, "method": frozenset(METHODS) - _SUMMED}, "method",
-        "clients share the noise of one sum, and the method needs more than the sum of their gradients",
+        "clients share the noise of one sum, and the method needs more than the sum of what they send",
         "ffa, fedit, rolora, fed-sb or head",
     ),
     Conflict(
@@ -173,12 +179,12 @@ CONFLICTS: tuple[Conflict, ...] = (
         "one rank",
     ),
     Conflict(
-        {**_SHARED, "drift": _names("fedprox scaffold")}, "drift",
+        {**_SHARED, "unit": _GRADIENTS, "drift": _names("fedprox scaffold")}, "drift",
         "a client sends the gradient at the round's start, from which it has not drifted",
         "none",
     ),
     Conflict(
-        {**_SHARED, "local optimizer": frozenset({"adamw"})}, "local optimizer",
+        {**_SHARED, "unit": _GRADIENTS, "local optimizer": frozenset({"adamw"})}, "local optimizer",
         "clients send gradients, and no sum of them gives a step of AdamW",
         'sgd, with aggregation.server_optimizer = "fedadam" for an adaptive step',
     ),

@@ -18,7 +18,7 @@ from fedslm.aggregation.methods import method_of, sent_keys
 from fedslm.aggregation.server import Aggregation, ServerState
 from fedslm.errors import FederationError
 from fedslm.privacy.encoding import Words, decoded, grid_of
-from fedslm.privacy.plan import PrivatePlan
+from fedslm.privacy.plan import ClientPlan, PrivatePlan
 from fedslm.privacy.shares import NoiseShares
 from fedslm.records import AdapterState
 
@@ -82,11 +82,18 @@ class Summing:
 
     Attributes:
         plan: Clip norm, noise, normaliser and shares.
-        learning_rate: The clients' rate η: their one SGD step is taken by the server.
+        learning_rate: The clients' rate η: their one SGD step is taken by the server. Not used if
+            whole clients are the unit: they send updates, not gradients.
     """
 
     plan: PrivatePlan
     learning_rate: float
+
+    def scale(self, cohort: int) -> float:
+        """What one step of the grid in the sum moves the adapter by, for the mean over a cohort."""
+        plan = self.plan
+        mean = grid_of(plan.clip_norm, self.shares.grid_bits) / (cohort * plan.normaliser)
+        return mean if isinstance(plan, ClientPlan) else -self.learning_rate * mean
 
     @property
     def shares(self) -> NoiseShares:
@@ -104,7 +111,8 @@ class SummedRound:
     """Takes a round's parts one at a time, and moves the adapter by their sum.
 
     With cohort n, normaliser L and grid γ the difference is -η·γ·Σ / (n·L): the mean over the cohort of
-    the clients' own SGD steps, whoever answers.
+    the clients' own SGD steps, whoever answers. If whole clients are the unit it is γ·Σ / n, the mean
+    of their clipped updates.
 
     Args:
         aggregation: The server's optimizer.
@@ -152,11 +160,9 @@ class SummedRound:
             FederationError: There are fewer parts than the threshold, the sum may have wrapped around,
                 or the result is not finite.
         """
-        plan, shares, state = self._summing.plan, self._summing.shares, self._state
+        shares, state = self._summing.shares, self._state
         self._values = decoded(self._sum.total(shares.threshold))
-        grid = grid_of(plan.clip_norm, shares.grid_bits)
-        scale = -self._summing.learning_rate * grid / (self._cohort * plan.normaliser)
-        flat = (self._values * scale).astype(np.float32)
+        flat = (self._values * self._summing.scale(self._cohort)).astype(np.float32)
         difference = AdapterState.of_flat(flat, self._shapes)
         moving, memory = self._how.optimizer.step(state.moving, difference, state.memory)
         if not moving.is_finite():

@@ -15,7 +15,7 @@ from fedslm.aggregation.methods import trained_keys
 from fedslm.attestations import Places, attested, keep, known
 from fedslm.client.round import ClientRound
 from fedslm.errors import RunError
-from fedslm.privacy.plan import PrivatePlan
+from fedslm.privacy.plan import ClientPlan, PrivatePlan
 from fedslm.protocol.loading import model_for, task_for
 from fedslm.protocol.setup import Setup
 
@@ -47,7 +47,8 @@ def shapes_here(client_round: ClientRound) -> Shapes | None:
     from fedslm.verification.self_test import kernels
 
     setup, places = client_round.setup, client_round.node.attestations
-    if not isinstance(setup.plan, PrivatePlan) or setup.plan.passes != "fixed":
+    plan = setup.plan
+    if not isinstance(plan, PrivatePlan) or isinstance(plan, ClientPlan) or plan.passes != "fixed":
         return None
     if delta_keys(client_round.start.adapter):
         logger.info("the adapter carries remainders of aggregation: each unit has its own pass")

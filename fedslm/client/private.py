@@ -24,7 +24,7 @@ from fedslm.models.loaded import LoadedModel
 from fedslm.privacy.encoding import Words
 from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.lines import ADAPTER, METRIC, Charge
-from fedslm.privacy.plan import METRIC_SENSITIVITY, PrivatePlan, UserPlan
+from fedslm.privacy.plan import METRIC_SENSITIVITY, ClientPlan, PrivatePlan, UserPlan
 from fedslm.privacy.verified import verified
 from fedslm.protocol.legs import INPUT
 from fedslm.protocol.loading import model_for, task_for
@@ -168,6 +168,9 @@ def _check_request(client_round: ClientRound, plan: PrivatePlan) -> None:
         raise PolicyRefused("LoRA dropout couples the records of a batch; it must be 0 under privacy")
     if plan.shares is not None:
         _check_sum(client_round.setup)
+    if isinstance(plan, ClientPlan):  # its steps are plain: no record has a gradient of its own
+        _check_adapter(client_round.start.adapter, client_round.model)
+        return
     if plan.passes == "shared" and client_round.model.is_rounded:
         raise PolicyRefused(
             "shared passes need a base in float32: the rounding of bfloat16 lets units "

@@ -20,7 +20,7 @@ from fedslm.client.memory import Kept
 from fedslm.client.node import Release
 from fedslm.client.round import ClientRound
 from fedslm.errors import PolicyRefused, TrainingError
-from fedslm.privacy.plan import PrivatePlan
+from fedslm.privacy.plan import ClientPlan, PrivatePlan
 from fedslm.records import AdapterState
 from fedslm.rng import seed_of
 from fedslm.tasks.base import Example
@@ -79,6 +79,7 @@ def make_share(
         TrainingError: A self-check failed.
     """
     from fedslm.training.local import LocalWork, share_of_sum
+    from fedslm.training.whole_update import share_of_update
 
     request, setup, plan = client_round.request, client_round.setup, client_round.plan
     if not isinstance(plan, PrivatePlan):
@@ -87,7 +88,10 @@ def make_share(
     trained = trained_keys(setup.method, start, request.turn)
     work = LocalWork(start, trained, setup.seed, request.round, client_round.node.client, shapes=shapes)
     model = client_round.model
-    words = share_of_sum(model, client_round.task, examples, plan, setup.training, work)
+    if isinstance(plan, ClientPlan):
+        words = share_of_update(model, client_round.task, examples, plan, setup.training, work)
+    else:
+        words = share_of_sum(model, client_round.task, examples, plan, setup.training, work)
     return Release(_NOTHING, words=words)
 
 

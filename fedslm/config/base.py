@@ -58,7 +58,7 @@ def _count_or_auto(value: object) -> object:
 
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-Unit = Annotated[Literal["none", "record", "user"], BeforeValidator(_one_name)]
+Unit = Annotated[Literal["none", "record", "user", "client"], BeforeValidator(_one_name)]
 TaskName = Literal[
     "classification",
     "multi-label",

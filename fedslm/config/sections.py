@@ -210,8 +210,8 @@ class PrivacyConfig(Section):
     """The requested privacy; :class:`fedslm.privacy.plan.PrivatePlan` is what will run."""
 
     unit: Unit
-    """Unit of privacy: one record, or all records of one user ("patient" is read as "user"); "none"
-    trains without privacy."""
+    """Unit of privacy: one record, all records of one user ("patient" is read as "user"), or a whole
+    client (with noise = "distributed"); "none" trains without privacy."""
     unit_column: OptionalText = None
     """Column that names the user of a record (unit = "user")."""
     units_per_client: OptionalCount = Field(None, ge=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedslm.config import Config
+from fedslm.config import Config, PrivacyConfig
 from fedslm.errors import Problem
 from fedslm.privacy.plan import ONE_STEP
 from fedslm.secagg.cohort import MOST_NODES, threshold_for
@@ -31,7 +31,7 @@ def sharing_problems(config: Config) -> Iterator[Problem]:
             f'with only a share of the noise; real nodes need "masked"'
         )
         yield Problem("secure_aggregation.protocol", message)
-    if config.privacy.overlapping:
+    if config.privacy.overlapping and config.privacy.unit != "client":
         message = (
             'must be false with privacy.noise="distributed": a unit in several clients would move the '
             "sum several times, and the noise is for once"
@@ -84,13 +84,26 @@ def _masked(threshold: int, max_colluding: int, cohort: int) -> Iterator[Problem
         yield Problem("secure_aggregation.threshold", message)
 
 
+def client_problems(privacy: PrivacyConfig) -> Iterator[Problem]:
+    """What a whole client as the unit does not allow."""
+    if privacy.sample_rate not in (None, 1.0):
+        message = (
+            f'value {privacy.sample_rate:g} has no effect with unit="client": a client takes part with '
+            f"all of its records, and that it does is public; leave it out"
+        )
+        yield Problem("privacy.sample_rate", message)
+    if privacy.overlapping:
+        message = 'is for records and users; a client is in one place: leave it out with unit="client"'
+        yield Problem("privacy.overlapping", message)
+
+
 def _step(config: Config) -> Iterator[Problem]:
-    """A client takes one plain step, and the server bounds no update."""
-    training = config.training
-    if training.local_steps != 1:
+    """A client takes one plain step if records are the unit, and the server bounds no update."""
+    training, by_record = config.training, config.privacy.unit != "client"
+    if by_record and training.local_steps != 1:
         message = f'value {training.local_steps} must be 1 with privacy.noise="distributed": {ONE_STEP}'
         yield Problem("training.local_steps", message)
-    if training.weight_decay:
+    if by_record and training.weight_decay:
         message = f'value {training.weight_decay} must be 0 with privacy.noise="distributed"'
         yield Problem("training.weight_decay", message)
     if config.aggregation.norm_bound != _DEFAULT_BOUND:

@@ -11,7 +11,7 @@ from fedslm.config import PrivacyConfig, SecureAggregationConfig, TrainingConfig
 from fedslm.errors import OutOfRange, PrivacyError
 from fedslm.privacy import accounting
 from fedslm.privacy.encoding import coarse_bits
-from fedslm.privacy.plan import ExamplePlan, NoPrivacy, RunPlan, UserPlan
+from fedslm.privacy.plan import ClientPlan, ExamplePlan, NoPrivacy, RunPlan, UserPlan
 from fedslm.privacy.shares import NoiseShares
 from fedslm.records import Event
 
@@ -50,6 +50,12 @@ def calibrated(
                 raise OutOfRange("privacy.unit='user' needs unit_column and max_records_per_unit")
             mechanism = _mechanism(privacy, training, rounds, shares)
             return UserPlan(**mechanism, unit_column=privacy.unit_column, max_records_per_unit=cap)
+        case "client":
+            by_client = privacy.model_copy(update={"sample_rate": 1.0})
+            once = training.model_copy(update={"local_steps": 1})  # one release a round
+            mechanism = _mechanism(by_client, once, rounds, shares)
+            mechanism |= {"normaliser": 1, "steps_per_round": training.local_steps}
+            return ClientPlan(**mechanism, batch_size=training.batch_size)
         case _:
             assert_never(privacy.unit)
 
@@ -72,7 +78,7 @@ def shares_of(
         return None
     if secure.threshold is None:
         raise OutOfRange('privacy.noise="distributed" needs secure_aggregation.threshold')
-    bits = coarse_bits(cohort, training.batch_size)
+    bits = coarse_bits(cohort, 1 if privacy.unit == "client" else training.batch_size)
     return NoiseShares(secure.threshold, secure.max_colluding, bits, secure.protocol)
 
 

@@ -1,7 +1,8 @@
 """From the requested privacy to a plan: sampler, clipping, noise and charge are one object.
 
 A :class:`Plan` is an :class:`ExamplePlan` or a :class:`UserPlan` (DP-SGD at the client; the unit is
-one record, or all records of one user), or :class:`NoPrivacy`. A client's training loop works with any
+one record, or all records of one user), a :class:`ClientPlan` (the unit is all that a client has), or
+:class:`NoPrivacy`. A client's training loop works with any
 of them and does not distinguish between them.
 """
 
@@ -13,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +102,7 @@ class PrivatePlan(ABC):
     """
 
     unit: ClassVar[str]
+    shares_one_step: ClassVar[bool] = True
 
     epsilon: float
     delta: float
@@ -132,7 +134,8 @@ class PrivatePlan(ABC):
             if not holds:
                 raise OutOfRange(f"{name}={getattr(self, name)} is out of range for a private plan")
         if self.shares is not None:
-            if self.steps_per_round != 1 or metric is not None:
+            several = self.shares_one_step and self.steps_per_round != 1
+            if several or metric is not None:
                 raise OutOfRange(
                     f"steps_per_round={self.steps_per_round} must be 1 and metric_noise_multiplier="
                     f"{metric} absent if clients share the noise: {ONE_STEP}"
@@ -262,6 +265,58 @@ class UserPlan(PrivatePlan):
 
 
 @dataclass(frozen=True)
+class ClientPlan(PrivatePlan):
+    """All that a client has as the unit: its whole update is clipped once, and clients share the noise.
+
+    Formal guarantees:
+        * Two federations are neighbours if one client's part of a round's sum is its clipped update in
+          one of them, and nothing but its share of the noise in the other. A round releases the sum of
+          the clients' updates, each a whole vector of at most C / γ steps of the grid, and the noise of
+          ``shares``. So what is hidden is a client's data, not whether it takes part.
+        * Cohorts are public, so no sampling amplifies it: each round in which a client takes part costs
+          one Gaussian release, whatever its steps. They are plain steps on its own records.
+        * A client whose training fails, or that has no records, adds nothing but noise: whether
+          training fails depends on its data.
+        * A single record or user of a client is not protected at this epsilon: a change of its data
+          moves the update by up to 2 · C. So this unit neither contains the others nor is contained.
+
+    Attributes:
+        batch_size: Records in a client's own step, >= 1.
+
+    References:
+        McMahan et al. 2018 (arXiv 1710.06963); Kairouz, Liu and Steinke 2021 (arXiv 2102.06387).
+    """
+
+    unit: ClassVar[str] = "client"
+    shares_one_step: ClassVar[bool] = False
+
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shares is None or (self.sample_rate, self.normaliser) != (1.0, 1):
+            raise OutOfRange(
+                f"a plan for whole clients shares the noise; sample_rate={self.sample_rate} and "
+                f"normaliser={self.normaliser} must be 1"
+            )
+        _ = self.local
+
+    @property
+    def training_event(self) -> Event:
+        """The charge of one round: one release, whatever the number of local steps."""
+        return dataclasses.replace(super().training_event, steps=1)
+
+    @property
+    def local(self) -> NoPrivacy:
+        """A client's own training, before its update is clipped."""
+        return NoPrivacy(self.batch_size, self.steps_per_round)
+
+    def batches(self, owners: Sequence[str], seeded: np.random.Generator) -> Iterator[Batch]:
+        """Yields the batches of a client's own training."""
+        yield from self.local.batches(owners, seeded)
+
+
+@dataclass(frozen=True)
 class NoPrivacy:
     """Plain local training without any privacy guarantee (epsilon is infinite).
 
@@ -306,7 +361,7 @@ class NoPrivacy:
         return json.dumps({"unit": stored_unit(self.unit), **dataclasses.asdict(self)}, allow_nan=False)
 
 
-RunPlan = ExamplePlan | UserPlan | NoPrivacy
+RunPlan = ExamplePlan | UserPlan | ClientPlan | NoPrivacy
 """The plans that a run can have; each is a :class:`Plan`."""
 
 
@@ -319,7 +374,7 @@ def from_json(text: str) -> RunPlan:
     >>> from_json(NoPrivacy(4, 2).to_json())
     NoPrivacy(batch_size=4, steps_per_round=2)
     """
-    kinds = {stored_unit(kind.unit): kind for kind in (ExamplePlan, UserPlan, NoPrivacy)}
+    kinds = {stored_unit(kind.unit): kind for kind in get_args(RunPlan)}
     if len(text) > _LONGEST:
         raise PrivacyError(f"the plan is longer than {_LONGEST} characters")
     try:
@@ -328,7 +383,8 @@ def from_json(text: str) -> RunPlan:
         if values.get("shares") is not None:
             values["shares"] = NoiseShares(**values["shares"])
         if unit in kinds:
-            return kinds[unit](**values)
+            plan: RunPlan = kinds[unit](**values)
+            return plan
     except PrivacyError:
         raise
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:

@@ -16,13 +16,13 @@ from pydantic import Field
 from fedslm.config import Names, OptionalCount, OptionalNumber, OptionalText, Section, Unit, read_file
 from fedslm.errors import ConfigError, PolicyRefused
 from fedslm.privacy.limits import Limits
-from fedslm.privacy.plan import WEAKEST_FIRST, NoPrivacy, Passes, PrivatePlan, UserPlan
+from fedslm.privacy.plan import WEAKEST_FIRST, ClientPlan, NoPrivacy, Passes, PrivatePlan, UserPlan
 from fedslm.privacy.shares import NoiseShares
 from fedslm.records import LARGEST_DELTA
 
 ANY = "any"
 LONGEST_PERIOD_SECONDS = 43_200.0  # a request is worked on for a day at most
-_STRENGTH = {"none": 0, "record": 1, "user": 2}
+_STRENGTH = {"none": 0, "record": 1, "user": 2, "client": 3}
 
 EXAMPLE = """\
 # The requests that this node accepts from a server. No message can change this file.
@@ -185,6 +185,8 @@ class NodePolicy(Section):
         plan = asked.plan
         if _STRENGTH[plan.unit] < _STRENGTH[self.unit]:
             yield f"unit {plan.unit!r} is weaker than {self.unit!r}"
+        elif plan.unit == "client" and self.unit not in ("client", "none"):
+            yield f"unit 'client' does not protect one {self.unit} at the same epsilon"
         if asked.task not in self.tasks:
             yield f"task {asked.task!r} is not among {list(self.tasks)}"
         if ANY not in self.base_models and asked.base_sha256 not in self.base_models:
@@ -195,12 +197,13 @@ class NodePolicy(Section):
             yield f"steps_per_round {plan.steps_per_round:g} is above {self.max_steps_per_round:g}"
         if isinstance(plan, NoPrivacy):
             return
+        by_client = isinstance(plan, ClientPlan)  # who takes part is public, and nothing is sampled
         for name, value, bound in (
             ("delta", plan.delta, self.delta),
             ("epsilon", plan.epsilon, self.epsilon),
             ("epsilon of a run", plan.epsilon, self.max_epsilon_per_run),
             ("clip_norm", plan.clip_norm, self.max_clip_norm),
-            ("sample_rate", plan.sample_rate, self.max_sample_rate),
+            ("sample_rate", plan.sample_rate, None if by_client else self.max_sample_rate),
         ):
             if bound is not None and not value <= bound:
                 yield f"{name} {value:g} is above {bound:g}"

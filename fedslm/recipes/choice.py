@@ -114,7 +114,7 @@ def is_incomplete(config: Config) -> bool:
     """Whether a config is private and leaves out how: it has an epsilon, and no mechanism."""
     privacy = config.privacy
     return (
-        privacy.unit != "none"
+        privacy.unit not in ("none", "client")  # no recipe was measured for whole clients
         and privacy.epsilon is not None
         and any(getattr(privacy, key) is None for key in _REQUIRED)
     )

@@ -13,8 +13,8 @@ from fedslm.rendering import render
 # The requirement of each column on a method: the values that it fixes.
 _COLUMNS: dict[str, dict[Axis, str]] = {
     "no privacy": {"unit": "none"},
-    "record": {"unit": "record"},
-    "user": {"unit": "user"},
+    "record": {"unit": "record", "noise": "local"},
+    "user": {"unit": "user", "noise": "local"},
     "several ranks": {"ranks": "several", "unit": "none"},
     "ranks, private": {"ranks": "several", "unit": "record"},
     "robust rules": {"rule": "median"},
@@ -22,6 +22,7 @@ _COLUMNS: dict[str, dict[Axis, str]] = {
     "scaffold": {"drift": "scaffold", "local optimizer": "sgd", "unit": "none"},
     "error feedback": {"error feedback": "yes", "upload": "int8"},
     "shared noise": {"noise": "distributed", "unit": "record", "local optimizer": "sgd"},
+    "client": {"noise": "distributed", "unit": "client"},
 }
 _VALUES: dict[Part, str] = {"lora_A": "r·in", "lora_B": "r·out", "lora_R": "r²"}
 

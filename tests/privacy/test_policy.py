@@ -235,7 +235,7 @@ def test_what_protects_somebody_has_no_default(tmp_path: Path, key: str) -> None
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("unit", '"nobody"'), ("unit", '"client"'), ("unit", "2"), ("unit_column", "5")),
+        *(("unit", '"nobody"'), ("unit", '"clients"'), ("unit", "2"), ("unit_column", "5")),
         *(("epsilon", "0.0"), ("epsilon", "inf"), ("epsilon", "nan"), ("epsilon", '"8"')),
         *(("epsilon", "-1.0"), ("epsilon", "true"), ("delta", "0.0"), ("delta", "1.0")),
         *(("delta", "nan"), ("min_noise_multiplier", "0.0"), ("min_noise_multiplier", "nan")),
