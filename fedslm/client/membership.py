@@ -35,7 +35,7 @@ def answer_leg(client_round: ClientRound) -> Reply:
             membership.accept(node.directory, leg.roster)
         except Refused as error:
             raise PolicyRefused(str(error)) from error
-    member = member_of(node, client_round.setup, plan)
+    member = member_of(node, client_round.setup)
     answers = {
         KEYS: member.keys,
         SHARES: member.shares,
@@ -47,7 +47,7 @@ def answer_leg(client_round: ClientRound) -> Reply:
     return Reply("ok", client_round.request.round, body=answers[leg.name](leg.body))
 
 
-def member_of(node: Node, setup: Setup, plan: PrivatePlan) -> Member:
+def member_of(node: Node, setup: Setup) -> Member:
     """This node in one run.
 
     Raises:
@@ -61,16 +61,18 @@ def member_of(node: Node, setup: Setup, plan: PrivatePlan) -> Member:
         node.directory,
         setup.run_id,
         key=signing_key(node.directory),
-        requirements=requirements_of(plan),
+        requirements=requirements_of(setup),
     )
 
 
-def requirements_of(plan: PrivatePlan) -> Requirements:
-    """What a plan's noise requires of a cohort: the policy allowed the plan.
+def requirements_of(setup: Setup) -> Requirements:
+    """What the noise of a run's plan requires of a cohort: the policy allowed the plan.
 
     Raises:
         PolicyRefused: The plan shares no noise by this protocol.
     """
-    if plan.shares is None or plan.shares.protocol != "masked":
+    plan = setup.plan
+    shares = plan.shares if isinstance(plan, PrivatePlan) else None
+    if shares is None or shares.protocol != "masked":
         raise PolicyRefused('the plan shares no noise by secure_aggregation.protocol="masked"')
-    return Requirements(plan.shares.max_colluding, plan.shares.honest_nodes)
+    return Requirements(shares.max_colluding, shares.honest_nodes, setup.plan_sha256)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -77,7 +76,8 @@ def _answer_masked(client_round: ClientRound, plan: PrivatePlan, ledger: Ledger)
         * The part without its masks is neither sent nor written to disk.
         * The same leg again gets the same masked part. Another leg of the same round is refused: no
           second noise is drawn for it (:class:`fedslm.secagg.node.Node`).
-        * The cohort leaves as many honest nodes as the noise of *this* request's plan assumes.
+        * The cohort leaves as many honest nodes as the noise of *this* request's plan assumes, and all
+          of them follow that plan.
 
     Raises:
         PolicyRefused: The request is not the third leg of a round that this node takes part in.
@@ -93,14 +93,14 @@ def _answer_masked(client_round: ClientRound, plan: PrivatePlan, ledger: Ledger)
     def part(cohort: Cohort) -> Words:
         if cohort.round != client_round.request.round:
             raise PolicyRefused(f"the cohort is for round {cohort.round}, and the request is not")
-        requirements_of(plan).check(cohort)
+        requirements_of(setup).check(cohort)
         paid.append(_pay(client_round, plan, ledger))
         words = make_share(client_round, paid[0].records.trained, paid[0].shapes).words
         if words is None:
             raise PrivacyError("internal check failed: there is no part of a sum")
         return words
 
-    sent = member_of(client_round.node, setup, plan).masked_input(leg.body, part)
+    sent = member_of(client_round.node, setup).masked_input(leg.body, part)
     release = Release(AdapterState({}), words=sent.vector)
     for each in paid:
         each.commit(ledger, release)
@@ -201,7 +201,7 @@ def _rounds_charged(client_round: ClientRound, ledger: Ledger, plan: PrivatePlan
         BudgetExceeded: The plan pays for no more rounds.
     """
     setup = client_round.setup
-    of_run = (setup.run_id, _plan_sha256(setup), ADAPTER)
+    of_run = (setup.run_id, setup.plan_sha256, ADAPTER)
     charged = sum(
         (charge.run, charge.plan_sha256, charge.purpose) == of_run for charge in ledger.read().charges
     )
@@ -277,7 +277,7 @@ def _charges(client_round: ClientRound, plan: PrivatePlan) -> list[Charge]:
         delta=plan.delta,
         run=setup.run_id,
         round=client_round.request.round,
-        plan_sha256=_plan_sha256(setup),
+        plan_sha256=setup.plan_sha256,
         request_sha256=client_round.request_sha256,
         base_sha256=setup.base_sha256,
         config_sha256=setup.config_sha256,
@@ -296,11 +296,6 @@ def _charges(client_round: ClientRound, plan: PrivatePlan) -> list[Charge]:
         training,
         replace(training, event=metric, purpose=METRIC, clip_norm=METRIC_SENSITIVITY),
     ]
-
-
-def _plan_sha256(setup: Setup) -> str:
-    """Hash that identifies a plan in the ledger."""
-    return hashlib.sha256(setup.plan.to_json().encode()).hexdigest()
 
 
 def _metric(

@@ -253,6 +253,7 @@ class MaskedSum:
             num_colluding=shares.max_colluding,
             num_values=self._num_values,
             roster_sha256=self._members.roster.sha256,
+            plan_sha256=self._request.setup.plan_sha256,
         )
 
     def _ask(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ class Setup:
     def method(self) -> MethodName:
         """The resolved method."""
         return method_of(self.aggregation)
+
+    @property
+    def plan_sha256(self) -> str:
+        """Hash that identifies the plan, in ledgers and in cohorts."""
+        return hashlib.sha256(self.plan.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """Serialises the setup."""

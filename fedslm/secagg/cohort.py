@@ -53,6 +53,7 @@ class Cohort:
         num_colluding: Nodes that may collude with the server, c.
         num_values: Length of each vector.
         roster_sha256: Hash of the roster that all of them verified.
+        plan_sha256: Hash of the plan that all of them follow: it says how much noise each adds.
 
     Raises:
         FederationError: A value is out of its range, or the threshold is too low or too high.
@@ -66,10 +67,12 @@ class Cohort:
     num_colluding: int
     num_values: int
     roster_sha256: str
+    plan_sha256: str
 
     def __post_init__(self) -> None:
         _check_text("run", self.run, rf"[\x21-\x7e]{{1,{_LONGEST_RUN}}}")
-        _check_text("roster_sha256", self.roster_sha256, "[0-9a-f]{64}")
+        for key in ("roster_sha256", "plan_sha256"):
+            _check_text(key, getattr(self, key), "[0-9a-f]{64}")
         check_count("round", self.round, 1, MOST_ROUND)
         check_count("attempt", self.attempt, 1, MOST_ATTEMPT)
         check_count("num_values", self.num_values, 1, MOST_VALUES)
@@ -112,6 +115,8 @@ class Requirements:
         num_colluding: The least number of colluding nodes that a cohort must allow for.
         least_honest_nodes: The least number of honest survivors, at least 2: with 1 the sum hides
             nothing.
+        plan_sha256: Hash of the plan that every node of a cohort must follow. With another one a peer
+            would add less noise than this node is charged for.
 
     Raises:
         FederationError: A value is out of its range.
@@ -119,13 +124,14 @@ class Requirements:
 
     num_colluding: int
     least_honest_nodes: int
+    plan_sha256: str
 
     def __post_init__(self) -> None:
         check_count("num_colluding", self.num_colluding, 0, MOST_NODES)
         check_count("least_honest_nodes", self.least_honest_nodes, 2, MOST_NODES)
 
     def check(self, cohort: Cohort) -> None:
-        """Refuses a cohort that allows for fewer colluding nodes, or leaves fewer honest survivors.
+        """Refuses a cohort with fewer colluding nodes or honest survivors, or with another plan.
 
         Raises:
             PolicyRefused: It does.
@@ -140,6 +146,8 @@ class Requirements:
                 f"threshold - num_colluding = {cohort.honest_survivors} must be at least "
                 f"{self.least_honest_nodes}, as this node's policy says; ask more nodes"
             )
+        if cohort.plan_sha256 != self.plan_sha256:
+            raise PolicyRefused("the cohort has another plan than this node: all must add equal shares")
 
 
 def check_count(key: str, value: Any, least: int, most: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from fedslm.errors import FederationError, PolicyRefused
 from fedslm.secagg.cohort import MOST_NODES, Cohort, Requirements, threshold_for
 
-COHORT = Cohort("run", 1, 1, (0, 1, 2, 3, 4, 5), 4, 1, 10, "ab" * 32)
+COHORT = Cohort("run", 1, 1, (0, 1, 2, 3, 4, 5), 4, 1, 10, "ab" * 32, "cd" * 32)
 
 
 def can_have_two_sums(num_nodes: int, num_colluding: int, threshold: int) -> bool:
@@ -93,18 +93,21 @@ def test_the_hash_covers_everything() -> None:
         replace(COHORT, num_colluding=0),
         replace(COHORT, num_values=11),
         replace(COHORT, roster_sha256="cd" * 32),
+        replace(COHORT, plan_sha256="ef" * 32),
     ]
-    assert len({each.sha256 for each in [COHORT, *changed]}) == 9
+    assert len({each.sha256 for each in [COHORT, *changed]}) == 10
     assert replace(COHORT).sha256 == COHORT.sha256
 
 
 def test_a_node_requires() -> None:
-    """Colluding nodes that the cohort allows for, and honest survivors, at least as many."""
-    Requirements(1, 3).check(COHORT)
+    """Colluding nodes that the cohort allows for, and honest survivors, at least as many; its plan."""
+    Requirements(1, 3, COHORT.plan_sha256).check(COHORT)
     with pytest.raises(PolicyRefused, match="num_colluding=1 must be at least 2"):
-        Requirements(2, 3).check(COHORT)
+        Requirements(2, 3, COHORT.plan_sha256).check(COHORT)
     with pytest.raises(PolicyRefused, match="= 3 must be at least 4"):
-        Requirements(1, 4).check(COHORT)
+        Requirements(1, 4, COHORT.plan_sha256).check(COHORT)
+    with pytest.raises(PolicyRefused, match="another plan"):
+        Requirements(1, 3, "ef" * 32).check(COHORT)
     for wrong in ((-1, 2), (0, 1), (0, True), (300, 2)):
         with pytest.raises(FederationError):
-            Requirements(*wrong)
+            Requirements(*wrong, COHORT.plan_sha256)

@@ -22,7 +22,7 @@ from fedslm.secagg.keys import (
     self_mask_key,
 )
 
-COHORT = Cohort(RUN, 1, 1, (0, 1, 2), 2, 0, 4, roster_of(range(3)).sha256)
+COHORT = Cohort(RUN, 1, 1, (0, 1, 2), 2, 0, 4, roster_of(range(3)).sha256, "cd" * 32)
 CONTEXT, OTHER_CONTEXT = "ab" * 32, "cd" * 32
 ALICE = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
 BOB = bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")

@@ -34,7 +34,7 @@ HASH, SIGNATURE, SHARE, BOX = "ab" * 32, "cd" * 64, "0f" * 33, "1e" * BOX_BYTES
 KEYS = PublicKeys(1, HASH, "12" * 32, HASH, SIGNATURE)
 ALL: list[Any] = [
     KEYS,
-    KeysRequest(Cohort("run", 1, 1, (0, 1, 2), 2, 0, 4, HASH)),
+    KeysRequest(Cohort("run", 1, 1, (0, 1, 2), 2, 0, 4, HASH, HASH)),
     SharesRequest(HASH, (replace(KEYS, client=0), KEYS)),
     Shares(HASH, 1, {0: BOX, 2: BOX}),
     InputRequest(HASH, {0: BOX, 2: BOX}),

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.secagg import RUN, Federation, Vector, authority_key, ledger_key, members_of, roster_of
+from support.secagg import (
+    PLAN,
+    RUN,
+    Federation,
+    Vector,
+    authority_key,
+    ledger_key,
+    members_of,
+    roster_of,
+)
 
 from fedslm import layout, storage
 from fedslm.errors import FederationError, FedslmError, PolicyRefused, RunError
@@ -81,7 +90,7 @@ def test_a_cohort_without_the_node_or_of_another_run_is_refused(tmp_path: Path) 
 def test_a_policy_is_kept(tmp_path: Path) -> None:
     """Fewer honest survivors, or fewer colluding nodes, than the node requires."""
     federation = Federation(tmp_path, 4)
-    for requirements in (Requirements(1, 2), Requirements(0, 4)):
+    for requirements in (Requirements(1, 2, PLAN), Requirements(0, 4, PLAN)):
         with pytest.raises(PolicyRefused, match="policy"):
             replace(federation.nodes[0], requirements=requirements).keys(asks_keys(federation))
 

@@ -19,8 +19,8 @@ from fedslm.secagg.node import MaskedInput, Node
 from fedslm.secagg.roster import Member, Roster, signed_roster, verified
 from fedslm.secagg.server import Outcome, Server
 
-RUN = "run-1"
-LENIENT = Requirements(num_colluding=0, least_honest_nodes=2)
+RUN, PLAN = "run-1", "cd" * 32
+LENIENT = Requirements(num_colluding=0, least_honest_nodes=2, plan_sha256=PLAN)
 Vector = NDArray[np.uint32]
 
 
@@ -77,7 +77,7 @@ class Federation:
         threshold = threshold_for(self.num_nodes, self.num_colluding)
         clients = tuple(range(self.num_nodes))
         values = (RUN, 1, attempt, clients, threshold, self.num_colluding, self.num_values)
-        self.cohort = replace(Cohort(*values, self.roster.sha256), **changes)
+        self.cohort = replace(Cohort(*values, self.roster.sha256, PLAN), **changes)
         self.server = Server(self.cohort, self.roster)
         self.requests, self.inputs = {}, {}
 
