@@ -153,7 +153,6 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
         NotKnown: The server does not know this node's key.
         FederationError: The server refuses the node, or has another certificate.
     """
-    _begin_session(ready)
     running = _Running(ready, NodeCounts(), Pace(), stop)
     attendance = Attendance(ready.file.conditions, ready.directory)
 
@@ -166,6 +165,7 @@ def run_node(ready: Ready, stop: threading.Event) -> None:
         alone(ready),
         served(ready.file.metrics_port, lambda: node_figures(ready.directory, running.counts)),
     ):
+        _begin_session(ready)  # not before: a start that is refused must not end the session of another
         while not stop.is_set():
             if not attendance.takes_part():
                 stop.wait(attendance.check_seconds)

@@ -14,10 +14,12 @@ import pytest
 from support.commands import run
 from support.places import NODE, admitted_node
 
+from fedslm import layout
 from fedslm.deployment.admission import Admission
 from fedslm.deployment.authority import AUTHORITY, create_authority
 from fedslm.deployment.node import Ready, alone, open_node, run_node, workers
 from fedslm.deployment.settings import NodeFile
+from fedslm.errors import RunError
 
 
 def ready(directory: Path, *, warm: bool) -> Ready:
@@ -82,3 +84,14 @@ def test_a_second_start_does_not_touch_the_records(tmp_path: Path) -> None:
         assert {each.name for each in directory.rglob("*")} - {each.name for each in before} == {
             "node.lock"
         }
+
+
+def test_a_second_process_does_not_end_the_session_of_the_first(tmp_path: Path) -> None:
+    """A start that is refused leaves the running node in its round of secure aggregation."""
+    create_authority(tmp_path, "t", 2)
+    node_here = ready(tmp_path, warm=True)
+    known = replace(node_here.admission, authority=(tmp_path / AUTHORITY).read_text())
+    (tmp_path / layout.SESSION).write_text("ab" * 16)
+    with alone(node_here), pytest.raises(RunError, match="another process runs the node"):
+        run_node(replace(node_here, admission=known), threading.Event())
+    assert (tmp_path / layout.SESSION).read_text() == "ab" * 16
