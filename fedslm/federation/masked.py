@@ -35,6 +35,7 @@ from fedslm.storage import read_text, write_text
 logger = logging.getLogger(__name__)
 _ATTEMPT = 1
 _MOST_BEGUN_BYTES = 32
+_UNLISTED = "the node is not on the signed roster any more"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Members:
     Attributes:
         roster: The verified list.
         text: The list as signed: each client gets it.
-        numbers: Client of the run to its number on the list.
+        numbers: Client of the run to its number on the list; without those that are not on it any more.
     """
 
     roster: Roster
@@ -79,12 +80,20 @@ def admitted_members(server: Path, nodes: Mapping[int, Registered]) -> Members:
         nodes: Client of the run to node.
 
     Raises:
-        FederationError: There is no roster, or it lacks a node of the run, or is not this federation's.
+        FederationError: There is no roster, or it lacks all nodes of the run, or is not this
+            federation's.
     """
     path = server / layout.SIGNED_ROSTER
     try:
         roster = roster_at(server)
-        numbers = {client: roster.client_of(node.ledger_key) for client, node in nodes.items()}
+        listed = {member.ledger_key: member.client for member in roster.members}
+        numbers = {
+            client: listed[node.ledger_key]
+            for client, node in nodes.items()
+            if node.ledger_key in listed
+        }
+        if not numbers:
+            raise FederationError("it lists no node of this run")
         return Members(roster, path.read_text(encoding="utf-8"), numbers)
     except (FederationError, Refused, OSError) as error:
         raise FederationError(
@@ -149,7 +158,9 @@ class MaskedSum:
         cohort: list[int],
         num_values: int,
     ) -> None:
-        self._exchange, self._members, self._clients = exchange, members, cohort
+        self._exchange, self._members = exchange, members
+        self._clients = [client for client in cohort if client in members.numbers]
+        self._unlisted = [client for client in cohort if client not in members.numbers]
         self._request = replace(request, adapter=AdapterState({}), control=AdapterState({}))
         self._num_values = num_values
         self._server: Server | None = None
@@ -165,6 +176,7 @@ class MaskedSum:
         ``legs`` then has what the others are asked.
         """
         left_out: dict[int, str] = {}
+        yield from ((client, _UNLISTED) for client in self._unlisted)
         try:
             self._open(left_out)
         except FederationError as error:
