@@ -95,6 +95,7 @@ def _policy(config: Config) -> str:
         "least_honest_nodes": None
         if secure.threshold is None
         else secure.threshold - secure.max_colluding,
+        "most_colluding_nodes": secure.max_colluding if privacy.shares_noise else None,
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
     return "# For a lab: it allows what the config asks for.\n" + "\n".join(lines) + "\n"

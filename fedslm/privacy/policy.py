@@ -49,6 +49,7 @@ tasks = ["classification"]    # allowed tasks: "classification", "multi-label", 
 allow_distributed_noise = false # true: this node adds only a share of the noise to a sum over nodes;
                               # epsilon then holds only if others are honest:
 # least_honest_nodes = 5      # ... so many of any sum, this node included
+# most_colluding_nodes = 2    # of all admitted nodes; a server chooses which of them are in a sum
 weakest_passes = "fixed"      # "isolated": no two units in one pass, whatever this node's own test of
                               # fixed shapes says; "shared": any, exact only up to rounding
 metrics = "none"              # "noisy" allows a metric as a separate Gaussian release
@@ -127,6 +128,10 @@ class NodePolicy(Section):
     """With allow_distributed_noise: of the nodes in any sum, the fewest that this node's operator
     trusts to add their share and to keep it to themselves, this node included. A plan that assumes
     more honest nodes is refused."""
+    most_colluding_nodes: OptionalCount = Field(None, ge=0)
+    """With allow_distributed_noise: of all admitted nodes, the most that may add no noise, or tell the
+    server what they sent. A plan that allows for fewer is refused: a server that works with these nodes
+    could else ask a small cohort with all of them in it."""
     metrics: Literal["none", "noisy"] = "none"
     """Whether a metric may leave the node, as a separate Gaussian release."""
     min_metric_noise_multiplier: OptionalNumber = Field(None, gt=0)
@@ -219,13 +224,17 @@ class NodePolicy(Section):
 
     def _share_reasons(self, shares: NoiseShares) -> Iterator[str]:
         """Checks that the node may rely on as many honest nodes as the plan assumes."""
-        trusted = self.least_honest_nodes
+        trusted, colluding = self.least_honest_nodes, self.most_colluding_nodes
         if not self.allow_distributed_noise:
             yield "noise that nodes share is not allowed (allow_distributed_noise)"
         elif trusted is None:
             yield "the policy names no least_honest_nodes"
+        elif colluding is None:
+            yield "the policy names no most_colluding_nodes"
         elif shares.honest_nodes > trusted:
             yield f"the plan assumes {shares.honest_nodes} honest nodes, and the policy {trusted}"
+        elif shares.max_colluding < colluding:
+            yield f"the plan allows for {shares.max_colluding} colluding nodes, not {colluding}"
 
     def _unit_reasons(self, plan: UserPlan) -> Iterator[str]:
         """Checks the column and the cap of a user, which the node determines."""

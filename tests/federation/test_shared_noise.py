@@ -34,6 +34,7 @@ SHARED = [
     ("secure_aggregation.max_colluding", 1),
     ("secure_aggregation.protocol", "ideal"),
 ]
+ALLOWS = "allow_distributed_noise = true"
 PLAN = ExamplePlan(
     epsilon=8.0,
     delta=1e-5,
@@ -131,9 +132,11 @@ def test_a_repeated_request_gets_the_same_part_free_of_charge(make_config: MakeC
     ("policy", "refused"),
     [
         ("", "allow_distributed_noise"),
-        ("allow_distributed_noise = true", "least_honest_nodes"),
-        ("allow_distributed_noise = true\nleast_honest_nodes = 2", "assumes 3 honest nodes"),
-        ("allow_distributed_noise = true\nleast_honest_nodes = 3", None),
+        (ALLOWS, "least_honest_nodes"),
+        (f"{ALLOWS}\nleast_honest_nodes = 3", "most_colluding_nodes"),
+        (f"{ALLOWS}\nleast_honest_nodes = 2\nmost_colluding_nodes = 0", "assumes 3 honest nodes"),
+        (f"{ALLOWS}\nleast_honest_nodes = 9\nmost_colluding_nodes = 2", "allows for 1 colluding"),
+        (f"{ALLOWS}\nleast_honest_nodes = 3\nmost_colluding_nodes = 1", None),
     ],
 )
 def test_a_node_decides_what_it_assumes_of_others(

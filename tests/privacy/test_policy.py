@@ -204,11 +204,11 @@ def write(directory: Path, text: str | bytes) -> Path:
 
 
 def test_the_example_can_be_used(tmp_path: Path) -> None:
-    """The printed example is a policy, names every key (three of them as comments), and refuses records and metrics."""
+    """The printed example is a policy, names every key (four of them as comments), and refuses records and metrics."""
     found = read_policy(write(tmp_path, EXAMPLE))
     assert (found.max_rounds, found.min_seconds_between_rounds) == (None, None)
     whole = EXAMPLE.replace("# max_rounds", "max_rounds").replace("# min_seconds", "min_seconds")
-    whole = whole.replace("# least_honest", "least_honest")
+    whole = whole.replace("# least_honest", "least_honest").replace("# most_coll", "most_coll")
     assert set(tomllib.loads(whole)) == set(NodePolicy.model_fields)
     assert all(f'"{task}"' in EXAMPLE for task in get_args(TaskName))
     assert read_policy(write(tmp_path, whole)).min_seconds_between_rounds == 3600.0

@@ -49,6 +49,7 @@ tasks = ["classification"]
 weakest_passes = "fixed"
 allow_distributed_noise = true
 least_honest_nodes = 2
+most_colluding_nodes = 0
 """
 
 
