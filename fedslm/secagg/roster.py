@@ -143,6 +143,8 @@ def verified(text: str, authority: ec.EllipticCurvePublicKey) -> Roster:
         authority.verify(signature, content, ec.ECDSA(hashes.SHA384()))
     except InvalidSignature:
         raise Refused("the roster was not signed by this federation's authority") from None
+    if _canonical({**_signed_values(roster), "signature": signature.hex()}).decode() != text:
+        raise FederationError("the roster is not in its only encoding")
     return roster
 
 

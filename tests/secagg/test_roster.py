@@ -140,3 +140,14 @@ def test_an_older_roster_does_not_come_back(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(RunError, match="cannot be used"):
         accepted(path, newer, PUBLIC)
+
+
+def test_a_text_that_was_padded_does_not_fill_the_file(tmp_path: Path) -> None:
+    """A server adds a second value under one name: the node could not read what it kept."""
+    path = tmp_path / "roster.json"
+    padded = '{"purpose":"' + "\u00e9" * (MOST_BYTES // 2) + '",' + TEXT[1:]
+    assert len(padded) <= MOST_BYTES
+    with pytest.raises(FederationError, match="only encoding"):
+        accepted(path, padded, PUBLIC)
+    assert accepted(path, TEXT, PUBLIC).serial == 3
+    assert accepted(path, TEXT, PUBLIC).serial == 3
