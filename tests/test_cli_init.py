@@ -21,6 +21,9 @@ from click.testing import Result
 from support.commands import ROOT, assert_clear, run
 from support.tiny import make_rows, write_rows
 
+from fedslm.errors import TrainingError
+from fedslm.training import probe
+
 RENAMED = {"text": "note", "label": "department", "client": "site", "patient": "patient"}
 CLASSES = ("--task", "classification", "--base", "demo")
 PRIVATE = ("--unit", "record", "--epsilon", "8")
@@ -38,6 +41,12 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two turns are enough: how long a pass takes is not tested."""
+    monkeypatch.setattr(probe, "_MOST_TURNS", 2)
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +167,25 @@ def test_the_task_is_guessed(place: Path, family_directory: Callable[[str, str],
         assert result.exit_code == 0, result.output
         assert f"task: {task} (a guess: prompt, completion;" in result.stderr
         assert written(f"{task}.toml")["task"]["name"] == task
+
+
+def test_the_time_is_an_estimate(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said to be one, is left out on request, and a base that cannot be timed stops nothing."""
+    arguments = ("init", "my.toml", "--force", "--data", "notes.csv", *ALL)
+    told = " ".join(run(*arguments).stdout.split())
+    assert "time an estimate: about" in told
+    assert "from passes timed on this machine" in told
+    without = run(*arguments, "--no-timing")
+    assert "not estimated (--no-timing)" in without.stdout
+    assert "timing passes" not in without.stderr
+
+    def untimed(*_: Any) -> float:
+        raise TrainingError("no pass could be timed: too large")
+
+    monkeypatch.setattr(probe, "seconds_per_token", untimed)
+    failed = run(*arguments)
+    assert failed.exit_code == 0, failed.output
+    assert "unknown: no pass could be timed: too large" in failed.stdout
 
 
 def test_an_open_guess_is_an_error(place: Path, family_directory: Callable[[str, str], Path]) -> None:

@@ -21,7 +21,7 @@ from fedslm.config import Config
 from fedslm.config.tasks import TASKS
 from fedslm.data.database import refuse_password
 from fedslm.drafting.draft import Wish, text_of, values_of
-from fedslm.errors import DataError, PrivacyError, Unusable, plural
+from fedslm.errors import DataError, PrivacyError, TrainingError, Unusable, plural
 from fedslm.storage import write_text
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ def init(
     evaluation_split: Annotated[str, typer.Option(help="Public split.")] = "test",
     query: Annotated[str | None, typer.Option(help=NEEDED["query"])] = None,
     evaluation_query: Annotated[str | None, typer.Option(help=NEEDED["evaluation_query"])] = None,
+    timing: Annotated[
+        bool, typer.Option(help="Time passes of the base for some seconds, to estimate a run's time.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
 ) -> None:
     """Write a config for your own data, and show its first privacy plan.
@@ -89,13 +92,13 @@ def init(
 
     Example: `fedslm init my.toml --data notes.csv --evaluation public.csv --unit patient --epsilon 3`
     """
-    given = {key: value for key, value in locals().items() if key not in ("path", "force")}
+    given = {key: value for key, value in locals().items() if key not in ("path", "timing", "force")}
     with clear_errors(_OPTIONS):
         _check_target(path, force=force)
         check_given(given)
         wish, private = _described(given)
         config, content = _drafted(wish, private, path)
-        plan = _plan(config)
+        plan = _plan(config, len(private) if timing else None)
         write_text(path, content)
         print_facts(plan, [])
         _say_next(path)
@@ -262,8 +265,12 @@ def _drafted(wish: Wish, private: Dataset, path: Path) -> tuple[Config, str]:
     return config, text_of(values, path)
 
 
-def _plan(config: Config) -> list[tuple[str, str]]:
-    """The first plan of a config: what is promised, and whether it leaves something to learn.
+def _plan(config: Config, records: int | None) -> list[tuple[str, str]]:
+    """The first plan of a config: what is promised, whether it leaves something to learn, and the time.
+
+    Args:
+        config: The config.
+        records: Number of private records; None: the time is not estimated.
 
     Raises:
         PrivacyError: No plan keeps this epsilon.
@@ -281,7 +288,8 @@ def _plan(config: Config) -> list[tuple[str, str]]:
             f"steps (federation.rounds · training.local_steps)"
         ) from None
     if privacy.unit == "none" or privacy.epsilon is None:
-        return [("privacy", "none: anybody who gets the adapter may learn about single records")]
+        none = "none: anybody who gets the adapter may learn about single records"
+        return [("privacy", none), *_time(made, records)]
     unit = "record" if privacy.unit_column is None else f"value of {privacy.unit_column}"
     budget = f"ε = {spent(privacy.epsilon)} at δ = {privacy.delta:g} for one {unit}"
     steps = rounds * made.training.local_steps
@@ -290,7 +298,20 @@ def _plan(config: Config) -> list[tuple[str, str]]:
         ("clients", str(made.federation.num_clients)),
         ("noise", f"noise multiplier {noise:g} in each of {plural(steps, 'step')}"),
     ]
-    return [*lines, *_outlook(made)]
+    return [*lines, *_outlook(made), *_time(made, records)]
+
+
+def _time(config: Config, records: int | None) -> list[tuple[str, str]]:
+    """The line about the time of a run."""
+    from fedslm.cli.plan import estimate
+
+    if records is None:
+        return [("time", "not estimated (--no-timing)")]
+    ERRORS.print("timing passes of the base; --no-timing leaves this out …")
+    try:
+        return [("time", estimate(config, records))]
+    except TrainingError as error:
+        return [("time", f"unknown: {error}")]
 
 
 def _outlook(config: Config) -> list[tuple[str, str]]:
