@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedslm import layout
-from fedslm.cli.answers import print_table
+from fedslm.cli.answers import print_table, stages
 from fedslm.cli.console import ERRORS, INTERRUPTED, TRAIN, Json, Overrides, clear_errors
 from fedslm.errors import plural
 from fedslm.storage import json_text
@@ -211,42 +210,13 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def _watching(target: Path) -> Iterator[Watcher]:
-    """Bars for the stages on a terminal; elsewhere a line for each tenth."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=ERRORS, transient=True, disable=not ERRORS.is_terminal) as bar:
-        try:
-            yield _Stages(bar)
-        except KeyboardInterrupt:
-            bar.stop()
-            ERRORS.print(f"interrupted; run the same command again to resume from {target}")
-            raise typer.Exit(INTERRUPTED) from None
-
-
-class _Stages:
-    """Shows one progress bar per stage."""
-
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
-        self._tasks: dict[str, Any] = {}
-        self._tenths: dict[str, int] = {}
-
-    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Advances a stage's bar."""
-        if ERRORS.is_terminal:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._bar.add_task(stage, total=total, note="")
-            self._bar.update(self._tasks[stage], completed=done, total=total, note=note)
-            return
-        tenth = 10 * done // max(total, 1)
-        if tenth > self._tenths.get(stage, 0):
-            self._tenths[stage] = tenth
-            ERRORS.print(f"{stage}: {done}/{total} {note}")
+    """Progress of the stages; Ctrl-C says how to continue."""
+    try:
+        with stages() as shown:
+            yield shown
+    except KeyboardInterrupt:
+        ERRORS.print(f"interrupted; run the same command again to resume from {target}")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _say(report: dict[str, Any], as_json: bool) -> None:
