@@ -181,7 +181,8 @@ def targets_in(
             return _ranked(few, CLASSES, lambda _: True, lambda each: -each.different)
         case _ if kind.label == "none":
             return ()
-    found = [each for each in free if each.kind == "text"]
+    numbers = [each for each in free if each.kind == "number" and each.name.lower() in ANSWERS]
+    found = [*(each for each in free if each.kind == "text"), *numbers]
     return _ranked(found, ANSWERS, lambda each: each.words > 1, lambda each: each.words)
 
 
