@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedslm.api import RunResult, resume, simulate, train
+    from fedslm.api.students import Proof
     from fedslm.config import Config
     from fedslm.config import from_toml as load_config
     from fedslm.errors import FedslmError
@@ -16,6 +17,7 @@ __all__ = [
     "Config",
     "FedslmError",
     "Observer",
+    "Proof",
     "RunResult",
     "__version__",
     "load_config",
@@ -28,6 +30,7 @@ _HOMES = {
     "Config": ("fedslm.config", "Config"),
     "FedslmError": ("fedslm.errors", "FedslmError"),
     "Observer": ("fedslm.federation.observers", "Observer"),
+    "Proof": ("fedslm.api.students", "Proof"),
     "RunResult": ("fedslm.api", "RunResult"),
     "load_config": ("fedslm.config", "from_toml"),
     "resume": ("fedslm.api", "resume"),

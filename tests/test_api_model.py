@@ -61,6 +61,39 @@ def test_a_loaded_pair_trains_as_its_directory(
     assert result.predict(["chest pain"])[0]["label"] in ("heart", "bone")
 
 
+def one_data_set(directory: Path, base: Any) -> fedslm.RunResult:
+    """A tiny run of `fedslm.train`."""
+    few = {"federation.rounds": 1, "task.max_length": 24, "engine.workers": 0}
+    return fedslm.train(
+        TRAIN, base=base, epsilon=3, evaluation=EVALUATION, directory=directory, overrides=few
+    )
+
+
+def test_one_data_set_takes_a_loaded_pair(
+    tmp_path: Path, base: Path, pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fedslm.train` chooses what it chooses for the directory, and leaves the model as it was.
+
+    The pair is in training mode and of half the precision; the config that was written runs again.
+    """
+    network, tokenizer = pair
+    network.train().to(torch.bfloat16)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    result = one_data_set(tmp_path / "pair", (network, tokenizer))
+    named = one_data_set(tmp_path / "named", base)
+    assert result.report["recipe"] == named.report["recipe"]
+    assert 0 < result.epsilon <= 3
+    assert result.epsilon == named.epsilon
+    assert network.training
+    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+    assert result.predict(["chest pain"])[0]["label"] in ("heart", "bone")
+    toml = tmp_path / "pair" / "train.toml"
+    assert "base/ has the model that was given" in toml.read_text()
+    monkeypatch.chdir(tmp_path)
+    again = fedslm.simulate(toml, overrides={"run.directory": str(tmp_path / "again")})
+    assert again.metrics_before == result.metrics_before
+
+
 def test_public_records_in_memory_are_those_of_a_file(config_in: Make, tmp_path: Path) -> None:
     """A start from public inputs (lora.initial) is the same from memory as from a file."""
     lora = {"rank": 2, "alpha": 2.0, "target_modules": ["3.output.dense"], "initial": "eva"}
@@ -109,6 +142,8 @@ def test_what_is_no_base_is_named(
         ((empty, tokenizer), 'has weights on device "meta"'),
     ]
     for model, part in cases:
-        with pytest.raises(ConfigError, match=part):
+        with pytest.raises(ConfigError, match=f"model: .*{part}"):
             fedslm.simulate(config_of(config_in, tmp_path / "run"), model=model)
+        with pytest.raises(ConfigError, match=f"base: .*{part}"):
+            one_data_set(tmp_path / "run", model)
     assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ import torch
 from support.commands import run
 from support.finished import rows_of
 from support.pairs import public, student
+from support.tiny import write_rows
 
 import fedslm
 from fedslm.errors import ConfigError, DataError, PrivacyError, RunError
@@ -145,5 +146,30 @@ def test_a_student_is_that_of_the_command(finished_run: Finished, tmp_path: Path
     )
     called = found.distill(model, records, directory=tmp_path / "call", overrides=few)
     assert called["adapter_sha256"] == json.loads(told.stdout)["adapter_sha256"]
+    dry = found.distill(model, records, directory=tmp_path / "no", overrides=few, dry_run=True)
+    assert (dry["steps"], dry["public_records"], dry["method"]) == (3, 24, "proxy-target")
+    assert dry["total_bytes"] > 0
     with pytest.raises(ConfigError, match=r"lora\.rank: only keys of"):
         found.distill(model, records, directory=tmp_path / "no", overrides={"lora.rank": 2})
+
+
+def test_a_proof_takes_what_the_command_takes(finished_run: Finished, tmp_path: Path) -> None:
+    """Records to test on, seeds and resamples; what is wrong is named as the argument."""
+    found = fedslm.resume(finished_run("causal-lm"))
+    model, records = student(tmp_path, "causal-lm"), public(tmp_path)
+    held_out = tmp_path / "held-out.jsonl"
+    write_rows(held_out, rows_of(10, 7))
+    few = {"distill.steps": 2, "distill.rank": 2, "distill.batch_size": 4, "distill.device": "cpu"}
+    settings: dict[str, Any] = {"directory": tmp_path / "out", "overrides": few}
+    for proof, part in (
+        (fedslm.Proof(test="/no.jsonl"), "test='/no.jsonl': no such file"),
+        (fedslm.Proof(seeds=0), "seeds: value 0"),
+        (fedslm.Proof(resamples=10), "resamples: value 10"),
+    ):
+        with pytest.raises(fedslm.FedslmError, match=part):
+            found.distill(model, records, prove=proof, dry_run=True, **settings)
+    assert not (tmp_path / "out").exists()
+    proof = fedslm.Proof(test=held_out, seeds=2, resamples=1000, ceiling=False)
+    report = found.distill(model, records, prove=proof, **settings)
+    assert report["proof"]["seeds"] == 2
+    assert report["proof"]["records"] == 10

@@ -378,6 +378,7 @@ def test_public_names() -> None:
         "Config",
         "FedslmError",
         "Observer",
+        "Proof",
         "RunResult",
         "__version__",
         "load_config",

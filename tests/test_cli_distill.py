@@ -71,11 +71,13 @@ def test_a_dry_run_estimates_and_writes_nothing(
     ("arguments", "message"),
     [
         (["--set", "distill.alfa=2"], "did you mean 'alpha'?"),
-        (["--set", "lora.rank=2"], "only distill.… can be set"),
-        (["--method", "magic"], "distill.method"),
+        (["--set", "lora.rank=2"], "only keys of [distill] can be set"),
+        (["--method", "magic"], "--method: value"),
         (["--probe", "x"], "are for --prove"),
         (["--student", "/nowhere/at/all"], "no such directory"),
-        (["--prove", "--resamples", "3"], "must be at least 1000"),
+        (["--prove", "--resamples", "3"], "--resamples: value 3 must be at least 1000"),
+        (["--prove", "--seeds", "0"], "--seeds: value 0 must be at least 1"),
+        (["--prove", "--dry-run", "--test", "/no.jsonl"], "--test='/no.jsonl': no such file"),
     ],
 )
 def test_bad_options_are_named(

@@ -21,6 +21,9 @@ from click.testing import Result
 from support.commands import ROOT, assert_clear, run
 from support.tiny import make_rows, write_rows
 
+from fedslm.errors import TrainingError
+from fedslm.training import probe
+
 RENAMED = {"text": "note", "label": "department", "client": "site", "patient": "patient"}
 CLASSES = ("--task", "classification", "--base", "demo")
 PRIVATE = ("--unit", "record", "--epsilon", "8")
@@ -38,6 +41,12 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two turns are enough: how long a pass takes is not tested."""
+    monkeypatch.setattr(probe, "_MOST_TURNS", 2)
 
 
 @pytest.fixture(autouse=True)
@@ -141,10 +150,63 @@ def test_tags_in_parquet(place: Path, family_directory: Callable[[str, str], Pat
     assert (values["data"]["text_column"], values["data"]["label_column"]) == ("terms", "marks")
 
 
+def test_the_task_is_guessed(place: Path, family_directory: Callable[[str, str], Path]) -> None:
+    """Without --task the columns and the base decide, and it is said to be a guess."""
+    arguments = (*PRIVATE, "--evaluation", "public.csv")
+    result = run("init", "my.toml", "--data", "notes.csv", "--base", "demo", *arguments)
+    assert result.exit_code == 0, result.output
+    guess = "task: classification (a guess: department has 2 different values; --task names another)"
+    assert guess in result.stderr
+    assert written()["task"]["name"] == "classification"
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(12)]
+    write_rows(place / "train.jsonl", rows)
+    write_rows(place / "test.jsonl", [{"prompt": "other", "completion": "word"}] * 3)
+    for family, task in (("llama", "instruction"), ("t5", "seq2seq")):
+        base = ("--base", str(family_directory(family, task)), "--unit", "none")
+        result = run("init", f"{task}.toml", "--data", ".", *base)
+        assert result.exit_code == 0, result.output
+        assert f"task: {task} (a guess: prompt, completion;" in result.stderr
+        assert written(f"{task}.toml")["task"]["name"] == task
+
+
+def test_the_time_is_an_estimate(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said to be one, is left out on request, and a base that cannot be timed stops nothing."""
+    arguments = ("init", "my.toml", "--force", "--data", "notes.csv", *ALL)
+    told = " ".join(run(*arguments).stdout.split())
+    assert "time an estimate: about" in told
+    assert "from passes timed on this machine" in told
+    without = run(*arguments, "--no-timing")
+    assert "not estimated (--no-timing)" in without.stdout
+    assert "timing passes" not in without.stderr
+
+    def untimed(*_: Any) -> float:
+        raise TrainingError("no pass could be timed: too large")
+
+    monkeypatch.setattr(probe, "seconds_per_token", untimed)
+    failed = run(*arguments)
+    assert failed.exit_code == 0, failed.output
+    assert "unknown: no pass could be timed: too large" in failed.stdout
+
+
+def test_an_open_guess_is_an_error(place: Path, family_directory: Callable[[str, str], Path]) -> None:
+    """Without a terminal: what fits, what the base cannot do, and the remedy; nothing is written."""
+    write_csv(place / "sites.csv", [{"line": f"some words {i}", "ward": "ab"[i % 2]} for i in range(9)])
+    write_csv(place / "lines.csv", [{"line": f"some words {i}"} for i in range(9)])
+    decoder = str(family_directory("llama", "instruction"))
+    for data, base, parts in (
+        ("sites.csv", decoder, ("fit classification (ward has 2 different values); causal-lm (line",)),
+        ("lines.csv", "demo", ("fit causal-lm (line has texts), which --base=demo cannot do",)),
+    ):
+        evaluation = ("--evaluation", "public.csv", *PRIVATE)
+        result = run("init", "my.toml", "--data", data, "--base", base, *evaluation)
+        assert_clear(result, "Unusable", "--task is missing", "give one of classification", *parts)
+        assert not Path("my.toml").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
     [
-        ((), "Unusable", ("--data: private records", "--task", "--base", "--unit", "--epsilon")),
+        ((), "Unusable", ("--data: private records", "--base", "--unit", "--epsilon")),
         (("--data", "notes.csv", *CLASSES, *PRIVATE), "Unusable", ("--evaluation", "data split")),
         (("--data", "no.csv", *ALL), "DataError", ("--data='no.csv'", "no such file")),
         (
@@ -247,7 +309,7 @@ def test_a_directory_that_cannot_be_written(place: Path) -> None:
 
 def test_a_person_is_asked(place: Path) -> None:
     """On a terminal everything that is missing is asked for, and a guess is the default answer."""
-    answers = ("notes.csv", "classification", "demo", "record", "8", "public.csv", "", "department")
+    answers = ("notes.csv", "demo", "record", "8", "public.csv", "", "", "department")
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "fedslm", "init", "my.toml"],
@@ -264,6 +326,8 @@ def test_a_person_is_asked(place: Path) -> None:
     assert process.returncode == 0, err
     assert "wrote my.toml" in out
     assert "none is assumed" in err
+    assert "the columns fit classification: department has 2 different values" in err
+    assert "[classification]" in err
     assert "text column" in err
     assert "[note]" in err
     assert written()["data"]["label_column"] == "department"

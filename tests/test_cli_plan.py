@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedslm.cli import app
+from fedslm.cli import app, model, plan
+from fedslm.config import from_toml
 from fedslm.engines import placement
 
 CONFIG = """
@@ -88,6 +89,26 @@ def test_figures_follow_from_the_config(tmp_path: Path, monkeypatch: pytest.Monk
     one = values(tmp_path)
     assert one["seconds"] == pytest.approx(one["seconds_per_record"] * RECORDS)
     assert "the workers have 2 threads for 1 core" in one["warnings"]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.75])
+def test_the_estimate_follows_from_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: float
+) -> None:
+    """Records by steps, rounds, clients and sample rate; layers that are kept count once for a record."""
+    monkeypatch.setattr(placement, "cores", lambda: 2)
+    monkeypatch.setattr(model, "time_of_a_record", lambda _: (10.0, kept))
+    for private, passed in ((False, RECORDS), (True, 7 * 3 * 5 * 0.05 * 400 / 10)):
+        text = CONFIG.format(
+            directory=tmp_path / "run",
+            unit="record" if private else "none",
+            private=PRIVATE if private else "",
+        )
+        (tmp_path / "config.toml").write_text(text)
+        config = from_toml(tmp_path / "config.toml")
+        expected = 10.0 * (1.15 if private else 1) * passed * (1 - kept)
+        expected += 10.0 * (1.15 if private else 1) * kept * min(400, passed)
+        assert f"about {plan._shown(expected / 2)} of training" in plan.estimate(config, 400)
 
 
 def test_data_on_this_machine_count_on_disk(tmp_path: Path) -> None:

@@ -285,6 +285,10 @@ def test_auditing_a_run(finished: Path) -> None:
     result = run("audit", "run", str(finished), "--records-per-person", "2")
     assert result.exit_code == 0, result.output
     assert "one record" in result.stdout
+    assert "ledgers and statements of clients: " in result.stderr
+    assert "epsilon of a person with several records: 1/1" in result.stderr
+    steps = json.loads((finished / "audit.json").read_text())["empirical"]["steps"]
+    assert f"attack with canaries, steps: {steps}/{steps}" in result.stderr
     for name in ("audit.md", "audit.html", "audit.json"):
         assert (finished / name).exists()
         assert name in result.stdout

@@ -209,7 +209,6 @@ def placed(
     Raises:
         FedslmError: The config, the records, the model or the run directory cannot be used.
     """
-    is_loaded = base is not None and base.network is not None
 
     def config_in(directory: Path) -> Config:
         changes = data.changes(sections, directory / layout.GIVEN)
@@ -217,6 +216,7 @@ def placed(
         return from_mapping(with_overrides(sections, changes))
 
     draft = config_in(Path())
+    is_loaded = base is not None and base.is_loaded
     if not (data.has_any or is_loaded):
         yield draft
         return

@@ -17,6 +17,7 @@ from fedslm.records import epsilon_of_json
 from fedslm.rendering import spent
 
 if TYPE_CHECKING:
+    from fedslm.api.students import Proof
     from fedslm.inference.trained import FinishedRun, Trained
 
 
@@ -222,7 +223,8 @@ class RunResult:
         directory: Path | str | None = None,
         overrides: Mapping[str, Any] = MappingProxyType({}),
         drop_overlap: bool = False,
-        prove: bool = False,
+        prove: bool | Proof = False,
+        dry_run: bool = False,
     ) -> dict[str, Any]:
         """Distills the model into a larger one on public records, as ``fedslm distill`` does.
 
@@ -235,20 +237,26 @@ class RunResult:
                 distillation continues there.
             overrides: Keys of ``[distill]``, such as ``{"distill.steps": 50}``.
             drop_overlap: Leave out public records that contain test records, instead of refusing.
-            prove: Train controls too, to test whether the clients' knowledge was transferred.
+            prove: Train controls too, to test whether the clients' knowledge was transferred; or a
+                :class:`fedslm.Proof`, with test and probe records, seeds and resamples.
+            dry_run: Check everything, and only estimate memory and time: nothing is written.
 
         Returns:
-            The content of ``distill.json``.
+            The content of ``distill.json``; for a dry run, the estimate.
 
         Raises:
             FedslmError: An argument, the student, the records or the directory cannot be used.
         """
-        from fedslm.api.students import distill
+        from fedslm.api import students
 
         target = self.directory / layout.DISTILLED if directory is None else Path(directory)
         settings = {**overrides, "distill.student": str(student), "distill.source": str(data)}
-        options = {"drop_overlap": drop_overlap, "prove": prove}
-        return distill(self._opened(), target, settings, **options)
+        prepared = students.prepared(self._opened(), settings, drop_overlap=drop_overlap)
+        proof = students.Proof() if prove is True else prove or None
+        question = None if proof is None else students.question(prepared, proof)
+        if dry_run:
+            return students.estimated(prepared)
+        return students.taught(prepared, target, question, students.Silent())
 
     def _repr_html_(self) -> str:
         """A table for a notebook: the metrics before and after, the guarantee and the directory."""

@@ -24,6 +24,7 @@ from fedslm.data.sources import EMBEDDED, columns_in, load
 from fedslm.data.split import split_in_two
 from fedslm.errors import ConfigError, Problem
 from fedslm.federation.observers import Observer
+from fedslm.models.given import GivenBase
 from fedslm.storage import expand, json_text, write_text
 
 # Keys that an argument of `train` sets; and the only ones of [federation] that one client has.
@@ -56,7 +57,7 @@ class Wish:
     """What a caller of :func:`train` asks for; attributes as its arguments."""
 
     train: Any
-    base: str
+    base: str | Path | tuple[Any, Any]
     epsilon: float
     text: str = "text"
     label: str | None = "label"
@@ -72,7 +73,7 @@ class Wish:
 def train(
     train: Any,
     *,
-    base: str,
+    base: str | Path | tuple[Any, Any],
     epsilon: float,
     text: str = "text",
     label: str | None = "label",
@@ -98,7 +99,8 @@ def train(
     Args:
         train: Private records: the path of a file, a directory, a hub name or "demo"; or in memory, a
             ``datasets.Dataset``, a list of dicts or a pandas frame.
-        base: The base model: a hub name, a local directory, or "demo".
+        base: The base model: a hub name, a directory, "demo", or a pair of a transformers model and its
+            tokenizer, as ``model`` of :func:`fedslm.simulate`.
         epsilon: The privacy budget. Smaller is more private; there is no default.
         text: Column with the input.
         label: Column with the target; None for a task without one.
@@ -159,12 +161,17 @@ def prepared(wish: Wish) -> Iterator[Config]:
     """
     _check(wish)
     data = InMemory.of(_in_memory(wish.train), _in_memory(wish.evaluation))
-    own = with_overrides(_sections(wish), wish.overrides)
+    base = GivenBase.of(wish.base, "base")
+    if base is None:
+        raise _wrong("base", "is required: a hub name, a directory, or a loaded pair")
+    chosen = with_overrides(_sections(wish), wish.overrides)
+    own = with_overrides(chosen, base.changes(Path(layout.GIVEN_BASE)))
     draft = from_mapping(_with_source(own, wish, data, Path(layout.GIVEN)))
     if data.train or wish.holdout is not None:
         check_public(own, draft)
     with started(simulation.run_path(draft)) as directory:
         folder = directory / layout.GIVEN
+        own = with_overrides(chosen, base.changes(directory / layout.GIVEN_BASE))
         sections = _with_source(own, wish, data, folder)
         config = from_mapping(sections)
         _check_unit(wish, _columns(config, own["data"], data))
@@ -175,6 +182,8 @@ def prepared(wish: Wish) -> Iterator[Config]:
         else:
             _split(config, own, data, wish)
             write_text(directory / layout.HOLDOUT, json_text(wish.holdout))
+        if base.is_loaded:
+            base.write(directory / layout.GIVEN_BASE)
         header = _header(wish, directory)
         write_text(directory / layout.TRAIN_TOML, commented_toml(_portable(sections), header))
         yield config
@@ -189,9 +198,6 @@ def _check(wish: Wish) -> None:
     problems = []
     if wish.epsilon is None:  # from Python, without a type checker
         problems.append(Problem("epsilon", "is required: choose the budget; 1 to 8 is common"))
-    if not isinstance(wish.base, str | Path):
-        kind = type(wish.base).__name__
-        problems.append(Problem("base", f"value of type {kind}: should be a hub name or a directory"))
     if not isinstance(wish.unit, str) or wish.unit in ("none", ""):
         message = (
             f'value {wish.unit!r}: give "record", or the column that names the person of each record; '
@@ -246,7 +252,7 @@ def _sections(wish: Wish) -> dict[str, dict[str, Any]]:
     }
     return {
         "run": {"name": _name(wish), **({"directory": directory} if directory else {})},
-        "model": {"base": str(wish.base)},
+        "model": {},  # by GivenBase.changes
         "data": {key: value for key, value in data.items() if value is not None},
         "task": {"name": wish.task},
         "privacy": {
@@ -327,6 +333,8 @@ def _header(wish: Wish, directory: Path) -> list[str]:
         lines.append(f"{wish.holdout:g} of the units were held out as public; epsilon excludes them.")
     if wish.holdout is not None or _in_memory(wish.train) is not None:
         lines.append("data/given has a copy of the private records: delete data/ when you are done.")
+    if not isinstance(wish.base, str | Path):
+        lines.append("base/ has the model that was given: this config and the adapter need it.")
     return lines
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fedslm
 from fedslm import layout
 from fedslm.audit.distilled import distillations
+from fedslm.audit.empirical import attacked
 from fedslm.audit.ledgers import Evidence, LedgerAudit, as_json, audit_ledger
 from fedslm.audit.statements import check_received
 from fedslm.config import Config, PrivacyConfig
@@ -30,7 +32,6 @@ from fedslm.fingerprint import code_fingerprint
 from fedslm.privacy import accounting
 from fedslm.privacy.chain import read_chain
 from fedslm.privacy.keys import PUBLIC_KEY, read_public_key
-from fedslm.privacy.plan import ExamplePlan, UserPlan
 from fedslm.privacy.shares import assumption, least_honest
 from fedslm.privacy.statement import Statement
 from fedslm.records import Event, epsilon_as_json
@@ -40,6 +41,11 @@ from fedslm.storage import json_text, write_text
 _DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 _FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
 _GROUP_SIZES = (2, 4)
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Shows no progress."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def audit_run(
     others: tuple[Path, ...] = (),
     group_sizes: tuple[int, ...] = _GROUP_SIZES,
     empirical: bool = True,
+    on_progress: Progress = _silent,
 ) -> dict[str, Any]:
     """Audits a run and writes ``audit.md``, ``audit.json`` and a printable ``audit.html`` into it.
 
@@ -79,6 +86,7 @@ def audit_run(
         others: Further run directories on the same data (tuning, failed attempts): their charges count.
         group_sizes: Numbers of records per person for which a record-level run is reported.
         empirical: Also attack the mechanism with canaries, for a measured lower bound.
+        on_progress: Is called with a stage, what is done of it, and its total.
 
     Returns:
         The content of ``audit.json``; ``findings`` is empty if there are no problems.
@@ -92,7 +100,7 @@ def audit_run(
     if privacy.unit == "none" or privacy.delta is None:
         raise PrivacyError(f"{path} was trained without privacy: epsilon is infinite")
     statements = directory.statements()
-    clients = _clients(directory, config.federation.num_clients, statements)
+    clients = _clients(directory, config.federation.num_clients, statements, on_progress)
     findings = _wrong(directory, clients, statements)
     clients = _with_others(clients, config, others, findings)
     worst = _worst(clients, privacy.delta, overlapping=privacy.overlapping)
@@ -114,11 +122,11 @@ def audit_run(
         "other_runs": [str(other) for other in others],
         "groups": []
         if privacy.unit != "record" or is_lost
-        else _groups(worst, privacy.delta, group_sizes),
+        else _groups(worst, privacy.delta, group_sizes, on_progress),
         "standings": _standings(directory, findings),
         "self_test": _attestation(directory),
         "distillations": _distilled(directory, findings),
-        "empirical": _empirical(clients, privacy) if empirical else None,
+        "empirical": _attacked(clients, privacy, on_progress) if empirical else None,
         "findings": findings,
     }
     if audit["empirical"] is not None and not audit["empirical"]["consistent"]:
@@ -168,11 +176,18 @@ def _names(directory: RunDirectory, num_clients: int) -> tuple[str, ...]:
 
 
 def _clients(
-    directory: RunDirectory, count: int, statements: list[tuple[int, Statement]]
+    directory: RunDirectory,
+    count: int,
+    statements: list[tuple[int, Statement]],
+    on_progress: Progress = _silent,
 ) -> list[_Client]:
     """Returns the evidence about each client."""
-    names = enumerate(_names(directory, count))
-    return [_client(directory, i, name, [s for c, s in statements if c == i]) for i, name in names]
+    found = []
+    for index, name in enumerate(_names(directory, count)):
+        own = [each for client, each in statements if client == index]
+        found.append(_client(directory, index, name, own))
+        on_progress("ledgers and statements of clients", index + 1, count)
+    return found
 
 
 def _client(directory: RunDirectory, index: int, name: str, statements: list[Statement]) -> _Client:
@@ -275,22 +290,12 @@ def _assumption(events: tuple[Event, ...], delta: float, *, is_lost: bool) -> di
     }
 
 
-def _empirical(clients: list[_Client], privacy: PrivacyConfig) -> dict[str, Any] | None:
-    """Attacks the training steps of the client with the most steps, using canaries."""
-    from fedslm.verification.canaries import empirical_bound
-
-    if any(accounting.is_shared(client.events) for client in clients):
-        return None  # the attack is on one client's release, and only sums were released
-    steps: Counter[tuple[float, float]] = Counter()
-    for event in max((client.events for client in clients), key=lambda es: sum(e.steps for e in es)):
-        steps[event.sample_rate, event.noise_multiplier] += event.steps
-    if not steps:
-        return None
-    ((rate, noise), count), *_ = steps.most_common(1)
-    shared = (1.0, float(privacy.delta or 0), float(privacy.clip_norm or 0), noise, rate, 1, count)
-    plan = UserPlan(*shared, unit_column="-") if privacy.unit == "user" else ExamplePlan(*shared)
-    found = empirical_bound(plan)
-    return {"consistent": found.consistent, **asdict(found)}
+def _attacked(
+    clients: list[_Client], privacy: PrivacyConfig, on_progress: Progress
+) -> dict[str, Any] | None:
+    """Attacks the client with the most steps."""
+    told = partial(on_progress, "attack with canaries, steps")
+    return attacked([client.events for client in clients], privacy, told)
 
 
 def _describe(client: _Client, delta: float) -> dict[str, Any]:
@@ -307,11 +312,14 @@ def _describe(client: _Client, delta: float) -> dict[str, Any]:
 
 
 def _groups(
-    events: tuple[Event, ...], delta: float, sizes: tuple[int, ...]
+    events: tuple[Event, ...], delta: float, sizes: tuple[int, ...], on_progress: Progress
 ) -> list[tuple[int, float | str]]:
     """Returns epsilon of a person with several records, by tight mixture accounting."""
-    found = ((size, accounting.group_epsilon(events, delta, size)) for size in sizes)
-    return [(size, epsilon_as_json(epsilon)) for size, epsilon in found]
+    found: list[tuple[int, float | str]] = []
+    for size in sizes:
+        found.append((size, epsilon_as_json(accounting.group_epsilon(events, delta, size))))
+        on_progress("epsilon of a person with several records", len(found), len(sizes))
+    return found
 
 
 def _mechanisms(directory: RunDirectory, num_clients: int) -> list[dict[str, Any]]:

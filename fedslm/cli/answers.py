@@ -35,6 +35,41 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
+@contextmanager
+def stages() -> Iterator[Stages]:
+    """Bars for the stages of a command on a terminal; elsewhere a line for each tenth."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=ERRORS, transient=True, disable=not ERRORS.is_terminal) as bar:
+        yield Stages(bar)
+
+
+class Stages:
+    """Shows one progress bar per stage."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._tasks: dict[str, Any] = {}
+        self._tenths: dict[str, int] = {}
+
+    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Advances a stage's bar."""
+        if ERRORS.is_terminal:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bar.add_task(stage, total=total, note="")
+            self._bar.update(self._tasks[stage], completed=done, total=total, note=note)
+            return
+        tenth = 10 * done // max(total, 1)
+        if tenth > self._tenths.get(stage, 0):
+            self._tenths[stage] = tenth
+            ERRORS.print(f"{stage}: {done}/{total} {note}")
+
+
 def counted(answers: Iterable[Any], total: int, show: Callable[[int, int], None]) -> Iterator[Any]:
     """Yields answers and advances the bar."""
     for done, answer in enumerate(answers, 1):

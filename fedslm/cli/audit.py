@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedslm.cli.answers import stages
 from fedslm.cli.console import ERRORS, Json, clear_errors
 from fedslm.errors import plural, printable
 from fedslm.extras import is_installed, missing
@@ -105,12 +106,13 @@ def run(
 
         if empirical and not is_installed("torch"):
             raise missing("torch", "the attack with canaries (--no-empirical leaves it out)")
-        with ERRORS.status("checking ledgers, statements and accountants ..."):
+        with stages() as watcher:
             audit = audit_run(
                 path,
                 others=tuple(others),
                 group_sizes=tuple(records_per_person),
                 empirical=empirical,
+                on_progress=watcher.on_progress,
             )
         if as_json:
             typer.echo(json_text(audit))

@@ -9,22 +9,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedslm import layout
-from fedslm.cli.answers import print_table
+from fedslm.cli.answers import print_table, stages
 from fedslm.cli.console import ERRORS, INTERRUPTED, TRAIN, Json, Overrides, clear_errors
+from fedslm.config import values_of
 from fedslm.errors import plural
 from fedslm.storage import json_text
 
 if TYPE_CHECKING:
     from fedslm.distillation.pipeline import Watcher
-    from fedslm.distillation.proof import ProofRequest
-    from fedslm.distillation.run import PreparedJob
 
 distill_app = typer.Typer()
 
 _GIGA = 1e9
+# Keys and arguments of Python, and the options that set them.
+_OPTIONS = {
+    "distill.student": "--student",
+    "distill.source": "--data",
+    "distill.split": "--split",
+    "distill.method": "--method",
+    "distill.general_source": "--general",
+    "distill.steps": "--steps",
+    "distill.device": "--device",
+    "test": "--test",
+    "test_split": "--test-split",
+    "probe": "--probe",
+    "probe_split": "--probe-split",
+    "seeds": "--seeds",
+    "resamples": "--resamples",
+}
 
 
 @distill_app.command(rich_help_panel=TRAIN)
@@ -102,8 +116,8 @@ def distill(
 
     Example: `fedslm distill runs/story --student big --data public.jsonl --prove --seeds 3`
     """
-    with clear_errors():
-        from fedslm.distillation.run import distill, prepare
+    with clear_errors(_OPTIONS):
+        from fedslm.api import students
         from fedslm.inference.trained import open_run
 
         opened = open_run(run, base=base)
@@ -116,81 +130,44 @@ def distill(
             "steps": steps,
             "device": device,
         }
-        settings = _settings(opened.distill, given, overrides)
-        prepared = prepare(opened, settings, drop_overlap=drop_overlap)
-        if dry_run:
-            _estimated(prepared, as_json)
-            return
-        target = out or opened.directory / layout.DISTILLED
+        settings = {f"distill.{key}": value for key, value in given.items() if value is not None}
+        settings |= values_of(overrides)
+        prepared = students.prepared(opened, settings, drop_overlap=drop_overlap)
         question = None
         if prove:
-            places = [(test, test_split), (probe, probe_split)]
-            question = _question(prepared, places, seeds, resamples, ceiling=ceiling)
+            proof = students.Proof(
+                test, test_split, probe, probe_split, seeds, resamples, ceiling=ceiling
+            )
+            question = students.question(prepared, proof)
         elif test or probe:
             raise typer.BadParameter("--test and --probe are for --prove")
-        with _watching(target) as watcher:
-            report = distill(prepared, target, watcher, question)
+        if dry_run:
+            _say_estimate(students.estimated(prepared), as_json)
+            return
+        with _watching(out or opened.directory / layout.DISTILLED) as (target, watcher):
+            report = students.taught(prepared, target, question, watcher)
         _say(report, as_json)
 
 
-def _question(
-    prepared: PreparedJob,
-    places: list[tuple[str | None, str]],
-    seeds: int,
-    resamples: int,
-    *,
-    ceiling: bool,
-) -> ProofRequest:
-    """Builds the proof request: on the run's own test records unless others are given."""
-    from fedslm.distillation.proof import GROUP, ProofRequest
-    from fedslm.inference.evaluation import Elsewhere, other_rows
-
-    (test, test_split), (probe, probe_split) = places
-    run, tests, probed = prepared.job.run, prepared.tests, []
-    if test is not None:
-        tests = other_rows(run, Elsewhere(test, test_split))
-    if probe is not None:
-        probed = other_rows(run, Elsewhere(probe, probe_split, optional=frozenset({GROUP})))
-    return ProofRequest(tests, probed, prepared.general, seeds, resamples, ceiling)
-
-
-def _settings(section: Any, given: dict[str, Any], overrides: list[str]) -> Any:
-    """Returns the run's own ``[distill]`` section with the command-line options applied."""
-    from fedslm.config import DistillConfig, section_from, with_overrides
-
-    values = section.model_dump(mode="json")
-    values |= {key: value for key, value in given.items() if value is not None}
-    strangers = [each for each in overrides if not each.startswith("distill.")]
-    if strangers:
-        raise typer.BadParameter(f"--set {strangers[0]}: only distill.… can be set here")
-    return section_from(
-        DistillConfig, "distill", with_overrides({"distill": values}, overrides)["distill"]
-    )
-
-
-def _estimated(prepared: PreparedJob, as_json: bool) -> None:
+def _say_estimate(found: dict[str, Any], as_json: bool) -> None:
     """Prints the estimated cost."""
-    from fedslm.distillation.estimate import estimate
-
-    found, job = estimate(prepared.job), prepared.job
-    total = found.total_bytes(two_passes=bool(job.settings.cached_samples))
     if as_json:
-        values = {**vars(found), "total_bytes": total, "method": job.settings.method}
-        typer.echo(json_text(values))
+        typer.echo(json_text(found))
         return
-    student, teacher = found.parameters
+    student, teacher = found["parameters"]
+    total, device = found["total_bytes"], found["device"]
     rows = [
-        ("method", job.settings.method),
-        ("public records", f"{len(job.rows):,}"),
-        ("student", f"{student:,} parameters, {found.trained:,} of its adapter are trained"),
+        ("method", found["method"]),
+        ("public records", f"{found['public_records']:,}"),
+        ("student", f"{student:,} parameters, {found['trained']:,} of its adapter are trained"),
         ("teacher", f"{teacher:,} parameters"),
-        ("memory", f"about {total / _GIGA:.2f} GB on {found.device}"),
-        ("time", f"about {_duration(found.seconds)} for {plural(job.settings.steps, 'step')}"),
+        ("memory", f"about {total / _GIGA:.2f} GB on {device}"),
+        ("time", f"about {_duration(found['seconds'])} for {plural(found['steps'], 'step')}"),
     ]
     print_table(
         "", ("quantity", "estimate"), rows, ["rough: the true value is often half or twice this"]
     )
-    if found.device_bytes is not None and total > 0.9 * found.device_bytes:
+    if found["device_bytes"] is not None and total > 0.9 * found["device_bytes"]:
         ERRORS.print(
             "this may not fit into memory: set distill.quantization=int4, "
             "distill.gradient_checkpointing=true or distill.cached_samples=16",
@@ -210,43 +187,14 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
-def _watching(target: Path) -> Iterator[Watcher]:
-    """Bars for the stages on a terminal; elsewhere a line for each tenth."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=ERRORS, transient=True, disable=not ERRORS.is_terminal) as bar:
-        try:
-            yield _Stages(bar)
-        except KeyboardInterrupt:
-            bar.stop()
-            ERRORS.print(f"interrupted; run the same command again to resume from {target}")
-            raise typer.Exit(INTERRUPTED) from None
-
-
-class _Stages:
-    """Shows one progress bar per stage."""
-
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
-        self._tasks: dict[str, Any] = {}
-        self._tenths: dict[str, int] = {}
-
-    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Advances a stage's bar."""
-        if ERRORS.is_terminal:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._bar.add_task(stage, total=total, note="")
-            self._bar.update(self._tasks[stage], completed=done, total=total, note=note)
-            return
-        tenth = 10 * done // max(total, 1)
-        if tenth > self._tenths.get(stage, 0):
-            self._tenths[stage] = tenth
-            ERRORS.print(f"{stage}: {done}/{total} {note}")
+def _watching(target: Path) -> Iterator[tuple[Path, Watcher]]:
+    """Progress of the stages; Ctrl-C says how to continue."""
+    try:
+        with stages() as shown:
+            yield target, shown
+    except KeyboardInterrupt:
+        ERRORS.print(f"interrupted; run the same command again to resume from {target}")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _say(report: dict[str, Any], as_json: bool) -> None:

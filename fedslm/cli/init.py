@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -17,13 +16,13 @@ from fedslm import config as configuration
 from fedslm.cli.answers import print_facts
 from fedslm.cli.console import ERRORS, TRAIN, clear_errors, complete
 from fedslm.cli.data import remarks, seen
+from fedslm.cli.questions import NEEDED, answered, check_given, column_of, task_of
 from fedslm.config import Config
-from fedslm.config.base import TaskName
 from fedslm.config.tasks import TASKS
-from fedslm.data.database import is_url, refuse_password
+from fedslm.data.database import refuse_password
 from fedslm.drafting.draft import Wish, text_of, values_of
-from fedslm.errors import DataError, PrivacyError, Unusable, plural
-from fedslm.storage import expand, write_text
+from fedslm.errors import DataError, PrivacyError, TrainingError, Unusable, plural
+from fedslm.storage import write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,16 +34,7 @@ _PRIVATE = (
     "The counts above come from the private records: they stay on this screen. Only names of columns "
     "and the number of clients are written."
 )
-_NEEDED = {
-    "data": "private records: a file, a directory, a hub name, a database URL or demo",
-    "task": f"what is learned: {', '.join(TASKS)}",
-    "base": "base model: a directory, a hub name or demo",
-    "unit": "record, the column that names a person, or none",
-    "epsilon": "privacy budget of each client over the whole run; none is assumed (1 to 8 is common)",
-    "query": "SQL that gives the private rows",
-    "evaluation": "public records to evaluate on; `fedslm data split` makes them from one file",
-    "evaluation_query": "SQL that gives the public rows",
-}
+_TASK = "What is learned; default: a guess, from the columns and the base."
 # Config keys, and the options that set them.
 _OPTIONS = {
     "data.source": "--data",
@@ -71,15 +61,13 @@ def init(
     path: Annotated[Path, typer.Argument(help="The file to write.", metavar="[FILE]")] = Path(
         "fedslm.toml"
     ),
-    data: Annotated[str | None, typer.Option(help=_NEEDED["data"])] = None,
+    data: Annotated[str | None, typer.Option(help=NEEDED["data"])] = None,
     text: Annotated[str | None, typer.Option(help="Column with the input; default: a guess.")] = None,
     label: Annotated[str | None, typer.Option(help="Column with the target; default: a guess.")] = None,
-    task: Annotated[
-        str | None, typer.Option(help=_NEEDED["task"], click_type=click.Choice(list(TASKS)))
-    ] = None,
-    base: Annotated[str | None, typer.Option(help=_NEEDED["base"])] = None,
-    epsilon: Annotated[float | None, typer.Option(help=_NEEDED["epsilon"])] = None,
-    unit: Annotated[str | None, typer.Option(help=_NEEDED["unit"])] = None,
+    task: Annotated[str | None, typer.Option(help=_TASK, click_type=click.Choice(list(TASKS)))] = None,
+    base: Annotated[str | None, typer.Option(help=NEEDED["base"])] = None,
+    epsilon: Annotated[float | None, typer.Option(help=NEEDED["epsilon"])] = None,
+    unit: Annotated[str | None, typer.Option(help=NEEDED["unit"])] = None,
     clients: Annotated[
         int | None,
         typer.Option(min=1, help="Simulated clients; default: those in --client-column, else 1."),
@@ -87,11 +75,14 @@ def init(
     client_column: Annotated[
         str | None, typer.Option(help="Column that names the client of a record.")
     ] = None,
-    evaluation: Annotated[str | None, typer.Option(help=_NEEDED["evaluation"])] = None,
+    evaluation: Annotated[str | None, typer.Option(help=NEEDED["evaluation"])] = None,
     train_split: Annotated[str, typer.Option(help="Private split of --data.")] = "train",
     evaluation_split: Annotated[str, typer.Option(help="Public split.")] = "test",
-    query: Annotated[str | None, typer.Option(help=_NEEDED["query"])] = None,
-    evaluation_query: Annotated[str | None, typer.Option(help=_NEEDED["evaluation_query"])] = None,
+    query: Annotated[str | None, typer.Option(help=NEEDED["query"])] = None,
+    evaluation_query: Annotated[str | None, typer.Option(help=NEEDED["evaluation_query"])] = None,
+    timing: Annotated[
+        bool, typer.Option(help="Time passes of the base for some seconds, to estimate a run's time.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
 ) -> None:
     """Write a config for your own data, and show its first privacy plan.
@@ -101,13 +92,13 @@ def init(
 
     Example: `fedslm init my.toml --data notes.csv --evaluation public.csv --unit patient --epsilon 3`
     """
-    given = {key: value for key, value in locals().items() if key not in ("path", "force")}
+    given = {key: value for key, value in locals().items() if key not in ("path", "timing", "force")}
     with clear_errors(_OPTIONS):
         _check_target(path, force=force)
-        _check_given(given)
+        check_given(given)
         wish, private = _described(given)
         config, content = _drafted(wish, private, path)
-        plan = _plan(config)
+        plan = _plan(config, len(private) if timing else None)
         write_text(path, content)
         print_facts(plan, [])
         _say_next(path)
@@ -128,55 +119,6 @@ def _check_target(path: Path, *, force: bool) -> None:
         raise Unusable(f"FILE={str(path)!r} cannot be written: {above} is not a writable directory")
 
 
-def _check_given(values: dict[str, Any]) -> None:
-    """Refuses options that contradict each other, and missing ones if there is nobody to ask.
-
-    Raises:
-        Unusable: Names the options.
-        DataError: A URL holds a password.
-    """
-    if values["unit"] == "none" and values["epsilon"] is not None:
-        raise Unusable("--epsilon is only for a unit; leave it out with --unit none")
-    for source in filter(None, (values["data"], values["evaluation"])):
-        refuse_password(source)
-    missing = _missing(values)
-    if missing and not sys.stdin.isatty():
-        lines = "".join(f"\n  --{key.replace('_', '-')}: {_NEEDED[key]}" for key in missing)
-        raise Unusable(f"missing, and there is no terminal to ask at:{lines}")
-
-
-def _answered(values: dict[str, Any], keys: Sequence[str] = tuple(_NEEDED)) -> dict[str, Any]:
-    """Asks for those of some values that are missing."""
-    found = dict(values)
-    while missing := [key for key in _missing(found) if key in keys]:
-        found[missing[0]] = _asked(missing[0])
-    return found
-
-
-def _missing(values: dict[str, Any]) -> list[str]:
-    """What is still needed, in the order in which it is asked for."""
-    needed = ["data", "task", "base", "unit"]
-    if values["unit"] != "none":
-        needed.append("epsilon")
-    data = values["data"]
-    if data is not None and is_url(data):
-        needed.append("query")
-        needed += [] if values["evaluation"] else ["evaluation_query"]
-    elif data is not None and Path(expand(data)).is_file():
-        needed.append("evaluation")
-    if values["evaluation"] and is_url(values["evaluation"]):
-        needed.append("evaluation_query")
-    return [key for key in dict.fromkeys(needed) if values[key] is None]
-
-
-def _asked(key: str) -> Any:
-    """Asks for one value."""
-    if key == "task":
-        return typer.prompt("task", default="classification", type=click.Choice(list(TASKS)), err=True)
-    kind = float if key == "epsilon" else str
-    return typer.prompt(f"{key.replace('_', ' ')}: {_NEEDED[key]}\n>", type=kind, err=True)
-
-
 def _described(given: dict[str, Any]) -> tuple[Wish, Dataset]:
     """Reads the private records, and finds the columns and the number of clients.
 
@@ -186,7 +128,7 @@ def _described(given: dict[str, Any]) -> tuple[Wish, Dataset]:
     from fedslm.data.sources import load
     from fedslm.drafting.survey import columns_of
 
-    values = _answered(given, ("data", "query"))
+    values = answered(given, ("data", "query"))
     source = values["data"]
     refuse_password(source)
     private = load(source, values["train_split"], values["query"])
@@ -194,8 +136,9 @@ def _described(given: dict[str, Any]) -> tuple[Wish, Dataset]:
     ERRORS.print(f"{source}: {plural(len(private), 'record')}")
     for column in columns:
         ERRORS.print(f"  {column.name}: {column.text}")
-    values = _answered(values)
-    wish = Wish(**{**values, "task": cast(TaskName, values["task"]), "clients": values["clients"] or 1})
+    values = answered(values)
+    task = task_of(values, columns)
+    wish = Wish(**{**values, "task": task, "clients": values["clients"] or 1})
     options = {
         "--text": wish.text,
         "--label": wish.label,
@@ -239,38 +182,18 @@ def _with_columns(wish: Wish, columns: Sequence[Column]) -> Wish:
         ERRORS.print(f"columns: {', '.join(found)}, a layout that the task knows")
         return wish
     taken = [wish.unit_column, wish.client_column]
-    text = wish.text or _chosen("text", texts_in(wish.task, columns, [*taken, wish.label]), columns)
+    text = wish.text or column_of("text", texts_in(wish.task, columns, [*taken, wish.label]), columns)
     label, kind = wish.label, TASKS[wish.task].label
     if kind == "turns" and _has_turns(text, columns):
         kind = "none"
     if label is None and kind != "none":
-        label = _chosen("label", targets_in(wish.task, columns, [*taken, text]), columns)
+        label = column_of("label", targets_in(wish.task, columns, [*taken, text]), columns)
     return replace(wish, text=text, label=label)
 
 
 def _has_turns(name: str, columns: Sequence[Column]) -> bool:
     """Whether a column holds conversations, which have their answers in them."""
     return any(each.kind == "turns" for each in columns if each.name == name)
-
-
-def _chosen(key: str, guesses: Sequence[str], columns: Sequence[Column]) -> str:
-    """Says a guess, and lets a person at a terminal correct it.
-
-    Raises:
-        DataError: There is no guess and nobody to ask, or no such column.
-    """
-    there = [column.name for column in columns]
-    if sys.stdin.isatty():
-        guess = guesses[0] if guesses else None
-        asked = typer.prompt(f"{key} column", default=guess, type=click.Choice(there), err=True)
-        return str(asked)
-    if not guesses:
-        raise DataError(
-            f"no column looks like the {key}: name it with --{key}; there are {', '.join(there)}"
-        )
-    others = f", such as {guesses[1]}" if guesses[1:] else ""
-    ERRORS.print(f"{key} column: {guesses[0]} (a guess; --{key} names another{others})")
-    return guesses[0]
 
 
 def _with_clients(wish: Wish, private: Dataset, clients: int | None) -> Wish:
@@ -342,8 +265,12 @@ def _drafted(wish: Wish, private: Dataset, path: Path) -> tuple[Config, str]:
     return config, text_of(values, path)
 
 
-def _plan(config: Config) -> list[tuple[str, str]]:
-    """The first plan of a config: what is promised, and whether it leaves something to learn.
+def _plan(config: Config, records: int | None) -> list[tuple[str, str]]:
+    """The first plan of a config: what is promised, whether it leaves something to learn, and the time.
+
+    Args:
+        config: The config.
+        records: Number of private records; None: the time is not estimated.
 
     Raises:
         PrivacyError: No plan keeps this epsilon.
@@ -361,7 +288,8 @@ def _plan(config: Config) -> list[tuple[str, str]]:
             f"steps (federation.rounds · training.local_steps)"
         ) from None
     if privacy.unit == "none" or privacy.epsilon is None:
-        return [("privacy", "none: anybody who gets the adapter may learn about single records")]
+        none = "none: anybody who gets the adapter may learn about single records"
+        return [("privacy", none), *_time(made, records)]
     unit = "record" if privacy.unit_column is None else f"value of {privacy.unit_column}"
     budget = f"ε = {spent(privacy.epsilon)} at δ = {privacy.delta:g} for one {unit}"
     steps = rounds * made.training.local_steps
@@ -370,7 +298,20 @@ def _plan(config: Config) -> list[tuple[str, str]]:
         ("clients", str(made.federation.num_clients)),
         ("noise", f"noise multiplier {noise:g} in each of {plural(steps, 'step')}"),
     ]
-    return [*lines, *_outlook(made)]
+    return [*lines, *_outlook(made), *_time(made, records)]
+
+
+def _time(config: Config, records: int | None) -> list[tuple[str, str]]:
+    """The line about the time of a run."""
+    from fedslm.cli.plan import estimate
+
+    if records is None:
+        return [("time", "not estimated (--no-timing)")]
+    ERRORS.print("timing passes of the base; --no-timing leaves this out …")
+    try:
+        return [("time", estimate(config, records))]
+    except TrainingError as error:
+        return [("time", f"unknown: {error}")]
 
 
 def _outlook(config: Config) -> list[tuple[str, str]]:

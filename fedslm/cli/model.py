@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fedslm.models.footprint import Footprint, Memory
+    from fedslm.training.probe import Trial
 
 model_app = typer.Typer(help="Inspect a base model.", no_args_is_help=True)
 
@@ -168,11 +169,9 @@ def _precision(
     """Returns the precision here with the measured speed (None if there is none), and warnings."""
     from fedslm.models import precision
     from fedslm.models.base import device_of
-    from fedslm.tasks import build
-    from fedslm.training.probe import Trial, measure
+    from fedslm.training.probe import measure
 
-    learning = build(config.task, config.data, tuple(map(str, range(classes))))
-    trial = Trial(directory, config.model, config.lora, config.task, learning, records)
+    trial = _trial(config, directory, classes, records)
     emulated = precision.warning(config.model, device_of(config.model))
     warnings = [emulated] if emulated else []
     found = {"dtype": sizes.dtype, "dtype_asked": config.model.dtype}
@@ -182,6 +181,39 @@ def _precision(
         return {**found, "speed": None}, [*warnings, f"the speed is unknown: {error}"]
     warnings = [f"{each}; measured: {speed.gain:.2f} times the speed of float32" for each in warnings]
     return {**found, "speed": speed.as_json(sizes.dtype)}, warnings
+
+
+def _trial(config: Config, directory: Path, classes: int, records: int) -> Trial:
+    """Returns the pass that is timed."""
+    from fedslm.tasks import build
+    from fedslm.training.probe import Trial
+
+    learning = build(config.task, config.data, tuple(map(str, range(classes))))
+    return Trial(directory, config.model, config.lora, config.task, learning, records)
+
+
+def time_of_a_record(config: Config) -> tuple[float, float]:
+    """Times a training pass on this machine, which takes a few seconds.
+
+    Returns:
+        Seconds for a record of the maximum length; and the share of them, in [0, 1), for layers that
+        are computed once for a record and then kept.
+
+    Raises:
+        ModelError: The base model cannot be found or does not support the config.
+        TrainingError: It cannot be timed here.
+    """
+    from fedslm.models import footprint as sizing
+    from fedslm.models.base import resolve_config
+    from fedslm.training.probe import seconds_per_token
+
+    classes, _ = _classes(config)
+    directory = resolve_config(config.model)
+    sizes = sizing.footprint(directory, config.model, config.lora, config.task, classes)
+    records = _records(config, sizing.machine(config.model)[0])
+    each = seconds_per_token(_trial(config, directory, classes, records), sizes.dtype)
+    kept = _adapted(sizes, config)["cached_layers"]
+    return each * config.task.max_length, kept / (sizes.layers + 1)  # embeddings and head count as one
 
 
 def _with_cores(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,42 @@ def planned(config: Config) -> dict[str, Any]:
     return {**found, "warnings": [*model["warnings"], *_warnings(config, found)]}
 
 
+def estimate(config: Config, records: int) -> str:
+    """Returns how long a run's training takes about, from passes that are timed here.
+
+    Args:
+        config: The completed config.
+        records: Private records of all clients together.
+
+    Raises:
+        FedslmError: The base cannot be used, or no pass can be timed.
+    """
+    from fedslm.cli.model import time_of_a_record
+    from fedslm.engines.placement import placed
+
+    made, place = config.resolved(), placed(config.resolved())
+    each, kept = time_of_a_record(made)
+    each *= _PRIVATE if made.privacy.unit != "none" else 1.0
+    passed = min(_records(made), _expected(made, records))
+    whole = min(records, passed)  # of a record, the layers that are kept are computed once
+    seconds = each * (kept * whole + (1 - kept) * passed)
+    seconds /= _at_once(made, max(1, place.workers), is_on_cores="cpu" in place.devices)
+    return (
+        f"an estimate: about {_shown(seconds)} of training, from passes timed on this machine "
+        f"({1000 * each:.1f} ms for a record of task.max_length); start-up, evaluation, and tests of "
+        f"the code before the first private round are not in it"
+    )
+
+
+def _expected(config: Config, records: int) -> float:
+    """Records that the steps of a private run are expected to pass; infinite without privacy."""
+    federation, rate = config.federation, config.privacy.sample_rate
+    if config.privacy.unit == "none" or rate is None:
+        return math.inf
+    steps = federation.rounds * config.training.local_steps
+    return steps * federation.cohort_size * rate * records / federation.num_clients
+
+
 def _on_ray(config: Config, place: Placement) -> tuple[Placement, list[dict[str, Any]]]:
     """The workers in a cluster, which is asked what it has; this machine's if Ray will be started."""
     from dataclasses import replace
@@ -101,12 +138,7 @@ def _work(
     config: Config, model: dict[str, Any], processes: int, *, is_on_cores: bool
 ) -> dict[str, Any]:
     """The records that are trained on, and how long that takes at most; None if no pass was timed."""
-    from fedslm.engines.placement import cores
-
-    training, federation = config.training, config.federation
-    records = federation.rounds * federation.cohort_size * training.local_steps * training.batch_size
-    units = config.privacy.max_records_per_unit if config.privacy.unit == "user" else None
-    records *= units or 1
+    records = _records(config)
     found: dict[str, Any] = {"records": records, "seconds_per_record": None, "seconds": None}
     speed = model["speed"]
     if speed is None:
@@ -116,10 +148,24 @@ def _work(
     tokens = speed["records"] * speed["tokens"]
     each = speed["seconds"][variant] / tokens * config.task.max_length
     each *= _PRIVATE if config.privacy.unit != "none" else 1.0
-    at_once = min(processes, federation.cohort_size)
-    if is_on_cores:
-        at_once = max(1, min(at_once, cores()))
+    at_once = _at_once(config, processes, is_on_cores=is_on_cores)
     return found | {"seconds_per_record": each, "seconds": each * records / at_once}
+
+
+def _records(config: Config) -> int:
+    """The records that are trained on, at most, as expected."""
+    training, federation = config.training, config.federation
+    records = federation.rounds * federation.cohort_size * training.local_steps * training.batch_size
+    units = config.privacy.max_records_per_unit if config.privacy.unit == "user" else None
+    return records * (units or 1)
+
+
+def _at_once(config: Config, processes: int, *, is_on_cores: bool) -> int:
+    """How many clients train at the same time."""
+    from fedslm.engines.placement import cores
+
+    at_once = min(processes, config.federation.cohort_size)
+    return max(1, min(at_once, cores())) if is_on_cores else at_once
 
 
 def _disk(config: Config, model: dict[str, Any]) -> int:
@@ -219,12 +265,19 @@ def _time(found: dict[str, Any]) -> str:
     """The line about the time."""
     if found["seconds"] is None:
         return "unknown: no pass could be timed"
-    seconds = found["seconds"]
-    text = f"{max(1, seconds):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-    if seconds >= 7200:
-        text = f"{seconds / 3600:.1f} h"
     return (
-        f"about {text} if every record is task.max_length long and none is cached "
+        f"about {_shown(found['seconds'])} if every record is task.max_length long and none is cached "
         f"({1000 * found['seconds_per_record']:.1f} ms a record, timed here with one thread); "
         f"evaluation and start-up are not in it"
     )
+
+
+def _shown(seconds: float) -> str:
+    """A duration for people, of a second or more.
+
+    >>> _shown(0.2), _shown(90), _shown(7200)
+    ('1 s', '90 s', '2.0 h')
+    """
+    if seconds < 120:
+        return f"{max(1, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -11,7 +11,7 @@ import fedslm
 from fedslm.client.membership import answer_leg
 from fedslm.client.node import FAILED, Node
 from fedslm.client.personal import not_measured
-from fedslm.client.private import answer_privately
+from fedslm.client.private import answer_privately, check_affordable
 from fedslm.client.round import ClientRound, admitted
 from fedslm.client.update import make_update
 from fedslm.errors import (
@@ -24,6 +24,7 @@ from fedslm.errors import (
 )
 from fedslm.privacy.lines import ADAPTER
 from fedslm.privacy.plan import PrivatePlan
+from fedslm.protocol.legs import KEYS
 from fedslm.protocol.messages import MEASURE, Reply, Request, round_of
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,15 @@ def secagg(message: Message, context: Context) -> Message:
 
     What it promises is in :func:`fedslm.client.membership.answer_leg`. A failure is one fixed sentence.
     """
-    return _answered(message, context, answer_leg)
+    return _answered(message, context, _answer_leg)
+
+
+def _answer_leg(client_round: ClientRound) -> Reply:
+    """Answers a leg; a client that could not pay for the round takes no part in it from the start."""
+    leg, plan = client_round.request.leg, client_round.plan
+    if leg is not None and leg.name == KEYS and isinstance(plan, PrivatePlan):
+        check_affordable(client_round, plan)
+    return answer_leg(client_round)
 
 
 def _answered(message: Message, context: Context, answer: Callable[[ClientRound], Reply]) -> Message:

@@ -107,6 +107,18 @@ def _answer_masked(client_round: ClientRound, plan: PrivatePlan, ledger: Ledger)
     return replace(client_round.reply(release, ledger=ledger), body=sent.head)
 
 
+def check_affordable(client_round: ClientRound, plan: PrivatePlan) -> None:
+    """Refuses a round that the ledger does not allow, before other clients' budget depends on it.
+
+    Raises:
+        BudgetExceeded: A limit would be exceeded.
+        PolicyRefused: The ledger counts in another unit, or the run began with another plan.
+    """
+    ledger = client_round.node.ledger(plan.unit)
+    _rounds_charged(client_round, ledger, plan)
+    ledger.check(_charges(client_round, plan), client_round.node.limits(plan))
+
+
 @dataclass(frozen=True)
 class _Paid:
     """A round that was charged, and what training needs.

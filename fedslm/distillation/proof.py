@@ -27,7 +27,7 @@ from fedslm.distillation.evaluation import (
     measure_decoding,
     tests_of,
 )
-from fedslm.errors import ConfigError, DataError, Problem
+from fedslm.errors import ConfigError, Problem
 from fedslm.inference.bootstrap import Draws, Estimate, Statistics, compare
 from fedslm.inference.inputs import Rows
 from fedslm.records import AdapterState
@@ -58,8 +58,7 @@ class ProofRequest:
         ceiling: Also train the student on all private records, if a simulation has them.
 
     Raises:
-        ConfigError: A number is too small.
-        DataError: There are no test records.
+        ConfigError: A number is too small, or there are no test records.
     """
 
     tests: Rows
@@ -72,11 +71,12 @@ class ProofRequest:
     def __post_init__(self) -> None:
         if self.resamples < _FEWEST_RESAMPLES:
             message = f"value {self.resamples} must be at least {_FEWEST_RESAMPLES}"
-            raise ConfigError([Problem("--resamples", message)])
+            raise ConfigError([Problem("resamples", message)])
         if self.seeds < 1:
-            raise ConfigError([Problem("--seeds", f"value {self.seeds} must be at least 1")])
+            raise ConfigError([Problem("seeds", f"value {self.seeds} must be at least 1")])
         if not self.tests:
-            raise DataError("--prove needs test records; give them with --test")
+            message = "is missing, and the run's evaluation split is gone: a proof needs test records"
+            raise ConfigError([Problem("test", message)])
 
 
 def prove(trainer: ControlTrainer, question: ProofRequest) -> dict[str, Any]:

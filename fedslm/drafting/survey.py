@@ -37,15 +37,15 @@ _GRAIN, _SHORTEST = 32, 16
 _LONGEST = 4096  # tokens; also where a base has no limit
 _TOKENS_OF_A_WORD = 1.5
 _MOST_CLASSES = 200
-_TEXTS = ("text", "note", "sentence", "content", "body", "message", "review", "document", "title")
+TEXTS = ("text", "note", "sentence", "content", "body", "message", "review", "document", "title")
 _WORDS = ("tokens", "words")
-_PROMPTS = ("prompt", "instruction", "question", "input", "document", "dialogue", "article", *_TEXTS)
-_CLASSES = (
+PROMPTS = ("prompt", "instruction", "question", "input", "document", "dialogue", "article", *TEXTS)
+CLASSES = (
     *("label", "labels", "class", "classes", "category", "intent", "diagnosis", "department"),
     *("topic", "sentiment", "target", "kind", "type", "code"),
 )
 _TAGS = ("tags", "ner_tags", "labels")
-_ANSWERS = ("completion", "answer", "response", "output", "summary", "target", "chosen")
+ANSWERS = ("completion", "answer", "response", "output", "summary", "target", "chosen")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def texts_in(task: TaskName, columns: Iterable[Column], taken: Sequence[str | No
     free = [each for each in columns if each.name not in taken]
     if TASKS[task].classes == "each word":
         return _ranked(free, _WORDS, lambda each: each.kind == "list", lambda each: each.different)
-    known = _PROMPTS if TASKS[task].has_prompt or TASKS[task].reads_turns else _TEXTS
+    known = PROMPTS if TASKS[task].has_prompt or TASKS[task].reads_turns else TEXTS
     texts = [each for each in free if each.kind == "text" and (each.words > 1 or each.name in known)]
     return _ranked(texts, known, lambda _: True, lambda each: each.words)
 
@@ -173,16 +173,17 @@ def targets_in(
         case "several":
             found = [each for each in free if each.kind in ("text", "list")]
             return _ranked(
-                found, _CLASSES, lambda each: each.kind == "list", lambda each: -each.different
+                found, CLASSES, lambda each: each.kind == "list", lambda each: -each.different
             )
         case "one":
             found = [each for each in free if each.kind in ("text", "number")]
-            few = [each for each in found if each.is_like_classes or each.name.lower() in _CLASSES]
-            return _ranked(few, _CLASSES, lambda _: True, lambda each: -each.different)
+            few = [each for each in found if each.is_like_classes or each.name.lower() in CLASSES]
+            return _ranked(few, CLASSES, lambda _: True, lambda each: -each.different)
         case _ if kind.label == "none":
             return ()
-    found = [each for each in free if each.kind == "text"]
-    return _ranked(found, _ANSWERS, lambda each: each.words > 1, lambda each: each.words)
+    numbers = [each for each in free if each.kind == "number" and each.name.lower() in ANSWERS]
+    found = [*(each for each in free if each.kind == "text"), *numbers]
+    return _ranked(found, ANSWERS, lambda each: each.words > 1, lambda each: each.words)
 
 
 def _ranked(

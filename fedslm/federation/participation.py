@@ -41,6 +41,29 @@ def came_to_nothing(records: Sequence[RoundRecord]) -> str:
     return "\n".join(lines)
 
 
+def unknown_rounds(records: Sequence[RoundRecord], client: int, after: int) -> int:
+    """Number of rounds that a client may have paid for, of which no statement of its own came.
+
+    A client pays before its update leaves. So one whose reply was late, or whose round the server lost,
+    may have paid; a client that answered with a reason has not, or its statement says so.
+
+    Args:
+        records: All rounds of the run.
+        client: Index of the client.
+        after: The round of its last statement.
+    """
+    return sum(
+        is_lost(record) or reasons_of(record).get(client) == "late"
+        for record in records
+        if record.round > after
+    )
+
+
+def is_lost(record: RoundRecord) -> bool:
+    """Whether the server stopped during a round: then no client was counted."""
+    return not record.completed + record.failed + record.late + record.refused
+
+
 def reasons_of(record: RoundRecord) -> dict[int, str]:
     """Client to the reason why it was not in a round's aggregate."""
     if record.left_out:

@@ -8,6 +8,7 @@ from fedslm.config import Config, PrivacyConfig
 from fedslm.errors import Problem
 from fedslm.privacy.plan import ONE_STEP
 from fedslm.secagg.cohort import MOST_NODES, threshold_for
+from fedslm.secagg.roster import MOST_MEMBERS
 
 _DEFAULT_BOUND = 3.0
 
@@ -58,7 +59,7 @@ def _nodes(config: Config) -> Iterator[Problem]:
     if secure.threshold > cohort:
         yield Problem(key, f"value {secure.threshold} exceeds the cohort of {cohort}")
     if secure.protocol == "masked":
-        yield from _masked(secure.threshold, secure.max_colluding, cohort)
+        yield from _masked(config, secure.threshold)
     if secure.threshold - secure.max_colluding < 2:
         message = (
             f"value {secure.max_colluding} leaves {secure.threshold - secure.max_colluding} honest of "
@@ -67,9 +68,16 @@ def _nodes(config: Config) -> Iterator[Problem]:
         yield Problem("secure_aggregation.max_colluding", message)
 
 
-def _masked(threshold: int, max_colluding: int, cohort: int) -> Iterator[Problem]:
+def _masked(config: Config, threshold: int) -> Iterator[Problem]:
     """What the protocol asks of a cohort, further to the noise."""
-    if cohort > MOST_NODES:
+    cohort, max_colluding = config.federation.cohort_size, config.secure_aggregation.max_colluding
+    if config.federation.num_clients > MOST_MEMBERS:
+        message = (
+            f'value "masked" is for up to {MOST_MEMBERS:,} clients, all of them on one signed roster; '
+            f'in a simulation of more, set "ideal"'
+        )
+        yield Problem("secure_aggregation.protocol", message)
+    elif cohort > MOST_NODES:
         message = (
             f'value "masked" is for cohorts of up to {MOST_NODES} clients, of which each shares a mask '
             f"with every other, and this one has {cohort}; set federation.clients_per_round, or, in a "

@@ -27,8 +27,12 @@ class GivenBase:
     tokenizer: Any = None
 
     @classmethod
-    def of(cls, value: object) -> GivenBase | None:
+    def of(cls, value: object, key: str = "model") -> GivenBase | None:
         """Checks what a caller gave; None stays None.
+
+        Args:
+            value: A hub name, a directory, or a pair of a transformers model and its tokenizer.
+            key: The argument that it was given as, for errors.
 
         Raises:
             ConfigError: It is no base, or holds an adapter, a task's head or no weights.
@@ -46,8 +50,13 @@ class GivenBase:
                     f"transformers model and its tokenizer as a pair"
                 )
         if problem:
-            raise ConfigError([Problem("model", problem)])
+            raise ConfigError([Problem(key, problem)])
         return cls("", network, tokenizer)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it is a loaded model."""
+        return self.network is not None
 
     def changes(self, folder: Path) -> Mapping[str, Any]:
         """Returns the config keys that make a run read this base.
@@ -55,7 +64,7 @@ class GivenBase:
         Args:
             folder: Directory of its files, for a loaded model.
         """
-        if self.network is None:
+        if not self.is_loaded:
             return {"model.base": self.name}
         return {"model.base": str(folder), "model.revision": None}
 

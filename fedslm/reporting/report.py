@@ -14,6 +14,7 @@ from fedslm.config import Config
 from fedslm.config.tasks import TASKS
 from fedslm.errors import RunError
 from fedslm.federation.checkpoint import RunDirectory
+from fedslm.federation.participation import unknown_rounds
 from fedslm.federation.rounds import Outcome
 from fedslm.models.peft_export import plain
 from fedslm.privacy import accounting
@@ -210,6 +211,8 @@ def _measured(inputs: Inputs) -> dict[str, Any] | None:
 def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, ...]]:
     """Returns each client's charges in this run, from its ledger (simulation) or its statement.
 
+    A round of which no statement came counts as charged if it may have been.
+
     Clients without a directory and a statement are left out: most of a large population.
     """
     if not isinstance(inputs.plan, PrivatePlan):
@@ -223,7 +226,10 @@ def _charged(directory: RunDirectory, inputs: Inputs) -> dict[str, tuple[Event, 
         if (node / layout.LEDGER).exists():
             events = read_chain(node / layout.LEDGER, read_public_key(node / PUBLIC_KEY)).events
         else:
-            events = statements[client].events if client in statements else ()
+            events = ()
+            if (last := statements.get(client)) is not None:
+                perhaps = unknown_rounds(directory.records(), client, last.round)
+                events = last.events + perhaps * inputs.plan.round_events
         charged[inputs.clients[client]] = events
     return charged
 

@@ -9,7 +9,7 @@ code does what the accountant assumes, not a proof: the upper bound is the accou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +77,11 @@ class EmpiricalBound:
 
 
 def empirical_bound(
-    plan: PrivatePlan, *, canaries: int = 20_000, confidence: float = 0.95
+    plan: PrivatePlan,
+    *,
+    canaries: int = 20_000,
+    confidence: float = 0.95,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> EmpiricalBound:
     """Attacks one client's round with canaries in the gradients.
 
@@ -91,6 +95,7 @@ def empirical_bound(
         plan: ``steps_per_round`` steps are attacked, at its sampler, clip and noise.
         canaries: Most canaries, >= 2,000; fewer are used if they would take long.
         confidence: In (0, 1).
+        on_step: Is called after each step with the number of steps done and of all.
 
     References:
         Jagielski et al. 2020 (arXiv 2006.07709); Nasr et al. 2023 (arXiv 2302.07956); Steinke et al.
@@ -100,8 +105,9 @@ def empirical_bound(
     canaries = min(canaries, max(_FEWEST, affordable))
     present = SecureStream().bernoulli(canaries, 0.5)
     scores = np.zeros(canaries)
-    for release in _releases(plan, present):
+    for step, release in enumerate(_releases(plan, present), 1):
         scores += _log_likelihood_ratio(plan, release)
+        on_step(step, plan.steps_per_round)
     fitted = np.arange(canaries) % 2 == 0
     fitting = _Scores(scores[fitted], present[fitted])
     judging = _Scores(scores[~fitted], present[~fitted])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Message
-from support.served import ask, chain_of, context_of, first_request, with_plan
+from support.served import ask, chain_of, context_of, first_request, with_plan, write_policy
 from support.tiny import PRIVATE
 
 from fedslm import layout
@@ -28,6 +28,7 @@ from fedslm.workers import InlinePool
 
 MakeConfig = Callable[..., Config]
 CLIENTS = (0, 1, 2)
+ALLOWS = {"allow_distributed_noise": True, "least_honest_nodes": 2, "most_colluding_nodes": 1}
 
 
 class Hostile:
@@ -43,7 +44,9 @@ class Hostile:
         roster = roster_at(self.nodes)
         size = num_values(expected_shapes(request, 0))
         run = request.setup.run_id
-        self.server = Server(Cohort(run, round, 1, CLIENTS, 3, 1, size, roster.sha256), roster)
+        self.server = Server(
+            Cohort(run, round, 1, CLIENTS, 3, 1, size, roster.sha256, request.setup.plan_sha256), roster
+        )
 
     def leg(self, name: str, body: bytes, client: int, request: Request | None = None) -> Reply:
         """One leg of one node."""
@@ -174,6 +177,19 @@ def test_a_policy_refuses_before_the_first_leg(request_: Request) -> None:
     assert "shares no noise" in hostile.leg(KEYS, hostile.server.keys_request(), 0, local).reason
     ideal = with_shares(request_, protocol="ideal")
     assert "shares no noise" in hostile.leg(KEYS, hostile.server.keys_request(), 0, ideal).reason
+
+
+def test_a_node_that_cannot_pay_takes_no_part(request_: Request) -> None:
+    """It says so in the first leg: later, the others would have paid for a sum that is not formed."""
+    hostile = Hostile(request_)
+    write_policy(hostile.nodes / layout.simulated(0), unit="record", max_rounds=1, **ALLOWS)
+    assert hostile.leg(KEYS, hostile.server.keys_request(), 0).status == "ok"
+    body = hostile.opened()[0]
+    assert ask(replace(request_, leg=Leg(INPUT, body)), context_of(0)).status == "ok"
+    later = Hostile(replace(request_, round=2), round=2)
+    reply = later.leg(KEYS, later.server.keys_request(), 0)
+    assert reply.status == "refused"
+    assert "at most 1 rounds" in reply.reason
 
 
 @pytest.mark.parametrize(

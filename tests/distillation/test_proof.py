@@ -26,7 +26,7 @@ from fedslm.distillation.controls import (
 from fedslm.distillation.models import load_student, load_teacher
 from fedslm.distillation.proof import DECODING, TEACHER, ProofRequest
 from fedslm.distillation.run import distill, prepare
-from fedslm.errors import ConfigError, DataError
+from fedslm.errors import ConfigError
 from fedslm.inference.trained import open_run
 
 Finished = Callable[[str], Path]
@@ -136,9 +136,9 @@ def test_a_gain_is_claimed_over_every_control_or_not_at_all(
 
 def test_a_question_that_cannot_be_answered() -> None:
     """No test records, too few resamples, no seed."""
-    with pytest.raises(DataError, match="--test"):
+    with pytest.raises(ConfigError, match="test: is missing"):
         ProofRequest([])
-    with pytest.raises(ConfigError, match="--resamples"):
+    with pytest.raises(ConfigError, match="resamples: value 10"):
         ProofRequest(rows_of(2, 0), resamples=10)
-    with pytest.raises(ConfigError, match="--seeds"):
+    with pytest.raises(ConfigError, match="seeds: value 0"):
         ProofRequest(rows_of(2, 0), seeds=0)

@@ -82,7 +82,9 @@ def test_a_policy_for_records_does_not_take_clients_instead(
     lines = [line for line in EXAMPLE.splitlines() if not line.startswith("allow_distributed_noise")]
     text = "\n".join(lines).replace('unit = "patient"  ', f'unit = "{unit}"  ')
     text = text.replace("= 0.8", "= 8.0").replace("delta = 1e-5", "delta = 1e-2")
-    policy = f"{text}\nallow_distributed_noise = true\nleast_honest_nodes = 3\n"
+    policy = (
+        f"{text}\nallow_distributed_noise = true\nleast_honest_nodes = 3\nmost_colluding_nodes = 0\n"
+    )
     (tmp_path / "policy.toml").write_text(policy)
     plan = calibrated_plan(whole_clients(make_config))
     node = Node(tmp_path, tmp_path, 0, deployed=False)

@@ -166,6 +166,7 @@ def test_a_round_in_which_the_server_stops_is_lost(make_config: MakeConfig) -> N
     [
         ("secure_aggregation.threshold", 3, "must be at least 4"),
         ("federation.num_clients", 300, "up to 256"),
+        ("federation.num_clients", 10_001, "up to 10,000"),
         ("secure_aggregation.leg_deadline_seconds", 0, "greater than 0"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from fedslm.deployment.authority import rekey
 from fedslm.deployment.runs import overrides_of
 from fedslm.deployment.status import status_of
 from fedslm.errors import RunError
-from fedslm.federation.participation import came_to_nothing
+from fedslm.federation.participation import came_to_nothing, unknown_rounds
 from fedslm.flower import serve_flower
 from fedslm.privacy.keys import public_hex
 from fedslm.records import RoundRecord
@@ -33,6 +34,15 @@ MakeConfig = Callable[..., Config]
 def record(number: int, *reasons: str, completed: int = 0, kept: bool = True) -> RoundRecord:
     """A round's line."""
     return RoundRecord(number, 9, completed, 1, 1, 0, kept, math.inf, {}, None, 0, 0, 1.0, reasons)
+
+
+def test_a_round_without_a_statement_may_have_been_paid_for() -> None:
+    """A late reply and a lost round count until a later statement comes; a refusal does not."""
+    late = replace(record(2, "a: late", "b: refused"), left_out=(0, 1))
+    lost = replace(record(3), failed=0, late=0)
+    rounds = [record(1, completed=9), late, lost]
+    assert [unknown_rounds(rounds, client, 1) for client in (0, 1, 2)] == [2, 1, 1]
+    assert [unknown_rounds(rounds, 0, after) for after in (0, 2, 3)] == [2, 1, 0]
 
 
 def test_the_most_frequent_reason_of_each_client() -> None:

@@ -28,6 +28,16 @@ def test_a_sound_mechanism_is_consistent_and_tight(plan: PrivatePlan) -> None:
     assert one_in_ten.measured > 0.75 * one_in_ten.bound
 
 
+def test_each_step_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """In order, to whom asked; without a listener nothing is printed."""
+    told: list[tuple[int, int]] = []
+    plan = ExamplePlan(8.0, 1e-5, 0.3, 0.8, 0.06, 16, 3)
+    empirical_bound(plan, canaries=2000, on_step=lambda done, total: told.append((done, total)))
+    empirical_bound(plan, canaries=2000)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", [RECORD, PATIENT])
 def test_few_false_alarms(plan: PrivatePlan) -> None:
