@@ -32,7 +32,7 @@ class Expectation:
         signal: The ratio over the whole run if all gradients agreed.
         needed: Below this, measured runs kept less than half of what they learned without privacy; 0 if
             no runs of this task were measured.
-        enough: From here on, they kept most of it.
+        enough: From here on, they kept most of it; 0 if none of them did.
         evidence: Those runs.
         remedies: Changes that each reach ``needed``; empty if the run reaches it.
     """
@@ -59,7 +59,9 @@ class Expectation:
         ratio = f"signal-to-noise ratio over the run: {self.signal:.2g}"
         if not self.is_measured:
             return f"{ratio}; for this task no bound was measured"
-        if self.signal >= self.enough:
+        if self.learns and not self.enough:
+            return f"{ratio}; from {self.needed:g} on, measured runs kept half of what they learn"
+        if self.enough and self.signal >= self.enough:
             return f"{ratio}; from {self.enough:g} on, measured runs kept most of what they learn"
         if self.learns:
             return (

@@ -100,21 +100,36 @@ def test_a_larger_sample_rate_is_a_remedy() -> None:
 
 
 def test_only_measured_bounds_are_stated() -> None:
-    """Where no runs were measured, the ratio is said, and no verdict."""
+    """Where no runs were measured, the ratio is said, and no verdict; else the bounds of the log."""
     bounds = {recipe.name: (recipe.needed, recipe.enough) for recipe in RECIPES}
-    assert bounds.pop("features") == (1.0, 10.0)
-    assert set(bounds.values()) == {(0.0, 0.0)}
-    found = expected(
-        config_of().model_copy(
-            update={
-                "task": configuration.section_from(
-                    configuration.TaskConfig, "task", {"name": "causal-lm"}
-                )
-            }
-        ),
-        PARAMETERS,
-    )
+    assert bounds == {
+        "features": (1.0, 10.0),
+        "tags": (1.5, 11.0),
+        "small-decoder": (1.7, 12.0),
+        "preferences": (5.0, 0.0),
+        "several-labels": (0.0, 0.0),
+        "decoder": (0.0, 0.0),
+        "encoder-decoder": (0.0, 0.0),
+    }
+    found = expected(with_task("multi-label"), PARAMETERS)
     assert found is not None
     assert not found.is_measured
     assert found.text.endswith("for this task no bound was measured")
     assert found.as_json()["learns"] is None
+
+
+def test_a_bound_without_an_upper_one_promises_half() -> None:
+    """Of preferences, no measured run kept most of what it learns."""
+    found = expected(with_task("preference"), 10)
+    assert found is not None
+    assert found.learns
+    assert "kept half of what they learn" in found.text
+    weak = expected(with_task("preference"), 10**9)
+    assert weak is not None
+    assert "this will not learn" in weak.text
+
+
+def with_task(name: str) -> configuration.Config:
+    """A config of another task."""
+    task = configuration.section_from(configuration.TaskConfig, "task", {"name": name})
+    return config_of().model_copy(update={"task": task})
