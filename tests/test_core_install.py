@@ -41,7 +41,7 @@ LACKING = {  # what it cannot, and the package that it names
     "simulate": (f"simulate {DEMO}", "train", "flwr"),
     "demo": ("demo --directory {at}/demo", "train", "torch"),
     "predict": ("predict {at}/run --text a", "train", "torch"),
-    "distill": ("distill {at}/run", "train", "torch"),
+    "distill": ("distill {at}/run", "train", "flwr"),
     "model info": (f"model info {DEMO}", "train", "datasets"),
     "config check --data": (f"config check {DEMO} --data", "train", "flwr"),
     "self-test": ("audit self-test", "train", "torch"),

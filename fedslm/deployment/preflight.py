@@ -23,7 +23,7 @@ from fedslm.deployment.conditions import reason_against
 from fedslm.deployment.enrolment import node_key
 from fedslm.deployment.fleet import check_key
 from fedslm.deployment.node import Ready, import_records, worker
-from fedslm.errors import FedslmError, RunError, plural
+from fedslm.errors import ConfigError, FedslmError, RunError, plural
 from fedslm.models.base import base_sha256, resolve
 from fedslm.privacy import clock
 from fedslm.privacy.chain import read_chain
@@ -142,7 +142,11 @@ def _ledger(directory: Path) -> str:
 
 def _roster(ready: Ready) -> str:
     """Checks who signed the list of nodes that may share noise with this one, and that it is on it."""
-    if not open_policy(ready.directory / layout.POLICY).allow_distributed_noise:
+    try:
+        policy = open_policy(ready.directory / layout.POLICY)
+    except ConfigError:  # "policy" says what is wrong with it
+        return "not checked: it is needed only if the policy allows noise that nodes share"
+    if not policy.allow_distributed_noise:
         return "not needed: the policy does not allow noise that nodes share"
     path = ready.directory / layout.SIGNED_ROSTER
     if not path.exists():

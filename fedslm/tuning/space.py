@@ -38,6 +38,7 @@ SPACES: Mapping[str, tuple[Axis, ...]] = {
     "several-labels": (_RATE, _CLIP, _ROUNDS, _STEPS, _SAMPLE),
     "tags": (_RATE, _CLIP, _ROUNDS, _STEPS, _SAMPLE),
     "small-decoder": (_RATE, _CLIP, _ROUNDS, _STEPS, _SAMPLE, _SCALING),
+    "preferences": (_RATE, _CLIP, _ROUNDS, _STEPS, _SAMPLE, _SCALING),
     "decoder": (_RATE, _CLIP, _ROUNDS, _SAMPLE, _SCALING),
     "encoder-decoder": (_RATE, _CLIP, _ROUNDS, _STEPS, _SAMPLE, _SCALING),
 }

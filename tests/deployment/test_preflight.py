@@ -240,7 +240,7 @@ def test_each_check_is_named_before_it_begins(node: Ready) -> None:
         said.append(check.name)
         if check.name == "records":
             break
-    names = ("version and bundle", "policy", "keys and ledger", "records")
+    names = ("version and bundle", "policy", "keys and ledger", "roster", "records")
     assert said == [each for name in names for each in (f"checking {name}", name)]
 
 

@@ -178,7 +178,7 @@ def test_the_shares_add_up_to_the_noise(clip_norm: float, noise: float) -> None:
         {"threshold": 3.0, "max_colluding": 0},
         {"threshold": 2**21, "max_colluding": 0},
         {"threshold": 3, "max_colluding": 1, "grid_bits": 8},
-        {"threshold": 3, "max_colluding": 1, "protocol": "masked"},
+        {"threshold": 3, "max_colluding": 1, "protocol": "plain"},
         {"threshold": 3, "max_colluding": True},
     ],
 )
