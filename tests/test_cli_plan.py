@@ -111,6 +111,18 @@ def test_the_estimate_follows_from_the_plan(
         assert f"about {plan._shown(expected / 2)} of training" in plan.estimate(config, 400)
 
 
+def test_where_only_a_head_is_trained_all_layers_are_computed_once(tmp_path: Path) -> None:
+    """The share of the time that is not repeated in later rounds: all of it, or less with LoRA."""
+    text = CONFIG.format(directory=tmp_path / "run", unit="none", private="")
+    (tmp_path / "config.toml").write_text(text)
+    config = from_toml(tmp_path / "config.toml")
+    head = config.model_copy(
+        update={"aggregation": config.aggregation.model_copy(update={"method": "head"})}
+    )
+    assert model.time_of_a_record(head.resolved())[1] == 1.0
+    assert model.time_of_a_record(config.resolved())[1] < 1.0
+
+
 def test_data_on_this_machine_count_on_disk(tmp_path: Path) -> None:
     """A run keeps a copy of its records."""
     source = tmp_path / "data"

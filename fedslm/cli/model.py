@@ -196,7 +196,7 @@ def time_of_a_record(config: Config) -> tuple[float, float]:
     """Times a training pass on this machine, which takes a few seconds.
 
     Returns:
-        Seconds for a record of the maximum length; and the share of them, in [0, 1), for layers that
+        Seconds for a record of the maximum length; and the share of them, in [0, 1], for layers that
         are computed once for a record and then kept.
 
     Raises:
@@ -213,7 +213,9 @@ def time_of_a_record(config: Config) -> tuple[float, float]:
     records = _records(config, sizing.machine(config.model)[0])
     each = seconds_per_token(_trial(config, directory, classes, records), sizes.dtype)
     kept = _adapted(sizes, config)["cached_layers"]
-    return each * config.task.max_length, kept / (sizes.layers + 1)  # embeddings and head count as one
+    whole = kept == sizes.layers  # only a head is trained, which takes almost no time
+    share = 1.0 if whole else kept / (sizes.layers + 1)  # embeddings and head count as one
+    return each * config.task.max_length, share
 
 
 def _with_cores(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
