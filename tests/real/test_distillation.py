@@ -129,6 +129,7 @@ def test_medical_topics_at_epsilon_8(assets: Path, tmp_path: Path) -> None:
     assert found["arms"][FEDERATED]["headline"]["value"] > 0.35
 
 
+@pytest.mark.timeout(2400)  # one thread for nine minutes of work, and other tests next to it
 def test_plays_reach_a_model_of_stories(assets: Path, tmp_path: Path) -> None:
     """Speakers of Shakespeare teach a wider model of children's stories, which stays one on stories.
 
