@@ -12,14 +12,13 @@ itself, without factors.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from dictionary import analytic_sigma
-from ideas import ARMS, CLIENTS, SETS, Features, trained
+from ideas import ARMS, CLIENTS, Features, printed, trained
 
 Array = np.ndarray[Any, Any]
 RANK, STEPS, CLIP, RATES = 8, 16, 0.3, (30.0, 100.0, 300.0, 1000.0)
@@ -131,16 +130,5 @@ def lines(names: Sequence[str], epsilons: Sequence[float], seeds: Sequence[int])
     yield f"| the head itself (the recipe) | {' | '.join(row)} |"
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"left out: {', '.join(SETS)}")
-    parser.add_argument("--epsilon", nargs="+", type=float, default=[8.0, 3.0])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    asked = parser.parse_args()
-    for line in lines(asked.names or SETS, asked.epsilon, asked.seeds):
-        print(line, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    printed(__doc__, lines)

@@ -210,9 +210,14 @@ def lines(names: Sequence[str], epsilons: Sequence[float], seeds: Sequence[int])
         yield f"| {title} | {' | '.join(row)} |"
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def printed(about: str | None, lines: Callable[..., Iterator[str]]) -> None:
+    """Reads what is asked for, and prints a table.
+
+    Args:
+        about: The text of ``--help``.
+        lines: Yields the lines for sets, epsilons and seeds.
+    """
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"left out: {', '.join(SETS)}")
     parser.add_argument("--epsilon", nargs="+", type=float, default=[8.0, 3.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
@@ -222,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    printed(__doc__, lines)
