@@ -114,7 +114,7 @@ RECIPES: tuple[Recipe, ...] = (
         values=_SMALL_DECODER,
         sample_rate=0.1,
         clip_norm=1.0,
-        needed=1.7,
+        needed=0.7,
         enough=12.0,
         evidence="shakespeare and medquad on stories260K, 20 and 9 clients",
     ),

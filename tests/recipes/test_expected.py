@@ -105,7 +105,7 @@ def test_only_measured_bounds_are_stated() -> None:
     assert bounds == {
         "features": (1.0, 10.0),
         "tags": (1.5, 11.0),
-        "small-decoder": (1.7, 12.0),
+        "small-decoder": (0.7, 12.0),
         "preferences": (5.0, 0.0),
         "several-labels": (0.0, 0.0),
         "decoder": (0.0, 0.0),
