@@ -21,7 +21,7 @@ from fedslm.deployment.rosters import know_authority
 from fedslm.errors import FederationError, RunError, Unusable
 from fedslm.federation.checkpoint import RunDirectory
 from fedslm.federation.masked import admitted_members
-from fedslm.federation.roster import Registered, chosen_nodes
+from fedslm.federation.roster import chosen_nodes
 from fedslm.federation.spends import SPENDS, read_standings
 from fedslm.federation.standings import Standing
 from fedslm.storage import locked, write_text
@@ -95,11 +95,10 @@ def start(control: Control, server: Path, config: Config, *, resume: bool) -> tu
             raise Unusable(f"{directory} contains no run to continue")
         if (directory / layout.REPORT).exists():
             raise RunError(f"{directory} is finished: see {directory / 'report.md'}")
-        if not exists:
-            _check_nodes(server, config)
         if config.privacy.shares_noise:
             know_authority(server)
-            admitted_members(server, chosen_nodes_of(server, config))
+        if not exists:
+            _check_nodes(server, config)
         (directory / layout.ERROR).unlink(missing_ok=True)  # its content is from an earlier attempt
         run_id = control.start(overrides_of(server, config))
         write_text(_started(directory), str(run_id))
@@ -290,22 +289,17 @@ def _number(directory: Path) -> int | None:
         return None
 
 
-def chosen_nodes_of(server: Path, config: Config) -> dict[int, Registered]:
-    """The nodes with which a new run of a config would begin.
-
-    Raises:
-        FederationError: They do not match the config.
-    """
-    return chosen_nodes(server / NODES, config.federation.nodes, config.federation.num_clients)
-
-
 def _check_nodes(server: Path, config: Config) -> None:
     """Refuses a new run before it begins if too few of its nodes can take part.
 
     Raises:
-        FederationError: The nodes do not match the config, or too many are excluded.
+        FederationError: The nodes do not match the config, too many are excluded, or they share noise
+            and the authority has signed no roster of them.
     """
-    federation, nodes = config.federation, chosen_nodes_of(server, config)
+    federation = config.federation
+    nodes = chosen_nodes(server / NODES, federation.nodes, federation.num_clients)
+    if config.privacy.shares_noise:
+        admitted_members(server, nodes)
     standings = read_standings(server / SPENDS)
     out = [node.name for node in nodes.values() if standings.get(node.ledger_key, Standing()).out]
     least = federation.min_clients or 1
