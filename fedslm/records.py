@@ -312,6 +312,8 @@ class RoundRecord:
             and in runs of older versions.
         reasons: One line for each client that is missing from the aggregate: its name and the reason.
         left_out: Indices of these clients, in the same order; empty in runs of older versions.
+        unknown: Indices of clients that may have paid for the round although no statement of it came:
+            those that were late or failed, or all of a round that the server lost.
         private_metric: Mean score of the round's starting adapter on the clients' own data, from noisy
             releases; None if it was not requested.
     """
@@ -333,3 +335,4 @@ class RoundRecord:
     left_out: tuple[int, ...] = field(default=())
     private_metric: float | None = None
     evaluation_seconds: float = 0.0
+    unknown: tuple[int, ...] = field(default=())

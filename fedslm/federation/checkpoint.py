@@ -365,7 +365,7 @@ def _line(record: RoundRecord) -> str:
 
 
 def _record(values: Mapping[str, Any]) -> RoundRecord:
-    """Reads a round's line; older versions did not write ``left_out``."""
+    """Reads a round's line; older versions did not write ``left_out`` and ``unknown``."""
     for name in ("round", "cohort", "completed", "failed", "late", "refused"):
         if not is_index(values[name]):
             raise ValueError(f"{name}={values[name]!r} must be a whole number >= 0")
@@ -374,6 +374,7 @@ def _record(values: Mapping[str, Any]) -> RoundRecord:
         "epsilon": _epsilon(values["epsilon"]),
         "reasons": tuple(values["reasons"]),
         "left_out": tuple(values.get("left_out", ())),
+        "unknown": tuple(values.get("unknown", ())),
     }
     return RoundRecord(**{**values, **changes})
 

@@ -42,7 +42,7 @@ def take(round: Combining, client: int, answer: Reply | str) -> None:
     if isinstance(answer, str):
         return
     if isinstance(round, SummedRound):
-        if answer.words is not None and not round.is_formed_elsewhere:
+        if answer.words is not None:
             round.add(answer.words)
     elif answer.delta is not None:
         round.add(ClientUpdate(client, answer.delta, answer.weight))

@@ -23,10 +23,11 @@ from fedslm.privacy.keys import public_hex, signing_key
 from fedslm.privacy.plan import PrivatePlan
 from fedslm.privacy.shares import NoiseShares
 from fedslm.protocol.bounds import cut
-from fedslm.protocol.legs import INPUT, KEYS, SECAGG, SHARES, SURVIVORS, UNMASK, Leg
+from fedslm.protocol.legs import SECAGG, Leg
 from fedslm.protocol.messages import Reply, Request
 from fedslm.records import AdapterState
 from fedslm.secagg.cohort import Cohort
+from fedslm.secagg.kept import INPUT, KEYS, SHARES, SURVIVORS, UNMASK
 from fedslm.secagg.membership import begin_simulation, roster_at
 from fedslm.secagg.roster import Roster
 from fedslm.secagg.server import Outcome, Server

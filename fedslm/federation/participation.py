@@ -44,24 +44,14 @@ def came_to_nothing(records: Sequence[RoundRecord]) -> str:
 def unknown_rounds(records: Sequence[RoundRecord], client: int, after: int) -> int:
     """Number of rounds that a client may have paid for, of which no statement of its own came.
 
-    A client pays before its update leaves. So one whose reply was late, or whose round the server lost,
-    may have paid; a client that answered with a reason has not, or its statement says so.
+    A client pays before its update leaves, and the charge stays if training fails. A refusal is free.
 
     Args:
         records: All rounds of the run.
         client: Index of the client.
         after: The round of its last statement.
     """
-    return sum(
-        is_lost(record) or reasons_of(record).get(client) == "late"
-        for record in records
-        if record.round > after
-    )
-
-
-def is_lost(record: RoundRecord) -> bool:
-    """Whether the server stopped during a round: then no client was counted."""
-    return not record.completed + record.failed + record.late + record.refused
+    return sum(client in record.unknown for record in records if record.round > after)
 
 
 def reasons_of(record: RoundRecord) -> dict[int, str]:

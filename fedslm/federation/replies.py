@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ from flwr.app import Message
 
 from fedslm.aggregation.methods import rank_of_client, sent_keys
 from fedslm.aggregation.ranks import crop
+from fedslm.aggregation.summed import num_values
 from fedslm.errors import FedslmError
 from fedslm.privacy import accounting
 from fedslm.privacy.encoding import words_sha256
@@ -62,7 +62,7 @@ def _problem_of_values(plan: Plan, reply: Reply, shapes: Mapping[str, tuple[int,
     """Why a reply's update, or its part of a sum, cannot be used; None if it can."""
     delta, words = reply.delta, reply.words
     if isinstance(plan, PrivatePlan) and plan.shares is not None:
-        size = sum(map(math.prod, shapes.values()))
+        size = num_values(shapes)
         if words is None or words.size != size:
             return f"the reply has no part of the sum of {size} values"
         return None if words_sha256(words) == reply.delta_sha256 else _ANOTHER_HASH

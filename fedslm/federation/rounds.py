@@ -312,9 +312,11 @@ class Federation:
 
     def _lost(self, run: RunConstants, state: Checkpoint) -> Checkpoint:
         """Records a round that the server began and did not finish: its sum cannot be formed again."""
-        epsilon = epsilons.of_network(self.config.privacy, dict(state.statements))
-        record = Tally(self.config.federation.cohort_size, run.names).lost(state.round + 1, epsilon)
-        return self._recorded(state, record, dict(state.statements), None)
+        number, statements = state.round + 1, dict(state.statements)
+        cohort = choose_cohort(self.config.federation, self.config.run.seed, number)
+        epsilon = epsilons.of_network(self.config.privacy, statements)
+        record = Tally(len(cohort), run.names).lost(number, epsilon, cohort)
+        return self._recorded(state, record, statements, None)
 
     def _evaluated(
         self, run: RunConstants, server: ServerState | None

@@ -37,6 +37,7 @@ class Tally:
         self._counts: Counter[str] = Counter()
         self._reasons: list[str] = []
         self._left_out: list[int] = []
+        self._unknown: list[int] = []
         self._scores, self._units = 0.0, 0.0
 
     @property
@@ -46,16 +47,18 @@ class Tally:
 
     def count(self, client: int, answer: Reply | str) -> None:
         """Counts one answer."""
+        outcome = _outcome(answer)
+        self._counts[outcome] += 1
         if isinstance(answer, Reply):
-            self._counts["refused" if answer.status in _REFUSALS else answer.status] += 1
             self.bytes_up += answer.num_bytes
             reason = answer.reason
             if answer.metric is not None:
                 self._scores += answer.metric[0]
                 self._units += answer.metric[1]
         else:
-            self._counts["late" if answer == "late" else "failed"] += 1
             reason = answer
+        if outcome not in ("ok", "refused"):  # it may have paid, and its statement did not come
+            self._unknown.append(client)
         if reason:
             self._reasons.append(self._line(client, reason))
             self._left_out.append(client)
@@ -76,8 +79,9 @@ class Tally:
         self._reasons.append(f"the round: {printable(reason, _LONGEST_REASON)}")
         logger.warning("the round moves nothing: %s", reason)
 
-    def lost(self, number: int, epsilon: float) -> RoundRecord:
-        """Makes the record of a round that the server began before it stopped."""
+    def lost(self, number: int, epsilon: float, cohort: Iterable[int]) -> RoundRecord:
+        """Makes the record of a round of a cohort that the server began before it stopped."""
+        self._unknown += cohort
         self.add_reason("the server stopped during it; clients that had trained have paid for it")
         return self.record(
             number,
@@ -102,6 +106,14 @@ class Tally:
             bytes_up=self.bytes_up,
             reasons=tuple(self._reasons),
             left_out=tuple(self._left_out),
+            unknown=tuple(self._unknown),
             private_metric=self._scores / self._units if self._units >= 1 else None,
             **values,
         )
+
+
+def _outcome(answer: Reply | str) -> str:
+    """What an answer counts as: "ok", "refused", "late" or "failed"."""
+    if isinstance(answer, str):
+        return "late" if answer == "late" else "failed"
+    return "refused" if answer.status in _REFUSALS else answer.status

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,10 @@ from fedslm.deployment.runs import overrides_of
 from fedslm.deployment.status import status_of
 from fedslm.errors import RunError
 from fedslm.federation.participation import came_to_nothing, unknown_rounds
+from fedslm.federation.tally import Tally
 from fedslm.flower import serve_flower
 from fedslm.privacy.keys import public_hex
+from fedslm.protocol.messages import Reply
 from fedslm.records import RoundRecord
 
 MakeConfig = Callable[..., Config]
@@ -37,12 +38,16 @@ def record(number: int, *reasons: str, completed: int = 0, kept: bool = True) ->
 
 
 def test_a_round_without_a_statement_may_have_been_paid_for() -> None:
-    """A late reply and a lost round count until a later statement comes; a refusal does not."""
-    late = replace(record(2, "a: late", "b: refused"), left_out=(0, 1))
-    lost = replace(record(3), failed=0, late=0)
-    rounds = [record(1, completed=9), late, lost]
-    assert [unknown_rounds(rounds, client, 1) for client in (0, 1, 2)] == [2, 1, 1]
-    assert [unknown_rounds(rounds, 0, after) for after in (0, 2, 3)] == [2, 1, 0]
+    """Late and failed clients, and all of a lost round, until a later statement; a refusal is free."""
+    tally = Tally(4)
+    for client, answer in enumerate(["late", Reply("failed", 2), Reply("refused", 2), Reply("ok", 2)]):
+        tally.count(client, answer)
+    values = {"kept": True, "epsilon": 1.0, "metrics": {}, "signal_to_noise": None, "seconds": 1.0}
+    second = tally.record(2, **values)
+    assert (second.completed, second.failed, second.late, second.refused) == (1, 1, 1, 1)
+    rounds = [record(1, completed=9), second, Tally(4).lost(3, 1.0, range(4))]
+    assert [unknown_rounds(rounds, client, 1) for client in range(5)] == [2, 2, 1, 1, 0]
+    assert [unknown_rounds(rounds, 0, after) for after in (2, 3)] == [1, 0]
 
 
 def test_the_most_frequent_reason_of_each_client() -> None:
