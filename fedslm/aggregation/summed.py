@@ -132,17 +132,11 @@ class SummedRound:
     ) -> None:
         self._how, self._summing, self._state, self._cohort = aggregation, summing, state, cohort
         self._shapes = summed_shapes(aggregation, state)
-        self._parts = IdealSum(num_values(self._shapes))
-        self._sum: Sum = self._parts if total is None else total
+        self._sum: Sum = IdealSum(num_values(self._shapes)) if total is None else total
         self._values: NDArray[np.int64] | None = None
 
     def close(self) -> None:
         """Does nothing: a sum keeps no files."""
-
-    @property
-    def is_formed_elsewhere(self) -> bool:
-        """Whether a protocol forms the sum, and :meth:`add` must not be called."""
-        return self._sum is not self._parts
 
     @property
     def count(self) -> int:
@@ -150,8 +144,9 @@ class SummedRound:
         return self._sum.count
 
     def add(self, words: Words) -> None:
-        """Adds one client's checked part, if no protocol forms the sum."""
-        self._parts.add(words)
+        """Adds one client's checked part; the sum that a protocol forms has it already."""
+        if isinstance(self._sum, IdealSum):
+            self._sum.add(words)
 
     def finish(self) -> ServerState:
         """Returns the state after the round.

@@ -24,8 +24,8 @@ from fedslm.errors import (
 )
 from fedslm.privacy.lines import ADAPTER
 from fedslm.privacy.plan import PrivatePlan
-from fedslm.protocol.legs import KEYS
 from fedslm.protocol.messages import MEASURE, Reply, Request, round_of
+from fedslm.secagg.kept import KEYS
 
 logger = logging.getLogger(__name__)
 

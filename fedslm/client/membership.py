@@ -7,11 +7,11 @@ from fedslm.client.round import ClientRound
 from fedslm.errors import PolicyRefused, Refused
 from fedslm.privacy.keys import signing_key
 from fedslm.privacy.plan import PrivatePlan
-from fedslm.protocol.legs import KEYS, SHARES, SURVIVORS, UNMASK
 from fedslm.protocol.messages import Reply
 from fedslm.protocol.setup import Setup
 from fedslm.secagg import membership
 from fedslm.secagg.cohort import Requirements
+from fedslm.secagg.kept import KEYS, SHARES, SURVIVORS, UNMASK
 from fedslm.secagg.node import Node as Member
 
 

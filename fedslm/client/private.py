@@ -25,12 +25,12 @@ from fedslm.privacy.ledger import Ledger
 from fedslm.privacy.lines import ADAPTER, METRIC, Charge
 from fedslm.privacy.plan import METRIC_SENSITIVITY, ClientPlan, PrivatePlan, UserPlan
 from fedslm.privacy.verified import verified
-from fedslm.protocol.legs import INPUT
 from fedslm.protocol.loading import model_for, task_for
 from fedslm.protocol.messages import Reply
 from fedslm.protocol.setup import Setup
 from fedslm.records import AdapterState
 from fedslm.secagg.cohort import Cohort
+from fedslm.secagg.kept import INPUT
 
 if TYPE_CHECKING:
     from fedslm.training.shapes import Shapes

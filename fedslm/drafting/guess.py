@@ -131,8 +131,8 @@ def _answers(
     found = [", ".join(layout)] if layout else usual
     other = [_both(a, b) for a in texts for b in long if a is not b]
     for why in (found or other)[:1]:
-        yield Guess("instruction", f"{why}", is_clear=bool(found))
-        yield Guess("seq2seq", f"{why}", is_clear=bool(found))
+        yield Guess("instruction", why, is_clear=bool(found))
+        yield Guess("seq2seq", why, is_clear=bool(found))
 
 
 def _is_text(column: Column) -> bool:

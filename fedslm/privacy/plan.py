@@ -2,8 +2,8 @@
 
 A :class:`Plan` is an :class:`ExamplePlan` or a :class:`UserPlan` (DP-SGD at the client; the unit is
 one record, or all records of one user), a :class:`ClientPlan` (the unit is all that a client has), or
-:class:`NoPrivacy`. A client's training loop works with any
-of them and does not distinguish between them.
+:class:`NoPrivacy`. A client's training loop works with any of them and does not distinguish between
+them.
 """
 
 from __future__ import annotations

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedslm.errors import FederationError
+from fedslm.secagg.kept import LEGS
 from fedslm.secagg.roster import MOST_BYTES
 
 SECAGG = "query.secagg"
 """Flower's message type of all legs but the one in which clients train."""
-KEYS, SHARES, INPUT, SURVIVORS, UNMASK = "keys", "shares", "input", "survivors", "unmask"
-LEGS = (KEYS, SHARES, INPUT, SURVIVORS, UNMASK)
 MOST_BODY, MOST_ANSWER = 1 << 18, 1 << 16
 _LEG, BODY, _ROSTER = "leg", "body", "roster"
 LEG_VALUES = (_LEG, BODY, _ROSTER)

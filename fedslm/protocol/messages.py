@@ -86,8 +86,8 @@ class Request:
         key = secrets.token_bytes(_KEY_BYTES)
         values = ConfigRecord({"setup": self.setup.to_json(), "round": self.round, "turn": self.turn})
         values["key"] = key.hex()
-        for name, value in ({} if self.leg is None else self.leg.values()).items():
-            values[name] = value
+        if self.leg is not None:
+            values.update(self.leg.values())
         records = RecordDict({"request": values})
         for name in _STATES:
             if state := getattr(self, name):
@@ -129,7 +129,7 @@ class Request:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of tensors that a client downloads."""
+        """Bytes of tensors, and of a leg, that a client downloads."""
         leg = 0 if self.leg is None else self.leg.num_bytes
         return self.adapter.num_bytes + self.control.num_bytes + self.frozen.num_bytes + leg
 

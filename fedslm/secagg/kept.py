@@ -24,7 +24,8 @@ from fedslm.storage import locked, read_text, replacing
 
 _STATE, _INPUT, _LOCK = "state.json", "input.u32", "lock"
 _LOCK_SECONDS, _MOST_BYTES, _VERSION = 60.0, 8 << 20, 1
-KEYS = "keys"
+KEYS, SHARES, INPUT, SURVIVORS, UNMASK = "keys", "shares", "input", "survivors", "unmask"
+LEGS = (KEYS, SHARES, INPUT, SURVIVORS, UNMASK)
 
 
 @dataclass(frozen=True, repr=False)

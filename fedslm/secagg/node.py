@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fedslm.errors import PolicyRefused
 from fedslm.privacy.keys import is_signed, public_hex, signature_of
 from fedslm.secagg.cohort import Cohort, Requirements
-from fedslm.secagg.kept import KEYS, Attempt, Kept
+from fedslm.secagg.kept import INPUT, KEYS, LEGS, SHARES, SURVIVORS, UNMASK, Attempt, Kept
 from fedslm.secagg.keys import (
     RoundSecrets,
     agreed,
@@ -55,8 +55,6 @@ from fedslm.secagg.roster import Roster
 from fedslm.secagg.shamir import SHARE_BYTES, is_share, split
 
 Vector = NDArray[np.uint32]
-_SHARES, _INPUT, _SURVIVORS, _UNMASK = "shares", "input", "survivors", "unmask"
-_LEGS = (KEYS, _SHARES, _INPUT, _SURVIVORS, _UNMASK)
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ class Node:
                 twice, or this leg was answered otherwise.
             RunError: The node's files cannot be read or written.
         """
-        return self._answer(_SHARES, request, self._make_shares)
+        return self._answer(SHARES, request, self._make_shares)
 
     def masked_input(self, request: bytes, vector_fn: Callable[[Cohort], Vector]) -> MaskedInput:
         """Answers the third leg with its masked vector.
@@ -156,12 +154,12 @@ class Node:
         """
         with self.kept.locked():
             attempt = self._attempt()
-            done = self._repeated(attempt, _INPUT, request)
+            done = self._repeated(attempt, INPUT, request)
             if done is not None:
                 return MaskedInput(done, self.kept.read_input(attempt.cohort.num_values))
-            self._check_turn(attempt, _INPUT)
+            self._check_turn(attempt, INPUT)
             secrets, keys, boxes = _secrets(attempt), _keys(attempt), self._boxes(attempt, request)
-            self.kept.write(begun := attempt.with_leg(_INPUT, request, b""))
+            self.kept.write(begun := attempt.with_leg(INPUT, request, b""))
         vector = vector_fn(attempt.cohort)
         check_vector(vector, attempt.cohort.num_values)
         context = sharers_context(_context(attempt), [*boxes, self.client])
@@ -172,7 +170,7 @@ class Node:
             if self._attempt().legs != begun.legs:
                 raise PolicyRefused("a later attempt has begun meanwhile; nothing was sent")
             self.kept.write_input(vector)
-            self.kept.write(attempt.with_leg(_INPUT, request, head))
+            self.kept.write(attempt.with_leg(INPUT, request, head))
         return MaskedInput(head, vector)
 
     def survivors(self, request: bytes) -> bytes:
@@ -186,7 +184,7 @@ class Node:
             PolicyRefused: There are too few survivors, the node is not one, or it signed another set.
             RunError: The node's files cannot be read or written.
         """
-        return self._answer(_SURVIVORS, request, self._sign_survivors)
+        return self._answer(SURVIVORS, request, self._sign_survivors)
 
     def unmask(self, request: bytes) -> bytes:
         """Answers the last leg with one share of each peer, and forgets its secrets.
@@ -199,7 +197,7 @@ class Node:
             PolicyRefused: Fewer than the threshold of survivors signed the set that this node signed.
             RunError: The node's files cannot be read or written.
         """
-        return self._answer(_UNMASK, request, self._open_shares)
+        return self._answer(UNMASK, request, self._open_shares)
 
     def _answer(
         self, leg: str, request: bytes, make: Callable[[Attempt, bytes], tuple[Attempt, bytes]]
@@ -239,7 +237,7 @@ class Node:
         """Refuses a leg out of turn, and any new answer after a restart."""
         if attempt.session != self.kept.session:
             raise PolicyRefused("this node restarted in the attempt; it only repeats what it has sent")
-        wanted = _LEGS[: _LEGS.index(leg)]
+        wanted = LEGS[: LEGS.index(leg)]
         if tuple(attempt.legs) != wanted or not all(each.reply for each in attempt.legs.values()):
             raise PolicyRefused(f"{leg!r} comes after {', '.join(wanted)}; begin a later attempt")
 
@@ -327,7 +325,7 @@ class Node:
         request, cohort = decode(SurvivorsRequest, content), attempt.cohort
         if request.context != _head(attempt).context:
             raise PolicyRefused("these survivors are of other shares or another attempt")
-        sharers = decode(InputRequest, attempt.legs[_INPUT].request.encode()).boxes.keys()
+        sharers = decode(InputRequest, attempt.legs[INPUT].request.encode()).boxes.keys()
         if not set(request.survivors) <= sharers | {self.client}:
             raise PolicyRefused("a survivor sent no shares")
         if self.client not in request.survivors:
@@ -341,7 +339,7 @@ class Node:
     def _open_shares(self, attempt: Attempt, content: bytes) -> tuple[Attempt, bytes]:
         """Checks the signatures, and gives one share of each peer."""
         request, cohort = decode(UnmaskRequest, content), attempt.cohort
-        named = decode(SurvivorsRequest, attempt.legs[_SURVIVORS].request.encode())
+        named = decode(SurvivorsRequest, attempt.legs[SURVIVORS].request.encode())
         if request.context != survivors_context(named.context, named.survivors):
             raise PolicyRefused("these signatures are for other survivors than this node signed")
         if not request.signatures.keys() <= set(named.survivors):
@@ -351,7 +349,7 @@ class Node:
         for client, signature in request.signatures.items():
             if not is_signed(self.roster.ledger_key(client), values, signature):
                 raise PolicyRefused(f"client={client} did not sign the survivors that this node signed")
-        boxes = self._boxes(attempt, attempt.legs[_INPUT].request.encode())
+        boxes = self._boxes(attempt, attempt.legs[INPUT].request.encode())
         boxes[self.client] = bytes.fromhex(attempt.own_shares)
         held = {owner: shares for owner, shares in sorted(boxes.items()) if shares is not None}
         survivors = set(named.survivors)
@@ -370,18 +368,18 @@ def _secrets(attempt: Attempt) -> RoundSecrets:
 
 def _keys(attempt: Attempt) -> dict[int, PublicKeys]:
     """The keys that the node accepted."""
-    request = decode(SharesRequest, attempt.legs[_SHARES].request.encode())
+    request = decode(SharesRequest, attempt.legs[SHARES].request.encode())
     return {each.client: each for each in request.keys}
 
 
 def _context(attempt: Attempt) -> str:
     """The hash of the cohort and of the keys that the node accepted."""
-    return decode(Shares, attempt.legs[_SHARES].reply.encode()).context
+    return decode(Shares, attempt.legs[SHARES].reply.encode()).context
 
 
 def _head(attempt: Attempt) -> InputHead:
     """What the node sent next to its masked vector."""
-    return decode(InputHead, attempt.legs[_INPUT].reply.encode())
+    return decode(InputHead, attempt.legs[INPUT].reply.encode())
 
 
 def _read_shares(content: bytes | None) -> bytes | None:

@@ -54,8 +54,7 @@ def share_of_update(
     if plan.shares is None:
         raise TrainingError("internal check failed: the plan shares no noise")
     before = work.adapter.select(work.trained)
-    size = sum(int(np.prod(shape)) for shape in before.shapes.values())
-    update = np.zeros(size, dtype=np.float32)
+    update = np.zeros(before.num_parameters, dtype=np.float32)
     try:
         moved = train(model, task, examples, plan.local, training, work).minus(before)
         update = np.concatenate([moved[key].ravel() for key in sorted(moved)])

@@ -19,9 +19,10 @@ from fedslm.client.handlers import secagg
 from fedslm.config import Config
 from fedslm.engines.local import LocalGrid
 from fedslm.federation.replies import expected_shapes
-from fedslm.protocol.legs import INPUT, KEYS, LEGS, MOST_BODY, SECAGG, SHARES, UNMASK, Leg
+from fedslm.protocol.legs import MOST_BODY, SECAGG, Leg
 from fedslm.protocol.messages import Reply, Request
 from fedslm.secagg.cohort import Cohort
+from fedslm.secagg.kept import INPUT, KEYS, LEGS, SHARES, UNMASK
 from fedslm.secagg.membership import roster_at
 from fedslm.secagg.server import Server
 from fedslm.workers import InlinePool

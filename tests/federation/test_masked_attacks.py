@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import PRIVATE
+from support.served import masked
 
 from fedslm import simulation
 from fedslm.config import Config
@@ -25,17 +25,6 @@ from fedslm.protocol.messages import Request
 
 MakeConfig = Callable[..., Config]
 NAMES = ("north", "south", "west")
-STEP = {"local_steps": 1, "optimizer": "sgd", "learning_rate": 0.05, "batch_size": 6}
-
-
-def masked(make_config: MakeConfig, threshold: int = 2, **secure: Any) -> Config:
-    """A config of three clients that add masked parts, in this process."""
-    return make_config(
-        privacy={**PRIVATE, "noise": "distributed"},
-        training=STEP,
-        secure_aggregation={"threshold": threshold, **secure},
-        engine={"workers": 0},
-    )
 
 
 def with_less_noise(plan: PrivatePlan) -> PrivatePlan:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.served import StopDuring, chain_of
-from support.tiny import PRIVATE, changed, problems
+from support.served import StopDuring, chain_of, masked
+from support.tiny import changed, problems
 
 from fedslm import layout, simulation
 from fedslm.client import handlers, membership, private
@@ -17,29 +17,18 @@ from fedslm.client.node import Release
 from fedslm.client.round import ClientRound
 from fedslm.config import Config
 from fedslm.federation.checkpoint import RunDirectory
-from fedslm.protocol.legs import KEYS, SHARES, SURVIVORS, UNMASK
 from fedslm.protocol.messages import Reply
 from fedslm.records import AdapterState
+from fedslm.secagg.kept import KEYS, SHARES, SURVIVORS, UNMASK
 from fedslm.storage import load_adapter
 
 MakeConfig = Callable[..., Config]
-STEP = {"local_steps": 1, "optimizer": "sgd", "learning_rate": 0.05, "batch_size": 6}
 SHARED = [
     ("privacy.noise", "distributed"),
     ("training.local_steps", 1),
     ("training.optimizer", "sgd"),
     ("secure_aggregation.threshold", 4),
 ]
-
-
-def masked(make_config: MakeConfig, threshold: int = 2, **secure: Any) -> Config:
-    """A config of three clients that add masked parts, in this process."""
-    return make_config(
-        privacy={**PRIVATE, "noise": "distributed"},
-        training=STEP,
-        secure_aggregation={"threshold": threshold, **secure},
-        engine={"workers": 0},
-    )
 
 
 def known_part(client_round: ClientRound, *_: object) -> Release:

@@ -24,6 +24,7 @@ from fedslm.privacy.plan import from_json
 from fedslm.protocol.messages import TRAIN, Reply, Request
 from fedslm.records import AdapterState, RoundRecord
 from fedslm.workers import InlinePool
+from support.tiny import PRIVATE
 
 POLICY: dict[str, Any] = {
     "unit": "record",
@@ -190,6 +191,16 @@ def message_to(request: Request, context: Context) -> Message:
 def ask(request: Request, context: Context) -> Reply:
     """A node's answer, read as the server reads it."""
     return Reply.from_records(message_to(request, context).content)
+
+
+def masked(make_config: Callable[..., Config], threshold: int = 2, **secure: Any) -> Config:
+    """A config of three clients that add masked parts, in this process."""
+    return make_config(
+        privacy={**PRIVATE, "noise": "distributed"},
+        training={"local_steps": 1, "optimizer": "sgd", "learning_rate": 0.05, "batch_size": 6},
+        secure_aggregation={"threshold": threshold, **secure},
+        engine={"workers": 0},
+    )
 
 
 def write_policy(directory: Path, **values: Any) -> Path:
